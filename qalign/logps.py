@@ -1,0 +1,107 @@
+"""Forward to per-token log-probs of the completions, without ever holding the full logits.
+
+The head runs over the positions that predict a completion token only, a chunk at a time.
+"""
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# Elements of one chunk of logits: 128 MB in float32, whatever the vocabulary.
+_CHUNK_ELEMENTS = 2**25
+
+
+def completion_logps(lm: PreTrainedModel, batch: dict) -> Tensor:
+    """Log-probs of every completion token.
+
+    Args:
+        lm: a causal language model, adapters injected; its head must be frozen.
+        batch: `input_ids`, `attention_mask`, `completion_mask`, each int64 `(rows, length)`, padded on the right.
+
+    Returns:
+        float32 (float64 for a float64 model) `(rows, length - 1)` in nats: entry t is log p(token t+1 | tokens to t),
+        0 where token t+1 is no completion token. The one place where ids are shifted.
+    """
+    hidden = lm.base_model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).last_hidden_state
+    mask = batch["completion_mask"][:, 1:].bool()
+    hidden, targets = hidden[:, :-1][mask], batch["input_ids"][:, 1:][mask]
+    logps = _HeadLogps.apply(hidden, targets, lm)
+    return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+
+
+def as_pairs(rows: Tensor) -> Tensor:
+    """`(2 * pairs,)` of a batch, chosen rows first, as `(pairs, 2)`."""
+    return torch.stack(rows.chunk(2), dim=1)
+
+
+def pair_logps(lm: PreTrainedModel, batch: dict) -> Tensor:
+    """Summed completion log-probs, float32 `(pairs, 2)` in nats, chosen first."""
+    return as_pairs(completion_logps(lm, batch).sum(dim=1))
+
+
+def pair_lengths(batch: dict) -> Tensor:
+    """Completion tokens, end of turn included, `(pairs, 2)`, chosen first."""
+    return as_pairs(batch["completion_mask"].sum(dim=1))
+
+
+class _HeadLogps(torch.autograd.Function):
+    """log p(target) from hidden states.
+
+    Each token's log-prob has the gradient `g * (W[y] - E_p[W])` with respect to its hidden state, a scalar times a
+    direction known in the forward: two matrix products instead of the three of recomputing the logits backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, targets: Tensor, lm: PreTrainedModel) -> Tensor:
+        size = max(1, _CHUNK_ELEMENTS // lm.get_output_embeddings().weight.shape[0])
+        wants_grad = ctx.needs_input_grad[0]
+        logps, directions = [], []
+        for states, ids in zip(hidden.split(size), targets.split(size), strict=True):
+            with torch.set_grad_enabled(wants_grad):
+                states = states.detach().requires_grad_(wants_grad)
+                logits = head_logits(lm, states)
+                logits = logits if logits.dtype == torch.float64 else logits.float()
+                chunk = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
+                if wants_grad:
+                    directions.append(torch.autograd.grad(chunk.sum(), states)[0])
+            logps.append(chunk.detach())
+        if wants_grad:
+            ctx.save_for_backward(torch.cat(directions))
+        return torch.cat(logps)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (directions,) = ctx.saved_tensors
+        return (grad[:, None] * directions).to(directions.dtype), None, None
+
+
+def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Logits of hidden states `(tokens, hidden)`, with the scale and the soft cap some families put behind the head.
+
+    `check_head` tells whether this holds for a model.
+    """
+    config = lm.config.get_text_config()
+    logits = lm.get_output_embeddings()(hidden)
+    if scale := getattr(config, "logit_scale", None):  # Cohere
+        logits = logits * scale
+    if scaling := getattr(config, "logits_scaling", None):  # Granite
+        logits = logits / scaling
+    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+@torch.no_grad()
+def check_head(lm: PreTrainedModel) -> None:
+    """Makes sure that hidden states and `head_logits` give the model's own logits.
+
+    Raises:
+        NotImplementedError: this family does something else behind its backbone.
+    """
+    ids = torch.arange(8, device=lm.device)[None]
+    own = lm(input_ids=ids, use_cache=False).logits[0].float()
+    ours = head_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
+        raise NotImplementedError(f"{type(lm).__name__}: its head does more than qalign knows (logits differ)")

@@ -1,0 +1,182 @@
+"""What the user asked for: the recipe, typed and strict. Reading one from a file is `qalign.recipe_file`.
+
+The docstring under each key is what editors show, through the JSON schema that `python -m qalign.recipe` prints.
+"""
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys and loose types are errors, and nothing changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+
+
+class Model(Section):
+    """The base model: loaded once, quantised, frozen; every role is an adapter on it."""
+
+    base: str
+    """A hub id, a local folder, a `.gguf` file, or `package:NAME/FILE` for a file of an installed Python package."""
+    revision: str | None = None
+    """The hub revision (branch, tag or commit). Pin a commit where a result must be repeatable."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the base is held in memory. `nf4` is the QLoRA choice; `none` needs four times its memory."""
+    double_quant: bool = True
+    """Quantise the scales of nf4 and fp4 too: saves about 0.4 bits a weight at no measurable cost."""
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What matrices are multiplied in. `auto` takes bfloat16 where the device is good at it, float16 on older GPUs."""
+    max_length: int = Field(2048, ge=16)
+    """Prompt and answer together, in tokens. Old turns are dropped to fit; an answer is never cut."""
+    chat_template: str | None = None
+    """A Jinja file to use instead of the model's own chat template. A model without one gets a plain one."""
+    chat_template_kwargs: dict[str, Any] = {}
+    """Passed on to the chat template, for example `{enable_thinking: false}` for Qwen3's thinking models."""
+
+
+class Lora(Section):
+    """The adapter that is trained: low-rank matrices beside the frozen weights (LoRA, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1)
+    """The rank. More learns more and costs more memory; 8 to 64 are usual."""
+    alpha: float = Field(32, gt=0)
+    """The scale: the update is multiplied by alpha / r. Twice the rank is usual."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout on the adapter's input while training. The reference never has any."""
+    targets: str | list[str] = "all-linear"
+    """Which layers get an adapter: `all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
+
+    @model_validator(mode="after")
+    def _head_stays_frozen(self):
+        if not isinstance(self.targets, str) and "lm_head" in self.targets:
+            raise ValueError("targets: 'lm_head' can't have an adapter, log-probs are computed from its frozen weight")
+        return self
+
+
+class Source(Section):
+    """One set of rows, when `data` is a list."""
+
+    path: str
+    """A hub id, a folder, or a `.json`, `.jsonl`, `.jsonl.gz`, `.parquet` or `.csv` file."""
+    split: str | None = None
+    """The split of a hub data set; the stage's own `split` where it is left out."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many rows."""
+    weight: float = Field(1.0, gt=0)
+    """How often these rows are seen: 2 takes each twice, 0.5 a random half."""
+
+
+def _as_sources(value: Any) -> Any:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"path": item} if isinstance(item, str) else item for item in items)
+
+
+Data = Annotated[
+    tuple[Source, ...],
+    Field(min_length=1),
+    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+]
+
+
+class Stage(Section):
+    """The keys that every stage has."""
+
+    data: Data
+    """The training rows: a hub id, a file, or a list of these with `split`, `limit` and `weight`."""
+    split: str = "train"
+    """The split of a hub data set."""
+    limit: int | None = Field(None, ge=1)
+    """Take only the first so many rows of each source."""
+    eval_data: Data | None = None
+    """Held-out rows for `python -m qalign.evaluate`, and for `eval_every`."""
+    epochs: float = Field(1.0, gt=0)
+    """How often each row is seen. Preference training overfits fast: 1 to 3."""
+    max_steps: int | None = Field(None, ge=1)
+    """Stop after so many optimiser steps, whatever `epochs` says."""
+    batch_size: int = Field(16, ge=1)
+    """Rows (pairs, for preferences) in one optimiser step."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Rows in one forward pass; must divide `batch_size`. Lower it when memory runs out: no number changes."""
+    learning_rate: float = Field(5e-6, gt=0)
+    """The peak learning rate of the adapter."""
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup_ratio: float = Field(0.1, ge=0, lt=1)
+    """The share of all steps in which the learning rate climbs from zero."""
+    eval_every: int | None = Field(None, ge=1)
+    """Measure `eval_data` every so many steps while training; never where it is left out."""
+    save_every: int | None = Field(None, ge=1)
+    """Write a checkpoint every so many steps; ten times a run where it is left out."""
+    start_from: str | None = None
+    """A PEFT adapter folder to go on from: a copy is trained, and a frozen copy is the reference."""
+    trainer: dict[str, Any] = {}
+    """Anything else for TRL's config of this stage, such as `{optim: paged_adamw_8bit, weight_decay: 0.01}`."""
+
+    @model_validator(mode="after")
+    def _batches_divide(self):
+        if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size: {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
+                "take a divisor, or 'auto'"
+            )
+        return self
+
+
+DPO_LOSSES = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"]
+REFERENCE_FREE = frozenset({"simpo", "orpo"})
+
+
+class DPO(Stage):
+    """Direct preference optimisation and its family: learn from pairs of a chosen and a rejected answer."""
+
+    loss: DPO_LOSSES = "sigmoid"
+    """`sigmoid` is DPO itself; the others are in `qalign/losses.py`, each with its paper."""
+    beta: float = Field(0.1, gt=0)
+    """How strongly the policy is held to the reference (tau in IPO, the reward scale in SimPO, lambda in ORPO)."""
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
+    """`robust` only: the share of pairs you believe to be labelled the wrong way round."""
+    gamma: float | None = Field(None, ge=0)
+    """`simpo` only: the margin by which the chosen answer should win (0.5 where it is left out)."""
+    sft_weight: float = Field(0.0, ge=0)
+    """Adds so much of the chosen answer's mean negative log-likelihood: keeps its probability from sinking."""
+
+    @model_validator(mode="after")
+    def _settings_fit_the_loss(self):
+        if self.label_smoothing and self.loss != "robust":
+            raise ValueError(f"label_smoothing: has no effect with loss '{self.loss}'; use loss 'robust' or remove it")
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("loss: 'robust' needs label_smoothing above 0, or it is 'sigmoid'")
+        if self.gamma is not None and self.loss != "simpo":
+            raise ValueError(f"gamma: has no effect with loss '{self.loss}'; use loss 'simpo' or remove it")
+        return self
+
+
+class Recipe(Section):
+    """A qalign recipe: one model family, all its stages."""
+
+    model: Model
+    """The base model and how it is held in memory."""
+    lora: Lora = Lora()
+    """The adapter that is trained."""
+    output: str
+    """The folder for this recipe's runs: `<output>/dpo/` and so on."""
+    seed: int = Field(42, ge=0)
+    """Fixes the order of rows and the adapter's start: the same seed on the same machine gives the same run."""
+    max_refused_share: float = Field(0.05, ge=0, le=1)
+    """Stop when more than this share of rows is refused: the data is then not what you think it is."""
+    dpo: DPO | None = None
+    """Settings of `python -m qalign.dpo`."""
+
+
+def schema() -> str:
+    """The recipe's JSON schema, for editors."""
+    return (
+        json.dumps({"$schema": "http://json-schema.org/draft-07/schema#", **Recipe.model_json_schema()}, indent=1)
+        + "\n"
+    )
+
+
+if __name__ == "__main__":
+    print(schema(), end="")

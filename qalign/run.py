@@ -1,0 +1,249 @@
+"""The run folder, and how every stage's command begins, ends and fails.
+
+Imports no torch: a bad recipe, a taken folder or a typo on the command line answers at once.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from qalign import __version__
+from qalign.errors import UserError
+from qalign.recipe import Recipe
+from qalign.recipe_file import dump, load
+from qalign.rows import Refused
+
+REFUSED = "rejected_rows.jsonl"
+PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+
+
+class Stopped(Exception):
+    """The user or the system asked to stop; `number` is the signal."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+
+class StopRequest:
+    """Ctrl-C and SIGTERM. While `patient`, the first one only leaves its number here, for the loop to stop cleanly."""
+
+    def __init__(self):
+        self.number: int | None = None
+        self.patient = False
+
+    def __call__(self, number: int, frame) -> None:
+        if not self.patient or self.number is not None:
+            raise Stopped(number)
+        self.number = number
+        print("\nstopping after this step (again to stop at once) …", file=sys.stderr, flush=True)
+
+
+class RunFolder:
+    """`<output>/<stage>/` and the files in it.
+
+    Attributes:
+        path: the folder; `adapter`, `checkpoints` and the files below are inside.
+        command_line: recipe and overrides as the user typed them, for hints on what to type next.
+        stop: the pending request to stop, if any.
+        resume: whether to go on with the run that is there.
+    """
+
+    def __init__(self, recipe: Recipe, stage: str, command_line: str = ""):
+        self.recipe, self.stage, self.command_line = recipe, stage, command_line
+        self.path = Path(recipe.output) / stage
+        self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
+        self.metrics, self.summary = self.path / "metrics.jsonl", self.path / "summary.json"
+        self.stop = StopRequest()
+        self.resume = False
+        self._began = time.monotonic()
+
+    @property
+    def complete(self) -> bool:
+        return self.summary.is_file()
+
+    def claim(self, *, resume: bool, overwrite: bool) -> None:
+        """Makes sure, before anything is loaded, that this run may write here. Deletes nothing yet.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        self.resume = resume
+        kept = self.path / "recipe.yaml"
+        if not self.path.exists() or all(file.name == REFUSED for file in self.path.iterdir()):
+            return
+        if not kept.is_file():
+            raise UserError(f"{self.path}: holds files that are no run of qalign's; choose another `output`")
+        if overwrite:
+            return
+        if not resume:
+            state = "a complete run" if self.complete else "a run that was stopped"
+            raise UserError(f"{self.path}: holds {state}; --resume goes on with it, --overwrite starts anew")
+        if kept.read_text(encoding="utf-8") != dump(self.recipe):
+            old, new = (set(text.splitlines()) for text in (kept.read_text(encoding="utf-8"), dump(self.recipe)))
+            changed = ", ".join(sorted(line.strip() for line in new - old)) or "some keys were removed"
+            raise UserError(f"{self.path}: --resume needs the recipe it began with; this one differs: {changed}")
+
+    def begin(self, refused: list[Refused]) -> None:
+        """Makes the folder ready to train in: only now does `--overwrite` delete the old run."""
+        if not self.resume and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._list_refused(refused)
+        (self.path / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
+
+    def last_checkpoint(self) -> Path | None:
+        """The newest checkpoint that was written to its end."""
+        whole = [mark.parent for mark in self.checkpoints.glob("checkpoint-*/whole")]
+        return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+
+    def rewind(self, step: int) -> int:
+        """Drops what was logged after the checkpoint that is resumed from; it will be logged again.
+
+        Returns:
+            The tokens that the run had seen by then.
+        """
+        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
+        whole = [json.loads(line) for line in lines if line.endswith("}")]  # a power cut may leave half a line
+        kept = [line for line in whole if line["step"] <= step]
+        self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        return max((line.get("num_tokens", 0) for line in kept), default=0)
+
+    def check_refused(self, refused: list[Refused], used: int) -> None:
+        """Stops before training if the data is not what the user thinks it is.
+
+        Raises:
+            UserError: more rows were refused than the recipe allows, or none is left.
+        """
+        share = len(refused) / max(1, used + len(refused))
+        if used and share <= self.recipe.max_refused_share:
+            return
+        if not refused:
+            raise UserError(f"{self.stage}.data: holds no rows")
+        self._list_refused(refused)
+        raise UserError(
+            f"{len(refused)} of {used + len(refused)} rows were refused ({share:.0%}; max_refused_share is "
+            f"{self.recipe.max_refused_share:.0%}); all of them are in {self.path / REFUSED}. The first:",
+            *(f"  {row.where}: {row.reason}" for row in refused[:5]),
+        )
+
+    def _list_refused(self, refused: list[Refused]) -> None:
+        if refused:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
+            (self.path / REFUSED).write_text("".join(lines), encoding="utf-8")
+
+    def finish(self, **facts) -> dict:
+        """Writes `summary.json`; its presence says that the run is complete. Returns what was written."""
+        facts |= {"wall_seconds": round(time.monotonic() - self._began, 1), "versions": versions()}
+        aside = self.summary.with_suffix(".part")
+        aside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.rename(self.summary)
+        return facts
+
+    def write_model_card(self, base: str, reference: str, facts: Iterable[tuple[str, object]]) -> None:
+        """`adapter/README.md`: what this adapter is, from what, and how to load it without qalign."""
+        table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+        (self.adapter / "README.md").write_text(
+            f"""---
+base_model: {base}
+library_name: peft
+tags: [qalign, {self.stage}, lora]
+---
+# {self.path.parent.name}: {self.stage} adapter
+
+Trained with qalign {versions()["qalign"]} on `{self.recipe.model.base}`; the reference was {reference}.
+
+| | |
+|---|---|
+{table}
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{self.adapter}")
+```
+""",
+            encoding="utf-8",
+        )
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what can move a number."""
+    found = {"qalign": __version__, "python": platform.python_version()}
+    return found | {package: importlib.metadata.version(package) for package in PACKAGES}
+
+
+def print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
+    """Facts under a title, aligned."""
+    print(f"\n{title}")
+    for name, value in rows:
+        print(f"  {name:<13} {value}")
+    print(flush=True)
+
+
+def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None]) -> None:
+    """`python -m qalign.STAGE RECIPE [key=value …] [--resume | --overwrite]`; does not return."""
+    parser = _parser(stage, train.__doc__)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--resume", action="store_true", help="go on with a run that was stopped, to the same numbers")
+    how.add_argument("--overwrite", action="store_true", help="delete the run that is there and start anew")
+    args = parser.parse_args()
+
+    def work() -> None:
+        recipe = load(args.recipe, args.overrides, stage)
+        typed = shlex.join([args.recipe, *args.overrides])
+        run = RunFolder(recipe, stage, typed)
+        run.claim(resume=args.resume, overwrite=args.overwrite)
+        if args.resume and run.complete:
+            print(f"{run.path}: this run is complete; its adapter is in {run.adapter}")
+            return
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, run.stop)
+        train(recipe, run)
+
+    sys.exit(exit_code(work))
+
+
+def report_command(name: str, stage: str, report: Callable[[Recipe], None]) -> None:
+    """`python -m qalign.NAME RECIPE [key=value …]` for a report on a finished stage; does not return."""
+    args = _parser(name, report.__doc__).parse_args()
+    sys.exit(exit_code(lambda: report(load(args.recipe, args.overrides, stage))))
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Runs it: 0, or 2 with a line a mistake, or 128 + the signal that stopped it."""
+    # One process, one GPU: with several visible, Trainer would split batches over them behind qalign's back.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")
+        work()
+    except UserError as error:
+        for line in error.lines:
+            print(line, file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(f"stopped by {stop}", file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        print("stopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"python -m qalign.{name}", description=(doc or "").partition("\n")[0])
+    parser.add_argument("recipe", help="a recipe, such as recipes/smollm2_demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dpo.max_steps=20 output=runs/try")
+    return parser

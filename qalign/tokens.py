@@ -1,0 +1,175 @@
+"""Chat template to ids, with the completion's span known to the token.
+
+A model is trained on what it will see: the prompt's ids are the template's own, generation prompt included, with one
+BOS; the supervised ids are exactly the answer and its end of turn.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from qalign.errors import UserError
+from qalign.rows import BadRow, Message, Preference, Refused
+
+PLAIN_TEMPLATE = """\
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + eos_token + '\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
+"""For base models without a chat template: Zephyr's layout, which needs no new tokens (an untrained embedding in a
+frozen base would never be learned)."""
+
+
+@dataclass(frozen=True)
+class TokenPair:
+    """A preference row as ids; the prompt is stored once."""
+
+    prompt_ids: list[int]
+    chosen_ids: list[int]
+    rejected_ids: list[int]
+    where: str
+    dropped_turns: int = 0
+
+    def __len__(self) -> int:
+        """The longer of the two sequences, in tokens."""
+        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template_file: str | None = None) -> str:
+    """Gives a tokenizer one chat template with one BOS, and a pad token, in place.
+
+    Where the tokenizer puts a BOS before plain text but the template writes none (Zephyr), the template is made to
+    write it: then training, qalign, vLLM and plain transformers all see the same ids.
+
+    Returns:
+        Which template this is, in words.
+
+    Raises:
+        UserError: the template file is missing or no valid template.
+    """
+    words = "the model's own"
+    if template_file:
+        if not Path(template_file).is_file():
+            raise UserError(f"model.chat_template: there is no file '{template_file}'")
+        tokenizer.chat_template, words = Path(template_file).read_text(encoding="utf-8"), template_file
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template, words = PLAIN_TEMPLATE, "qalign's plain one, as the model has none"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by its id
+    try:
+        text = _render(tokenizer, [{"role": "user", "content": "a"}], {}, add_generation_prompt=True)
+    except Exception as error:  # Jinja's own errors have many classes
+        raise UserError(f"the chat template ({words}) can't be used: {error}") from None
+    bos = tokenizer.bos_token_id
+    if bos is not None and tokenizer("a").input_ids[0] == bos and not text.startswith(tokenizer.bos_token):
+        tokenizer.chat_template = "{{- bos_token }}" + tokenizer.get_chat_template()
+        words += ", with the BOS it left out"
+    return words
+
+
+def encode_pairs(tokenizer, rows: list[Preference], max_length: int, template_kwargs: dict):
+    """Rows as ids.
+
+    Returns:
+        (pairs, refused): `list[TokenPair]` and `list[Refused]`.
+    """
+    pairs, refused = [], []
+    for row in rows:
+        try:
+            pairs.append(encode_pair(tokenizer, row, max_length, template_kwargs))
+        except BadRow as reason:
+            refused.append(Refused(row.where, str(reason)))
+    return pairs, refused
+
+
+def encode_pair(tokenizer, row: Preference, max_length: int, template_kwargs: dict) -> TokenPair:
+    """One row as ids; the oldest turns are dropped until it fits, an answer is never cut.
+
+    Raises:
+        BadRow: the row doesn't fit `max_length`, or the template can't render it.
+    """
+    prompt, dropped = list(row.prompt), 0
+    _refuse_special(tokenizer, [*prompt, {"content": row.chosen}, {"content": row.rejected}])
+    while True:
+        prompt_ids, (chosen, rejected) = _encode(tokenizer, prompt, (row.chosen, row.rejected), template_kwargs)
+        pair = TokenPair(prompt_ids, chosen, rejected, row.where, dropped)
+        if len(pair) <= max_length:
+            return pair
+        first = 1 if prompt[0]["role"] == "system" else 0
+        if len(prompt) - first < 3:  # only the last question is left
+            break
+        del prompt[first : first + 2]
+        dropped += 2
+    if len(prompt_ids) >= max_length:
+        raise BadRow(f"the prompt fills max_length: {len(prompt_ids)} of {max_length} tokens")
+    longest = len(pair) - len(prompt_ids)
+    raise BadRow(f"prompt and answer are {len(prompt_ids)} + {longest} tokens, over max_length {max_length}")
+
+
+def encode_prompt(tokenizer, prompt: list[Message], template_kwargs: dict) -> list[int]:
+    """Ids of a dialogue up to where the assistant begins to answer."""
+    return _ids(tokenizer, _render(tokenizer, prompt, template_kwargs, add_generation_prompt=True))
+
+
+def end_of_turn_id(tokenizer, template_kwargs: dict) -> int:
+    """The id with which the template ends an assistant's turn."""
+    _, ((*_, last),) = _encode(tokenizer, [{"role": "user", "content": "a"}], ("b",), template_kwargs)
+    return last
+
+
+def _encode(tokenizer, prompt: list[Message], answers: tuple[str, ...], template_kwargs: dict):
+    """(prompt ids, one list of completion ids an answer)."""
+    prompt_text = _render(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
+    prompt_ids = _ids(tokenizer, prompt_text)
+    completions = []
+    for answer in answers:
+        turns = [*prompt, {"role": "assistant", "content": answer}]
+        text = _render(tokenizer, turns, template_kwargs, add_generation_prompt=False)
+        if not text.startswith(prompt_text):
+            raise BadRow(
+                "the chat template renders the prompt differently once it is answered; see chat_template_kwargs"
+            )
+        ids = _ids(tokenizer, text)
+        if ids[: len(prompt_ids)] != prompt_ids:
+            # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those.
+            ids = prompt_ids + _ids(tokenizer, text[len(prompt_text) :])
+        completions.append(_through_end_of_turn(tokenizer, ids[len(prompt_ids) :]))
+    return prompt_ids, completions
+
+
+def _through_end_of_turn(tokenizer, ids: list[int]) -> list[int]:
+    """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
+    special = _special_ids(tokenizer)
+    end = len(ids)
+    while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1 : end]).strip()):
+        end -= 1
+    for position in range(end, len(ids)):
+        if ids[position] in special:
+            return ids[: position + 1]
+    return [*ids[:end], tokenizer.eos_token_id]
+
+
+def _special_ids(tokenizer) -> set[int]:
+    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return marked | {tokenizer.eos_token_id}
+
+
+def _refuse_special(tokenizer, turns: list[Message]) -> None:
+    """A turn that spells out a special token would be read as one: a forged end of turn."""
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special and any(token.content in turn["content"] for turn in turns):
+            raise BadRow(f"the text contains the model's special token {token.content}")
+
+
+def _render(tokenizer, turns: list[Message], template_kwargs: dict, *, add_generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+        )
+    except (ValueError, TypeError) as error:
+        raise BadRow(f"the chat template refuses it: {error}") from None
+
+
+def _ids(tokenizer, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids

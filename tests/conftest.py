@@ -1,0 +1,70 @@
+"""Shared fixtures: a tiny random model for fast tests, SmolLM2 for true ones."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+
+import json
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FIXTURES = Path(__file__).parent / "fixtures"
+SHARED_DATA = ROOT.parent / "shared" / "data"
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real public data beside the project; the project passes its tests without it."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"{SHARED_DATA} is absent: no real data to test on")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    """A random Llama of 2 layers with Zephyr's kind of tokenizer, as a plain model folder."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,  # large enough that answers differ in likelihood
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_base(tiny_folder):
+    """A fresh NF4 base of the tiny model in float32, no adapter yet."""
+    from qalign.base import load
+    from qalign.recipe import Model
+
+    return load(Model(base=tiny_folder, compute_dtype="float32", max_length=256))
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    """Writes rows (objects, or raw text lines) to a file in `tmp_path` and returns its path."""
+
+    def write(name: str, rows: list) -> str:
+        path = tmp_path / name
+        lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+        path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write

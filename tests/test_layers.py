@@ -1,0 +1,52 @@
+"""Imports go one way: a module may import only what stands before it in this list, and stages never each other."""
+
+import ast
+from pathlib import Path
+
+import qalign
+
+LAYERS = [
+    ("ground", ["errors", "recipe", "recipe_file", "losses"]),
+    ("data", ["rows", "tokens", "batch"]),
+    ("model", ["logps", "base", "rollout"]),
+    ("run", ["run", "trainer"]),
+    ("stage", ["dpo"]),
+    ("top", ["evaluate"]),
+]
+LIGHT = ["errors", "recipe", "recipe_file", "rows", "run", "dpo", "evaluate"]
+HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
+PACKAGE = Path(qalign.__file__).parent
+
+
+def imported(module: str, *, nested: bool) -> set[str]:
+    """Dotted names that a module imports; those inside functions too if `nested`."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    names = set()
+    for node in ast.walk(tree) if nested else tree.body:
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "qalign" else set()
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return names
+
+
+def test_every_module_has_a_layer():
+    listed = {module for _, row in LAYERS for module in row}
+    assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"} == listed
+
+
+def test_imports_go_one_way():
+    before: set[str] = set()
+    for layer, row in LAYERS:
+        for module in row:
+            own = {name.split(".")[1] for name in imported(module, nested=True) if name.startswith("qalign.")}
+            allowed = before - ({other for other in row if layer == "stage"})
+            assert own <= allowed, f"{module} ({layer}) may not import {sorted(own - allowed)}"
+            before.add(module)
+
+
+def test_what_runs_before_the_recipe_is_checked_imports_nothing_heavy():
+    for module in LIGHT:
+        roots = {name.split(".")[0] for name in imported(module, nested=False)}
+        assert not roots & HEAVY, f"{module} imports {sorted(roots & HEAVY)} at its top"

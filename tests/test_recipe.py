@@ -1,0 +1,239 @@
+"""The recipe's own rules, no file involved: what is known, how strict it is, what goes together."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from pydantic import ValidationError
+
+from qalign.recipe import DPO_LOSSES, REFERENCE_FREE, Recipe, Source, schema
+
+ROOT = Path(__file__).parent.parent
+
+
+def recipe(model: dict | None = None, lora: dict | None = None, dpo: dict | None = None, **top) -> Recipe:
+    """The smallest recipe with the given keys on top."""
+    return Recipe.model_validate(
+        {
+            "model": {"base": "org/model", **(model or {})},
+            "lora": lora or {},
+            "output": "runs/x",
+            "dpo": {"data": "org/pairs", **(dpo or {})},
+            **top,
+        }
+    )
+
+
+def refusal(**sections) -> str:
+    with pytest.raises(ValidationError) as caught:
+        recipe(**sections)
+    return str(caught.value)
+
+
+def test_a_key_that_is_left_out_has_the_documented_default():
+    read = recipe()
+
+    assert read.seed == 42
+    assert read.max_refused_share == 0.05
+    model, lora, dpo = read.model, read.lora, read.dpo
+    assert (model.quantization, model.double_quant, model.compute_dtype) == ("nf4", True, "auto")
+    assert (model.max_length, model.revision, model.chat_template, model.chat_template_kwargs) == (2048, None, None, {})
+    assert (lora.r, lora.alpha, lora.dropout, lora.targets) == (16, 32.0, 0.0, "all-linear")
+    assert (dpo.loss, dpo.beta, dpo.learning_rate, dpo.epochs) == ("sigmoid", 0.1, 5e-6, 1.0)
+    assert (dpo.batch_size, dpo.micro_batch_size, dpo.scheduler, dpo.warmup_ratio) == (16, "auto", "cosine", 0.1)
+    assert (dpo.split, dpo.limit, dpo.eval_data, dpo.start_from, dpo.trainer) == ("train", None, None, None, {})
+    assert (dpo.label_smoothing, dpo.gamma, dpo.sft_weight) == (0.0, None, 0.0)
+
+
+def test_nothing_changes_once_read():
+    read = recipe()
+
+    for section, key in ((read, "seed"), (read.model, "base"), (read.lora, "r"), (read.dpo, "beta")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(section, key, getattr(section, key))
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"sead": 1},
+        {"model": {"quantisation": "nf4"}},
+        {"lora": {"rank": 8}},
+        {"dpo": {"lerning_rate": 1e-5}},
+        {"dpo": {"data": {"path": "org/pairs", "weigth": 2}}},
+        {"dpo": {"data": ["org/pairs", {"path": "org/pairs", "weigth": 2}]}},
+    ],
+)
+def test_an_unknown_key_is_refused_in_every_section(sections):
+    assert "Extra inputs are not permitted" in refusal(**sections)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"seed": "42"},
+        {"seed": 42.0},
+        {"seed": True},
+        {"output": 5},
+        {"max_refused_share": "5%"},
+        {"model": {"double_quant": 1}},
+        {"model": {"double_quant": "yes"}},
+        {"lora": {"r": 16.0}},
+        {"lora": {"alpha": "32"}},
+        {"lora": {"targets": ["q_proj", 5]}},
+        {"dpo": {"beta": True}},
+        {"dpo": {"batch_size": "16"}},
+        {"dpo": {"micro_batch_size": "4"}},
+        {"dpo": {"data": 5}},
+        {"dpo": {"trainer": ["optim"]}},
+    ],
+)
+def test_a_value_of_another_type_is_refused_even_where_it_could_be_converted(sections):
+    refusal(**sections)
+
+
+def test_a_whole_number_will_do_for_a_number():
+    read = recipe(lora={"alpha": 8}, dpo={"epochs": 2, "beta": 1})
+
+    assert (read.lora.alpha, read.dpo.epochs, read.dpo.beta) == (8.0, 2.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "inside", "outside"),
+    [
+        ("model", "max_length", 16, 15),
+        ("lora", "r", 1, 0),
+        ("lora", "alpha", 0.1, 0),
+        ("lora", "dropout", 0.0, -0.1),
+        ("lora", "dropout", 0.99, 1.0),
+        ("dpo", "epochs", 0.01, 0.0),
+        ("dpo", "max_steps", 1, 0),
+        ("dpo", "limit", 1, 0),
+        ("dpo", "batch_size", 1, 0),
+        ("dpo", "micro_batch_size", 1, 0),
+        ("dpo", "learning_rate", 1e-12, 0.0),
+        ("dpo", "warmup_ratio", 0.0, -0.1),
+        ("dpo", "warmup_ratio", 0.99, 1.0),
+        ("dpo", "eval_every", 1, 0),
+        ("dpo", "save_every", 1, 0),
+        ("dpo", "beta", 1e-6, 0.0),
+        ("dpo", "sft_weight", 0.0, -0.1),
+    ],
+)
+def test_each_number_has_its_range(section, key, inside, outside):
+    assert getattr(getattr(recipe(**{section: {key: inside}}), section), key) == inside
+    assert f"{section}.{key}" in refusal(**{section: {key: outside}})
+
+
+def test_share_and_seed_have_their_range():
+    assert recipe(max_refused_share=1, seed=0).max_refused_share == 1
+    assert "max_refused_share" in refusal(max_refused_share=1.01)
+    assert "seed" in refusal(seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("a.jsonl", [Source(path="a.jsonl")]),
+        ({"path": "a.jsonl", "limit": 5}, [Source(path="a.jsonl", limit=5)]),
+        (["a.jsonl", "org/b"], [Source(path="a.jsonl"), Source(path="org/b")]),
+        (
+            ["a.jsonl", {"path": "org/b", "split": "test", "weight": 0.5}],
+            [Source(path="a.jsonl"), Source(path="org/b", split="test", weight=0.5)],
+        ),
+    ],
+)
+def test_data_is_one_source_or_a_list_of_them(data, expected):
+    assert list(recipe(dpo={"data": data}).dpo.data) == expected
+    assert list(recipe(dpo={"eval_data": data}).dpo.eval_data) == expected
+
+
+@pytest.mark.parametrize("data", [[], {"limit": 5}, {"path": "a", "limit": 0}, {"path": "a", "weight": 0.0}, [None]])
+def test_data_without_a_source_or_with_a_bad_one_is_refused(data):
+    assert "dpo.data" in refusal(dpo={"data": data})
+
+
+# --- what goes together ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(16, 4), (16, 16), (6, 3), (1, 1), (7, "auto")])
+def test_a_micro_batch_that_divides_the_batch_is_taken(batch, micro):
+    assert recipe(dpo={"batch_size": batch, "micro_batch_size": micro}).dpo.micro_batch_size == micro
+
+
+@pytest.mark.parametrize(("batch", "micro"), [(16, 3), (4, 8), (1, 2)])
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(batch, micro):
+    message = refusal(dpo={"batch_size": batch, "micro_batch_size": micro})
+
+    assert f"micro_batch_size: {micro} does not divide batch_size {batch}" in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"label_smoothing": 0.1}, "label_smoothing: has no effect with loss 'sigmoid'"),
+        ({"label_smoothing": 0.1, "loss": "ipo"}, "label_smoothing: has no effect with loss 'ipo'"),
+        ({"loss": "robust"}, "loss: 'robust' needs label_smoothing above 0"),
+        ({"loss": "robust", "label_smoothing": 0.5}, "dpo.label_smoothing"),
+        ({"gamma": 1.0}, "gamma: has no effect with loss 'sigmoid'"),
+        ({"gamma": 0.0, "loss": "orpo"}, "gamma: has no effect with loss 'orpo'"),
+    ],
+)
+def test_a_setting_that_the_loss_would_ignore_is_refused(settings, reason):
+    assert reason in refusal(dpo=settings)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"loss": "robust", "label_smoothing": 0.1}, {"loss": "simpo", "gamma": 0.0}, {"loss": "simpo", "gamma": 1.5}],
+)
+def test_a_setting_that_the_loss_uses_is_taken(settings):
+    dpo = recipe(dpo=settings).dpo
+
+    assert {key: getattr(dpo, key) for key in settings} == settings
+
+
+def test_every_loss_but_robust_needs_nothing_else():
+    assert set(get_args(DPO_LOSSES)) > REFERENCE_FREE
+    for loss in set(get_args(DPO_LOSSES)) - {"robust"}:
+        assert recipe(dpo={"loss": loss}).dpo.loss == loss
+
+
+def test_the_head_gets_no_adapter():
+    assert "targets: 'lm_head' can't have an adapter" in refusal(lora={"targets": ["q_proj", "lm_head"]})
+    assert recipe(lora={"targets": ["q_proj", "v_proj"]}).lora.targets == ["q_proj", "v_proj"]
+
+
+# --- the schema for editors ------------------------------------------------------------------------------------------
+
+
+def test_the_schema_explains_every_key_and_allows_no_other():
+    found = json.loads(schema())
+
+    sections = {"Recipe": found, **found["$defs"]}
+    assert set(sections) == {"Recipe", "Model", "Lora", "DPO", "Source"}
+    for name, section in sections.items():
+        assert section["additionalProperties"] is False, name
+        for key, value in section["properties"].items():
+            assert len(value.get("description", "")) > 10, f"{name}.{key} has no docstring"
+
+
+def test_the_schema_takes_data_in_every_form_that_a_recipe_does():
+    dpo = json.loads(schema())["$defs"]["DPO"]["properties"]
+    source = {"$ref": "#/$defs/Source"}
+
+    for forms in (dpo["data"]["anyOf"], dpo["eval_data"]["anyOf"]):
+        assert {"type": "string"} in forms
+        assert source in forms
+        (listed,) = (form["items"]["anyOf"] for form in forms if form.get("type") == "array")
+        assert {"type": "string"} in listed
+        assert source in listed
+
+
+def test_the_module_prints_the_schema():
+    run = subprocess.run([sys.executable, "-m", "qalign.recipe"], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert json.loads(run.stdout) == json.loads(schema())

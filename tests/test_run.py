@@ -1,0 +1,155 @@
+"""The run folder and the command around a stage: what is refused, what is kept, which exit code."""
+
+import json
+import signal
+
+import pytest
+
+from qalign import run as runs
+from qalign.errors import UserError
+from qalign.recipe_file import load
+from qalign.rows import Refused
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder, write_jsonl):
+    data = write_jsonl("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{base: {tiny_folder}}}\noutput: {tmp_path / 'runs'}\ndpo: {{data: {data}}}\n")
+    return load(str(path))
+
+
+def folder(recipe) -> runs.RunFolder:
+    return runs.RunFolder(recipe, "dpo", "recipe.yaml")
+
+
+def test_a_new_folder_is_free(recipe):
+    run = folder(recipe)
+    run.claim(resume=False, overwrite=False)
+    assert not run.path.exists()
+    run.begin([])
+    assert (run.path / "recipe.yaml").is_file()
+
+
+def test_a_taken_folder_is_refused_and_nothing_is_lost(recipe):
+    folder(recipe).begin([])
+    with pytest.raises(UserError, match="holds a run that was stopped; --resume goes on with it, --overwrite starts"):
+        folder(recipe).claim(resume=False, overwrite=False)
+    folder(recipe).finish(steps=1)
+    with pytest.raises(UserError, match="holds a complete run"):
+        folder(recipe).claim(resume=False, overwrite=False)
+    assert folder(recipe).complete
+
+
+def test_overwrite_deletes_only_when_training_begins(recipe):
+    first = folder(recipe)
+    first.begin([])
+    first.finish(steps=1)
+    again = folder(recipe)
+    again.claim(resume=False, overwrite=True)
+    assert again.complete
+    again.begin([])
+    assert not again.complete
+
+
+def test_files_that_are_no_run_are_never_deleted(recipe):
+    run = folder(recipe)
+    run.path.mkdir(parents=True)
+    (run.path / "thesis.doc").write_text("years of work")
+    with pytest.raises(UserError, match="no run of qalign's"):
+        run.claim(resume=False, overwrite=True)
+    assert (run.path / "thesis.doc").is_file()
+
+
+def test_resume_needs_the_same_recipe(recipe):
+    folder(recipe).begin([])
+    folder(recipe).claim(resume=True, overwrite=False)
+    other = recipe.model_copy(update={"dpo": recipe.dpo.model_copy(update={"beta": 0.7})})
+    with pytest.raises(UserError, match=r"this one differs: beta: 0\.7"):
+        folder(other).claim(resume=True, overwrite=False)
+
+
+def test_only_a_whole_checkpoint_counts(recipe):
+    run = folder(recipe)
+    for step in (5, 10, 15):
+        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    assert run.last_checkpoint() is None
+    for step in (5, 10):
+        (run.checkpoints / f"checkpoint-{step}" / "whole").touch()
+    assert run.last_checkpoint().name == "checkpoint-10"
+
+
+def test_rewind_drops_what_will_be_logged_again(recipe):
+    run = folder(recipe)
+    run.begin([])
+    lines = [json.dumps({"step": step, "num_tokens": 100 * step}) for step in (1, 2, 3)]
+    run.metrics.write_text("\n".join(lines) + '\n{"step": 4, "lo')  # a power cut left half a line
+    assert run.rewind(2) == 200
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+    assert run.rewind(0) == 0
+
+
+def test_few_refused_rows_pass_and_are_listed(recipe):
+    run = folder(recipe)
+    refused = [Refused("data.jsonl:7", "the prompt is empty")]
+    run.check_refused(refused, used=99)
+    run.begin(refused)
+    listed = [json.loads(line) for line in (run.path / "rejected_rows.jsonl").read_text().splitlines()]
+    assert listed == [{"where": "data.jsonl:7", "reason": "the prompt is empty"}]
+
+
+def test_too_many_refused_rows_stop_and_are_listed(recipe):
+    run = folder(recipe)
+    refused = [Refused(f"data.jsonl:{n}", "the prompt is empty") for n in range(6)]
+    with pytest.raises(UserError) as raised:
+        run.check_refused(refused, used=94)
+    assert raised.value.lines[0].startswith("6 of 100 rows were refused (6%; max_refused_share is 5%)")
+    assert raised.value.lines[1] == "  data.jsonl:0: the prompt is empty"
+    assert len((run.path / "rejected_rows.jsonl").read_text().splitlines()) == 6
+    folder(recipe).claim(resume=False, overwrite=False)  # the list alone is no run: the next try is not refused
+
+
+def test_no_rows_at_all(recipe):
+    with pytest.raises(UserError, match="holds no rows"):
+        folder(recipe).check_refused([], used=0)
+
+
+def raising(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [
+        (lambda: None, 0),
+        (raising(UserError("one line", "another")), 2),
+        (raising(KeyboardInterrupt()), 130),
+        (raising(runs.Stopped(signal.SIGINT)), 130),
+        (raising(runs.Stopped(signal.SIGTERM)), 143),
+    ],
+)
+def test_exit_codes(work, code, capsys):
+    assert runs.exit_code(work) == code
+    if code == 2:
+        assert capsys.readouterr().err == "one line\nanother\n"
+
+
+def test_several_processes_are_refused(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert runs.exit_code(lambda: None) == 2
+    assert "one GPU in one process" in capsys.readouterr().err
+
+
+def test_a_stop_request_is_patient_once():
+    stop = runs.StopRequest()
+    with pytest.raises(runs.Stopped):
+        stop(signal.SIGINT, None)
+    stop = runs.StopRequest()
+    stop.patient = True
+    stop(signal.SIGTERM, None)
+    assert stop.number == signal.SIGTERM
+    with pytest.raises(runs.Stopped):
+        stop(signal.SIGTERM, None)
