@@ -6,10 +6,10 @@
 
 import hashlib
 import json
-import logging
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
@@ -56,6 +56,7 @@ class Base:
     def __init__(self, lm: PreTrainedModel, tokenizer, source: str, template: str, dtype: torch.dtype):
         lm.requires_grad_(False)
         lm.eval()
+        self._base_parameters = lm.num_parameters()
         self.lm, self.model = lm, lm
         self.tokenizer, self.source, self.template, self.dtype = tokenizer, source, template, dtype
         self.reference = "the base with adapters off"
@@ -143,10 +144,9 @@ class Base:
             (Path(aside) / Role.POLICY).rename(folder)
 
     def count_parameters(self) -> tuple[int, int]:
-        """(trainable, all), where two 4-bit weights in a byte count as two."""
-        if self.model is self.lm:
-            return 0, self.lm.num_parameters()
-        return self.model.get_nb_trainable_parameters()
+        """(those of the policy, those of the base), where two 4-bit weights in a byte count as two."""
+        policy = sum(p.numel() for name, p in self.model.named_parameters() if f".{Role.POLICY}." in name)
+        return policy, self._base_parameters
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
@@ -183,7 +183,8 @@ def _quiet() -> None:
     """Keeps progress bars and notices of the libraries below from drowning qalign's own lines."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    # PEFT still calls what transformers 5.23 renamed.
+    warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 
 
 def device() -> torch.device:

@@ -9,7 +9,7 @@ serves both; no SFT on the chosen answers comes first unless the recipe starts f
 
 import time
 
-from qalign.recipe import REFERENCE_FREE, Recipe
+from qalign.recipe import REFERENCE_FREE, Recipe, Source
 from qalign.run import RunFolder, Stopped, print_table, stage_command
 
 
@@ -25,7 +25,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     settings = recipe.dpo
     base = load(recipe.model)
-    pairs, eval_pairs, refused = read_pairs(recipe, base.tokenizer)
+    pairs, refused = read_pairs(recipe, base.tokenizer, settings.data, settings.limit)
+    eval_pairs, refused_held_out = read_pairs(recipe, base.tokenizer, settings.eval_data or ())
+    refused += refused_held_out
     run.check_refused(refused, len(pairs) + len(eval_pairs))
 
     set_seed(recipe.seed)
@@ -42,16 +44,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     args = training_config(recipe, run, base, pairs)
     trainer = PreferenceTrainer(base, settings, args, pairs, eval_pairs, tokens_seen, (Journal(run, tokens_seen),))
 
-    trainable, total = base.count_parameters()
+    trainable, size = base.count_parameters()
     shortened = sum(pair.dropped_turns > 0 for pair in pairs)
     print_table(
         f"qalign dpo → {run.path}",
         [
-            ("model", f"{recipe.model.base} ({total / 1e6:,.0f} M parameters)"),
-            ("held in", f"{recipe.model.quantization}, computing in {str(base.lm.dtype).removeprefix('torch.')} "
+            ("model", f"{recipe.model.base} ({size / 1e6:,.0f} M parameters)"),
+            ("held in", f"{recipe.model.quantization}, computing in {str(base.dtype).removeprefix('torch.')} "
              f"on {base.lm.device.type}"),
             ("template", base.template),
-            ("trainable", f"{trainable:,} adapter parameters ({trainable / total:.2%}), in float32"),
+            ("trainable", f"{trainable:,} adapter parameters ({trainable / size:.2%}), in float32"),
             ("reference", reference),
             ("loss", f"{settings.loss}, beta {settings.beta:g}"),
             ("rows", f"{len(pairs):,} pairs ({shortened:,} with old turns dropped), {len(eval_pairs):,} held out, "
@@ -99,19 +101,14 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
 
 
-def read_pairs(recipe: Recipe, tokenizer):
-    """The stage's training and held-out rows as ids: (pairs, eval pairs, refused rows of both)."""
+def read_pairs(recipe: Recipe, tokenizer, sources: tuple[Source, ...], limit: int | None = None):
+    """Preference rows as ids: (pairs, refused rows)."""
     from qalign.rows import preferences
     from qalign.tokens import encode_pairs
 
-    settings, model = recipe.dpo, recipe.model
-    found, refused = [], []
-    for sources, limit in ((settings.data, settings.limit), (settings.eval_data or (), None)):
-        rows, unread = preferences(sources, settings.split, limit, recipe.seed)
-        pairs, unfit = encode_pairs(tokenizer, rows, model.max_length, model.chat_template_kwargs)
-        found.append(pairs)
-        refused += unread + unfit
-    return *found, refused
+    rows, unread = preferences(sources, recipe.dpo.split, limit, recipe.seed)
+    pairs, unfit = encode_pairs(tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
+    return pairs, unread + unfit
 
 
 if __name__ == "__main__":

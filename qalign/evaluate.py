@@ -35,7 +35,7 @@ def report(recipe: Recipe) -> None:
     from qalign.rows import preferences
 
     base = load(model)
-    _, pairs, _ = read_pairs(recipe, base.tokenizer)
+    pairs, _ = read_pairs(recipe, base.tokenizer, settings.eval_data)
     if not pairs:
         raise UserError("dpo.eval_data: holds no usable rows")
     base.load_policy(str(run.adapter), trainable=False)

@@ -76,7 +76,9 @@ def _as_sources(value: Any) -> Any:
 Data = Annotated[
     tuple[Source, ...],
     Field(min_length=1),
-    BeforeValidator(_as_sources, json_schema_input_type=str | Source | list[str | Source]),
+    BeforeValidator(
+        _as_sources, json_schema_input_type=str | Source | Annotated[list[str | Source], Field(min_length=1)]
+    ),
 ]
 
 
@@ -173,7 +175,7 @@ class Recipe(Section):
 def schema() -> str:
     """The recipe's JSON schema, for editors."""
     return (
-        json.dumps({"$schema": "http://json-schema.org/draft-07/schema#", **Recipe.model_json_schema()}, indent=1)
+        json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}, indent=1)
         + "\n"
     )
 

@@ -234,13 +234,14 @@ def _missing_files(raw: dict, beside: Path):
             )
 
 
-# What qalign sets itself, and where to say it instead.
+# What qalign sets itself, and where to say it instead. (The last two are old names, silently ignored beside the new.)
 _OWNED = {
     "output_dir": "output", "max_length": "model.max_length", "seed": "seed", "num_train_epochs": "epochs",
     "per_device_train_batch_size": "micro_batch_size", "per_device_eval_batch_size": "micro_batch_size",
     "gradient_accumulation_steps": "batch_size", "lr_scheduler_type": "scheduler", "warmup_steps": "warmup_ratio",
     "eval_steps": "eval_every", "save_steps": "save_every", "loss_type": "loss", "bf16": "model.compute_dtype",
-    "fp16": "model.compute_dtype",
+    "fp16": "model.compute_dtype", "gradient_checkpointing": "trainer.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "trainer.activation_checkpointing_kwargs",
 }  # fmt: skip
 # What TRL's DPOTrainer does inside its own loss or data preparation, where qalign has its own or nothing.
 _WITHOUT_EFFECT = {

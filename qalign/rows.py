@@ -125,11 +125,10 @@ def _parts(raw: dict) -> tuple[list[Message], Any, Any]:
         return [*system, *history, {"role": "user", "content": request}], chosen, rejected
     chosen, rejected = raw.get("chosen"), raw.get("rejected")
     _need(chosen, rejected, raw)
-    for key in ("conversations", "messages"):
+    # 'prompt' first: UltraFeedback binarized has 'messages' beside it, which hold the chosen answer too.
+    for key in ("prompt", "conversations", "messages"):
         if key in raw:
             return system + _turns(raw[key], key), chosen, rejected
-    if "prompt" in raw:
-        return system + _turns(raw["prompt"], "prompt"), chosen, rejected
     return system, chosen, rejected
 
 

@@ -6,6 +6,7 @@ Imports no torch: a bad recipe, a taken folder or a typo on the command line ans
 import argparse
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import shlex
@@ -225,6 +226,7 @@ def exit_code(work: Callable[[], None]) -> int:
     """Runs it: 0, or 2 with a line a mistake, or 128 + the signal that stopped it."""
     # One process, one GPU: with several visible, Trainer would split batches over them behind qalign's back.
     os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests an optional package at import
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")

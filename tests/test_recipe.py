@@ -3,15 +3,13 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import get_args
 
 import pytest
 from pydantic import ValidationError
 
 from qalign.recipe import DPO_LOSSES, REFERENCE_FREE, Recipe, Source, schema
-
-ROOT = Path(__file__).parent.parent
+from tests.conftest import ROOT
 
 
 def recipe(model: dict | None = None, lora: dict | None = None, dpo: dict | None = None, **top) -> Recipe:

@@ -323,7 +323,6 @@ def test_hub_recipes_use_the_preference_splits(name, recipe):
     assert held_out.limit
 
 
-@pytest.mark.xfail(strict=True, reason="rows.py takes `messages`, the chosen dialogue, for the prompt: no row is read")
 def test_rows_of_ultrafeedback_are_understood():
     """Its columns, `messages` (the prompt and the chosen answer once more) included; the text is ours."""
     question, good, bad = (
