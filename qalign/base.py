@@ -139,9 +139,14 @@ class Base:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
             self.model.save_pretrained(aside, selected_adapters=[Role.POLICY], save_embedding_layers=False)
-            self.tokenizer.save_pretrained(Path(aside) / Role.POLICY)
+            save_tokenizer(self.tokenizer, Path(aside) / Role.POLICY)
             shutil.rmtree(folder, ignore_errors=True)
             (Path(aside) / Role.POLICY).rename(folder)
+
+    @property
+    def precision(self) -> str:
+        """What is computed in, and where, in words."""
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.lm.device.type}"
 
     def count_parameters(self) -> tuple[int, int]:
         """(those of the policy, those of the base), where two 4-bit weights in a byte count as two."""
@@ -244,7 +249,7 @@ def _converted(file: Path) -> Path:
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
         with _written_aside(folder) as aside:
             lm.save_pretrained(aside)
-            tokenizer.save_pretrained(aside)
+            save_tokenizer(tokenizer, aside)
     return folder
 
 
@@ -282,6 +287,14 @@ def guard_4bit(lm: nn.Module) -> None:
             assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False), (
                 "4-bit weights were repacked"
             )
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """Saves a tokenizer so that it gives the same ids when loaded again."""
+    tokenizer.save_pretrained(folder)
+    if getattr(tokenizer, "legacy", None):  # transformers 5.23 forgets it, and spaces after special tokens change
+        settings = folder / "tokenizer_config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"legacy": True}, indent=2), encoding="utf-8")
 
 
 @contextmanager

@@ -108,17 +108,19 @@ class RunFolder:
         whole = [mark.parent for mark in self.checkpoints.glob("checkpoint-*/whole")]
         return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
 
-    def rewind(self, step: int) -> int:
-        """Drops what was logged after the checkpoint that is resumed from; it will be logged again.
+    def rewind(self) -> tuple[Path | None, int]:
+        """Where to go on from; what was logged after it is dropped, as it will be logged again.
 
         Returns:
-            The tokens that the run had seen by then.
+            (the last whole checkpoint if the run is resumed and has one, the tokens seen by then).
         """
+        checkpoint = self.last_checkpoint() if self.resume else None
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
         whole = [json.loads(line) for line in lines if line.endswith("}")]  # a power cut may leave half a line
         kept = [line for line in whole if line["step"] <= step]
         self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return max((line.get("num_tokens", 0) for line in kept), default=0)
+        return checkpoint, max((line.get("num_tokens", 0) for line in kept), default=0)
 
     def check_refused(self, refused: list[Refused], used: int) -> None:
         """Stops before training if the data is not what the user thinks it is.
@@ -144,17 +146,27 @@ class RunFolder:
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
             (self.path / REFUSED).write_text("".join(lines), encoding="utf-8")
 
-    def finish(self, **facts) -> dict:
-        """Writes `summary.json`; its presence says that the run is complete. Returns what was written."""
+    def finish(self, next_command: str, base: str, **facts) -> None:
+        """Writes the adapter's model card and `summary.json`, whose presence says that the run is complete; then says
+        where the adapter is and what to type next.
+
+        Args:
+            next_command: what the user may want to do now.
+            base: folder or hub id of the 16-bit base.
+            facts: what to keep; `reference`, `tokens_per_second` and `peak_bytes` at least.
+        """
         facts |= {"wall_seconds": round(time.monotonic() - self._began, 1), "versions": versions()}
+        self._write_model_card(base, facts)
         aside = self.summary.with_suffix(".part")
         aside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.rename(self.summary)
-        return facts
+        speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"
+        print_table("done", [("adapter", self.adapter), ("speed", speed), ("next", next_command)])
 
-    def write_model_card(self, base: str, reference: str, facts: Iterable[tuple[str, object]]) -> None:
+    def _write_model_card(self, base: str, facts: dict) -> None:
         """`adapter/README.md`: what this adapter is, from what, and how to load it without qalign."""
-        table = "\n".join(f"| {name} | {value} |" for name, value in facts)
+        table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if name != "versions")
+        made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         (self.adapter / "README.md").write_text(
             f"""---
 base_model: {base}
@@ -163,7 +175,7 @@ tags: [qalign, {self.stage}, lora]
 ---
 # {self.path.parent.name}: {self.stage} adapter
 
-Trained with qalign {versions()["qalign"]} on `{self.recipe.model.base}`; the reference was {reference}.
+Trained with qalign on `{self.recipe.model.base}`. Made with {made_with}.
 
 | | |
 |---|---|
@@ -189,7 +201,7 @@ def print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
     """Facts under a title, aligned."""
     print(f"\n{title}")
     for name, value in rows:
-        print(f"  {name:<13} {value}")
+        print(f"  {name:<14} {value}")
     print(flush=True)
 
 

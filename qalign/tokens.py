@@ -5,8 +5,10 @@ BOS; the supervised ids are exactly the answer and its end of turn.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qalign.errors import UserError
@@ -75,7 +77,7 @@ def encode_pairs(tokenizer, rows: list[Preference], max_length: int, template_kw
         (pairs, refused): `list[TokenPair]` and `list[Refused]`.
     """
     pairs, refused = [], []
-    for row in rows:
+    for row in tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000):
         try:
             pairs.append(encode_pair(tokenizer, row, max_length, template_kwargs))
         except BadRow as reason:
@@ -140,7 +142,7 @@ def _encode(tokenizer, prompt: list[Message], answers: tuple[str, ...], template
 
 def _through_end_of_turn(tokenizer, ids: list[int]) -> list[int]:
     """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
-    special = _special_ids(tokenizer)
+    special = _special(tokenizer)
     end = len(ids)
     while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1 : end]).strip()):
         end -= 1
@@ -150,16 +152,18 @@ def _through_end_of_turn(tokenizer, ids: list[int]) -> list[int]:
     return [*ids[:end], tokenizer.eos_token_id]
 
 
-def _special_ids(tokenizer) -> set[int]:
-    marked = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return marked | {tokenizer.eos_token_id}
+@lru_cache(maxsize=4)
+def _special(tokenizer) -> dict[int, str]:
+    """Special tokens, id to text; EOS counts as one even where it isn't marked."""
+    marked = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {tokenizer.eos_token_id: tokenizer.eos_token, **marked}
 
 
 def _refuse_special(tokenizer, turns: list[Message]) -> None:
     """A turn that spells out a special token would be read as one: a forged end of turn."""
-    for token in tokenizer.added_tokens_decoder.values():
-        if token.special and any(token.content in turn["content"] for turn in turns):
-            raise BadRow(f"the text contains the model's special token {token.content}")
+    for token in _special(tokenizer).values():
+        if any(token in turn["content"] for turn in turns):
+            raise BadRow(f"the text contains the model's special token {token}")
 
 
 def _render(tokenizer, turns: list[Message], template_kwargs: dict, *, add_generation_prompt: bool) -> str:

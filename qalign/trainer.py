@@ -25,7 +25,7 @@ from qalign.errors import UserError
 from qalign.logps import pair_lengths, pair_logps
 from qalign.losses import CHOSEN, REJECTED, preference_loss, rewards
 from qalign.recipe import DPO, REFERENCE_FREE, Recipe
-from qalign.run import RunFolder
+from qalign.run import RunFolder, Stopped
 from qalign.tokens import TokenPair
 
 
@@ -284,6 +284,40 @@ class Journal(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         self.run.stop.patient = False
         self._bar.close()
+
+
+def train_to_the_end(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Path | None) -> dict[str, float]:
+    """Runs the loop, from a checkpoint if there is one.
+
+    Returns:
+        `steps`, `train_seconds`, `tokens`, `tokens_per_second`, `peak_bytes`.
+
+    Raises:
+        Stopped: the user or the system asked to stop; a checkpoint was written.
+        UserError: the GPU's memory is too small, or the loss is not finite.
+    """
+    began, seen = time.monotonic(), trainer.tokens_seen
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        micro, longest = trainer.args.per_device_train_batch_size, max(map(len, trainer.train_dataset))
+        smaller = f"{run.stage}.micro_batch_size={micro // 2}" if micro > 1 else f"model.max_length={longest // 2}"
+        raise UserError(
+            f"out of GPU memory with {micro} pairs of up to {longest} tokens at a time "
+            f"({str(error).partition('. ')[0]}). Try {smaller}"
+        ) from None
+    if run.stop.number is not None and trainer.state.global_step < trainer.state.max_steps:
+        print(f"stopped at step {trainer.state.global_step}; the checkpoint is {run.last_checkpoint()}")
+        print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
+        raise Stopped(run.stop.number)
+    seconds = time.monotonic() - began
+    return {
+        "steps": trainer.state.global_step,
+        "train_seconds": round(seconds, 1),
+        "tokens": trainer.tokens_seen,
+        "tokens_per_second": round((trainer.tokens_seen - seen) / seconds, 1),
+        "peak_bytes": peak_bytes(),
+    }
 
 
 def peak_bytes() -> int:

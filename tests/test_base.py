@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qalign.base import Role, cache_folder, guard_4bit, load
+from qalign.base import Role, cache_folder, guard_4bit, load, save_tokenizer
 from qalign.errors import UserError
 from qalign.recipe import Lora, Model
+from tests.conftest import FIXTURES
 
 IDS = torch.arange(20, 60).view(2, 20)
 
@@ -258,6 +259,14 @@ def test_an_adapter_of_another_model_is_refused(spec, adapter_folder):
 def test_targets_that_fit_nothing_are_one_line(tiny_base):
     with pytest.raises(UserError, match=r"lora\.targets"):
         tiny_base.add_policy(Lora(targets=["no_such_proj"]))
+
+
+@pytest.mark.parametrize("name", ["llama3", "zephyr", "mistral_v03"])
+def test_a_saved_tokenizer_gives_the_same_ids(name, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / name)
+    text = "<|user|>\nhello there</s>\n<|assistant|>\n hi</s>\n [INST] x[/INST] y</s>"
+    save_tokenizer(tokenizer, tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(text).input_ids == tokenizer(text).input_ids
 
 
 def test_saved_policy_loads_with_plain_peft(spec, tmp_path):

@@ -88,7 +88,7 @@ def test_a_run_leaves_what_it_promises(recipe_file, capsys):
     assert {"wall_seconds", "tokens_per_second", "peak_bytes", "versions"} <= set(summary)
 
     said = capsys.readouterr().out
-    for word in ("nf4", "24 pairs", "the base with adapters off", "6 of 4 pairs", str(run.adapter)):
+    for word in ("nf4", "24 used", "the base with adapters off", "6, each of 4 pairs", str(run.adapter)):
         assert word in said, word
     assert f"python -m qalign.evaluate {run.command_line}" in said
 
@@ -178,7 +178,7 @@ def test_a_value_that_trl_refuses_is_one_line(recipe_file):
     assert len(raised.value.lines) == 1
 
 
-# --- stopping and going on, in real processes --------------------------------------------------------------------------
+# --- stopping and going on, in real processes ------------------------------------------------------------------------
 
 
 def start(path: str, *words: str) -> subprocess.Popen:

@@ -88,6 +88,7 @@ SHAPES = {
             "prompt_id": "0f",
             "chosen": [user("Why?"), assistant("Yes")],
             "rejected": [user("Why?"), assistant("No")],
+            "messages": [user("Why?"), assistant("Yes")],
             "score_chosen": 8.0,
             "score_rejected": 4.5,
         },
@@ -492,9 +493,8 @@ def test_lines_may_end_as_on_windows(tmp_path):
 def test_a_csv_from_a_spreadsheet(tmp_path):
     """A byte order mark, lines within a field, and rows that are short or blank."""
     path = tmp_path / "rows.csv"
-    path.write_bytes(
-        b'\xef\xbb\xbfprompt,chosen,rejected\r\n"Why?\r\nReally?","Yes, sir",No\r\nHow?,,No\r\nWho?,Me\r\n'
-    )
+    lines = ["prompt,chosen,rejected", '"Why?', 'Really?","Yes, sir",No', "How?,,No", "", "Who?,Me", ""]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
 
     (row,), refused = read(path)
 

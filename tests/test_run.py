@@ -10,6 +10,8 @@ from qalign.errors import UserError
 from qalign.recipe_file import load
 from qalign.rows import Refused
 
+FACTS = {"tokens_per_second": 1.0, "peak_bytes": 1, "reference": "none"}
+
 
 @pytest.fixture
 def recipe(tmp_path, tiny_folder, write_jsonl):
@@ -35,7 +37,8 @@ def test_a_taken_folder_is_refused_and_nothing_is_lost(recipe):
     folder(recipe).begin([])
     with pytest.raises(UserError, match="holds a run that was stopped; --resume goes on with it, --overwrite starts"):
         folder(recipe).claim(resume=False, overwrite=False)
-    folder(recipe).finish(steps=1)
+    folder(recipe).adapter.mkdir()
+    folder(recipe).finish("next", "base", **FACTS)
     with pytest.raises(UserError, match="holds a complete run"):
         folder(recipe).claim(resume=False, overwrite=False)
     assert folder(recipe).complete
@@ -44,7 +47,8 @@ def test_a_taken_folder_is_refused_and_nothing_is_lost(recipe):
 def test_overwrite_deletes_only_when_training_begins(recipe):
     first = folder(recipe)
     first.begin([])
-    first.finish(steps=1)
+    first.adapter.mkdir()
+    first.finish("next", "base", **FACTS)
     again = folder(recipe)
     again.claim(resume=False, overwrite=True)
     assert again.complete
@@ -82,11 +86,17 @@ def test_only_a_whole_checkpoint_counts(recipe):
 def test_rewind_drops_what_will_be_logged_again(recipe):
     run = folder(recipe)
     run.begin([])
+    run.claim(resume=True, overwrite=False)
+    for step in (2, 3):
+        (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
+    (run.checkpoints / "checkpoint-2" / "whole").touch()
     lines = [json.dumps({"step": step, "num_tokens": 100 * step}) for step in (1, 2, 3)]
     run.metrics.write_text("\n".join(lines) + '\n{"step": 4, "lo')  # a power cut left half a line
-    assert run.rewind(2) == 200
+    assert run.rewind() == (run.checkpoints / "checkpoint-2", 200)
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
-    assert run.rewind(0) == 0
+    fresh = folder(recipe)
+    assert fresh.rewind() == (None, 0)
+    assert fresh.metrics.read_text() == ""
 
 
 def test_few_refused_rows_pass_and_are_listed(recipe):
