@@ -97,6 +97,10 @@ SHAPES = {
         BRIEFED,
         {"prompt": "Why?", "chosen": [*BRIEFED, assistant("Yes")], "rejected": [*BRIEFED, assistant("No")]},
     ),
+    "UltraFeedback binarized, a system column": (
+        BRIEFED,
+        {"system": "Be brief.", "chosen": [*ASKED, assistant("Yes")], "rejected": [*ASKED, assistant("No")]},
+    ),
     "UltraFeedback binarized, the prompt opens a longer dialogue": (
         TALKED,
         {"prompt": "Hi", "chosen": [*TALKED, assistant("Yes")], "rejected": [*TALKED, assistant("No")]},
@@ -237,6 +241,14 @@ REFUSALS = {
     "rejected empty": (SAME | {"rejected": ""}, "rejected: the answer is empty"),
     "both the same": (SAME | {"rejected": "Yes"}, "chosen and rejected are the same answer"),
     "both the same but for white space": (SAME | {"rejected": " Yes\n"}, "chosen and rejected are the same answer"),
+    "both the same, in turns": (
+        {"chosen": [*TALKED, assistant("Yes")], "rejected": [*TALKED, assistant("Yes")]},
+        "chosen and rejected are the same answer",
+    ),
+    "one dialogue goes on where the other ends": (
+        {"chosen": [*ASKED, assistant("Yes"), user("Oh"), assistant("So")], "rejected": [*ASKED, assistant("Yes")]},
+        "chosen: expected one assistant turn after the prompt, found assistant → user → assistant",
+    ),
     "answers of no text": (SAME | {"chosen": 5}, "chosen: expected a text or turns, found int"),
     "answers in a list of texts": (SAME | {"rejected": ["No"]}, "rejected: expected a text or turns, found list"),
     "no answer after the prompt": (

@@ -14,13 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from qalign.errors import UserError
 from qalign.recipe import Source
 from qalign.rows import BadRow, Preference, Refused, preferences
-from qalign.tokens import (
-    encode_pair,
-    encode_pairs,
-    encode_prompt,
-    end_of_turn_id,
-    prepare_tokenizer,
-)
+from qalign.tokens import encode_pair, encode_pairs, encode_prompt, end_of_turn_id, prepare_tokenizer
 from tests.conftest import FIXTURES
 
 # SmolLM2-Instruct's.
@@ -146,9 +140,13 @@ class Family:
     end: str
     end_id: int
     fine: list[str]
-    """The tokens of "I am fine." where an answer begins."""
+    no: list[str]
+    """The tokens of "I am fine." and "No" where an answer begins."""
     trims: bool
     """Whether the template trims an answer."""
+    special: tuple[str, ...]
+    """Special tokens that real rows might spell out."""
+    takes_system: bool = True
     answer_prefix: str = ""
     template: str = "the model's own"
 
@@ -166,7 +164,9 @@ FAMILIES = {
         end="<|eot_id|>",
         end_id=2005,
         fine=["I", "Ġa", "m", "Ġf", "ine", "."],
+        no=["No"],
         trims=True,
+        special=("<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>"),
     ),
     "chatml": Family(
         tokenizer=chatml_tokenizer,
@@ -175,7 +175,9 @@ FAMILIES = {
         end="<|im_end|>",
         end_id=2007,
         fine=["I", "Ġa", "m", "Ġf", "ine", "."],
+        no=["No"],
         trims=False,
+        special=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     ),
     "zephyr": Family(
         tokenizer=lambda: fixture_tokenizer("zephyr"),
@@ -184,7 +186,9 @@ FAMILIES = {
         end="</s>",
         end_id=2,
         fine=["I", "▁a", "m", "▁f", "ine", "."],
+        no=["N", "o"],
         trims=False,
+        special=("<s>", "</s>", "<unk>"),
         template="the model's own, with the BOS it left out",
     ),
     "mistral": Family(
@@ -194,7 +198,10 @@ FAMILIES = {
         end="</s>",
         end_id=2,
         fine=["▁I", "▁a", "m", "▁f", "ine", "."],
+        no=["▁N", "o"],
         trims=True,
+        special=("<s>", "</s>", "<unk>", "[INST]", "[/INST]"),
+        takes_system=False,
         answer_prefix=" ",
     ),
 }
@@ -228,7 +235,7 @@ def test_the_prompt_is_the_templates_and_the_completion_the_answer_and_its_end_o
 
     assert pair.prompt_ids == family.prompt_ids(turns)
     assert tokenizer.convert_ids_to_tokens(pair.chosen_ids) == [*family.fine, family.end]
-    assert tokenizer.convert_ids_to_tokens(pair.rejected_ids) == [family.fine[0].replace("I", "No"), family.end]
+    assert tokenizer.convert_ids_to_tokens(pair.rejected_ids) == [*family.no, family.end]
     assert (pair.where, pair.dropped_turns) == ("rows.jsonl:1", 0)
     assert len(pair) == len(pair.prompt_ids) + 7
 
@@ -296,23 +303,23 @@ def test_what_a_template_writes_after_the_end_of_turn_is_cut():
     assert end_of_turn_id(tokenizer, {}) == end != tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("after", ["", "\n", "\n\n"])
-def test_a_template_without_an_end_of_turn_gets_the_eos(after):
+@pytest.mark.parametrize(
+    "turns",
+    [
+        "{% for m in messages %}{{ '\\n' if not loop.first }}{{ m.role + ': ' + m.content }}{% endfor %}"
+        "{{ '\\n' if add_generation_prompt }}",
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}",
+    ],
+    ids=["newlines between turns", "newlines after turns"],
+)
+def test_a_template_without_an_end_of_turn_gets_the_eos(turns):
     tokenizer = fixture_tokenizer("llama3")
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role + ': ' + m.content }}{{ '\n' if not loop.last else '" + after + "' }}"
-        "{% endfor %}{{ '\nassistant:' if add_generation_prompt }}"
-    ).replace("\n", "\\n")
-    if after:  # each turn, the last one included, ends a line
-        tokenizer.chat_template = (
-            "{% for m in messages %}{{ m.role + ': ' + m.content + '" + after + "' }}{% endfor %}"
-            "{{ 'assistant:' if add_generation_prompt }}"
-        ).replace("\n", "\\n")
+    tokenizer.chat_template = turns + "{{ 'assistant:' if add_generation_prompt }}"
     prepare_tokenizer(tokenizer)
 
     pair = encode(tokenizer, HELLO, chosen="I am fine", rejected="No")
 
-    assert pair.prompt_ids == [2000, *plain("llama3", f"user: Hello there{after or chr(10)}assistant:")]
+    assert pair.prompt_ids == [2000, *plain("llama3", "user: Hello there\nassistant:")]
     assert pair.chosen_ids == [*plain("llama3", " I am fine"), 2005]
     assert pair.rejected_ids == [*plain("llama3", " No"), 2005]
     assert end_of_turn_id(tokenizer, {}) == 2005
@@ -387,6 +394,17 @@ def test_a_tokenizer_that_is_prepared_twice_still_has_one_bos():
 
     assert prepare_tokenizer(tokenizer) == "the model's own"
     assert encode(tokenizer, HELLO).prompt_ids == zephyr_prompt([HELLO])
+
+
+def test_a_bos_that_nothing_writes_is_not_made_up():
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+
+    assert prepare_tokenizer(tokenizer) == "the model's own"
+    assert encode_prompt(tokenizer, [{"role": "user", "content": "Hello there"}], {}) == [
+        *plain("llama3", "user: Hello there"),
+        2007,
+    ]
 
 
 def test_others_see_the_same_ids_through_the_template_alone(family):
@@ -518,13 +536,13 @@ LONG = [("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D"), ("
 def test_the_oldest_turns_are_dropped_until_the_row_fits(first):
     tokenizer = FAMILIES["llama3"].prepared()
     whole, shorter, shortest = ([*first, *LONG[drop:]] for drop in (0, 2, 4))
-    answer = 2  # "Yes" and the end of turn
+    completion = [*plain("llama3", "Yes"), 2005]
+    answer = len(completion)
 
     def fits(turns, max_length, dropped):
         pair = encode(tokenizer, *first, *LONG, max_length=max_length)
         assert pair.prompt_ids == llama3_prompt(turns)
-        assert pair.chosen_ids == [*plain("llama3", "Yes"), 2005]
-        assert pair.dropped_turns == dropped
+        assert (pair.chosen_ids, pair.dropped_turns) == (completion, dropped)
 
     fits(whole, len(llama3_prompt(whole)) + answer, 0)
     fits(shorter, len(llama3_prompt(whole)) + answer - 1, 2)
@@ -636,50 +654,60 @@ def test_real_rows_have_the_ids_that_mistral_common_gives_them(mistral_common, s
 # --- real rows -------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real_rows() -> Callable[..., list[Preference]]:
-    def read(folder) -> list[Preference]:
-        names = ("hh_harmless.jsonl.gz", "dpo_en_demo.json", "alpaca_eval_prefs.jsonl.gz")
-        return preferences(tuple(Source(path=str(folder / name)) for name in names), "train", 120, 0)[0]
+@pytest.fixture
+def real_rows(family, shared_data) -> list[Preference]:
+    """Some hundred rows of three data sets, without those that the family can't take by its nature."""
+    names = ("hh_harmless.jsonl.gz", "dpo_en_demo.json", "alpaca_eval_prefs.jsonl.gz")
+    rows, _ = preferences(tuple(Source(path=str(shared_data / name)) for name in names), "train", 120, 0)
+    taken = [pref for pref in rows if family.takes_system or pref.prompt[0]["role"] != "system"]
+    assert len(taken) > 300
+    return taken
 
-    return read
+
+def spells_special(family: Family, pref: Preference) -> bool:
+    texts = [pref.chosen, pref.rejected, *(turn["content"] for turn in pref.prompt)]
+    return any(token in text for token in family.special for text in texts)
 
 
-def decoded(tokenizer, ids: list[int]) -> str:
+def decoded(family: Family, tokenizer, ids: list[int]) -> str:
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    return text.replace("<s> ", "<s>").replace("</s> ", "</s>")  # Llama's marker of a stretch's beginning is no space
+    if family is FAMILIES["zephyr"]:  # Llama marks where each stretch begins, which is decoded as a space
+        text = text.replace("<s> ", "<s>").replace("</s> ", "</s>")
+    return text
 
 
-def test_real_rows_decode_to_the_rendered_dialogue_up_to_the_end_of_turn(family, real_rows, shared_data):
-    tokenizer, rows = family.prepared(), real_rows(shared_data)
+def test_real_rows_decode_to_the_rendered_dialogue_up_to_the_end_of_turn(family, real_rows):
+    tokenizer = family.prepared()
 
-    pairs, refused = encode_pairs(tokenizer, rows, 100_000, {})
+    pairs, refused = encode_pairs(tokenizer, real_rows, 100_000, {})
 
-    assert refused == []
-    assert len(pairs) > 350
-    for pref, pair in zip(rows, pairs, strict=True):
+    assert [bad.where for bad in refused] == [pref.where for pref in real_rows if spells_special(family, pref)]
+    used = [pref for pref in real_rows if not spells_special(family, pref)]
+    for pref, pair in zip(used, pairs, strict=True):
         prompt = family.prompt_text([(turn["role"], turn["content"]) for turn in pref.prompt])
-        assert decoded(tokenizer, pair.prompt_ids) == prompt
+        assert decoded(family, tokenizer, pair.prompt_ids) == prompt
         for answer, ids in ((pref.chosen, pair.chosen_ids), (pref.rejected, pair.rejected_ids)):
             said = family.answer_prefix + (answer.strip() if family.trims else answer)
-            assert decoded(tokenizer, pair.prompt_ids + ids) == prompt + said + family.end
+            assert decoded(family, tokenizer, pair.prompt_ids + ids) == prompt + said + family.end
             assert ids.index(family.end_id) == len(ids) - 1
 
 
-def test_real_rows_fit_and_their_answers_are_whole(family, real_rows, shared_data):
-    tokenizer, rows, most = family.prepared(), real_rows(shared_data), 600
-    whole = {pair.where: pair for pair in encode_pairs(tokenizer, rows, 100_000, {})[0]}
+def test_real_rows_fit_and_their_answers_are_whole(family, real_rows):
+    tokenizer, most = family.prepared(), 600
+    whole = {pair.where: pair for pair in encode_pairs(tokenizer, real_rows, 100_000, {})[0]}
 
-    pairs, refused = encode_pairs(tokenizer, rows, most, {})
+    pairs, refused = encode_pairs(tokenizer, real_rows, most, {})
 
-    assert len(pairs) + len(refused) == len(rows)
+    assert len(pairs) + len(refused) == len(real_rows)
     assert {pair.dropped_turns > 0 for pair in pairs} == {True, False}
-    assert refused
-    asked = {pref.where: [(turn["role"], turn["content"]) for turn in pref.prompt] for pref in rows}
     for pair in pairs:
         full = whole[pair.where]
         assert (pair.chosen_ids, pair.rejected_ids) == (full.chosen_ids, full.rejected_ids)
         assert len(pair) <= most
         assert (pair.dropped_turns == 0) == (len(full) <= most)
-        left = asked[pair.where][pair.dropped_turns :]
-        assert decoded(tokenizer, pair.prompt_ids) == family.prompt_text(left)
+    asked = {pref.where: [(turn["role"], turn["content"]) for turn in pref.prompt] for pref in real_rows}
+    for pair in pairs:
+        turns = asked[pair.where]
+        kept = turns[:1] if turns[0][0] == "system" else []
+        left = [*kept, *turns[len(kept) + pair.dropped_turns :]]
+        assert decoded(family, tokenizer, pair.prompt_ids) == family.prompt_text(left)
