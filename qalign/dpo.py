@@ -17,7 +17,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from transformers import set_seed
 
     from qalign.base import load
-    from qalign.trainer import Journal, PreferenceTrainer, planned_steps, train_to_the_end, training_config
+    from qalign.journal import Journal
+    from qalign.trainer import PreferenceTrainer, planned_steps, train_to_the_end, training_config
 
     settings = recipe.dpo
     base = load(recipe.model)

@@ -4,6 +4,7 @@ The docstring under each key is what editors show, through the JSON schema that 
 """
 
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -12,7 +13,24 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 class Section(BaseModel):
     """A part of the recipe: unknown keys and loose types are errors, and nothing changes once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        str_min_length=1,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+    )
+
+    def clashes(self) -> Iterator[str]:
+        """Settings that contradict each other, as `key: what is wrong`."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _no_clashes(self):
+        if found := list(self.clashes()):
+            raise ValueError("\n".join(found))
+        return self
 
 
 class Model(Section):
@@ -48,11 +66,9 @@ class Lora(Section):
     targets: str | list[str] = "all-linear"
     """Which layers get an adapter: `all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
 
-    @model_validator(mode="after")
-    def _head_stays_frozen(self):
-        if not isinstance(self.targets, str) and "lm_head" in self.targets:
-            raise ValueError("targets: 'lm_head' can't have an adapter, log-probs are computed from its frozen weight")
-        return self
+    def clashes(self):
+        if "lm_head" in ([self.targets] if isinstance(self.targets, str) else self.targets):
+            yield "targets: 'lm_head' can't have an adapter, log-probs are computed from its frozen weight"
 
 
 class Source(Section):
@@ -116,14 +132,14 @@ class Stage(Section):
     trainer: dict[str, Any] = {}
     """Anything else for TRL's config of this stage, such as `{optim: paged_adamw_8bit, weight_decay: 0.01}`."""
 
-    @model_validator(mode="after")
-    def _batches_divide(self):
+    def clashes(self):
         if self.micro_batch_size != "auto" and self.batch_size % self.micro_batch_size:
-            raise ValueError(
+            yield (
                 f"micro_batch_size: {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
                 "take a divisor, or 'auto'"
             )
-        return self
+        if self.eval_every and not self.eval_data:
+            yield "eval_every: has nothing to measure without eval_data; add it or remove this"
 
 
 DPO_LOSSES = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"]
@@ -144,15 +160,14 @@ class DPO(Stage):
     sft_weight: float = Field(0.0, ge=0)
     """Adds so much of the chosen answer's mean negative log-likelihood: keeps its probability from sinking."""
 
-    @model_validator(mode="after")
-    def _settings_fit_the_loss(self):
+    def clashes(self):
+        yield from super().clashes()
         if self.label_smoothing and self.loss != "robust":
-            raise ValueError(f"label_smoothing: has no effect with loss '{self.loss}'; use loss 'robust' or remove it")
+            yield f"label_smoothing: has no effect with loss '{self.loss}'; use loss 'robust' or remove it"
         if self.loss == "robust" and not self.label_smoothing:
-            raise ValueError("loss: 'robust' needs label_smoothing above 0, or it is 'sigmoid'")
+            yield "loss: 'robust' needs label_smoothing above 0, or it is 'sigmoid'"
         if self.gamma is not None and self.loss != "simpo":
-            raise ValueError(f"gamma: has no effect with loss '{self.loss}'; use loss 'simpo' or remove it")
-        return self
+            yield f"gamma: has no effect with loss '{self.loss}'; use loss 'simpo' or remove it"
 
 
 class Recipe(Section):

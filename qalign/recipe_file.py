@@ -13,18 +13,22 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qalign.errors import UserError, did_you_mean
-from qalign.recipe import DPO, Lora, Model, Recipe, Source, Stage
-
-DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
+from qalign.places import missing, resolved
+from qalign.recipe import DPO, Recipe, Source
 
 
 class _Loader(yaml.SafeLoader):
     """YAML as people write it: `5e-6` is a number, as in YAML 1.2."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads: a text such as '1e5' is quoted."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 def load(path: str, overrides: list[str] = (), stage: str | None = None) -> Recipe:
@@ -42,48 +46,70 @@ def load(path: str, overrides: list[str] = (), stage: str | None = None) -> Reci
     if not file.is_file():
         near = did_you_mean(file.name, [f.name for f in file.parent.glob("*.yaml")] if file.parent.is_dir() else [])
         raise UserError(f"{path}: there is no such recipe{near}")
-    text = file.read_text(encoding="utf-8")
-    try:
-        raw, root = yaml.load(text, _Loader) or {}, yaml.compose(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(
-            f"{path}:{mark.line + 1 if mark else 1}: not valid YAML: {getattr(error, 'problem', error)}"
-        ) from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}:1: a recipe is a set of keys (model:, output:, dpo: …), not {type(raw).__name__}")
-    lines = dict(_lines(root))
-    overridden = _apply(raw, overrides)
+    raw, places = _parse(file)
+    lines, overridden = dict(places), _apply(raw, overrides)
 
     def where(loc: tuple) -> str:
-        for cut in range(len(loc), -1, -1):
-            if loc[:cut] in overridden:
-                return "command line"
-            if loc[:cut] in lines:
-                return f"{path}:{lines[loc[:cut]]}"
-        return f"{path}:1"
+        known = [loc[:cut] for cut in range(len(loc), 0, -1)]
+        if any(part in overridden for part in known) or (
+            loc and any(o[: len(loc)] == loc for o in overridden - {*lines})
+        ):
+            return "command line"
+        return next((f"{path}:{lines[part]}" for part in known if part in lines), f"{path}:1")
 
-    problems: dict[tuple, str] = {}
+    problems = _set_twice(places)
     recipe = None
     try:
         recipe = Recipe.model_validate(raw)
     except ValidationError as error:
-        for item in error.errors():
-            loc = tuple(part for part in item["loc"] if _in_recipe(raw, item["loc"], part))
-            problems.setdefault(loc, _explain(item, loc))
-    for loc, message in [*_missing_files(raw, file.parent), *_unknown_trainer_keys(raw)]:
+        for loc, message in _explained(error, raw):
+            problems.setdefault(loc, message)
+    for loc, message in [*missing(raw, file.parent), *_unknown_trainer_keys(raw)]:
         problems.setdefault(loc, message)
-    if stage and stage not in raw:
-        problems.setdefault((stage,), f"the recipe has no '{stage}:' section, which `python -m qalign.{stage}` needs")
+    if (
+        stage
+        and raw.get(stage) is None
+        and not any("unknown key" in text for (_, *below), text in problems.items() if not below)
+    ):
+        problems[(stage,)] = f"the recipe has no '{stage}:' section, which `python -m qalign.{stage}` needs"
     if problems:
         found = [(where(loc), message) for loc, message in problems.items()]
         raise UserError(*(f"{place}: {message}" for place, message in sorted(found, key=_by_line)))
-    return _resolve_paths(recipe, file.parent)
+    return resolved(recipe, file.parent)
 
 
 def dump(recipe: Recipe) -> str:
     """The resolved recipe as YAML, every default written out; reads back as the same recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def _parse(file: Path) -> tuple[dict, list[tuple[tuple, int]]]:
+    """(the keys of a YAML file, every place in it with its line)."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        raw, places = yaml.load(text, _Loader), list(_lines(yaml.compose(text, _Loader)))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8") from None
+    except yaml.YAMLError as error:
+        line = error.problem_mark.line + 1 if getattr(error, "problem_mark", None) else 1
+        raise UserError(f"{file}:{line}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise UserError(f"{file}: an alias (*name) refers to itself") from None
+    if not isinstance(raw or {}, dict):
+        raise UserError(f"{file}:1: a recipe is a set of keys (model:, output:, dpo: …), not {type(raw).__name__}")
+    return raw or {}, places
+
+
+def _set_twice(places: list[tuple[tuple, int]]) -> dict[tuple, str]:
+    """YAML lets the last of two equal keys win, silently."""
+    lines: dict[tuple, list[int]] = {}
+    for loc, line in places:
+        lines.setdefault(loc, []).append(line)
+    return {
+        loc: f"'{loc[-1]}' is set more than once, in lines {', '.join(map(str, found))}"
+        for loc, found in lines.items()
+        if len(found) > 1
+    }
 
 
 def _by_line(found: tuple[str, str]) -> tuple[str, int]:
@@ -113,7 +139,9 @@ def _apply(raw: dict, overrides: list[str]) -> set[tuple]:
             raise UserError(f"command line: '{word}' is not KEY=VALUE; write for example dpo.max_steps=20")
         section = raw
         for key in keys[:-1]:
-            if not isinstance(section.setdefault(key, {}), dict):
+            if section.get(key) is None:
+                section[key] = {}
+            if not isinstance(section[key], dict):
                 raise UserError(f"command line: '{word}': {key} is a value, not a section")
             section = section[key]
         try:
@@ -124,16 +152,38 @@ def _apply(raw: dict, overrides: list[str]) -> set[tuple]:
     return places
 
 
-def _in_recipe(raw: dict, loc: tuple, part: Any) -> bool:
-    """Pydantic adds the tried type to a union's place ('int', 'constrained-str'): keep only what the file knows."""
-    names = {name for section in (Recipe, Model, Lora, DPO, Source) for name in section.model_fields}
-    return isinstance(part, int) or part in names or (part == loc[-1] and _holds_key(raw, part))
+_SEVERAL_TYPES = {
+    "micro_batch_size": "'auto' or a whole number of at least 1",
+    "targets": "'all-linear' or a list of module names",
+    "data": "a path, or a list of them",
+    "eval_data": "a path, or a list of them",
+}
 
 
-def _holds_key(value: Any, key: str) -> bool:
-    if isinstance(value, dict):
-        return key in value or any(_holds_key(v, key) for v in value.values())
-    return isinstance(value, list) and any(_holds_key(v, key) for v in value)
+def _explained(error: ValidationError, raw: dict) -> list[tuple[tuple, str]]:
+    """Pydantic's errors as (place, a user's words), one a mistake."""
+    found = []
+    for item in error.errors():
+        place = _place(item, raw)
+        if item["type"] == "value_error":  # our own clashes, a line each, beginning with the key they are about
+            for clash in str(item["ctx"]["error"]).splitlines():
+                key, _, text = clash.partition(": ")
+                found.append(((*place, key), f"{'.'.join(map(str, (*place, key)))}: {text}"))
+        else:
+            found.append((place, _explain(item, place)))
+    # A union complains once for each type it tried, a list about its length too: the innermost place is the mistake.
+    inner = [place for place, _ in found]
+    return [(loc, text) for loc, text in found if not any(p != loc and p[: len(loc)] == loc for p in inner)]
+
+
+def _place(item: dict, raw: Any) -> tuple:
+    """Where in the file a pydantic error is: its own place also names the types tried in a union, and list positions
+    that the file doesn't have."""
+    place: tuple = ()
+    for part in item["loc"]:
+        if (isinstance(raw, dict) and part in raw) or (isinstance(raw, list) and part in range(len(raw))):
+            place, raw = (*place, part), raw[part]
+    return (*place, item["loc"][-1]) if item["type"] == "missing" else place
 
 
 def _explain(item: dict, loc: tuple) -> str:
@@ -143,19 +193,20 @@ def _explain(item: dict, loc: tuple) -> str:
     if kind == "extra_forbidden":
         known = _section(loc[:-1]).model_fields
         within = f" in {'.'.join(map(str, loc[:-1]))}" if loc[:-1] else ""
-        return f"unknown key '{loc[-1]}'{within}" + (
-            did_you_mean(str(loc[-1]), known) or f"; known: {', '.join(known)}"
-        )
+        return f"unknown key '{loc[-1]}'{within}" + (did_you_mean(loc[-1], known) or f"; known: {', '.join(known)}")
     if kind == "missing":
         return f"'{name}' is missing"
-    if kind == "value_error":
-        key, _, rest = str(item["ctx"]["error"]).partition(":")
-        return f"{'.'.join(map(str, (*loc, key)))}:{rest}"
+    if kind in ("model_type", "dict_type"):
+        return f"{name} is {found!r}; expected keys below it"
+    if kind in ("string_too_short", "too_short"):
+        return f"{name} is empty"
+    if kind == "invalid_key":
+        return f"{name}: keys are words, not {item['input']!r}"
+    if loc and loc[-1] in _SEVERAL_TYPES:
+        return f"{name} is {found!r}; expected {_SEVERAL_TYPES[loc[-1]]}"
     if kind == "literal_error":
-        if loc and loc[-1] == "micro_batch_size":
-            return f"{name} is {found!r}; expected 'auto' or a whole number of at least 1"
         expected = re.findall(r"'([^']*)'", item["ctx"]["expected"])
-        return f"{name} is {found!r}; expected one of {', '.join(expected)}" + did_you_mean(str(found), expected)
+        return f"{name} is {found!r}; expected one of {', '.join(expected)}" + did_you_mean(found, expected)
     expected = item["msg"].removeprefix("Input should be ").replace("valid integer", "whole number")
     return f"{name} is {found!r}; expected {expected.replace('a valid ', 'a ')}"
 
@@ -172,67 +223,7 @@ def _section(loc: tuple) -> type[BaseModel]:
     return section
 
 
-# --- what the recipe points at ---------------------------------------------------------------------------------------
-
-
-def looks_local(path: str) -> bool:
-    """Whether a `data` or `base` value names something on disk rather than a hub id such as `org/name`."""
-    return path.endswith((*DATA_SUFFIXES, ".gguf")) or path.startswith((".", "/", "~")) or Path(path).exists()
-
-
-def locate(path: str, beside: Path) -> Path | None:
-    """The file or folder meant: from the current directory, else from the recipe's own folder."""
-    here = Path(path).expanduser()
-    return next((p for p in (here, beside / here) if p.exists()), None)
-
-
-def package_file(path: str) -> Path:
-    """The file of `package:NAME/FILE`, found without importing the package.
-
-    Raises:
-        UserError: the package is not installed, or has no such file.
-    """
-    name, _, inside = path.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(name)
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(f"the package '{name}' is not installed; `make setup` installs the demo's, or pip install it")
-    file = Path(spec.submodule_search_locations[0]) / inside
-    if not file.is_file():
-        near = did_you_mean(file.name, [f.name for f in file.parent.glob("*")] if file.parent.is_dir() else [])
-        raise UserError(f"the package '{name}' holds no file '{inside}'{near}")
-    return file
-
-
-def _missing_files(raw: dict, beside: Path):
-    """(place, message) of every path in the recipe that isn't there."""
-    base = (raw.get("model") or {}).get("base") if isinstance(raw.get("model"), dict) else None
-    if isinstance(base, str):
-        if base.startswith("package:"):
-            try:
-                package_file(base)
-            except UserError as error:
-                yield ("model", "base"), f"base: {error}"
-        elif looks_local(base) and not locate(base, beside):
-            yield ("model", "base"), f"base: there is no '{base}'"
-    for name, stage in raw.items():
-        if not isinstance(stage, dict):
-            continue
-        for key in ("data", "eval_data"):
-            value = stage.get(key)
-            for index, item in enumerate(value if isinstance(value, list) else [value]):
-                path = item.get("path") if isinstance(item, dict) else item
-                if isinstance(path, str) and looks_local(path) and not locate(path, beside):
-                    folder = (beside / path).parent
-                    siblings = [f.name for f in folder.glob("*")] if folder.is_dir() else []
-                    loc = (name, key, index) if isinstance(value, list) else (name, key)
-                    yield loc, f"{key}: there is no file '{path}'" + did_you_mean(Path(path).name, siblings)
-        start = stage.get("start_from")
-        if isinstance(start, str) and not locate(str(Path(start) / "adapter_config.json"), beside):
-            yield (
-                (name, "start_from"),
-                f"start_from: '{start}' is not a PEFT adapter folder (no adapter_config.json in it)",
-            )
-
+# --- the keys under `trainer:` ---------------------------------------------------------------------------------------
 
 # What qalign sets itself, and where to say it instead. (The last two are old names, silently ignored beside the new.)
 _OWNED = {
@@ -283,23 +274,3 @@ def _unknown_trainer_keys(raw: dict):
                 yield loc, f"trainer.{key}: has no effect, qalign does this part of TRL's DPOTrainer itself; remove it"
             elif key not in known:
                 yield loc, f"unknown key '{key}' in {name}.trainer" + did_you_mean(key, known)
-
-
-def _resolve_paths(recipe: Recipe, beside: Path) -> Recipe:
-    """The recipe with every local path as it is reached from the current directory."""
-
-    def found(path: str) -> str:
-        place = locate(path, beside) if looks_local(path) or (beside / path).exists() else None
-        return str(place) if place else path
-
-    def sources(data):
-        return data and tuple(source.model_copy(update={"path": found(source.path)}) for source in data)
-
-    updates: dict[str, Any] = {"model": recipe.model.model_copy(update={"base": found(recipe.model.base)})}
-    for name in recipe.model_fields_set:
-        stage = getattr(recipe, name)
-        if isinstance(stage, Stage):
-            start = stage.start_from and str(locate(stage.start_from, beside))
-            paths = {"data": sources(stage.data), "eval_data": sources(stage.eval_data), "start_from": start}
-            updates[name] = stage.model_copy(update=paths)
-    return recipe.model_copy(update=updates)

@@ -4,18 +4,12 @@ The shape of each row is detected: TRL's (plain or conversational, prompt explic
 UltraFeedback binarized, sharegpt ranking, alpaca ranking, OpenAI messages.
 """
 
-import csv
-import gzip
-import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from qalign.errors import UserError
+from qalign.files import BadRow, read
 from qalign.recipe import Source
-from qalign.recipe_file import looks_local
 
 Message = dict[str, str]
 
@@ -40,10 +34,6 @@ class Refused:
     reason: str
 
 
-class BadRow(Exception):
-    """Why one row can't be used."""
-
-
 def preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed: int):
     """Reads preference rows of every source.
 
@@ -60,7 +50,7 @@ def preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed
     rows, refused = [], []
     for source in sources:
         mine = []
-        for count, (where, raw) in enumerate(_read(source, source.split or split), start=1):
+        for count, (where, raw) in enumerate(read(source, source.split or split), start=1):
             if count > (source.limit or limit or count):
                 break
             try:
@@ -78,9 +68,6 @@ def _weighted(rows: list, weight: float, seed: int) -> list:
     return rows * int(whole) + random.Random(seed).sample(rows, round(part * len(rows)))
 
 
-# --- one row ---------------------------------------------------------------------------------------------------------
-
-
 def canonical(raw: Any, where: str) -> Preference:
     """One row of any known shape as a `Preference`.
 
@@ -89,7 +76,8 @@ def canonical(raw: Any, where: str) -> Preference:
     """
     if not isinstance(raw, dict):
         raise BadRow(f"not an object with keys but {type(raw).__name__}")
-    prompt, chosen, rejected = _parts(raw)
+    # Parquet and `datasets` fill the columns that other rows have with nulls.
+    prompt, chosen, rejected = _parts({key: value for key, value in raw.items() if value is not None})
     prompt, chosen_turns, rejected_turns = _split(prompt, chosen, rejected)
     _check_order(prompt)
     answers = []
@@ -100,6 +88,7 @@ def canonical(raw: Any, where: str) -> Preference:
         if not turns[0]["content"].strip():
             raise BadRow(f"{name}: the answer is empty")
         answers.append(turns[0]["content"])
+    _check_text([*(turn["content"] for turn in prompt), *answers])
     if answers[0].strip() == answers[1].strip():
         raise BadRow("chosen and rejected are the same answer")
     return Preference(tuple(prompt), *answers, where)
@@ -111,14 +100,14 @@ def _parts(raw: dict) -> tuple[list[Message], Any, Any]:
     if "preferred_output" in raw:  # OpenAI's preference format
         opening = raw.get("input")
         opening = opening.get("messages") if isinstance(opening, dict) else opening
-        return _turns(opening, "input"), raw["preferred_output"], raw.get("non_preferred_output")
+        chosen, rejected = raw["preferred_output"], raw.get("non_preferred_output")
+        _need(chosen, rejected, raw)
+        return _turns(opening, "input"), chosen, rejected
     if "instruction" in raw and "prompt" not in raw:  # alpaca ranking
         request = "\n".join(raw[key] for key in ("instruction", "input") if _text(raw.get(key)))
-        history = [
-            {"role": role, "content": text}
-            for pair in raw.get("history") or []
-            for role, text in zip(("user", "assistant"), pair, strict=True)
-        ]
+        if not request:
+            raise BadRow("instruction: expected a text")
+        history = _history(raw.get("history", []))
         both = raw["output"] if isinstance(raw.get("output"), list) and len(raw["output"]) == 2 else (None, None)
         chosen, rejected = raw.get("chosen", both[0]), raw.get("rejected", both[1])
         _need(chosen, rejected, raw)
@@ -128,8 +117,21 @@ def _parts(raw: dict) -> tuple[list[Message], Any, Any]:
     # 'prompt' first: UltraFeedback binarized has 'messages' beside it, which hold the chosen answer too.
     for key in ("prompt", "conversations", "messages"):
         if key in raw:
-            return system + _turns(raw[key], key), chosen, rejected
+            turns = _turns(raw[key], key)
+            if turns and turns[-1] == {"role": "assistant", "content": ""}:  # an HH prompt ends with "Assistant:"
+                turns.pop()
+            return system + turns, chosen, rejected
     return system, chosen, rejected
+
+
+def _history(pairs: Any) -> list[Message]:
+    """Alpaca's `history`: a list of [question, answer]."""
+    turns = []
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow("history: expected a list of [question, answer] texts")
+        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    return turns
 
 
 def _need(chosen: Any, rejected: Any, raw: dict) -> None:
@@ -149,6 +151,8 @@ def _split(prompt: list[Message], chosen: Any, rejected: Any):
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
+    if not opening and not shared:
+        raise BadRow("the prompt is empty, and chosen and rejected do not share one")
     repeated = chosen[:shared]
     spoken = [turn for turn in repeated if turn["role"] != "system"]
     if not opening or (repeated and spoken[: len(opening)] == opening):
@@ -169,8 +173,9 @@ def _turns(value: Any, name: str, role: str = "user") -> list[Message]:
     for turn in [value] if isinstance(value, dict) else value if isinstance(value, list) else [None]:
         if not isinstance(turn, dict):
             raise BadRow(f"{name}: expected a text or turns, found {type(value).__name__}")
+        turn = {key: value for key, value in turn.items() if value is not None}
         speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if speaker not in _ROLES:
+        if not isinstance(speaker, str) or speaker not in _ROLES:
             raise BadRow(f"{name}: unknown role {speaker!r}; known: {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise BadRow(f"{name}: a turn's content is {type(content).__name__}, expected text")
@@ -203,79 +208,12 @@ def _check_order(prompt: list[Message]) -> None:
         raise BadRow("the prompt ends with the assistant's turn, expected the user's")
 
 
+def _check_text(texts: list[str]) -> None:
+    try:
+        "".join(texts).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRow(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
+
+
 def _text(value: Any) -> bool:
     return isinstance(value, str) and bool(value.strip())
-
-
-# --- files and hub ---------------------------------------------------------------------------------------------------
-
-
-def _read(source: Source, split: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of a file, a folder or a hub data set; a row that can't be parsed comes as a `BadRow`."""
-    path = Path(source.path).expanduser()
-    if not looks_local(source.path) or path.is_dir():
-        yield from _dataset(source.path, split)
-    elif not path.is_file():
-        raise UserError(f"{source.path}: there is no such file")
-    elif path.name.endswith((".jsonl", ".jsonl.gz")):
-        yield from _json_lines(path)
-    elif path.suffix == ".json":
-        yield from _json_array(path)
-    elif path.suffix == ".csv":
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            for row in (reader := csv.DictReader(file)):
-                yield f"{path}:{reader.line_num}", row
-    elif path.suffix == ".parquet":
-        import pyarrow.parquet
-
-        try:
-            table = pyarrow.parquet.read_table(path)
-        except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{path}: not a readable parquet file: {error}") from None
-        yield from ((f"{path}, row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
-    else:
-        raise UserError(f"{path}: expected a .json, .jsonl, .jsonl.gz, .parquet or .csv file")
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    opened = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}:{number}", _parsed(line)
-    except (gzip.BadGzipFile, EOFError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: can't be read: {error}") from None
-
-
-def _parsed(line: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        return BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
-
-
-def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; one row a line is .jsonl")
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
-
-
-def _dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """A hub id or a local folder, through `datasets`."""
-    import datasets
-
-    try:
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(name)
-            data = data[split] if isinstance(data, datasets.DatasetDict) else data
-        else:
-            data = datasets.load_dataset(name, split=split)
-    except Exception as error:  # the hub, the network, the split, the files: its message says which
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name}: the data set can't be loaded (split '{split}'): {reason}") from None
-    yield from ((f"{name}[{split}], row {number}", row) for number, row in enumerate(data, start=1))

@@ -4,6 +4,7 @@ Imports no torch: a bad recipe, a taken folder or a typo on the command line ans
 """
 
 import argparse
+import errno
 import importlib.metadata
 import json
 import logging
@@ -246,6 +247,11 @@ def exit_code(work: Callable[[], None]) -> int:
     except UserError as error:
         for line in error.lines:
             print(line, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"{error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"stopped by {stop}", file=sys.stderr)

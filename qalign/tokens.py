@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
+from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qalign.errors import UserError
-from qalign.rows import BadRow, Message, Preference, Refused
+from qalign.files import BadRow
+from qalign.rows import Message, Preference, Refused
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages %}
@@ -50,11 +52,14 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template_file: str | N
     Raises:
         UserError: the template file is missing or no valid template.
     """
+    if tokenizer.eos_token is None:
+        raise UserError("the tokenizer has no end-of-sequence token, so no answer would ever end")
     words = "the model's own"
     if template_file:
-        if not Path(template_file).is_file():
-            raise UserError(f"model.chat_template: there is no file '{template_file}'")
-        tokenizer.chat_template, words = Path(template_file).read_text(encoding="utf-8"), template_file
+        try:
+            tokenizer.chat_template, words = Path(template_file).read_text(encoding="utf-8"), template_file
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"model.chat_template: '{template_file}' can't be read: {error}") from None
     elif not tokenizer.chat_template:
         tokenizer.chat_template, words = PLAIN_TEMPLATE, "qalign's plain one, as the model has none"
     if tokenizer.pad_token_id is None:
@@ -129,39 +134,40 @@ def _encode(tokenizer, prompt: list[Message], answers: tuple[str, ...], template
         turns = [*prompt, {"role": "assistant", "content": answer}]
         text = _render(tokenizer, turns, template_kwargs, add_generation_prompt=False)
         if not text.startswith(prompt_text):
-            raise BadRow(
-                "the chat template renders the prompt differently once it is answered; see chat_template_kwargs"
-            )
+            raise BadRow("the chat template renders a prompt differently once it is answered; see chat_template_kwargs")
+        text = _through_end_of_turn(tokenizer, text)
         ids = _ids(tokenizer, text)
         if ids[: len(prompt_ids)] != prompt_ids:
-            # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those.
-            ids = prompt_ids + _ids(tokenizer, text[len(prompt_text) :])
-        completions.append(_through_end_of_turn(tokenizer, ids[len(prompt_ids) :]))
+            # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those. After
+            # a special token no tokenizer takes the text for the start of a sentence, which would get a space.
+            rest = _ids(tokenizer, tokenizer.eos_token + text[len(prompt_text) :])[1:]
+            if tokenizer.decode(prompt_ids + rest) != tokenizer.decode(ids):
+                raise BadRow("tokens merge across the border of prompt and answer, and can't be told apart")
+            ids = prompt_ids + rest
+        completions.append(ids[len(prompt_ids) :])
     return prompt_ids, completions
 
 
-def _through_end_of_turn(tokenizer, ids: list[int]) -> list[int]:
+def _through_end_of_turn(tokenizer, text: str) -> str:
     """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
     special = _special(tokenizer)
-    end = len(ids)
-    while end and (ids[end - 1] in special or not tokenizer.decode(ids[end - 1 : end]).strip()):
-        end -= 1
-    for position in range(end, len(ids)):
-        if ids[position] in special:
-            return ids[: position + 1]
-    return [*ids[:end], tokenizer.eos_token_id]
+    body, end = text.rstrip(), None
+    while body.endswith(special):  # from the back, until the first of the tokens that close the turn
+        end = len(body)
+        body = body.removesuffix(max(filter(body.endswith, special), key=len)).rstrip()
+    return text[:end] if end else body + tokenizer.eos_token
 
 
 @lru_cache(maxsize=4)
-def _special(tokenizer) -> dict[int, str]:
-    """Special tokens, id to text; EOS counts as one even where it isn't marked."""
-    marked = {number: token.content for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {tokenizer.eos_token_id: tokenizer.eos_token, **marked}
+def _special(tokenizer) -> tuple[str, ...]:
+    """Special tokens as text; EOS counts as one even where it isn't marked."""
+    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted({tokenizer.eos_token, *marked}))
 
 
 def _refuse_special(tokenizer, turns: list[Message]) -> None:
     """A turn that spells out a special token would be read as one: a forged end of turn."""
-    for token in _special(tokenizer).values():
+    for token in _special(tokenizer):
         if any(token in turn["content"] for turn in turns):
             raise BadRow(f"the text contains the model's special token {token}")
 
@@ -171,7 +177,7 @@ def _render(tokenizer, turns: list[Message], template_kwargs: dict, *, add_gener
         return tokenizer.apply_chat_template(
             turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
         )
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, TemplateError) as error:
         raise BadRow(f"the chat template refuses it: {error}") from None
 
 

@@ -5,23 +5,20 @@ learning rates round away; it expects an adapter named `default` and makes its o
 the model's `forward`. This trainer takes the same `DPOConfig` and logs under the same names (docs/decisions.md).
 """
 
-import json
 import math
-import os
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from trl import DPOConfig
 
 from qalign.base import Base, Role
 from qalign.batch import PairCollator
 from qalign.errors import UserError
+from qalign.journal import peak_bytes
 from qalign.logps import pair_lengths, pair_logps
 from qalign.losses import CHOSEN, REJECTED, preference_loss, rewards
 from qalign.recipe import DPO, REFERENCE_FREE, Recipe
@@ -123,8 +120,9 @@ class PreferenceTrainer(Trainer):
         }
 
     def _count(self, metrics: dict[str, Tensor], pairs: int) -> None:
-        for name, values in metrics.items():
-            self._sums[name] += values.double().sum().item()
+        totals = torch.stack([values.double().sum() for values in metrics.values()]).tolist()  # one wait for the GPU
+        for name, total in zip(metrics, totals, strict=True):
+            self._sums[name] += total
         self._sums["pairs"] += pairs
 
     def _means(self, prefix: str = "") -> dict[str, float]:
@@ -145,17 +143,13 @@ class PreferenceTrainer(Trainer):
         self.model.eval()
         with torch.no_grad():
             for inputs in self.get_eval_dataloader(eval_dataset):
-                loss, metrics = self.pair_losses(self._on_device(inputs))
+                loss, metrics = self.pair_losses(inputs)
                 self._count({"loss": loss, **metrics}, len(loss))
         logs = self._means(f"{metric_key_prefix}_")
         self._sums = kept
         self.log(dict(logs))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
         return logs
-
-    def _on_device(self, inputs: dict) -> dict:
-        where = self.args.device
-        return {name: value.to(where) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints hold the policy alone: the base and the reference never change."""
@@ -226,64 +220,7 @@ def micro_batch_size(settings: DPO, pairs: list[TokenPair]) -> int:
     return max((size for size in divisors if 2 * size * longest <= 4096), default=1)
 
 
-# --- what happens around the steps -----------------------------------------------------------------------------------
-
-
-class Journal(TrainerCallback):
-    """What a person sees and keeps of the loop: `metrics.jsonl`, the progress bar, whole checkpoints, clean stops."""
-
-    def __init__(self, run: RunFolder, tokens_seen: int):
-        self.run = run
-        self._bar = None
-        self._mark = (time.monotonic(), tokens_seen)
-
-    def on_train_begin(self, args, state, control, **_):
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step")
-        self._mark = (time.monotonic(), self._mark[1])
-        self.run.stop.patient = True
-
-    def on_step_end(self, args, state, control, **_):
-        self._bar.update(state.global_step - self._bar.n)
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-        if self.run.stop.number is not None:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def on_log(self, args, state, control, logs=None, **_):
-        if "loss" not in logs and not any(name.startswith("eval_") for name in logs):
-            return  # the Trainer's closing statistics: summary.json has them
-        line = {"step": state.global_step, **logs}
-        if "loss" in logs:
-            now, seen = time.monotonic(), logs["num_tokens"]
-            line["tokens_per_second"] = round((seen - self._mark[1]) / max(1e-9, now - self._mark[0]), 1)
-            self._mark = (now, seen)
-            self._bar.set_postfix_str(
-                f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:+.3f}, "
-                f"accuracy {logs['rewards/accuracies']:.0%}, {line['tokens_per_second']:,.0f} tokens/s"
-            )
-        with self.run.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-    def on_evaluate(self, args, state, control, metrics=None, **_):
-        tqdm.write(
-            f"step {state.global_step}: held-out loss {metrics['eval_loss']:.4f}, "
-            f"reward accuracy {metrics['eval_rewards/accuracies']:.1%}"
-        )
-        self._mark = (time.monotonic(), self._mark[1])
-
-    def on_save(self, args, state, control, **_):
-        """Marks the checkpoint as whole, once all of it is on the disk: `--resume` trusts only marked ones."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in folder.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-        (folder / "whole").touch()
-
-    def on_train_end(self, args, state, control, **_):
-        self.run.stop.patient = False
-        self._bar.close()
+# --- the loop --------------------------------------------------------------------------------------------------------
 
 
 def train_to_the_end(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Path | None) -> dict[str, float]:
@@ -318,16 +255,3 @@ def train_to_the_end(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Pat
         "tokens_per_second": round((trainer.tokens_seen - seen) / seconds, 1),
         "peak_bytes": peak_bytes(),
     }
-
-
-def peak_bytes() -> int:
-    """The most memory held so far: the GPU's by its allocator, else the process's resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        import psutil
-
-        return psutil.Process().memory_info().peak_wset
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

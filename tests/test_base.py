@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
-from qalign.base import Role, cache_folder, guard_4bit, load, save_tokenizer
+from qalign.base import Role, load
 from qalign.errors import UserError
 from qalign.recipe import Lora, Model
+from qalign.weights import cache_folder, guard_4bit, save_tokenizer
 from tests.conftest import FIXTURES
 
 IDS = torch.arange(20, 60).view(2, 20)

@@ -17,10 +17,11 @@ from transformers import BitsAndBytesConfig
 
 import qalign.base
 from qalign import dpo
-from qalign.base import Role, guard_4bit, load
+from qalign.base import Role, load
 from qalign.errors import UserError
 from qalign.recipe_file import load as load_recipe
 from qalign.run import RunFolder
+from qalign.weights import guard_4bit
 from tests.conftest import ROOT
 from tests.test_base import digest
 

@@ -6,14 +6,14 @@ from pathlib import Path
 import qalign
 
 LAYERS = [
-    ("ground", ["errors", "recipe", "recipe_file", "losses"]),
-    ("data", ["rows", "tokens", "batch"]),
-    ("model", ["logps", "base", "rollout"]),
-    ("run", ["run", "trainer"]),
+    ("ground", ["errors", "recipe", "places", "recipe_file", "losses"]),
+    ("data", ["files", "rows", "tokens", "batch"]),
+    ("model", ["logps", "weights", "base", "rollout"]),
+    ("run", ["run", "journal", "trainer"]),
     ("stage", ["dpo"]),
     ("top", ["evaluate"]),
 ]
-LIGHT = ["errors", "recipe", "recipe_file", "rows", "run", "dpo", "evaluate"]
+LIGHT = ["errors", "recipe", "places", "recipe_file", "files", "rows", "run", "dpo", "evaluate"]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
 PACKAGE = Path(qalign.__file__).parent
 

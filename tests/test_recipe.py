@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from qalign.recipe import DPO_LOSSES, REFERENCE_FREE, Recipe, Source, schema
+from qalign.recipe import DPO, DPO_LOSSES, REFERENCE_FREE, Recipe, Source, schema
 from tests.conftest import ROOT
 
 
@@ -115,7 +115,6 @@ def test_a_whole_number_will_do_for_a_number():
         ("dpo", "learning_rate", 1e-12, 0.0),
         ("dpo", "warmup_ratio", 0.0, -0.1),
         ("dpo", "warmup_ratio", 0.99, 1.0),
-        ("dpo", "eval_every", 1, 0),
         ("dpo", "save_every", 1, 0),
         ("dpo", "beta", 1e-6, 0.0),
         ("dpo", "sft_weight", 0.0, -0.1),
@@ -224,10 +223,10 @@ def test_the_schema_takes_data_in_every_form_that_a_recipe_does():
     source = {"$ref": "#/$defs/Source"}
 
     for forms in (dpo["data"]["anyOf"], dpo["eval_data"]["anyOf"]):
-        assert {"type": "string"} in forms
+        assert {"type": "string", "minLength": 1} in forms
         assert source in forms
         (listed,) = (form["items"]["anyOf"] for form in forms if form.get("type") == "array")
-        assert {"type": "string"} in listed
+        assert {"type": "string", "minLength": 1} in listed
         assert source in listed
 
 
@@ -235,3 +234,9 @@ def test_the_module_prints_the_schema():
     run = subprocess.run([sys.executable, "-m", "qalign.recipe"], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert json.loads(run.stdout) == json.loads(schema())
+
+
+def test_eval_every_needs_something_to_measure():
+    with pytest.raises(ValueError, match="eval_every: has nothing to measure without eval_data"):
+        DPO.model_validate({"data": "org/pairs", "eval_every": 5})
+    assert DPO.model_validate({"data": "org/pairs", "eval_data": "org/other", "eval_every": 5}).eval_every == 5

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from qalign.errors import UserError
+from qalign.places import looks_local, package_file
 from qalign.recipe import DPO, Model, Recipe, Source
-from qalign.recipe_file import _OWNED, _WITHOUT_EFFECT, dump, load, looks_local, package_file, trainer_keys
+from qalign.recipe_file import _OWNED, _WITHOUT_EFFECT, dump, load, trainer_keys
 from tests.conftest import ROOT
 
 GOOD = """\
@@ -631,3 +632,89 @@ def test_the_command_tells_mistakes_before_torch_is_imported(folder):
 
     assert run.stdout == "2 []\n"
     assert len(run.stderr.splitlines()) == 3
+
+
+# --- what once went wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_key_that_is_set_twice_is_not_silently_overruled(problems):
+    assert problems(GOOD + "  beta: 0.1\n  beta: 0.2\n") == [
+        "recipe.yaml:6: 'beta' is set more than once, in lines 6, 7"
+    ] or problems(GOOD + "  beta: 0.1\n  beta: 0.2\n") == ["recipe.yaml:7: 'beta' is set more than once, in lines 6, 7"]
+
+
+@pytest.mark.parametrize(
+    "text", [GOOD.replace("\n  data: pairs.jsonl", ""), GOOD.replace("pairs.jsonl", "pairs.jsonl")]
+)
+def test_an_empty_section_is_no_section(problems, text):
+    found = problems(text, "dpo=")
+    assert found == ["command line: the recipe has no 'dpo:' section, which `python -m qalign.dpo` needs"]
+
+
+def test_an_empty_section_can_be_filled_from_the_command_line(read):
+    assert read(GOOD.replace("\n  data: pairs.jsonl", ""), "dpo.data=pairs.jsonl").dpo.data[0].path == "pairs.jsonl"
+
+
+def test_all_contradictions_are_told_at_once(problems):
+    assert problems(GOOD + "  micro_batch_size: 3\n  gamma: 1.0\n  eval_every: 5\n") == [
+        "recipe.yaml:6: dpo.micro_batch_size: 3 does not divide batch_size 16; take a divisor, or 'auto'",
+        "recipe.yaml:7: dpo.gamma: has no effect with loss 'sigmoid'; use loss 'simpo' or remove it",
+        "recipe.yaml:8: dpo.eval_every: has nothing to measure without eval_data; add it or remove this",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("lora: {targets: lm_head}", "lora.targets: 'lm_head' can't have an adapter, log-probs are computed from its"),
+        ("lora: {targets: [q_proj, 5]}", "lora.targets.1 is 5; expected a string"),
+        ("lora: {targets: 5}", "lora.targets is 5; expected 'all-linear' or a list of module names"),
+        ("dpo: {data: pairs.jsonl, trainer: {5: 5}}", "dpo.trainer.5 is 5; expected a string"),
+        ("dpo: {data: pairs.jsonl, beta: .inf}", "dpo.beta is inf; expected a finite number"),
+        ("dpo: {data: []}", "dpo.data is empty"),
+        ("dpo: {data: {path: pairs.jsonl, limit: 0}}", "dpo.data.limit is 0; expected greater than or equal to 1"),
+        ("output: ''", "output is empty"),
+        ("model: 5", "model is 5; expected keys below it"),
+        ("model: {base: package:a.b/x.gguf}", "base: the package 'a.b' is not installed; `make setup` installs"),
+        ("model: {base: org/model, chat_template: gone.jinja}", "chat_template: there is no file 'gone.jinja'"),
+    ],
+)
+def test_one_mistake_is_one_line(problems, setting, complaint):
+    keys = {
+        line.partition(":")[0]: line for line in ("model: {base: org/model}", "output: x", "dpo: {data: pairs.jsonl}")
+    }
+    keys[setting.partition(":")[0]] = setting
+    (line,) = problems("\n".join(keys.values()) + "\n")
+    assert line.partition(": ")[2].startswith(complaint)
+
+
+def test_texts_that_look_like_numbers_survive_the_way_back(read, folder):
+    recipe = read(GOOD.replace("runs/x", "'1e5'"), "model.revision='12e3'")
+    (folder / "again.yaml").write_text(dump(recipe), encoding="utf-8")
+    assert load("again.yaml") == recipe
+
+
+def test_a_recipe_that_is_not_utf8_is_one_line(folder):
+    (folder / "recipe.yaml").write_bytes(b"output: caf\xe9\n")
+    with pytest.raises(UserError, match=r"recipe\.yaml: not UTF-8 text"):
+        load("recipe.yaml")
+
+
+def test_an_alias_to_itself_is_one_line(problems):
+    (line,) = problems("model: &m {base: *m}\n")
+    assert "refers to itself" in line or "not valid YAML" in line
+
+
+def test_a_chat_template_beside_the_recipe_is_found(folder, monkeypatch):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "chat.jinja").touch()
+    (folder / "sub" / "recipe.yaml").write_text(GOOD.replace("org/model", "org/model\n  chat_template: chat.jinja"))
+    assert load("sub/recipe.yaml").model.chat_template == str(Path("sub") / "chat.jinja")
+
+
+def test_start_from_takes_the_folder_that_holds_an_adapter(folder):
+    for place in ("adapter", "sub/adapter"):
+        (folder / place).mkdir(parents=True)
+    (folder / "sub" / "adapter" / "adapter_config.json").touch()
+    (folder / "sub" / "recipe.yaml").write_text(GOOD + "  start_from: adapter\n")
+    assert load("sub/recipe.yaml").dpo.start_from == str(Path("sub") / "adapter")

@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from qalign.errors import UserError
+from qalign.files import BadRow
 from qalign.recipe import Source
-from qalign.rows import BadRow, Preference, Refused, canonical, preferences
+from qalign.rows import Preference, Refused, canonical, preferences
 
 
 def system(text):
@@ -223,7 +224,7 @@ REFUSALS = {
     ),
     "rejected null": (
         SAME | {"rejected": None},
-        "no 'rejected' answer: a preference row needs both; this one has prompt, chosen, rejected",
+        "no 'rejected' answer: a preference row needs both; this one has prompt, chosen",
     ),
     "alpaca without preference": (
         {"instruction": "Why?", "input": "", "output": "Yes"},
@@ -277,9 +278,32 @@ REFUSALS = {
     ),
     "prompt without turns": (
         {"conversations": [], "chosen": gpt("Yes"), "rejected": gpt("No")},
-        "the prompt is empty",
+        "the prompt is empty, and chosen and rejected do not share one",
     ),
-    "prompt of a system turn only": (SAME | {"prompt": [system("Be brief.")]}, "the prompt is empty"),
+    "prompt of a system turn only": (
+        SAME | {"prompt": [system("Be brief.")]},
+        "the prompt is empty, and chosen and rejected do not share one",
+    ),
+    "transcripts that share no prompt": (
+        {"chosen": "\n\nHuman: Why?\n\nAssistant: Yes", "rejected": "\n\nHuman: How?\n\nAssistant: No"},
+        "the prompt is empty, and chosen and rejected do not share one",
+    ),
+    "alpaca, instruction no text": (
+        {"instruction": 5, "chosen": "Yes", "rejected": "No"},
+        "instruction: expected a text",
+    ),
+    "alpaca, half a history": (
+        {"instruction": "Why?", "history": [["Hi"]], "chosen": "Yes", "rejected": "No"},
+        "history: expected a list of [question, answer] texts",
+    ),
+    "a role that is no text": (
+        SAME | {"prompt": [{"role": ["user"], "content": "Why?"}]},
+        "prompt: unknown role ['user']; known: human, user, gpt, assistant, system",
+    ),
+    "half a character": (
+        SAME | {"chosen": "\ud800"},
+        "the text is not valid Unicode: surrogates not allowed ('\\ud800')",
+    ),
     "prompt blank": (SAME | {"prompt": " "}, "turn 1 of the prompt is empty"),
     "prompt of no text": (SAME | {"prompt": 5}, "prompt: expected a text or turns, found int"),
     "a blank turn": (
@@ -513,9 +537,7 @@ def test_a_csv_from_a_spreadsheet(tmp_path):
     assert (row.prompt, row.chosen, row.rejected) == ((user("Why?\r\nReally?"),), "Yes, sir", "No")
     assert refused == [
         Refused(f"{path}:4", "chosen: the answer is empty"),
-        Refused(
-            f"{path}:6", "no 'rejected' answer: a preference row needs both; this one has prompt, chosen, rejected"
-        ),
+        Refused(f"{path}:6", "no 'rejected' answer: a preference row needs both; this one has prompt, chosen"),
     ]
 
 
@@ -527,8 +549,8 @@ def test_a_csv_from_a_spreadsheet(tmp_path):
         ("rows.jsonl", b'{"prompt": "\xe9"}\n', ": can't be read: 'utf-8' codec can't decode byte 0xe9 "),
         ("rows.jsonl.gz", b'{"prompt": "Why?"}\n', ": can't be read: Not a gzipped file"),
         ("rows.jsonl.gz", gzip.compress(b"{}\n" * 999)[:-12], ": can't be read: Compressed file ended before"),
-        ("rows.parquet", b"PAR1 and nothing else", ": not a readable parquet file: "),
-        ("rows.txt", b"Why?", ": expected a .json, .jsonl, .jsonl.gz, .parquet or .csv file"),
+        ("rows.parquet", b"PAR1 and nothing else", ": can't be read: "),
+        ("rows.txt", b"Why?", ": expected a file that ends in .jsonl, .jsonl.gz, .json, .csv, .parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, complaint):
@@ -720,3 +742,41 @@ def test_rows_that_are_no_preferences_are_all_refused_and_the_missing_side_is_na
     assert rows == []
     assert [row.where for row in refused] == [f"{path}, row {n}" for n in range(1, count + 1)]
     assert {row.reason for row in refused} == {f"no 'chosen' answer: a preference row needs both; this one has {keys}"}
+
+
+# --- what once went wrong --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": None, "conversations": [{"from": "human", "value": "Why?"}], "chosen": "Yes", "rejected": "No"},
+        {"prompt": None, "instruction": "Why?", "input": None, "chosen": "Yes", "rejected": "No"},
+        {"instruction": "Why?", "chosen": None, "rejected": None, "output": ["Yes", "No"]},
+        {"preferred_output": None, "prompt": "Why?", "chosen": "Yes", "rejected": "No"},
+        {"prompt": [{"role": None, "from": "human", "content": "Why?"}], "chosen": "Yes", "rejected": "No"},
+    ],
+)
+def test_null_columns_of_other_shapes_do_not_matter(row):
+    """Parquet files and `datasets` give every row every column."""
+    found = canonical(row, "here")
+    assert (found.prompt, found.chosen, found.rejected) == ((user("Why?"),), "Yes", "No")
+
+
+def test_a_transcript_prompt_may_end_with_the_assistants_cue():
+    row = {"prompt": "\n\nHuman: Why?\n\nAssistant:", "chosen": "Yes", "rejected": "No"}
+    assert canonical(row, "here").prompt == (user("Why?"),)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    for name, text in (("a.jsonl", json.dumps(SAME)), ("a.json", json.dumps([SAME]))):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + text.encode())
+        rows, refused = read(tmp_path / name)
+        assert (len(rows), refused) == (1, [])
+
+
+def test_ultrafeedbacks_own_columns_are_understood():
+    """It has `messages` beside `prompt`, which hold the chosen answer once more."""
+    chosen, rejected = [user("Why?"), assistant("Yes")], [user("Why?"), assistant("No")]
+    found = canonical({"prompt": "Why?", "messages": chosen, "chosen": chosen, "rejected": rejected}, "here")
+    assert (found.prompt, found.chosen, found.rejected) == ((user("Why?"),), "Yes", "No")

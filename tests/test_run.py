@@ -1,5 +1,6 @@
 """The run folder and the command around a stage: what is refused, what is kept, which exit code."""
 
+import errno
 import json
 import signal
 
@@ -136,6 +137,8 @@ def raising(error):
     [
         (lambda: None, 0),
         (raising(UserError("one line", "another")), 2),
+        (raising(PermissionError(errno.EACCES, "Permission denied", "/root/runs")), 2),
+        (raising(OSError(errno.ENOSPC, "No space left on device")), 2),
         (raising(KeyboardInterrupt()), 130),
         (raising(runs.Stopped(signal.SIGINT)), 130),
         (raising(runs.Stopped(signal.SIGTERM)), 143),
@@ -143,8 +146,15 @@ def raising(error):
 )
 def test_exit_codes(work, code, capsys):
     assert runs.exit_code(work) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
     if code == 2:
-        assert capsys.readouterr().err == "one line\nanother\n"
+        assert said in ("one line\nanother\n", "/root/runs: Permission denied\n", "disk: No space left on device\n")
+
+
+def test_an_unexpected_error_is_not_hidden():
+    with pytest.raises(FileNotFoundError):
+        runs.exit_code(raising(FileNotFoundError(errno.ENOENT, "No such file", "a bug of ours")))
 
 
 def test_several_processes_are_refused(monkeypatch, capsys):

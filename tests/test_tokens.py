@@ -12,8 +12,9 @@ import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from qalign.errors import UserError
+from qalign.files import BadRow
 from qalign.recipe import Source
-from qalign.rows import BadRow, Preference, Refused, preferences
+from qalign.rows import Preference, Refused, preferences
 from qalign.tokens import encode_pair, encode_pairs, encode_prompt, end_of_turn_id, prepare_tokenizer
 from tests.conftest import FIXTURES
 
@@ -333,7 +334,7 @@ def test_a_template_that_renders_an_answered_prompt_otherwise_is_refused():
     )
     prepare_tokenizer(tokenizer)
 
-    with pytest.raises(BadRow, match="renders the prompt differently once it is answered; see chat_template_kwargs"):
+    with pytest.raises(BadRow, match="renders a prompt differently once it is answered; see chat_template_kwargs"):
         encode(tokenizer, HELLO)
 
 
@@ -482,7 +483,8 @@ def test_a_missing_template_file_is_one_line():
     with pytest.raises(UserError) as caught:
         prepare_tokenizer(fixture_tokenizer("llama3"), "gone.jinja")
 
-    assert caught.value.lines == ("model.chat_template: there is no file 'gone.jinja'",)
+    (line,) = caught.value.lines
+    assert line.startswith("model.chat_template: 'gone.jinja' can't be read: ")
 
 
 # --- special tokens in the text --------------------------------------------------------------------------------------
@@ -711,3 +713,36 @@ def test_real_rows_fit_and_their_answers_are_whole(family, real_rows):
         kept = turns[:1] if turns[0][0] == "system" else []
         left = [*kept, *turns[len(kept) + pair.dropped_turns :]]
         assert decoded(family, tokenizer, pair.prompt_ids) == family.prompt_text(left)
+
+
+# --- what once went wrong --------------------------------------------------------------------------------------------
+
+
+def test_a_template_that_refuses_a_system_prompt_refuses_the_row_alone():
+    mistral = fixture_tokenizer("mistral_v03")
+    row = Preference(
+        ({"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}), "Yes", "No", "w"
+    )
+    with pytest.raises(BadRow, match="the chat template refuses it"):
+        encode_pair(mistral, row, 1000, {})
+
+
+def test_what_a_template_writes_after_the_answer_is_not_supervised():
+    """No end of turn but blank lines: they would melt into the answer's last token."""
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    row = Preference(({"role": "user", "content": "How are you?"},), "I am fine.", "No", "w")
+    pair = encode_pair(tokenizer, row, 1000, {})
+    assert tokenizer.decode(pair.chosen_ids).removesuffix("<|eot_id|>").strip() == "I am fine."
+    assert pair.chosen_ids[-1] == tokenizer.eos_token_id
+    assert "\n" not in tokenizer.decode(pair.chosen_ids)
+
+
+def test_a_tokenizer_without_eos_is_one_line():
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        prepare_tokenizer(tokenizer)

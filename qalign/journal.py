@@ -1,0 +1,83 @@
+"""What a person sees and keeps of a training loop."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import TrainerCallback
+
+from qalign.run import RunFolder
+
+
+class Journal(TrainerCallback):
+    """What a person sees and keeps of the loop: `metrics.jsonl`, the progress bar, whole checkpoints, clean stops."""
+
+    def __init__(self, run: RunFolder, tokens_seen: int):
+        self.run = run
+        self._bar = None
+        self._mark = (time.monotonic(), tokens_seen)
+
+    def on_train_begin(self, args, state, control, **_):
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step")
+        self._mark = (time.monotonic(), self._mark[1])
+        self.run.stop.patient = True
+
+    def on_step_end(self, args, state, control, **_):
+        self._bar.update(state.global_step - self._bar.n)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+        if self.run.stop.number is not None:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_log(self, args, state, control, logs=None, **_):
+        if "loss" not in logs and not any(name.startswith("eval_") for name in logs):
+            return  # the Trainer's closing statistics: summary.json has them
+        line = {"step": state.global_step, **logs}
+        if "loss" in logs:
+            now, seen = time.monotonic(), logs["num_tokens"]
+            line["tokens_per_second"] = round((seen - self._mark[1]) / max(1e-9, now - self._mark[0]), 1)
+            self._mark = (now, seen)
+            self._bar.set_postfix_str(
+                f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:+.3f}, "
+                f"accuracy {logs['rewards/accuracies']:.0%}, {line['tokens_per_second']:,.0f} tokens/s"
+            )
+        with self.run.metrics.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def on_evaluate(self, args, state, control, metrics=None, **_):
+        tqdm.write(
+            f"step {state.global_step}: held-out loss {metrics['eval_loss']:.4f}, "
+            f"reward accuracy {metrics['eval_rewards/accuracies']:.1%}"
+        )
+        self._mark = (time.monotonic(), self._mark[1])
+
+    def on_save(self, args, state, control, **_):
+        """Marks the checkpoint as whole, once all of it is on the disk: `--resume` trusts only marked ones."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for file in folder.rglob("*"):
+            if file.is_file():
+                with file.open("rb+") as opened:
+                    os.fsync(opened.fileno())
+        (folder / "whole").touch()
+
+    def on_train_end(self, args, state, control, **_):
+        self.run.stop.patient = False
+        self._bar.close()
+
+
+def peak_bytes() -> int:
+    """The most memory held so far: the GPU's by its allocator, else the process's resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,102 @@
+"""The files, folders and packages that a recipe points at: which are missing, and where they are."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from qalign.errors import UserError, did_you_mean
+from qalign.recipe import Recipe, Stage
+
+DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
+
+
+def looks_local(path: str) -> bool:
+    """Whether a `data` or `base` value names something on disk rather than a hub id such as `org/name`."""
+    return path.endswith((*DATA_SUFFIXES, ".gguf")) or path.startswith((".", "/", "~")) or Path(path).exists()
+
+
+def locate(path: str, beside: Path) -> Path | None:
+    """The file or folder meant: from the current directory, else from the recipe's own folder."""
+    here = Path(path).expanduser()
+    return next((p for p in (here, beside / here) if p.exists()), None)
+
+
+def _adapter(path: str, beside: Path) -> Path | None:
+    config = locate(str(Path(path) / "adapter_config.json"), beside)
+    return config and config.parent
+
+
+def package_file(path: str) -> Path:
+    """The file of `package:NAME/FILE`, found without importing the package.
+
+    Raises:
+        UserError: the package is not installed, or has no such file.
+    """
+    name, _, inside = path.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # a dotted name whose parent is missing
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f"the package '{name}' is not installed; `make setup` installs the demo's, or pip install it")
+    file = Path(spec.submodule_search_locations[0]) / inside
+    if not file.is_file():
+        near = did_you_mean(file.name, [f.name for f in file.parent.glob("*")] if file.parent.is_dir() else [])
+        raise UserError(f"the package '{name}' holds no file '{inside}'{near}")
+    return file
+
+
+def missing(raw: dict, beside: Path):
+    """(place, message) of every path in the recipe that isn't there."""
+    base = (raw.get("model") or {}).get("base") if isinstance(raw.get("model"), dict) else None
+    if isinstance(base, str):
+        if base.startswith("package:"):
+            try:
+                package_file(base)
+            except UserError as error:
+                yield ("model", "base"), f"base: {error}"
+        elif looks_local(base) and not locate(base, beside):
+            yield ("model", "base"), f"base: there is no '{base}'"
+    template = raw["model"].get("chat_template") if isinstance(raw.get("model"), dict) else None
+    if isinstance(template, str) and not locate(template, beside):
+        yield ("model", "chat_template"), f"chat_template: there is no file '{template}'"
+    for name, stage in raw.items():
+        if not isinstance(stage, dict):
+            continue
+        for key in ("data", "eval_data"):
+            value = stage.get(key)
+            for index, item in enumerate(value if isinstance(value, list) else [value]):
+                path = item.get("path") if isinstance(item, dict) else item
+                if isinstance(path, str) and looks_local(path) and not locate(path, beside):
+                    folders = [folder for folder in (Path(path).parent, (beside / path).parent) if folder.is_dir()]
+                    siblings = [file.name for folder in folders for file in folder.glob("*")]
+                    loc = (name, key, index) if isinstance(value, list) else (name, key)
+                    yield loc, f"{key}: there is no file '{path}'" + did_you_mean(Path(path).name, siblings)
+        start = stage.get("start_from")
+        if isinstance(start, str) and not _adapter(start, beside):
+            yield (
+                (name, "start_from"),
+                f"start_from: '{start}' is not a PEFT adapter folder (no adapter_config.json in it)",
+            )
+
+
+def resolved(recipe: Recipe, beside: Path) -> Recipe:
+    """The recipe with every local path as it is reached from the current directory."""
+
+    def found(path: str) -> str:
+        place = locate(path, beside) if looks_local(path) or (beside / path).exists() else None
+        return str(place) if place else path
+
+    def sources(data):
+        return data and tuple(source.model_copy(update={"path": found(source.path)}) for source in data)
+
+    template = recipe.model.chat_template and str(locate(recipe.model.chat_template, beside))
+    model = recipe.model.model_copy(update={"base": found(recipe.model.base), "chat_template": template})
+    updates: dict[str, Any] = {"model": model}
+    for name in recipe.model_fields_set:
+        stage = getattr(recipe, name)
+        if isinstance(stage, Stage):
+            start = stage.start_from and str(_adapter(stage.start_from, beside))
+            paths = {"data": sources(stage.data), "eval_data": sources(stage.eval_data), "start_from": start}
+            updates[name] = stage.model_copy(update=paths)
+    return recipe.model_copy(update=updates)
