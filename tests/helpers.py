@@ -1,0 +1,54 @@
+"""What several test files do: read the demo's pairs, give an adapter weights, run the stage, look at what it left."""
+
+import hashlib
+import json
+
+import torch
+
+from qalign import dpo
+from qalign.base import Role
+from qalign.recipe import Source
+from qalign.recipe_file import load
+from qalign.rows import preferences
+from qalign.run import RunFolder
+from qalign.tokens import encode_pairs
+from tests.conftest import ROOT
+
+TRAIN, TEST = (str(ROOT / "recipes" / "data" / f"house_style_{split}.jsonl") for split in ("train", "test"))
+
+
+def house_style(tokenizer, count: int, max_length: int = 512):
+    """The first real pairs of the demo's data, as ids."""
+    rows, _ = preferences((Source(path=TEST),), "train", count, seed=0)
+    pairs, refused = encode_pairs(tokenizer, rows, max_length, {})
+    assert not refused
+    return pairs
+
+
+def scramble(base, adapter: Role = Role.POLICY, scale: float = 0.05) -> None:
+    """Gives an adapter weights that do something: LoRA begins as a no-op."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in base.model.named_parameters():
+        if f".{adapter}." in name:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
+
+
+def digest(base) -> str:
+    """A hash over everything that must never change: all weights but the policy's."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(base.model.state_dict().items()):
+        if f".{Role.POLICY}." not in name:
+            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def train(path: str, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    recipe = load(path, stage="dpo")
+    run = RunFolder(recipe, "dpo", path)
+    run.claim(resume=resume, overwrite=overwrite)
+    dpo.train(recipe, run)
+    return run
+
+
+def metrics(run: RunFolder) -> list[dict]:
+    return [json.loads(line) for line in run.metrics.read_text().splitlines()]
