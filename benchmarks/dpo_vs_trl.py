@@ -65,8 +65,8 @@ def build(side: str, args: argparse.Namespace):
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=args.batch,
         learning_rate=1e-5,
-        gradient_checkpointing=args.checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False},
+        activation_checkpointing=args.checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         bf16=base.dtype == torch.bfloat16,
         fp16=base.dtype == torch.float16,
         use_cpu=base.lm.device.type == "cpu",
@@ -85,7 +85,7 @@ def build(side: str, args: argparse.Namespace):
             base.lm, args=config, train_dataset=unused, processing_class=base.tokenizer, peft_config=peft_config
         )
     if args.checkpointing:
-        trainer.model.gradient_checkpointing_enable(config.gradient_checkpointing_kwargs)
+        trainer.model.gradient_checkpointing_enable(config.activation_checkpointing_kwargs)
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)

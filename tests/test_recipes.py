@@ -301,7 +301,7 @@ def test_the_t4_computes_in_float16():
 
 def test_trl_accepts_the_trainer_settings(recipe, tmp_path):
     trainer = recipe.dpo.trainer
-    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **trainer)
+    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, **trainer)
     assert {key: getattr(args, key) for key in trainer} == trainer
 
 

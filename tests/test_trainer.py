@@ -25,7 +25,7 @@ def settings(**values) -> DPO:
 
 def config(folder, **values) -> DPOConfig:
     plain = {
-        "output_dir": str(folder), "bf16": False, "use_cpu": True, "gradient_checkpointing": False,
+        "output_dir": str(folder), "bf16": False, "use_cpu": True, "activation_checkpointing": False,
         "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "logging_steps": 1,
         "dataloader_pin_memory": False, "save_strategy": "no", "lr_scheduler_type": "constant", "learning_rate": 1e-3,
     }  # fmt: skip
@@ -161,7 +161,7 @@ def test_accumulation_does_not_change_the_curve(tiny_folder, tmp_path, pairs):
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path):
-    keys = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    keys = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     size = {"max_steps": 3, "per_device_train_batch_size": 4}
     (plain, _), (checkpointed, _) = (
         trained(tiny_folder, tmp_path / str(i), **k, **size) for i, k in enumerate(({}, keys))
