@@ -7,10 +7,13 @@ BIN := .venv/bin
 setup: .venv/ready  ## make .venv with the pinned requirements
 
 .venv/ready: requirements.txt requirements-demo.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
+		{ echo "qalign needs Python 3.11 to 3.13: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
 	@echo "== installing the pinned requirements into .venv (a few minutes, once)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
+	$(BIN)/python -m pip install --quiet --no-deps -e .
 	@touch $@
 
 demo: setup  ## align the small embedded model, then show what changed (about 10 minutes on 2 CPU cores)

@@ -3,7 +3,6 @@
 `Base.acting_as(role)` is the only way to change which part is played.
 """
 
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,14 +124,16 @@ class Base:
         self.role = role
 
     def save_policy(self, folder: Path) -> None:
-        """Writes the policy as a plain PEFT folder with the tokenizer and its chat template, aside and then renamed."""
+        """Writes the policy into a folder as plain PEFT saves it, with the tokenizer and its chat template; each file
+        is written aside and then renamed."""
         self.model.peft_config[Role.POLICY].base_model_name_or_path = self.source
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
             self.model.save_pretrained(aside, selected_adapters=[Role.POLICY], save_embedding_layers=False)
-            save_tokenizer(self.tokenizer, Path(aside) / Role.POLICY)
-            shutil.rmtree(folder, ignore_errors=True)
-            (Path(aside) / Role.POLICY).rename(folder)
+            policy = Path(aside) / Role.POLICY
+            save_tokenizer(self.tokenizer, policy)
+            for file in policy.iterdir():
+                file.replace(folder / file.name)
 
     @property
     def precision(self) -> str:

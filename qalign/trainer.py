@@ -152,10 +152,8 @@ class PreferenceTrainer(Trainer):
         return logs
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints hold the policy alone: the base and the reference never change."""
-        self.base.model.save_pretrained(
-            output_dir or self.args.output_dir, selected_adapters=[Role.POLICY], save_embedding_layers=False
-        )
+        """Checkpoints hold the policy alone, as a plain adapter folder: base and reference never change."""
+        self.base.save_policy(Path(output_dir or self.args.output_dir))
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

@@ -61,6 +61,20 @@ def test_the_first_and_the_last_step_are_always_logged(recipe_file):
     assert [line["step"] for line in metrics(run)] == [1, 6]
 
 
+def test_the_best_checkpoint_can_be_the_one_that_is_kept(recipe_file):
+    """Trainer's own `load_best_model_at_end` finds the policy in a checkpoint (here the highest loss is "best")."""
+    keys = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}
+    run = train(recipe_file(eval_data=TEST, eval_every=1, save_every=1, max_steps=4, trainer=keys))
+    losses = {line["step"]: line["eval_loss"] for line in metrics(run) if "eval_loss" in line}
+    best = max(losses, key=losses.get)
+    assert best != 4, "the last step must not be the best, or this shows nothing"
+    kept, checkpoint = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (run.adapter, run.checkpoints / f"checkpoint-{best}")
+    )
+    assert all(torch.equal(kept[name], checkpoint[name]) for name in kept)
+
+
 def test_training_moves_the_policy_alone(recipe_file, monkeypatch):
     bases = []
     real = qalign.base.load

@@ -1,0 +1,64 @@
+"""What the documents tell people to type and to open is there."""
+
+import importlib.util
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from qalign.recipe_file import load
+from tests.conftest import ROOT
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "benchmarks/README.md"]
+LINES = [
+    (document, line.strip())
+    for document in DOCUMENTS
+    for line in (ROOT / document).read_text(encoding="utf-8").splitlines()
+]
+COMMANDS = sorted(
+    {line.partition("#")[0].strip() for _, line in LINES if "/python -m qalign." in line and line[0] == "."}
+)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_qalign_command_names_a_module_and_a_recipe_that_loads(command):
+    _, _, module, recipe, *words = shlex.split(command)
+    assert importlib.util.find_spec(module), command
+    overrides = [word for word in words if not word.startswith("--")]
+    assert set(words) - set(overrides) <= {"--resume", "--overwrite"}
+    load(str(ROOT / "recipes" / "smollm2_demo.yaml" if recipe == "my.yaml" else ROOT / recipe), overrides, "dpo")
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) >= 4
+
+
+def test_each_make_target_exists():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    told = {
+        word
+        for _, line in LINES
+        for word in re.findall(r"`make ([a-z]+)`|^make ([a-z]+)", line)
+        for word in word
+        if word
+    }
+    assert told <= targets
+    assert {"setup", "demo", "test"} <= targets
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_each_file_that_is_named_exists(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    named = re.findall(r"\]\(([^)#:]+)\)", text)
+    named += re.findall(r"`((?:qalign|tests|recipes|docs|benchmarks)/[\w./-]+)`", text)
+    missing = [
+        name for name in named if not (ROOT / name).exists() and not (ROOT / Path(document).parent / name).exists()
+    ]
+    assert not missing
+    assert "@@" not in text, "a figure is still to be filled in"
+
+
+def test_the_harness_calls_the_readmes_test_command():
+    assert re.search(r"^make test$", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
+    assert "    make test " in (ROOT / "README.md").read_text()
