@@ -10,7 +10,6 @@ backward, and AdamW. Memory is the peak of a process of its own a side, over wha
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -117,7 +116,7 @@ def peak_over_base(args: argparse.Namespace) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set (Linux)
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set (Linux only)
         before = resident("VmRSS")
     for batch in longest:
         step(*parts, batch)
@@ -125,10 +124,8 @@ def peak_over_base(args: argparse.Namespace) -> int:
 
 
 def resident(key: str) -> int:
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith(key))
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
 def main() -> None:

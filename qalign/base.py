@@ -11,6 +11,8 @@ from pathlib import Path
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,13 +68,19 @@ class Base:
             self.model = peft.get_peft_model(self.lm, config, adapter_name=Role.POLICY)
         except ValueError as error:
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.source}: {error}") from None
+        self._check_head_is_frozen("lora.targets")
 
     def load_policy(self, folder: str, *, trainable: bool) -> None:
         """A copy of a saved PEFT adapter as the policy.
 
         Raises:
-            UserError: the adapter was made for another model.
+            UserError: the adapter was made for another model, or is of a kind that the roles can't keep apart.
         """
+        config = peft.PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning:
+            raise UserError(f"{folder}: prompt tuning can't share a base with a reference; use LoRA")
+        if getattr(config, "bias", "none") != "none":
+            raise UserError(f"{folder}: an adapter with bias '{config.bias}' changes the base itself; use bias 'none'")
         try:
             self.model = peft.PeftModel.from_pretrained(
                 self.lm, folder, adapter_name=Role.POLICY, is_trainable=trainable
@@ -80,6 +88,11 @@ class Base:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).splitlines()[:2])
             raise UserError(f"{folder}: this adapter doesn't fit {self.source}: {reason}") from None
+        self._check_head_is_frozen(folder)
+
+    def _check_head_is_frozen(self, origin: str) -> None:
+        if isinstance(self.lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise UserError(f"{origin}: the output layer can't have an adapter, log-probs use its frozen weight")
 
     def load_reference(self, folder: str) -> None:
         """A frozen copy of a saved PEFT adapter as the reference; call after the policy was made."""

@@ -23,9 +23,11 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     settings = recipe.dpo
     base = load(recipe.model)
     pairs, refused = read_pairs(recipe, base.tokenizer, settings.data, settings.limit)
+    run.check_refused("dpo.data", refused, len(pairs))
     eval_pairs, refused_held_out = read_pairs(recipe, base.tokenizer, settings.eval_data or ())
+    if settings.eval_data:
+        run.check_refused("dpo.eval_data", refused_held_out, len(eval_pairs))
     refused += refused_held_out
-    run.check_refused(refused, len(pairs) + len(eval_pairs))
 
     set_seed(recipe.seed)
     if settings.start_from:
@@ -38,7 +40,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     args = training_config(recipe, run, base, pairs)
     run.begin(refused)
     checkpoint, tokens_seen = run.rewind()
-    trainer = PreferenceTrainer(base, settings, args, pairs, eval_pairs, tokens_seen, (Journal(run, tokens_seen),))
+    callbacks = (Journal(run, tokens_seen),)
+    trainer = PreferenceTrainer(base, settings, args, pairs, eval_pairs or None, tokens_seen, callbacks)
 
     trainable, size = base.count_parameters()
     rows = {
@@ -53,7 +56,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
             ("model", f"{recipe.model.base} ({size / 1e6:,.0f} M parameters)"),
             ("held in", f"{recipe.model.quantization}, computing in {base.precision}"),
             ("chat template", base.template),
-            ("trainable", f"{trainable:,} adapter parameters ({trainable / size:.2%} of the base), in float32"),
+            ("trainable", f"{trainable:,} adapter parameters ({trainable / size:.2%} of the base), in float32"
+             + (f", a copy of {settings.start_from}" if settings.start_from else "")),
             ("reference", reference),
             ("loss", f"{settings.loss}, beta {settings.beta:g}"),
             ("rows", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in rows.items())),

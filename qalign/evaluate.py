@@ -10,8 +10,11 @@ import json
 from math import sqrt
 from textwrap import indent, wrap
 
+import yaml
+
 from qalign.errors import UserError
 from qalign.recipe import Recipe
+from qalign.recipe_file import dump
 from qalign.run import RunFolder, print_table, report_command
 
 SIDE_BY_SIDE = 3
@@ -27,6 +30,8 @@ def report(recipe: Recipe) -> None:
         raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
     if not settings.eval_data:
         raise UserError("dpo.eval_data: there are no held-out rows to measure on; add them to the recipe")
+
+    _check_trained_so(recipe, run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign.base import Role, load
@@ -54,7 +59,9 @@ def report(recipe: Recipe) -> None:
     )  # fmt: skip
     (run.path / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
+    measured = {pair.where for pair in pairs}
     rows, _ = preferences(settings.eval_data, settings.split, None, recipe.seed)
+    rows = [row for row in rows if row.where in measured]
     shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
     prompts = [list(row.prompt) for row in shown]
     options = {"max_new_tokens": MAX_NEW_TOKENS, "template_kwargs": model.chat_template_kwargs}
@@ -64,6 +71,18 @@ def report(recipe: Recipe) -> None:
         print(_block("prompt", row.prompt[-1]["content"]))
         print(_block("base", before))
         print(_block("aligned", after), flush=True)
+
+
+def _check_trained_so(recipe: Recipe, run: RunFolder) -> None:
+    """Figures of another base or reference than the run's would be wrong, not different."""
+    kept = (run.path / "recipe.yaml").read_text(encoding="utf-8")
+    trained, given = yaml.safe_load(kept), yaml.safe_load(dump(recipe))
+    for name, was, now in (
+        ("model", trained["model"], given["model"]),
+        *((f"dpo.{key}", trained["dpo"][key], given["dpo"][key]) for key in ("start_from", "beta")),
+    ):
+        if was != now:
+            raise UserError(f"{name}: {run.path} was trained with another; give the recipe that it was trained with")
 
 
 def measure(base, pairs: list, beta: float) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """What a person sees and keeps of a training loop."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -10,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
+from qalign.errors import UserError
 from qalign.run import RunFolder
 
 
@@ -34,10 +36,21 @@ class Journal(TrainerCallback):
             control.should_save = control.should_training_stop = True
         return control
 
+    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
+        """A finite loss can have gradients that are not; float16's scaler skips such steps itself."""
+        grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        if not args.fp16 and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
+            raise UserError(
+                f"step {state.global_step + 1}: the gradients are not finite; nothing was updated, and the last "
+                "checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: float32"
+            )
+
     def on_log(self, args, state, control, logs=None, **_):
         if "loss" not in logs and not any(name.startswith("eval_") for name in logs):
             return  # the Trainer's closing statistics: summary.json has them
-        line = {"step": state.global_step, **logs}
+        # The scaler's first steps overflow by design; JSON has no word for infinity.
+        finite = {name: value if math.isfinite(value) else None for name, value in logs.items()}
+        line = {"step": state.global_step, **finite}
         if "loss" in logs:
             now, seen = time.monotonic(), logs["num_tokens"]
             line["tokens_per_second"] = round((seen - self._mark[1]) / max(1e-9, now - self._mark[0]), 1)

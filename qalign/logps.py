@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qalign.errors import UserError
+
 # Elements of one chunk of logits: 128 MB in float32, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**25
 
@@ -98,10 +100,14 @@ def check_head(lm: PreTrainedModel) -> None:
     """Makes sure that hidden states and `head_logits` give the model's own logits.
 
     Raises:
-        NotImplementedError: this family does something else behind its backbone.
+        UserError: this family does something else behind its backbone, or the precision is too small for it.
     """
+    if lm.get_output_embeddings() is None:
+        raise UserError(f"model.base: {type(lm).__name__} has no output layer to take log-probs from")
     ids = torch.arange(8, device=lm.device)[None]
     own = lm(input_ids=ids, use_cache=False).logits[0].float()
     ours = head_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    if not own.isfinite().all():
+        raise UserError(f"model.compute_dtype: {lm.dtype} overflows in this model; use float32 or bfloat16")
     if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
-        raise NotImplementedError(f"{type(lm).__name__}: its head does more than qalign knows (logits differ)")
+        raise UserError(f"model.base: the head of {type(lm).__name__} does more than qalign knows (logits differ)")

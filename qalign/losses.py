@@ -65,7 +65,8 @@ def orpo(policy: Tensor, lengths: Tensor, lam: float) -> Tensor:
     odds(y|x) = P / (1 - P) with P the geometric mean of the token probabilities; no reference.
     """
     mean = policy / lengths
-    log_odds = mean - torch.log1p(-torch.exp(mean))
+    below_one = mean.clamp(max=-1e-6)  # an answer that is certain in float32 has infinite odds and no gradient
+    log_odds = below_one - torch.log(-torch.expm1(below_one))
     return -mean[:, CHOSEN] - lam * F.logsigmoid(margin(log_odds))
 
 

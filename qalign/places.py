@@ -1,7 +1,7 @@
 """The files, folders and packages that a recipe points at: which are missing, and where they are."""
 
 import importlib.util
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qalign.errors import UserError, did_you_mean
@@ -12,13 +12,21 @@ DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
 def looks_local(path: str) -> bool:
     """Whether a `data` or `base` value names something on disk rather than a hub id such as `org/name`."""
-    return path.endswith((*DATA_SUFFIXES, ".gguf")) or path.startswith((".", "/", "~")) or Path(path).exists()
+    marked = path.startswith((".", "/", "~")) or "\\" in path or bool(PureWindowsPath(path).drive)
+    return marked or path.endswith((*DATA_SUFFIXES, ".gguf")) or _exists(Path(path))
 
 
 def locate(path: str, beside: Path) -> Path | None:
     """The file or folder meant: from the current directory, else from the recipe's own folder."""
     here = Path(path).expanduser()
-    return next((p for p in (here, beside / here) if p.exists()), None)
+    return next((p for p in (here, beside / here) if _exists(p)), None)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a null in it: no path at all
+        return False
 
 
 def _adapter(path: str, beside: Path) -> Path | None:
@@ -84,7 +92,7 @@ def resolved(recipe: Recipe, beside: Path) -> Recipe:
     """The recipe with every local path as it is reached from the current directory."""
 
     def found(path: str) -> str:
-        place = locate(path, beside) if looks_local(path) or (beside / path).exists() else None
+        place = locate(path, beside) if looks_local(path) or _exists(beside / path) else None
         return str(place) if place else path
 
     def sources(data):

@@ -196,14 +196,16 @@ def _explain(item: dict, loc: tuple) -> str:
         return f"unknown key '{loc[-1]}'{within}" + (did_you_mean(loc[-1], known) or f"; known: {', '.join(known)}")
     if kind == "missing":
         return f"'{name}' is missing"
+    if found is None:
+        return f"{name} is empty"
+    if loc and loc[-1] in _SEVERAL_TYPES and kind != "too_short":
+        return f"{name} is {found!r}; expected {_SEVERAL_TYPES[loc[-1]]}"
     if kind in ("model_type", "dict_type"):
         return f"{name} is {found!r}; expected keys below it"
     if kind in ("string_too_short", "too_short"):
         return f"{name} is empty"
     if kind == "invalid_key":
         return f"{name}: keys are words, not {item['input']!r}"
-    if loc and loc[-1] in _SEVERAL_TYPES:
-        return f"{name} is {found!r}; expected {_SEVERAL_TYPES[loc[-1]]}"
     if kind == "literal_error":
         expected = re.findall(r"'([^']*)'", item["ctx"]["expected"])
         return f"{name} is {found!r}; expected one of {', '.join(expected)}" + did_you_mean(found, expected)
@@ -241,6 +243,15 @@ _WITHOUT_EFFECT = {
     "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau",
     "activation_offloading", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "pad_token",
 }  # fmt: skip
+# What would break a promise of qalign's loop, and the reason.
+_NOT_HERE = {
+    "auto_find_batch_size": "set micro_batch_size",
+    "label_smoothing_factor": "use loss 'robust' with label_smoothing",
+    "save_only_model": "--resume needs the optimiser's state",
+    "save_total_limit": "two checkpoints are kept, so that one is always whole",
+    "train_sampling_strategy": "pairs are drawn at random",
+    "use_cpu": "hide the GPU with CUDA_VISIBLE_DEVICES= in front of the command",
+}
 
 
 def trainer_keys() -> set[str]:
@@ -272,5 +283,7 @@ def _unknown_trainer_keys(raw: dict):
                 yield loc, f"trainer.{key}: set it as {inside}{owner}"
             elif key in _WITHOUT_EFFECT:
                 yield loc, f"trainer.{key}: has no effect, qalign does this part of TRL's DPOTrainer itself; remove it"
+            elif key in _NOT_HERE:
+                yield loc, f"trainer.{key}: can't be used here; {_NOT_HERE[key]}"
             elif key not in known:
                 yield loc, f"unknown key '{key}' in {name}.trainer" + did_you_mean(key, known)

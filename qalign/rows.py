@@ -104,9 +104,10 @@ def _parts(raw: dict) -> tuple[list[Message], Any, Any]:
         _need(chosen, rejected, raw)
         return _turns(opening, "input"), chosen, rejected
     if "instruction" in raw and "prompt" not in raw:  # alpaca ranking
-        request = "\n".join(raw[key] for key in ("instruction", "input") if _text(raw.get(key)))
-        if not request:
-            raise BadRow("instruction: expected a text")
+        parts = [raw.get(key, "") for key in ("instruction", "input")]
+        if not all(isinstance(part, str) for part in parts):
+            raise BadRow("instruction and input: expected texts")
+        request = "\n".join(part for part in parts if part.strip())
         history = _history(raw.get("history", []))
         both = raw["output"] if isinstance(raw.get("output"), list) and len(raw["output"]) == 2 else (None, None)
         chosen, rejected = raw.get("chosen", both[0]), raw.get("rejected", both[1])
@@ -186,7 +187,10 @@ def _turns(value: Any, name: str, role: str = "user") -> list[Message]:
 def _transcript(text: str) -> list[Message]:
     """Turns of an HH-RLHF transcript: `\\n\\nHuman: … \\n\\nAssistant: …`."""
     turns: list[Message] = []
-    for human in text.split("\n\nHuman:")[1:]:
+    before, *spoken = text.split("\n\nHuman:")
+    if before.strip():
+        raise BadRow("the transcript begins with text that nobody speaks")
+    for human in spoken:
         said, *replies = human.split("\n\nAssistant:")
         turns.append({"role": "user", "content": said.strip()})
         turns += ({"role": "assistant", "content": reply.strip()} for reply in replies)

@@ -15,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -82,6 +82,11 @@ class RunFolder:
         """
         self.resume = resume
         kept = self.path / "recipe.yaml"
+        if any(place.exists() and not place.is_dir() for place in (self.path, self.path.parent)):
+            raise UserError(f"{self.path}: is, or lies in, a file; choose another `output`")
+        for key, used in self._inputs():
+            if Path(used).resolve().is_relative_to(self.path.resolve()):
+                raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
         if not self.path.exists() or all(file.name == REFUSED for file in self.path.iterdir()):
             return
         if not kept.is_file():
@@ -95,6 +100,14 @@ class RunFolder:
             old, new = (set(text.splitlines()) for text in (kept.read_text(encoding="utf-8"), dump(self.recipe)))
             changed = ", ".join(sorted(line.strip() for line in new - old)) or "some keys were removed"
             raise UserError(f"{self.path}: --resume needs the recipe it began with; this one differs: {changed}")
+
+    def _inputs(self) -> Iterator[tuple[str, str]]:
+        """(key, path) of what the stage reads."""
+        stage = getattr(self.recipe, self.stage)
+        if stage.start_from:
+            yield f"{self.stage}.start_from", stage.start_from
+        for key in ("data", "eval_data"):
+            yield from ((f"{self.stage}.{key}", source.path) for source in getattr(stage, key) or ())
 
     def begin(self, refused: list[Refused]) -> None:
         """Makes the folder ready to train in: only now does `--overwrite` delete the old run."""
@@ -115,6 +128,9 @@ class RunFolder:
         Returns:
             (the last whole checkpoint if the run is resumed and has one, the tokens seen by then).
         """
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            if not (folder / "whole").exists():  # cut short: it would count among the few that are kept
+                shutil.rmtree(folder)
         checkpoint = self.last_checkpoint() if self.resume else None
         step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
@@ -123,8 +139,8 @@ class RunFolder:
         self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         return checkpoint, max((line.get("num_tokens", 0) for line in kept), default=0)
 
-    def check_refused(self, refused: list[Refused], used: int) -> None:
-        """Stops before training if the data is not what the user thinks it is.
+    def check_refused(self, key: str, refused: list[Refused], used: int) -> None:
+        """Stops before training if the rows under a key of the recipe are not what the user thinks they are.
 
         Raises:
             UserError: more rows were refused than the recipe allows, or none is left.
@@ -133,10 +149,10 @@ class RunFolder:
         if used and share <= self.recipe.max_refused_share:
             return
         if not refused:
-            raise UserError(f"{self.stage}.data: holds no rows")
+            raise UserError(f"{key}: holds no rows")
         self._list_refused(refused)
         raise UserError(
-            f"{len(refused)} of {used + len(refused)} rows were refused ({share:.0%}; max_refused_share is "
+            f"{key}: {len(refused)} of {used + len(refused)} rows were refused ({share:.0%}; max_refused_share is "
             f"{self.recipe.max_refused_share:.0%}); all of them are in {self.path / REFUSED}. The first:",
             *(f"  {row.where}: {row.reason}" for row in refused[:5]),
         )
@@ -238,7 +254,9 @@ def report_command(name: str, stage: str, report: Callable[[Recipe], None]) -> N
 def exit_code(work: Callable[[], None]) -> int:
     """Runs it: 0, or 2 with a line a mistake, or 128 + the signal that stopped it."""
     # One process, one GPU: with several visible, Trainer would split batches over them behind qalign's back.
-    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a console that has no arrows must not stop a run
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests an optional package at import
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -247,6 +265,12 @@ def exit_code(work: Callable[[], None]) -> int:
     except UserError as error:
         for line in error.lines:
             print(line, file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not even be imported
+            raise
+        reason = str(error).partition(". ")[0]
+        print(f"out of GPU memory ({reason}). Try nf4, a smaller model or model.max_length", file=sys.stderr)
         return 2
     except OSError as error:
         if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):

@@ -75,8 +75,8 @@ class PreferenceTrainer(Trainer):
         if not torch.isfinite(loss).all():
             bad = [inputs["where"][number] for number in (~torch.isfinite(loss)).nonzero()[:, 0]]
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is not finite on {', '.join(bad)}; the last checkpoint "
-                "is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
+                f"step {self.state.global_step + 1}: the loss is not finite on {', '.join(bad)}; the last checkpoint, "
+                "if there is one, is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
             )
         self._count(metrics, len(loss))
         self.tokens_seen += int(inputs["attention_mask"].sum()) if loss.requires_grad else 0
@@ -225,7 +225,8 @@ def train_to_the_end(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Pat
     """Runs the loop, from a checkpoint if there is one.
 
     Returns:
-        `steps`, `train_seconds`, `tokens`, `tokens_per_second`, `peak_bytes`.
+        `steps` and `tokens` of the whole run; of this session `resumed_from`, `train_seconds`, `tokens_per_second`
+        and `peak_bytes`.
 
     Raises:
         Stopped: the user or the system asked to stop; a checkpoint was written.
@@ -248,6 +249,7 @@ def train_to_the_end(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Pat
     seconds = time.monotonic() - began
     return {
         "steps": trainer.state.global_step,
+        "resumed_from": str(checkpoint) if checkpoint else None,
         "train_seconds": round(seconds, 1),
         "tokens": trainer.tokens_seen,
         "tokens_per_second": round((trainer.tokens_seen - seen) / seconds, 1),

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 import bitsandbytes
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel
 
@@ -38,7 +40,7 @@ def load_weights(spec: Model) -> tuple[PreTrainedModel, transformers.PreTrainedT
         source, identity = _source(spec)
         lm = _quantised(spec, dtype, source, identity)
         return lm, AutoTokenizer.from_pretrained(source, revision=spec.revision), source
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.base: '{spec.base}' can't be loaded: {reason}") from None
 
@@ -132,8 +134,11 @@ def _quantised(spec: Model, dtype: torch.dtype, source: str, identity: str) -> P
         print(f"quantising {source} once into {folder} …", flush=True)
         config = BitsAndBytesConfig(load_in_4bit=True, **settings)
         lm = AutoModelForCausalLM.from_pretrained(source, revision=spec.revision, quantization_config=config, **place)
-        with _written_aside(folder) as aside:  # freshly quantised and before any forward: see guard_4bit
-            lm.save_pretrained(aside)
+        try:
+            with _written_aside(folder) as aside:  # freshly quantised and before any forward: see guard_4bit
+                lm.save_pretrained(aside)
+        except OSError as error:  # a full disk: slower next time, but no reason to stop
+            print(f"not kept: {error}", file=sys.stderr)
     guard_4bit(lm)
     return lm
 
@@ -153,8 +158,9 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
     """Saves a tokenizer so that it gives the same ids when loaded again."""
     tokenizer.save_pretrained(folder)
     if getattr(tokenizer, "legacy", None):  # transformers 5.23 forgets it, and spaces after special tokens change
-        settings = folder / "tokenizer_config.json"
-        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"legacy": True}, indent=2), encoding="utf-8")
+        file = folder / "tokenizer_config.json"
+        settings = json.loads(file.read_text(encoding="utf-8")) | {"legacy": True}
+        file.write_text(json.dumps(settings, indent=2), encoding="utf-8")
 
 
 @contextmanager

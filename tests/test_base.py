@@ -240,6 +240,32 @@ def test_an_adapter_of_another_model_is_refused(spec, adapter_folder):
         load(spec).load_policy(adapter_folder, trainable=True)
 
 
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (
+            peft.LoraConfig(target_modules="all-linear", bias="all", task_type="CAUSAL_LM"),
+            "bias 'all' changes",
+        ),
+        (peft.LoraConfig(target_modules=["lm_head"], task_type="CAUSAL_LM"), "the output layer can't have an adapter"),
+        (
+            peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
+            "the output layer can't have an adapter",
+        ),
+        (peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "prompt tuning can't share a base"),
+    ],
+)
+def test_adapters_that_the_roles_cannot_keep_apart_are_refused(spec, tmp_path, config, reason):
+    peft.get_peft_model(load(spec).lm, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    with pytest.raises(UserError, match=reason):
+        load(spec).load_policy(str(tmp_path / "adapter"), trainable=True)
+
+
+def test_a_pattern_that_hits_the_output_layer_is_refused(tiny_base):
+    with pytest.raises(UserError, match=r"lora\.targets: the output layer can't have an adapter"):
+        tiny_base.add_policy(Lora(targets=".*head"))
+
+
 def test_targets_that_fit_nothing_are_one_line(tiny_base):
     with pytest.raises(UserError, match=r"lora\.targets"):
         tiny_base.add_policy(Lora(targets=["no_such_proj"]))

@@ -89,11 +89,18 @@ def test_training_moves_the_policy_alone(recipe_file, monkeypatch):
     assert all(p.abs().max() > 0 for p in moved)  # LoRA's B begins at zero
 
 
-def test_going_on_from_an_adapter(recipe_file):
-    """Step 1 is ln 2 again, the reference is the first run's adapter, and it is what it was."""
+def test_going_on_from_an_adapter(recipe_file, monkeypatch):
+    """Step 1 is ln 2 again, the reference is the first run's adapter, and it stays what it was, in memory too."""
     first = train(recipe_file(max_steps=4))
     start = (first.adapter / "adapter_model.safetensors").read_bytes()
-    second = train(recipe_file("second.yaml", output="again", max_steps=4, start_from=str(first.adapter)))
+    path = recipe_file("second.yaml", output="again", max_steps=4, start_from=str(first.adapter))
+    bases, real = [], qalign.base.load
+    monkeypatch.setattr(qalign.base, "load", lambda spec: bases.append(real(spec)) or bases[-1])
+    before = real(load_recipe(path).model)
+    before.load_policy(str(first.adapter), trainable=True)
+    before.load_reference(str(first.adapter))
+    second = train(path)
+    assert digest(bases[0]) == digest(before)
     assert metrics(second)[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
     assert json.loads(second.summary.read_text())["reference"].endswith(str(first.adapter))
     assert (first.adapter / "adapter_model.safetensors").read_bytes() == start
@@ -152,6 +159,16 @@ def test_bad_rows_are_named_listed_and_counted(recipe_file, write_jsonl):
     assert reasons[f"{data}:300"].startswith("the prompt fills max_length: ")
     assert reasons[f"{data}:400"] == "turn 2 of the prompt is the user's, expected the assistant's"
     assert json.loads(run.summary.read_text())["rows"]["refused"] == 5
+
+
+@pytest.mark.parametrize("key", ["data", "eval_data"])
+def test_rows_of_each_kind_are_checked_alone(recipe_file, write_jsonl, key):
+    """No training row, or no held-out row, is told before a step is made and before an old run is deleted."""
+    old = train(recipe_file(max_steps=1))
+    bad = write_jsonl("bad.jsonl", [{"prompt": "q", "chosen": "", "rejected": "no"}])
+    with pytest.raises(UserError, match=rf"dpo\.{key}: 1 of 1 rows were refused"):
+        train(recipe_file(**{"eval_data": TEST, key: bad}), overwrite=True)
+    assert old.complete
 
 
 def test_a_value_that_trl_refuses_is_one_line(recipe_file):

@@ -71,6 +71,13 @@ def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
     assert f"{kept['reward_accuracy']:.1%}" in said
 
 
+@pytest.mark.parametrize("change", [{"beta": 0.3}, {"model": {"double_quant": False}}])
+def test_another_recipe_than_the_runs_is_refused(recipe_file, change):
+    train(recipe_file(eval_data=TEST, max_steps=1))
+    with pytest.raises(UserError, match="was trained with another"):
+        evaluate.report(load_recipe(recipe_file(eval_data=TEST, max_steps=1, **change)))
+
+
 def test_what_is_missing_is_one_line(recipe_file):
     with pytest.raises(UserError, match=r"there is no adapter yet; train it with python -m qalign\.dpo"):
         evaluate.report(load_recipe(recipe_file(eval_data=TEST)))

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from qalign import logps
 from qalign.batch import PairCollator
+from qalign.errors import UserError
 from qalign.tokens import TokenPair
 
 
@@ -119,5 +120,5 @@ def test_an_unknown_head_is_noticed():
         return output
 
     lm.forward = forward
-    with pytest.raises(NotImplementedError, match="its head does more than qalign knows"):
+    with pytest.raises(UserError, match="the head of Qwen3ForCausalLM does more than qalign knows"):
         logps.check_head(lm)

@@ -93,6 +93,15 @@ def test_simpo_and_orpo_equal_trl():
     torch.testing.assert_close(losses.orpo(policy, lengths, lam=2.0), losses.sft(policy, lengths) - ratio_loss)
 
 
+def test_orpo_of_a_certain_answer_is_finite():
+    """Float32 log-probs of a confident model are exactly 0, whose odds are infinite."""
+    policy = torch.tensor([[0.0, -20.0], [-1e-8, -3.0], [-2.0, 0.0]], requires_grad=True)
+    loss = losses.orpo(policy, torch.tensor([[1, 4], [2, 3], [3, 2]]), lam=0.5)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert policy.grad.isfinite().all()
+
+
 ALL = ["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"]
 
 

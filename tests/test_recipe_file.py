@@ -718,3 +718,15 @@ def test_start_from_takes_the_folder_that_holds_an_adapter(folder):
     (folder / "sub" / "adapter" / "adapter_config.json").touch()
     (folder / "sub" / "recipe.yaml").write_text(GOOD + "  start_from: adapter\n")
     assert load("sub/recipe.yaml").dpo.start_from == str(Path("sub") / "adapter")
+
+
+@pytest.mark.parametrize("key", ["label_smoothing_factor", "save_only_model", "use_cpu", "train_sampling_strategy"])
+def test_what_would_break_the_loop_is_refused_with_the_reason(problems, key):
+    (line,) = problems(GOOD + f"  trainer: {{{key}: 1}}\n")
+    assert f"trainer.{key}: can't be used here; " in line
+
+
+def test_a_path_that_is_too_long_is_no_path(problems, read):
+    assert read(GOOD.replace("pairs.jsonl", "x" * 300)).dpo.data[0].path == "x" * 300
+    (line,) = problems(GOOD.replace("pairs.jsonl", r"C:\data\gone"))
+    assert "there is no file" in line

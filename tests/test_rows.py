@@ -290,7 +290,15 @@ REFUSALS = {
     ),
     "alpaca, instruction no text": (
         {"instruction": 5, "chosen": "Yes", "rejected": "No"},
-        "instruction: expected a text",
+        "instruction and input: expected texts",
+    ),
+    "alpaca, input no text": (
+        {"instruction": "Why?", "input": 5, "chosen": "Yes", "rejected": "No"},
+        "instruction and input: expected texts",
+    ),
+    "a transcript with a preamble": (
+        {"chosen": "Rules.\n\nHuman: Why?\n\nAssistant: Yes", "rejected": "Rules.\n\nHuman: Why?\n\nAssistant: No"},
+        "the transcript begins with text that nobody speaks",
     ),
     "alpaca, half a history": (
         {"instruction": "Why?", "history": [["Hi"]], "chosen": "Yes", "rejected": "No"},

@@ -2,12 +2,15 @@
 
 import errno
 import json
+import os
 import signal
 
 import pytest
+import torch
 
 from qalign import run as runs
 from qalign.errors import UserError
+from qalign.recipe import Source
 from qalign.recipe_file import load
 from qalign.rows import Refused
 
@@ -66,6 +69,21 @@ def test_files_that_are_no_run_are_never_deleted(recipe):
     assert (run.path / "thesis.doc").is_file()
 
 
+@pytest.mark.parametrize("key", ["start_from", "data", "eval_data"])
+def test_overwrite_never_deletes_what_the_run_reads(recipe, key):
+    inside = str(folder(recipe).path / "adapter")
+    value = inside if key == "start_from" else (Source(path=f"{inside}/rows.jsonl"),)
+    reads_itself = recipe.model_copy(update={"dpo": recipe.dpo.model_copy(update={key: value})})
+    with pytest.raises(UserError, match=rf"dpo\.{key}: .* lies in the folder that this run writes to"):
+        folder(reads_itself).claim(resume=False, overwrite=True)
+
+
+def test_an_output_that_is_a_file_is_one_line(recipe, tmp_path):
+    (tmp_path / "runs").touch()
+    with pytest.raises(UserError, match="is, or lies in, a file"):
+        folder(recipe).claim(resume=False, overwrite=False)
+
+
 def test_resume_needs_the_same_recipe(recipe):
     folder(recipe).begin([])
     folder(recipe).claim(resume=True, overwrite=False)
@@ -94,6 +112,7 @@ def test_rewind_drops_what_will_be_logged_again(recipe):
     lines = [json.dumps({"step": step, "num_tokens": 100 * step}) for step in (1, 2, 3)]
     run.metrics.write_text("\n".join(lines) + '\n{"step": 4, "lo')  # a power cut left half a line
     assert run.rewind() == (run.checkpoints / "checkpoint-2", 200)
+    assert not (run.checkpoints / "checkpoint-3").exists()  # cut short
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
     fresh = folder(recipe)
     assert fresh.rewind() == (None, 0)
@@ -103,7 +122,7 @@ def test_rewind_drops_what_will_be_logged_again(recipe):
 def test_few_refused_rows_pass_and_are_listed(recipe):
     run = folder(recipe)
     refused = [Refused("data.jsonl:7", "the prompt is empty")]
-    run.check_refused(refused, used=99)
+    run.check_refused("dpo.data", refused, used=99)
     run.begin(refused)
     listed = [json.loads(line) for line in (run.path / "rejected_rows.jsonl").read_text().splitlines()]
     assert listed == [{"where": "data.jsonl:7", "reason": "the prompt is empty"}]
@@ -113,8 +132,8 @@ def test_too_many_refused_rows_stop_and_are_listed(recipe):
     run = folder(recipe)
     refused = [Refused(f"data.jsonl:{n}", "the prompt is empty") for n in range(6)]
     with pytest.raises(UserError) as raised:
-        run.check_refused(refused, used=94)
-    assert raised.value.lines[0].startswith("6 of 100 rows were refused (6%; max_refused_share is 5%)")
+        run.check_refused("dpo.data", refused, used=94)
+    assert raised.value.lines[0].startswith("dpo.data: 6 of 100 rows were refused (6%; max_refused_share is 5%)")
     assert raised.value.lines[1] == "  data.jsonl:0: the prompt is empty"
     assert len((run.path / "rejected_rows.jsonl").read_text().splitlines()) == 6
     folder(recipe).claim(resume=False, overwrite=False)  # the list alone is no run: the next try is not refused
@@ -122,7 +141,7 @@ def test_too_many_refused_rows_stop_and_are_listed(recipe):
 
 def test_no_rows_at_all(recipe):
     with pytest.raises(UserError, match="holds no rows"):
-        folder(recipe).check_refused([], used=0)
+        folder(recipe).check_refused("dpo.data", [], used=0)
 
 
 def raising(error):
@@ -161,6 +180,23 @@ def test_several_processes_are_refused(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert runs.exit_code(lambda: None) == 2
     assert "one GPU in one process" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1,0", "1"), ("", "")])
+def test_one_gpu_is_seen(monkeypatch, before, after):
+    if before is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    runs.exit_code(lambda: None)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
+def test_out_of_memory_anywhere_is_one_line(capsys):
+    assert runs.exit_code(raising(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))) == 2
+    assert capsys.readouterr().err.startswith("out of GPU memory (CUDA out of memory). Try nf4")
+    with pytest.raises(RuntimeError):
+        runs.exit_code(raising(RuntimeError("a bug of ours")))
 
 
 def test_a_stop_request_is_patient_once():
