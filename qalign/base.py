@@ -107,7 +107,7 @@ class Base:
         Yields the language model.
         """
         before = self.role
-        trainable = [(p, p.requires_grad) for p in self.model.parameters()]
+        flags = [(p, p.requires_grad) for p in self.model.parameters()]
         modes = [module for module in self.model.modules() if module.training]
         try:
             self._switch(role)
@@ -115,12 +115,12 @@ class Base:
                 self.model.eval()
                 self.model.requires_grad_(False)
             else:  # PEFT's switch makes what it activates trainable, a policy that is only evaluated too
-                _restore(trainable)
+                _restore(flags)
             with torch.autocast(self.lm.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 yield self.lm
         finally:
             self._switch(before)
-            _restore(trainable)
+            _restore(flags)
             for module in modes:
                 module.training = True
 

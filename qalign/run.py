@@ -26,6 +26,7 @@ from qalign.recipe_file import dump, load
 from qalign.rows import Refused
 
 REFUSED = "rejected_rows.jsonl"
+TOKENS_SEEN = "tokens_seen"  # in a checkpoint
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
 
 
@@ -137,7 +138,7 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]  # a power cut may leave half a line
         kept = [line for line in whole if line["step"] <= step]
         self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        return checkpoint, max((line.get("num_tokens", 0) for line in kept), default=0)
+        return checkpoint, int((checkpoint / TOKENS_SEEN).read_text()) if checkpoint else 0
 
     def check_refused(self, key: str, refused: list[Refused], used: int) -> None:
         """Stops before training if the rows under a key of the recipe are not what the user thinks they are.

@@ -22,7 +22,7 @@ from qalign.journal import peak_bytes
 from qalign.logps import pair_lengths, pair_logps
 from qalign.losses import CHOSEN, REJECTED, preference_loss, rewards
 from qalign.recipe import DPO, REFERENCE_FREE, Recipe
-from qalign.run import RunFolder, Stopped
+from qalign.run import TOKENS_SEEN, RunFolder, Stopped
 from qalign.tokens import TokenPair
 
 
@@ -153,7 +153,9 @@ class PreferenceTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints hold the policy alone, as a plain adapter folder: base and reference never change."""
-        self.base.save_policy(Path(output_dir or self.args.output_dir))
+        folder = Path(output_dir or self.args.output_dir)
+        self.base.save_policy(folder)
+        (folder / TOKENS_SEEN).write_text(str(self.tokens_seen))
 
 
 # --- settings --------------------------------------------------------------------------------------------------------

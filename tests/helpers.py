@@ -7,7 +7,7 @@ import torch
 
 from qalign import dpo
 from qalign.base import Role
-from qalign.recipe import Source
+from qalign.recipe import Recipe, Source
 from qalign.recipe_file import load
 from qalign.rows import preferences
 from qalign.run import RunFolder
@@ -43,8 +43,12 @@ def digest(base) -> str:
 
 
 def train(path: str, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    recipe = load(path, stage="dpo")
-    run = RunFolder(recipe, "dpo", path)
+    """The DPO stage of a recipe file, as its command runs it."""
+    return train_recipe(load(path, stage="dpo"), path, resume=resume, overwrite=overwrite)
+
+
+def train_recipe(recipe: Recipe, command_line: str = "", *, resume: bool = False, overwrite: bool = False) -> RunFolder:
+    run = RunFolder(recipe, "dpo", command_line)
     run.claim(resume=resume, overwrite=overwrite)
     dpo.train(recipe, run)
     return run

@@ -20,7 +20,7 @@ from qalign.errors import UserError
 from qalign.recipe_file import load as load_recipe
 from qalign.weights import guard_4bit
 from tests.conftest import ROOT
-from tests.helpers import TEST, digest, metrics, train
+from tests.helpers import TEST, digest, metrics, train, train_recipe
 
 
 def test_a_run_leaves_what_it_promises(recipe_file, capsys):
@@ -159,6 +159,17 @@ def test_bad_rows_are_named_listed_and_counted(recipe_file, write_jsonl):
     assert reasons[f"{data}:300"].startswith("the prompt fills max_length: ")
     assert reasons[f"{data}:400"] == "turn 2 of the prompt is the user's, expected the assistant's"
     assert json.loads(run.summary.read_text())["rows"]["refused"] == 5
+
+
+@pytest.mark.true_model
+def test_the_demo_learns_on_the_true_model(tmp_path):
+    """A few steps of the demo's own recipe: SmolLM2 in NF4, in the precision this machine picks."""
+    words = ["dpo.max_steps=6", "dpo.batch_size=4", "dpo.limit=24", f"output={tmp_path}", "dpo.eval_data="]
+    recipe = load_recipe(str(ROOT / "recipes" / "smollm2_demo.yaml"), words, "dpo")
+    lines = metrics(train_recipe(recipe))
+    assert lines[0]["rewards/margins"] == 0
+    assert lines[-1]["rewards/margins"] > 0.1
+    assert lines[-1]["rewards/accuracies"] == 1
 
 
 @pytest.mark.parametrize("key", ["data", "eval_data"])

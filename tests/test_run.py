@@ -109,7 +109,8 @@ def test_rewind_drops_what_will_be_logged_again(recipe):
     for step in (2, 3):
         (run.checkpoints / f"checkpoint-{step}").mkdir(parents=True)
     (run.checkpoints / "checkpoint-2" / "whole").touch()
-    lines = [json.dumps({"step": step, "num_tokens": 100 * step}) for step in (1, 2, 3)]
+    (run.checkpoints / "checkpoint-2" / "tokens_seen").write_text("200")
+    lines = [json.dumps({"step": step}) for step in (1, 2, 3)]
     run.metrics.write_text("\n".join(lines) + '\n{"step": 4, "lo')  # a power cut left half a line
     assert run.rewind() == (run.checkpoints / "checkpoint-2", 200)
     assert not (run.checkpoints / "checkpoint-3").exists()  # cut short
