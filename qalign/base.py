@@ -3,6 +3,7 @@
 `Base.acting_as(role)` is the only way to change which part is played.
 """
 
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
+from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -66,7 +68,7 @@ class Base:
         )
         try:
             self.model = peft.get_peft_model(self.lm, config, adapter_name=Role.POLICY)
-        except ValueError as error:
+        except (ValueError, re.error) as error:  # a text is a pattern
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.source}: {error}") from None
         self._check_head_is_frozen("lora.targets")
 
@@ -76,18 +78,18 @@ class Base:
         Raises:
             UserError: the adapter was made for another model, or is of a kind that the roles can't keep apart.
         """
-        config = peft.PeftConfig.from_pretrained(folder)
-        if config.is_prompt_learning:
-            raise UserError(f"{folder}: prompt tuning can't share a base with a reference; use LoRA")
-        if getattr(config, "bias", "none") != "none":
-            raise UserError(f"{folder}: an adapter with bias '{config.bias}' changes the base itself; use bias 'none'")
         try:
+            config = peft.PeftConfig.from_pretrained(folder)
+            if config.is_prompt_learning:
+                raise UserError(f"{folder}: prompt tuning can't share a base with a reference; use LoRA")
+            if getattr(config, "bias", "none") != "none":
+                raise UserError(f"{folder}: an adapter with bias '{config.bias}' changes the base itself; use 'none'")
             self.model = peft.PeftModel.from_pretrained(
                 self.lm, folder, adapter_name=Role.POLICY, is_trainable=trainable
             )
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).splitlines()[:2])
-            raise UserError(f"{folder}: this adapter doesn't fit {self.source}: {reason}") from None
+        except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
+            reason = " ".join((str(error) or repr(error)).splitlines()[:2])
+            raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.source}: {reason}") from None
         self._check_head_is_frozen(folder)
 
     def _check_head_is_frozen(self, origin: str) -> None:

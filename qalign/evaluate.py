@@ -26,7 +26,7 @@ def report(recipe: Recipe) -> None:
     """Compare the base and the aligned model on a recipe's held-out rows."""
     settings, model = recipe.dpo, recipe.model
     run = RunFolder(recipe, "dpo")
-    if not (run.adapter / "adapter_config.json").is_file():
+    if not ((run.adapter / "adapter_config.json").is_file() and (run.path / "recipe.yaml").is_file()):
         raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
     if not settings.eval_data:
         raise UserError("dpo.eval_data: there are no held-out rows to measure on; add them to the recipe")
@@ -35,12 +35,13 @@ def report(recipe: Recipe) -> None:
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign.base import Role, load
-    from qalign.dpo import read_pairs
     from qalign.rollout import complete
     from qalign.rows import preferences
+    from qalign.tokens import encode_pairs
 
     base = load(model)
-    pairs, _ = read_pairs(recipe, base.tokenizer, settings.eval_data)
+    rows, _ = preferences(settings.eval_data, settings.split, None, recipe.seed)
+    pairs, _ = encode_pairs(base.tokenizer, rows, model.max_length, model.chat_template_kwargs)
     if not pairs:
         raise UserError("dpo.eval_data: holds no usable rows")
     base.load_policy(str(run.adapter), trainable=False)
@@ -60,7 +61,6 @@ def report(recipe: Recipe) -> None:
     (run.path / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
     measured = {pair.where for pair in pairs}
-    rows, _ = preferences(settings.eval_data, settings.split, None, recipe.seed)
     rows = [row for row in rows if row.where in measured]
     shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
     prompts = [list(row.prompt) for row in shown]

@@ -56,7 +56,8 @@ def package_file(path: str) -> Path:
 
 def missing(raw: dict, beside: Path):
     """(place, message) of every path in the recipe that isn't there."""
-    base = (raw.get("model") or {}).get("base") if isinstance(raw.get("model"), dict) else None
+    model = raw["model"] if isinstance(raw.get("model"), dict) else {}
+    base, template = model.get("base"), model.get("chat_template")
     if isinstance(base, str):
         if base.startswith("package:"):
             try:
@@ -65,7 +66,6 @@ def missing(raw: dict, beside: Path):
                 yield ("model", "base"), f"base: {error}"
         elif looks_local(base) and not locate(base, beside):
             yield ("model", "base"), f"base: there is no '{base}'"
-    template = raw["model"].get("chat_template") if isinstance(raw.get("model"), dict) else None
     if isinstance(template, str) and not locate(template, beside):
         yield ("model", "chat_template"), f"chat_template: there is no file '{template}'"
     for name, stage in raw.items():

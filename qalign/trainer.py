@@ -216,8 +216,12 @@ def micro_batch_size(settings: DPO, pairs: list[TokenPair]) -> int:
     if settings.micro_batch_size != "auto":
         return settings.micro_batch_size
     longest = max(len(pair) for pair in pairs)
-    divisors = [size for size in range(1, settings.batch_size + 1) if settings.batch_size % size == 0]
-    return max((size for size in divisors if 2 * size * longest <= 4096), default=1)
+    return max((size for size in divisors(settings.batch_size) if 2 * size * longest <= 4096), default=1)
+
+
+def divisors(batch_size: int) -> list[int]:
+    """The micro-batch sizes that a batch size allows."""
+    return [size for size in range(1, batch_size + 1) if batch_size % size == 0]
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -239,7 +243,8 @@ def train_to_the_end(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Pat
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
         micro, longest = trainer.args.per_device_train_batch_size, max(map(len, trainer.train_dataset))
-        smaller = f"{run.stage}.micro_batch_size={micro // 2}" if micro > 1 else f"model.max_length={longest // 2}"
+        fewer = [size for size in divisors(trainer.settings.batch_size) if size < micro]
+        smaller = f"{run.stage}.micro_batch_size={fewer[-1]}" if fewer else f"model.max_length={longest // 2}"
         raise UserError(
             f"out of GPU memory with {micro} pairs of up to {longest} tokens at a time "
             f"({str(error).partition('. ')[0]}). Try {smaller}"

@@ -2,6 +2,7 @@
 
 import gc
 import shutil
+from pathlib import Path
 
 import bitsandbytes as bnb
 import peft
@@ -236,7 +237,7 @@ def test_an_adapter_of_another_model_is_refused(spec, adapter_folder):
         {name: tensor[:, :-1].contiguous() for name, tensor in weights.items()},
         f"{adapter_folder}/adapter_model.safetensors",
     )
-    with pytest.raises(UserError, match="this adapter doesn't fit"):
+    with pytest.raises(UserError, match="this adapter is broken or doesn't fit"):
         load(spec).load_policy(adapter_folder, trainable=True)
 
 
@@ -266,9 +267,22 @@ def test_a_pattern_that_hits_the_output_layer_is_refused(tiny_base):
         tiny_base.add_policy(Lora(targets=".*head"))
 
 
-def test_targets_that_fit_nothing_are_one_line(tiny_base):
+@pytest.mark.parametrize("targets", [["no_such_proj"], "*proj"])
+def test_targets_that_fit_nothing_are_one_line(tiny_base, targets):
     with pytest.raises(UserError, match=r"lora\.targets"):
-        tiny_base.add_policy(Lora(targets=["no_such_proj"]))
+        tiny_base.add_policy(Lora(targets=targets))
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", '{"peft_type": "NO_SUCH"}', None])
+def test_a_broken_adapter_folder_is_one_line(spec, adapter_folder, content):
+    if content is None:
+        Path(adapter_folder, "adapter_model.safetensors").write_bytes(b"cut short")
+    else:
+        Path(adapter_folder, "adapter_config.json").write_text(content)
+    with pytest.raises(UserError) as raised:
+        load(spec).load_policy(adapter_folder, trainable=True)
+    assert len(raised.value.lines) == 1
+    assert raised.value.lines[0].startswith(adapter_folder)
 
 
 @pytest.mark.parametrize("name", ["llama3", "zephyr", "mistral_v03"])

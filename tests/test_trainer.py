@@ -14,7 +14,7 @@ from qalign.batch import PairCollator
 from qalign.errors import UserError
 from qalign.journal import Journal
 from qalign.recipe import DPO, Lora, Model
-from qalign.trainer import PreferenceTrainer, micro_batch_size
+from qalign.trainer import PreferenceTrainer, micro_batch_size, train_to_the_end
 from tests.helpers import house_style
 
 LORA = Lora(r=4, alpha=8)
@@ -249,6 +249,22 @@ def test_micro_batch_auto_divides_and_fits():
     assert micro_batch_size(settings(batch_size=12), [Pair()]) == 4  # 2 * 4 * 500 <= 4096 < 2 * 6 * 500
     assert micro_batch_size(settings(batch_size=7), [Pair()]) == 1
     assert micro_batch_size(settings(batch_size=12, micro_batch_size=3), [Pair()]) == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "fix"),
+    [(15, 5, "dpo.micro_batch_size=3"), (8, 8, "dpo.micro_batch_size=4"), (4, 1, "max_length=")],
+)
+def test_out_of_memory_suggests_a_size_that_the_recipe_allows(batch, micro, fix):
+    def out_of_memory(**_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    trainer = SimpleNamespace(
+        train=out_of_memory, tokens_seen=0, train_dataset=["x" * 300], settings=settings(batch_size=batch),
+        args=SimpleNamespace(per_device_train_batch_size=micro),
+    )  # fmt: skip
+    with pytest.raises(UserError, match=rf"Try .*{fix}"):
+        train_to_the_end(trainer, SimpleNamespace(stage="dpo"), None)
 
 
 def test_trl_metric_names(tiny_folder, tmp_path):
