@@ -44,7 +44,7 @@ def build(side: str, args: argparse.Namespace):
     from peft import LoraConfig
     from trl import DPOConfig, DPOTrainer
 
-    from qalign.base import load
+    from qalign.base import Role, load
     from qalign.batch import PairCollator
     from qalign.recipe import DPO, Lora, Model
     from qalign.rows import preferences
@@ -74,7 +74,7 @@ def build(side: str, args: argparse.Namespace):
     )
     lora = Lora()
     if side == "qalign":
-        base.add_policy(lora)
+        base.add_adapter(Role.POLICY, lora)
         trainer = PreferenceTrainer(base, settings, config, pairs)
     else:
         peft_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")

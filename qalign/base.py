@@ -3,6 +3,7 @@
 `Base.acting_as(role)` is the only way to change which part is played.
 """
 
+import json
 import re
 import tempfile
 from collections.abc import Iterator
@@ -15,31 +16,40 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalign.errors import UserError
+from qalign.heads import ScalarHead, end_scores
+from qalign.lineage import Lineage, adapter_hash, digest
 from qalign.logps import check_head
 from qalign.recipe import Lora, Model
-from qalign.tokens import prepare_tokenizer
-from qalign.weights import compute_dtype, load_weights, save_tokenizer
+from qalign.tokens import pad_for_scores, prepare_tokenizer
+from qalign.weights import Form, Origin, load_weights, save_tokenizer
+
+# Starts for which PEFT moves part of the base into the adapter: on the plain base they are silently wrong.
+_REBASED = ("pissa", "olora", "corda", "lora_ga")
+HEAD = "base_model.model.score.weight"  # in the file of a sequence classifier's adapter
 
 
 class Role(StrEnum):
     """A part that the base can play; also the name of the adapter that plays it."""
 
+    BASE = "base"
     POLICY = "policy"
     REFERENCE = "reference"
+    REWARD = "reward"
 
 
 class Base:
     """A frozen base with its adapters.
 
     Attributes:
-        lm: the causal language model; adapters are injected into it.
-        model: `lm`, or the `PeftModel` around it once a policy was added.
+        lm: the language model, or the sequence classifier that a reward model is trained as; adapters are injected
+            into it.
+        model: `lm`, or the `PeftModel` around it once an adapter was added.
         tokenizer: with one chat template, one BOS and a pad token.
-        source: folder or hub id that plain transformers can load the 16-bit base from.
+        origin: where the weights come from.
         template: where the chat template comes from, in words.
         dtype: what matrices are multiplied in; adapters are float32 and cast to it.
         reference: what the reference is made of, in words.
@@ -47,59 +57,110 @@ class Base:
         switches: how often the part was changed.
     """
 
-    def __init__(self, lm: PreTrainedModel, tokenizer, source: str, template: str, dtype: torch.dtype):
+    def __init__(self, lm: PreTrainedModel, tokenizer, origin: Origin, template: str, spec: Model):
         lm.requires_grad_(False)
         lm.eval()
         self._base_parameters = lm.num_parameters()
         self.lm, self.model = lm, lm
-        self.tokenizer, self.source, self.template, self.dtype = tokenizer, source, template, dtype
+        self.tokenizer, self.origin, self.template, self.spec = tokenizer, origin, template, spec
+        self.dtype = lm.dtype
         self.reference = "the base with adapters off"
-        self.role = Role.POLICY
+        self.role = Role.BASE
         self.switches = 0
+        self._heads: dict[Role, nn.Module] = {}
 
-    def add_policy(self, lora: Lora) -> None:
-        """A new trainable adapter that begins as a no-op; the reference is then the base with adapters off."""
+    @property
+    def is_classifier(self) -> bool:
+        """Whether `lm` gives scores instead of words."""
+        return self.lm.get_output_embeddings() is None
+
+    def add_adapter(self, role: Role, lora: Lora) -> None:
+        """A new trainable adapter. It begins as a no-op, but for `init: loftq`."""
         config = peft.LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=lora.targets,
+            use_rslora=lora.rslora,
+            use_dora=lora.dora,
+            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
             task_type=peft.TaskType.CAUSAL_LM,
         )
         try:
-            self.model = peft.get_peft_model(self.lm, config, adapter_name=Role.POLICY)
+            self._attach(role, config)
+            if lora.init == "loftq":
+                peft.replace_lora_weights_loftq(self.model, str(self.origin.folder), role)
         except (ValueError, re.error) as error:  # a text is a pattern
-            raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.source}: {error}") from None
+            raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
+        except OSError as error:
+            raise UserError(f"lora.init: loftq needs the 16-bit weights of {self.origin.source}: {error}") from None
+        self._as_float32()
         self._check_head_is_frozen("lora.targets")
 
-    def load_policy(self, folder: str, *, trainable: bool) -> None:
-        """A copy of a saved PEFT adapter as the policy.
+    def load_adapter(self, role: Role, folder: str, *, trainable: bool) -> None:
+        """A copy of a saved PEFT adapter, its score head included if it has one.
 
         Raises:
             UserError: the adapter was made for another model, or is of a kind that the roles can't keep apart.
         """
         try:
             config = peft.PeftConfig.from_pretrained(folder)
+            if config.peft_type is None:
+                raise UserError(f"{folder}: adapter_config.json doesn't say what kind of adapter this is")
             if config.is_prompt_learning:
-                raise UserError(f"{folder}: prompt tuning can't share a base with a reference; use LoRA")
+                raise UserError(f"{folder}: prompt tuning can't share a base between roles; use LoRA")
             if getattr(config, "bias", "none") != "none":
                 raise UserError(f"{folder}: an adapter with bias '{config.bias}' changes the base itself; use 'none'")
-            self.model = peft.PeftModel.from_pretrained(
-                self.lm, folder, adapter_name=Role.POLICY, is_trainable=trainable
-            )
+            init = str(getattr(config, "init_lora_weights", True))
+            if init.startswith(_REBASED):
+                raise UserError(f"{folder}: a '{init}' adapter needs a base of its own; convert it to plain LoRA")
+            config.init_lora_weights = True  # what it began as would be computed, and thrown away
+            config.inference_mode = not trainable
+            weights = peft.load_peft_weights(folder, device=str(self.lm.device))
+            if config.task_type == peft.TaskType.SEQ_CLS and HEAD not in weights:
+                raise UserError(f"{folder}: this reward adapter has lost its score head; train it again")
+            if self.is_classifier:
+                weights.setdefault(HEAD, self.lm.score.weight)  # an SFT adapter has none
+            elif HEAD in weights:
+                self._heads[role] = _head_of(weights.pop(HEAD))
+            self._attach(role, config)
+            unused = peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys
         except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
             reason = " ".join((str(error) or repr(error)).splitlines()[:2])
-            raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.source}: {reason}") from None
+            raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.origin.source}: {reason}") from None
+        if unused:
+            raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
+        self._as_float32()
         self._check_head_is_frozen(folder)
+
+    def load_reference(self, folder: str) -> None:
+        """A frozen copy of a saved PEFT adapter as the reference; call after the policy was made."""
+        self.load_adapter(Role.REFERENCE, folder, trainable=False)
+        self.reference = f"the base with a frozen copy of the adapter {folder}"
+
+    def _attach(self, role: Role, config: peft.PeftConfig) -> None:
+        """Injects an adapter; the first one is the part being played."""
+        kept = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")]
+        config.modules_to_save = [*kept, "score"] if self.is_classifier else kept or None
+        config.base_model_name_or_path = config.revision = None  # said when it is saved
+        config.task_type = peft.TaskType.SEQ_CLS if self.is_classifier else peft.TaskType.CAUSAL_LM
+        if self.model is self.lm:
+            self.model = peft.get_peft_model(self.lm, config, adapter_name=role)
+            self.role = role
+        else:
+            self.model.add_adapter(role, config)
+        if self.is_classifier:
+            self._heads[role] = self.lm.score
+
+    def _as_float32(self) -> None:
+        """PEFT leaves what it makes in the base's dtype here and there; updates round away in 16 bits."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
 
     def _check_head_is_frozen(self, origin: str) -> None:
         if isinstance(self.lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise UserError(f"{origin}: the output layer can't have an adapter, log-probs use its frozen weight")
-
-    def load_reference(self, folder: str) -> None:
-        """A frozen copy of a saved PEFT adapter as the reference; call after the policy was made."""
-        self.model.load_adapter(folder, adapter_name=Role.REFERENCE, is_trainable=False)
-        self.reference = f"the base with a frozen copy of the adapter {folder}"
 
     @contextmanager
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
@@ -138,17 +199,47 @@ class Base:
             tuner.disable_adapter_layers()
         self.role = role
 
-    def save_policy(self, folder: Path) -> None:
-        """Writes the policy into a folder as plain PEFT saves it, with the tokenizer and its chat template; each file
+    @torch.no_grad()
+    def scores(self, role: Role, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """What a reward model gives to answers: float32 `(rows,)`, from ids and mask `(rows, length)`, padded on
+        either side."""
+        with self.acting_as(role) as lm:
+            return end_scores(lm, self._heads[role], input_ids, attention_mask)
+
+    def save_adapter(self, role: Role, folder: Path) -> None:
+        """Writes an adapter into a folder as plain PEFT saves it, with the tokenizer and its chat template; each file
         is written aside and then renamed."""
-        self.model.peft_config[Role.POLICY].base_model_name_or_path = self.source
+        config = self.model.peft_config[role]
+        config.base_model_name_or_path, config.revision = self.origin.source, self.origin.hub_revision
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            self.model.save_pretrained(aside, selected_adapters=[Role.POLICY], save_embedding_layers=False)
-            policy = Path(aside) / Role.POLICY
-            save_tokenizer(self.tokenizer, policy)
-            for file in policy.iterdir():
+            self.model.save_pretrained(aside, selected_adapters=[role], save_embedding_layers=False)
+            saved = Path(aside) / role
+            save_tokenizer(self.tokenizer, saved)
+            for file in saved.iterdir():
                 file.replace(folder / file.name)
+
+    def lineage(self, stage: str, parent: str | None = None) -> Lineage:
+        """What an adapter that is trained here has to be used with."""
+        config = json.loads((self.origin.folder / "config.json").read_text(encoding="utf-8"))
+        for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
+            config.pop(key, None)
+        tokenizer, spec = self.tokenizer, self.spec
+        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+        return Lineage(
+            stage=stage,
+            base=spec.base,
+            revision=self.origin.revision,
+            config_hash=digest(json.dumps(config, sort_keys=True)),
+            tokenizer_hash=digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
+            special_tokens={name: str(token) for name, token in special.items() if token is not None},
+            template=self.template,
+            template_hash=digest(tokenizer.get_chat_template() + json.dumps(spec.chat_template_kwargs, sort_keys=True)),
+            quantization=spec.quantization,
+            compute_dtype=str(self.dtype).removeprefix("torch."),
+            parent=parent,
+            parent_hash=parent and adapter_hash(parent),
+        )
 
     @property
     def precision(self) -> str:
@@ -156,9 +247,8 @@ class Base:
         return f"{str(self.dtype).removeprefix('torch.')} on {self.lm.device.type}"
 
     def count_parameters(self) -> tuple[int, int]:
-        """(those of the policy, those of the base), where two 4-bit weights in a byte count as two."""
-        policy = sum(p.numel() for name, p in self.model.named_parameters() if f".{Role.POLICY}." in name)
-        return policy, self._base_parameters
+        """(those that are trained, those of the base), where two 4-bit weights in a byte count as two."""
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad), self._base_parameters
 
 
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
@@ -166,14 +256,38 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
         parameter.requires_grad_(wanted)
 
 
-def load(spec: Model) -> Base:
-    """The base of a recipe, ready for adapters.
+def _head_of(weight: Tensor) -> ScalarHead:
+    head = ScalarHead(weight.shape[1], weight.device).requires_grad_(False)
+    head.weight.data = weight.float()
+    return head
+
+
+def load(spec: Model, form: Form = "held") -> Base:
+    """The base of a recipe as a language model, ready for adapters.
 
     Raises:
         UserError: it can't be found, fetched or read.
     """
-    lm, tokenizer, source = load_weights(spec)
+    lm, tokenizer, origin = load_weights(spec, form=form)
     template = prepare_tokenizer(tokenizer, spec.chat_template)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
-    check_head(lm)
-    return Base(lm, tokenizer, source, template, compute_dtype(spec))
+    if form == "held":
+        check_head(lm)
+    return Base(lm, tokenizer, origin, template, spec)
+
+
+def load_classifier(spec: Model, form: Form = "held") -> Base:
+    """The base of a recipe as a sequence classifier with one label, for training a reward model. Its float32 head is
+    drawn from PyTorch's generator.
+
+    Raises:
+        UserError: it can't be found, fetched or read, or its family has no such class.
+    """
+    lm, tokenizer, origin = load_weights(spec, classifier=True, form=form)
+    if not isinstance(getattr(lm, "score", None), nn.Linear):
+        raise UserError(f"model.base: {type(lm).__name__} has no 'score' head, so it can't be a reward model here")
+    template = prepare_tokenizer(tokenizer, spec.chat_template)
+    tokenizer.pad_token = pad_for_scores(tokenizer, spec.chat_template_kwargs)
+    lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    lm.score = ScalarHead(lm.score.in_features, lm.device)
+    return Base(lm, tokenizer, origin, template, spec)

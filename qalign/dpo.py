@@ -3,12 +3,13 @@
     python -m qalign.dpo RECIPE [key=value …] [--resume | --overwrite]
 
 Where this departs from the paper: the policy is a LoRA adapter on a frozen 4-bit base, and the reference is the same
-base with that adapter off (or a frozen copy of the adapter that the policy started from), so one copy of the weights
-serves both; no SFT on the chosen answers comes first unless the recipe starts from an adapter that did it.
+base with that adapter off, or with a frozen copy of the adapter that the policy started from (`start_from: sft`), so
+one copy of the weights serves both.
 """
 
-from qalign.recipe import REFERENCE_FREE, Recipe, Source
-from qalign.run import RunFolder, print_table, stage_command
+from qalign.recipe import REFERENCE_FREE, Recipe
+from qalign.run import RunFolder
+from qalign.stage import stage_command
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
@@ -16,69 +17,43 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from transformers import set_seed
 
-    from qalign.base import load
+    from qalign import lineage
+    from qalign.base import Role, load
+    from qalign.intake import read_rows
     from qalign.journal import Journal
-    from qalign.trainer import PreferenceTrainer, planned_steps, train_to_the_end, training_config
-
-    settings = recipe.dpo
-    base = load(recipe.model)
-    pairs, refused = read_pairs(recipe, base.tokenizer, settings.data, settings.limit)
-    run.check_refused("dpo.data", refused, len(pairs))
-    eval_pairs, refused_held_out = read_pairs(recipe, base.tokenizer, settings.eval_data or ())
-    if settings.eval_data:
-        run.check_refused("dpo.eval_data", refused_held_out, len(eval_pairs))
-    refused += refused_held_out
-
-    set_seed(recipe.seed)
-    if settings.start_from:
-        base.load_policy(settings.start_from, trainable=True)
-        base.load_reference(settings.start_from)
-    else:
-        base.add_policy(recipe.lora)
-    reference = "none: this loss needs no reference" if settings.loss in REFERENCE_FREE else base.reference
-
-    args = training_config(recipe, run, base, pairs)
-    run.begin(refused)
-    checkpoint, tokens_seen = run.rewind()
-    callbacks = (Journal(run, tokens_seen),)
-    trainer = PreferenceTrainer(base, settings, args, pairs, eval_pairs or None, tokens_seen, callbacks)
-
-    trainable, size = base.count_parameters()
-    rows = {
-        "used": len(pairs),
-        "held_out": len(eval_pairs),
-        "refused": len(refused),
-        "shortened": sum(pair.dropped_turns > 0 for pair in pairs),
-    }
-    print_table(
-        f"qalign dpo → {run.path}",
-        [
-            ("model", f"{recipe.model.base} ({size / 1e6:,.0f} M parameters)"),
-            ("held in", f"{recipe.model.quantization}, computing in {base.precision}"),
-            ("chat template", base.template),
-            ("trainable", f"{trainable:,} adapter parameters ({trainable / size:.2%} of the base), in float32"
-             + (f", a copy of {settings.start_from}" if settings.start_from else "")),
-            ("reference", reference),
-            ("loss", f"{settings.loss}, beta {settings.beta:g}"),
-            ("rows", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in rows.items())),
-            ("steps", f"{planned_steps(settings, len(pairs)):,}, each of {settings.batch_size} pairs"
-             f", {args.per_device_train_batch_size} at a time"),
-            *([("resuming", checkpoint or "from the beginning: no checkpoint was written")] if run.resume else []),
-        ],
-    )  # fmt: skip
-    speed = train_to_the_end(trainer, run, checkpoint)
-    base.save_policy(run.adapter)
-    run.finish(f"python -m qalign.evaluate {run.command_line}", base.source, reference=reference, rows=rows, **speed)
-
-
-def read_pairs(recipe: Recipe, tokenizer, sources: tuple[Source, ...], limit: int | None = None):
-    """Preference rows as ids: (pairs, refused rows)."""
+    from qalign.loop import print_header, train_to_the_end, training_config
     from qalign.rows import preferences
     from qalign.tokens import encode_pairs
+    from qalign.trainer import PreferenceTrainer
 
-    rows, unread = preferences(sources, recipe.dpo.split, limit, recipe.seed)
-    pairs, unfit = encode_pairs(tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
-    return pairs, unread + unfit
+    settings, parent = recipe.dpo, run.parent
+    base = load(recipe.model)
+    origin = base.lineage(run.stage, parent)
+    pairs, eval_pairs, refused, rows = read_rows(run, base.tokenizer, preferences, encode_pairs)
+
+    set_seed(recipe.seed)
+    if parent:
+        lineage.check("dpo.start_from", parent, origin)
+        base.load_adapter(Role.POLICY, parent, trainable=True)
+        base.load_reference(parent)
+    else:
+        base.add_adapter(Role.POLICY, recipe.lora)
+    reference = "none: this loss needs no reference" if settings.loss in REFERENCE_FREE else base.reference
+
+    longest = max(map(len, pairs))
+    args = training_config(run, base, 2 * longest)
+    run.begin(refused)
+    checkpoint, tokens_before = run.rewind()
+    journal = Journal(run, tokens_before)
+    trainer = PreferenceTrainer(base, settings, args, pairs, eval_pairs or None, callbacks=(journal,))
+    loss = f"{settings.loss}, beta {settings.beta:g}"
+    print_header(run, base, trainer, checkpoint, rows, reference=reference, loss=loss)
+    facts = train_to_the_end(trainer, run, journal, checkpoint, longest)
+    base.save_adapter(Role.POLICY, run.adapter)
+    lineage.write(run.adapter, origin)
+    run.finish(
+        f"python -m qalign.evaluate {run.command_line}", base.origin.source, reference=reference, rows=rows, **facts
+    )
 
 
 if __name__ == "__main__":

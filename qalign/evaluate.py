@@ -2,8 +2,8 @@
 
     python -m qalign.evaluate RECIPE [key=value …]
 
-"Before" is the reference that the run was trained against, "after" is its adapter. Both are measured on the same
-batches in one pass; nothing is trained.
+The bare base, the reference that the run was trained against (the SFT adapter, if it started from one) and the aligned
+adapter are measured on the same batches in one pass; nothing is trained.
 """
 
 import json
@@ -15,7 +15,8 @@ import yaml
 from qalign.errors import UserError
 from qalign.recipe import Recipe
 from qalign.recipe_file import dump
-from qalign.run import RunFolder, print_table, report_command
+from qalign.run import RunFolder, print_table
+from qalign.stage import report_command
 
 SIDE_BY_SIDE = 3
 MAX_NEW_TOKENS = 120
@@ -34,6 +35,7 @@ def report(recipe: Recipe) -> None:
     _check_trained_so(recipe, run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
+    from qalign import lineage
     from qalign.base import Role, load
     from qalign.rollout import complete
     from qalign.rows import preferences
@@ -44,18 +46,24 @@ def report(recipe: Recipe) -> None:
     pairs, _ = encode_pairs(base.tokenizer, rows, model.max_length, model.chat_template_kwargs)
     if not pairs:
         raise UserError("dpo.eval_data: holds no usable rows")
-    base.load_policy(str(run.adapter), trainable=False)
-    if settings.start_from:
-        base.load_reference(settings.start_from)
+    parent = run.parent
+    for key, folder in (("the run", run.adapter), ("dpo.start_from", parent)):
+        if folder:
+            lineage.check(key, folder, base.lineage("dpo"))
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    if parent:
+        base.load_reference(parent)
 
     figures = measure(base, pairs, settings.beta)
+    stops = ["accuracy_base", "accuracy_before", "accuracy_after"] if parent else ["accuracy_before", "accuracy_after"]
+    preferred = " → ".join(f"{figures[name]:.1%}" for name in stops)
+    ways = "base → SFT → aligned" if parent else "base → aligned"
     print_table(
         f"{run.adapter} on {len(pairs)} held-out pairs",
-        [(name, f"{before:>7} → {after:>6}   {meaning}") for name, before, after, meaning in (
-            ("preferred", f"{figures['accuracy_before']:.1%}", f"{figures['accuracy_after']:.1%}",
-             "pairs whose chosen answer has the higher mean log-prob a token"),
-            ("reward", "", f"{figures['reward_accuracy']:.1%}", "pairs whose implicit reward is right"),
-            ("margin", "", f"{figures['reward_margin']:+.2f}", "mean implicit reward, chosen minus rejected"),
+        [(name, f"{value:<24} {meaning}") for name, value, meaning in (
+            ("preferred", preferred, f"pairs whose chosen answer has the higher mean log-prob a token: {ways}"),
+            ("reward", f"{figures['reward_accuracy']:.1%}", "pairs whose implicit reward is right"),
+            ("margin", f"{figures['reward_margin']:+.2f}", "mean implicit reward, chosen minus rejected"),
         )],
     )  # fmt: skip
     (run.path / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
@@ -65,7 +73,7 @@ def report(recipe: Recipe) -> None:
     shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
     prompts = [list(row.prompt) for row in shown]
     options = {"max_new_tokens": MAX_NEW_TOKENS, "template_kwargs": model.chat_template_kwargs}
-    answers = [complete(base, role, prompts, **options) for role in (Role.REFERENCE, Role.POLICY)]
+    answers = [complete(base, role, prompts, **options) for role in (Role.BASE, Role.POLICY)]
     for row, before, after in zip(shown, *answers, strict=True):
         print("─" * 100)
         print(_block("prompt", row.prompt[-1]["content"]))
@@ -94,9 +102,9 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
         beta: scale of the implicit reward.
 
     Returns:
-        `accuracy_before` and `accuracy_after`: the share of pairs whose chosen answer has the higher mean log-prob a
-        token; `accuracy_error`: the standard error of the latter; `reward_accuracy` and `reward_margin`: of DPO's
-        implicit reward; `pairs`.
+        `accuracy_base`, `accuracy_before` and `accuracy_after`, of the bare base, the reference and the policy: the
+        share of pairs whose chosen answer has the higher mean log-prob a token; `accuracy_error`: the standard error of
+        the latter; `reward_accuracy` and `reward_margin`: of DPO's implicit reward; `pairs`.
     """
     import torch
     from tqdm.auto import tqdm
@@ -108,23 +116,27 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
 
     collate = PairCollator(base.tokenizer.pad_token_id)
     order = sorted(pairs, key=len)  # neighbours of like length: less padding, the same figures
-    before, after, reward = [], [], []
+    roles = [Role.BASE, Role.REFERENCE, Role.POLICY]
+    if Role.REFERENCE not in base.model.peft_config:  # the bare base is the reference
+        roles.remove(Role.BASE)
+    found: dict[Role, list] = {role: [] for role in roles}
+    reward = []
     base.model.eval()
     for start in tqdm(range(0, len(order), BATCH_PAIRS), desc="measuring", unit="batch"):
         batch = collate(order[start : start + BATCH_PAIRS])
         batch = {name: batch[name].to(base.lm.device) for name in ("input_ids", "attention_mask", "completion_mask")}
-        logps = []
-        for role in (Role.REFERENCE, Role.POLICY):
+        lengths, logps = pair_lengths(batch), {}
+        for role in roles:
             with torch.no_grad(), base.acting_as(role) as lm:
-                logps.append(pair_logps(lm, batch))
-        lengths = pair_lengths(batch)
-        before.append(margin(logps[0] / lengths))
-        after.append(margin(logps[1] / lengths))
-        reward.append(margin(rewards(logps[1], logps[0], lengths, beta)))
-    before, after, reward = (torch.cat(values) for values in (before, after, reward))
+                logps[role] = pair_logps(lm, batch)
+            found[role].append(margin(logps[role] / lengths))
+        reward.append(margin(rewards(logps[Role.POLICY], logps[Role.REFERENCE], lengths, beta)))
+    bare, before, after = (torch.cat(found[role]) for role in (roles[0], Role.REFERENCE, Role.POLICY))
+    reward = torch.cat(reward)
     share = lambda values: (values > 0).double().mean().item()  # noqa: E731
     return {
         "pairs": len(pairs),
+        "accuracy_base": share(bare),
         "accuracy_before": share(before),
         "accuracy_after": share(after),
         "accuracy_error": sqrt(share(after) * (1 - share(after)) / len(pairs)),

@@ -12,16 +12,29 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from qalign.errors import UserError
-from qalign.run import RunFolder
+from qalign.run import TOKENS_SEEN, RunFolder
+
+# What the bar shows of a step, by the names under which TRL's trainers log.
+SHOWN = {
+    "rewards/margins": "margin {:+.3f}",
+    "rewards/accuracies": "accuracy {:.0%}",
+    "margin": "margin {:+.3f}",
+    "accuracy": "accuracy {:.0%}",
+    "mean_token_accuracy": "tokens right {:.0%}",
+}
 
 
 class Journal(TrainerCallback):
-    """What a person sees and keeps of the loop: `metrics.jsonl`, the progress bar, whole checkpoints, clean stops."""
+    """What a person sees and keeps of the loop: `metrics.jsonl`, the progress bar, whole checkpoints, clean stops.
 
-    def __init__(self, run: RunFolder, tokens_seen: int):
-        self.run = run
+    Attributes:
+        tokens_seen: by the whole run so far; trainers count from zero when they resume.
+    """
+
+    def __init__(self, run: RunFolder, tokens_before: int = 0):
+        self.run, self.tokens_seen, self._before = run, tokens_before, tokens_before
         self._bar = None
-        self._mark = (time.monotonic(), tokens_seen)
+        self._mark = (time.monotonic(), tokens_before)
 
     def on_train_begin(self, args, state, control, **_):
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step")
@@ -30,10 +43,10 @@ class Journal(TrainerCallback):
 
     def on_step_end(self, args, state, control, **_):
         self._bar.update(state.global_step - self._bar.n)
-        if state.global_step >= state.max_steps:
+        if state.global_step >= state.max_steps or control.should_save:  # a checkpoint keeps no half-filled window
             control.should_log = True
         if self.run.stop.number is not None:
-            control.should_save = control.should_training_stop = True
+            control.should_log = control.should_save = control.should_training_stop = True
         return control
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
@@ -52,21 +65,16 @@ class Journal(TrainerCallback):
         finite = {name: value if math.isfinite(value) else None for name, value in logs.items()}
         line = {"step": state.global_step, **finite}
         if "loss" in logs:
-            now, seen = time.monotonic(), logs["num_tokens"]
-            line["tokens_per_second"] = round((seen - self._mark[1]) / max(1e-9, now - self._mark[0]), 1)
-            self._mark = (now, seen)
-            self._bar.set_postfix_str(
-                f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:+.3f}, "
-                f"accuracy {logs['rewards/accuracies']:.0%}, {line['tokens_per_second']:,.0f} tokens/s"
-            )
+            now, self.tokens_seen = time.monotonic(), self._before + int(logs["num_tokens"])
+            line["num_tokens"] = self.tokens_seen
+            line["tokens_per_second"] = round((self.tokens_seen - self._mark[1]) / max(1e-9, now - self._mark[0]), 1)
+            self._mark = (now, self.tokens_seen)
+            self._bar.set_postfix_str(f"{_shown(logs)}, {line['tokens_per_second']:,.0f} tokens/s")
         with self.run.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def on_evaluate(self, args, state, control, metrics=None, **_):
-        tqdm.write(
-            f"step {state.global_step}: held-out loss {metrics['eval_loss']:.4f}, "
-            f"reward accuracy {metrics['eval_rewards/accuracies']:.1%}"
-        )
+        tqdm.write(f"step {state.global_step}: held-out {_shown(metrics, 'eval_')}")
         self._mark = (time.monotonic(), self._mark[1])
 
     def on_save(self, args, state, control, **_):
@@ -76,11 +84,18 @@ class Journal(TrainerCallback):
             if file.is_file():
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
+        (folder / TOKENS_SEEN).write_text(str(self.tokens_seen))
         (folder / "whole").touch()
 
     def on_train_end(self, args, state, control, **_):
         self.run.stop.patient = False
         self._bar.close()
+
+
+def _shown(logs: dict, prefix: str = "") -> str:
+    """The figures that a person wants to see of a log."""
+    found = {"loss": "loss {:.4f}"} | SHOWN
+    return ", ".join(text.format(logs[prefix + name]) for name, text in found.items() if prefix + name in logs)
 
 
 def peak_bytes() -> int:

@@ -5,7 +5,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qalign.errors import UserError, did_you_mean
-from qalign.recipe import Recipe, Stage
+from qalign.recipe import SFT_RUN, Recipe, Stage
 
 DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
@@ -81,10 +81,10 @@ def missing(raw: dict, beside: Path):
                     loc = (name, key, index) if isinstance(value, list) else (name, key)
                     yield loc, f"{key}: there is no file '{path}'" + did_you_mean(Path(path).name, siblings)
         start = stage.get("start_from")
-        if isinstance(start, str) and not _adapter(start, beside):
+        if isinstance(start, str) and start != SFT_RUN and not _adapter(start, beside):
             yield (
                 (name, "start_from"),
-                f"start_from: '{start}' is not a PEFT adapter folder (no adapter_config.json in it)",
+                f"start_from: '{start}' is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it)",
             )
 
 
@@ -104,7 +104,10 @@ def resolved(recipe: Recipe, beside: Path) -> Recipe:
     for name in recipe.model_fields_set:
         stage = getattr(recipe, name)
         if isinstance(stage, Stage):
-            start = stage.start_from and str(_adapter(stage.start_from, beside))
+            start = stage.start_from
+            if start and start != SFT_RUN:
+                start = str(_adapter(start, beside))
+                start = f"./{start}" if start == SFT_RUN else start  # a folder of that name stays one
             paths = {"data": sources(stage.data), "eval_data": sources(stage.eval_data), "start_from": start}
             updates[name] = stage.model_copy(update=paths)
     return recipe.model_copy(update=updates)

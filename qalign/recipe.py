@@ -65,8 +65,22 @@ class Lora(Section):
     """Dropout on the adapter's input while training. The reference never has any."""
     targets: str | list[str] = "all-linear"
     """Which layers get an adapter: `all-linear`, or a list of module names such as `[q_proj, v_proj]`."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead of alpha / r, for high ranks (rank-stabilised LoRA, arXiv:2312.03732)."""
+    dora: bool = False
+    """Learn each weight's size apart from its direction: slower, better at low ranks (DoRA, arXiv:2402.09353)."""
+    init: Literal["default", "gaussian", "loftq", "pissa"] = "default"
+    """How a new adapter begins. `default` and `gaussian` begin as no change; `loftq` begins by mending what 4-bit
+    rounding did (arXiv:2310.08659); `pissa` needs unquantised weights of its own and is refused."""
 
     def clashes(self):
+        if self.init == "pissa":
+            yield (
+                "init: 'pissa' takes its start out of the base's own weights, which are 4-bit and shared by all roles "
+                "here, and PEFT can't; 'loftq' is the start made for quantised bases"
+            )
+        if self.init == "loftq" and self.dora:
+            yield "init: 'loftq' and dora can't be combined, PEFT sets DoRA's sizes before LoftQ moves the weights"
         if "lm_head" in ([self.targets] if isinstance(self.targets, str) else self.targets):
             yield "targets: 'lm_head' can't have an adapter, log-probs are computed from its frozen weight"
 
@@ -96,6 +110,10 @@ Data = Annotated[
         _as_sources, json_schema_input_type=str | Source | Annotated[list[str | Source], Field(min_length=1)]
     ),
 ]
+
+
+STAGES = ("sft", "reward", "dpo")
+SFT_RUN = "sft"  # as `start_from`
 
 
 class Stage(Section):
@@ -128,7 +146,7 @@ class Stage(Section):
     save_every: int | None = Field(None, ge=1)
     """Write a checkpoint every so many steps; ten times a run where it is left out."""
     start_from: str | None = None
-    """A PEFT adapter folder to go on from: a copy is trained, and a frozen copy is the reference."""
+    """`sft` for this recipe's own SFT run, or a PEFT adapter folder: a copy of that adapter is trained."""
     trainer: dict[str, Any] = {}
     """Anything else for TRL's config of this stage, such as `{optim: paged_adamw_8bit, weight_decay: 0.01}`."""
 
@@ -140,6 +158,32 @@ class Stage(Section):
             )
         if self.eval_every and not self.eval_data:
             yield "eval_every: has nothing to measure without eval_data; add it or remove this"
+
+
+class SFT(Stage):
+    """Supervised fine-tuning: learn to give the answers of example dialogues."""
+
+    data: Data
+    """The training rows: dialogues, prompts with completions, plain texts, or the chosen side of preferences."""
+    learning_rate: float = Field(2e-4, gt=0)
+    """The peak learning rate of the adapter."""
+    batch_size: int = Field(16, ge=1)
+    """Rows in one optimiser step; with `packing`, packs of `max_length` tokens."""
+    packing: bool = False
+    """Put several dialogues into one row of `max_length` tokens: no padding. They don't see each other."""
+    neftune_alpha: float | None = Field(None, gt=0)
+    """Noise on the embeddings while training; 5 is usual (NEFTune, arXiv:2310.05914)."""
+
+
+class Reward(Stage):
+    """A reward model: scores answers so that the chosen one of a pair scores higher (Bradley-Terry)."""
+
+    learning_rate: float = Field(1e-4, gt=0)
+    """The peak learning rate of the adapter and the score head."""
+    margin: bool = False
+    """Ask for a larger gap where raters saw one: `score_chosen - score_rejected` of each row (arXiv:2307.09288)."""
+    centering: float = Field(0.0, ge=0)
+    """Pulls the mean score of each pair to 0 with this weight; 0.01 is usual (arXiv:2312.09244)."""
 
 
 DPO_LOSSES = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"]
@@ -183,8 +227,29 @@ class Recipe(Section):
     """Fixes the order of rows and the adapter's start: the same seed on the same machine gives the same run."""
     max_refused_share: float = Field(0.05, ge=0, le=1)
     """Stop when more than this share of rows is refused: the data is then not what you think it is."""
+    sft: SFT | None = None
+    """Settings of `python -m qalign.sft`."""
+    reward: Reward | None = None
+    """Settings of `python -m qalign.reward`."""
     dpo: DPO | None = None
     """Settings of `python -m qalign.dpo`."""
+
+    def clashes(self):
+        if self.lora.init == "loftq":
+            if self.model.quantization not in ("nf4", "fp4"):
+                yield f"lora.init: 'loftq' mends 4-bit weights, and model.quantization is '{self.model.quantization}'"
+            if self.dpo and not self.dpo.start_from and self.dpo.loss not in REFERENCE_FREE:
+                yield (
+                    "lora.init: 'loftq' would move the policy away from its reference before the first step of dpo; "
+                    "set dpo.start_from: sft, or use 'default'"
+                )
+        if self.sft and self.sft.start_from == SFT_RUN:
+            yield "sft.start_from: an SFT run can't start from itself; name an adapter folder, or remove it"
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages it has a section for, in the order in which they run."""
+        return tuple(name for name in STAGES if getattr(self, name))
 
 
 def schema() -> str:

@@ -3,8 +3,6 @@
 Nothing here imports torch, so a bad recipe answers in well under a second.
 """
 
-import ast
-import importlib.util
 import re
 from pathlib import Path
 from typing import Any, get_args
@@ -14,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from qalign.errors import UserError, did_you_mean
 from qalign.places import missing, resolved
-from qalign.recipe import DPO, Recipe, Source
+from qalign.recipe import Recipe, Source
+from qalign.trainer_keys import unknown_trainer_keys
 
 
 class _Loader(yaml.SafeLoader):
@@ -64,7 +63,7 @@ def load(path: str, overrides: list[str] = (), stage: str | None = None) -> Reci
     except ValidationError as error:
         for loc, message in _explained(error, raw):
             problems.setdefault(loc, message)
-    for loc, message in [*missing(raw, file.parent), *_unknown_trainer_keys(raw)]:
+    for loc, message in [*missing(raw, file.parent), *unknown_trainer_keys(raw)]:
         problems.setdefault(loc, message)
     if (
         stage
@@ -168,7 +167,7 @@ def _explained(error: ValidationError, raw: dict) -> list[tuple[tuple, str]]:
         if item["type"] == "value_error":  # our own clashes, a line each, beginning with the key they are about
             for clash in str(item["ctx"]["error"]).splitlines():
                 key, _, text = clash.partition(": ")
-                found.append(((*place, key), f"{'.'.join(map(str, (*place, key)))}: {text}"))
+                found.append(((*place, *key.split(".")), f"{'.'.join(map(str, (*place, key)))}: {text}"))
         else:
             found.append((place, _explain(item, place)))
     # A union complains once for each type it tried, a list about its length too: the innermost place is the mistake.
@@ -223,67 +222,3 @@ def _section(loc: tuple) -> type[BaseModel]:
         inside = [hint, *get_args(hint)]
         section = next((t for t in inside if isinstance(t, type) and issubclass(t, BaseModel)), Source)
     return section
-
-
-# --- the keys under `trainer:` ---------------------------------------------------------------------------------------
-
-# What qalign sets itself, and where to say it instead. (The last two are old names, silently ignored beside the new.)
-_OWNED = {
-    "output_dir": "output", "max_length": "model.max_length", "seed": "seed", "num_train_epochs": "epochs",
-    "per_device_train_batch_size": "micro_batch_size", "per_device_eval_batch_size": "micro_batch_size",
-    "gradient_accumulation_steps": "batch_size", "lr_scheduler_type": "scheduler", "warmup_steps": "warmup_ratio",
-    "eval_steps": "eval_every", "save_steps": "save_every", "loss_type": "loss", "bf16": "model.compute_dtype",
-    "fp16": "model.compute_dtype", "gradient_checkpointing": "trainer.activation_checkpointing",
-    "gradient_checkpointing_kwargs": "trainer.activation_checkpointing_kwargs",
-}  # fmt: skip
-# What TRL's DPOTrainer does inside its own loss or data preparation, where qalign has its own or nothing.
-_WITHOUT_EFFECT = {
-    "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "disable_dropout", "dataset_num_proc",
-    "truncation_mode", "padding_free", "pad_to_multiple_of", "precompute_ref_log_probs", "precompute_ref_batch_size",
-    "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "discopop_tau",
-    "activation_offloading", "sync_ref_model", "ref_model_mixup_alpha", "ref_model_sync_steps", "pad_token",
-}  # fmt: skip
-# What would break a promise of qalign's loop, and the reason.
-_NOT_HERE = {
-    "auto_find_batch_size": "set micro_batch_size",
-    "label_smoothing_factor": "use loss 'robust' with label_smoothing",
-    "save_only_model": "--resume needs the optimiser's state",
-    "save_total_limit": "two checkpoints are kept, so that one is always whole",
-    "train_sampling_strategy": "pairs are drawn at random",
-    "use_cpu": "hide the GPU with CUDA_VISIBLE_DEVICES= in front of the command",
-}
-
-
-def trainer_keys() -> set[str]:
-    """The fields of TRL's DPOConfig, read from the installed source: importing it would take seconds."""
-    fields = set()
-    for package, inside in (
-        ("transformers", "training_args.py"),
-        ("trl", "trainer/base_config.py"),
-        ("trl", "trainer/dpo_config.py"),
-    ):
-        source = Path(importlib.util.find_spec(package).submodule_search_locations[0]) / inside
-        for node in ast.parse(source.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.ClassDef):
-                fields |= {item.target.id for item in node.body if isinstance(item, ast.AnnAssign)}
-    return {field for field in fields if not field.startswith("_")}
-
-
-def _unknown_trainer_keys(raw: dict):
-    """(place, message) of every key under `trainer:` that TRL doesn't have, or that wouldn't do anything."""
-    known = None
-    for name, stage in raw.items():
-        trainer = stage.get("trainer") if isinstance(stage, dict) else None
-        for key in trainer if isinstance(trainer, dict) else ():
-            known = known or trainer_keys()
-            loc = (name, "trainer", key)
-            owner = key if key in DPO.model_fields else _OWNED.get(key)
-            if owner:
-                inside = "" if "." in owner or owner in Recipe.model_fields else f"{name}."
-                yield loc, f"trainer.{key}: set it as {inside}{owner}"
-            elif key in _WITHOUT_EFFECT:
-                yield loc, f"trainer.{key}: has no effect, qalign does this part of TRL's DPOTrainer itself; remove it"
-            elif key in _NOT_HERE:
-                yield loc, f"trainer.{key}: can't be used here; {_NOT_HERE[key]}"
-            elif key not in known:
-                yield loc, f"unknown key '{key}' in {name}.trainer" + did_you_mean(key, known)

@@ -4,7 +4,10 @@ The shape of each row is detected: TRL's (plain or conversational, prompt explic
 UltraFeedback binarized, sharegpt ranking, alpaca ranking, OpenAI messages.
 """
 
+import math
 import random
+import reprlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,8 @@ class Preference:
     rejected: str
     where: str
     """File and line (or row) it came from."""
+    margin: float | None = None
+    """`score_chosen` − `score_rejected`, where the row has both as finite numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +40,34 @@ class Refused:
 
 
 def preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed: int):
-    """Reads preference rows of every source.
+    """(`list[Preference]`, `list[Refused]`) of every source, read as `collect` says."""
+    return collect(sources, split, limit, seed, canonical)
+
+
+def scored_preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed: int):
+    """As `preferences`, but a row whose answers the raters gave no scores is refused."""
+
+    def scored(raw: Any, where: str) -> Preference:
+        row = canonical(raw, where)
+        if row.margin is None:
+            raise BadRow("no score_chosen and score_rejected as numbers, which `margin: true` needs")
+        return row
+
+    return collect(sources, split, limit, seed, scored)
+
+
+def collect(
+    sources: tuple[Source, ...], split: str, limit: int | None, seed: int, convert: Callable[[Any, str], Any]
+) -> tuple[list, list[Refused]]:
+    """Reads the rows of every source into one form.
 
     Args:
         sources: where from; `split` and `limit` are the stage's, for a source that has none of its own.
         seed: which rows a fractional `weight` takes.
+        convert: (raw row, its place) to a row; a `BadRow` that it raises refuses the row.
 
     Returns:
-        (rows, refused): `list[Preference]` and `list[Refused]`, in the order of the files.
+        (rows, refused): what `convert` made, and `list[Refused]`, in the order of the files.
 
     Raises:
         UserError: a file or data set can't be read at all.
@@ -56,7 +81,7 @@ def preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed
             try:
                 if isinstance(raw, BadRow):
                     raise raw
-                mine.append(canonical(raw, where))
+                mine.append(convert(raw, where))
             except BadRow as reason:
                 refused.append(Refused(where, str(reason)))
         rows += _weighted(mine, source.weight, seed)
@@ -74,55 +99,93 @@ def canonical(raw: Any, where: str) -> Preference:
     Raises:
         BadRow: the shape is unknown, or something in it is missing, empty or out of order.
     """
-    if not isinstance(raw, dict):
-        raise BadRow(f"not an object with keys but {type(raw).__name__}")
-    # Parquet and `datasets` fill the columns that other rows have with nulls.
-    prompt, chosen, rejected = _parts({key: value for key, value in raw.items() if value is not None})
-    prompt, chosen_turns, rejected_turns = _split(prompt, chosen, rejected)
-    _check_order(prompt)
-    answers = []
+    raw = columns(raw)
+    chosen, rejected = answers(raw)
+    if chosen is None or rejected is None:
+        missing = "chosen" if chosen is None else "rejected"
+        raise BadRow(f"no '{missing}' answer: a preference row needs both; this one has {named_keys(raw)}")
+    prompt, chosen_turns, rejected_turns = split_prompt(prompt_turns(raw), chosen, rejected)
+    check_order(prompt, "the prompt", "user")
+    texts = []
     for name, turns in (("chosen", chosen_turns), ("rejected", rejected_turns)):
         if len(turns) != 1 or turns[0]["role"] != "assistant":
             found = " → ".join(turn["role"] for turn in turns) or "nothing"
             raise BadRow(f"{name}: expected one assistant turn after the prompt, found {found}")
         if not turns[0]["content"].strip():
             raise BadRow(f"{name}: the answer is empty")
-        answers.append(turns[0]["content"])
-    _check_text([*(turn["content"] for turn in prompt), *answers])
-    if answers[0].strip() == answers[1].strip():
+        texts.append(turns[0]["content"])
+    check_text([*(turn["content"] for turn in prompt), *texts])
+    if texts[0].strip() == texts[1].strip():
         raise BadRow("chosen and rejected are the same answer")
-    return Preference(tuple(prompt), *answers, where)
+    return Preference(tuple(prompt), *texts, where, _margin(raw))
 
 
-def _parts(raw: dict) -> tuple[list[Message], Any, Any]:
-    """(prompt turns, chosen, rejected), the answers still as they came."""
-    system = [{"role": "system", "content": raw["system"]}] if _text(raw.get("system")) else []
+def _margin(raw: dict) -> float | None:
+    scores = raw.get("score_chosen"), raw.get("score_rejected")
+    if not all(type(score) in (int, float) for score in scores):  # True is an int too, but no score
+        return None
+    try:
+        margin = float(scores[0]) - float(scores[1])
+    except OverflowError:  # JSON has integers beyond every float
+        return None
+    return margin if math.isfinite(margin) else None
+
+
+def columns(raw: Any) -> dict:
+    """A row without its nulls, with which Parquet and `datasets` fill the columns that other rows have.
+
+    Raises:
+        BadRow: it is not an object with keys.
+    """
+    if not isinstance(raw, dict):
+        raise BadRow(f"not an object with keys but {type(raw).__name__}")
+    return {key: value for key, value in raw.items() if value is not None}
+
+
+def named_keys(raw: dict) -> str:
+    """A row's keys for a message, in one line whatever they hold."""
+    return ", ".join(str(key) if str(key).isprintable() else repr(key) for key in raw) or "no keys"
+
+
+def answers(raw: dict) -> tuple[Any, Any]:
+    """(chosen, rejected) as they came, in any of the known shapes; None for what the row does not have."""
     if "preferred_output" in raw:  # OpenAI's preference format
+        return raw["preferred_output"], raw.get("non_preferred_output")
+    both = raw.get("output") if "instruction" in raw and "prompt" not in raw else None  # alpaca ranking
+    chosen, rejected = both if isinstance(both, list) and len(both) == 2 else (None, None)
+    return raw.get("chosen", chosen), raw.get("rejected", rejected)
+
+
+def system_turns(raw: dict) -> list[Message]:
+    """The `system` column as a turn; no turn where it is missing or empty."""
+    text = raw.get("system")
+    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+
+
+def prompt_turns(raw: dict) -> list[Message]:
+    """The dialogue before the answers, out of whichever key has it; the system turn alone, or none, where none has.
+
+    Raises:
+        BadRow: what the key holds is no text and no turns.
+    """
+    if "preferred_output" in raw:
         opening = raw.get("input")
-        opening = opening.get("messages") if isinstance(opening, dict) else opening
-        chosen, rejected = raw["preferred_output"], raw.get("non_preferred_output")
-        _need(chosen, rejected, raw)
-        return _turns(opening, "input"), chosen, rejected
-    if "instruction" in raw and "prompt" not in raw:  # alpaca ranking
+        return as_turns(opening.get("messages") if isinstance(opening, dict) else opening, "input")
+    system = system_turns(raw)
+    if "instruction" in raw and "prompt" not in raw:
         parts = [raw.get(key, "") for key in ("instruction", "input")]
         if not all(isinstance(part, str) for part in parts):
             raise BadRow("instruction and input: expected texts")
         request = "\n".join(part for part in parts if part.strip())
-        history = _history(raw.get("history", []))
-        both = raw["output"] if isinstance(raw.get("output"), list) and len(raw["output"]) == 2 else (None, None)
-        chosen, rejected = raw.get("chosen", both[0]), raw.get("rejected", both[1])
-        _need(chosen, rejected, raw)
-        return [*system, *history, {"role": "user", "content": request}], chosen, rejected
-    chosen, rejected = raw.get("chosen"), raw.get("rejected")
-    _need(chosen, rejected, raw)
+        return [*system, *_history(raw.get("history", [])), {"role": "user", "content": request}]
     # 'prompt' first: UltraFeedback binarized has 'messages' beside it, which hold the chosen answer too.
     for key in ("prompt", "conversations", "messages"):
         if key in raw:
-            turns = _turns(raw[key], key)
+            turns = as_turns(raw[key], key)
             if turns and turns[-1] == {"role": "assistant", "content": ""}:  # an HH prompt ends with "Assistant:"
                 turns.pop()
-            return system + turns, chosen, rejected
-    return system, chosen, rejected
+            return system + turns
+    return system
 
 
 def _history(pairs: Any) -> list[Message]:
@@ -135,19 +198,17 @@ def _history(pairs: Any) -> list[Message]:
     return turns
 
 
-def _need(chosen: Any, rejected: Any, raw: dict) -> None:
-    if chosen is None or rejected is None:
-        missing = "chosen" if chosen is None else "rejected"
-        raise BadRow(f"no '{missing}' answer: a preference row needs both; this one has {', '.join(map(str, raw))}")
+def split_prompt(prompt: list[Message], chosen: Any, rejected: Any):
+    """(prompt, chosen, rejected) as turns. Answers lose the prompt that they repeat; what they share may be the prompt.
 
-
-def _split(prompt: list[Message], chosen: Any, rejected: Any):
-    """Answers as turns, without the prompt that they may repeat; the prompt from what they share if there is none."""
+    Raises:
+        BadRow: there is no prompt, or an answer is no text and no turns.
+    """
     if not prompt and isinstance(chosen, str) and isinstance(rejected, str):
         if "\n\nHuman:" not in chosen:
             raise BadRow("no prompt: expected a 'prompt', 'conversations' or 'messages' key, or HH transcripts")
         chosen, rejected = _transcript(chosen), _transcript(rejected)
-    chosen, rejected = _turns(chosen, "chosen", "assistant"), _turns(rejected, "rejected", "assistant")
+    chosen, rejected = as_turns(chosen, "chosen", "assistant"), as_turns(rejected, "rejected", "assistant")
     opening = [turn for turn in prompt if turn["role"] != "system"]
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
@@ -166,8 +227,17 @@ def _split(prompt: list[Message], chosen: Any, rejected: Any):
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def _turns(value: Any, name: str, role: str = "user") -> list[Message]:
-    """A text, one turn or a list of turns, as `{"role", "content"}` each. A text may be an HH transcript."""
+def as_turns(value: Any, name: str, role: str = "user") -> list[Message]:
+    """A text, one turn or a list of turns, as `{"role", "content"}` each.
+
+    Args:
+        value: a text may be an HH transcript.
+        name: the key that held it, for messages.
+        role: who speaks where `value` is a plain text.
+
+    Raises:
+        BadRow: it is none of these, or a turn has another role or no text.
+    """
     if isinstance(value, str):
         return _transcript(value) if value.startswith("\n\nHuman:") else [{"role": role, "content": value}]
     turns = []
@@ -177,7 +247,7 @@ def _turns(value: Any, name: str, role: str = "user") -> list[Message]:
         turn = {key: value for key, value in turn.items() if value is not None}
         speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise BadRow(f"{name}: unknown role {speaker!r}; known: {', '.join(_ROLES)}")
+            raise BadRow(f"{name}: unknown role {reprlib.repr(speaker)}; known: {', '.join(_ROLES)}")
         if not isinstance(content, str):
             raise BadRow(f"{name}: a turn's content is {type(content).__name__}, expected text")
         turns.append({"role": _ROLES[speaker], "content": content})
@@ -197,27 +267,32 @@ def _transcript(text: str) -> list[Message]:
     return turns
 
 
-def _check_order(prompt: list[Message]) -> None:
-    """System first if at all, then user and assistant in turn, a user's turn last, none empty."""
-    spoken = prompt[1:] if prompt and prompt[0]["role"] == "system" else prompt
+def check_order(turns: list[Message], name: str, last: str) -> None:
+    """Holds turns to: system first if at all, then user and assistant in turn, `last` speaking last, none empty.
+
+    Raises:
+        BadRow: they are not so; `name` says what they are, such as "the prompt".
+    """
+    spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
     if not spoken:
-        raise BadRow("the prompt is empty")
+        raise BadRow(f"{name} is empty")
     for number, turn in enumerate(spoken, start=1):
         expected = "user" if number % 2 else "assistant"
         if turn["role"] != expected:
-            raise BadRow(f"turn {number} of the prompt is the {turn['role']}'s, expected the {expected}'s")
+            raise BadRow(f"turn {number} of {name} is the {turn['role']}'s, expected the {expected}'s")
         if not turn["content"].strip():
-            raise BadRow(f"turn {number} of the prompt is empty")
-    if spoken[-1]["role"] != "user":
-        raise BadRow("the prompt ends with the assistant's turn, expected the user's")
+            raise BadRow(f"turn {number} of {name} is empty")
+    if spoken[-1]["role"] != last:
+        raise BadRow(f"{name} ends with the {spoken[-1]['role']}'s turn, expected the {last}'s")
 
 
-def _check_text(texts: list[str]) -> None:
+def check_text(texts: list[str]) -> None:
+    """Holds texts to valid Unicode: JSON can spell half a character, which no tokenizer takes.
+
+    Raises:
+        BadRow: one of them has a lone surrogate.
+    """
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
-
-
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())

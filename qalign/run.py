@@ -1,55 +1,34 @@
-"""The run folder, and how every stage's command begins, ends and fails.
+"""The run folder: what a stage leaves, and may go on from.
 
-Imports no torch: a bad recipe, a taken folder or a typo on the command line answers at once.
+Imports no torch: a taken folder or a missing parent answers at once.
 """
 
-import argparse
-import errno
 import importlib.metadata
 import json
-import logging
-import os
 import platform
-import shlex
 import shutil
-import signal
-import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import yaml
+
 from qalign import __version__
+from qalign.command import StopRequest
 from qalign.errors import UserError
-from qalign.recipe import Recipe
-from qalign.recipe_file import dump, load
+from qalign.lineage import check_base
+from qalign.recipe import SFT_RUN, STAGES, Recipe, Stage
+from qalign.recipe_file import dump
 from qalign.rows import Refused
 
 REFUSED = "rejected_rows.jsonl"
 TOKENS_SEEN = "tokens_seen"  # in a checkpoint
+LOADING = """\
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("{folder}")"""
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
-
-
-class Stopped(Exception):
-    """The user or the system asked to stop; `number` is the signal."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.number = number
-
-
-class StopRequest:
-    """Ctrl-C and SIGTERM. While `patient`, the first one only leaves its number here, for the loop to stop cleanly."""
-
-    def __init__(self):
-        self.number: int | None = None
-        self.patient = False
-
-    def __call__(self, number: int, frame) -> None:
-        if not self.patient or self.number is not None:
-            raise Stopped(number)
-        self.number = number
-        print("\nstopping after this step (again to stop at once) …", file=sys.stderr, flush=True)
 
 
 class RunFolder:
@@ -72,8 +51,33 @@ class RunFolder:
         self._began = time.monotonic()
 
     @property
+    def settings(self) -> Stage:
+        """The stage's section of the recipe."""
+        return getattr(self.recipe, self.stage)
+
+    @property
     def complete(self) -> bool:
         return self.summary.is_file()
+
+    @property
+    def parent(self) -> str | None:
+        """The adapter folder that the stage goes on from; `start_from: sft` is the SFT run of the same output.
+
+        Raises:
+            UserError: there is no such run yet, or it was trained on another base.
+        """
+        key, start = f"{self.stage}.start_from", self.settings.start_from
+        if start == SFT_RUN:
+            sft = RunFolder(self.recipe, SFT_RUN)
+            if not sft.complete:
+                raise UserError(
+                    f"{key}: there is no finished SFT run in {sft.path}; "
+                    f"run python -m qalign.sft {self.command_line} first"
+                )
+            start = str(sft.adapter)
+        if start:
+            check_base(key, start, self.recipe.model.base, self.recipe.model.revision)
+        return start
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
         """Makes sure, before anything is loaded, that this run may write here. Deletes nothing yet.
@@ -97,18 +101,27 @@ class RunFolder:
         if not resume:
             state = "a complete run" if self.complete else "a run that was stopped"
             raise UserError(f"{self.path}: holds {state}; --resume goes on with it, --overwrite starts anew")
-        if kept.read_text(encoding="utf-8") != dump(self.recipe):
-            old, new = (set(text.splitlines()) for text in (kept.read_text(encoding="utf-8"), dump(self.recipe)))
-            changed = ", ".join(sorted(line.strip() for line in new - old)) or "some keys were removed"
+        if changed := self.changes():
             raise UserError(f"{self.path}: --resume needs the recipe it began with; this one differs: {changed}")
+
+    def changes(self) -> str:
+        """What the recipe says about this stage that the run that is there was not begun with; empty if nothing."""
+        kept = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        given = yaml.safe_load(dump(self.recipe))
+        others = {*STAGES, "output"} - {self.stage}
+        old, new = (dict(_flat({key: r[key] for key in r if key not in others})) for r in (kept, given))
+        return ", ".join(
+            f"{key} is {new.get(key, 'gone')!r}, was {old.get(key, 'not there')!r}"
+            for key in {**old, **new}
+            if old.get(key) != new.get(key)
+        )
 
     def _inputs(self) -> Iterator[tuple[str, str]]:
         """(key, path) of what the stage reads."""
-        stage = getattr(self.recipe, self.stage)
-        if stage.start_from:
-            yield f"{self.stage}.start_from", stage.start_from
+        if parent := self.parent:
+            yield f"{self.stage}.start_from", parent
         for key in ("data", "eval_data"):
-            yield from ((f"{self.stage}.{key}", source.path) for source in getattr(stage, key) or ())
+            yield from ((f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ())
 
     def begin(self, refused: list[Refused]) -> None:
         """Makes the folder ready to train in: only now does `--overwrite` delete the old run."""
@@ -164,24 +177,25 @@ class RunFolder:
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
             (self.path / REFUSED).write_text("".join(lines), encoding="utf-8")
 
-    def finish(self, next_command: str, base: str, **facts) -> None:
+    def finish(self, next_command: str, base: str, loading: str = LOADING, **facts) -> None:
         """Writes the adapter's model card and `summary.json`, whose presence says that the run is complete; then says
         where the adapter is and what to type next.
 
         Args:
             next_command: what the user may want to do now.
             base: folder or hub id of the 16-bit base.
-            facts: what to keep; `reference`, `tokens_per_second` and `peak_bytes` at least.
+            loading: Python that loads the adapter without qalign, with `{folder}` in it.
+            facts: what to keep; `tokens_per_second` and `peak_bytes` at least.
         """
         facts |= {"wall_seconds": round(time.monotonic() - self._began, 1), "versions": versions()}
-        self._write_model_card(base, facts)
+        self._write_model_card(base, loading.format(folder=self.adapter), facts)
         aside = self.summary.with_suffix(".part")
         aside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         aside.rename(self.summary)
         speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"
         print_table("done", [("adapter", self.adapter), ("speed", speed), ("next", next_command)])
 
-    def _write_model_card(self, base: str, facts: dict) -> None:
+    def _write_model_card(self, base: str, loading: str, facts: dict) -> None:
         """`adapter/README.md`: what this adapter is, from what, and how to load it without qalign."""
         table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if name != "versions")
         made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
@@ -200,13 +214,20 @@ Trained with qalign on `{self.recipe.model.base}`. Made with {made_with}.
 {table}
 
 ```python
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{self.adapter}")
+{loading}
 ```
 """,
             encoding="utf-8",
         )
+
+
+def _flat(section: dict, above: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys of a recipe with their values."""
+    for key, value in section.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield above + key, value
 
 
 def versions() -> dict[str, str]:
@@ -221,74 +242,3 @@ def print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
     for name, value in rows:
         print(f"  {name:<14} {value}")
     print(flush=True)
-
-
-def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None]) -> None:
-    """`python -m qalign.STAGE RECIPE [key=value …] [--resume | --overwrite]`; does not return."""
-    parser = _parser(stage, train.__doc__)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with a run that was stopped, to the same numbers")
-    how.add_argument("--overwrite", action="store_true", help="delete the run that is there and start anew")
-    args = parser.parse_args()
-
-    def work() -> None:
-        recipe = load(args.recipe, args.overrides, stage)
-        typed = shlex.join([args.recipe, *args.overrides])
-        run = RunFolder(recipe, stage, typed)
-        run.claim(resume=args.resume, overwrite=args.overwrite)
-        if args.resume and run.complete:
-            print(f"{run.path}: this run is complete; its adapter is in {run.adapter}")
-            return
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, run.stop)
-        train(recipe, run)
-
-    sys.exit(exit_code(work))
-
-
-def report_command(name: str, stage: str, report: Callable[[Recipe], None]) -> None:
-    """`python -m qalign.NAME RECIPE [key=value …]` for a report on a finished stage; does not return."""
-    args = _parser(name, report.__doc__).parse_args()
-    sys.exit(exit_code(lambda: report(load(args.recipe, args.overrides, stage))))
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """Runs it: 0, or 2 with a line a mistake, or 128 + the signal that stopped it."""
-    # One process, one GPU: with several visible, Trainer would split batches over them behind qalign's back.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console that has no arrows must not stop a run
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests an optional package at import
-    try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")
-        work()
-    except UserError as error:
-        for line in error.lines:
-            print(line, file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not even be imported
-            raise
-        reason = str(error).partition(". ")[0]
-        print(f"out of GPU memory ({reason}). Try nf4, a smaller model or model.max_length", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"{error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
-    return 0
-
-
-def _parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=f"python -m qalign.{name}", description=(doc or "").partition("\n")[0])
-    parser.add_argument("recipe", help="a recipe, such as recipes/smollm2_demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dpo.max_steps=20 output=runs/try")
-    return parser

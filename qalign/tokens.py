@@ -4,6 +4,7 @@ A model is trained on what it will see: the prompt's ids are the template's own,
 BOS; the supervised ids are exactly the answer and its end of turn.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from qalign.dialogues import Dialogue, PlainText
 from qalign.errors import UserError
 from qalign.files import BadRow
 from qalign.rows import Message, Preference, Refused
@@ -25,6 +27,9 @@ PLAIN_TEMPLATE = """\
 frozen base would never be learned)."""
 
 
+IGNORED = -100  # the label of a token that is not supervised, as PyTorch's cross entropy has it
+
+
 @dataclass(frozen=True)
 class TokenPair:
     """A preference row as ids; the prompt is stored once."""
@@ -34,10 +39,24 @@ class TokenPair:
     rejected_ids: list[int]
     where: str
     dropped_turns: int = 0
+    margin: float | None = None
 
     def __len__(self) -> int:
         """The longer of the two sequences, in tokens."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True)
+class TokenDialogue:
+    """A sequence to learn from; `labels` are its ids where they are supervised and `IGNORED` elsewhere."""
+
+    ids: list[int]
+    labels: list[int]
+    where: str
+    dropped_turns: int = 0
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template_file: str | None = None) -> str:
@@ -96,22 +115,104 @@ def encode_pair(tokenizer, row: Preference, max_length: int, template_kwargs: di
     Raises:
         BadRow: the row doesn't fit `max_length`, or the template can't render it.
     """
-    prompt, dropped = list(row.prompt), 0
-    _refuse_special(tokenizer, [*prompt, {"content": row.chosen}, {"content": row.rejected}])
+    _refuse_special(tokenizer, [*row.prompt, {"content": row.chosen}, {"content": row.rejected}])
+    answers = (row.chosen, row.rejected)
+    prompt_ids, (chosen, rejected), dropped = _fitted(tokenizer, row.prompt, answers, max_length, template_kwargs)
+    return TokenPair(prompt_ids, chosen, rejected, row.where, dropped, row.margin)
+
+
+def _fitted(tokenizer, prompt: Sequence[Message], answers: tuple[str, ...], max_length: int, template_kwargs: dict):
+    """(prompt ids, ids of each answer, how many of the oldest turns were dropped to make them fit)."""
+    turns = list(prompt)
     while True:
-        prompt_ids, (chosen, rejected) = _encode(tokenizer, prompt, (row.chosen, row.rejected), template_kwargs)
-        pair = TokenPair(prompt_ids, chosen, rejected, row.where, dropped)
-        if len(pair) <= max_length:
-            return pair
-        first = 1 if prompt[0]["role"] == "system" else 0
-        if len(prompt) - first < 3:  # only the last question is left
+        prompt_ids, completions = _encode(tokenizer, turns, answers, template_kwargs)
+        longest = max(map(len, completions))
+        if len(prompt_ids) + longest <= max_length:
+            return prompt_ids, completions, len(prompt) - len(turns)
+        first = 1 if turns[0]["role"] == "system" else 0
+        if len(turns) - first < 3:  # only the last question is left
             break
-        del prompt[first : first + 2]
-        dropped += 2
+        del turns[first : first + 2]
     if len(prompt_ids) >= max_length:
         raise BadRow(f"the prompt fills max_length: {len(prompt_ids)} of {max_length} tokens")
-    longest = len(pair) - len(prompt_ids)
     raise BadRow(f"prompt and answer are {len(prompt_ids)} + {longest} tokens, over max_length {max_length}")
+
+
+def encode_dialogues(tokenizer, rows: list[Dialogue | PlainText], max_length: int, template_kwargs: dict):
+    """Rows as ids; a long row gives several sequences.
+
+    Returns:
+        (sequences, refused): `list[TokenDialogue]` and `list[Refused]`.
+    """
+    sequences, refused = [], []
+    for row in tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000):
+        try:
+            if isinstance(row, PlainText):
+                sequences += encode_text(tokenizer, row, max_length)
+            else:
+                sequences += encode_dialogue(tokenizer, row, max_length, template_kwargs)
+        except BadRow as reason:
+            refused.append(Refused(row.where, str(reason)))
+    return sequences, refused
+
+
+def encode_dialogue(tokenizer, row: Dialogue, max_length: int, template_kwargs: dict) -> list[TokenDialogue]:
+    """One dialogue as ids. Supervised are exactly its assistant turns, each with its end of turn, in the very ids that
+    the model would see and give at inference.
+
+    A turn goes into the sequence of the turn before where the template renders it as its continuation and it fits;
+    else (Qwen3 leaves the thoughts of earlier turns out) it begins a sequence of its own, with as many of the oldest
+    turns dropped as it takes. Generation markers in a template are not needed and not used.
+
+    Raises:
+        BadRow: a turn doesn't fit `max_length` even without those before, or the template can't render it.
+    """
+    turns = list(row.turns)
+    _refuse_special(tokenizer, turns)
+    sequences: list[TokenDialogue] = []
+    for number, turn in enumerate(turns):
+        if turn["role"] != "assistant" or number < row.first_trained:
+            continue
+        try:
+            prompt_ids, (answer_ids,), dropped = _fitted(
+                tokenizer, turns[:number], (turn["content"],), max_length, template_kwargs
+            )
+        except BadRow as reason:
+            raise BadRow(f"turn {number + 1}: {reason}") from None
+        before = sequences[-1] if sequences else None
+        if before and prompt_ids[: len(before)] == before.ids:
+            kept, dropped = before.labels, before.dropped_turns
+            sequences.pop()
+        else:
+            kept = []
+        ids = prompt_ids + answer_ids
+        labels = [*kept, *[IGNORED] * (len(prompt_ids) - len(kept)), *answer_ids]
+        sequences.append(TokenDialogue(ids, labels, row.where, dropped))
+    return sequences
+
+
+def encode_answer(tokenizer, row: Dialogue, max_length: int, template_kwargs: dict) -> list[int]:
+    """A dialogue as ids up to the end of its last turn, as a reward model reads it.
+
+    Raises:
+        BadRow: as `encode_pair`.
+    """
+    _refuse_special(tokenizer, list(row.turns))
+    *prompt, answer = row.turns
+    prompt_ids, (ids,), _ = _fitted(tokenizer, prompt, (answer["content"],), max_length, template_kwargs)
+    return prompt_ids + ids
+
+
+def encode_text(tokenizer, row: PlainText, max_length: int) -> list[TokenDialogue]:
+    """A plain text as ids, with EOS at its end; a long one in pieces of `max_length`, each of which begins with the
+    last token of the one before. So all of its tokens but the first are supervised, each once: the token at the start
+    of a sequence is predicted from nothing."""
+    _refuse_special(tokenizer, [{"content": row.text}])
+    ids = [*tokenizer(row.text).input_ids, tokenizer.eos_token_id]
+    if ids[-2] == tokenizer.eos_token_id:  # some tokenizers add one themselves
+        ids.pop()
+    pieces = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
+    return [TokenDialogue(piece, [IGNORED, *piece[1:]], row.where) for piece in pieces]
 
 
 def encode_prompt(tokenizer, prompt: list[Message], template_kwargs: dict) -> list[int]:
@@ -123,6 +224,17 @@ def end_of_turn_id(tokenizer, template_kwargs: dict) -> int:
     """The id with which the template ends an assistant's turn."""
     _, ((*_, last),) = _encode(tokenizer, [{"role": "user", "content": "a"}], ("b",), template_kwargs)
     return last
+
+
+def pad_for_scores(tokenizer, template_kwargs: dict) -> str:
+    """A pad token that no rendered dialogue ends with.
+
+    Sequence classifiers read the score at the last token that is no pad token. With the usual pad = EOS that would be
+    the one before the end of turn, so whether an answer ended would never count.
+    """
+    end = end_of_turn_id(tokenizer, template_kwargs)
+    ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids, 0, 1)
+    return tokenizer.convert_ids_to_tokens(next(token for token in ids if token not in (None, end)))
 
 
 def _encode(tokenizer, prompt: list[Message], answers: tuple[str, ...], template_kwargs: dict):

@@ -1,29 +1,28 @@
-"""The preference step inside `transformers.Trainer`: reference first, then the policy, then the loss.
+"""The trainers of the stages: TRL's for SFT and the reward model, and the preference step in `transformers.Trainer`.
 
 Why not TRL's `DPOTrainer` itself: it casts the adapters of a quantised base to bfloat16, where updates at DPO's
 learning rates round away; it expects an adapter named `default` and makes its own reference from it; and it replaces
 the model's `forward`. This trainer takes the same `DPOConfig` and logs under the same names (docs/decisions.md).
 """
 
-import math
-import time
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import datasets
 import torch
-from torch import Tensor
+import trl
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer, TrainerCallback
-from trl import DPOConfig
 
 from qalign.base import Base, Role
 from qalign.batch import PairCollator
 from qalign.errors import UserError
-from qalign.journal import peak_bytes
 from qalign.logps import pair_lengths, pair_logps
 from qalign.losses import CHOSEN, REJECTED, preference_loss, rewards
-from qalign.recipe import DPO, REFERENCE_FREE, Recipe
-from qalign.run import TOKENS_SEEN, RunFolder, Stopped
-from qalign.tokens import TokenPair
+from qalign.recipe import DPO, REFERENCE_FREE
+from qalign.tokens import TokenDialogue, TokenPair
 
 
 class PreferenceTrainer(Trainer):
@@ -35,7 +34,7 @@ class PreferenceTrainer(Trainer):
         args: TRL's config; batch sizes count pairs.
         train_pairs: `list[TokenPair]`.
         eval_pairs: the same, or None.
-        tokens_seen: what the run that is resumed had seen.
+        callbacks: for `Trainer`.
     """
 
     # The loss of a micro-batch is divided by the pairs of the whole optimiser step (`num_items_in_batch`), so
@@ -46,13 +45,12 @@ class PreferenceTrainer(Trainer):
         self,
         base: Base,
         settings: DPO,
-        args: DPOConfig,
+        args: trl.DPOConfig,
         train_pairs: list[TokenPair],
         eval_pairs: list[TokenPair] | None = None,
-        tokens_seen: int = 0,
         callbacks: tuple[TrainerCallback, ...] = (),
     ):
-        self.base, self.settings, self.tokens_seen = base, settings, tokens_seen
+        self.base, self.settings, self.tokens_seen = base, settings, 0
         self._sums: dict[str, float] = defaultdict(float)
         super().__init__(
             model=base.model,
@@ -73,11 +71,7 @@ class PreferenceTrainer(Trainer):
         """Loss of one micro-batch: the sum over its pairs divided by the pairs of the optimiser step."""
         loss, metrics = self.pair_losses(inputs)
         if not torch.isfinite(loss).all():
-            bad = [inputs["where"][number] for number in (~torch.isfinite(loss)).nonzero()[:, 0]]
-            raise UserError(
-                f"step {self.state.global_step + 1}: the loss is not finite on {', '.join(bad)}; the last checkpoint, "
-                "if there is one, is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
-            )
+            raise _not_finite(self, [inputs["where"][number] for number in (~torch.isfinite(loss)).nonzero()[:, 0]])
         self._count(metrics, len(loss))
         self.tokens_seen += int(inputs["attention_mask"].sum()) if loss.requires_grad else 0
         total = loss.sum() / (num_items_in_batch or len(loss))
@@ -153,112 +147,152 @@ class PreferenceTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints hold the policy alone, as a plain adapter folder: base and reference never change."""
-        folder = Path(output_dir or self.args.output_dir)
-        self.base.save_policy(folder)
-        (folder / TOKENS_SEEN).write_text(str(self.tokens_seen))
+        self.base.save_adapter(Role.POLICY, Path(output_dir or self.args.output_dir))
 
 
-# --- settings --------------------------------------------------------------------------------------------------------
+class SupervisedTrainer(trl.SFTTrainer):
+    """TRL's `SFTTrainer` on ready-made ids, with float32 adapters and checkpoints that are plain adapter folders.
 
-
-def training_config(recipe: Recipe, run: RunFolder, base: Base, pairs: list[TokenPair]) -> DPOConfig:
-    """The recipe as TRL's config, in which `trainer:` has the last word.
-
-    Raises:
-        UserError: a value under `trainer:` that TRL refuses.
+    Args:
+        base: with a policy that is trainable.
+        args: TRL's config.
+        train_rows: `list[TokenDialogue]`.
+        eval_rows: the same, or None; never packed.
+        callbacks: for `Trainer`.
     """
-    settings = getattr(recipe, run.stage)
-    micro = micro_batch_size(settings, pairs)
-    on_gpu = base.lm.device.type == "cuda"
-    values = {
-        "output_dir": str(run.checkpoints),
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": settings.batch_size // micro,
-        "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps or -1,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.scheduler,
-        "warmup_steps": settings.warmup_ratio,
-        "logging_steps": 1,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if settings.eval_data and settings.eval_every else "no",
-        "eval_steps": settings.eval_every,
-        "save_strategy": "steps",
-        "save_steps": settings.save_every or max(1, planned_steps(settings, len(pairs)) // 10),
-        "save_total_limit": 2,
-        "seed": recipe.seed,
-        "bf16": base.dtype == torch.bfloat16,
-        "fp16": base.dtype == torch.float16,
-        "use_cpu": not on_gpu,
-        "activation_checkpointing": on_gpu,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
-        "dataloader_pin_memory": on_gpu,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,  # the Journal has its own bar
-        "report_to": "none",
-    }
-    try:
-        return DPOConfig(**values | settings.trainer)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{run.stage}.trainer: {' '.join(str(error).split())}") from None
+
+    def __init__(
+        self,
+        base: Base,
+        args: trl.SFTConfig,
+        train_rows: list[TokenDialogue],
+        eval_rows: list[TokenDialogue] | None,
+        callbacks: tuple[TrainerCallback, ...] = (),
+    ):
+        self.base, self._places = base, {tuple(row.ids): row.where for row in train_rows}
+        columns = lambda rows: {"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]}  # noqa: E731
+        with float32_kept(base.model):
+            super().__init__(
+                model=base.model,
+                args=args,
+                train_dataset=datasets.Dataset.from_dict(columns(train_rows)),
+                eval_dataset=datasets.Dataset.from_dict(columns(eval_rows)) if eval_rows else None,
+                processing_class=base.tokenizer,
+                callbacks=list(callbacks),
+            )
+        self.remove_callback(PrinterCallback)  # the Journal writes every log down
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss: the mean over all supervised tokens of the optimiser step."""
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not torch.isfinite(found[0] if return_outputs else found):
+            raise _not_finite(self, [self._places.get(ids, "a held-out row") for ids in _sequences(inputs)])
+        return found
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Checkpoints hold the adapter alone, as a plain adapter folder."""
+        self.base.save_adapter(Role.POLICY, Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The run folder has its own."""
 
 
-def planned_steps(settings: DPO, pairs: int) -> int:
-    """Optimiser steps of the whole run, as `Trainer` counts them."""
-    return settings.max_steps or math.ceil(math.ceil(pairs / settings.batch_size) * settings.epochs)
+class RewardModelTrainer(trl.RewardTrainer):
+    """TRL's `RewardTrainer` on ready-made ids, with a float32 adapter and head and plain checkpoints.
 
-
-def micro_batch_size(settings: DPO, pairs: list[TokenPair]) -> int:
-    """Pairs in one forward pass: the recipe's, or for `auto` the largest divisor of `batch_size` whose padded rows
-    stay under 4,096 tokens when the longest pairs meet."""
-    if settings.micro_batch_size != "auto":
-        return settings.micro_batch_size
-    longest = max(len(pair) for pair in pairs)
-    return max((size for size in divisors(settings.batch_size) if 2 * size * longest <= 4096), default=1)
-
-
-def divisors(batch_size: int) -> list[int]:
-    """The micro-batch sizes that a batch size allows."""
-    return [size for size in range(1, batch_size + 1) if batch_size % size == 0]
-
-
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-
-def train_to_the_end(trainer: PreferenceTrainer, run: RunFolder, checkpoint: Path | None) -> dict[str, float]:
-    """Runs the loop, from a checkpoint if there is one.
-
-    Returns:
-        `steps` and `tokens` of the whole run; of this session `resumed_from`, `train_seconds`, `tokens_per_second`
-        and `peak_bytes`.
-
-    Raises:
-        Stopped: the user or the system asked to stop; a checkpoint was written.
-        UserError: the GPU's memory is too small, or the loss is not finite.
+    Args:
+        base: a classifier with a reward adapter that is trainable.
+        args: TRL's config; batch sizes count pairs.
+        train_pairs: `list[TokenPair]`.
+        eval_pairs: the same, or None.
+        margins: whether each pair's `margin` enters the loss.
+        callbacks: for `Trainer`.
     """
-    began, seen = time.monotonic(), trainer.tokens_seen
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        micro, longest = trainer.args.per_device_train_batch_size, max(map(len, trainer.train_dataset))
-        fewer = [size for size in divisors(trainer.settings.batch_size) if size < micro]
-        smaller = f"{run.stage}.micro_batch_size={fewer[-1]}" if fewer else f"model.max_length={longest // 2}"
-        raise UserError(
-            f"out of GPU memory with {micro} pairs of up to {longest} tokens at a time "
-            f"({str(error).partition('. ')[0]}). Try {smaller}"
-        ) from None
-    if run.stop.number is not None and trainer.state.global_step < trainer.state.max_steps:
-        print(f"stopped at step {trainer.state.global_step}; the checkpoint is {run.last_checkpoint()}")
-        print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
-        raise Stopped(run.stop.number)
-    seconds = time.monotonic() - began
-    return {
-        "steps": trainer.state.global_step,
-        "resumed_from": str(checkpoint) if checkpoint else None,
-        "train_seconds": round(seconds, 1),
-        "tokens": trainer.tokens_seen,
-        "tokens_per_second": round((trainer.tokens_seen - seen) / seconds, 1),
-        "peak_bytes": peak_bytes(),
-    }
+
+    # As in PreferenceTrainer: a step's loss is the mean over its pairs, however they are split into micro-batches.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        base: Base,
+        args: trl.RewardConfig,
+        train_pairs: list[TokenPair],
+        eval_pairs: list[TokenPair] | None,
+        *,
+        margins: bool,
+        callbacks: tuple[TrainerCallback, ...] = (),
+    ):
+        self.base = base
+        self._places = {
+            tuple(pair.prompt_ids + ids): pair.where
+            for pair in train_pairs
+            for ids in (pair.chosen_ids, pair.rejected_ids)
+        }
+
+        def dataset(pairs: list[TokenPair]) -> datasets.Dataset:
+            columns = {
+                "chosen_ids": [pair.prompt_ids + pair.chosen_ids for pair in pairs],
+                "rejected_ids": [pair.prompt_ids + pair.rejected_ids for pair in pairs],
+            }
+            return datasets.Dataset.from_dict(columns | ({"margin": [p.margin for p in pairs]} if margins else {}))
+
+        with float32_kept(base.model):
+            super().__init__(
+                model=base.model,
+                args=args,
+                train_dataset=dataset(train_pairs),
+                eval_dataset=dataset(eval_pairs) if eval_pairs else None,
+                processing_class=base.tokenizer,
+                callbacks=list(callbacks),
+            )
+        self.remove_callback(PrinterCallback)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """The micro-batches of one optimiser step, and its pairs."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(len(batch["input_ids"]) // 2 for batch in batches)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's loss, a mean over a micro-batch, weighted by the micro-batch's share of the step."""
+        pairs = len(inputs["input_ids"]) // 2
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if not torch.isfinite(loss):
+            raise _not_finite(self, [self._places.get(ids, "a held-out row") for ids in _sequences(inputs)])
+        loss = loss * (pairs / num_items_in_batch if num_items_in_batch else 1)
+        return (loss, outputs) if return_outputs else loss
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Checkpoints hold the adapter and its head alone, as a plain adapter folder."""
+        self.base.save_adapter(Role.REWARD, Path(output_dir or self.args.output_dir))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The run folder has its own."""
+
+
+@contextmanager
+def float32_kept(model: nn.Module) -> Iterator[None]:
+    """TRL's trainers cast the adapters of a quantised base to bfloat16, where small updates round away: gives each
+    trainable weight back as it was."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    yield
+    for name, parameter in model.named_parameters():
+        if name in weights:
+            parameter.data = weights[name]
+
+
+def _sequences(inputs: dict) -> Iterator[tuple[int, ...]]:
+    """The rows of a batch as ids, from padded rows or one packed row."""
+    if "attention_mask" in inputs:
+        for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
+            yield tuple(ids[mask.bool()].tolist())
+    else:
+        starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        for start, end in zip(starts, [*starts[1:], None], strict=True):
+            yield tuple(inputs["input_ids"][0, start:end].tolist())
+
+
+def _not_finite(trainer: Trainer, rows: list[str]) -> UserError:
+    return UserError(
+        f"step {trainer.state.global_step + 1}: the loss is not finite on {', '.join(dict.fromkeys(rows))}; the last "
+        "checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
+    )

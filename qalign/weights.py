@@ -9,14 +9,23 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import bitsandbytes
 import torch
 import transformers
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GgufConfig,
+    PreTrainedModel,
+)
 
 from qalign.errors import UserError
 from qalign.places import looks_local, package_file
@@ -25,21 +34,58 @@ from qalign.recipe import Model
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def load_weights(spec: Model) -> tuple[PreTrainedModel, transformers.PreTrainedTokenizerBase, str]:
-    """A recipe's base, quantised, on the best device.
+@dataclass(frozen=True)
+class Origin:
+    """Where a base's weights are."""
+
+    source: str
+    """A folder or hub id that plain transformers can load the 16-bit base from."""
+    revision: str | None
+    """The hub's commit, or the digest of a `.gguf` file; None for a local folder."""
+    hub_revision: str | None
+    """What to ask the hub for."""
+    identity: str
+    """A text that changes when the weights do."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder on this disk; the hub's cache has one a commit."""
+        if Path(self.source).is_dir():
+            return Path(self.source)
+        return Path(transformers.utils.cached_file(self.source, "config.json", revision=self.hub_revision)).parent
+
+
+Form = Literal["held", "dequantized", "original"]
+
+
+def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held"):
+    """A recipe's base.
+
+    Args:
+        classifier: a sequence classifier with one label, its head new and unquantised, instead of a language model.
+        form: `held` as the recipe says, on the best device; `dequantized`, the very weights that this computes with,
+            and `original`, those that were published, both in 16 bits on the CPU.
 
     Returns:
-        (causal language model, its tokenizer as it comes, folder or hub id that plain transformers can load).
+        (model, its tokenizer as it comes, `Origin`).
 
     Raises:
         UserError: it can't be found, fetched or read.
     """
     _quiet()
-    dtype = compute_dtype(spec)
+    auto, options = (
+        (AutoModelForSequenceClassification, {"num_labels": 1}) if classifier else (AutoModelForCausalLM, {})
+    )
     try:
-        source, identity = _source(spec)
-        lm = _quantised(spec, dtype, source, identity)
-        return lm, AutoTokenizer.from_pretrained(source, revision=spec.revision), source
+        origin = _origin(spec)
+        if form == "original" or (form == "dequantized" and spec.quantization == "none"):
+            lm = auto.from_pretrained(origin.source, revision=origin.hub_revision, dtype="auto", **options)
+        else:
+            dtype = DTYPES.get(spec.compute_dtype) if form == "dequantized" else None
+            lm = _held(spec, origin, auto, options, dtype or compute_dtype(spec), device() if form == "held" else "cpu")
+        if form == "dequantized" and spec.quantization != "none":
+            lm = lm.dequantize(dtype=lm.dtype)
+        return lm, AutoTokenizer.from_pretrained(origin.source, revision=origin.hub_revision), origin
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.base: '{spec.base}' can't be loaded: {reason}") from None
@@ -78,22 +124,21 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qalign"
 
 
-def _source(spec: Model) -> tuple[str, str]:
-    """(folder or hub id that transformers can load, a text that changes when the weights do)."""
+def _origin(spec: Model) -> Origin:
     if spec.base.startswith("package:") or spec.base.endswith(".gguf"):
         file = package_file(spec.base) if spec.base.startswith("package:") else Path(spec.base).expanduser()
         folder = _converted(file)
-        return str(folder), folder.name
+        return Origin(str(folder), folder.name.removeprefix("gguf-"), None, folder.name)
     if looks_local(spec.base):
         folder = Path(spec.base).expanduser().resolve()
         files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".json"))
         if not (folder / "config.json").is_file():
             raise OSError(f"no config.json in {folder}")
-        return str(folder), f"{folder} " + " ".join(
-            f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files
-        )
+        state = " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+        return Origin(str(folder), None, None, f"{folder} {state}")
     config = transformers.utils.cached_file(spec.base, "config.json", revision=spec.revision)
-    return spec.base, f"{spec.base}@{Path(config).parent.name}"  # the hub's cache names its folders by commit
+    commit = Path(config).parent.name  # the hub's cache names its folders by commit
+    return Origin(spec.base, commit, spec.revision, f"{spec.base}@{commit}")
 
 
 def _converted(file: Path) -> Path:
@@ -108,37 +153,43 @@ def _converted(file: Path) -> Path:
             where, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float16
         )
         tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
-        with _written_aside(folder) as aside:
+        with written_aside(folder) as aside:
             lm.save_pretrained(aside)
             save_tokenizer(tokenizer, aside)
     return folder
 
 
-def _quantised(spec: Model, dtype: torch.dtype, source: str, identity: str) -> PreTrainedModel:
+def _held(spec: Model, origin: Origin, auto, options: dict, dtype: torch.dtype, where) -> PreTrainedModel:
     """The base as the recipe wants it held; 4-bit ones come from the cache, where they load in a tenth of the time."""
-    place = {"dtype": dtype, "device_map": {"": device()}}
+    place = {"dtype": dtype, "device_map": {"": where}}
+    fresh = {"revision": origin.hub_revision, **place}
     if spec.quantization in ("none", "int8"):
         config = BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
-        return AutoModelForCausalLM.from_pretrained(source, revision=spec.revision, quantization_config=config, **place)
+        return auto.from_pretrained(origin.source, quantization_config=config, **fresh, **options)
     settings = {
         "bnb_4bit_quant_type": spec.quantization,
         "bnb_4bit_use_double_quant": spec.double_quant,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
     }
     versions = [bitsandbytes.__version__, transformers.__version__]
-    key = hashlib.sha256(json.dumps([identity, settings, versions]).encode()).hexdigest()[:16]
+    key = hashlib.sha256(json.dumps([origin.identity, settings, versions]).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{spec.quantization}-{key}"
-    if folder.is_dir():
-        lm = AutoModelForCausalLM.from_pretrained(folder, **place)
-    else:
-        print(f"quantising {source} once into {folder} …", flush=True)
-        config = BitsAndBytesConfig(load_in_4bit=True, **settings)
-        lm = AutoModelForCausalLM.from_pretrained(source, revision=spec.revision, quantization_config=config, **place)
+    config = BitsAndBytesConfig(load_in_4bit=True, **settings)
+    lm = None
+    if not folder.is_dir():
+        print(f"quantising {origin.source} once into {folder} …", flush=True)
+        lm = AutoModelForCausalLM.from_pretrained(origin.source, quantization_config=config, **fresh)
         try:
-            with _written_aside(folder) as aside:  # freshly quantised and before any forward: see guard_4bit
+            with written_aside(folder) as aside:  # freshly quantised and before any forward: see guard_4bit
                 lm.save_pretrained(aside)
         except OSError as error:  # a full disk: slower next time, but no reason to stop
             print(f"not kept: {error}", file=sys.stderr)
+    if lm is None or auto is not AutoModelForCausalLM:
+        lm = None  # one of them in memory at a time
+        if folder.is_dir():
+            lm = auto.from_pretrained(folder, **place, **options)
+        else:
+            lm = auto.from_pretrained(origin.source, quantization_config=config, **fresh, **options)
     guard_4bit(lm)
     return lm
 
@@ -164,7 +215,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 
 @contextmanager
-def _written_aside(folder: Path) -> Iterator[Path]:
+def written_aside(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes its final name once it is whole; another process may have been faster."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))

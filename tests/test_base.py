@@ -55,7 +55,7 @@ def test_base_is_four_bit_and_frozen(tiny_base):
 def test_reference_with_adapters_off_is_the_base_alone_to_the_bit(spec, tiny_base):
     alone = logits(tiny_base)
     base = load(spec)
-    base.add_policy(Lora(r=4))
+    base.add_adapter(Role.POLICY, Lora(r=4))
     scramble(base)
     assert torch.equal(logits(base, Role.REFERENCE), alone)
     assert not torch.equal(logits(base, Role.POLICY), alone)
@@ -66,7 +66,7 @@ def test_reference_from_an_adapter_is_base_and_adapter_alone_to_the_bit(spec, ad
     with torch.no_grad():
         expected = alone(input_ids=IDS).logits
     base = load(spec)
-    base.load_policy(adapter_folder, trainable=True)
+    base.load_adapter(Role.POLICY, adapter_folder, trainable=True)
     base.load_reference(adapter_folder)
     assert torch.equal(logits(base, Role.POLICY), expected)  # the policy starts as a copy
     scramble(base)
@@ -80,7 +80,7 @@ def test_reference_has_no_dropout_and_the_training_policy_does(spec, adapter_fol
     config.lora_dropout = 0.5
     config.save_pretrained(adapter_folder)
     base = load(spec)
-    base.load_policy(adapter_folder, trainable=True)
+    base.load_adapter(Role.POLICY, adapter_folder, trainable=True)
     base.load_reference(adapter_folder)
     base.model.train()
     with torch.no_grad():
@@ -105,10 +105,10 @@ def state(base):
 def test_acting_restores_everything_also_nested_and_after_an_error(spec, adapter_folder, from_adapter):
     base = load(spec)
     if from_adapter:
-        base.load_policy(adapter_folder, trainable=True)
+        base.load_adapter(Role.POLICY, adapter_folder, trainable=True)
         base.load_reference(adapter_folder)
     else:
-        base.add_policy(Lora(r=4))
+        base.add_adapter(Role.POLICY, Lora(r=4))
     scramble(base)
     policy, reference = logits(base), logits(base, Role.REFERENCE)
     base.model.train()
@@ -140,7 +140,7 @@ def test_acting_restores_everything_also_nested_and_after_an_error(spec, adapter
 
 def test_an_evaluated_policy_stays_frozen(spec, adapter_folder):
     base = load(spec)
-    base.load_policy(adapter_folder, trainable=False)
+    base.load_adapter(Role.POLICY, adapter_folder, trainable=False)
     logits(base, Role.REFERENCE)
     logits(base, Role.POLICY)
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
@@ -148,7 +148,7 @@ def test_an_evaluated_policy_stays_frozen(spec, adapter_folder):
 
 def test_adapters_train_in_float32_on_a_bfloat16_base(tiny_folder, adapter_folder):
     base = load(Model(base=tiny_folder, compute_dtype="bfloat16"))
-    base.load_policy(adapter_folder, trainable=True)
+    base.load_adapter(Role.POLICY, adapter_folder, trainable=True)
     base.load_reference(adapter_folder)
     trainable = [parameter for parameter in base.model.parameters() if parameter.requires_grad]
     assert {parameter.dtype for parameter in trainable} == {torch.float32}
@@ -161,7 +161,7 @@ def test_one_copy_of_the_base_in_memory(spec, adapter_folder):
     others = {id(t) for t in gc.get_objects() if isinstance(t, bnb.nn.Params4bit)}
     base = load(spec)
     one_copy = sum(p.numel() for p in base.lm.parameters())
-    base.load_policy(adapter_folder, trainable=True)
+    base.load_adapter(Role.POLICY, adapter_folder, trainable=True)
     base.load_reference(adapter_folder)
     for role in (Role.REFERENCE, Role.POLICY):
         logits(base, role)
@@ -175,7 +175,7 @@ def test_one_copy_of_the_base_in_memory(spec, adapter_folder):
 
 def test_bitsandbytes_does_not_repack_the_weights(tiny_base):
     """On a CPU with AVX512-BF16 the first eval forward without gradients would repack them and spoil all gradients."""
-    tiny_base.add_policy(Lora(r=4))
+    tiny_base.add_adapter(Role.POLICY, Lora(r=4))
     before = digest(tiny_base)
     first = gradient(tiny_base)
     logits(tiny_base, Role.REFERENCE)
@@ -217,7 +217,7 @@ def test_the_cached_base_is_the_same_to_the_bit(spec, tiny_folder, tmp_path, mon
 @pytest.mark.parametrize("quantization", ["none", "int8", "fp4"])
 def test_other_ways_to_hold_the_base(spec, quantization):
     base = load(spec.model_copy(update={"quantization": quantization}))
-    base.add_policy(Lora(r=4))
+    base.add_adapter(Role.POLICY, Lora(r=4))
     scramble(base)
     assert not torch.equal(logits(base, Role.POLICY), logits(base, Role.REFERENCE))
 
@@ -238,7 +238,7 @@ def test_an_adapter_of_another_model_is_refused(spec, adapter_folder):
         f"{adapter_folder}/adapter_model.safetensors",
     )
     with pytest.raises(UserError, match="this adapter is broken or doesn't fit"):
-        load(spec).load_policy(adapter_folder, trainable=True)
+        load(spec).load_adapter(Role.POLICY, adapter_folder, trainable=True)
 
 
 @pytest.mark.parametrize(
@@ -259,18 +259,18 @@ def test_an_adapter_of_another_model_is_refused(spec, adapter_folder):
 def test_adapters_that_the_roles_cannot_keep_apart_are_refused(spec, tmp_path, config, reason):
     peft.get_peft_model(load(spec).lm, config).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     with pytest.raises(UserError, match=reason):
-        load(spec).load_policy(str(tmp_path / "adapter"), trainable=True)
+        load(spec).load_adapter(Role.POLICY, str(tmp_path / "adapter"), trainable=True)
 
 
 def test_a_pattern_that_hits_the_output_layer_is_refused(tiny_base):
     with pytest.raises(UserError, match=r"lora\.targets: the output layer can't have an adapter"):
-        tiny_base.add_policy(Lora(targets=".*head"))
+        tiny_base.add_adapter(Role.POLICY, Lora(targets=".*head"))
 
 
 @pytest.mark.parametrize("targets", [["no_such_proj"], "*proj"])
 def test_targets_that_fit_nothing_are_one_line(tiny_base, targets):
     with pytest.raises(UserError, match=r"lora\.targets"):
-        tiny_base.add_policy(Lora(targets=targets))
+        tiny_base.add_adapter(Role.POLICY, Lora(targets=targets))
 
 
 @pytest.mark.parametrize("content", ["{}", "not json", '{"peft_type": "NO_SUCH"}', None])
@@ -280,7 +280,7 @@ def test_a_broken_adapter_folder_is_one_line(spec, adapter_folder, content):
     else:
         Path(adapter_folder, "adapter_config.json").write_text(content)
     with pytest.raises(UserError) as raised:
-        load(spec).load_policy(adapter_folder, trainable=True)
+        load(spec).load_adapter(Role.POLICY, adapter_folder, trainable=True)
     assert len(raised.value.lines) == 1
     assert raised.value.lines[0].startswith(adapter_folder)
 
@@ -295,10 +295,10 @@ def test_a_saved_tokenizer_gives_the_same_ids(name, tmp_path):
 
 def test_saved_policy_loads_with_plain_peft(spec, tmp_path):
     base = load(spec)
-    base.add_policy(Lora(r=4))
+    base.add_adapter(Role.POLICY, Lora(r=4))
     scramble(base)
     expected = logits(base)
-    base.save_policy(tmp_path / "adapter")
+    base.save_adapter(Role.POLICY, tmp_path / "adapter")
     quantised = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
     model = peft.AutoPeftModelForCausalLM.from_pretrained(
         tmp_path / "adapter", quantization_config=BitsAndBytesConfig(**quantised), dtype=torch.float32

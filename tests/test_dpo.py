@@ -57,8 +57,13 @@ def test_a_run_leaves_what_it_promises(recipe_file, capsys):
 
 
 def test_the_first_and_the_last_step_are_always_logged(recipe_file):
-    run = train(recipe_file(trainer={"logging_steps": 100}))
+    run = train(recipe_file(trainer={"logging_steps": 100}, save_every=100))
     assert [line["step"] for line in metrics(run)] == [1, 6]
+
+
+def test_a_checkpoint_is_logged_too_so_that_a_resumed_run_logs_the_same_means(recipe_file):
+    run = train(recipe_file(trainer={"logging_steps": 100}, save_every=4))
+    assert [line["step"] for line in metrics(run)] == [1, 4, 6]
 
 
 def test_the_best_checkpoint_can_be_the_one_that_is_kept(recipe_file):
@@ -81,7 +86,7 @@ def test_training_moves_the_policy_alone(recipe_file, monkeypatch):
     monkeypatch.setattr(qalign.base, "load", lambda spec: bases.append(real(spec)) or bases[-1])
     path = recipe_file(max_steps=3)
     before = real(load_recipe(path).model)
-    before.add_policy(load_recipe(path).lora)
+    before.add_adapter(Role.POLICY, load_recipe(path).lora)
     train(path)
     (after,) = bases
     assert digest(after) == digest(before)
@@ -97,7 +102,7 @@ def test_going_on_from_an_adapter(recipe_file, monkeypatch):
     bases, real = [], qalign.base.load
     monkeypatch.setattr(qalign.base, "load", lambda spec: bases.append(real(spec)) or bases[-1])
     before = real(load_recipe(path).model)
-    before.load_policy(str(first.adapter), trainable=True)
+    before.load_adapter(Role.POLICY, str(first.adapter), trainable=True)
     before.load_reference(str(first.adapter))
     second = train(path)
     assert digest(bases[0]) == digest(before)
@@ -110,7 +115,7 @@ def test_going_on_from_an_adapter(recipe_file, monkeypatch):
 def test_the_adapter_loads_with_plain_peft_and_gives_the_same_logits(recipe_file):
     run = train(recipe_file(max_steps=4))
     base = load(run.recipe.model)
-    base.load_policy(str(run.adapter), trainable=False)
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
     ids = torch.arange(30, 60)[None]
     with torch.no_grad(), base.acting_as(Role.POLICY) as lm:
         expected = lm(input_ids=ids).logits

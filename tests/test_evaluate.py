@@ -18,7 +18,7 @@ from tests.helpers import TEST, house_style, scramble, train
 @pytest.fixture
 def base(tiny_folder):
     base = load(Model(base=tiny_folder, compute_dtype="float32"))
-    base.add_policy(Lora(r=4))
+    base.add_adapter(Role.POLICY, Lora(r=4))
     scramble(base)
     return base
 

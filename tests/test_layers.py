@@ -6,14 +6,20 @@ from pathlib import Path
 import qalign
 
 LAYERS = [
-    ("ground", ["errors", "recipe", "places", "recipe_file", "losses"]),
-    ("data", ["files", "rows", "tokens", "batch"]),
-    ("model", ["logps", "weights", "base", "rollout"]),
-    ("run", ["run", "journal", "trainer"]),
-    ("stage", ["dpo"]),
-    ("top", ["evaluate"]),
+    (
+        "ground",
+        ["errors", "recipe", "places", "trainer_keys", "recipe_file", "lineage", "losses", "reward_report", "command"],
+    ),
+    ("data", ["files", "rows", "dialogues", "tokens", "batch"]),
+    ("model", ["heads", "logps", "weights", "base", "rollout", "scoring"]),
+    ("run", ["run", "stage", "finished", "intake", "journal", "loop", "trainer"]),
+    ("stage", ["sft", "reward", "dpo"]),
+    ("top", ["evaluate", "score", "merge", "__main__"]),
 ]
-LIGHT = ["errors", "recipe", "places", "recipe_file", "files", "rows", "run", "dpo", "evaluate"]
+LIGHT = [
+    *("errors", "recipe", "places", "trainer_keys", "recipe_file", "lineage", "command", "files", "rows", "dialogues"),
+    *("run", "stage", "finished", "intake", "sft", "reward", "dpo", "evaluate", "score", "merge", "__main__"),
+]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
 PACKAGE = Path(qalign.__file__).parent
 

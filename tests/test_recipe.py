@@ -8,20 +8,15 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from qalign.recipe import DPO, DPO_LOSSES, REFERENCE_FREE, Recipe, Source, schema
+from qalign.recipe import DPO_LOSSES, REFERENCE_FREE, STAGES, Recipe, Source, schema
 from tests.conftest import ROOT
 
 
-def recipe(model: dict | None = None, lora: dict | None = None, dpo: dict | None = None, **top) -> Recipe:
-    """The smallest recipe with the given keys on top."""
+def recipe(model: dict | None = None, lora: dict | None = None, **sections) -> Recipe:
+    """The smallest recipe with all stages and the given keys on top."""
+    stages = {stage: {"data": f"org/{stage}", **sections.pop(stage, {})} for stage in STAGES}
     return Recipe.model_validate(
-        {
-            "model": {"base": "org/model", **(model or {})},
-            "lora": lora or {},
-            "output": "runs/x",
-            "dpo": {"data": "org/pairs", **(dpo or {})},
-            **top,
-        }
+        {"model": {"base": "org/model", **(model or {})}, "lora": lora or {}, "output": "runs/x", **stages, **sections}
     )
 
 
@@ -40,16 +35,38 @@ def test_a_key_that_is_left_out_has_the_documented_default():
     assert (model.quantization, model.double_quant, model.compute_dtype) == ("nf4", True, "auto")
     assert (model.max_length, model.revision, model.chat_template, model.chat_template_kwargs) == (2048, None, None, {})
     assert (lora.r, lora.alpha, lora.dropout, lora.targets) == (16, 32.0, 0.0, "all-linear")
+    assert (lora.rslora, lora.dora, lora.init) == (False, False, "default")
     assert (dpo.loss, dpo.beta, dpo.learning_rate, dpo.epochs) == ("sigmoid", 0.1, 5e-6, 1.0)
     assert (dpo.batch_size, dpo.micro_batch_size, dpo.scheduler, dpo.warmup_ratio) == (16, "auto", "cosine", 0.1)
-    assert (dpo.split, dpo.limit, dpo.eval_data, dpo.start_from, dpo.trainer) == ("train", None, None, None, {})
     assert (dpo.label_smoothing, dpo.gamma, dpo.sft_weight) == (0.0, None, 0.0)
+    assert (read.sft.learning_rate, read.sft.packing, read.sft.neftune_alpha) == (2e-4, False, None)
+    assert (read.reward.learning_rate, read.reward.margin, read.reward.centering) == (1e-4, False, 0.0)
+    for stage in (read.sft, read.reward, read.dpo):
+        assert (stage.split, stage.limit, stage.eval_data, stage.trainer) == ("train", None, None, {})
+        assert (stage.batch_size, stage.micro_batch_size, stage.start_from) == (16, "auto", None)
+
+
+def test_the_stages_of_a_recipe_are_those_it_has_in_the_order_in_which_they_run():
+    base = {"model": {"base": "org/model"}, "output": "runs/x"}
+    sections = {stage: {"data": "org/rows"} for stage in ("dpo", "sft", "reward")}
+
+    assert recipe().stages == ("sft", "reward", "dpo")
+    assert Recipe.model_validate(base).stages == ()
+    assert Recipe.model_validate({**base, **sections}).stages == ("sft", "reward", "dpo")
+    assert Recipe.model_validate({**base, **sections, "reward": None}).stages == ("sft", "dpo")
 
 
 def test_nothing_changes_once_read():
     read = recipe()
 
-    for section, key in ((read, "seed"), (read.model, "base"), (read.lora, "r"), (read.dpo, "beta")):
+    for section, key in (
+        (read, "seed"),
+        (read.model, "base"),
+        (read.lora, "r"),
+        (read.sft, "packing"),
+        (read.reward, "margin"),
+        (read.dpo, "beta"),
+    ):
         with pytest.raises(ValidationError, match="frozen"):
             setattr(section, key, getattr(section, key))
 
@@ -60,7 +77,12 @@ def test_nothing_changes_once_read():
         {"sead": 1},
         {"model": {"quantisation": "nf4"}},
         {"lora": {"rank": 8}},
+        {"sft": {"pakcing": True}},
+        {"reward": {"centring": 0.01}},
         {"dpo": {"lerning_rate": 1e-5}},
+        {"sft": {"beta": 0.1}},
+        {"reward": {"packing": True}},
+        {"dpo": {"margin": True}},
         {"dpo": {"data": {"path": "org/pairs", "weigth": 2}}},
         {"dpo": {"data": ["org/pairs", {"path": "org/pairs", "weigth": 2}]}},
     ],
@@ -82,6 +104,13 @@ def test_an_unknown_key_is_refused_in_every_section(sections):
         {"lora": {"r": 16.0}},
         {"lora": {"alpha": "32"}},
         {"lora": {"targets": ["q_proj", 5]}},
+        {"lora": {"rslora": 1}},
+        {"lora": {"dora": "yes"}},
+        {"lora": {"init": True}},
+        {"sft": {"packing": 1}},
+        {"sft": {"neftune_alpha": "5"}},
+        {"reward": {"margin": "yes"}},
+        {"reward": {"centering": True}},
         {"dpo": {"beta": True}},
         {"dpo": {"batch_size": "16"}},
         {"dpo": {"micro_batch_size": "4"}},
@@ -94,9 +123,10 @@ def test_a_value_of_another_type_is_refused_even_where_it_could_be_converted(sec
 
 
 def test_a_whole_number_will_do_for_a_number():
-    read = recipe(lora={"alpha": 8}, dpo={"epochs": 2, "beta": 1})
+    read = recipe(lora={"alpha": 8}, sft={"neftune_alpha": 5}, reward={"centering": 1}, dpo={"epochs": 2, "beta": 1})
 
-    assert (read.lora.alpha, read.dpo.epochs, read.dpo.beta) == (8.0, 2.0, 1.0)
+    assert (read.lora.alpha, read.sft.neftune_alpha, read.reward.centering) == (8.0, 5.0, 1.0)
+    assert (read.dpo.epochs, read.dpo.beta) == (2.0, 1.0)
 
 
 @pytest.mark.parametrize(
@@ -107,15 +137,23 @@ def test_a_whole_number_will_do_for_a_number():
         ("lora", "alpha", 0.1, 0),
         ("lora", "dropout", 0.0, -0.1),
         ("lora", "dropout", 0.99, 1.0),
-        ("dpo", "epochs", 0.01, 0.0),
-        ("dpo", "max_steps", 1, 0),
-        ("dpo", "limit", 1, 0),
-        ("dpo", "batch_size", 1, 0),
-        ("dpo", "micro_batch_size", 1, 0),
-        ("dpo", "learning_rate", 1e-12, 0.0),
-        ("dpo", "warmup_ratio", 0.0, -0.1),
-        ("dpo", "warmup_ratio", 0.99, 1.0),
-        ("dpo", "save_every", 1, 0),
+        *(
+            (stage, *range_)
+            for stage in STAGES
+            for range_ in (
+                ("epochs", 0.01, 0.0),
+                ("max_steps", 1, 0),
+                ("limit", 1, 0),
+                ("batch_size", 1, 0),
+                ("micro_batch_size", 1, 0),
+                ("learning_rate", 1e-12, 0.0),
+                ("warmup_ratio", 0.0, -0.1),
+                ("warmup_ratio", 0.99, 1.0),
+                ("save_every", 1, 0),
+            )
+        ),
+        ("sft", "neftune_alpha", 1e-6, 0.0),
+        ("reward", "centering", 0.0, -0.1),
         ("dpo", "beta", 1e-6, 0.0),
         ("dpo", "sft_weight", 0.0, -0.1),
     ],
@@ -131,6 +169,7 @@ def test_share_and_seed_have_their_range():
     assert "seed" in refusal(seed=-1)
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
@@ -143,29 +182,42 @@ def test_share_and_seed_have_their_range():
         ),
     ],
 )
-def test_data_is_one_source_or_a_list_of_them(data, expected):
-    assert list(recipe(dpo={"data": data}).dpo.data) == expected
-    assert list(recipe(dpo={"eval_data": data}).dpo.eval_data) == expected
+def test_data_is_one_source_or_a_list_of_them(stage, data, expected):
+    assert list(getattr(recipe(**{stage: {"data": data}}), stage).data) == expected
+    assert list(getattr(recipe(**{stage: {"eval_data": data}}), stage).eval_data) == expected
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("data", [[], {"limit": 5}, {"path": "a", "limit": 0}, {"path": "a", "weight": 0.0}, [None]])
-def test_data_without_a_source_or_with_a_bad_one_is_refused(data):
-    assert "dpo.data" in refusal(dpo={"data": data})
+def test_data_without_a_source_or_with_a_bad_one_is_refused(stage, data):
+    assert f"{stage}.data" in refusal(**{stage: {"data": data}})
 
 
 # --- what goes together ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("batch", "micro"), [(16, 4), (16, 16), (6, 3), (1, 1), (7, "auto")])
-def test_a_micro_batch_that_divides_the_batch_is_taken(batch, micro):
-    assert recipe(dpo={"batch_size": batch, "micro_batch_size": micro}).dpo.micro_batch_size == micro
+def test_a_micro_batch_that_divides_the_batch_is_taken(stage, batch, micro):
+    read = recipe(**{stage: {"batch_size": batch, "micro_batch_size": micro}})
+
+    assert getattr(read, stage).micro_batch_size == micro
 
 
+@pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize(("batch", "micro"), [(16, 3), (4, 8), (1, 2)])
-def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(batch, micro):
-    message = refusal(dpo={"batch_size": batch, "micro_batch_size": micro})
+def test_a_micro_batch_that_does_not_divide_the_batch_is_refused(stage, batch, micro):
+    message = refusal(**{stage: {"batch_size": batch, "micro_batch_size": micro}})
 
     assert f"micro_batch_size: {micro} does not divide batch_size {batch}" in message
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_eval_every_needs_something_to_measure(stage):
+    reason = "eval_every: has nothing to measure without eval_data; add it or remove this"
+
+    assert reason in refusal(**{stage: {"eval_every": 5}})
+    assert getattr(recipe(**{stage: {"eval_data": "org/other", "eval_every": 5}}), stage).eval_every == 5
 
 
 @pytest.mark.parametrize(
@@ -204,6 +256,60 @@ def test_the_head_gets_no_adapter():
     assert recipe(lora={"targets": ["q_proj", "v_proj"]}).lora.targets == ["q_proj", "v_proj"]
 
 
+def test_a_start_that_would_change_the_shared_base_is_refused():
+    assert "init: 'pissa' takes its start out of the base's own weights" in refusal(lora={"init": "pissa"})
+    assert "init: 'pissa'" in refusal(lora={"init": "pissa"}, model={"quantization": "none"})
+
+
+@pytest.mark.parametrize("quantization", ["int8", "none"])
+def test_loftq_needs_rounding_to_4_bits_to_mend(quantization):
+    message = refusal(lora={"init": "loftq"}, model={"quantization": quantization}, dpo={"start_from": "sft"})
+
+    assert f"lora.init: 'loftq' mends 4-bit weights, and model.quantization is '{quantization}'" in message
+
+
+def test_loftq_and_dora_do_not_go_together():
+    assert "init: 'loftq' and dora can't be combined" in refusal(
+        lora={"init": "loftq", "dora": True}, dpo={"start_from": "sft"}
+    )
+
+
+def test_loftq_must_not_move_the_policy_away_from_its_reference():
+    message = "lora.init: 'loftq' would move the policy away from its reference before the first step of dpo"
+
+    for loss in set(get_args(DPO_LOSSES)) - REFERENCE_FREE - {"robust"}:
+        assert message in refusal(lora={"init": "loftq"}, dpo={"loss": loss})
+
+
+@pytest.mark.parametrize(
+    "dpo", [{"start_from": "sft"}, {"start_from": "some/adapter"}, {"loss": "simpo"}, {"loss": "orpo"}]
+)
+@pytest.mark.parametrize("quantization", ["nf4", "fp4"])
+def test_loftq_is_taken_where_the_reference_is_not_the_bare_base(dpo, quantization):
+    read = recipe(lora={"init": "loftq"}, model={"quantization": quantization}, dpo=dpo)
+
+    assert read.lora.init == "loftq"
+
+
+def test_loftq_is_taken_without_a_dpo_stage():
+    raw = {"model": {"base": "org/model"}, "lora": {"init": "loftq"}, "output": "x", "sft": {"data": "org/rows"}}
+
+    assert Recipe.model_validate(raw).lora.init == "loftq"
+
+
+@pytest.mark.parametrize("lora", [{"init": "gaussian"}, {"dora": True}, {"rslora": True, "dora": True, "r": 64}])
+def test_starts_and_scales_that_need_nothing_else_are_taken(lora):
+    read = recipe(lora=lora, model={"quantization": "none"}).lora
+
+    assert {key: getattr(read, key) for key in lora} == lora
+
+
+def test_an_sft_run_does_not_start_from_itself():
+    assert "sft.start_from: an SFT run can't start from itself" in refusal(sft={"start_from": "sft"})
+    assert recipe(sft={"start_from": "some/adapter"}).sft.start_from == "some/adapter"
+    assert recipe(reward={"start_from": "sft"}).reward.start_from == "sft"
+
+
 # --- the schema for editors ------------------------------------------------------------------------------------------
 
 
@@ -211,18 +317,19 @@ def test_the_schema_explains_every_key_and_allows_no_other():
     found = json.loads(schema())
 
     sections = {"Recipe": found, **found["$defs"]}
-    assert set(sections) == {"Recipe", "Model", "Lora", "DPO", "Source"}
+    assert set(sections) == {"Recipe", "Model", "Lora", "SFT", "Reward", "DPO", "Source"}
     for name, section in sections.items():
         assert section["additionalProperties"] is False, name
         for key, value in section["properties"].items():
             assert len(value.get("description", "")) > 10, f"{name}.{key} has no docstring"
 
 
-def test_the_schema_takes_data_in_every_form_that_a_recipe_does():
-    dpo = json.loads(schema())["$defs"]["DPO"]["properties"]
+@pytest.mark.parametrize("section", ["SFT", "Reward", "DPO"])
+def test_the_schema_takes_data_in_every_form_that_a_recipe_does(section):
+    keys = json.loads(schema())["$defs"][section]["properties"]
     source = {"$ref": "#/$defs/Source"}
 
-    for forms in (dpo["data"]["anyOf"], dpo["eval_data"]["anyOf"]):
+    for forms in (keys["data"]["anyOf"], keys["eval_data"]["anyOf"]):
         assert {"type": "string", "minLength": 1} in forms
         assert source in forms
         (listed,) = (form["items"]["anyOf"] for form in forms if form.get("type") == "array")
@@ -234,9 +341,3 @@ def test_the_module_prints_the_schema():
     run = subprocess.run([sys.executable, "-m", "qalign.recipe"], cwd=ROOT, capture_output=True, text=True, check=True)
 
     assert json.loads(run.stdout) == json.loads(schema())
-
-
-def test_eval_every_needs_something_to_measure():
-    with pytest.raises(ValueError, match="eval_every: has nothing to measure without eval_data"):
-        DPO.model_validate({"data": "org/pairs", "eval_every": 5})
-    assert DPO.model_validate({"data": "org/pairs", "eval_data": "org/other", "eval_every": 5}).eval_every == 5

@@ -11,8 +11,17 @@ import yaml
 
 from qalign.errors import UserError
 from qalign.places import looks_local, package_file
-from qalign.recipe import DPO, Model, Recipe, Source
-from qalign.recipe_file import _OWNED, _WITHOUT_EFFECT, dump, load, trainer_keys
+from qalign.recipe import DPO, SFT, STAGES, Lora, Model, Recipe, Reward, Source
+from qalign.recipe_file import dump, load
+from qalign.trainer_keys import (
+    _NOT_HERE,
+    _NOT_HERE_BY_STAGE,
+    _OWNED,
+    _OWNED_BY_STAGE,
+    _WITHOUT_EFFECT,
+    _WITHOUT_EFFECT_BY_STAGE,
+    trainer_keys,
+)
 from tests.conftest import ROOT
 
 GOOD = """\
@@ -22,6 +31,15 @@ output: runs/x
 dpo:
   data: pairs.jsonl
 """
+SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO}
+
+
+def with_stages(**settings: str) -> str:
+    """A good recipe with all stages: `sft:` is line 4, each stage's own setting (if given) two below its name."""
+    lines = ["model: {base: org/model}", "output: runs/x", "lora: {r: 8}"]
+    for stage in STAGES:
+        lines += [f"{stage}:", "  data: pairs.jsonl", f"  {settings.get(stage, 'seen: never')}"]
+    return "".join(line + "\n" for line in lines if "seen: never" not in line)
 
 
 @pytest.fixture
@@ -47,9 +65,9 @@ def read(folder):
 def problems(read):
     """The lines that a recipe's text is refused with."""
 
-    def problems(text: str, *overrides: str) -> list[str]:
+    def problems(text: str, *overrides: str, stage: str | None = "dpo") -> list[str]:
         with pytest.raises(UserError) as caught:
-            read(text, *overrides)
+            read(text, *overrides, stage=stage)
         assert all("\n" not in line for line in caught.value.lines)
         return list(caught.value.lines)
 
@@ -73,7 +91,8 @@ def test_a_good_recipe_is_read(read):
         (GOOD + "  epohcs: 2\n", "recipe.yaml:6: unknown key 'epohcs' in dpo; did you mean 'epochs'?"),
         (GOOD + "outptu: x\n", "recipe.yaml:6: unknown key 'outptu'; did you mean 'output'?"),
         (GOOD + "lora:\n  r: 8\n  alhpa: 8\n", "recipe.yaml:8: unknown key 'alhpa' in lora; did you mean 'alpha'?"),
-        (GOOD + "lora: {rank: 8}\n", "recipe.yaml:6: unknown key 'rank' in lora; known: r, alpha, dropout, targets"),
+        (GOOD + "lora: {rank: 8}\n", "recipe.yaml:6: unknown key 'rank' in lora; known: r, alpha, dropout, targets, "
+         "rslora, dora, init"),
     ],
 )  # fmt: skip
 def test_an_unknown_key_gets_the_nearest_known_one_or_all_of_them(problems, text, line):
@@ -112,6 +131,26 @@ def test_a_wrong_value_is_told_with_what_was_expected(problems, setting, complai
 
 
 @pytest.mark.parametrize(
+    ("setting", "complaint"),
+    [
+        ("sft: {data: pairs.jsonl, packing: 1}", "sft.packing is 1; expected a boolean"),
+        ("sft: {data: pairs.jsonl, neftune_alpha: 0}", "sft.neftune_alpha is 0; expected greater than 0"),
+        ("sft: {data: pairs.jsonl, pakcing: true}", "unknown key 'pakcing' in sft; did you mean 'packing'?"),
+        ("reward: {data: pairs.jsonl, margin: 1.0}", "reward.margin is 1.0; expected a boolean"),
+        ("reward: {data: pairs.jsonl, centering: -1}", "reward.centering is -1; expected greater than or equal to 0"),
+        ("reward: {data: pairs.jsonl, centring: 1}", "unknown key 'centring' in reward; did you mean 'centering'?"),
+        ("lora: {init: lotfq}", "lora.init is 'lotfq'; expected one of default, gaussian, loftq, pissa; did you mean "
+         "'loftq'?"),
+        ("lora: {dora: 1}", "lora.dora is 1; expected a boolean"),
+        ("sft: {start_from: null}", "'sft.data' is missing"),
+        ("reward: []", "reward is []; expected keys below it"),
+    ],
+)  # fmt: skip
+def test_mistakes_in_the_other_sections_are_told_alike(problems, setting, complaint):
+    assert problems(GOOD + setting + "\n") == [f"recipe.yaml:6: {complaint}"]
+
+
+@pytest.mark.parametrize(
     ("text", "beginning"),
     [
         ("model: org/model\noutput: x\ndpo: {data: pairs.jsonl}\n", "recipe.yaml:1: model is 'org/model'; expected "),
@@ -145,11 +184,15 @@ def test_what_is_missing_is_named_at_the_section_it_belongs_to(problems):
     ]
 
 
-def test_the_stage_that_is_asked_for_must_be_there(problems, read):
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_stage_that_is_asked_for_must_be_there(problems, read, stage):
     without = "model: {base: org/model}\noutput: x\n"
+    message = f"the recipe has no '{stage}:' section, which `python -m qalign.{stage}` needs"
 
-    assert problems(without) == ["recipe.yaml:1: the recipe has no 'dpo:' section, which `python -m qalign.dpo` needs"]
-    assert read(without, stage=None).dpo is None
+    assert problems(without, stage=stage) == [f"recipe.yaml:1: {message}"]
+    assert problems(with_stages(), f"{stage}=", stage=stage) == [f"command line: {message}"]
+    assert getattr(read(without, stage=None), stage) is None
+    assert read(with_stages(), f"{stage}=", stage=None).stages == tuple(name for name in STAGES if name != stage)
 
 
 @pytest.mark.parametrize(
@@ -173,6 +216,63 @@ def test_keys_that_do_not_go_together_are_told_by_name(problems, settings, rest)
     place, _, message = line.partition(": ")
     assert message == rest
     assert place in [f"recipe.yaml:{number}" for number in range(4, 8)]  # the section's line or the key's own
+
+
+@pytest.mark.parametrize(("stage", "number"), [("sft", 6), ("reward", 8), ("dpo", 10)])
+def test_a_micro_batch_that_does_not_fit_is_told_in_every_stage(problems, stage, number):
+    assert problems(with_stages(**{stage: "micro_batch_size: 3"})) == [
+        f"recipe.yaml:{number}: {stage}.micro_batch_size: 3 does not divide batch_size 16; take a divisor, or 'auto'"
+    ]
+
+
+def test_clashes_in_several_stages_come_at_once(problems):
+    text = with_stages(sft="micro_batch_size: 3", reward="eval_every: 5", dpo="gamma: 1.0")
+
+    assert problems(text) == [
+        "recipe.yaml:6: sft.micro_batch_size: 3 does not divide batch_size 16; take a divisor, or 'auto'",
+        "recipe.yaml:9: reward.eval_every: has nothing to measure without eval_data; add it or remove this",
+        "recipe.yaml:12: dpo.gamma: has no effect with loss 'sigmoid'; use loss 'simpo' or remove it",
+    ]
+
+
+PISSA = (
+    "lora.init: 'pissa' takes its start out of the base's own weights, which are 4-bit and shared by all roles here, "
+    "and PEFT can't; 'loftq' is the start made for quantised bases"
+)
+NO_4_BITS = "lora.init: 'loftq' mends 4-bit weights, and model.quantization is 'int8'"
+NO_DORA = "lora.init: 'loftq' and dora can't be combined, PEFT sets DoRA's sizes before LoftQ moves the weights"
+MOVED = (
+    "lora.init: 'loftq' would move the policy away from its reference before the first step of dpo; set "
+    "dpo.start_from: sft, or use 'default'"
+)
+
+
+@pytest.mark.parametrize(
+    ("model", "lora", "dpo", "complaint"),
+    [
+        ("", "init: pissa", "start_from: sft", PISSA),
+        (", quantization: int8", "init: loftq", "start_from: sft", NO_4_BITS),
+        ("", "dora: true, init: loftq", "start_from: sft", NO_DORA),
+        ("", "init: loftq", "beta: 0.1", MOVED),
+    ],
+)
+def test_a_start_that_does_not_go_together_with_the_rest_is_told_at_its_line(problems, model, lora, dpo, complaint):
+    text = with_stages(dpo=dpo).replace("r: 8", lora).replace("org/model", f"org/model{model}")
+
+    assert problems(text) == [f"recipe.yaml:3: {complaint}"]
+
+
+def test_a_start_from_the_command_line_that_does_not_go_together_is_told_as_such(problems):
+    assert problems(with_stages(), "lora.init=pissa") == [f"command line: {PISSA}"]
+    assert problems(with_stages(), "lora.init=loftq") == [f"command line: {MOVED}"]
+
+
+def test_an_sft_run_that_starts_from_itself_is_told_at_its_line(problems, read):
+    message = "sft.start_from: an SFT run can't start from itself; name an adapter folder, or remove it"
+
+    assert problems(with_stages(sft="start_from: sft")) == [f"recipe.yaml:6: {message}"]
+    assert problems(with_stages(), "sft.start_from=sft") == [f"command line: {message}"]
+    assert read(with_stages(reward="start_from: sft", dpo="start_from: sft")).dpo.start_from == "sft"
 
 
 def test_an_adapter_on_the_head_is_refused(problems):
@@ -384,16 +484,40 @@ def test_a_missing_base_is_found_before_anything_is_loaded(problems, base, compl
     assert problems(GOOD.replace("org/model", base)) == [f"recipe.yaml:2: {complaint}"]
 
 
+@pytest.mark.parametrize(("stage", "number"), [("sft", 6), ("reward", 8), ("dpo", 10)])
 @pytest.mark.parametrize("makes", [None, "folder", "empty file"])
-def test_start_from_must_be_an_adapter_folder(problems, folder, makes):
+def test_start_from_must_be_an_adapter_folder(problems, folder, makes, stage, number):
     if makes == "folder":
         (folder / "adapter").mkdir()
     if makes == "empty file":
         (folder / "adapter").touch()
 
-    assert problems(GOOD + "  start_from: adapter\n") == [
-        "recipe.yaml:6: start_from: 'adapter' is not a PEFT adapter folder (no adapter_config.json in it)"
+    assert problems(with_stages(**{stage: "start_from: adapter"})) == [
+        f"recipe.yaml:{number}: start_from: 'adapter' is neither 'sft' nor a PEFT adapter folder "
+        "(no adapter_config.json in it)"
     ]
+
+
+def test_start_from_sft_is_the_run_and_not_a_folder_of_that_name(read, folder):
+    (folder / "sft").mkdir()
+    (folder / "sft" / "adapter_config.json").touch()
+
+    recipe = read(with_stages(reward="start_from: sft", dpo="start_from: sft"))
+    assert (recipe.reward.start_from, recipe.dpo.start_from) == ("sft", "sft")
+
+    folder_meant = read(with_stages(sft="start_from: ./sft"))
+    assert folder_meant.sft.start_from == "./sft"
+    assert read(dump(folder_meant)) == folder_meant
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_missing_data_file_is_found_in_every_stage(problems, stage):
+    number = 5 + 2 * STAGES.index(stage)
+
+    assert problems(with_stages(), f"{stage}.data=gone.jsonl") == ["command line: data: there is no file 'gone.jsonl'"]
+    text = with_stages().splitlines()
+    text[number - 1] = "  data: gone.jsonl"
+    assert problems("\n".join(text)) == [f"recipe.yaml:{number}: data: there is no file 'gone.jsonl'"]
 
 
 def test_the_file_of_a_package_is_found_without_importing_it(folder, monkeypatch):
@@ -487,12 +611,11 @@ def test_a_key_of_trl_is_passed_on(read):
         ("gradient_checkpointing", "trainer.gradient_checkpointing: set it as trainer.activation_checkpointing"),
         (
             "sync_ref_model",
-            "trainer.sync_ref_model: has no effect, qalign does this part of TRL's DPOTrainer itself; remove it",
+            "trainer.sync_ref_model: has no effect, qalign does this part of TRL's trainer itself; remove it",
         ),
         (
             "precompute_ref_log_probs",
-            "trainer.precompute_ref_log_probs: has no effect, qalign does this part of TRL's DPOTrainer itself; "
-            "remove it",
+            "trainer.precompute_ref_log_probs: has no effect, qalign does this part of TRL's trainer itself; remove it",
         ),
     ],
 )
@@ -500,30 +623,104 @@ def test_a_trainer_key_that_would_do_nothing_is_refused(problems, key, complaint
     assert problems(GOOD + f"  trainer:\n    weight_decay: 0.1\n    {key}: 1\n") == [f"recipe.yaml:8: {complaint}"]
 
 
-def test_trainer_keys_reads_the_fields_of_trls_config_from_source():
-    from trl import DPOConfig
+NOT_OURS = "has no effect, qalign does this part of TRL's trainer itself; remove it"
 
-    fields = {field.name for field in dataclasses.fields(DPOConfig)}
 
-    assert trainer_keys() == fields, (
-        "HOOK BROKEN: recipe_file.trainer_keys() parses transformers/training_args.py, trl/trainer/base_config.py "
-        "and trl/trainer/dpo_config.py for DPOConfig's fields, which an upgrade has moved. "
-        f"Only in DPOConfig: {sorted(fields - trainer_keys())}; only parsed: {sorted(trainer_keys() - fields)}"
+@pytest.mark.parametrize(
+    ("stage", "key", "complaint"),
+    [
+        ("sft", "packing", "trainer.packing: set it as sft.packing"),
+        ("sft", "neftune_noise_alpha", "trainer.neftune_noise_alpha: set it as sft.neftune_alpha"),
+        ("sft", "learning_rate", "trainer.learning_rate: set it as sft.learning_rate"),
+        ("sft", "seed", "trainer.seed: set it as seed"),
+        ("sft", "chat_template_path", "trainer.chat_template_path: set it as model.chat_template"),
+        ("sft", "assistant_only_loss", f"trainer.assistant_only_loss: {NOT_OURS}"),
+        ("sft", "eos_token", f"trainer.eos_token: {NOT_OURS}"),
+        (
+            "sft",
+            "packing_strategy",
+            "trainer.packing_strategy: can't be used here; only 'bfd' keeps packed dialogues whole and apart",
+        ),
+        ("sft", "sync_ref_model", "unknown key 'sync_ref_model' in sft.trainer"),
+        ("reward", "center_rewards_coefficient", "trainer.center_rewards_coefficient: set it as reward.centering"),
+        ("reward", "disable_dropout", "trainer.disable_dropout: set it as lora.dropout"),
+        ("reward", "num_train_epochs", "trainer.num_train_epochs: set it as reward.epochs"),
+        ("reward", "pad_token", f"trainer.pad_token: {NOT_OURS}"),
+        ("reward", "packing_strategy", "unknown key 'packing_strategy' in reward.trainer"),
+        ("dpo", "chat_template_path", "unknown key 'chat_template_path' in dpo.trainer"),
+        ("dpo", "packing", "unknown key 'packing' in dpo.trainer"),
+    ],
+)
+def test_each_stage_has_trainer_keys_of_its_own(problems, stage, key, complaint):
+    number = 6 + 2 * STAGES.index(stage)
+    (line,) = problems(with_stages(**{stage: f"trainer: {{weight_decay: 0.1, {key}: 1}}"}))
+
+    assert line == f"recipe.yaml:{number}: {complaint}" or line.startswith(f"recipe.yaml:{number}: {complaint}; did ")
+
+
+@pytest.mark.parametrize(
+    ("stage", "trainer"),
+    [
+        ("sft", {"loss_type": "dft", "neftune_noise_alpha": 5}),
+        ("reward", {"neftune_noise_alpha": 5}),
+        ("dpo", {"loss_type": "ipo", "packing": True}),
+    ],
+)
+def test_mistakes_under_trainer_come_with_those_of_other_stages(problems, stage, trainer):
+    """What one stage refuses, another may take: each is checked against its own config."""
+    text = yaml.safe_load(with_stages())
+    text[stage]["trainer"] = trainer
+    text["sft" if stage != "sft" else "dpo"]["trainer"] = {"optm": "adafactor"}
+
+    lines = problems(yaml.safe_dump(text, sort_keys=False))
+
+    refused = {"sft": ["neftune_noise_alpha"], "reward": [], "dpo": ["loss_type", "packing"]}[stage]
+    assert len(lines) == len(refused) + 1
+    for key in (*refused, "optm"):
+        assert any(key in line for line in lines)
+
+
+def fields_of_trl(stage: str) -> set[str]:
+    import trl
+
+    config = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[stage]
+    return {field.name for field in dataclasses.fields(config)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_trainer_keys_reads_the_fields_of_trls_config_from_source(stage):
+    fields = fields_of_trl(stage)
+
+    assert trainer_keys(stage) == fields, (
+        f"HOOK BROKEN: trainer_keys('{stage}') parses transformers/training_args.py, trl/trainer/base_config.py and "
+        f"trl/trainer/{stage}_config.py for the fields of TRL's config, which an upgrade has moved. "
+        f"Only in the config: {sorted(fields - trainer_keys(stage))}; "
+        f"only parsed: {sorted(trainer_keys(stage) - fields)}"
     )
 
 
-def test_every_trainer_key_with_an_owner_or_without_effect_is_still_trls():
-    gone = (set(_OWNED) | _WITHOUT_EFFECT) - trainer_keys()
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_trainer_key_that_is_refused_by_name_is_still_trls(stage):
+    owned, without_effect = {**_OWNED, **_OWNED_BY_STAGE[stage]}, _WITHOUT_EFFECT | _WITHOUT_EFFECT_BY_STAGE[stage]
+    not_here = {**_NOT_HERE, **_NOT_HERE_BY_STAGE[stage]}
+    gone = (owned.keys() | without_effect | not_here.keys()) - fields_of_trl(stage)
 
-    assert not gone, f"HOOK BROKEN: TRL's DPOConfig has these keys no more, drop them from recipe_file.py: {gone}"
-    assert not set(_OWNED) & _WITHOUT_EFFECT
+    assert not gone, (
+        f"HOOK BROKEN: TRL's config of {stage} has these keys no more, drop them from trainer_keys.py: {gone}"
+    )
+    assert len(owned.keys() | without_effect | not_here.keys()) == len(owned) + len(without_effect) + len(not_here)
+    assert not _OWNED.keys() & _OWNED_BY_STAGE[stage].keys()
+    assert not _WITHOUT_EFFECT & _WITHOUT_EFFECT_BY_STAGE[stage]
 
 
-def test_every_owner_of_a_trainer_key_is_a_key_that_can_be_set():
-    known = {*Recipe.model_fields, *DPO.model_fields, *(f"model.{key}" for key in Model.model_fields)}
-    free = {f"trainer.{key}" for key in trainer_keys() - set(_OWNED) - _WITHOUT_EFFECT}
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_owner_of_a_trainer_key_is_a_key_that_can_be_set(stage):
+    owned = {**_OWNED, **_OWNED_BY_STAGE[stage]}
+    known = {*Recipe.model_fields, *SECTIONS[stage].model_fields}
+    known |= {f"{name}.{key}" for name, section in (("model", Model), ("lora", Lora)) for key in section.model_fields}
+    free = fields_of_trl(stage) - owned.keys() - _WITHOUT_EFFECT - _WITHOUT_EFFECT_BY_STAGE[stage]
 
-    assert set(_OWNED.values()) <= known | free
+    assert set(owned.values()) <= known | {f"trainer.{key}" for key in free}
 
 
 # --- and back --------------------------------------------------------------------------------------------------------
@@ -537,10 +734,20 @@ model:
   compute_dtype: float32
   max_length: 512
   chat_template_kwargs: {enable_thinking: false, name: Größe}
-lora: {r: 8, alpha: 12.5, dropout: 0.05, targets: [q_proj, v_proj]}
+lora: {r: 8, alpha: 12.5, dropout: 0.05, targets: [q_proj, v_proj], rslora: true, dora: true, init: gaussian}
 output: "runs/a run: Größe №1"
 seed: 7
 max_refused_share: 0.5
+sft:
+  data: [{path: pairs.jsonl, limit: 3}]
+  packing: true
+  neftune_alpha: 5
+  start_from: null
+reward:
+  data: org/pairs
+  margin: true
+  centering: 1e-2
+  start_from: sft
 dpo:
   data: [pairs.jsonl, {path: org/pairs, split: train_prefs, limit: 9, weight: 0.5}]
   split: test
@@ -581,6 +788,10 @@ def test_the_dump_writes_every_default_out(read):
     assert written["model"]["quantization"] == "nf4"
     assert set(written) == set(Recipe.model_fields)
     assert set(written["dpo"]) == set(DPO.model_fields)
+    assert (written["sft"], written["reward"]) == (None, None)
+    for stage, section in SECTIONS.items():
+        every = yaml.safe_load(dump(read(with_stages())))[stage]
+        assert set(every) == set(section.model_fields)
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -712,18 +923,20 @@ def test_a_chat_template_beside_the_recipe_is_found(folder, monkeypatch):
     assert load("sub/recipe.yaml").model.chat_template == str(Path("sub") / "chat.jinja")
 
 
-def test_start_from_takes_the_folder_that_holds_an_adapter(folder):
+@pytest.mark.parametrize("stage", STAGES)
+def test_start_from_takes_the_folder_that_holds_an_adapter(folder, stage):
     for place in ("adapter", "sub/adapter"):
         (folder / place).mkdir(parents=True)
     (folder / "sub" / "adapter" / "adapter_config.json").touch()
-    (folder / "sub" / "recipe.yaml").write_text(GOOD + "  start_from: adapter\n")
-    assert load("sub/recipe.yaml").dpo.start_from == str(Path("sub") / "adapter")
+    (folder / "sub" / "recipe.yaml").write_text(with_stages(**{stage: "start_from: adapter"}))
+    assert getattr(load("sub/recipe.yaml"), stage).start_from == str(Path("sub") / "adapter")
 
 
 @pytest.mark.parametrize("key", ["label_smoothing_factor", "save_only_model", "use_cpu", "train_sampling_strategy"])
-def test_what_would_break_the_loop_is_refused_with_the_reason(problems, key):
-    (line,) = problems(GOOD + f"  trainer: {{{key}: 1}}\n")
-    assert f"trainer.{key}: can't be used here; " in line
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_would_break_the_loop_is_refused_with_the_reason(problems, key, stage):
+    (line,) = problems(with_stages(**{stage: f"trainer: {{{key}: 1}}"}))
+    assert line.startswith(f"recipe.yaml:{6 + 2 * STAGES.index(stage)}: trainer.{key}: can't be used here; ")
 
 
 def test_a_path_that_is_too_long_is_no_path(problems, read):

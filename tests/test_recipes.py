@@ -1,5 +1,8 @@
 """The shipped recipes: they load, fit their models, explain every key, and what their comments claim is so."""
 
+import importlib.util
+import json
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -11,11 +14,11 @@ import torch
 import yaml
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from trl import DPOConfig
+from trl import DPOConfig, RewardConfig, SFTConfig
 
 from qalign import recipe as recipe_module
-from qalign.base import Base
-from qalign.recipe import Recipe
+from qalign.base import Base, Role
+from qalign.recipe import DPO, SFT, STAGES, Lora, Recipe, Reward, Stage
 from qalign.recipe_file import load
 from qalign.rows import canonical
 
@@ -25,6 +28,9 @@ CONFIGS = Path(__file__).parent / "fixtures" / "configs"
 NAMES = ["llama31_8b", "mistral7b", "qwen3_4b", "smollm2_1.7b", "smollm2_demo"]
 SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
+ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
+DEMO = "smollm2_demo"
+SECTIONS = {"lora": Lora, "sft": SFT, "reward": Reward, "dpo": DPO}
 
 
 @dataclass(frozen=True)
@@ -90,6 +96,12 @@ def text_of(name: str) -> str:
     return (RECIPES / f"{name}.yaml").read_text(encoding="utf-8")
 
 
+def section_of(name: str, section: str) -> str:
+    """A section's text, with each key's whole comment in one line."""
+    text = text_of(name)
+    return re.sub(r"\n {20,}# ", " ", text[text.index(f"\n{section}:") :].partition("\n\n")[0])
+
+
 @pytest.fixture(params=NAMES)
 def name(request, monkeypatch) -> str:
     """Each shipped recipe; the current directory is the project's, as the recipes say."""
@@ -99,11 +111,35 @@ def name(request, monkeypatch) -> str:
 
 @pytest.fixture
 def recipe(name) -> Recipe:
-    return load(f"recipes/{name}.yaml", stage="dpo")
+    return load(f"recipes/{name}.yaml")
+
+
+@pytest.fixture(params=STAGES)
+def stage(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def settings(recipe, stage) -> Stage:
+    """Each stage's section of each recipe."""
+    return getattr(recipe, stage)
 
 
 def test_every_shipped_recipe_is_tested():
     assert sorted(file.stem for file in RECIPES.glob("*.y*ml")) == NAMES
+
+
+def test_every_recipe_loads_for_each_of_its_stages(name, stage):
+    assert load(f"recipes/{name}.yaml", stage=stage).stages == STAGES
+
+
+def test_every_recipe_shows_every_setting_in_the_order_of_the_stages(name):
+    raw = yaml.safe_load(text_of(name))
+    assert [key for key in raw if key in STAGES] == list(STAGES)
+    hidden = {"label_smoothing", "gamma"}  # for one loss each, which none of them uses
+    hidden |= {"split", "trainer"} if name == DEMO else set()
+    for section, fields in SECTIONS.items():
+        assert set(raw[section]) == set(fields.model_fields) - hidden, section
 
 
 # --- schema ----------------------------------------------------------------------------------------------------------
@@ -131,7 +167,17 @@ def test_editors_see_a_valid_recipe(name, validator):
 
 @pytest.mark.parametrize(
     ("section", "key", "value"),
-    [("dpo", "bata", 0.1), ("dpo", "beta", "0.1"), ("model", "quantization", "nf5"), ("lora", "r", 0)],
+    [
+        ("dpo", "bata", 0.1),
+        ("dpo", "beta", "0.1"),
+        ("model", "quantization", "nf5"),
+        ("lora", "r", 0),
+        ("lora", "init", "lotfq"),
+        ("sft", "pakcing", True),
+        ("sft", "neftune_alpha", 0),
+        ("reward", "margin", "no"),
+        ("reward", "beta", 0.1),
+    ],
 )
 def test_editors_see_a_wrong_recipe(section, key, value, validator):
     raw = yaml.safe_load(text_of("mistral7b"))
@@ -213,13 +259,37 @@ def test_the_checker_is_content_with_comments_aside_and_above():
     assert unexplained(text) == []
 
 
+def commands_of(name: str) -> list[tuple[str, list[str]]]:
+    """(module behind `qalign.`, its words) of each command in a recipe's head; the module is empty for all stages."""
+    found = re.findall(r"^# +python -m qalign(?:\.(\w+))? (.+)$", text_of(name), flags=re.MULTILINE)
+    return [(module, shlex.split(words, comments=True)) for module, words in found]
+
+
 def test_the_head_gives_commands_that_work(name):
-    commands = re.findall(r"^# +python -m qalign\.(\w+) (.+)$", text_of(name), flags=re.MULTILINE)
-    assert {"dpo", "evaluate"} <= {module for module, _ in commands}
-    for _, words in commands:
-        path, *overrides = shlex.split(words, comments=True)
+    commands = commands_of(name)
+    assert {module for module, _ in commands} == {"", *STAGES, "evaluate", "score", "merge"}
+    outputs = {yaml.safe_load(text_of(name))["output"]}
+    for module, words in commands:
+        assert importlib.util.find_spec(f"qalign.{module or '__main__'}")
+        if module in ("score", "merge"):
+            continue
+        path, *overrides = words
         assert path == f"recipes/{name}.yaml"
-        load(path, overrides, stage="dpo")
+        outputs.add(load(path, overrides, stage={"": None, "evaluate": "dpo"}.get(module, module)).output)
+    for module, (run, *files) in commands:
+        if module in ("score", "merge"):
+            output, _, stage = run.rpartition("/")
+            assert output in outputs - {"runs/try"}
+            assert (stage, files) == {"score": ("reward", ["FILE.jsonl"]), "merge": ("dpo", [])}[module]
+
+
+def test_no_command_in_the_head_goes_on_from_a_stage_that_it_leaves_out(name):
+    for module, (path, *overrides) in commands_of(name):
+        if not module:
+            recipe = load(path, overrides)
+            starts = {getattr(recipe, stage).start_from for stage in recipe.stages}
+            assert "dpo" in recipe.stages
+            assert "sft" in recipe.stages or "sft" not in starts
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -240,7 +310,7 @@ def test_the_adapter_fits_the_base(recipe, base):
     assert sum(layer.weight.numel() for place, layer in linear.items() if place != "lm_head") == shape.in_layers
 
     with torch.device("meta"):
-        base.add_policy(recipe.lora)
+        base.add_adapter(Role.POLICY, recipe.lora)
 
     assert base.count_parameters()[0] == recipe.lora.r * shape.a_rank
     adapted = {place.removesuffix(".lora_A") for place, _ in base.lm.named_modules() if place.endswith(".lora_A")}
@@ -265,6 +335,11 @@ def embedding_weights(base: Base) -> int:
     return sum(weight.numel() for weight in embeddings)
 
 
+def frozen_copy_bytes(recipe: Recipe) -> int:
+    """Of the SFT adapter as DPO's reference, in float32."""
+    return 4 * recipe.lora.r * shape_of(recipe.model.base).a_rank
+
+
 def test_the_memory_estimate_rests_on_the_true_sizes(name, recipe, base):
     shape, text = shape_of(recipe.model.base), text_of(name)
     assert "estimated, not measured" in text
@@ -273,7 +348,7 @@ def test_the_memory_estimate_rests_on_the_true_sizes(name, recipe, base):
     assert f"{recipe.lora.r * shape.a_rank / 1e6:.1f} M " in text
 
 
-@pytest.mark.parametrize("name", sorted({*NAMES} - {"smollm2_demo"}), indirect=True)  # no card, no table
+@pytest.mark.parametrize("name", sorted({*NAMES} - {DEMO}), indirect=True)  # no card, no table
 def test_the_memory_estimate_adds_up(name, recipe, base):
     config, shape, text = base.lm.config, shape_of(recipe.model.base), text_of(name)
     *parts, together = map(float, re.findall(r"^# {5}.+ (\d+\.\d) GB$", text, flags=re.MULTILINE))
@@ -284,43 +359,130 @@ def test_the_memory_estimate_adds_up(name, recipe, base):
         (4 + 8 / 64 + 32 / (64 * 256)) / 8 * shape.in_layers,  # double quantisation: QLoRA, arXiv:2305.14314, section 3
         2 * embedding_weights(base),
         (4 + 4 + optimiser_bytes) * recipe.lora.r * shape.a_rank,
+        *([frozen_copy_bytes(recipe)] if recipe.dpo.start_from else []),
         answers * length * layers * width * 2,
     ]
     assert f"{answers} x {length:,} tokens x {layers} layers x {width:,} x 2 bytes" in text
-    assert parts[:4] == pytest.approx([size / 1e9 for size in sizes], abs=0.06)
+    assert len(parts) == len(sizes) + 1  # the work space
+    assert parts[:-1] == pytest.approx([size / 1e9 for size in sizes], abs=0.06)
     assert together == pytest.approx(sum(parts), abs=0.11)
+    if not recipe.dpo.start_from:
+        (more,) = re.findall(r"dpo\.start_from: sft a frozen copy .* an estimated (\d\.\d) GB", text)
+        assert float(more) == pytest.approx(frozen_copy_bytes(recipe) / 1e9, abs=0.06)
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {DEMO}), indirect=True)
+def test_dpo_is_the_stage_with_the_largest_batch_on_the_card(name, recipe):
+    """It computes two answers a pair and the logits; the reward model no logits, and a row of SFT is one answer."""
+    assert "# Memory of the DPO stage, the largest, with two " in text_of(name)
+    assert recipe.reward.micro_batch_size <= recipe.dpo.micro_batch_size
+    assert recipe.sft.micro_batch_size <= 2 * recipe.dpo.micro_batch_size
+    optimisers = {getattr(recipe, stage).trainer["optim"] for stage in STAGES}
+    assert len(optimisers) == 1
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
 def test_the_t4_computes_in_float16():
-    t4 = load(str(RECIPES / "smollm2_1.7b.yaml"), stage="dpo")
+    t4 = load(str(RECIPES / "smollm2_1.7b.yaml"))
     assert t4.model.compute_dtype == "float16"  # a T4 has no bfloat16
 
 
-def test_trl_accepts_the_trainer_settings(recipe, tmp_path):
-    trainer = recipe.dpo.trainer
-    args = DPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, **trainer)
+def test_trl_accepts_the_trainer_settings(stage, settings, tmp_path):
+    config = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[stage]
+    trainer = settings.trainer
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, **trainer)
     assert {key: getattr(args, key) for key in trainer} == trainer
 
 
-def test_no_row_is_both_trained_on_and_held_out(recipe):
+def test_what_one_stage_is_measured_on_no_stage_is_trained_on(recipe):
     trained, held_out = (
-        {(source.path, source.split or recipe.dpo.split) for source in sources}
-        for sources in (recipe.dpo.data, recipe.dpo.eval_data)
+        {
+            (source.path, source.split or getattr(recipe, stage).split)
+            for stage in STAGES
+            for source in getattr(getattr(recipe, stage), key)
+        }
+        for key in ("data", "eval_data")
     )
     assert not trained & held_out
 
 
-def test_hub_recipes_use_the_preference_splits(name, recipe):
-    if name == "smollm2_demo":
-        assert all(Path(source.path).is_file() for source in (*recipe.dpo.data, *recipe.dpo.eval_data))
-        return
-    (data,), (held_out,) = recipe.dpo.data, recipe.dpo.eval_data
-    assert (data.path, recipe.dpo.split) == (ULTRAFEEDBACK, "train_prefs")
-    assert (held_out.path, held_out.split) == (ULTRAFEEDBACK, "test_prefs")
+@pytest.mark.parametrize("name", sorted({*NAMES} - {DEMO}), indirect=True)
+def test_hub_recipes_use_the_splits_made_for_each_stage(name, recipe, stage, settings):
+    (data,), (held_out,) = settings.data, settings.eval_data
+    hub, train, test = (
+        (ULTRACHAT, "train_sft", "test_sft") if stage == "sft" else (ULTRAFEEDBACK, "train_prefs", "test_prefs")
+    )
+    assert (data.path, settings.split) == (hub, train)
+    assert (held_out.path, held_out.split) == (hub, test)
+    assert settings.limit
     assert held_out.limit
+
+
+@pytest.mark.parametrize("name", sorted({*NAMES} - {DEMO}), indirect=True)
+def test_what_the_comments_say_about_limits_is_so(name, recipe, stage, settings):
+    section = section_of(name, stage)
+    (comment,) = re.findall(rf"^  limit: {settings.limit} +# (.+)$", section, flags=re.MULTILINE)
+    assert f"the first {settings.limit:,} " in comment
+    if "optimiser steps" in comment:
+        assert f"up to {math.ceil(settings.limit / settings.batch_size)} optimiser steps" in comment
+
+
+@pytest.mark.parametrize("name", NAMES, indirect=True)
+def test_a_base_that_never_learned_to_chat_goes_through_sft_first(name, recipe):
+    raw = "nstruct" not in recipe.model.base
+    starts = {recipe.reward.start_from, recipe.dpo.start_from}
+    assert recipe.sft.start_from is None
+    assert starts == {"sft"} if raw else name == DEMO or starts == {None}
+
+
+# --- the demo --------------------------------------------------------------------------------------------------------
+
+
+def rows_of(source) -> list[dict]:
+    return [json.loads(line) for line in Path(source.path).read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("name", [DEMO], indirect=True)
+def test_what_the_demos_comments_count_is_so(name, stage, settings):
+    section = section_of(name, stage)
+    (data,), (held_out,) = settings.data, settings.eval_data
+    assert re.search(rf"^  data: .*# {len(rows_of(data))} ", section, flags=re.MULTILINE)
+    assert re.search(rf"# {len(rows_of(held_out))} (rows|dialogues) kept out of training", section)
+    if settings.limit:
+        assert f"the first {settings.limit} rows" in section
+    rows = min(settings.limit or math.inf, len(rows_of(data)))
+    steps = math.ceil(rows / settings.batch_size) * settings.epochs
+    assert f"{steps:.0f} steps in all" in section
+    if settings.eval_every and "at the last step" in section:
+        assert settings.eval_every == steps
+
+
+@pytest.mark.parametrize("name", [DEMO], indirect=True)
+def test_what_the_demos_head_counts_is_so(name, recipe):
+    head = text_of(name).partition("\nmodel:")[0].replace("\n# ", " ")
+    assert recipe.sft.limit is None
+    assert f"from {len(rows_of(recipe.sft.data[0]))} dialogues and {recipe.dpo.limit} pairs" in head
+
+
+@pytest.mark.parametrize("name", [DEMO], indirect=True)
+def test_no_question_of_the_demo_is_both_trained_on_and_measured(name, recipe):
+    def questions(key: str) -> list[str]:
+        return [
+            turn["content"]
+            for stage in STAGES
+            for source in getattr(getattr(recipe, stage), key)
+            for row in rows_of(source)
+            for turn in row.get("messages") or [{"role": "user", "content": row["prompt"]}]
+            if turn["role"] == "user"
+        ]
+
+    assert len(set(questions("data"))) > 400
+    assert not set(questions("data")) & set(questions("eval_data"))
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def test_rows_of_ultrafeedback_are_understood():
@@ -341,3 +503,4 @@ def test_rows_of_ultrafeedback_are_understood():
     }
     found = canonical(row, "row 1")
     assert (found.prompt, found.chosen, found.rejected) == ((question,), "7", "9")
+    assert found.margin == 5.5  # for `margin: true`

@@ -24,7 +24,7 @@ def greedy(base, role: Role, prompt: list, tokens: int) -> str:
 
 
 def test_batched_completions_are_greedy_decoding_of_the_role(tiny_base):
-    tiny_base.add_policy(Lora(r=4))
+    tiny_base.add_adapter(Role.POLICY, Lora(r=4))
     scramble(tiny_base)
     tiny_base.model.eval()
     answers = {}

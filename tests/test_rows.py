@@ -42,6 +42,7 @@ def read(path, split="train", limit=None, seed=0, **source):
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
+SAME = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}
 ASKED = [user("Why?")]
 TALKED = [user("Hi"), assistant("Hello"), user("Why?")]
 BRIEFED = [system("Be brief."), user("Why?")]
@@ -173,7 +174,8 @@ SHAPES = {
 
 @pytest.mark.parametrize(("prompt", "raw"), SHAPES.values(), ids=SHAPES.keys())
 def test_a_row_of_a_known_shape(prompt, raw):
-    assert canonical(raw, "rows.jsonl:3") == Preference(tuple(prompt), "Yes", "No", "rows.jsonl:3")
+    row = canonical(raw, "rows.jsonl:3")
+    assert (row.prompt, row.chosen, row.rejected, row.where) == (tuple(prompt), "Yes", "No", "rows.jsonl:3")
 
 
 def test_answers_keep_their_white_space_and_lines():
@@ -208,10 +210,62 @@ def test_a_row_keeps_the_order_of_its_sides():
     assert (row.chosen, row.rejected) == ("Yes", "No")
 
 
+# --- margin ----------------------------------------------------------------------------------------------------------
+
+NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**400  # all three can stand in a JSON file
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "margin"),
+    [
+        (8.0, 4.5, 3.5),
+        (8, 3, 5.0),
+        (9, 8.5, 0.5),
+        (2.0, 3.25, -1.25),  # a judge's scores may go against the choice
+        (4, 4, 0.0),
+        (0, -1.5, 1.5),
+        (None, 4.5, None),
+        (8.0, None, None),
+        ("8.0", 4.5, None),
+        (8.0, "4.5", None),
+        (True, 0, None),
+        (1, False, None),
+        ([8.0], 4.5, None),
+        (NAN, 4.5, None),
+        (8.0, NAN, None),
+        (INFINITY, 4.5, None),
+        (8.0, -INFINITY, None),
+        (INFINITY, INFINITY, None),
+        (HUGE, 4.5, None),
+        (8.0, HUGE, None),
+        (1.7e308, -1.7e308, None),  # each is finite, their difference is not
+    ],
+)
+def test_the_margin_is_the_difference_of_two_finite_scores(chosen, rejected, margin):
+    row = canonical(SAME | {"score_chosen": chosen, "score_rejected": rejected}, "here")
+
+    assert row == Preference((user("Why?"),), "Yes", "No", "here", margin)
+    assert type(row.margin) is type(margin)
+
+
+def test_a_row_without_scores_has_no_margin():
+    assert canonical(SAME, "here").margin is None
+    assert canonical(SAME | {"score_chosen": 8.0}, "here").margin is None
+    assert canonical(SAME | {"score_rejected": 8.0}, "here").margin is None
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
-SAME = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"}
 REFUSALS = {
+    "no keys": ({}, "no 'chosen' answer: a preference row needs both; this one has no keys"),
+    "a key of two lines and half a character": (
+        {"pro\nmpt": "Why?", "\ud800": 1, "réponse": "Yes"},
+        "no 'chosen' answer: a preference row needs both; this one has 'pro\\nmpt', '\\ud800', réponse",
+    ),
+    "a role as long as a book": (
+        {"prompt": [{"role": "x" * 9999, "content": "Why?"}], "chosen": "Yes", "rejected": "No"},
+        "prompt: unknown role 'xxxxxxxxxxxx...xxxxxxxxxxxxx'; known: human, user, gpt, assistant, system",
+    ),
     "no object": (["Why?", "Yes", "No"], "not an object with keys but list"),
     "null": (None, "not an object with keys but NoneType"),
     "chosen missing": (
@@ -725,6 +779,16 @@ def test_alpaca_eval_rows_are_all_used(shared_data):
     assert len(rows) == 605
 
 
+def test_alpaca_eval_rows_have_the_margins_of_their_scores(shared_data):
+    """Counted apart, with jq: 248 verdicts were certain, and the least certain saw 2.1 points."""
+    path = shared_data / "alpaca_eval_prefs.jsonl.gz"
+
+    margins = [row.margin for row in read(path)[0]]
+
+    assert margins == [raw["score_chosen"] - raw["score_rejected"] for raw in raw_lines(path)]
+    assert (min(margins), max(margins), margins.count(10.0)) == (pytest.approx(2.1), 10.0, 248)
+
+
 def test_sharegpt_rows_are_all_used(shared_data):
     path = shared_data / "dpo_en_demo.json"
 
@@ -735,7 +799,7 @@ def test_sharegpt_rows_are_all_used(shared_data):
         ([turn["value"] for turn in raw["conversations"]], raw["chosen"]["value"], raw["rejected"]["value"])
         for raw in json.loads(path.read_text(encoding="utf-8"))
     ]
-    assert len(rows) == 300
+    assert [row.margin for row in rows] == [None] * 300
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from qalign.batch import PairCollator
 from qalign.errors import UserError
 from qalign.journal import Journal
 from qalign.recipe import DPO, Lora, Model
-from qalign.trainer import PreferenceTrainer, micro_batch_size, train_to_the_end
+from qalign.trainer import PreferenceTrainer
 from tests.helpers import house_style
 
 LORA = Lora(r=4, alpha=8)
@@ -45,7 +45,7 @@ def scramble(model) -> None:
 
 def ours_and_theirs(base, trl_base, pairs, folder, trl_loss: list[str], trl_weights, **chosen):
     """(loss, metrics, gradients) of one batch by qalign and by TRL's DPOTrainer, adapters scrambled alike."""
-    base.add_policy(LORA)
+    base.add_adapter(Role.POLICY, LORA)
     scramble(base.model)
     ours = PreferenceTrainer(base, settings(**chosen), config(folder), pairs)
     trl_args = config(
@@ -122,7 +122,7 @@ def test_equals_trl_on_smollm2(tmp_path):
 @pytest.mark.true_model
 def test_first_loss_is_ln_2_on_smollm2_as_the_demo_runs_it(tmp_path):
     base = load(Model(base=SMOLLM2))  # bfloat16 where the CPU has it
-    base.add_policy(LORA)
+    base.add_adapter(Role.POLICY, LORA)
     pairs = house_style(base.tokenizer, 2)
     losses, _ = PreferenceTrainer(base, settings(), config(tmp_path), pairs).pair_losses(PairCollator(0)(pairs))
     assert losses.tolist() == pytest.approx([math.log(2)] * 2, abs=1e-6)
@@ -131,7 +131,7 @@ def test_first_loss_is_ln_2_on_smollm2_as_the_demo_runs_it(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_first_loss_is_ln_2(tiny_folder, tmp_path, dtype):
     base = load(Model(base=tiny_folder, compute_dtype=dtype))
-    base.add_policy(LORA)
+    base.add_adapter(Role.POLICY, LORA)
     pairs = house_style(base.tokenizer, 6)
     trainer = PreferenceTrainer(base, settings(), config(tmp_path), pairs)
     base.model.train()
@@ -144,10 +144,10 @@ def trained(tiny_folder, folder, pairs=8, dtype="float32", start_from=None, **va
     torch.manual_seed(0)
     base = load(Model(base=tiny_folder, compute_dtype=dtype))
     if start_from:
-        base.load_policy(start_from, trainable=True)
+        base.load_adapter(Role.POLICY, start_from, trainable=True)
         base.load_reference(start_from)
     else:
-        base.add_policy(LORA)
+        base.add_adapter(Role.POLICY, LORA)
     trainer = PreferenceTrainer(base, settings(), config(folder, **values), house_style(base.tokenizer, pairs))
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -173,9 +173,9 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path, dtype, fr
     start = None
     if from_adapter:
         base = load(Model(base=tiny_folder, compute_dtype="float32"))
-        base.add_policy(LORA)
+        base.add_adapter(Role.POLICY, LORA)
         scramble(base.model)
-        base.save_policy(tmp_path / "start")
+        base.save_adapter(Role.POLICY, tmp_path / "start")
         start = str(tmp_path / "start")
     keys = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     size = {"max_steps": 3, "per_device_train_batch_size": 4, "dtype": dtype, "start_from": start}
@@ -190,7 +190,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path, dtype, fr
 
 
 def test_gradients_that_are_not_finite_stop_before_the_update(tiny_base, tmp_path):
-    tiny_base.add_policy(LORA)
+    tiny_base.add_adapter(Role.POLICY, LORA)
     weight = next(p for p in tiny_base.model.parameters() if p.requires_grad)
     weight.grad = torch.full_like(weight, math.nan)
     state = SimpleNamespace(global_step=6)
@@ -199,7 +199,7 @@ def test_gradients_that_are_not_finite_stop_before_the_update(tiny_base, tmp_pat
 
 
 def test_a_switch_between_forward_and_backward_is_noticed(tiny_base, tmp_path):
-    tiny_base.add_policy(LORA)
+    tiny_base.add_adapter(Role.POLICY, LORA)
     pairs = house_style(tiny_base.tokenizer, 2)
     trainer = PreferenceTrainer(tiny_base, settings(), config(tmp_path), pairs)
     tiny_base.model.train()
@@ -212,7 +212,7 @@ def test_a_switch_between_forward_and_backward_is_noticed(tiny_base, tmp_path):
 
 def test_evaluation_counts_each_pair_once(tiny_base, tmp_path):
     """Seven pairs in batches of three: the mean of the pairs, not of the batches."""
-    tiny_base.add_policy(LORA)
+    tiny_base.add_adapter(Role.POLICY, LORA)
     scramble(tiny_base.model)
     pairs = house_style(tiny_base.tokenizer, 7)
     trainer = PreferenceTrainer(
@@ -227,7 +227,7 @@ def test_evaluation_counts_each_pair_once(tiny_base, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_names_its_rows(tiny_base, tmp_path):
-    tiny_base.add_policy(LORA)
+    tiny_base.add_adapter(Role.POLICY, LORA)
     pairs = house_style(tiny_base.tokenizer, 3)
     trainer = PreferenceTrainer(tiny_base, settings(), config(tmp_path), pairs)
     real = trainer.pair_losses
@@ -239,32 +239,6 @@ def test_a_loss_that_is_not_finite_names_its_rows(tiny_base, tmp_path):
     trainer.pair_losses = one_nan
     with pytest.raises(UserError, match=r"step 1: the loss is not finite on .*house_style_test.jsonl:2;"):
         trainer.compute_loss(trainer.model, PairCollator(0)(pairs))
-
-
-def test_micro_batch_auto_divides_and_fits():
-    class Pair:
-        def __len__(self):
-            return 500
-
-    assert micro_batch_size(settings(batch_size=12), [Pair()]) == 4  # 2 * 4 * 500 <= 4096 < 2 * 6 * 500
-    assert micro_batch_size(settings(batch_size=7), [Pair()]) == 1
-    assert micro_batch_size(settings(batch_size=12, micro_batch_size=3), [Pair()]) == 3
-
-
-@pytest.mark.parametrize(
-    ("batch", "micro", "fix"),
-    [(15, 5, "dpo.micro_batch_size=3"), (8, 8, "dpo.micro_batch_size=4"), (4, 1, "max_length=")],
-)
-def test_out_of_memory_suggests_a_size_that_the_recipe_allows(batch, micro, fix):
-    def out_of_memory(**_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
-
-    trainer = SimpleNamespace(
-        train=out_of_memory, tokens_seen=0, train_dataset=["x" * 300], settings=settings(batch_size=batch),
-        args=SimpleNamespace(per_device_train_batch_size=micro),
-    )  # fmt: skip
-    with pytest.raises(UserError, match=rf"Try .*{fix}"):
-        train_to_the_end(trainer, SimpleNamespace(stage="dpo"), None)
 
 
 def test_trl_metric_names(tiny_folder, tmp_path):

@@ -1,0 +1,105 @@
+"""What becomes of an SFT adapter's learning when it is merged, five ways, on SmolLM2-135M.
+
+    python -m benchmarks.merging RUN FILE [--rows N] [--to TABLE.md]
+
+RUN is an SFT run (`python -m qalign.sft recipes/smollm2_demo.yaml sft.data=FILE …`), FILE rows that it was trained on
+or like them. Measured in float32 with each way's own weights: perplexity on the assistant's turns, and the mean
+KL(unmerged || merged) of the next-token distributions there, in nats.
+"""
+
+import argparse
+import copy
+import math
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qalign.base import Role, load
+from qalign.dialogues import dialogues
+from qalign.finished import open_run
+from qalign.recipe import Source
+from qalign.run import versions
+from qalign.tokens import IGNORED, encode_dialogues
+from qalign.weights import guard_4bit
+
+
+@torch.no_grad()
+def measured(lm: nn.Module, rows: list, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Log-probs at the supervised positions of each row, `(tokens, vocabulary)`."""
+    found = []
+    for row in tqdm(rows, leave=False):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            logits = lm(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0, :-1].float()
+        found.append(logits[torch.tensor(row.labels[1:]) != IGNORED].log_softmax(dim=1))
+    return found
+
+
+def perplexity(logps: list[torch.Tensor], rows: list) -> float:
+    targets = [torch.tensor([label for label in row.labels[1:] if label != IGNORED]) for row in rows]
+    picked = [one.gather(1, ids[:, None]).sum().item() for one, ids in zip(logps, targets, strict=True)]
+    return math.exp(-sum(picked) / sum(map(len, targets)))
+
+
+def kl(unmerged: list[torch.Tensor], merged: list[torch.Tensor]) -> float:
+    sums = [(p.exp() * (p - q)).sum().item() for p, q in zip(unmerged, merged, strict=True)]
+    return sum(sums) / sum(len(p) for p in unmerged)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("run")
+    parser.add_argument("file")
+    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--to")
+    args = parser.parse_args()
+    run = open_run(args.run, ("sft",))
+    spec = run.recipe.model
+    base = load(spec)
+    dtype = base.dtype
+    raw, _ = dialogues((Source(path=args.file),), "train", args.rows, 0)
+    rows, _ = encode_dialogues(base.tokenizer, raw, spec.max_length, spec.chat_template_kwargs)
+
+    bare = measured(base.lm, rows, dtype)
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    unmerged = measured(base.lm, rows, dtype)
+    table = [("the 4-bit base, no adapter", bare), ("unmerged: 4-bit base and adapter", unmerged)]
+
+    into_4bit = copy.deepcopy(base.model).merge_and_unload()  # what PEFT does when asked; it warns of rounding errors
+    guard_4bit(into_4bit)
+    table.append(("merged into the 4-bit weights", measured(into_4bit, rows, dtype)))
+    del into_4bit
+
+    def merged(form: str) -> nn.Module:
+        other = load(spec.model_copy(update={"compute_dtype": str(dtype).removeprefix("torch.")}), form)
+        other.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+        return other.model.merge_and_unload(safe_merge=True, adapter_names=[Role.POLICY])
+
+    dequantized = merged("dequantized")
+    folder = run.path / "benchmark-merged"
+    dequantized.save_pretrained(folder)
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type=spec.quantization, bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )  # fmt: skip
+    again = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
+    guard_4bit(again)
+    table.append(("dequantised, merged, quantised to 4 bits again", measured(again, rows, dtype)))
+    table.append((f"dequantised and merged, {dtype}: the default", measured(dequantized, rows, dtype)))
+    table.append(("merged onto the original 16-bit base", measured(merged("original").to(dtype), rows, dtype)))
+
+    lines = ["| weights | perplexity | KL to unmerged, nats a token |", "|---|---|---|"]
+    for name, logps in table:
+        lines.append(f"| {name} | {perplexity(logps, rows):.3f} | {kl(unmerged, logps):.5f} |")
+    made = ", ".join(f"{name} {version}" for name, version in versions().items())
+    text = "\n".join([*lines, "", f"{len(rows)} dialogues, {sum(map(len, unmerged)):,} supervised tokens. {made}, "
+                      f"bitsandbytes on a CPU, computing in {dtype}.", ""])  # fmt: skip
+    print(text)
+    if args.to:
+        with open(args.to, "w", encoding="utf-8") as opened:
+            opened.write(text)
+
+
+if __name__ == "__main__":
+    main()

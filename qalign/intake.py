@@ -1,0 +1,38 @@
+"""What a stage reads: its training and held-out rows, as ids."""
+
+from collections.abc import Callable
+
+from qalign.rows import Refused
+from qalign.run import RunFolder
+
+
+def read_rows(run: RunFolder, tokenizer, read: Callable, encode: Callable):
+    """A stage's rows as ids.
+
+    Args:
+        read: from sources to canonical rows: `rows.preferences` or `dialogues.dialogues`.
+        encode: from these to ids: `tokens.encode_pairs` or `tokens.encode_dialogues`.
+
+    Returns:
+        (for training, held out, refused rows, counts of rows for the summary).
+
+    Raises:
+        UserError: too many were refused, or none is left.
+    """
+    recipe, settings = run.recipe, run.settings
+    encoded, used = {}, {}
+    refused: list[Refused] = []
+    for key, sources, limit in (("data", settings.data, settings.limit), ("eval_data", settings.eval_data, None)):
+        rows, unread = read(sources or (), settings.split, limit, recipe.seed)
+        encoded[key], unfit = encode(tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
+        used[key] = len(rows) - len(unfit)
+        if sources:
+            run.check_refused(f"{run.stage}.{key}", unread + unfit, used[key])
+        refused += unread + unfit
+    counts = {
+        "used": used["data"],
+        "held_out": used["eval_data"],
+        "refused": len(refused),
+        "shortened": sum(row.dropped_turns > 0 for row in encoded["data"]),
+    }
+    return encoded["data"], encoded["eval_data"], refused, counts

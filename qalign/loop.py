@@ -1,0 +1,157 @@
+"""A stage's settings as TRL's config, and the loop from the last checkpoint to the end."""
+
+import math
+import time
+from pathlib import Path
+
+import torch
+import trl
+from transformers import Trainer
+
+from qalign.base import Base
+from qalign.command import Stopped
+from qalign.errors import UserError
+from qalign.journal import Journal, peak_bytes
+from qalign.recipe import Stage
+from qalign.run import RunFolder, print_table
+
+CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}
+AUTO_TOKENS = 4096  # in one forward pass, padding included
+
+
+def training_config(run: RunFolder, base: Base, row_tokens: int, **special):
+    """The recipe as TRL's config of the stage, in which `trainer:` has the last word.
+
+    Args:
+        row_tokens: what the longest row takes of a forward pass, in tokens.
+        special: what only this stage's config has.
+
+    Raises:
+        UserError: a value under `trainer:` that TRL refuses.
+    """
+    settings = run.settings
+    micro = micro_batch_size(settings, row_tokens)
+    on_gpu = base.lm.device.type == "cuda"
+    values = {
+        "output_dir": str(run.checkpoints),
+        "per_device_train_batch_size": micro,
+        "per_device_eval_batch_size": micro,
+        "gradient_accumulation_steps": settings.batch_size // micro,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.scheduler,
+        "warmup_steps": settings.warmup_ratio,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if settings.eval_data and settings.eval_every else "no",
+        "eval_steps": settings.eval_every,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every or 0.1,
+        "save_total_limit": 2,
+        "seed": run.recipe.seed,
+        "bf16": base.dtype == torch.bfloat16,
+        "fp16": base.dtype == torch.float16,
+        "use_cpu": not on_gpu,
+        "activation_checkpointing": on_gpu,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_pin_memory": on_gpu,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,  # the Journal has its own bar
+        "report_to": "none",
+        "max_length": run.recipe.model.max_length,
+    }
+    try:
+        return CONFIGS[run.stage](**values | special | settings.trainer)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{run.stage}.trainer: {' '.join(str(error).split())}") from None
+
+
+def planned_steps(settings: Stage, rows: int) -> int:
+    """Optimiser steps of the whole run, as `Trainer` counts them."""
+    return settings.max_steps or math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
+
+
+def micro_batch_size(settings: Stage, row_tokens: int) -> int:
+    """Rows in one forward pass: the recipe's, or for `auto` the largest divisor of `batch_size` that stays under 4,096
+    tokens when the longest rows meet."""
+    if settings.micro_batch_size != "auto":
+        return settings.micro_batch_size
+    return max((size for size in divisors(settings.batch_size) if size * row_tokens <= AUTO_TOKENS), default=1)
+
+
+def divisors(batch_size: int) -> list[int]:
+    """The micro-batch sizes that a batch size allows."""
+    return [size for size in range(1, batch_size + 1) if batch_size % size == 0]
+
+
+def print_header(run: RunFolder, base: Base, trainer: Trainer, checkpoint: Path | None, rows: dict, **more) -> None:
+    """What is about to be trained, on what, against what.
+
+    Args:
+        checkpoint: where a resumed run goes on from.
+        rows: counts, by what became of them.
+        more: the stage's own lines.
+    """
+    model, settings, parent = run.recipe.model, run.settings, run.parent
+    trainable, size = base.count_parameters()
+    steps = planned_steps(settings, len(trainer.train_dataset))
+    print_table(
+        f"qalign {run.stage} → {run.path}",
+        [
+            ("model", f"{model.base} ({size / 1e6:,.0f} M parameters)"),
+            ("held in", f"{model.quantization}, computing in {base.precision}"),
+            ("chat template", base.template),
+            ("trainable", f"{trainable:,} adapter parameters ({trainable / size:.2%} of the base), in float32"
+             + (f", a copy of {parent}" if parent else "")),
+            *more.items(),
+            ("rows", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in rows.items())),
+            ("steps", f"{steps:,}, each of {settings.batch_size} {'rows' if run.stage == 'sft' else 'pairs'}"
+             f", {trainer.args.per_device_train_batch_size} at a time"),
+            *([("resuming", checkpoint or "from the beginning: no checkpoint was written")] if run.resume else []),
+        ],
+    )  # fmt: skip
+
+
+def train_to_the_end(
+    trainer: Trainer, run: RunFolder, journal: Journal, checkpoint: Path | None, longest: int
+) -> dict[str, float]:
+    """Runs the loop, from a checkpoint if there is one.
+
+    Args:
+        longest: the longest row, in tokens.
+
+    Returns:
+        `steps` and `tokens` of the whole run; of this session `resumed_from`, `train_seconds`, `tokens_per_second`
+        and `peak_bytes`.
+
+    Raises:
+        Stopped: the user or the system asked to stop; a checkpoint was written.
+        UserError: the GPU's memory is too small, or the loss is not finite.
+    """
+    began, seen = time.monotonic(), journal.tokens_seen
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        micro = trainer.args.per_device_train_batch_size
+        fewer = [size for size in divisors(run.settings.batch_size) if size < micro]
+        smaller = f"{run.stage}.micro_batch_size={fewer[-1]}" if fewer else f"model.max_length={longest // 2}"
+        raise UserError(
+            f"out of GPU memory with {micro} rows of up to {longest} tokens at a time "
+            f"({str(error).partition('. ')[0]}). Try {smaller}"
+        ) from None
+    if run.stop.number is not None and trainer.state.global_step < trainer.state.max_steps:
+        print(f"stopped at step {trainer.state.global_step}; the checkpoint is {run.last_checkpoint()}")
+        print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
+        raise Stopped(run.stop.number)
+    seconds = time.monotonic() - began
+    return {
+        "steps": trainer.state.global_step,
+        "resumed_from": str(checkpoint) if checkpoint else None,
+        "train_seconds": round(seconds, 1),
+        "tokens": journal.tokens_seen,
+        "tokens_per_second": round((journal.tokens_seen - seen) / seconds, 1),
+        "peak_bytes": peak_bytes(),
+    }
