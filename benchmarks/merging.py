@@ -1,6 +1,6 @@
 """What becomes of an SFT adapter's learning when it is merged, five ways, on SmolLM2-135M.
 
-    python -m benchmarks.merging RUN FILE [--rows N] [--to TABLE.md]
+    python benchmarks/merging.py RUN FILE [--rows N] [--to TABLE.md]
 
 RUN is an SFT run (`python -m qalign.sft recipes/smollm2_demo.yaml sft.data=FILE …`), FILE rows that it was trained on
 or like them. Measured in float32 with each way's own weights: perplexity on the assistant's turns, and the mean
@@ -8,7 +8,6 @@ KL(unmerged || merged) of the next-token distributions there, in nats.
 """
 
 import argparse
-import copy
 import math
 
 import torch
@@ -66,10 +65,9 @@ def main() -> None:
     unmerged = measured(base.lm, rows, dtype)
     table = [("the 4-bit base, no adapter", bare), ("unmerged: 4-bit base and adapter", unmerged)]
 
-    into_4bit = copy.deepcopy(base.model).merge_and_unload()  # what PEFT does when asked; it warns of rounding errors
+    into_4bit = base.model.merge_and_unload(adapter_names=[Role.POLICY])  # PEFT does so when asked, and warns
     guard_4bit(into_4bit)
     table.append(("merged into the 4-bit weights", measured(into_4bit, rows, dtype)))
-    del into_4bit
 
     def merged(form: str) -> nn.Module:
         other = load(spec.model_copy(update={"compute_dtype": str(dtype).removeprefix("torch.")}), form)

@@ -94,7 +94,7 @@ class Base:
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
         except OSError as error:
             raise UserError(f"lora.init: loftq needs the 16-bit weights of {self.origin.source}: {error}") from None
-        self._as_float32()
+        self._as_float32(role)
         self._check_head_is_frozen("lora.targets")
 
     def load_adapter(self, role: Role, folder: str, *, trainable: bool) -> None:
@@ -119,6 +119,8 @@ class Base:
             weights = peft.load_peft_weights(folder, device=str(self.lm.device))
             if config.task_type == peft.TaskType.SEQ_CLS and HEAD not in weights:
                 raise UserError(f"{folder}: this reward adapter has lost its score head; train it again")
+            if HEAD in weights and role is not Role.REWARD:
+                raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
             if self.is_classifier:
                 weights.setdefault(HEAD, self.lm.score.weight)  # an SFT adapter has none
             elif HEAD in weights:
@@ -130,7 +132,7 @@ class Base:
             raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.origin.source}: {reason}") from None
         if unused:
             raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
-        self._as_float32()
+        self._as_float32(role)
         self._check_head_is_frozen(folder)
 
     def load_reference(self, folder: str) -> None:
@@ -152,10 +154,10 @@ class Base:
         if self.is_classifier:
             self._heads[role] = self.lm.score
 
-    def _as_float32(self) -> None:
+    def _as_float32(self, role: Role) -> None:
         """PEFT leaves what it makes in the base's dtype here and there; updates round away in 16 bits."""
-        for parameter in self.model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in self.model.named_parameters():
+            if f".{role}." in name:
                 parameter.data = parameter.data.float()
 
     def _check_head_is_frozen(self, origin: str) -> None:

@@ -61,6 +61,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     facts = train_to_the_end(trainer, run, journal, checkpoint, longest)
     base.save_adapter(Role.POLICY, run.adapter)
     lineage.write(run.adapter, origin)
+    if held_out and not settings.eval_every:  # else the loop has measured them after its last step
+        trainer.evaluate()  # the journal prints and keeps it
     following = [f"python -m qalign.{stage} {run.command_line}" for stage in recipe.stages if stage != "sft"]
     next_command = (following or [f"python -m qalign.merge {run.path}"])[0]
     run.finish(next_command, base.origin.source, rows=rows, supervised_tokens=learned, **facts)

@@ -190,7 +190,7 @@ def test_a_template_without_an_end_of_turn_gives_a_sequence_a_turn():
 
 
 def test_an_answer_whose_tokens_merge_with_the_prompts_in_a_history_is_learned_as_it_is_given():
-    """ChatML's `assistant\\n` and an answer that begins with a newline: two tokens when the answer is given, one when it
+    """ChatML's `assistant\\n` and an answer that begins with a newline: two tokens when it is given, one when it
     is looked back on."""
     tokenizer = FAMILIES["chatml"].prepared()
     newline, two_newlines = plain("llama3", "\n"), plain("llama3", "\n\n")

