@@ -3,12 +3,13 @@
     python benchmarks/merging.py RUN FILE [--rows N] [--to TABLE.md]
 
 RUN is an SFT run (`python -m qalign.sft recipes/smollm2_demo.yaml sft.data=FILE …`), FILE rows that it was trained on
-or like them. Measured in float32 with each way's own weights: perplexity on the assistant's turns, and the mean
+or like them. Measured in the precision of training: perplexity on the assistant's turns, and the mean
 KL(unmerged || merged) of the next-token distributions there, in nats.
 """
 
 import argparse
 import math
+import tempfile
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qalign.base import Role, load
 from qalign.dialogues import dialogues
 from qalign.finished import open_run
+from qalign.merge import merge
 from qalign.recipe import Source
 from qalign.run import versions
 from qalign.tokens import IGNORED, encode_dialogues
@@ -69,30 +71,28 @@ def main() -> None:
     guard_4bit(into_4bit)
     table.append(("merged into the 4-bit weights", measured(into_4bit, rows, dtype)))
 
-    def merged(form: str) -> nn.Module:
-        other = load(spec.model_copy(update={"compute_dtype": str(dtype).removeprefix("torch.")}), form)
-        other.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
-        return other.model.merge_and_unload(safe_merge=True, adapter_names=[Role.POLICY])
-
-    dequantized = merged("dequantized")
-    folder = run.path / "benchmark-merged"
-    dequantized.save_pretrained(folder)
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type=spec.quantization, bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )  # fmt: skip
-    again = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=dtype)
-    guard_4bit(again)
-    table.append(("dequantised, merged, quantised to 4 bits again", measured(again, rows, dtype)))
-    table.append((f"dequantised and merged, {dtype}: the default", measured(dequantized, rows, dtype)))
-    table.append(("merged onto the original 16-bit base", measured(merged("original").to(dtype), rows, dtype)))
+    with tempfile.TemporaryDirectory() as aside:
+        for form in ("dequantized", "original"):
+            merge(args.run, form, f"{aside}/{form}")
+        again = AutoModelForCausalLM.from_pretrained(f"{aside}/dequantized", quantization_config=config, dtype=dtype)
+        guard_4bit(again)
+        dequantized, original = (
+            AutoModelForCausalLM.from_pretrained(f"{aside}/{form}", dtype=dtype) for form in ("dequantized", "original")
+        )
+        table.append(("dequantised, merged, quantised to 4 bits again", measured(again, rows, dtype)))
+        table.append(("dequantised and merged: `qalign.merge`", measured(dequantized, rows, dtype)))
+        table.append(("merged onto the original: `--onto original`", measured(original, rows, dtype)))
 
     lines = ["| weights | perplexity | KL to unmerged, nats a token |", "|---|---|---|"]
     for name, logps in table:
         lines.append(f"| {name} | {perplexity(logps, rows):.3f} | {kl(unmerged, logps):.5f} |")
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = "\n".join([*lines, "", f"{len(rows)} dialogues, {sum(map(len, unmerged)):,} supervised tokens. {made}, "
-                      f"bitsandbytes on a CPU, computing in {dtype}.", ""])  # fmt: skip
+                      f"computing in {dtype} on {base.lm.device.type}.", ""])  # fmt: skip
     print(text)
     if args.to:
         with open(args.to, "w", encoding="utf-8") as opened:
