@@ -37,7 +37,7 @@ def read(source: Source, split: str) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: expected a file that ends in {', '.join(readers)}")
     try:
         yield from reader(path)
-    except (OSError, EOFError, UnicodeDecodeError, RecursionError, zlib.error, csv.Error) as error:
+    except (OSError, EOFError, RecursionError, ValueError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
 
 
@@ -54,8 +54,8 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return BadRow(f"not valid JSON: {error.msg} at column {error.colno}")
-    except RecursionError:
-        return BadRow("not valid JSON: nested too deeply")
+    except (RecursionError, ValueError):  # Python's own limits, of depth and of an integer's digits
+        return BadRow("not readable JSON: nested too deeply, or a number too long")
 
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 import bitsandbytes
+import datasets
 import torch
 import transformers
 from safetensors import SafetensorError
@@ -95,6 +96,7 @@ def _quiet() -> None:
     """Keeps progress bars and notices of the libraries below from drowning qalign's own lines."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     # PEFT still calls what transformers 5.23 renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
 

@@ -607,6 +607,7 @@ def test_a_csv_from_a_spreadsheet(tmp_path):
     ("name", "content", "complaint"),
     [
         ("rows.json", b'[{"prompt": "Why?"},\n{"prompt": ]\n', ":2: not valid JSON: Expecting value"),
+        ("rows.json", b"[" + b"1" * 5000 + b"]", ": can't be read: "),
         ("rows.json", b'{"prompt": "Why?"}', ": expected a list of rows, found dict; one row a line is .jsonl"),
         ("rows.jsonl", b'{"prompt": "\xe9"}\n', ": can't be read: 'utf-8' codec can't decode byte 0xe9 "),
         ("rows.jsonl.gz", b'{"prompt": "Why?"}\n', ": can't be read: Not a gzipped file"),
@@ -625,6 +626,14 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, complai
     (line,) = caught.value.lines
     assert line.startswith(f"{path}{complaint}")
     assert "\n" not in line
+
+
+def test_a_number_too_long_for_python_refuses_its_row_alone(write_jsonl):
+    long = '{"prompt": "?", "chosen": "Yes", "rejected": "No", "id": ' + "1" * 5000 + "}"
+    path = write_jsonl("rows.jsonl", [{"prompt": "1?", "chosen": "Yes", "rejected": "No"}, long])
+    rows, refused = read(path)
+    assert len(rows) == 1
+    assert refused == [Refused(f"{path}:2", "not readable JSON: nested too deeply, or a number too long")]
 
 
 def test_a_file_that_is_not_there_is_one_line(tmp_path):
