@@ -24,6 +24,7 @@ from qalign.heads import ScalarHead, end_scores
 from qalign.lineage import Lineage, adapter_hash, digest
 from qalign.logps import check_head
 from qalign.recipe import Lora, Model
+from qalign.starts import mend_rounding
 from qalign.tokens import pad_for_scores, prepare_tokenizer
 from qalign.weights import Form, Origin, load_weights, save_tokenizer
 
@@ -89,11 +90,10 @@ class Base:
         try:
             self._attach(role, config)
             if lora.init == "loftq":
-                peft.replace_lora_weights_loftq(self.model, str(self.origin.folder), role)
+                original, *_ = load_weights(self.spec, form="original")
+                mend_rounding(self.model, original, role)
         except (ValueError, re.error) as error:  # a text is a pattern
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
-        except OSError as error:
-            raise UserError(f"lora.init: loftq needs the 16-bit weights of {self.origin.source}: {error}") from None
         self._as_float32(role)
         self._check_head_is_frozen("lora.targets")
 

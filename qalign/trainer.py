@@ -22,7 +22,7 @@ from qalign.errors import UserError
 from qalign.logps import pair_lengths, pair_logps
 from qalign.losses import CHOSEN, REJECTED, preference_loss, rewards
 from qalign.recipe import DPO, REFERENCE_FREE
-from qalign.tokens import TokenDialogue, TokenPair
+from qalign.tokens import IGNORED, TokenDialogue, TokenPair
 
 
 class PreferenceTrainer(Trainer):
@@ -188,6 +188,20 @@ class SupervisedTrainer(trl.SFTTrainer):
         if not torch.isfinite(found[0] if return_outputs else found):
             raise _not_finite(self, [self._places.get(ids, "a held-out row") for ids in _sequences(inputs)])
         return found
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The mean over all supervised tokens of the held-out rows. (`Trainer`'s is a mean of its batches' means, so it
+        would depend on the batch size.)"""
+        self.model.eval()
+        total, tokens = 0.0, 0
+        with torch.no_grad(), self.accelerator.autocast():
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
+                total += self.compute_loss(self.model, inputs, num_items_in_batch=1).item()
+        logs = {f"{metric_key_prefix}_loss": total / max(1, tokens)}
+        self.log(logs)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
+        return logs
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints hold the adapter alone, as a plain adapter folder."""

@@ -11,7 +11,7 @@ LAYERS = [
         ["errors", "recipe", "places", "trainer_keys", "recipe_file", "lineage", "losses", "reward_report", "command"],
     ),
     ("data", ["files", "rows", "dialogues", "tokens", "batch"]),
-    ("model", ["heads", "logps", "weights", "base", "rollout", "scoring"]),
+    ("model", ["heads", "logps", "weights", "starts", "base", "rollout", "scoring"]),
     ("run", ["run", "stage", "finished", "intake", "journal", "loop", "trainer"]),
     ("stage", ["sft", "reward", "dpo"]),
     ("top", ["evaluate", "score", "merge", "__main__"]),
