@@ -169,7 +169,15 @@ def test_bad_rows_are_named_listed_and_counted(recipe_file, write_jsonl):
 @pytest.mark.true_model
 def test_the_demo_learns_on_the_true_model(tmp_path):
     """A few steps of the demo's own recipe: SmolLM2 in NF4, in the precision this machine picks."""
-    words = ["dpo.max_steps=6", "dpo.batch_size=4", "dpo.limit=24", f"output={tmp_path}", "dpo.eval_data="]
+    words = [
+        "dpo.start_from=null",
+        "dpo.sft_weight=0.5",
+        "dpo.max_steps=6",
+        "dpo.batch_size=4",
+        "dpo.limit=24",
+        f"output={tmp_path}",
+        "dpo.eval_data=",
+    ]
     recipe = load_recipe(str(ROOT / "recipes" / "smollm2_demo.yaml"), words, "dpo")
     lines = metrics(train_recipe(recipe))
     assert lines[0]["rewards/margins"] == 0

