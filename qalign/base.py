@@ -7,9 +7,11 @@ import json
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import peft
 import torch
@@ -19,13 +21,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qalign.attention import shared_prompts, why_not_shared
+from qalign.batch import MicroBatch, PairBatch, micro_batches, pack, pad
 from qalign.errors import UserError
-from qalign.heads import ScalarHead, end_scores
+from qalign.heads import ScalarHead, end_scores, pair_scores
 from qalign.lineage import Lineage, adapter_hash, digest
 from qalign.logps import check_head
 from qalign.recipe import Lora, Model
 from qalign.starts import mend_rounding
-from qalign.tokens import pad_for_scores, prepare_tokenizer
+from qalign.tokens import TokenPair, pad_for_scores, prepare_tokenizer
 from qalign.weights import Form, Origin, load_weights, save_tokenizer
 
 # Starts for which PEFT moves part of the base into the adapter: on the plain base they are silently wrong.
@@ -69,6 +73,7 @@ class Base:
         self.role = Role.BASE
         self.switches = 0
         self._heads: dict[Role, nn.Module] = {}
+        self._trained: set[Role] = set()
 
     @property
     def is_classifier(self) -> bool:
@@ -94,6 +99,7 @@ class Base:
                 mend_rounding(self.model, original, role)
         except (ValueError, re.error) as error:  # a text is a pattern
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
+        self._trained.add(role)
         self._as_float32(role)
         self._check_head_is_frozen("lora.targets")
 
@@ -132,6 +138,8 @@ class Base:
             raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.origin.source}: {reason}") from None
         if unused:
             raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
+        if trainable:
+            self._trained.add(role)
         self._as_float32(role)
         self._check_head_is_frozen(folder)
 
@@ -168,19 +176,19 @@ class Base:
     def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
         """Plays a role; afterwards everything is as it was: the active adapter, `requires_grad`, training modes.
 
-        Every role but the policy has no dropout; all compute in the same precision. Nestable and exception-safe.
-        Yields the language model.
+        Only a role that is trained has dropout, and only while gradients are taken; all compute in the same precision.
+        Nestable and exception-safe. Yields the language model.
         """
         before = self.role
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         modes = [module for module in self.model.modules() if module.training]
         try:
             self._switch(role)
-            if role is not Role.POLICY:
+            if role in self._trained and torch.is_grad_enabled():
+                _restore(flags)  # PEFT's switch makes all trainable that it activates
+            else:
                 self.model.eval()
                 self.model.requires_grad_(False)
-            else:  # PEFT's switch makes what it activates trainable, a policy that is only evaluated too
-                _restore(flags)
             with torch.autocast(self.lm.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 yield self.lm
         finally:
@@ -207,6 +215,40 @@ class Base:
         either side."""
         with self.acting_as(role) as lm:
             return end_scores(lm, self._heads[role], input_ids, attention_mask)
+
+    def pair_scores(self, role: Role, pairs: list[TokenPair]) -> Tensor:
+        """What a reward model gives to the answers of pairs: float32 `(pairs, 2)`, chosen first; with gradients if they
+        are enabled and the role is trained."""
+        with self.acting_as(role) as lm:
+            return pair_scores(lm, self._heads[role], self.batch(pairs, ends="kept"))
+
+    @cached_property
+    def why_padded(self) -> str | None:
+        """Why pairs are padded to two rows each instead of packed with their prompt shared; None if they are packed."""
+        with torch.no_grad(), self.acting_as(self.role):  # without gradients no adapter has dropout
+            return why_not_shared(self.lm)
+
+    @property
+    def prompts(self) -> str:
+        """How pairs are run, in words."""
+        if self.why_padded:
+            return f"twice a pair, padded: {type(self.lm).__name__} {self.why_padded}"
+        return "once a pair, packed without padding"
+
+    def batch(self, pairs: list[TokenPair], *, ends: Literal["dropped", "kept"] = "dropped") -> PairBatch:
+        """Pairs as tensors on the model's device, for `logps` and `heads`, inside `reading_pairs`."""
+        batch = pad(pairs, self.tokenizer.pad_token_id) if self.why_padded else pack(pairs, ends=ends)
+        return batch.to(self.lm.device)
+
+    def micro_batches(self, pairs: list[TokenPair], limit: MicroBatch) -> list[list[TokenPair]]:
+        """Pairs in groups of like many tokens, for one forward each."""
+        return micro_batches(pairs, limit, layout="padded" if self.why_padded else "packed")
+
+    @contextmanager
+    def reading_pairs(self) -> Iterator[None]:
+        """While open, the model takes what `batch` makes. Backward belongs inside too."""
+        with nullcontext() if self.why_padded else shared_prompts(self.lm):
+            yield
 
     def save_adapter(self, role: Role, folder: Path) -> None:
         """Writes an adapter into a folder as plain PEFT saves it, with the tokenizer and its chat template; each file

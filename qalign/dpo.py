@@ -19,9 +19,11 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     from qalign import lineage
     from qalign.base import Role, load
+    from qalign.batch import packed_tokens
     from qalign.intake import read_rows
     from qalign.journal import Journal
-    from qalign.loop import print_header, train_to_the_end, training_config
+    from qalign.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
+    from qalign.references import CachedReferences, References
     from qalign.rows import preferences
     from qalign.tokens import encode_pairs
     from qalign.trainer import PreferenceTrainer
@@ -38,17 +40,26 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         base.load_reference(parent)
     else:
         base.add_adapter(Role.POLICY, recipe.lora)
-    reference = "none: this loss needs no reference" if settings.loss in REFERENCE_FREE else base.reference
+    if settings.loss in REFERENCE_FREE:
+        references, reference = References(), "none: this loss needs no reference"
+    else:
+        references = CachedReferences(base, parent) if settings.reference == "cached" else References()
+        reference = base.reference
 
-    longest = max(map(len, pairs))
-    args = training_config(run, base, 2 * longest)
+    planned = plan(run, base, max(map(packed_tokens, pairs)))
+    micro = micro_batch(settings, planned)
+    at_once = f"{micro}{planned}"
+    args = training_config(run, base, settings.batch_size, planned.checkpointed_layers)
     run.begin(refused)
     checkpoint, tokens_before = run.rewind()
     journal = Journal(run, tokens_before)
-    trainer = PreferenceTrainer(base, settings, args, pairs, eval_pairs or None, callbacks=(journal,))
+    trainer = PreferenceTrainer(
+        base, settings, references, args, micro, pairs, eval_pairs or None, callbacks=(journal, Checkpointed(planned))
+    )
     loss = f"{settings.loss}, beta {settings.beta:g}"
-    print_header(run, base, trainer, checkpoint, rows, reference=reference, loss=loss)
-    facts = train_to_the_end(trainer, run, journal, checkpoint, longest)
+    print_header(run, base, trainer, at_once, checkpoint, rows, reference=reference, loss=loss, prompts=base.prompts)
+    facts = train_to_the_end(trainer, run, journal, checkpoint, at_once)
+    references.save()
     base.save_adapter(Role.POLICY, run.adapter)
     lineage.write(run.adapter, origin)
     run.finish(

@@ -7,20 +7,19 @@ adapter are measured on the same batches in one pass; nothing is trained.
 """
 
 import json
+import sys
 from math import sqrt
 from textwrap import indent, wrap
 
-import yaml
-
 from qalign.errors import UserError
 from qalign.recipe import Recipe
-from qalign.recipe_file import dump
 from qalign.run import RunFolder, print_table
 from qalign.stage import report_command
 
 SIDE_BY_SIDE = 3
+SHOWN_REFUSALS = 5
 MAX_NEW_TOKENS = 120
-BATCH_PAIRS = 4
+BATCH_TOKENS = 2048
 
 
 def report(recipe: Recipe) -> None:
@@ -32,7 +31,7 @@ def report(recipe: Recipe) -> None:
     if not settings.eval_data:
         raise UserError("dpo.eval_data: there are no held-out rows to measure on; add them to the recipe")
 
-    _check_trained_so(recipe, run)
+    _check_trained_so(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign import lineage
@@ -42,10 +41,13 @@ def report(recipe: Recipe) -> None:
     from qalign.tokens import encode_pairs
 
     base = load(model)
-    rows, _ = preferences(settings.eval_data, settings.split, None, recipe.seed)
-    pairs, _ = encode_pairs(base.tokenizer, rows, model.max_length, model.chat_template_kwargs)
+    rows, unread = preferences(settings.eval_data, settings.split, None, recipe.seed)
+    pairs, unfit = encode_pairs(base.tokenizer, rows, model.max_length, model.chat_template_kwargs)
+    refused = unread + unfit
+    for row in refused[:SHOWN_REFUSALS]:
+        print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
     if not pairs:
-        raise UserError("dpo.eval_data: holds no usable rows")
+        raise UserError(f"dpo.eval_data: holds no usable rows ({len(refused)} were refused)")
     parent = run.parent
     for key, folder in (("the run", run.adapter), ("dpo.start_from", parent)):
         if folder:
@@ -59,7 +61,7 @@ def report(recipe: Recipe) -> None:
     preferred = " → ".join(f"{figures[name]:.1%}" for name in stops)
     ways = "base → SFT → aligned" if parent else "base → aligned"
     print_table(
-        f"{run.adapter} on {len(pairs)} held-out pairs",
+        f"{run.adapter} on {len(pairs)} held-out pairs" + (f", {len(refused)} more were refused" if refused else ""),
         [(name, f"{value:<24} {meaning}") for name, value, meaning in (
             ("preferred", preferred, f"pairs whose chosen answer has the higher mean log-prob a token: {ways}"),
             ("reward", f"{figures['reward_accuracy']:.1%}", "pairs whose implicit reward is right"),
@@ -81,16 +83,12 @@ def report(recipe: Recipe) -> None:
         print(_block("aligned", after), flush=True)
 
 
-def _check_trained_so(recipe: Recipe, run: RunFolder) -> None:
+def _check_trained_so(run: RunFolder) -> None:
     """Figures of another base or reference than the run's would be wrong, not different."""
-    kept = (run.path / "recipe.yaml").read_text(encoding="utf-8")
-    trained, given = yaml.safe_load(kept), yaml.safe_load(dump(recipe))
-    for name, was, now in (
-        ("model", trained["model"], given["model"]),
-        *((f"dpo.{key}", trained["dpo"][key], given["dpo"][key]) for key in ("start_from", "beta")),
-    ):
-        if was != now:
-            raise UserError(f"{name}: {run.path} was trained with another; give the recipe that it was trained with")
+    for key in run.differences():
+        if key.startswith("model.") or key in ("dpo.start_from", "dpo.beta"):
+            raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
+    run.check_parent()
 
 
 def measure(base, pairs: list, beta: float) -> dict[str, float]:
@@ -110,27 +108,23 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
     from tqdm.auto import tqdm
 
     from qalign.base import Role
-    from qalign.batch import PairCollator
-    from qalign.logps import pair_lengths, pair_logps
+    from qalign.logps import pair_logps
     from qalign.losses import margin, rewards
 
-    collate = PairCollator(base.tokenizer.pad_token_id)
-    order = sorted(pairs, key=len)  # neighbours of like length: less padding, the same figures
     roles = [Role.BASE, Role.REFERENCE, Role.POLICY]
     if Role.REFERENCE not in base.model.peft_config:  # the bare base is the reference
         roles.remove(Role.BASE)
     found: dict[Role, list] = {role: [] for role in roles}
     reward = []
     base.model.eval()
-    for start in tqdm(range(0, len(order), BATCH_PAIRS), desc="measuring", unit="batch"):
-        batch = collate(order[start : start + BATCH_PAIRS])
-        batch = {name: batch[name].to(base.lm.device) for name in ("input_ids", "attention_mask", "completion_mask")}
-        lengths, logps = pair_lengths(batch), {}
-        for role in roles:
-            with torch.no_grad(), base.acting_as(role) as lm:
-                logps[role] = pair_logps(lm, batch)
-            found[role].append(margin(logps[role] / lengths))
-        reward.append(margin(rewards(logps[Role.POLICY], logps[Role.REFERENCE], lengths, beta)))
+    with torch.no_grad(), base.reading_pairs():
+        for some in tqdm(_batches(base, pairs), desc="measuring", unit="batch"):
+            batch, logps = base.batch(some), {}
+            for role in roles:
+                with base.acting_as(role) as lm:
+                    logps[role] = pair_logps(lm, batch)
+                found[role].append(margin(logps[role] / batch.lengths))
+            reward.append(margin(rewards(logps[Role.POLICY], logps[Role.REFERENCE], batch.lengths, beta)))
     bare, before, after = (torch.cat(found[role]) for role in (roles[0], Role.REFERENCE, Role.POLICY))
     reward = torch.cat(reward)
     share = lambda values: (values > 0).double().mean().item()  # noqa: E731
@@ -143,6 +137,14 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
         "reward_accuracy": share(reward),
         "reward_margin": reward.mean().item(),
     }
+
+
+def _batches(base, pairs: list) -> list[list]:
+    from qalign.batch import MicroBatch
+
+    order = sorted(pairs, key=len)  # neighbours of like length
+    chunks = [order[start : start + 32] for start in range(0, len(order), 32)]
+    return [some for chunk in chunks for some in base.micro_batches(chunk, MicroBatch(tokens=BATCH_TOKENS))]
 
 
 def _block(name: str, text: str) -> str:

@@ -25,7 +25,8 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
     found = [given / stage for stage in stages if (given / stage / "summary.json").is_file()]
     place = found[0] if found else given
     if not (place / "summary.json").is_file():
-        near = did_you_mean(given.name, [f.name for f in given.parent.glob("*")] if given.parent.is_dir() else [])
+        beside = [file.name for file in given.parent.glob("*")] if given.parent.is_dir() else []
+        near = "" if given.is_dir() else did_you_mean(given.name, beside)
         hint = near or f"; train one with python -m qalign.{stages[0]} RECIPE"
         raise UserError(f"{folder}: there is no finished {' or '.join(stages)} run{hint}")
     recipe = _recipe(place / "recipe.yaml")

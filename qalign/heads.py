@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qalign.batch import PairBatch
+
 
 class ScalarHead(nn.Linear):
     """Hidden states `(..., hidden)` to scores `(..., 1)`, in the precision of its own weight whatever autocast says.
@@ -38,3 +40,9 @@ def end_scores(lm: PreTrainedModel, head: nn.Module, input_ids: Tensor, attentio
     ).last_hidden_state
     last = (attention_mask * torch.arange(attention_mask.shape[1], device=attention_mask.device)).argmax(dim=1)
     return head(hidden[torch.arange(len(last), device=last.device), last])[:, 0]
+
+
+def pair_scores(lm: PreTrainedModel, head: nn.Module, batch: PairBatch) -> Tensor:
+    """The same for pairs, float32 `(pairs, 2)`, chosen first. A packed batch must have kept its ends."""
+    hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return head(hidden.flatten(0, 1)[batch.ends]).view(batch.lengths.shape)

@@ -20,12 +20,15 @@ def read_rows(run: RunFolder, tokenizer, read: Callable, encode: Callable):
         UserError: too many were refused, or none is left.
     """
     recipe, settings = run.recipe, run.settings
-    encoded, used = {}, {}
+    encoded, used, shortened = {}, {}, 0
     refused: list[Refused] = []
     for key, sources, limit in (("data", settings.data, settings.limit), ("eval_data", settings.eval_data, None)):
         rows, unread = read(sources or (), settings.split, limit, recipe.seed)
         encoded[key], unfit = encode(tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
         used[key] = len(rows) - len(unfit)
+        if key == "data":  # a long dialogue gives several sequences, and is one row
+            places = {sequence.where for sequence in encoded[key] if sequence.dropped_turns}
+            shortened = sum(row.where in places for row in rows)
         if sources:
             run.check_refused(f"{run.stage}.{key}", unread + unfit, used[key])
         refused += unread + unfit
@@ -33,6 +36,6 @@ def read_rows(run: RunFolder, tokenizer, read: Callable, encode: Callable):
         "used": used["data"],
         "held_out": used["eval_data"],
         "refused": len(refused),
-        "shortened": sum(row.dropped_turns > 0 for row in encoded["data"]),
+        "shortened": shortened,
     }
     return encoded["data"], encoded["eval_data"], refused, counts

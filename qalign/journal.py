@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from qalign.errors import UserError
-from qalign.run import TOKENS_SEEN, RunFolder
+from qalign.run import TOKENS_SEEN, WALL_SECONDS, RunFolder
 
 # What the bar shows of a step, by the names under which TRL's trainers log.
 SHOWN = {
@@ -85,6 +85,7 @@ class Journal(TrainerCallback):
                 with file.open("rb+") as opened:
                     os.fsync(opened.fileno())
         (folder / TOKENS_SEEN).write_text(str(self.tokens_seen))
+        (folder / WALL_SECONDS).write_text(str(self.run.wall_seconds))
         (folder / "whole").touch()
 
     def on_train_end(self, args, state, control, **_):

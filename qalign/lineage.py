@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from qalign.errors import UserError
-from qalign.places import looks_local
+from qalign.places import absolute_path, looks_local
 
 FILE = "lineage.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -56,8 +56,10 @@ def adapter_hash(folder: str | Path) -> str | None:
 
 
 def write(folder: Path, lineage: Lineage) -> None:
-    """Leaves it beside the adapter's weights."""
-    (folder / FILE).write_text(json.dumps(asdict(lineage), indent=1) + "\n", encoding="utf-8")
+    """Leaves it beside the adapter's weights, with local paths from the root: it is read in other directories too."""
+    kept = asdict(lineage)
+    kept |= {key: absolute_path(kept[key]) for key in ("base", "parent") if kept[key]}
+    (folder / FILE).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
 
 def read(folder: str | Path) -> Lineage | None:

@@ -7,45 +7,29 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from qalign.batch import PairBatch
 from qalign.errors import UserError
 
 # Elements of one chunk of logits: 128 MB in float32, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**25
 
 
-def completion_logps(lm: PreTrainedModel, batch: dict) -> Tensor:
-    """Log-probs of every completion token.
+def completion_logps(lm: PreTrainedModel, batch: PairBatch) -> Tensor:
+    """Log-probs of every token of the answers, float32 (float64 for a float64 model) `(targets,)` in nats, in the
+    order of `batch.targets`.
 
     Args:
-        lm: a causal language model, adapters injected; its head must be frozen.
-        batch: `input_ids`, `attention_mask`, `completion_mask`, each int64 `(rows, length)`, padded on the right.
-
-    Returns:
-        float32 (float64 for a float64 model) `(rows, length - 1)` in nats: entry t is log p(token t+1 | tokens to t),
-        0 where token t+1 is no completion token. The one place where ids are shifted.
+        lm: a causal language model, adapters injected; its head must be frozen. A packed batch needs `shared_prompts`.
+        batch: on the model's device.
     """
-    hidden = lm.base_model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).last_hidden_state
-    mask = batch["completion_mask"][:, 1:].bool()
-    hidden, targets = hidden[:, :-1][mask], batch["input_ids"][:, 1:][mask]
-    logps = _HeadLogps.apply(hidden, targets, lm)
-    return logps.new_zeros(mask.shape).masked_scatter(mask, logps)
+    hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    return _HeadLogps.apply(hidden.flatten(0, 1)[batch.predictors], batch.targets, lm)
 
 
-def as_pairs(rows: Tensor) -> Tensor:
-    """`(2 * pairs,)` of a batch, chosen rows first, as `(pairs, 2)`."""
-    return torch.stack(rows.chunk(2), dim=1)
-
-
-def pair_logps(lm: PreTrainedModel, batch: dict) -> Tensor:
-    """Summed completion log-probs, float32 `(pairs, 2)` in nats, chosen first."""
-    return as_pairs(completion_logps(lm, batch).sum(dim=1))
-
-
-def pair_lengths(batch: dict) -> Tensor:
-    """Completion tokens, end of turn included, `(pairs, 2)`, chosen first."""
-    return as_pairs(batch["completion_mask"].sum(dim=1))
+def pair_logps(lm: PreTrainedModel, batch: PairBatch) -> Tensor:
+    """Log-probs of the answers, summed over their tokens: float32 `(pairs, 2)` in nats, chosen first."""
+    logps = completion_logps(lm, batch)
+    return logps.new_zeros(batch.lengths.numel()).index_add(0, batch.owners, logps).view_as(batch.lengths)
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -64,11 +48,14 @@ class _HeadLogps(torch.autograd.Function):
             with torch.set_grad_enabled(wants_grad):
                 states = states.detach().requires_grad_(wants_grad)
                 logits = head_logits(lm, states)
-                logits = logits if logits.dtype == torch.float64 else logits.float()
-                chunk = logits.gather(1, ids[:, None])[:, 0] - logits.logsumexp(dim=1)
-                if wants_grad:
-                    directions.append(torch.autograd.grad(chunk.sum(), states)[0])
-            logps.append(chunk.detach())
+            weights = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+            chosen = weights.gather(1, ids[:, None])
+            top = weights.amax(dim=1, keepdim=True)
+            total = weights.sub_(top).exp_().sum(dim=1, keepdim=True)  # in place: each pass over them counts
+            logps.append((chosen - top - total.log())[:, 0])
+            if wants_grad:
+                slope = weights.div_(-total).scatter_add_(1, ids[:, None], torch.ones_like(chosen))
+                directions.append(torch.autograd.grad(logits, states, slope.to(logits.dtype))[0])
         if wants_grad:
             ctx.save_for_backward(torch.cat(directions))
         return torch.cat(logps)

@@ -6,37 +6,40 @@ from pathlib import Path
 
 import torch
 import trl
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.base import Base
+from qalign.batch import MicroBatch
 from qalign.command import Stopped
 from qalign.errors import UserError
 from qalign.journal import Journal, peak_bytes
+from qalign.memory import Forecast, Plan, usable_memory
 from qalign.recipe import Stage
 from qalign.run import RunFolder, print_table
 
 CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}
-AUTO_TOKENS = 4096  # in one forward pass, padding included
 
 
-def training_config(run: RunFolder, base: Base, row_tokens: int, **special):
+def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **special):
     """The recipe as TRL's config of the stage, in which `trainer:` has the last word.
 
     Args:
-        row_tokens: what the longest row takes of a forward pass, in tokens.
+        rows: how many the trainer takes at once. (Those that learn from pairs take a whole optimiser step's, and
+            split it themselves.)
+        checkpointed: how many layers are.
         special: what only this stage's config has.
 
     Raises:
         UserError: a value under `trainer:` that TRL refuses.
     """
     settings = run.settings
-    micro = micro_batch_size(settings, row_tokens)
     on_gpu = base.lm.device.type == "cuda"
     values = {
         "output_dir": str(run.checkpoints),
-        "per_device_train_batch_size": micro,
-        "per_device_eval_batch_size": micro,
-        "gradient_accumulation_steps": settings.batch_size // micro,
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": settings.batch_size // rows,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.learning_rate,
@@ -55,7 +58,7 @@ def training_config(run: RunFolder, base: Base, row_tokens: int, **special):
         "bf16": base.dtype == torch.bfloat16,
         "fp16": base.dtype == torch.float16,
         "use_cpu": not on_gpu,
-        "activation_checkpointing": on_gpu,
+        "activation_checkpointing": checkpointed > 0,
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": False,
@@ -74,12 +77,57 @@ def planned_steps(settings: Stage, rows: int) -> int:
     return settings.max_steps or math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
 
 
-def micro_batch_size(settings: Stage, row_tokens: int) -> int:
-    """Rows in one forward pass: the recipe's, or for `auto` the largest divisor of `batch_size` that stays under 4,096
-    tokens when the longest rows meet."""
+def plan(run: RunFolder, base: Base, longest: int) -> Plan:
+    """What `auto` comes to for this stage, this base and this device.
+
+    Args:
+        longest: tokens of the longest row; for a pair, of both answers with the prompt once.
+
+    Raises:
+        UserError: not even the longest row fits.
+    """
+    settings, device = run.settings, base.lm.device.type
+    size, layers = settings.micro_batch_size, settings.checkpointed_layers
+    if device == "cpu" and size != "auto":  # nothing to find out
+        return Plan(longest, 0 if layers == "auto" else layers)
+    forecast = Forecast(run.recipe, run.stage, base.lm.config, device, base.dtype)
+    memory = usable_memory(device)
+    found = forecast.plan(memory, longest if size == "auto" else size * longest)
+    if found is None and size != "auto":  # the user's choice: it may fit all the same
+        found = Plan(size * longest, forecast.layers)
+    if found is None:
+        needed = forecast.total(longest, forecast.layers) / 2**30
+        raise UserError(
+            f"{run.stage}: the longest row ({longest:,} tokens) would take {needed:.1f} GiB of the "
+            f"{memory / 2**30:.1f} GiB there are; python -m qalign.fit {run.command_line} says what would fit"
+        )
+    return found if layers == "auto" else Plan(min(found.tokens, forecast.largest(memory, layers)), layers)
+
+
+def micro_batch(settings: Stage, planned: Plan) -> MicroBatch:
+    """What goes through the model at once, for trainers that learn from pairs."""
+    size = settings.micro_batch_size
+    return MicroBatch(tokens=planned.tokens) if size == "auto" else MicroBatch(pairs=size)
+
+
+def micro_batch_size(settings: Stage, planned: Plan, longest: int) -> int:
+    """Rows in one forward pass: the recipe's, or for `auto` the largest divisor of `batch_size` that stays within the
+    plan when the longest rows meet."""
     if settings.micro_batch_size != "auto":
         return settings.micro_batch_size
-    return max((size for size in divisors(settings.batch_size) if size * row_tokens <= AUTO_TOKENS), default=1)
+    return max((size for size in divisors(settings.batch_size) if size * longest <= planned.tokens), default=1)
+
+
+class Checkpointed(TrainerCallback):
+    """Leaves checkpointing to the first so many layers; `Trainer` switches it on for all."""
+
+    def __init__(self, planned: Plan):
+        self.layers = planned.checkpointed_layers
+
+    def on_train_begin(self, args, state, control, model=None, **_):
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = number < self.layers
 
 
 def divisors(batch_size: int) -> list[int]:
@@ -87,10 +135,13 @@ def divisors(batch_size: int) -> list[int]:
     return [size for size in range(1, batch_size + 1) if batch_size % size == 0]
 
 
-def print_header(run: RunFolder, base: Base, trainer: Trainer, checkpoint: Path | None, rows: dict, **more) -> None:
+def print_header(
+    run: RunFolder, base: Base, trainer: Trainer, at_once: str, checkpoint: Path | None, rows: dict, **more
+) -> None:
     """What is about to be trained, on what, against what.
 
     Args:
+        at_once: how much goes through the model at once, in words.
         checkpoint: where a resumed run goes on from.
         rows: counts, by what became of them.
         more: the stage's own lines.
@@ -109,19 +160,19 @@ def print_header(run: RunFolder, base: Base, trainer: Trainer, checkpoint: Path 
             *more.items(),
             ("rows", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in rows.items())),
             ("steps", f"{steps:,}, each of {settings.batch_size} {'rows' if run.stage == 'sft' else 'pairs'}"
-             f", {trainer.args.per_device_train_batch_size} at a time"),
+             f", {at_once}"),
             *([("resuming", checkpoint or "from the beginning: no checkpoint was written")] if run.resume else []),
         ],
     )  # fmt: skip
 
 
 def train_to_the_end(
-    trainer: Trainer, run: RunFolder, journal: Journal, checkpoint: Path | None, longest: int
+    trainer: Trainer, run: RunFolder, journal: Journal, checkpoint: Path | None, at_once: str
 ) -> dict[str, float]:
     """Runs the loop, from a checkpoint if there is one.
 
     Args:
-        longest: the longest row, in tokens.
+        at_once: how much goes through the model at once, in words.
 
     Returns:
         `steps` and `tokens` of the whole run; of this session `resumed_from`, `train_seconds`, `tokens_per_second`
@@ -135,12 +186,10 @@ def train_to_the_end(
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     except torch.OutOfMemoryError as error:
-        micro = trainer.args.per_device_train_batch_size
-        fewer = [size for size in divisors(run.settings.batch_size) if size < micro]
-        smaller = f"{run.stage}.micro_batch_size={fewer[-1]}" if fewer else f"model.max_length={longest // 2}"
+        smaller = "" if run.settings.micro_batch_size == 1 else f"{run.stage}.micro_batch_size=1, or else "
         raise UserError(
-            f"out of GPU memory with {micro} rows of up to {longest} tokens at a time "
-            f"({str(error).partition('. ')[0]}). Try {smaller}"
+            f"out of GPU memory with {at_once} ({str(error).partition('. ')[0]}). "
+            f"Try {smaller}model.max_length={run.recipe.model.max_length // 2}"
         ) from None
     if run.stop.number is not None and trainer.state.global_step < trainer.state.max_steps:
         print(f"stopped at step {trainer.state.global_step}; the checkpoint is {run.last_checkpoint()}")
@@ -155,3 +204,11 @@ def train_to_the_end(
         "tokens_per_second": round((journal.tokens_seen - seen) / seconds, 1),
         "peak_bytes": peak_bytes(),
     }
+
+
+def not_finite(trainer: Trainer, rows: list[str]) -> UserError:
+    """What to say when the loss of these rows is not finite."""
+    return UserError(
+        f"step {trainer.state.global_step + 1}: the loss is not finite on {', '.join(dict.fromkeys(rows))}; the last "
+        "checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
+    )

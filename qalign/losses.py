@@ -1,4 +1,4 @@
-"""Pure maths of preference losses: tensors in, one loss a pair out.
+"""Pure maths of preference losses and the reward model's: tensors in, one loss a pair out.
 
 Log-probs are float32 in nats, shape `(pairs, 2)`: column 0 holds the chosen answer's, column 1 the rejected one's, each
 summed over its completion tokens (end of turn included). `lengths` are those token counts, same shape.
@@ -117,3 +117,11 @@ def rewards(policy: Tensor, reference: Tensor | None, lengths: Tensor, beta: flo
     """The implicit reward a loss trains, `(pairs, 2)`: beta times the log-ratio (DPO, eq. 5), or, without a
     reference, beta times the mean log-prob a token (SimPO, eq. 4)."""
     return beta * (policy / lengths if reference is None else policy - reference)
+
+
+def bradley_terry(scores: Tensor, margins: Tensor | None = None, *, centering: float = 0.0) -> Tensor:
+    """A reward model's loss on scores `(pairs, 2)`: -log sigma(r_w - r_l - m) (Ouyang et al. 2022, arXiv:2203.02155,
+    eq. 1; margins `(pairs,)` by Touvron et al. 2023, arXiv:2307.09288, eq. 2), plus centering * (r_w + r_l)^2
+    (Eisenstein et al. 2023, arXiv:2312.09244)."""
+    gap = margin(scores) if margins is None else margin(scores) - margins
+    return centering * scores.sum(dim=1) ** 2 - F.logsigmoid(gap)

@@ -28,6 +28,12 @@ def merge(folder: str, onto: str, to: str | None) -> None:
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --to, or remove it")
 
+    if onto == "original" and run.recipe.lora.init == "loftq":
+        raise UserError(
+            f"--onto original: {run.path} has `init: loftq`, so its adapter mends what rounding to 4 bits did, and the "
+            "original was never rounded; use --onto dequantized"
+        )
+
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
     import torch
     from transformers import AutoConfig

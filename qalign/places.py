@@ -1,6 +1,8 @@
 """The files, folders and packages that a recipe points at: which are missing, and where they are."""
 
 import importlib.util
+import os
+from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -95,19 +97,39 @@ def resolved(recipe: Recipe, beside: Path) -> Recipe:
         place = locate(path, beside) if looks_local(path) or _exists(beside / path) else None
         return str(place) if place else path
 
+    def adapter(path: str) -> str:
+        start = str(_adapter(path, beside))
+        return f"./{start}" if start == SFT_RUN else start  # a folder of that name stays one
+
+    return _placed(recipe, found, adapter)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with every local path from the root, so that it means the same in any directory."""
+    output = os.path.abspath(Path(recipe.output).expanduser())
+    return _placed(recipe, absolute_path, absolute_path).model_copy(update={"output": output})
+
+
+def absolute_path(path: str) -> str:
+    """A local path from the root; a hub id or a `package:` as it is."""
+    here = Path(path).expanduser()
+    return os.path.abspath(here) if _exists(here) else path
+
+
+def _placed(recipe: Recipe, found: Callable[[str], str], adapter: Callable[[str], str]) -> Recipe:
+    """The recipe with other words for its paths: those of adapters by `adapter`, the rest by `found`."""
+
     def sources(data):
         return data and tuple(source.model_copy(update={"path": found(source.path)}) for source in data)
 
-    template = recipe.model.chat_template and str(locate(recipe.model.chat_template, beside))
+    template = recipe.model.chat_template and found(recipe.model.chat_template)
     model = recipe.model.model_copy(update={"base": found(recipe.model.base), "chat_template": template})
     updates: dict[str, Any] = {"model": model}
     for name in recipe.model_fields_set:
         stage = getattr(recipe, name)
         if isinstance(stage, Stage):
             start = stage.start_from
-            if start and start != SFT_RUN:
-                start = str(_adapter(start, beside))
-                start = f"./{start}" if start == SFT_RUN else start  # a folder of that name stays one
+            start = adapter(start) if start and start != SFT_RUN else start
             paths = {"data": sources(stage.data), "eval_data": sources(stage.eval_data), "start_from": start}
             updates[name] = stage.model_copy(update=paths)
     return recipe.model_copy(update=updates)

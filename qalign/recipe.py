@@ -134,7 +134,11 @@ class Stage(Section):
     batch_size: int = Field(16, ge=1)
     """Rows (pairs, for preferences) in one optimiser step."""
     micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Rows in one forward pass; must divide `batch_size`. Lower it when memory runs out: no number changes."""
+    """Rows in one forward pass; must divide `batch_size`. `auto`: as many as keep the device busy and fit its memory.
+    Lower it when memory runs out: no number changes."""
+    checkpointed_layers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    """Layers that compute their activations again in the backward instead of keeping them: less memory, more time.
+    `auto`: as few as fit (none on a CPU)."""
     learning_rate: float = Field(5e-6, gt=0)
     """The peak learning rate of the adapter."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -201,6 +205,9 @@ class DPO(Stage):
     """`robust` only: the share of pairs you believe to be labelled the wrong way round."""
     gamma: float | None = Field(None, ge=0)
     """`simpo` only: the margin by which the chosen answer should win (0.5 where it is left out)."""
+    reference: Literal["cached", "in_step"] = "cached"
+    """`cached` keeps the reference's log-probs of each pair in a file, for later epochs and later runs; `in_step`
+    computes them in every step."""
     sft_weight: float = Field(0.0, ge=0)
     """Adds so much of the chosen answer's mean negative log-likelihood: keeps its probability from sinking."""
 
@@ -212,6 +219,8 @@ class DPO(Stage):
             yield "loss: 'robust' needs label_smoothing above 0, or it is 'sigmoid'"
         if self.gamma is not None and self.loss != "simpo":
             yield f"gamma: has no effect with loss '{self.loss}'; use loss 'simpo' or remove it"
+        if self.loss in REFERENCE_FREE and self.reference != "cached":
+            yield f"reference: has no effect with loss '{self.loss}', which needs none; remove it"
 
 
 class Recipe(Section):

@@ -2,7 +2,7 @@
 
     python -m qalign.reward RECIPE [key=value …] [--resume | --overwrite]
 
-TRL's `RewardTrainer` runs it. The model is a LoRA adapter on the 4-bit base and a linear head in float32, read at the
+The model is a LoRA adapter on the 4-bit base and a linear head in float32, read at the
 end of the answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whether to trust it.
 """
 
@@ -24,9 +24,10 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     from qalign import lineage, reward_report
     from qalign.base import Role, load_classifier
+    from qalign.batch import packed_tokens
     from qalign.intake import read_rows
     from qalign.journal import Journal
-    from qalign.loop import print_header, train_to_the_end, training_config
+    from qalign.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
     from qalign.rows import preferences, scored_preferences
     from qalign.tokens import encode_pairs
     from qalign.trainer import RewardModelTrainer
@@ -45,19 +46,21 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     else:
         base.add_adapter(Role.REWARD, recipe.lora)
 
-    longest = max(map(len, pairs))
-    args = training_config(
-        run, base, 2 * longest, center_rewards_coefficient=settings.centering or None, disable_dropout=False
-    )
+    planned = plan(run, base, max(map(packed_tokens, pairs)))
+    micro = micro_batch(settings, planned)
+    at_once = f"{micro}{planned}"
+    args = training_config(run, base, settings.batch_size, planned.checkpointed_layers)
     run.begin(refused)
     checkpoint, tokens_before = run.rewind()
     journal = Journal(run, tokens_before)
-    trainer = RewardModelTrainer(base, args, pairs, eval_pairs or None, margins=settings.margin, callbacks=(journal,))
+    trainer = RewardModelTrainer(
+        base, settings, args, micro, pairs, eval_pairs or None, callbacks=(journal, Checkpointed(planned))
+    )
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
     head = f"{base.lm.config.hidden_size:,} weights, unquantised, in float32, read at the end of the answer's turn"
-    print_header(run, base, trainer, checkpoint, rows, head=head, loss=loss)
-    facts = train_to_the_end(trainer, run, journal, checkpoint, longest)
+    print_header(run, base, trainer, at_once, checkpoint, rows, head=head, loss=loss, prompts=base.prompts)
+    facts = train_to_the_end(trainer, run, journal, checkpoint, at_once)
     base.save_adapter(Role.REWARD, run.adapter)
     lineage.write(run.adapter, origin)
 

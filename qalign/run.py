@@ -5,25 +5,31 @@ Imports no torch: a taken folder or a missing parent answers at once.
 
 import importlib.metadata
 import json
+import os
 import platform
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from pydantic import ValidationError
 
-from qalign import __version__
+from qalign import __version__, lineage
 from qalign.command import StopRequest
 from qalign.errors import UserError
-from qalign.lineage import check_base
+from qalign.places import absolute
 from qalign.recipe import SFT_RUN, STAGES, Recipe, Stage
 from qalign.recipe_file import dump
 from qalign.rows import Refused
 
 REFUSED = "rejected_rows.jsonl"
-TOKENS_SEEN = "tokens_seen"  # in a checkpoint
+LAST_TRY = "rejected_rows.last_try.jsonl"  # of a try that was refused, beside the run that is there
+PARENT = "parent_hash"  # of the adapter that the run started from
+TOKENS_SEEN, WALL_SECONDS = "tokens_seen", "wall_seconds"  # in a checkpoint
+BEGINNING = {REFUSED, PARENT, "recipe.part"}  # what there is before `recipe.yaml`
 LOADING = """\
 from peft import AutoPeftModelForCausalLM
 
@@ -41,14 +47,19 @@ class RunFolder:
         resume: whether to go on with the run that is there.
     """
 
-    def __init__(self, recipe: Recipe, stage: str, command_line: str = ""):
+    def __init__(self, recipe: Recipe, stage: str, command_line: str = "RECIPE"):
         self.recipe, self.stage, self.command_line = recipe, stage, command_line
-        self.path = Path(recipe.output) / stage
+        self.path = Path(recipe.output).expanduser() / stage
         self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.metrics, self.summary = self.path / "metrics.jsonl", self.path / "summary.json"
         self.stop = StopRequest()
         self.resume = False
         self._began = time.monotonic()
+
+    @property
+    def wall_seconds(self) -> float:
+        """Spent on the whole run so far; of a session that was cut short, up to the checkpoint gone on from."""
+        return round(time.monotonic() - self._began, 1)
 
     @property
     def settings(self) -> Stage:
@@ -76,7 +87,7 @@ class RunFolder:
                 )
             start = str(sft.adapter)
         if start:
-            check_base(key, start, self.recipe.model.base, self.recipe.model.revision)
+            lineage.check_base(key, start, self.recipe.model.base, self.recipe.model.revision)
         return start
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
@@ -92,7 +103,7 @@ class RunFolder:
         for key, used in self._inputs():
             if Path(used).resolve().is_relative_to(self.path.resolve()):
                 raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
-        if not self.path.exists() or all(file.name == REFUSED for file in self.path.iterdir()):
+        if not self.path.exists() or BEGINNING.issuperset(file.name for file in self.path.iterdir()):
             return
         if not kept.is_file():
             raise UserError(f"{self.path}: holds files that are no run of qalign's; choose another `output`")
@@ -103,21 +114,56 @@ class RunFolder:
             raise UserError(f"{self.path}: holds {state}; --resume goes on with it, --overwrite starts anew")
         if changed := self.changes():
             raise UserError(f"{self.path}: --resume needs the recipe it began with; this one differs: {changed}")
+        self.check_parent()
 
     def changes(self) -> str:
         """What the recipe says about this stage that the run that is there was not begun with; empty if nothing."""
-        kept = yaml.safe_load((self.path / "recipe.yaml").read_text(encoding="utf-8"))
+        return ", ".join(f"{key} is {new!r}, was {old!r}" for key, (old, new) in self.differences().items())
+
+    def differences(self) -> dict[str, tuple[object, object]]:
+        """The dotted keys of `changes`, each with (what it was, what it is).
+
+        Raises:
+            UserError: the recipe of the run that is there can't be read any more.
+        """
+        file = self.path / "recipe.yaml"
+        try:
+            kept = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (UnicodeDecodeError, yaml.YAMLError):
+            kept = None
+        if not isinstance(kept, dict):
+            raise UserError(
+                f"{file}: the recipe that this run was begun with can't be read any more; --overwrite starts anew"
+            )
+        with suppress(ValidationError):  # it has a key that is gone since, named below
+            kept = yaml.safe_load(dump(Recipe.model_validate(kept)))  # with the defaults of keys newer than the run
         given = yaml.safe_load(dump(self.recipe))
         others = {*STAGES, "output"} - {self.stage}
         old, new = (dict(_flat({key: r[key] for key in r if key not in others})) for r in (kept, given))
-        return ", ".join(
-            f"{key} is {new.get(key, 'gone')!r}, was {old.get(key, 'not there')!r}"
+        outputs = str(kept.get("output", "")) or ".", str(self.path.parent)
+        return {
+            key: (old.get(key, "not there"), new.get(key, "gone"))
             for key in {**old, **new}
-            if old.get(key) != new.get(key)
-        )
+            if not _same(old.get(key), new.get(key), outputs)
+        }
+
+    def check_parent(self) -> None:
+        """Makes sure that what the run that is there started from is still what it was.
+
+        Raises:
+            UserError: that adapter was trained again since.
+        """
+        parent, mark, kept = self.parent, self.path / PARENT, lineage.read(self.adapter)
+        was = mark.read_text(encoding="utf-8") if mark.is_file() else kept and kept.parent_hash
+        if parent and was and was != (now := lineage.adapter_hash(parent)):
+            raise UserError(
+                f"{self.path}: started from an adapter {was}, but {parent} is {now} now; "
+                f"train it again with python -m qalign.{self.stage} {self.command_line} --overwrite"
+            )
 
     def _inputs(self) -> Iterator[tuple[str, str]]:
         """(key, path) of what the stage reads."""
+        yield "model.base", self.recipe.model.base
         if parent := self.parent:
             yield f"{self.stage}.start_from", parent
         for key in ("data", "eval_data"):
@@ -128,8 +174,11 @@ class RunFolder:
         if not self.resume and self.path.exists():
             shutil.rmtree(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._list_refused(refused)
-        (self.path / "recipe.yaml").write_text(dump(self.recipe), encoding="utf-8")
+        self._list_refused(refused, REFUSED)
+        (self.path / LAST_TRY).unlink(missing_ok=True)
+        if self.parent and (now := lineage.adapter_hash(self.parent)):
+            (self.path / PARENT).write_text(now, encoding="utf-8")
+        _write_whole(self.path / "recipe.yaml", dump(absolute(self.recipe)))
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written to its end."""
@@ -151,6 +200,8 @@ class RunFolder:
         whole = [json.loads(line) for line in lines if line.endswith("}")]  # a power cut may leave half a line
         kept = [line for line in whole if line["step"] <= step]
         self.metrics.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        if checkpoint and (spent := checkpoint / WALL_SECONDS).is_file():
+            self._began -= float(spent.read_text())
         return checkpoint, int((checkpoint / TOKENS_SEEN).read_text()) if checkpoint else 0
 
     def check_refused(self, key: str, refused: list[Refused], used: int) -> None:
@@ -164,18 +215,19 @@ class RunFolder:
             return
         if not refused:
             raise UserError(f"{key}: holds no rows")
-        self._list_refused(refused)
+        name = LAST_TRY if (self.path / "recipe.yaml").is_file() else REFUSED
+        self._list_refused(refused, name)
         raise UserError(
             f"{key}: {len(refused)} of {used + len(refused)} rows were refused ({share:.0%}; max_refused_share is "
-            f"{self.recipe.max_refused_share:.0%}); all of them are in {self.path / REFUSED}. The first:",
+            f"{self.recipe.max_refused_share:.0%}); all of them are in {self.path / name}. The first:",
             *(f"  {row.where}: {row.reason}" for row in refused[:5]),
         )
 
-    def _list_refused(self, refused: list[Refused]) -> None:
+    def _list_refused(self, refused: list[Refused], name: str) -> None:
         if refused:
             self.path.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
-            (self.path / REFUSED).write_text("".join(lines), encoding="utf-8")
+            (self.path / name).write_text("".join(lines), encoding="utf-8")
 
     def finish(self, next_command: str, base: str, loading: str = LOADING, **facts) -> None:
         """Writes the adapter's model card and `summary.json`, whose presence says that the run is complete; then says
@@ -185,19 +237,19 @@ class RunFolder:
             next_command: what the user may want to do now.
             base: folder or hub id of the 16-bit base.
             loading: Python that loads the adapter without qalign, with `{folder}` in it.
-            facts: what to keep; `tokens_per_second` and `peak_bytes` at least.
+            facts: what to keep; `tokens_per_second` and `peak_bytes` at least. `wall_seconds` is added: of the whole
+                run, loading and the sessions before included.
         """
-        facts |= {"wall_seconds": round(time.monotonic() - self._began, 1), "versions": versions()}
+        facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
         self._write_model_card(base, loading.format(folder=self.adapter), facts)
-        aside = self.summary.with_suffix(".part")
-        aside.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.rename(self.summary)
+        _write_whole(self.summary, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"
         print_table("done", [("adapter", self.adapter), ("speed", speed), ("next", next_command)])
 
     def _write_model_card(self, base: str, loading: str, facts: dict) -> None:
         """`adapter/README.md`: what this adapter is, from what, and how to load it without qalign."""
-        table = "\n".join(f"| {name} | {value} |" for name, value in facts.items() if name != "versions")
+        cells = ((name, " ".join(str(value).split()).replace("|", r"\|")) for name, value in _flat(facts))
+        table = "\n".join(f"| {name} | {value} |" for name, value in cells if not name.startswith("versions."))
         made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         (self.adapter / "README.md").write_text(
             f"""---
@@ -221,13 +273,35 @@ Trained with qalign on `{self.recipe.model.base}`. Made with {made_with}.
         )
 
 
+def _write_whole(file: Path, text: str) -> None:
+    """Writes a file aside, then gives it its name: what was there is replaced by all of it or not at all."""
+    aside = file.with_suffix(".part")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(file)
+
+
 def _flat(section: dict, above: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys of a recipe with their values."""
+    """Dotted keys of a recipe, or of a summary, with their values."""
     for key, value in section.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = dict(enumerate(value))
         if isinstance(value, dict) and value:
             yield from _flat(value, f"{above}{key}.")
         else:
-            yield above + key, value
+            yield f"{above}{key}", value
+
+
+def _same(old: object, new: object, outputs: tuple[str, str]) -> bool:
+    """Whether two values of a recipe are one. Paths are if they lead to one file, or, where a project was moved with
+    its runs, to one place as seen from the recipe's output then and now."""
+    if old == new or SFT_RUN in (old, new) or not (isinstance(old, str) and isinstance(new, str)):
+        return old == new
+    if os.path.realpath(old) == os.path.realpath(new):
+        return True
+    try:
+        return os.path.relpath(old, outputs[0]) == os.path.relpath(new, outputs[1])
+    except ValueError:  # on another drive of Windows
+        return False
 
 
 def versions() -> dict[str, str]:

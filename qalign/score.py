@@ -1,9 +1,10 @@
 """Scores of a trained reward model.
 
-    python -m qalign.score RUN FILE [--to FILE] [--limit N]
+    python -m qalign.score RUN FILE [--to FILE] [--limit N] [--column NAME]
 
 Rows of prompt and completion (or any dialogue that ends with the assistant's turn) get a `reward`; preference rows get
-`reward_chosen`, `reward_rejected` and `reward_margin`. Rows come out as they went in, in their order.
+`reward_chosen`, `reward_rejected` and `reward_margin`. Rows come out as they went in, in their order; a column that is
+there already is never replaced.
 """
 
 import argparse
@@ -12,14 +13,18 @@ import sys
 from pathlib import Path
 
 from qalign.command import exit_code
+from qalign.dialogues import Dialogue, scorable
 from qalign.errors import UserError
+from qalign.files import BadRow
 from qalign.finished import open_run
+from qalign.places import DATA_SUFFIXES
 from qalign.recipe import Source
+from qalign.rows import Preference, Refused, collect
 
 SHOWN_REFUSALS = 5
 
 
-def score(folder: str, file: str, to: str | None, limit: int | None) -> None:
+def score(folder: str, file: str, to: str | None, limit: int | None, column: str = "reward") -> None:
     """Score answers with a trained reward model."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit: {limit} is no number of rows; expected at least 1")
@@ -30,11 +35,11 @@ def score(folder: str, file: str, to: str | None, limit: int | None) -> None:
     if not target.parent.is_dir():
         raise UserError(f"{target}: there is no folder {target.parent}")
 
+    read, refused = collect((Source(path=file),), "train", limit, 0, lambda raw, where: _read(raw, where, column))
+
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
     from qalign import lineage
     from qalign.base import Role, load
-    from qalign.dialogues import Dialogue, scorable
-    from qalign.rows import collect
     from qalign.scoring import score_sequences
     from qalign.tokens import encode_answer, encode_pair
 
@@ -43,30 +48,44 @@ def score(folder: str, file: str, to: str | None, limit: int | None) -> None:
     lineage.check(str(run.path), run.adapter, base.lineage("reward"))
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
 
-    def encode(raw, where):
-        row = scorable(raw, where)
+    def encode(row):
         if isinstance(row, Dialogue):
-            return raw, [encode_answer(base.tokenizer, row, model.max_length, model.chat_template_kwargs)]
+            return [encode_answer(base.tokenizer, row, model.max_length, model.chat_template_kwargs)]
         pair = encode_pair(base.tokenizer, row, model.max_length, model.chat_template_kwargs)
-        return raw, [pair.prompt_ids + pair.chosen_ids, pair.prompt_ids + pair.rejected_ids]
+        return [pair.prompt_ids + pair.chosen_ids, pair.prompt_ids + pair.rejected_ids]
 
-    rows, refused = collect((Source(path=file),), "train", limit, 0, encode)
+    rows = []
+    for raw, row, names in read:
+        try:
+            rows.append((raw, names, encode(row)))
+        except BadRow as reason:
+            refused.append(Refused(row.where, str(reason)))
     for row in refused[:SHOWN_REFUSALS]:
         print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
     if not rows:
         raise UserError(f"{file}: holds no rows that can be scored ({len(refused)} were refused)")
-    scores = iter(score_sequences(base, [ids for _, sequences in rows for ids in sequences]))
+    scores = iter(score_sequences(base, [ids for *_, sequences in rows for ids in sequences]))
     aside = target.with_name(target.name + ".part")
     with aside.open("w", encoding="utf-8") as opened:
-        for raw, sequences in rows:
+        for raw, names, sequences in rows:
             found = [round(next(scores), 6) for _ in sequences]
-            names = ("reward",) if len(found) == 1 else ("reward_chosen", "reward_rejected")
-            row = raw | dict(zip(names, found, strict=True))
             if len(found) == 2:
-                row["reward_margin"] = round(found[0] - found[1], 6)
-            opened.write(_line(row))
+                found.append(round(found[0] - found[1], 6))
+            opened.write(_line(raw | dict(zip(names, found, strict=True))))
     aside.rename(target)
     print(f"{target}: {len(rows):,} rows scored, {len(refused):,} refused")
+
+
+def _read(raw: dict, where: str, column: str) -> tuple[dict, Dialogue | Preference, list[str]]:
+    """A row as it came, as it is understood, and the columns that it gets; a `UserError` if it has one of them."""
+    row = scorable(raw, where)
+    pair = isinstance(row, Preference)
+    names = [f"{column}_{side}" for side in ("chosen", "rejected", "margin")] if pair else [column]
+    if taken := next((name for name in names if name in raw), None):
+        raise UserError(
+            f"{where}: has a column '{taken}' already; name others with --column, or remove it from the rows"
+        )
+    return raw, row, names
 
 
 def _line(row: dict) -> str:
@@ -81,7 +100,8 @@ def _line(row: dict) -> str:
 
 def _beside(file: Path) -> Path:
     """`answers.jsonl` or `answers.jsonl.gz` to `answers.scored.jsonl`."""
-    return file.with_name(f"{file.name.partition('.')[0]}.scored.jsonl")
+    kind = next((suffix for suffix in DATA_SUFFIXES if file.name.endswith(suffix)), "")
+    return file.with_name(f"{file.name.removesuffix(kind)}.scored.jsonl")
 
 
 def main() -> None:
@@ -90,8 +110,11 @@ def main() -> None:
     parser.add_argument("file", help="rows to score: .jsonl, .json, .jsonl.gz, .parquet or .csv")
     parser.add_argument("--to", metavar="FILE", help="where the scores go; FILE.scored.jsonl beside it if left out")
     parser.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
+    parser.add_argument(
+        "--column", metavar="NAME", default="reward", help="what the scores are called in the rows (default: reward)"
+    )
     args = parser.parse_args()
-    sys.exit(exit_code(lambda: score(args.run, args.file, args.to, args.limit)))
+    sys.exit(exit_code(lambda: score(args.run, args.file, args.to, args.limit, args.column)))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """A reward model's scores of many answers."""
 
+import math
+
 import torch
 from tqdm.auto import tqdm
 
 from qalign.base import Base, Role
+from qalign.errors import UserError
 
 BATCH_ROWS = 8
 
@@ -14,6 +17,9 @@ def score_sequences(base: Base, sequences: list[list[int]]) -> list[float]:
     Args:
         base: with a reward adapter and its head.
         sequences: ids.
+
+    Raises:
+        UserError: a score is not finite.
     """
     order = sorted(range(len(sequences)), key=lambda number: len(sequences[number]))  # like lengths: less padding
     scores = [0.0] * len(sequences)
@@ -30,4 +36,9 @@ def score_sequences(base: Base, sequences: list[list[int]]) -> list[float]:
             for number, score in zip(numbers, found, strict=True):
                 scores[number] = score
             bar.update(len(numbers))
+    if not all(map(math.isfinite, scores)):
+        raise UserError(
+            f"model.compute_dtype: the reward model's scores are not finite, computed in {base.precision}; use "
+            "bfloat16 or float32, or train it again with a lower learning_rate"
+        )
     return scores

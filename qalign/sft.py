@@ -22,9 +22,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.dialogues import dialogues
     from qalign.intake import read_rows
     from qalign.journal import Journal
-    from qalign.loop import print_header, train_to_the_end, training_config
+    from qalign.loop import Checkpointed, micro_batch_size, plan, print_header, train_to_the_end, training_config
+    from qalign.supervised import SupervisedTrainer
     from qalign.tokens import IGNORED, encode_dialogues
-    from qalign.trainer import SupervisedTrainer
 
     settings, parent = recipe.sft, run.parent
     base = load(recipe.model)
@@ -41,10 +41,13 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         base.add_adapter(Role.POLICY, recipe.lora)
 
     longest = recipe.model.max_length if settings.packing else max(map(len, sequences))
+    planned = plan(run, base, longest)
+    micro = micro_batch_size(settings, planned, longest)
     args = training_config(
         run,
         base,
-        longest,
+        micro,
+        planned.checkpointed_layers,
         packing=settings.packing,
         packing_strategy="bfd",
         eval_packing=False,
@@ -53,12 +56,13 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     run.begin(refused)
     checkpoint, tokens_before = run.rewind()
     journal = Journal(run, tokens_before)
-    trainer = SupervisedTrainer(base, args, sequences, held_out or None, callbacks=(journal,))
+    trainer = SupervisedTrainer(base, args, sequences, held_out or None, callbacks=(journal, Checkpointed(planned)))
     learned = sum(label != IGNORED for row in sequences for label in row.labels)
     loss = f"on {learned:,} of {sum(map(len, sequences)):,} tokens: the assistant's turns"
     packed = f"{len(sequences):,} sequences in {len(trainer.train_dataset):,} rows" if settings.packing else "none"
-    print_header(run, base, trainer, checkpoint, rows, loss=loss, packing=packed)
-    facts = train_to_the_end(trainer, run, journal, checkpoint, longest)
+    at_once = f"{micro} at a time{planned}"
+    print_header(run, base, trainer, at_once, checkpoint, rows, loss=loss, packing=packed)
+    facts = train_to_the_end(trainer, run, journal, checkpoint, at_once)
     base.save_adapter(Role.POLICY, run.adapter)
     lineage.write(run.adapter, origin)
     if held_out and not settings.eval_every:  # else the loop has measured them after its last step

@@ -15,18 +15,21 @@ def mend_rounding(model: PeftModel, original: PreTrainedModel, adapter: str) -> 
     PEFT's own `replace_lora_weights_loftq` needs CUDA, and is right only for alpha = r, as it leaves the scale out.
 
     Args:
-        model: with an adapter of that name on 4-bit layers.
+        model: with an adapter of that name. Where a layer is not 4-bit it stays as it is.
         original: the same model unquantised.
     """
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
             continue
         held = module.get_base_layer().weight
-        rounded = bitsandbytes.functional.dequantize_4bit(held.data, held.quant_state).float()
+        if (state := getattr(held, "quant_state", None)) is None:  # left unquantised: nothing to mend
+            continue
+        rounded = bitsandbytes.functional.dequantize_4bit(held.data, state).float()
         weight = original.get_submodule(name.removeprefix("base_model.model.")).weight
         rank = module.r[adapter]
         few = min(2 * rank, *rounded.shape)  # twice the rank: the randomised SVD is then good for the first half
         left, sizes, right = torch.svd_lowrank(weight.to(rounded.device).float() - rounded, q=few, niter=4)
         root = sizes[:rank].sqrt()
-        module.lora_A[adapter].weight.data = (right[:, :rank] * root).T.contiguous()
-        module.lora_B[adapter].weight.data = left[:, :rank] * root / module.scaling[adapter]
+        # A small layer has fewer directions than a high rank: the others begin as LoRA's own, which change nothing.
+        module.lora_A[adapter].weight[: len(root)] = (right[:, :rank] * root).T
+        module.lora_B[adapter].weight[:, : len(root)] = left[:, :rank] * root / module.scaling[adapter]

@@ -206,11 +206,17 @@ def encode_answer(tokenizer, row: Dialogue, max_length: int, template_kwargs: di
 def encode_text(tokenizer, row: PlainText, max_length: int) -> list[TokenDialogue]:
     """A plain text as ids, with EOS at its end; a long one in pieces of `max_length`, each of which begins with the
     last token of the one before. So all of its tokens but the first are supervised, each once: the token at the start
-    of a sequence is predicted from nothing."""
+    of a sequence is predicted from nothing.
+
+    Raises:
+        BadRow: the tokenizer makes nothing of the text, or it spells out a special token.
+    """
     _refuse_special(tokenizer, [{"content": row.text}])
     ids = [*tokenizer(row.text).input_ids, tokenizer.eos_token_id]
-    if ids[-2] == tokenizer.eos_token_id:  # some tokenizers add one themselves
+    if ids[-2:-1] == [tokenizer.eos_token_id]:  # some tokenizers add one themselves
         ids.pop()
+    if len(ids) < 2:
+        raise BadRow("the text gives no tokens")
     pieces = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
     return [TokenDialogue(piece, [IGNORED, *piece[1:]], row.where) for piece in pieces]
 
@@ -221,8 +227,11 @@ def encode_prompt(tokenizer, prompt: list[Message], template_kwargs: dict) -> li
 
 
 def end_of_turn_id(tokenizer, template_kwargs: dict) -> int:
-    """The id with which the template ends an assistant's turn."""
-    _, ((*_, last),) = _encode(tokenizer, [{"role": "user", "content": "a"}], ("b",), template_kwargs)
+    """The id with which the template ends an assistant's turn; a `UserError` if it can't render one."""
+    try:
+        _, ((*_, last),) = _encode(tokenizer, [{"role": "user", "content": "a"}], ("b",), template_kwargs)
+    except BadRow as reason:
+        raise UserError(f"model.chat_template: no end of turn can be found: {reason}") from None
     return last
 
 

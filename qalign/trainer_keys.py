@@ -13,7 +13,8 @@ _OWNED = {
     "per_device_train_batch_size": "micro_batch_size", "per_device_eval_batch_size": "micro_batch_size",
     "gradient_accumulation_steps": "batch_size", "lr_scheduler_type": "scheduler", "warmup_steps": "warmup_ratio",
     "eval_steps": "eval_every", "save_steps": "save_every", "bf16": "model.compute_dtype",
-    "fp16": "model.compute_dtype", "gradient_checkpointing": "trainer.activation_checkpointing",
+    "fp16": "model.compute_dtype", "gradient_checkpointing": "checkpointed_layers",
+    "activation_checkpointing": "checkpointed_layers",
     "gradient_checkpointing_kwargs": "trainer.activation_checkpointing_kwargs",
 }  # fmt: skip
 _OWNED_BY_STAGE = {
@@ -33,7 +34,7 @@ _WITHOUT_EFFECT_BY_STAGE = {
         "dataset_text_field", "dataset_kwargs", "truncation_mode", "shuffle_dataset", "padding_free", "eval_packing",
         "completion_only_loss", "assistant_only_loss", "eos_token",
     },
-    "reward": {"eos_token"},
+    "reward": {"eos_token", "activation_offloading"},
     "dpo": {
         "router_aux_loss_coef", "disable_dropout", "truncation_mode", "padding_free", "precompute_ref_log_probs",
         "precompute_ref_batch_size", "loss_weights", "ld_alpha", "f_divergence_type", "f_alpha_divergence_coef",

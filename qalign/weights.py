@@ -20,11 +20,13 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     GgufConfig,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -90,6 +92,24 @@ def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held"):
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.base: '{spec.base}' can't be loaded: {reason}") from None
+
+
+def load_config(spec: Model) -> PretrainedConfig:
+    """A base's settings without its weights.
+
+    Raises:
+        UserError: they can't be found, fetched or read.
+    """
+    _quiet()
+    try:
+        if spec.base.startswith("package:") or spec.base.endswith(".gguf"):
+            file = package_file(spec.base) if spec.base.startswith("package:") else Path(spec.base).expanduser()
+            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+        where = str(Path(spec.base).expanduser()) if looks_local(spec.base) else spec.base
+        return AutoConfig.from_pretrained(where, revision=spec.revision)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"model.base: '{spec.base}' can't be read: {reason}") from None
 
 
 def _quiet() -> None:
@@ -218,15 +238,21 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
 
 @contextmanager
 def written_aside(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes its final name once it is whole; another process may have been faster."""
+    """A temporary folder that takes its final name once it is whole, it and its files as open to others as any that the
+    user makes; another process may have been faster."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    aside = around / folder.name
     try:
+        aside.mkdir()  # in the other, as that is its owner's alone
         yield aside
+        for file in aside.rglob("*"):
+            if file.is_file():  # safetensors makes them their owner's alone too
+                file.chmod(aside.stat().st_mode & 0o666)
         try:
             aside.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(around, ignore_errors=True)

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import torch
+from trl import DPOConfig
 
 from qalign import dpo
 from qalign.base import Role
@@ -52,6 +53,16 @@ def train_recipe(recipe: Recipe, command_line: str = "", *, resume: bool = False
     run.claim(resume=resume, overwrite=overwrite)
     dpo.train(recipe, run)
     return run
+
+
+def dpo_config(folder, **values) -> DPOConfig:
+    """TRL's config for a few plain steps on the CPU."""
+    plain = {
+        "output_dir": str(folder), "bf16": False, "use_cpu": True, "activation_checkpointing": False,
+        "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "logging_steps": 1,
+        "dataloader_pin_memory": False, "save_strategy": "no", "lr_scheduler_type": "constant", "learning_rate": 1e-3,
+    }  # fmt: skip
+    return DPOConfig(**plain | values)
 
 
 def metrics(run: RunFolder) -> list[dict]:

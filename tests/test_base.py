@@ -87,8 +87,10 @@ def test_reference_has_no_dropout_and_the_training_policy_does(spec, adapter_fol
         with base.acting_as(Role.REFERENCE) as lm:
             first, second = lm(input_ids=IDS).logits, lm(input_ids=IDS).logits
         assert torch.equal(first, second)
-        with base.acting_as(Role.POLICY) as lm:
-            assert not torch.equal(lm(input_ids=IDS).logits, lm(input_ids=IDS).logits)
+        with base.acting_as(Role.POLICY) as lm:  # while it is measured, not trained
+            assert torch.equal(lm(input_ids=IDS).logits, lm(input_ids=IDS).logits)
+    with base.acting_as(Role.POLICY) as lm:
+        assert not torch.equal(lm(input_ids=IDS).logits, lm(input_ids=IDS).logits)
 
 
 def state(base):

@@ -421,6 +421,22 @@ def test_a_tokenizer_that_adds_an_eos_itself_gives_one():
     assert sequence.ids == [2000, *plain("llama3", "Hello there"), 2005]
 
 
+@pytest.mark.parametrize("end", ["", " <|eot_id|>"], ids=["no EOS", "an EOS of its own"])
+def test_a_text_that_gives_no_tokens_is_refused(end):
+    """Some tokenizers drop characters that they don't know, and not all begin with a BOS."""
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A{end}", special_tokens=[("<|eot_id|>", 2005)]
+    )
+    rows = [PlainText("\u200b", "a.jsonl:1"), PlainText("Hello there", "a.jsonl:2")]
+
+    sequences, refused = encode_dialogues(tokenizer, rows, 1000, {})
+
+    assert [sequence.ids for sequence in sequences] == [[*plain("llama3", "Hello there"), 2005]]
+    assert refused == [Refused("a.jsonl:1", "the text gives no tokens")]
+
+
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 46, 47])
 def test_of_a_long_text_every_token_is_learned_once_and_follows_the_one_before_it(length):
     """The last token, the EOS, is never alone: at the start of a sequence nothing predicts it."""

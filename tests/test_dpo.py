@@ -12,14 +12,16 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig
 
 import qalign.base
+import qalign.memory
 from qalign.base import Role, load
 from qalign.errors import UserError
 from qalign.recipe_file import load as load_recipe
 from qalign.weights import guard_4bit
-from tests.conftest import ROOT
+from tests.conftest import FIXTURES, ROOT
+from tests.families import family
 from tests.helpers import TEST, digest, metrics, train, train_recipe
 
 
@@ -51,7 +53,14 @@ def test_a_run_leaves_what_it_promises(recipe_file, capsys):
     assert {"wall_seconds", "tokens_per_second", "peak_bytes", "versions"} <= set(summary)
 
     said = capsys.readouterr().out
-    for word in ("nf4", "24 used", "the base with adapters off", "6, each of 4 pairs", str(run.adapter)):
+    for word in (
+        "nf4",
+        "24 used",
+        "the base with adapters off",
+        "6, each of 4 pairs, 2 at a time",
+        "once a pair, packed without padding",
+        str(run.adapter),
+    ):
         assert word in said, word
     assert f"python -m qalign.evaluate {run.command_line}" in said
 
@@ -136,6 +145,29 @@ def test_every_loss_trains(recipe_file, loss):
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"] + 0.01
     free = loss in ("simpo", "orpo")
     assert json.loads(run.summary.read_text())["reference"].startswith("none" if free else "the base")
+
+
+def test_micro_batches_by_tokens_give_the_curve_of_those_by_pairs(recipe_file, capsys, monkeypatch):
+    monkeypatch.setitem(qalign.memory.BUSY_TOKENS, "cpu", 400)  # two or three pairs
+    by_pairs = train(recipe_file("pairs.yaml", output="pairs", limit=10, micro_batch_size=2))
+    by_tokens = train(recipe_file("tokens.yaml", output="tokens", limit=10, micro_batch_size="auto"))
+    assert "up to 400 tokens at a time" in capsys.readouterr().out
+    assert [line["step"] for line in metrics(by_pairs)] == [1, 2, 3]
+    for one, other in zip(metrics(by_tokens), metrics(by_pairs), strict=True):
+        for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
+            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
+
+
+def test_a_family_that_cannot_share_prompts_says_so_and_trains(recipe_file, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    family("falcon", len(tokenizer), dtype=torch.float32, spread=0.1).save_pretrained(tmp_path / "falcon")
+    tokenizer.save_pretrained(tmp_path / "falcon")
+    run = train(recipe_file(model={"base": str(tmp_path / "falcon")}, limit=8, epochs=4, learning_rate=1e-2))
+    said = capsys.readouterr().out
+    assert "twice a pair, padded: FalconForCausalLM uses transformers' AttentionInterface in 0 of 2 layers" in said
+    lines = metrics(run)
+    assert lines[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"] + 0.01
 
 
 @pytest.mark.parametrize("name", ["hh_harmless.jsonl.gz", "alpaca_eval_prefs.jsonl.gz", "dpo_en_demo.json"])

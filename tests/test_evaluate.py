@@ -1,17 +1,18 @@
 """The report: figures against a count by hand, and a command that says what is missing."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
 from qalign import evaluate
 from qalign.base import Role, load
-from qalign.batch import PairCollator
 from qalign.errors import UserError
-from qalign.logps import pair_lengths, pair_logps
 from qalign.recipe import Lora, Model
 from qalign.recipe_file import load as load_recipe
+from tests.families import alone
 from tests.helpers import TEST, house_style, scramble, train
 
 
@@ -30,11 +31,10 @@ def test_figures_equal_a_count_pair_by_pair(base):
     margins = []
     base.model.eval()
     for pair in pairs:
-        batch = PairCollator(0)([pair])
-        (chosen, rejected), logps = pair_lengths(batch)[0].tolist(), {}
+        (chosen, rejected), logps = (len(pair.chosen_ids), len(pair.rejected_ids)), {}
         for role in Role:
             with torch.no_grad(), base.acting_as(role) as lm:
-                logps[role] = pair_logps(lm, batch)[0].tolist()
+                logps[role] = alone(lm, [pair])[0].tolist()
         before += logps[Role.REFERENCE][0] / chosen > logps[Role.REFERENCE][1] / rejected
         after += logps[Role.POLICY][0] / chosen > logps[Role.POLICY][1] / rejected
         gains = [after - before for after, before in zip(logps[Role.POLICY], logps[Role.REFERENCE], strict=True)]
@@ -84,3 +84,38 @@ def test_what_is_missing_is_one_line(recipe_file):
     run = train(recipe_file(max_steps=1))
     with pytest.raises(UserError, match=r"dpo\.eval_data: there are no held-out rows"):
         evaluate.report(run.recipe)
+
+
+def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_jsonl, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
+    good = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:3]]
+    held_out = write_jsonl("held_out.jsonl", [*good, "{broken", good[0] | {"chosen": "a<|eot_id|>b"}])
+    run = train(recipe_file(max_steps=1))
+    capsys.readouterr()
+    evaluate.report(load_recipe(recipe_file(max_steps=1, eval_data=held_out)))
+    said = capsys.readouterr()
+    assert f"{run.adapter} on 3 held-out pairs" in said.out
+    refusals = [line for line in said.err.splitlines() if line.startswith("refused: ")]
+    assert [line.split(": ")[1] for line in refusals] == [f"{held_out}:4", f"{held_out}:5"]
+
+
+def test_the_same_base_by_another_path_is_taken(recipe_file, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    keys = {"max_steps": 1, "model": {"base": "model"}, "eval_data": {"path": TEST, "limit": 2}}
+    run = train(recipe_file(**keys))
+    path = recipe_file(**keys)
+    monkeypatch.chdir("/")
+    evaluate.report(load_recipe(path))
+    assert (run.path / "evaluation.json").is_file()
+
+
+def test_a_reference_that_was_trained_again_is_refused(recipe_file, tmp_path):
+    """Its figures would be those of an adapter that the run never saw."""
+    parent = train(recipe_file(output="parent", max_steps=1)).adapter
+    keys = {"start_from": str(parent), "max_steps": 1, "eval_data": {"path": TEST, "limit": 2}}
+    run = train(recipe_file(**keys))
+    train(recipe_file(output="parent", max_steps=2), overwrite=True)
+    with pytest.raises(UserError, match=rf"{run.path}: started from an adapter \w{{16}}, but {parent} is \w{{16}} now"):
+        evaluate.report(load_recipe(recipe_file(**keys)))

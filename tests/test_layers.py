@@ -10,15 +10,18 @@ LAYERS = [
         "ground",
         ["errors", "recipe", "places", "trainer_keys", "recipe_file", "lineage", "losses", "reward_report", "command"],
     ),
-    ("data", ["files", "rows", "dialogues", "tokens", "batch"]),
-    ("model", ["heads", "logps", "weights", "starts", "base", "rollout", "scoring"]),
-    ("run", ["run", "stage", "finished", "intake", "journal", "loop", "trainer"]),
+    ("data", ["files", "rows", "dialogues", "tokens", "layout", "batch"]),
+    (
+        "model",
+        ["attention", "heads", "logps", "memory", "weights", "starts", "base", "references", "rollout", "scoring"],
+    ),
+    ("run", ["run", "stage", "finished", "intake", "journal", "loop", "supervised", "trainer"]),
     ("stage", ["sft", "reward", "dpo"]),
-    ("top", ["evaluate", "score", "merge", "__main__"]),
+    ("top", ["evaluate", "fit", "score", "merge", "__main__"]),
 ]
 LIGHT = [
     *("errors", "recipe", "places", "trainer_keys", "recipe_file", "lineage", "command", "files", "rows", "dialogues"),
-    *("run", "stage", "finished", "intake", "sft", "reward", "dpo", "evaluate", "score", "merge", "__main__"),
+    *("run", "stage", "finished", "intake", "sft", "reward", "dpo", "fit", "evaluate", "score", "merge", "__main__"),
 ]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
 PACKAGE = Path(qalign.__file__).parent

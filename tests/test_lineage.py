@@ -71,6 +71,17 @@ def test_a_local_base_may_have_moved(tmp_path):
         lineage.check("x", tmp_path, dataclasses.replace(OURS, base="/other/theirs", revision=None))
 
 
+def test_a_local_base_is_known_from_another_folder(tmp_path, monkeypatch):
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    ours = dataclasses.replace(OURS, base="models/mine", parent="models/mine", revision=None)
+    lineage.write(tmp_path, ours)
+    monkeypatch.chdir("/")
+    kept = lineage.read(tmp_path)
+    assert kept.base == kept.parent == str(tmp_path / "models" / "mine")
+    lineage.check("x", tmp_path, dataclasses.replace(ours, base=f"{tmp_path}/models/mine"))
+
+
 def test_a_broken_lineage_is_one_line(tmp_path):
     (tmp_path / lineage.FILE).write_text('{"stage": "sft"}')
     with pytest.raises(UserError, match=r"lineage.json: not a lineage that qalign wrote"):

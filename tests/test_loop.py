@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from qalign.batch import MicroBatch
 from qalign.errors import UserError
 from qalign.journal import Journal
-from qalign.loop import micro_batch_size, planned_steps, train_to_the_end
+from qalign.loop import micro_batch, micro_batch_size, not_finite, planned_steps, train_to_the_end
+from qalign.memory import Plan
 from qalign.recipe import DPO
 from tests.helpers import TRAIN
 
@@ -18,9 +20,12 @@ def settings(**keys) -> DPO:
 
 
 def test_micro_batch_auto_divides_and_fits():
-    assert micro_batch_size(settings(batch_size=12), 1000) == 4  # 4 * 1000 <= 4096 < 6 * 1000
-    assert micro_batch_size(settings(batch_size=7), 1000) == 1
-    assert micro_batch_size(settings(batch_size=12, micro_batch_size=3), 1000) == 3
+    planned = Plan(4096, 0)
+    assert micro_batch_size(settings(batch_size=12), planned, 1000) == 4  # 4 * 1000 <= 4096 < 6 * 1000
+    assert micro_batch_size(settings(batch_size=12), planned, 1024) == 4  # exactly 4096
+    assert micro_batch_size(settings(batch_size=7), planned, 1000) == 1
+    assert micro_batch_size(settings(batch_size=12), planned, 5000) == 1  # a plan is never below the longest row
+    assert micro_batch_size(settings(batch_size=12, micro_batch_size=3), planned, 5000) == 3
 
 
 def test_planned_steps_count_a_short_last_batch():
@@ -29,18 +34,34 @@ def test_planned_steps_count_a_short_last_batch():
     assert planned_steps(settings(batch_size=8, max_steps=2), 17) == 2
 
 
+@pytest.mark.parametrize(("size", "limit"), [("auto", MicroBatch(tokens=4096)), (3, MicroBatch(pairs=3))])
+def test_trainers_of_pairs_take_tokens_or_pairs_at_a_time(size, limit):
+    assert micro_batch(settings(batch_size=12, micro_batch_size=size), Plan(4096, 2)) == limit
+
+
 @pytest.mark.parametrize(
-    ("batch", "micro", "fix"),
-    [(15, 5, "dpo.micro_batch_size=3"), (8, 8, "dpo.micro_batch_size=4"), (4, 1, "model.max_length=150")],
+    ("micro", "fix"),
+    [
+        (5, r"Try dpo\.micro_batch_size=1, or else model\.max_length=150$"),
+        ("auto", r"Try dpo\.micro_batch_size=1, or else model\.max_length=150$"),
+        (1, r"Try model\.max_length=150$"),
+    ],
 )
-def test_out_of_memory_suggests_a_size_that_the_recipe_allows(batch, micro, fix):
+def test_out_of_memory_suggests_what_takes_less(micro, fix):
     def out_of_memory(**_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
-    trainer = SimpleNamespace(train=out_of_memory, args=SimpleNamespace(per_device_train_batch_size=micro))
-    run = SimpleNamespace(stage="dpo", settings=settings(batch_size=batch))
-    with pytest.raises(UserError, match=rf"{micro} rows of up to 300 tokens .*Try {fix}"):
-        train_to_the_end(trainer, run, SimpleNamespace(tokens_seen=0), None, 300)
+    recipe = SimpleNamespace(model=SimpleNamespace(max_length=300))
+    run = SimpleNamespace(stage="dpo", recipe=recipe, settings=settings(batch_size=15, micro_batch_size=micro))
+    with pytest.raises(UserError, match=rf"with so much, 2 layers checkpointed \(CUDA out of memory\)\. {fix}"):
+        at_once = "so much" + str(Plan(4096, 2))
+        train_to_the_end(SimpleNamespace(train=out_of_memory), run, SimpleNamespace(tokens_seen=0), None, at_once)
+
+
+def test_not_finite_names_each_row_once():
+    error = not_finite(SimpleNamespace(state=SimpleNamespace(global_step=4)), ["a.jsonl:1", "a.jsonl:2", "a.jsonl:1"])
+    (line,) = error.lines
+    assert line.startswith("step 5: the loss is not finite on a.jsonl:1, a.jsonl:2; ")
 
 
 def test_a_resumed_run_counts_its_tokens_on(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from qalign.__main__ import run_all
 from qalign.base import Role, load
 from qalign.errors import UserError
 from qalign.recipe_file import load as load_recipe
+from qalign.score import score
 from tests.conftest import ROOT
 from tests.helpers import house_style
 from tests.reward_runs import DATA, SHORT, run_stage, write_recipe
@@ -99,6 +101,19 @@ def test_a_recipe_that_changed_since_is_refused_and_names_what(chain):
         run_all(str(path), ["dpo.beta=0.3"], [])
 
 
+def test_a_held_out_loss_that_was_not_finite_is_left_out_of_the_table(chain, capfd):
+    """`metrics.jsonl` has null for it."""
+    path, _ = chain
+    logged = path.parent / "runs" / "dpo" / "metrics.jsonl"
+    kept = logged.read_text()
+    logged.write_text(kept + '{"step": 3, "eval_loss": null}\n')
+    try:
+        run_all(str(path), [], [])
+    finally:
+        logged.write_text(kept)
+    assert "held-out loss" not in capfd.readouterr().out.splitlines()[-2]
+
+
 def test_a_parent_that_was_trained_again_is_noticed(chain, tmp_path):
     path, _ = chain
     weights = path.parent / "runs" / "sft" / "adapter" / "adapter_model.safetensors"
@@ -139,3 +154,27 @@ def test_another_stages_section_may_change_before_a_run_is_resumed(tiny_folder, 
     assert run.changes() == ""
     run.recipe = load_recipe(str(path), ["sft.epochs=2"])
     assert run.changes() == "sft.epochs is 2.0, was 1.0"
+
+
+def test_what_is_complete_is_skipped_from_another_folder_too(tiny_folder, tmp_path, monkeypatch, capfd):
+    """Base and rows are named as seen from the recipe, and the commands that take a run find the base from anywhere."""
+    place = tmp_path / "project"
+    shutil.copytree(tiny_folder, place / "model")
+    for stage, file in (("sft", "house_style_dialogues_train.jsonl"), ("reward", "house_style_train.jsonl")):
+        shutil.copy(DATA / file, place / f"{stage}.jsonl")
+    short = SHORT | {"max_steps": 1}
+    (place / "recipe.yaml").write_text(yaml.safe_dump({
+        "model": {"base": "model", "compute_dtype": "float32", "max_length": 512},
+        "lora": {"r": 4},
+        "output": str(tmp_path / "runs"),
+        "sft": {"data": "sft.jsonl", **short},
+        "reward": {"data": "reward.jsonl", "start_from": "sft", **short},
+    }))  # fmt: skip
+    monkeypatch.chdir(place)
+    run_all("recipe.yaml", [], [])
+    capfd.readouterr()
+    monkeypatch.chdir(tmp_path)
+    run_all("project/recipe.yaml", [], [])
+    assert capfd.readouterr().out.count("complete, skipped") == 2
+    score("runs/reward", str(place / "reward.jsonl"), "scored.jsonl", 2)
+    assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 2

@@ -278,6 +278,18 @@ def test_an_adapter_from_before_lineage_merges_in_the_recipes_dtype(policy, tmp_
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_an_adapter_that_mends_rounding_is_not_merged_where_nothing_was_rounded(tiny_folder, tmp_path, capsys):
+    """LoftQ's start is W - Q: on W itself it would be a mistake as large as the rounding."""
+    keys = {"lora": {"init": "loftq", "r": 32}, "max_steps": 1, "learning_rate": 1e-9}
+    run = run_stage(write_recipe(tmp_path, tiny_folder, "sft", **keys))
+    assert "init: loftq" in one_line(capsys, str(run.path), "original", None)
+    assert not (run.path / "merged-original").exists()
+    merge(str(run.path), "dequantized", None)
+    name, original = "model.layers.1.mlp.up_proj.weight", stored(tiny_folder)
+    held, merged = dequantised(run, torch.float32)[name], stored(run.path / "merged-dequantized")[name].float()
+    assert (merged - original[name]).norm() < 0.7 * (held - original[name]).norm()
+
+
 def one_line(capsys, *args) -> str:
     """What the command says when it can't; it exits with 2."""
     capsys.readouterr()

@@ -608,7 +608,8 @@ def test_a_key_of_trl_is_passed_on(read):
         ("num_train_epochs", "trainer.num_train_epochs: set it as dpo.epochs"),
         ("gradient_accumulation_steps", "trainer.gradient_accumulation_steps: set it as dpo.batch_size"),
         ("warmup_ratio", "trainer.warmup_ratio: set it as dpo.warmup_ratio"),
-        ("gradient_checkpointing", "trainer.gradient_checkpointing: set it as trainer.activation_checkpointing"),
+        ("gradient_checkpointing", "trainer.gradient_checkpointing: set it as dpo.checkpointed_layers"),
+        ("activation_checkpointing", "trainer.activation_checkpointing: set it as dpo.checkpointed_layers"),
         (
             "sync_ref_model",
             "trainer.sync_ref_model: has no effect, qalign does this part of TRL's trainer itself; remove it",

@@ -5,11 +5,14 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+import trl
+from datasets import Dataset
 from peft import get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -18,15 +21,17 @@ from transformers import AutoTokenizer
 import qalign.base
 from qalign import reward_report
 from qalign.base import HEAD, Role, load, load_classifier
+from qalign.batch import MicroBatch
 from qalign.errors import UserError
 from qalign.lineage import Lineage
-from qalign.recipe import Model, Source
+from qalign.recipe import Model, Reward, Source
 from qalign.recipe_file import load as load_recipe
 from qalign.reward_report import ScoredPair
 from qalign.rows import preferences
 from qalign.score import score
 from qalign.scoring import score_sequences
 from qalign.tokens import encode_pairs, prepare_tokenizer
+from qalign.trainer import RewardModelTrainer
 from qalign.weights import guard_4bit, load_weights
 from tests.helpers import TEST, TRAIN, metrics
 from tests.reward_runs import (
@@ -114,6 +119,7 @@ def test_a_run_says_what_it_does_and_what_to_type_next(recipe, capsys):
     for words in (
         "Bradley-Terry, centred with 0.01",
         "64 weights, unquantised, in float32, read at the end of the answer's turn",
+        "once a pair, packed without padding",
         "12 used, 6 held out",
         "whether to trust it, on 6 held-out pairs",
         f"python -m qalign.score {run.path} FILE.jsonl",
@@ -180,10 +186,54 @@ def test_the_loss_and_its_gradient_are_bradley_terrys(recipe, write_jsonl, start
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
+@pytest.mark.parametrize(("margin", "centering"), [(False, 0.0), (True, 0.1)])
+def test_the_loss_is_that_of_trls_reward_trainer(tiny_folder, start, tmp_path, margin, centering):
+    """Value and gradients of its own `compute_loss` on the same rows, padded, by plain PEFT."""
+    base = load_classifier(Model(base=tiny_folder, compute_dtype="float32", max_length=512))
+    base.load_adapter(Role.REWARD, start, trainable=True)
+    pairs = [replace(pair, margin=0.5 + n) for n, pair in enumerate(token_pairs(base.tokenizer, count=4))]
+    args = trl.RewardConfig(
+        output_dir=str(tmp_path), bf16=False, use_cpu=True, activation_checkpointing=False, report_to="none",
+        center_rewards_coefficient=centering or None, dataloader_pin_memory=False, max_length=None,
+    )  # fmt: skip
+    settings = Reward.model_validate({"data": "unused.jsonl", "margin": margin, "centering": centering})
+    ours = RewardModelTrainer(base, settings, args, MicroBatch(pairs=4), pairs)
+    assert base.prompts == "once a pair, packed without padding"
+    with base.reading_pairs():
+        loss = ours.compute_loss(base.model, pairs)
+        loss.backward()
+
+    rows = [
+        {"chosen_ids": p.prompt_ids + p.chosen_ids, "rejected_ids": p.prompt_ids + p.rejected_ids}
+        | ({"margin": p.margin} if margin else {})
+        for p in pairs
+    ]
+    theirs = trl.RewardTrainer(
+        plain_reward_model(tiny_folder, Path(start), trainable=True), args=args,
+        train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer,
+    )  # fmt: skip
+    for parameter, wanted in zip(  # TRL casts the adapters of a quantised base to bfloat16
+        trained_of(theirs.model), trained_of(plain_reward_model(tiny_folder, Path(start), trainable=True)), strict=True
+    ):
+        parameter.data = wanted.data
+    theirs.model.eval()
+    expected = theirs.compute_loss(theirs.model, theirs.data_collator(rows))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found, wanted = trained_of(base.model), trained_of(theirs.model)
+    assert len(found) == len(wanted) == 2 * 7 * 2 + 1
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-4 * other.grad.norm() + 1e-7
+
+
+def trained_of(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def test_micro_batches_do_not_change_the_curve(recipe):
-    """Seven pairs in steps of four: the last step of each epoch has three, in micro-batches of 3, of 2 and 1, of 1."""
+    """Seven pairs in steps of four: the last step of each epoch has three, in any number of parts."""
     size = {"limit": 7, "epochs": 2, "learning_rate": 1e-3, "margin": False, "centering": 0.05}
-    runs = [run_stage(recipe(f"by{micro}", micro_batch_size=micro, **size)) for micro in (4, 2, 1)]
+    runs = [run_stage(recipe(f"by{micro}", micro_batch_size=micro, **size)) for micro in (4, 2, 1, "auto")]
     curves = [metrics(run) for run in runs]
     assert [line["step"] for line in curves[0]] == [1, 2, 3, 4]
     adapters = [load_file(run.adapter / ADAPTER_FILE) for run in runs]
@@ -235,16 +285,16 @@ def test_held_out_rows_need_scores_too_where_the_margin_counts(recipe, write_jso
         run_stage(recipe(data=data, margin=True, eval_data=TEST))
 
 
-@pytest.mark.parametrize(("micro", "named"), [(1, [3]), (4, [1, 2, 3, 4])])
-def test_a_loss_that_is_not_finite_names_its_rows(recipe, write_jsonl, micro, named):
-    """A margin beyond float32 makes one pair's loss infinite; of a micro-batch TRL gives only the mean."""
+@pytest.mark.parametrize("micro", [1, 4, "auto"])
+def test_a_loss_that_is_not_finite_names_its_row(recipe, write_jsonl, micro):
+    """A margin beyond float32 makes one pair's loss infinite; the others of its micro-batch are not to blame."""
     rows = scored_rows(4)
     rows[2]["score_chosen"] = 1e39
     data = write_jsonl("scored.jsonl", rows)
     with pytest.raises(UserError, match="step 1: the loss is not finite on ") as raised:
         run_stage(recipe(data=data, margin=True, micro_batch_size=micro))
     (line,) = raised.value.lines
-    assert sorted(int(n) for n in re.findall(r"scored\.jsonl:(\d+)", line)) == named
+    assert re.findall(r"scored\.jsonl:(\d+)", line) == ["3"]
 
 
 def test_a_resumed_run_gives_the_numbers_of_one_that_was_never_stopped(recipe):

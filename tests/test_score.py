@@ -13,11 +13,12 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 
-from qalign.base import Role, load
+from qalign.base import Base, Role, load
 from qalign.command import exit_code
 from qalign.errors import UserError
-from qalign.score import main, score
+from qalign.score import _beside, main, score
 from tests.conftest import ROOT
 from tests.helpers import TEST
 from tests.reward_runs import run_stage, write_recipe
@@ -156,6 +157,29 @@ def test_the_target_and_the_limit_can_be_chosen(run, tmp_path, capsys):
     assert f"{target}: 2 rows scored" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("file", "beside"),
+    [
+        ("v1.5.jsonl", "v1.5.scored.jsonl"),
+        ("a.b.jsonl.gz", "a.b.scored.jsonl"),
+        (".hidden.csv", ".hidden.scored.jsonl"),
+        ("answers.parquet", "answers.scored.jsonl"),
+        ("folder.d", "folder.d.scored.jsonl"),
+    ],
+)
+def test_only_the_kind_of_file_is_left_out_of_the_targets_name(file, beside):
+    assert _beside(Path("rows") / file) == Path("rows") / beside
+
+
+def test_a_score_that_is_no_number_is_one_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Base, "scores", lambda base, role, ids, mask: torch.full((len(ids),), math.nan))
+    target = tmp_path / "scored.jsonl"
+    assert exit_code(lambda: score(str(run.path), TEST, str(target), 2)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("model.compute_dtype: the reward model's scores are not finite, computed in float32 on cpu")
+    assert not target.exists()
+
+
 def test_what_is_there_is_never_written_over(run, write_jsonl, tmp_path):
     file = write_jsonl("answers.jsonl", [{"prompt": PROMPT, "completion": GOOD}])
     target = tmp_path / "answers.scored.jsonl"
@@ -167,6 +191,38 @@ def test_what_is_there_is_never_written_over(run, write_jsonl, tmp_path):
     assert target.read_text() == "precious"
     with pytest.raises(UserError, match="there is no folder"):
         score(str(run.path), file, str(tmp_path / "no" / "where.jsonl"), None)
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": PROMPT, "completion": GOOD, "reward": 1}, "reward"),
+        ({"prompt": PROMPT, "completion": GOOD, "reward": None}, "reward"),
+        (HELD_OUT[0] | {"reward_margin": 2}, "reward_margin"),
+    ],
+)
+def test_a_column_that_a_row_has_already_is_never_replaced(run, write_jsonl, tmp_path, monkeypatch, row, column):
+    file = write_jsonl("rows.jsonl", [HELD_OUT[1], row])
+    with monkeypatch.context() as patched:
+        patched.setattr("qalign.base.load", lambda model: pytest.fail("the base was loaded in vain"))
+        with pytest.raises(UserError) as raised:
+            score(str(run.path), file, None, None)
+    assert raised.value.lines == (
+        f"{file}:2: has a column '{column}' already; name others with --column, or remove it from the rows",
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+    score(str(run.path), file, None, None, "judge")
+    first, second = lines(tmp_path / "rows.scored.jsonl")
+    assert [*first][-3:] == ["judge_chosen", "judge_rejected", "judge_margin"]
+    assert {key: second[key] for key in row} == row
+    assert isinstance(second["judge_chosen" if "chosen" in row else "judge"], float)
+
+
+def test_a_file_that_is_not_there_is_noticed_before_the_base_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("qalign.base.load", lambda model: pytest.fail("the base was loaded in vain"))
+    with pytest.raises(UserError, match="there is no such file"):
+        score(str(run.path), str(tmp_path / "missing.jsonl"), None, None)
 
 
 def test_nothing_to_score_is_one_line_and_leaves_no_file(run, write_jsonl, tmp_path):
@@ -211,7 +267,10 @@ def test_a_run_that_is_missing_or_unfinished_is_one_line(run, tmp_path, capsys):
     assert one_line(near, capsys) == f"{near}: there is no finished reward run; did you mean 'reward'?"
     copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "reward"))
     (copy / "summary.json").unlink()
-    assert "there is no finished reward run" in one_line(copy, capsys)
+    for given in (copy, copy.parent):
+        assert one_line(given, capsys) == (
+            f"{given}: there is no finished reward run; train one with python -m qalign.reward RECIPE"
+        )
 
 
 def test_a_run_of_another_stage_is_one_line(tiny_folder, tmp_path, capsys):

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import qalign.base
-import qalign.trainer
+import qalign.supervised
 from qalign import lineage
 from qalign.base import Base, Role, load
 from qalign.command import Stopped
@@ -27,8 +27,8 @@ from qalign.recipe import Lora, Model, Source
 from qalign.recipe_file import load as load_recipe
 from qalign.run import RunFolder
 from qalign.sft import check_packing
+from qalign.supervised import SupervisedTrainer
 from qalign.tokens import IGNORED, TokenDialogue, encode_dialogues
-from qalign.trainer import SupervisedTrainer
 from tests.conftest import FIXTURES
 from tests.helpers import metrics, scramble
 from tests.reward_runs import base_digest, quantised, run_stage, write_recipe
@@ -330,7 +330,7 @@ def test_with_trls_cast_such_an_update_would_be_lost(tiny_folder, tmp_path, monk
     def cast_left(model):
         yield
 
-    monkeypatch.setattr(qalign.trainer, "float32_kept", cast_left)
+    monkeypatch.setattr(qalign.supervised, "float32_kept", cast_left)
     assert moved_share(tiny_folder, tmp_path) < 0.2
 
 
@@ -533,6 +533,16 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tiny_folder, tmp_path, monkey
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+def test_a_long_dialogue_is_counted_once_as_shortened(tiny_folder, tmp_path):
+    """Each answer of its later turns gives a sequence of its own; with weight 2 a row is used twice."""
+    long = turns(["Are you well? " * 4, "I am fine. " * 4] * 12)
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps({"messages": talk}) + "\n" for talk in (long, turns(TALKS[0]))))
+    keys = {"data": {"path": str(data), "weight": 2.0}, "model": {"max_length": 96}, "max_steps": 1}
+    run = run_stage(write_recipe(tmp_path / "run", tiny_folder, "sft", **keys))
+    assert json.loads(run.summary.read_text())["rows"] == {"used": 4, "held_out": 0, "refused": 0, "shortened": 2}
+
+
 def test_refused_rows_are_named(tiny_folder, tmp_path):
     lines = [{"messages": turns(TALKS[0])}, {"messages": turns(["Hello?"])}, {"text": "a<|eot_id|>b"}]
     data = tmp_path / "rows.jsonl"
@@ -565,6 +575,17 @@ def test_rslora_scales_by_the_root_of_the_rank(tiny_base):
     tiny_base.add_adapter(Role.POLICY, Lora(r=4, alpha=8, rslora=True))
     layers = [module for module in tiny_base.model.modules() if isinstance(module, peft.tuners.lora.LoraLayer)]
     assert {layer.scaling["policy"] for layer in layers} == {8 / 2}
+
+
+def test_loftq_with_more_ranks_than_a_layer_has_can_be_loaded_again(tiny_folder, tmp_path):
+    """The layers are 64 and 32 wide; the ranks beyond begin as in plain LoRA."""
+    run, base = stage(tmp_path, tiny_folder, lora={"init": "loftq", "r": 100}, max_steps=1)
+    again = load(run.recipe.model)
+    again.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    torch.testing.assert_close(logits(again.model), logits(base.model), rtol=1e-5, atol=1e-5)
+    saved = load_file(run.adapter / "adapter_model.safetensors")
+    assert {min(w.shape[0], w.shape[1]) for name, w in saved.items() if "k_proj" in name} == {64, 32}
+    assert all(100 in weight.shape for weight in saved.values())
 
 
 def test_loftq_begins_nearer_to_the_weights_than_their_rounding(tiny_base, tiny_folder):

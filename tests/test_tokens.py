@@ -15,7 +15,7 @@ from qalign.errors import UserError
 from qalign.files import BadRow
 from qalign.recipe import Source
 from qalign.rows import Preference, Refused, preferences
-from qalign.tokens import encode_pair, encode_pairs, encode_prompt, end_of_turn_id, prepare_tokenizer
+from qalign.tokens import encode_pair, encode_pairs, encode_prompt, end_of_turn_id, pad_for_scores, prepare_tokenizer
 from tests.conftest import FIXTURES
 
 # SmolLM2-Instruct's.
@@ -336,6 +336,22 @@ def test_a_template_that_renders_an_answered_prompt_otherwise_is_refused():
 
     with pytest.raises(BadRow, match="renders a prompt differently once it is answered; see chat_template_kwargs"):
         encode(tokenizer, HELLO)
+
+
+@pytest.mark.parametrize(
+    ("template", "template_kwargs", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}", {},
+         "renders a prompt differently once it is answered"),
+        (None, {"tokenize": True}, "multiple values for keyword argument 'tokenize'"),
+    ],
+)  # fmt: skip
+def test_a_template_whose_end_of_turn_cannot_be_found_is_the_users_to_mend(template, template_kwargs, reason):
+    """Reward models ask for it while they load, before any row could be refused."""
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    with pytest.raises(UserError, match=rf"^model.chat_template: no end of turn can be found: .*{reason}"):
+        pad_for_scores(tokenizer, template_kwargs)
 
 
 def test_a_dialogue_that_the_template_cannot_render_is_refused():

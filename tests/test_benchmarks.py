@@ -1,0 +1,116 @@
+"""`benchmarks/gpu.py` at a tiny shape on the CPU: the code that a GPU will run, and how it takes a lack of memory."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import gpu
+from qalign.tokens import TokenPair
+from tests.conftest import ROOT
+
+
+def run(*options) -> subprocess.CompletedProcess:
+    command = [sys.executable, "benchmarks/gpu.py", *map(str, options)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+def tiny(folder, *sides) -> list[dict]:
+    """What a process of each side found, over one timed step of two pairs."""
+    done = run("--shape", "tiny", "--steps", 1, "--batch", 2, "--rounds", 1, "--data", "hh", "--longest", 256,
+               "--sides", *sides, "--out", folder)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    runs = json.loads((folder / "gpu_tiny.json").read_text())["runs"]
+    assert [found["side"] for found in runs] == list(sides)
+    for found in runs:
+        assert found["first_loss"] == pytest.approx(math.log(2), abs=1e-5)
+        assert found["longest"] == 256
+        assert found["data"]["hh"]["steps"] == 1
+    return runs
+
+
+def test_it_runs_on_a_cpu(tmp_path):
+    (found,) = tiny(tmp_path, "qalign-cached")
+    assert found["data"]["hh"]["at_once"] == "up to 4,096 tokens at a time"
+    assert "| qalign-cached | " in (tmp_path / "gpu_tiny.md").read_text()
+
+
+@pytest.mark.true_model  # not SmolLM2, but as slow
+def test_all_sides_run_the_same_pairs(tmp_path):
+    runs = tiny(tmp_path, "qalign-in_step", "trl-defaults", "trl-best")
+    assert len({found["data"]["hh"]["tokens"] for found in runs}) == 1
+
+
+def test_a_real_shape_without_cuda_is_one_line():
+    done = run("--shape", "mistral7b")
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("no CUDA device: mistral7b needs one")
+    assert "\n" not in done.stderr.strip()
+
+
+class SmallCard:
+    """A side that runs out of memory over so many tokens at once."""
+
+    batch, longest = 8, 0
+
+    def __init__(self, tokens: int):
+        self.tokens = tokens
+
+    def begin(self, micro):
+        self.micro = micro
+
+    def arranged(self, steps):
+        return steps
+
+    def precompute(self, pairs):
+        pass
+
+    def step(self, pairs):
+        if self.micro * sum(map(len, pairs)) > self.tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB.")
+        return 0.5
+
+    @property
+    def at_once(self):
+        return self.micro
+
+
+def test_the_micro_batch_is_halved_until_it_fits():
+    pairs = [TokenPair([1] * 60, [2] * 40, [3] * 40, "")] * 8
+    steps, soon = [pairs] * (gpu.WARM_UP + 2), time.monotonic() + 60
+    found = {}
+    figures = gpu.measure(SmallCard(250), steps, soon, found)
+    assert figures["at_once"] == 0.25
+    assert (figures["steps"], figures["tokens"], found["first_loss"]) == (2, 2 * 8 * 200, 0.5)
+    assert gpu.measure(SmallCard(99), steps, soon, {}) == {"out_of_memory": True}
+
+
+@pytest.mark.parametrize(("tokens", "longest"), [(5000, 4992), (64, 0), (10**6, 8192)])
+def test_the_longest_pair_is_found(tokens, longest):
+    card = SmallCard(tokens / 8)  # `longest_pair` runs one pair of a batch of eight
+    assert gpu.longest_pair(card, 8192, 2000, time.monotonic() + 60) == longest
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    def work():
+        raise RuntimeError("shapes don't match")
+
+    with pytest.raises(RuntimeError, match="shapes"):
+        gpu.fitting(work)
+
+
+def test_ratios_are_medians_over_the_rounds():
+    def figures(round_, side, seconds):
+        data = {"hh": {"steps": 2, "tokens": 1000, "seconds": seconds, "peak_bytes": 2**30, "at_once": "2 pairs"}}
+        return {"round": round_, "memory": 8, "side": side, "data": data}
+
+    runs = [figures(n, "trl-defaults", slow) for n, slow in enumerate((10, 20, 40))]
+    runs += [figures(n, "qalign-cached", fast) for n, fast in enumerate((5, 4, 10))]
+    runs.append({"round": 0, "memory": 8, "side": "trl-best", "data": {"hh": {"out_of_memory": True}}})
+    lines = gpu.table(runs, 8, "hh")
+    assert "| qalign-cached | 200 | 2.50 | 2 pairs | 1.00 | 4.00 (2.00 to 5.00) |  |" in lines
+    assert "| trl-best | out of memory | | | | | |" in lines
