@@ -4,8 +4,9 @@
 
 All sides run in one process and take turns batch by batch (who goes first alternates too), so that the machine's moods
 hit all alike. Read the ratios; the seconds are this machine's. A step is forward of reference and policy, backward, and
-AdamW. With one CPU thread, time is the process's own (`time.process_time`), else the clock's. Memory (`--memory`) is
-the peak of a process of its own a side, over what it held once loaded, over the longest batch.
+AdamW. With one CPU thread, time is the process's own (`time.process_time`), else the clock's. Memory (`--memory`,
+instead of time) is the peak of a process of its own a side, over what it held once loaded, in a step on the longest
+pairs.
 
 Sides:
     trl-defaults    DPOTrainer as it comes: gradient checkpointing, reference in the step
@@ -48,7 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--base", default=DEMO_BASE)
     parser.add_argument("--max-length", type=int, default=2048)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.add_argument("--memory", action="store_true", help="measure memory too, in a process of its own a side")
+    parser.add_argument("--memory", action="store_true", help="measure memory instead of time")
     parser.add_argument("--only", choices=SIDES, help=argparse.SUPPRESS)  # the memory measurement's child
     return parser.parse_args()
 
@@ -276,6 +277,38 @@ def peaks(args: argparse.Namespace, data: str) -> dict[str, int]:
     return found
 
 
+def print_times(sides: dict[str, Side], data: str, args: argparse.Namespace, clock) -> None:
+    base = next(iter(sides.values())).base
+    pairs = token_pairs(base, data, args)
+    seconds = measure(sides, pairs, args.batch, clock)
+    steps = [pairs[start : start + args.batch] for start in range(WARM_UP * args.batch, len(pairs), args.batch)]
+    tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for step in steps for p in step)
+    floors, rates = zip(*(floor_seconds(base, step, clock) for step in steps), strict=True)
+    floor = sum(floors)
+    print(f"\n{len(steps)} steps of {args.batch} pairs, {tokens:,} tokens, the prompt counted with each answer; floor")
+    print(f"{floor / len(steps):.2f} s/step at {statistics.median(rates) / 1e9:,.0f} GFLOP/s\n")
+    print("| | s/step | tokens/s | share of the floor |\n|---|---|---|---|")
+    for name, values in seconds.items():
+        print(f"| {name} | {sum(values) / len(steps):.2f} | {tokens / sum(values):.0f} | {floor / sum(values):.0%} |")
+    for slow, fast in RATIOS:
+        if slow in seconds and fast in seconds:
+            text = f"\n{slow} / {fast}: {sum(seconds[slow]) / sum(seconds[fast]):.2f}"
+            each = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
+            steps_alike = slow != "trl-best"  # its steps hold other pairs
+            print(text + (f" (steps: {min(each):.2f} to {max(each):.2f})" if steps_alike else ""), flush=True)
+
+
+def print_peaks(data: str, args: argparse.Namespace) -> None:
+    found = peaks(args, data)
+    print(f"the {args.batch} longest of {args.pairs + WARM_UP * args.batch} pairs\n")
+    print("| | peak over the loaded base |\n|---|---|")
+    for name, size in found.items():
+        print(f"| {name} | {size / 2**30:.2f} GiB |")
+    for large, small in RATIOS:
+        if large in found and small in found:
+            print(f"\n{small} / {large}: {found[small] / found[large]:.2f}", flush=True)
+
+
 def main() -> None:
     args = arguments()
     import torch
@@ -284,41 +317,20 @@ def main() -> None:
     if args.only:
         print(json.dumps(peak_over_base(args)))
         return
-    one_thread = args.threads == 1 and not torch.cuda.is_available()
-    clock = time.process_time if one_thread else time.perf_counter
-    sides = {name: Side(name, args) for name in args.sides}
 
     from qalign.run import versions
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{args.threads} CPU thread(s)"
     print(f"{' '.join(['python', *sys.argv])}\n{where}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
+    one_thread = args.threads == 1 and not torch.cuda.is_available()
+    clock = time.process_time if one_thread else time.perf_counter
+    sides = {} if args.memory else {name: Side(name, args) for name in args.sides}
     for data in args.data:
-        base = next(iter(sides.values())).base
-        pairs = token_pairs(base, data, args)
         print(f"\n{Path(data).name}", flush=True)
-        seconds = measure(sides, pairs, args.batch, clock)
-        steps = [pairs[start : start + args.batch] for start in range(WARM_UP * args.batch, len(pairs), args.batch)]
-        tokens = sum(2 * len(p.prompt_ids) + len(p.chosen_ids) + len(p.rejected_ids) for step in steps for p in step)
-        floors, rates = zip(*(floor_seconds(base, step, clock) for step in steps), strict=True)
-        floor = sum(floors)
-        peak = peaks(args, data) if args.memory else {}
-        print(
-            f"\n{len(steps)} steps of {args.batch} pairs, {tokens:,} tokens, the prompt counted with each answer; ",
-            end="",
-        )
-        print(f"floor {floor / len(steps):.2f} s/step at {statistics.median(rates) / 1e9:,.0f} GFLOP/s\n")
-        print("| | s/step | tokens/s | times the floor | peak over the base |\n|---|---|---|---|---|")
-        for name, values in seconds.items():
-            memory = f"{peak[name] / 2**30:.2f} GiB" if name in peak else ""
-            total = sum(values)
-            print(f"| {name} | {total / len(steps):.2f} | {tokens / total:.0f} | {total / floor:.2f} | {memory} |")
-        for slow, fast in RATIOS:
-            if slow in seconds and fast in seconds:
-                each = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
-                text = f"{slow} / {fast}: {sum(seconds[slow]) / sum(seconds[fast]):.2f} in time"
-                if slow != "trl-best":  # its steps hold other pairs
-                    text += f" (steps {min(each):.2f} to {max(each):.2f})"
-                print(f"\n{text}" + (f", memory {peak[fast] / peak[slow]:.2f} of TRL's" if peak else ""), flush=True)
+        if args.memory:
+            print_peaks(data, args)
+        else:
+            print_times(sides, data, args, clock)
 
 
 if __name__ == "__main__":

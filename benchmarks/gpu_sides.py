@@ -214,7 +214,9 @@ class Qalign(Side):
     def begin(self, micro):
         super().begin(micro)
         alone = micro * self.batch <= 1
-        self.trainer.micro = MicroBatch(pairs=1) if alone else MicroBatch(tokens=round(micro * BUSY_TOKENS[self.base.lm.device.type]))
+        self.trainer.micro = (
+            MicroBatch(pairs=1) if alone else MicroBatch(tokens=round(micro * BUSY_TOKENS[self.base.lm.device.type]))
+        )
         cached = self.name == "qalign-cached"
         self.trainer.references = CachedReferences(self.base, None) if cached else References()
 

@@ -78,7 +78,7 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
     base.add_adapter(Role.REWARD if stage == "reward" else Role.POLICY, recipe.lora)
     trainer = trainer_of(stage, recipe, base, rows_of(stage, tokens, count), checkpointing)
     if checkpointing:
-        trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.activation_checkpointing_enable({"use_reentrant": False})
     trainer.create_optimizer()
     trainer.current_gradient_accumulation_steps = 1
     model = trainer.accelerator.prepare(trainer.model)

@@ -63,7 +63,7 @@ def lines(forecast, memory: int) -> list[tuple[str, str]]:
     if plan is None:
         change = advice(forecast, memory, rows, sequences)
         return [*found, ("fits", f"NO: {at_once}"), ("change", change)]
-    limit = min(forecast.largest(memory, forecast.layers), 2 * forecast.reach)
+    limit = min(forecast.largest(memory, forecast.layers), sequences * forecast.reach)
     return [
         *found,
         ("fits", f"yes: {at_once}; that is {tokens // longest} of the longest {'rows' if sequences == 1 else 'pairs'}"),

@@ -88,8 +88,8 @@ def plan(run: RunFolder, base: Base, longest: int) -> Plan:
     """
     settings, device = run.settings, base.lm.device.type
     size, layers = settings.micro_batch_size, settings.checkpointed_layers
-    if device == "cpu" and size != "auto":  # nothing to find out
-        return Plan(longest, 0 if layers == "auto" else layers)
+    if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
+        return Plan(size * longest, 0 if layers == "auto" else layers)
     forecast = Forecast(run.recipe, run.stage, base.lm.config, device, base.dtype)
     memory = usable_memory(device)
     found = forecast.plan(memory, longest if size == "auto" else size * longest)
@@ -101,7 +101,7 @@ def plan(run: RunFolder, base: Base, longest: int) -> Plan:
             f"{run.stage}: the longest row ({longest:,} tokens) would take {needed:.1f} GiB of the "
             f"{memory / 2**30:.1f} GiB there are; python -m qalign.fit {run.command_line} says what would fit"
         )
-    return found if layers == "auto" else Plan(min(found.tokens, forecast.largest(memory, layers)), layers)
+    return found
 
 
 def micro_batch(settings: Stage, planned: Plan) -> MicroBatch:

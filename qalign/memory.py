@@ -109,8 +109,8 @@ class _TiledHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, vocabulary, temporaries):
-        ctx.tile = (min(hidden.shape[0], 4096), min(vocabulary, 32768))
-        ctx.temporaries = temporaries
+        ctx.tile = (min(hidden.shape[0], 4096), 32768)
+        ctx.temporaries = (ctx.tile[0], min(vocabulary, 32768), temporaries)
         ctx.save_for_backward(hidden)
         hidden.new_empty(ctx.tile)
         return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
@@ -119,7 +119,7 @@ class _TiledHead(torch.autograd.Function):
     def backward(ctx, grad):
         (hidden,) = ctx.saved_tensors
         made = [torch.empty_like(hidden, dtype=torch.float32), hidden.new_empty(ctx.tile)]
-        made.append(hidden.new_empty((*ctx.tile, ctx.temporaries), dtype=torch.uint8))
+        made.append(hidden.new_empty(ctx.temporaries, dtype=torch.uint8))
         del made[1:]
         return made[0].to(hidden.dtype), None, None
 
@@ -228,19 +228,21 @@ class Forecast:
 
     def largest(self, memory: int, checkpointed: int) -> int:
         """The most tokens that fit at once; 0 if none do. (What a step takes is linear in its tokens, once they are
-        more than one piece of the head, and never less steep below.)"""
+        more than one piece of the head.)"""
         low, high = 64, 4096
+        if (at_once := self.total(high, checkpointed)) <= memory:
+            each = (self.total(2 * high, checkpointed) - at_once) / high
+            return high + int((memory - at_once) / each)
+        if self.total(low, checkpointed) > memory:
+            return 0
         while high - low > 32:
             middle = (low + high) // 2
             low, high = (middle, high) if self.total(middle, checkpointed) <= memory else (low, middle)
-        if high < 4096:
-            return low if self.total(low, checkpointed) <= memory else 0
-        at_once = self.total(4096, checkpointed)
-        each = (self.total(8192, checkpointed) - at_once) / 4096
-        return 4096 + int((memory - at_once) / each) if memory > at_once else low
+        return low
 
     def plan(self, memory: int, longest: int) -> "Plan | None":
-        """As few checkpointed layers as it takes for packs that keep the device busy, or at least for the longest row.
+        """Packs that keep the device busy, or at least hold the longest row, and as few checkpointed layers as that
+        takes (where the recipe doesn't say how many).
 
         Args:
             memory: bytes that may be taken in all.
@@ -250,9 +252,13 @@ class Forecast:
             None if not even that fits.
         """
         wanted = max(BUSY_TOKENS[self.device], longest) if self.settings.micro_batch_size == "auto" else longest
-        tokens = min(wanted, self.largest(memory, self.layers))
+        given = self.settings.checkpointed_layers
+        most = self.layers if given == "auto" else min(given, self.layers)
+        tokens = min(wanted, self.largest(memory, most))
         if tokens < longest:
             return None
+        if given != "auto":
+            return Plan(tokens, most)
         low, high = 0, self.layers
         while low < high:
             middle = (low + high) // 2

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.nn.attention.flex_attention import create_block_mask
 
 from qalign.layout import Layout, Path
 
@@ -96,3 +97,19 @@ def test_blocks_that_nobody_sees_are_skipped():
     """Two groups of 256 tokens: of 16 blocks of 128 by 128, only those within a group and not after it."""
     mask = Layout(((128, (64, 64)), (128, (64, 64)))).block_mask(None, torch.device("cpu"))
     assert mask.to_dense()[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
+
+
+@pytest.mark.parametrize("window", [None, 200])
+@pytest.mark.parametrize("groups", [((700, (300, 260)), (90, (500, 1))), ((128, (256, 128)),), ((3, (0, 5)),)])
+def test_the_lists_of_blocks_are_those_that_pytorch_finds_all_at_once(groups, window):
+    """Which blocks are looked into, and which are taken whole: the kernel asks no further about the latter."""
+    mask = Layout(groups).block_mask(window, torch.device("cpu"))
+    tokens = mask.seq_lengths[0]
+    expected = create_block_mask(mask.mask_mod, None, None, tokens, tokens, device="cpu")
+    for kind in ("kv", "full_kv"):
+        counts, found = getattr(expected, f"{kind}_num_blocks")[0, 0], getattr(mask, f"{kind}_num_blocks")[0, 0]
+        assert found.tolist() == counts.tolist(), kind
+        for ours, theirs, count in zip(
+            getattr(mask, f"{kind}_indices")[0, 0], getattr(expected, f"{kind}_indices")[0, 0], counts, strict=True
+        ):
+            assert ours[:count].tolist() == theirs[:count].tolist(), kind

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qalign.batch import MicroBatch
 from qalign.errors import UserError
@@ -12,7 +13,8 @@ from qalign.journal import Journal
 from qalign.loop import micro_batch, micro_batch_size, not_finite, planned_steps, train_to_the_end
 from qalign.memory import Plan
 from qalign.recipe import DPO
-from tests.helpers import TRAIN
+from tests.helpers import TRAIN, metrics
+from tests.reward_runs import run_stage, write_recipe
 
 
 def settings(**keys) -> DPO:
@@ -53,8 +55,8 @@ def test_out_of_memory_suggests_what_takes_less(micro, fix):
 
     recipe = SimpleNamespace(model=SimpleNamespace(max_length=300))
     run = SimpleNamespace(stage="dpo", recipe=recipe, settings=settings(batch_size=15, micro_batch_size=micro))
+    at_once = "so much" + str(Plan(4096, 2))
     with pytest.raises(UserError, match=rf"with so much, 2 layers checkpointed \(CUDA out of memory\)\. {fix}"):
-        at_once = "so much" + str(Plan(4096, 2))
         train_to_the_end(SimpleNamespace(train=out_of_memory), run, SimpleNamespace(tokens_seen=0), None, at_once)
 
 
@@ -79,3 +81,29 @@ def test_a_checkpoint_keeps_no_half_filled_logging_window():
     journal._bar = SimpleNamespace(update=lambda count: None, n=0)
     journal.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), control)
     assert control.should_log
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_checkpointing_one_layer_of_two_changes_no_number(stage, tmp_path, tiny_folder, monkeypatch, capsys):
+    forward, calls = LlamaAttention.forward, []
+
+    def counted(layer, *args, **kwargs):
+        if torch.is_grad_enabled():
+            calls.append(layer.layer_idx)
+        return forward(layer, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", counted)
+    curves = []
+    for layers in (0, 1):
+        calls.clear()
+        # No report on held-out pairs and no checkpoints: three steps and nothing else.
+        run = run_stage(write_recipe(tmp_path / str(layers), tiny_folder, stage, checkpointed_layers=layers))
+        assert calls.count(1) >= 3
+        assert calls.count(0) == (1 + layers) * calls.count(1)  # a checkpointed layer runs again backward
+        assert (", 1 layers checkpointed" in capsys.readouterr().out) == (layers == 1)
+        curves.append(metrics(run))
+    names = {"loss", "grad_norm", "logps/chosen", "rewards/margins"} & set(curves[0][0])
+    assert {"loss", "grad_norm"} <= names
+    for one, other in zip(*curves, strict=True):
+        for name in names & set(one):
+            assert one[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), name

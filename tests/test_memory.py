@@ -163,13 +163,13 @@ def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatc
 
     def some_checkpointed(*args):
         trainer = real(*args)
-        enable = trainer.model.gradient_checkpointing_enable
+        enable = trainer.model.activation_checkpointing_enable
 
         def enable_some(*words):
             enable(*words)
             Checkpointed(Plan(0, checkpointed)).on_train_begin(None, None, None, model=trainer.model)
 
-        trainer.model.gradient_checkpointing_enable = enable_some
+        trainer.model.activation_checkpointing_enable = enable_some
         return trainer
 
     monkeypatch.setattr(benchmark, "trainer_of", some_checkpointed)
@@ -266,11 +266,9 @@ def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
     optimizer = torch.optim.AdamW(weights)
     optimizer.step()
     moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
-    # The reward model's head, 64 weights, is trained too.
-    head = 64 * 4 if classifier else 0
-    assert forecast.fixed["adapters"] == pytest.approx(sum(p.nbytes for p in weights), abs=head)
-    assert forecast.fixed["gradients"] == pytest.approx(sum(p.grad.nbytes for p in weights), abs=head)
-    assert forecast.fixed["optimiser"] == pytest.approx(sum(moment.nbytes for moment in moments), abs=2 * head)
+    assert forecast.fixed["adapters"] == sum(p.nbytes for p in weights)  # and the reward model's head
+    assert forecast.fixed["gradients"] == sum(p.grad.nbytes for p in weights)
+    assert forecast.fixed["optimiser"] == sum(moment.nbytes for moment in moments)
 
 
 def test_what_more_adapters_take(tiny_folder):
@@ -281,7 +279,8 @@ def test_what_more_adapters_take(tiny_folder):
     assert plain["optimiser"] == 8 * count
     assert forecast_of(tiny_folder, lora={"r": 8}).fixed["adapters"] == 2 * 4 * count
     assert forecast_of(tiny_folder, start_from="sft").fixed["adapters"] == 2 * 4 * count
-    assert forecast_of(tiny_folder, "reward", start_from="sft").fixed["adapters"] == 4 * count
+    head = 64  # of a reward model; it has no reference
+    assert forecast_of(tiny_folder, "reward", start_from="sft").fixed["adapters"] == 4 * (count + head)
     assert forecast_of(tiny_folder, dtype=HALF).fixed["adapters"] == (4 + 2) * count
     paged = forecast_of(tiny_folder, trainer={"optim": "paged_adamw_8bit"}).fixed["optimiser"]
     assert 2 * count < paged < 2.1 * count
@@ -341,13 +340,18 @@ def test_no_more_layers_are_checkpointed_than_there_are(tiny_folder):
     assert forecast.total(500, 7) == forecast.total(500, 2)
 
 
-@pytest.mark.parametrize("checkpointed", [0, 32])
-def test_the_largest_fits_and_a_little_more_does_not(checkpointed, mistral):
-    for size in (6, 12):
-        tokens = mistral.largest(size * GIB, checkpointed)
-        assert mistral.total(tokens, checkpointed) <= size * GIB
-        assert mistral.total(round(tokens * 1.02) + 64, checkpointed) > size * GIB
+@pytest.mark.parametrize(("checkpointed", "size"), [(0, 7), (32, 6)])
+def test_the_largest_fits_and_a_little_more_does_not(checkpointed, size, mistral):
+    tokens = mistral.largest(size * GIB, checkpointed)
+    assert mistral.total(tokens, checkpointed) <= size * GIB
+    assert mistral.total(round(tokens * 1.02) + 64, checkpointed) > size * GIB
     assert mistral.largest(4 * GIB, checkpointed) == 0
+
+
+def test_above_4096_tokens_the_largest_is_as_exact(mistral):
+    tokens = mistral.largest(9 * GIB, 32)
+    assert tokens > 4096
+    assert mistral.total(tokens, 32) == pytest.approx(9 * GIB, rel=0.01)
 
 
 def test_a_plan_takes_as_few_checkpointed_layers_as_fit(mistral):
