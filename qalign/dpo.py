@@ -19,7 +19,6 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     from qalign import lineage
     from qalign.base import Role, load
-    from qalign.batch import packed_tokens
     from qalign.intake import read_rows
     from qalign.journal import Journal
     from qalign.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
@@ -46,7 +45,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         references = CachedReferences(base, parent) if settings.reference == "cached" else References()
         reference = base.reference
 
-    planned = plan(run, base, max(map(packed_tokens, pairs)))
+    planned = plan(run, base, max(map(base.tokens_taken, pairs)))
     micro = micro_batch(settings, planned)
     at_once = f"{micro}{planned}"
     args = training_config(run, base, settings.batch_size, planned.checkpointed_layers)
