@@ -145,7 +145,7 @@ def test_equals_trl_on_smollm2(tmp_path):
     spec = Model(base=SMOLLM2, compute_dtype="float32")
     base = load(spec)
     results = ours_and_theirs(base, load(spec), house_style(base.tokenizer, 2), tmp_path, ["sigmoid"], None)
-    assert_same(*results)
+    assert_same(*results, rel=3e-5)  # float32 through 30 layers, packed against padded: 1.1e-5 was seen
 
 
 @pytest.mark.true_model
