@@ -17,9 +17,9 @@ setup: .venv/ready  ## make .venv with the pinned requirements
 	@touch $@
 
 demo: setup  ## align the small embedded model, then show what changed (about 5 minutes on 2 CPU cores)
-	@echo "== teaching SmolLM2-135M 120 dialogues into runs/demo/sft (an older demo run is replaced)"
+	@echo "== teaching SmolLM2-135M 200 dialogues into runs/demo/sft (an older demo run is replaced)"
 	$(BIN)/python -m qalign.sft recipes/smollm2_demo.yaml --overwrite
-	@echo "== aligning it with 112 preference pairs into runs/demo/dpo"
+	@echo "== aligning it with 96 preference pairs into runs/demo/dpo"
 	$(BIN)/python -m qalign.dpo recipes/smollm2_demo.yaml --overwrite
 	@echo "== comparing the base, the SFT model and the aligned model on 72 held-out pairs"
 	$(BIN)/python -m qalign.evaluate recipes/smollm2_demo.yaml

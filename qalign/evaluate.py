@@ -18,7 +18,7 @@ from qalign.stage import report_command
 
 SIDE_BY_SIDE = 3
 SHOWN_REFUSALS = 5
-MAX_NEW_TOKENS = 120
+MAX_NEW_TOKENS = 80
 BATCH_TOKENS = 2048
 
 

@@ -456,7 +456,8 @@ def test_what_the_demos_comments_count_is_so(name, stage, settings):
 @pytest.mark.parametrize("name", [DEMO], indirect=True)
 def test_what_the_demos_head_counts_is_so(name, recipe):
     head = text_of(name).partition("\nmodel:")[0].replace("\n# ", " ")
-    assert f"from {recipe.sft.limit} dialogues and {recipe.dpo.limit} pairs" in head
+    assert recipe.sft.limit is None
+    assert f"from {len(rows_of(recipe.sft.data[0]))} dialogues and {recipe.dpo.limit} pairs" in head
 
 
 @pytest.mark.parametrize("name", [DEMO], indirect=True)
