@@ -634,7 +634,7 @@ def test_smollm2_learns_real_instructions(shared_data, tmp_path, threads_before)
         write_recipe(tmp_path / "run", SMOLLM2, "sft", data=data, model=model, **keys)
     ))]  # fmt: skip
     assert found[0] == pytest.approx(expected, abs=5e-2)  # in bfloat16 it was 0.026 off
-    assert found[-1] < found[0] - 0.2
+    assert found[-1] < found[0] - 0.1  # 0.13 in bfloat16, above 0.2 in float32
 
     in_bfloat16 = load(Model(base=SMOLLM2, compute_dtype="bfloat16"))
     in_bfloat16.add_adapter(Role.POLICY, LORA)
