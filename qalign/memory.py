@@ -301,9 +301,8 @@ class Forecast:
         if checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         lm.set_attn_implementation(_ATTENTION[self.device])
-        if (
-            self.device == "cpu" and self.dtype != torch.float32
-        ):  # PEFT sees CUDA's autocast alone, and casts for itself
+        # On a CPU PEFT casts inputs for itself: it asks whether CUDA's autocast is on.
+        if self.device == "cpu" and self.dtype != torch.float32:
             for name, module in lm.named_modules():
                 if "lora_A." in name:
                     module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))

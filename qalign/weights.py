@@ -102,8 +102,7 @@ def load_config(spec: Model) -> PretrainedConfig:
     """
     _quiet()
     try:
-        if spec.base.startswith("package:") or spec.base.endswith(".gguf"):
-            file = package_file(spec.base) if spec.base.startswith("package:") else Path(spec.base).expanduser()
+        if file := _gguf_file(spec):
             return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
         where = str(Path(spec.base).expanduser()) if looks_local(spec.base) else spec.base
         return AutoConfig.from_pretrained(where, revision=spec.revision)
@@ -146,9 +145,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qalign"
 
 
+def _gguf_file(spec: Model) -> Path | None:
+    """The `.gguf` file that a base is, if it is one."""
+    if spec.base.startswith("package:"):
+        return package_file(spec.base)
+    return Path(spec.base).expanduser() if spec.base.endswith(".gguf") else None
+
+
 def _origin(spec: Model) -> Origin:
-    if spec.base.startswith("package:") or spec.base.endswith(".gguf"):
-        file = package_file(spec.base) if spec.base.startswith("package:") else Path(spec.base).expanduser()
+    if file := _gguf_file(spec):
         folder = _converted(file)
         return Origin(str(folder), folder.name.removeprefix("gguf-"), None, folder.name)
     if looks_local(spec.base):
