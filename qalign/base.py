@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalign.attention import shared_prompts, why_not_shared
-from qalign.batch import MicroBatch, PairBatch, micro_batches, pack, packed_tokens, pad
+from qalign.batch import AnswerBatch, Answered, MicroBatch, micro_batches, pack, packed_tokens, pad
 from qalign.errors import UserError
 from qalign.heads import ScalarHead, end_scores, pair_scores
 from qalign.lineage import Lineage, adapter_hash, digest
@@ -44,6 +44,11 @@ class Role(StrEnum):
     POLICY = "policy"
     REFERENCE = "reference"
     REWARD = "reward"
+    VALUE = "value"
+    JUDGE = "judge"
+
+
+SCORING = (Role.REWARD, Role.VALUE, Role.JUDGE)  # have a scalar head; further ones are called reward_2, judge_2 …
 
 
 class Base:
@@ -70,17 +75,17 @@ class Base:
         self.tokenizer, self.origin, self.template, self.spec = tokenizer, origin, template, spec
         self.dtype = lm.dtype
         self.reference = "the base with adapters off"
-        self.role = Role.BASE
+        self.role: str = Role.BASE
         self.switches = 0
-        self._heads: dict[Role, nn.Module] = {}
-        self._trained: set[Role] = set()
+        self._heads: dict[str, nn.Module] = {}
+        self._trained: set[str] = set()
 
     @property
     def is_classifier(self) -> bool:
         """Whether `lm` gives scores instead of words."""
         return self.lm.get_output_embeddings() is None
 
-    def add_adapter(self, role: Role, lora: Lora) -> None:
+    def add_adapter(self, role: str, lora: Lora) -> None:
         """A new trainable adapter. It begins as a no-op, but for `init: loftq`."""
         config = peft.LoraConfig(
             r=lora.r,
@@ -100,11 +105,20 @@ class Base:
         except (ValueError, re.error) as error:  # a text is a pattern
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
         self._trained.add(role)
-        self._as_float32(role)
+        self._settle(role)
         self._check_head_is_frozen("lora.targets")
 
-    def load_adapter(self, role: Role, folder: str, *, trainable: bool) -> None:
+    def add_head(self, role: str) -> None:
+        """A trainable scalar head that begins at 0, for a value model without a reward model to begin from."""
+        head = ScalarHead(self.lm.config.get_text_config().hidden_size, self.lm.device)
+        nn.init.zeros_(head.weight)
+        self._heads[role] = head
+
+    def load_adapter(self, role: str, folder: str, *, trainable: bool) -> None:
         """A copy of a saved PEFT adapter, its score head included if it has one.
+
+        Args:
+            role: a `Role`, or the name of one more adapter that `acting_as` can switch to.
 
         Raises:
             UserError: the adapter was made for another model, or is of a kind that the roles can't keep apart.
@@ -125,12 +139,12 @@ class Base:
             weights = peft.load_peft_weights(folder, device=str(self.lm.device))
             if config.task_type == peft.TaskType.SEQ_CLS and HEAD not in weights:
                 raise UserError(f"{folder}: this reward adapter has lost its score head; train it again")
-            if HEAD in weights and role is not Role.REWARD:
+            if HEAD in weights and role.partition("_")[0] not in SCORING:
                 raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
             if self.is_classifier:
                 weights.setdefault(HEAD, self.lm.score.weight)  # an SFT adapter has none
             elif HEAD in weights:
-                self._heads[role] = _head_of(weights.pop(HEAD))
+                self._heads[role] = _head_of(weights.pop(HEAD)).requires_grad_(trainable)
             self._attach(role, config)
             unused = peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys
         except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
@@ -140,7 +154,7 @@ class Base:
             raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
         if trainable:
             self._trained.add(role)
-        self._as_float32(role)
+        self._settle(role)
         self._check_head_is_frozen(folder)
 
     def load_reference(self, folder: str) -> None:
@@ -148,7 +162,7 @@ class Base:
         self.load_adapter(Role.REFERENCE, folder, trainable=False)
         self.reference = f"the base with a frozen copy of the adapter {folder}"
 
-    def _attach(self, role: Role, config: peft.PeftConfig) -> None:
+    def _attach(self, role: str, config: peft.PeftConfig) -> None:
         """Injects an adapter; the first one is the part being played."""
         kept = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")]
         config.modules_to_save = [*kept, "score"] if self.is_classifier else kept or None
@@ -162,18 +176,40 @@ class Base:
         if self.is_classifier:
             self._heads[role] = self.lm.score
 
-    def _as_float32(self, role: Role) -> None:
-        """PEFT leaves what it makes in the base's dtype here and there; updates round away in 16 bits."""
+    def _settle(self, role: str) -> None:
+        """A new adapter in float32 (PEFT leaves what it makes in the base's dtype here and there; updates round away in
+        16 bits), and every role that is trained trainable again: PEFT freezes all adapters but the active one."""
         for name, parameter in self.model.named_parameters():
             if f".{role}." in name:
                 parameter.data = parameter.data.float()
+            if any(f".{trained}." in name for trained in self._trained):
+                parameter.requires_grad_(True)
+
+    def trained_weights(self, role: str) -> dict[str, nn.Parameter]:
+        """The weights of a role's adapter, and of its head if it has one, by name."""
+        adapter = {
+            name: p for name, p in self.model.named_parameters() if f".{role}." in name and not self.is_classifier
+        }
+        return adapter | ({"score.weight": self._heads[role].weight} if role in self._heads else {})
+
+    @property
+    def adapters(self) -> list[str]:
+        """The roles that have an adapter or a head of their own, in the order in which they came."""
+        return list(dict.fromkeys([*getattr(self.model, "peft_config", ()), *self._heads]))
+
+    @property
+    def held_bytes(self) -> int:
+        """Memory of the base's own weights and buffers, 4-bit ones with their scales."""
+        ours = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
+        tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in ours]
+        return sum(_bytes_of(tensor) for tensor in tensors)
 
     def _check_head_is_frozen(self, origin: str) -> None:
         if isinstance(self.lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             raise UserError(f"{origin}: the output layer can't have an adapter, log-probs use its frozen weight")
 
     @contextmanager
-    def acting_as(self, role: Role) -> Iterator[PreTrainedModel]:
+    def acting_as(self, role: str) -> Iterator[PreTrainedModel]:
         """Plays a role; afterwards everything is as it was: the active adapter, `requires_grad`, training modes.
 
         Only a role that is trained has dropout, and only while gradients are taken; all compute in the same precision.
@@ -197,8 +233,8 @@ class Base:
             for module in modes:
                 module.training = True
 
-    def _switch(self, role: Role) -> None:
-        if role is self.role or self.model is self.lm:
+    def _switch(self, role: str) -> None:
+        if role == self.role or self.model is self.lm:
             return
         self.switches += 1
         tuner = self.model.base_model
@@ -210,17 +246,21 @@ class Base:
         self.role = role
 
     @torch.no_grad()
-    def scores(self, role: Role, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """What a reward model gives to answers: float32 `(rows,)`, from ids and mask `(rows, length)`, padded on
         either side."""
         with self.acting_as(role) as lm:
             return end_scores(lm, self._heads[role], input_ids, attention_mask)
 
-    def pair_scores(self, role: Role, pairs: list[TokenPair]) -> Tensor:
+    def pair_scores(self, role: str, pairs: list[TokenPair]) -> Tensor:
         """What a reward model gives to the answers of pairs: float32 `(pairs, 2)`, chosen first; with gradients if they
         are enabled and the role is trained."""
         with self.acting_as(role) as lm:
             return pair_scores(lm, self._heads[role], self.batch(pairs, ends="kept"))
+
+    def values(self, states: Tensor) -> Tensor:
+        """What the value head makes of hidden states `(tokens, hidden)`: float32 `(tokens,)`."""
+        return self._heads[Role.VALUE](states)[:, 0]
 
     @cached_property
     def why_padded(self) -> str | None:
@@ -235,16 +275,17 @@ class Base:
             return f"twice a pair, padded: {type(self.lm).__name__} {self.why_padded}"
         return "once a pair, packed without padding"
 
-    def batch(self, pairs: list[TokenPair], *, ends: Literal["dropped", "kept"] = "dropped") -> PairBatch:
-        """Pairs as tensors on the model's device, for `logps` and `heads`, inside `reading_pairs`."""
+    def batch(self, pairs: list[Answered], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
+        """Pairs, or prompts with answers, as tensors on the model's device, for `logps` and `heads`, inside
+        `reading_pairs`."""
         batch = pad(pairs, self.tokenizer.pad_token_id) if self.why_padded else pack(pairs, ends=ends)
         return batch.to(self.lm.device)
 
-    def tokens_taken(self, pair: TokenPair) -> int:
-        """What a pair takes of a forward, in tokens, padding left out but for its own two rows'."""
-        return 2 * len(pair) if self.why_padded else packed_tokens(pair)
+    def tokens_taken(self, pair: Answered) -> int:
+        """What a pair takes of a forward, in tokens, padding left out but for its own rows'."""
+        return len(pair.answers) * len(pair) if self.why_padded else packed_tokens(pair)
 
-    def micro_batches(self, pairs: list[TokenPair], limit: MicroBatch) -> list[list[TokenPair]]:
+    def micro_batches(self, pairs: list[Answered], limit: MicroBatch) -> list[list[Answered]]:
         """Pairs in groups of like many tokens, for one forward each."""
         return micro_batches(pairs, limit, layout="padded" if self.why_padded else "packed")
 
@@ -254,7 +295,7 @@ class Base:
         with nullcontext() if self.why_padded else shared_prompts(self.lm):
             yield
 
-    def save_adapter(self, role: Role, folder: Path) -> None:
+    def save_adapter(self, role: str, folder: Path) -> None:
         """Writes an adapter into a folder as plain PEFT saves it, with the tokenizer and its chat template; each file
         is written aside and then renamed."""
         config = self.model.peft_config[role]
@@ -302,6 +343,15 @@ class Base:
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, wanted in flags:
         parameter.requires_grad_(wanted)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Of a tensor and, if it is a 4-bit one, of its scales."""
+    state = getattr(tensor, "quant_state", None)
+    scales = [] if state is None else [state.absmax, state.code]
+    if state is not None and state.nested:
+        scales += [state.state2.absmax, state.state2.code]
+    return sum(t.numel() * t.element_size() for t in (tensor, *scales))
 
 
 def _head_of(weight: Tensor) -> ScalarHead:

@@ -1,5 +1,10 @@
-"""Token pairs to tensors: packed, with what two answers share computed once, or padded for models that need it."""
+"""Prompts and their answers to tensors: packed, with what answers share computed once, or padded for models that need
+it.
 
+Pairs have two answers, the chosen one first; sampled answers are as many a prompt as were drawn.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from math import ceil
 from typing import Literal
@@ -8,12 +13,14 @@ import torch
 from torch import Tensor
 
 from qalign.layout import Layout
-from qalign.tokens import TokenPair
+from qalign.tokens import TokenAnswers, TokenPair
+
+Answered = TokenPair | TokenAnswers  # a prompt with answers; those of one batch have equally many each
 
 
 @dataclass(frozen=True)
-class PairBatch:
-    """Pairs as tensors. Answers are numbered pair by pair, chosen before rejected.
+class AnswerBatch:
+    """Answers as tensors, numbered prompt by prompt; of a pair chosen before rejected.
 
     Attributes:
         input_ids: int64 `(rows, length)`.
@@ -21,8 +28,8 @@ class PairBatch:
             hidden state predicts it. Ids are shifted here and nowhere else.
         targets: int64 `(targets,)`, these tokens' ids.
         owners: int64 `(targets,)`, the number of the answer.
-        ends: int64 `(2 * pairs,)`, the flattened place of the last token that was computed of each answer.
-        lengths: int64 `(pairs, 2)`, tokens of each answer, end of turn included.
+        ends: int64 `(answers,)`, the flattened place of the last token that was computed of each answer.
+        lengths: int64 `(prompts, answers each)`, tokens of each answer, end of turn included: of pairs `(pairs, 2)`.
         position_ids: int64 `(1, length)` of a packed batch.
         layout: of a packed batch.
         attention_mask: int64 `(rows, length)` of a padded batch, 1 on tokens.
@@ -45,57 +52,57 @@ class PairBatch:
             return {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         return {"input_ids": self.input_ids, "position_ids": self.position_ids, "layout": self.layout}
 
-    def to(self, device: torch.device) -> "PairBatch":
+    def to(self, device: torch.device) -> "AnswerBatch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def pack(pairs: list[TokenPair], *, ends: Literal["dropped", "kept"] = "dropped") -> PairBatch:
-    """Pairs one after the other in one row, without padding: what both sequences of a pair begin with, then the rest of
-    the chosen one, then the rest of the rejected one.
+def pack(rows: Sequence[Answered], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
+    """Prompts one after the other in one row, without padding: what all sequences of a prompt begin with, then the rest
+    of each (of a pair, the chosen one's first).
 
     Args:
         ends: `dropped` leaves out the last token of each answer, which predicts nothing; a score is read from it.
     """
     groups, ids = [], []
-    for pair in pairs:
-        chosen, rejected = (_sequence(pair, answer, ends) for answer in (pair.chosen_ids, pair.rejected_ids))
-        shared = _shared(chosen, rejected)
-        groups.append((shared, (len(chosen) - shared, len(rejected) - shared)))
-        ids += [*chosen, *rejected[shared:]]
+    for row in rows:
+        first, *others = (_sequence(row, answer, ends) for answer in row.answers)
+        shared = _shared([first, *others])
+        groups.append((shared, tuple(len(sequence) - shared for sequence in (first, *others))))
+        ids += first
+        for sequence in others:
+            ids += sequence[shared:]
     layout = Layout(tuple(groups))
     predictors, targets, owners, last = [], [], [], []
-    for number, (pair, (shared, _), (trunk, *branches)) in enumerate(
-        zip(pairs, layout.groups, layout.starts, strict=True)
-    ):
-        for side, (answer, branch) in enumerate(zip((pair.chosen_ids, pair.rejected_ids), branches, strict=True)):
-            first = len(pair.prompt_ids) - 1  # the prompt's last token predicts the answer's first
+    for row, (shared, _), (trunk, *branches) in zip(rows, layout.groups, layout.starts, strict=True):
+        for answer, branch in zip(row.answers, branches, strict=True):
+            first = len(row.prompt_ids) - 1  # the prompt's last token predicts the answer's first
             length = len(answer) + (ends == "kept")
             places = [trunk + p if p < shared else branch + p - shared for p in range(first, first + length)]
             predictors += places[: len(answer)]
+            owners += [len(last)] * len(answer)
             last.append(places[-1])
             targets += answer
-            owners += [2 * number + side] * len(answer)
-    return PairBatch(
+    return AnswerBatch(
         input_ids=torch.tensor([ids]),
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
         ends=torch.tensor(last),
-        lengths=_lengths(pairs),
+        lengths=_lengths(rows),
         position_ids=layout.positions(),
         layout=layout,
     )
 
 
-def pad(pairs: list[TokenPair], pad_token_id: int) -> PairBatch:
-    """Two rows a pair, chosen before rejected, padded on the right: for models that `pack` can't serve."""
-    rows = [(pair.prompt_ids, answer) for pair in pairs for answer in (pair.chosen_ids, pair.rejected_ids)]
-    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    input_ids = torch.full((len(rows), longest), pad_token_id)
+def pad(rows: Sequence[Answered], pad_token_id: int) -> AnswerBatch:
+    """A row for each answer, padded on the right: for models that `pack` can't serve."""
+    sequences = [(row.prompt_ids, answer) for row in rows for answer in row.answers]
+    longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_token_id)
     attention_mask = torch.zeros_like(input_ids)
     predictors, targets, owners, last = [], [], [], []
-    for number, (prompt, answer) in enumerate(rows):
+    for number, (prompt, answer) in enumerate(sequences):
         end = len(prompt) + len(answer)
         input_ids[number, :end] = torch.tensor(prompt + answer)
         attention_mask[number, :end] = 1
@@ -103,13 +110,13 @@ def pad(pairs: list[TokenPair], pad_token_id: int) -> PairBatch:
         targets += answer
         owners += [number] * len(answer)
         last.append(number * longest + end - 1)
-    return PairBatch(
+    return AnswerBatch(
         input_ids=input_ids,
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
         ends=torch.tensor(last),
-        lengths=_lengths(pairs),
+        lengths=_lengths(rows),
         attention_mask=attention_mask,
     )
 
@@ -125,57 +132,57 @@ class MicroBatch:
         return f"{self.pairs:,} at a time" if self.pairs else f"up to {self.tokens:,} tokens at a time"
 
 
-def micro_batches(pairs: list[TokenPair], limit: MicroBatch, *, layout: Literal["packed", "padded"]) -> list:
-    """The pairs of an optimiser step in groups of like many tokens, as few as the limit allows. (A pair that alone is
-    longer than the limit gets a group.)
+def micro_batches(rows: Sequence[Answered], limit: MicroBatch, *, layout: Literal["packed", "padded"]) -> list:
+    """The pairs (or prompts with their answers) of an optimiser step in groups of like many tokens, as few as the limit
+    allows. (One that alone is longer than the limit gets a group.)
 
     Returns:
-        `list[list[TokenPair]]`, the largest group first: if memory is too small, the first one tells.
+        a list of lists of rows, the largest group first: if memory is too small, the first one tells.
     """
     if layout == "padded":  # neighbours of like length
-        order = sorted(pairs, key=len, reverse=True)
-        each = limit.pairs or max(1, limit.tokens // (2 * len(order[0])))
+        order = sorted(rows, key=len, reverse=True)
+        each = limit.pairs or max(1, limit.tokens // (len(order[0].answers) * len(order[0])))
         return [order[start : start + each] for start in range(0, len(order), each)]
     if limit.pairs:
-        return _balanced(pairs, ceil(len(pairs) / limit.pairs), limit.pairs)
-    sizes = [packed_tokens(pair) for pair in pairs]
+        return _balanced(rows, ceil(len(rows) / limit.pairs), limit.pairs)
+    sizes = [packed_tokens(row) for row in rows]
     largest = max(limit.tokens, *sizes)
-    for count in range(ceil(sum(sizes) / largest), len(pairs) + 1):
-        groups = _balanced(pairs, count)
+    for count in range(ceil(sum(sizes) / largest), len(rows) + 1):
+        groups = _balanced(rows, count)
         if sum(map(packed_tokens, groups[0])) <= largest:
             break
     return groups
 
 
-def packed_tokens(pair: TokenPair) -> int:
-    """What a pair takes of a packed row at most, in tokens."""
-    return len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+def packed_tokens(row: Answered) -> int:
+    """What a prompt and its answers take of a packed row at most, in tokens."""
+    return len(row.prompt_ids) + sum(map(len, row.answers))
 
 
-def _balanced(pairs: list[TokenPair], count: int, most: float = float("inf")) -> list[list[TokenPair]]:
-    """The longest pair left goes to the shortest group that holds fewer than `most` pairs (Graham 1969: at most 4/3 of
-    the best split's longest, where `most` is no limit)."""
-    groups: list[list[TokenPair]] = [[] for _ in range(count)]
+def _balanced(rows: Sequence[Answered], count: int, most: float = float("inf")) -> list[list[Answered]]:
+    """The longest one left goes to the shortest group that holds fewer than `most` (Graham 1969: at most 4/3 of the
+    best split's longest, where `most` is no limit)."""
+    groups: list[list[Answered]] = [[] for _ in range(count)]
     filled = [0] * count
-    for pair in sorted(pairs, key=packed_tokens, reverse=True):
+    for row in sorted(rows, key=packed_tokens, reverse=True):
         shortest = min((index for index in range(count) if len(groups[index]) < most), key=filled.__getitem__)
-        groups[shortest].append(pair)
-        filled[shortest] += packed_tokens(pair)
+        groups[shortest].append(row)
+        filled[shortest] += packed_tokens(row)
     return [groups[index] for index in sorted(range(count), key=lambda index: -filled[index])]
 
 
-def _sequence(pair: TokenPair, answer: list[int], ends: str) -> list[int]:
-    ids = pair.prompt_ids + answer
+def _sequence(row: Answered, answer: list[int], ends: str) -> list[int]:
+    ids = row.prompt_ids + answer
     return ids if ends == "kept" else ids[:-1]
 
 
-def _shared(one: list[int], other: list[int]) -> int:
-    """How many tokens two sequences begin with alike."""
-    for number, (a, b) in enumerate(zip(one, other, strict=False)):
-        if a != b:
+def _shared(sequences: list[list[int]]) -> int:
+    """How many tokens all sequences begin with alike."""
+    for number, tokens in enumerate(zip(*sequences, strict=False)):
+        if len(set(tokens)) > 1:
             return number
-    return min(len(one), len(other))
+    return min(map(len, sequences))
 
 
-def _lengths(pairs: list[TokenPair]) -> Tensor:
-    return torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
+def _lengths(rows: Sequence[Answered]) -> Tensor:
+    return torch.tensor([[len(answer) for answer in row.answers] for row in rows])

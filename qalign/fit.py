@@ -19,6 +19,7 @@ from qalign.stage import recipe_parser
 
 SHADES = "█▓▒░▚▞▖"
 WIDTH = 60
+ROWS = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts with their answers"}
 SHORTEST = 256  # a max_length below this is no help
 
 
@@ -43,7 +44,8 @@ def report(recipe: Recipe, given: str | None) -> None:
     for stage in recipe.stages:
         forecast = Forecast(recipe, stage, config, where, dtype)
         print_table(stage, lines(forecast, memory))
-    if recipe.dpo:  # the one that writes answers
+    if recipe.dpo:
+        forecast = Forecast(recipe, "dpo", config, where, dtype)
         held = {name: size for name, size in forecast.fixed.items() if name not in ("gradients", "optimiser")}
         held["KV cache"] = kv_cache_bytes(config, SIDE_BY_SIDE * spec.max_length, dtype.itemsize)
         print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
@@ -51,9 +53,12 @@ def report(recipe: Recipe, given: str | None) -> None:
 
 def lines(forecast, memory: int) -> list[tuple[str, str]]:
     """A stage's table: its parts, their sum as a bar, and what fits."""
-    size, length = forecast.settings.micro_batch_size, forecast.recipe.model.max_length
-    rows, sequences = (1 if size == "auto" else size), (1 if forecast.stage == "sft" else 2)
-    longest = sequences * length
+    from qalign.loop import rows_at_once
+    from qalign.memory import longest_row, max_length_of
+
+    size = rows_at_once(forecast.settings)
+    rows = 1 if size == "auto" else size
+    longest = longest_row(forecast.recipe, forecast.stage)
     plan = forecast.plan(memory, rows * longest)
     layers = plan.checkpointed_layers if plan else forecast.layers
     tokens = plan.tokens if plan and size == "auto" else rows * longest
@@ -61,13 +66,14 @@ def lines(forecast, memory: int) -> list[tuple[str, str]]:
     found = table(parts, memory)
     at_once = f"{tokens:,} tokens at once, {layers or 'no'} of {forecast.layers} layers checkpointed"
     if plan is None:
-        change = advice(forecast, memory, rows, sequences)
-        return [*found, ("fits", f"NO: {at_once}"), ("change", change)]
-    limit = min(forecast.largest(memory, forecast.layers), sequences * forecast.reach)
+        return [*found, ("fits", f"NO: {at_once}"), ("change", advice(forecast, memory, rows))]
+    largest = longest_row(forecast.recipe, forecast.stage, forecast.reach)
+    limit = min(forecast.largest(memory, forecast.layers), largest)
+    reach = max_length_of(forecast.recipe, forecast.stage, limit)
     return [
         *found,
-        ("fits", f"yes: {at_once}; that is {tokens // longest} of the longest {'rows' if sequences == 1 else 'pairs'}"),
-        ("limit", f"{limit:,} tokens with all layers checkpointed: one row of max_length {limit // sequences:,}"),
+        ("fits", f"yes: {at_once}; that is {tokens // longest} of the longest {ROWS[forecast.stage]}"),
+        ("limit", f"{limit:,} tokens with all layers checkpointed: one row of max_length {reach:,}"),
     ]
 
 
@@ -77,10 +83,12 @@ def table(parts: dict[str, int], memory: int) -> list[tuple[str, str]]:
     return [*rows, ("in all", f"{gib(sum(parts.values())):>10}  {bar(parts, memory)}")]
 
 
-def advice(forecast, memory: int, rows: int, sequences: int) -> str:
+def advice(forecast, memory: int, rows: int) -> str:
     """The one setting to change when the longest row doesn't fit."""
+    from qalign.memory import longest_row, max_length_of
+
     recipe = forecast.recipe
-    limit = forecast.largest(memory, forecast.layers) // sequences
+    limit = max_length_of(recipe, forecast.stage, forecast.largest(memory, forecast.layers))
     if rows > 1 and limit >= recipe.model.max_length:
         return f"{forecast.stage}.micro_batch_size=auto"
     if limit >= SHORTEST:
@@ -90,7 +98,7 @@ def advice(forecast, memory: int, rows: int, sequences: int) -> str:
         other = forecast.with_recipe(recipe.model_copy(update={section: part.model_copy(update=change)}))
         if part.model_dump().items() >= change.items():
             continue
-        if other.largest(memory, other.layers) >= sequences * SHORTEST:
+        if other.largest(memory, other.layers) >= longest_row(recipe, forecast.stage, SHORTEST):
             return ", ".join(f"{section}.{key}={value}" for key, value in change.items())
     fixed = gib(sum(forecast.fixed.values()))
     return f"model.base: a smaller model; this one takes {fixed} of {gib(memory)} before the first token"

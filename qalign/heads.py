@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qalign.batch import PairBatch
+from qalign.batch import AnswerBatch
 
 
 class ScalarHead(nn.Linear):
@@ -42,7 +42,7 @@ def end_scores(lm: PreTrainedModel, head: nn.Module, input_ids: Tensor, attentio
     return head(hidden[torch.arange(len(last), device=last.device), last])[:, 0]
 
 
-def pair_scores(lm: PreTrainedModel, head: nn.Module, batch: PairBatch) -> Tensor:
+def pair_scores(lm: PreTrainedModel, head: nn.Module, batch: AnswerBatch) -> Tensor:
     """The same for pairs, float32 `(pairs, 2)`, chosen first. A packed batch must have kept its ends."""
     hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
     return head(hidden.flatten(0, 1)[batch.ends]).view(batch.lengths.shape)

@@ -78,19 +78,22 @@ class Journal(TrainerCallback):
         self._mark = (time.monotonic(), self._mark[1])
 
     def on_save(self, args, state, control, **_):
-        """Marks the checkpoint as whole, once all of it is on the disk: `--resume` trusts only marked ones."""
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        for file in folder.rglob("*"):
-            if file.is_file():
-                with file.open("rb+") as opened:
-                    os.fsync(opened.fileno())
-        (folder / TOKENS_SEEN).write_text(str(self.tokens_seen))
-        (folder / WALL_SECONDS).write_text(str(self.run.wall_seconds))
-        (folder / "whole").touch()
+        mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run, self.tokens_seen)
 
     def on_train_end(self, args, state, control, **_):
         self.run.stop.patient = False
         self._bar.close()
+
+
+def mark_whole(folder: Path, run: RunFolder, tokens_seen: int) -> None:
+    """Marks a checkpoint as whole, once all of it is on the disk: `--resume` trusts only marked ones."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb+") as opened:
+                os.fsync(opened.fileno())
+    (folder / TOKENS_SEEN).write_text(str(tokens_seen))
+    (folder / WALL_SECONDS).write_text(str(run.wall_seconds))
+    (folder / "whole").touch()
 
 
 def _shown(logs: dict, prefix: str = "") -> str:

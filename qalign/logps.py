@@ -7,14 +7,15 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qalign.batch import PairBatch
+from qalign.batch import AnswerBatch
 from qalign.errors import UserError
+from qalign.losses import entropy
 
 # Elements of one chunk of logits: 128 MB in float32, whatever the vocabulary.
 _CHUNK_ELEMENTS = 2**25
 
 
-def completion_logps(lm: PreTrainedModel, batch: PairBatch) -> Tensor:
+def completion_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     """Log-probs of every token of the answers, float32 (float64 for a float64 model) `(targets,)` in nats, in the
     order of `batch.targets`.
 
@@ -22,11 +23,33 @@ def completion_logps(lm: PreTrainedModel, batch: PairBatch) -> Tensor:
         lm: a causal language model, adapters injected; its head must be frozen. A packed batch needs `shared_prompts`.
         batch: on the model's device.
     """
+    return state_logps(lm, answer_states(lm, batch), batch.targets)
+
+
+def answer_states(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
+    """Hidden states that predict the tokens of the answers: `(targets, hidden)`, in the order of `batch.targets`."""
     hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
-    return _HeadLogps.apply(hidden.flatten(0, 1)[batch.predictors], batch.targets, lm)
+    return hidden.flatten(0, 1)[batch.predictors]
 
 
-def pair_logps(lm: PreTrainedModel, batch: PairBatch) -> Tensor:
+def state_logps(lm: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probs `(targets,)` of tokens from the hidden states before them, under the distribution that sampling at this
+    temperature draws from."""
+    return _HeadLogps.apply(states, targets, lm, temperature)
+
+
+@torch.no_grad()
+def state_entropies(lm: PreTrainedModel, states: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropies `(targets,)` of that distribution, in nats."""
+    pieces = states.split(_chunk(lm))
+    return torch.cat([entropy(head_logits(lm, piece).float() / temperature) for piece in pieces])
+
+
+def _chunk(lm: PreTrainedModel) -> int:
+    return max(1, _CHUNK_ELEMENTS // lm.get_output_embeddings().weight.shape[0])
+
+
+def pair_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     """Log-probs of the answers, summed over their tokens: float32 `(pairs, 2)` in nats, chosen first."""
     logps = completion_logps(lm, batch)
     return logps.new_zeros(batch.lengths.numel()).index_add(0, batch.owners, logps).view_as(batch.lengths)
@@ -40,14 +63,15 @@ class _HeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, targets: Tensor, lm: PreTrainedModel) -> Tensor:
-        size = max(1, _CHUNK_ELEMENTS // lm.get_output_embeddings().weight.shape[0])
+    def forward(ctx, hidden: Tensor, targets: Tensor, lm: PreTrainedModel, temperature: float) -> Tensor:
+        size = _chunk(lm)
         wants_grad = ctx.needs_input_grad[0]
         logps, directions = [], []
         for states, ids in zip(hidden.split(size), targets.split(size), strict=True):
             with torch.set_grad_enabled(wants_grad):
                 states = states.detach().requires_grad_(wants_grad)
                 logits = head_logits(lm, states)
+                logits = logits if temperature == 1 else logits / temperature
             weights = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
             chosen = weights.gather(1, ids[:, None])
             top = weights.amax(dim=1, keepdim=True)
@@ -63,7 +87,7 @@ class _HeadLogps(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         (directions,) = ctx.saved_tensors
-        return (grad[:, None] * directions).to(directions.dtype), None, None
+        return (grad[:, None] * directions).to(directions.dtype), None, None, None
 
 
 def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import math
 import time
 from pathlib import Path
+from typing import Literal
 
 import torch
 import trl
@@ -15,7 +16,7 @@ from qalign.command import Stopped
 from qalign.errors import UserError
 from qalign.journal import Journal, peak_bytes
 from qalign.memory import Forecast, Plan, usable_memory
-from qalign.recipe import Stage
+from qalign.recipe import PPO, Stage
 from qalign.run import RunFolder, print_table
 
 CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}
@@ -87,7 +88,7 @@ def plan(run: RunFolder, base: Base, longest: int) -> Plan:
         UserError: not even the longest row fits.
     """
     settings, device = run.settings, base.lm.device.type
-    size, layers = settings.micro_batch_size, settings.checkpointed_layers
+    size, layers = rows_at_once(settings), settings.checkpointed_layers
     if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
         return Plan(size * longest, 0 if layers == "auto" else layers)
     forecast = Forecast(run.recipe, run.stage, base.lm.config, device, base.dtype)
@@ -104,9 +105,15 @@ def plan(run: RunFolder, base: Base, longest: int) -> Plan:
     return found
 
 
-def micro_batch(settings: Stage, planned: Plan) -> MicroBatch:
-    """What goes through the model at once, for trainers that learn from pairs."""
+def rows_at_once(settings: Stage) -> int | Literal["auto"]:
+    """The recipe's `micro_batch_size` in rows: of PPO in prompts, each with its answers."""
     size = settings.micro_batch_size
+    return size // settings.samples_per_prompt if isinstance(settings, PPO) and size != "auto" else size
+
+
+def micro_batch(settings: Stage, planned: Plan) -> MicroBatch:
+    """What goes through the model at once, for trainers that learn from pairs and from sampled answers."""
+    size = rows_at_once(settings)
     return MicroBatch(tokens=planned.tokens) if size == "auto" else MicroBatch(pairs=size)
 
 

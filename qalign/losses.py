@@ -1,10 +1,14 @@
-"""Pure maths of preference losses and the reward model's: tensors in, one loss a pair out.
+"""Pure maths of preference losses, of the reward model's, and of PPO: tensors in, tensors out, nothing raised.
 
-Log-probs are float32 in nats, shape `(pairs, 2)`: column 0 holds the chosen answer's, column 1 the rejected one's, each
-summed over its completion tokens (end of turn included). `lengths` are those token counts, same shape.
+Of pairs, log-probs are float32 in nats, shape `(pairs, 2)`: column 0 holds the chosen answer's, column 1 the rejected
+one's, each summed over its completion tokens (end of turn included). `lengths` are those token counts, same shape.
+`policy` is log pi(y|x), `reference` is log pi_ref(y|x). Every preference loss returns `(pairs,)`.
 
-`policy` is log pi(y|x), `reference` is log pi_ref(y|x). Every function returns `(pairs,)` and raises nothing.
+Of PPO, tensors are float32 `(answers, tokens)`, with `mask` True on an answer's tokens, which stand at the front; or of
+any shape where a function takes each token for itself.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -125,3 +129,103 @@ def bradley_terry(scores: Tensor, margins: Tensor | None = None, *, centering: f
     (Eisenstein et al. 2023, arXiv:2312.09244)."""
     gap = margin(scores) if margins is None else margin(scores) - margins
     return centering * scores.sum(dim=1) ** 2 - F.logsigmoid(gap)
+
+
+def log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
+    """k1 (Schulman 2020, "Approximating KL Divergence"): log pi - log pi_ref of each sampled token, unbiased for
+    KL(pi || pi_ref). It is what PPO's reward is charged with (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)."""
+    return policy - reference
+
+
+def kl_k3(policy: Tensor, reference: Tensor) -> Tensor:
+    """k3 (same source): r - 1 - log r with r = pi_ref / pi. Unbiased too, never negative, and of less variance: the
+    estimate to look at."""
+    back = reference - policy
+    return torch.expm1(back) - back
+
+
+def token_rewards(scores: Tensor, log_ratios: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """-beta (log pi - log pi_ref) at every token, plus the score `(answers,)` at the last one (Ouyang et al. 2022,
+    arXiv:2203.02155, eq. 2)."""
+    rewards = -kl_coefficient * log_ratios * mask
+    last = mask.sum(dim=1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, eq. 16), 0 outside the mask:
+    A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. After an answer's end all is 0."""
+    rewards, values = rewards * mask, values * mask
+    advantages, after, value_after = (
+        torch.zeros_like(values),
+        values.new_zeros(len(values)),
+        values.new_zeros(len(values)),
+    )
+    for token in reversed(range(values.shape[1])):
+        delta = rewards[:, token] + gamma * value_after - values[:, token]
+        after = (delta + gamma * lam * after) * mask[:, token]
+        advantages[:, token], value_after = after, values[:, token]
+    return advantages
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean 0 and variance 1 over all tokens of the batch, 0 outside the mask (Huang et al. 2023, "The N Implementation
+    Details of RLHF with PPO")."""
+    count = mask.sum()
+    centred = (values - (values * mask).sum() / count) * mask
+    return centred * torch.rsqrt((centred**2).sum() / count + 1e-8)
+
+
+def clipped_policy_loss(policy: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's surrogate with its sign turned (Schulman et al. 2017, arXiv:1707.06347, eq. 7): -min(r A, clip(r) A) of
+    each token, r = pi / pi_old; and where the clipped one was taken."""
+    ratio = torch.exp(policy - old)
+    free, bounded = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
+    return torch.maximum(free, bounded), bounded > free
+
+
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Half the squared error of each token's value, or that of the value held within `clip` of the old one where it is
+    worse (Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9); and where the latter was taken."""
+    bounded = old + (values - old).clamp(-clip, clip)
+    free_error, bounded_error = (values - returns) ** 2, (bounded - returns) ** 2
+    return 0.5 * torch.maximum(free_error, bounded_error), bounded_error > free_error
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Of the next token, in nats: `(..., vocabulary)` to `(...)`."""
+    logps = logits.log_softmax(dim=-1)
+    return -(logps.exp() * logps).sum(dim=-1)
+
+
+class Moments(NamedTuple):
+    """Running mean and spread of scores."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+    """The sum of squared distances from the mean."""
+
+    def updated(self, scores: Tensor) -> "Moments":
+        """With more scores `(answers,)` seen (Chan et al. 1983: exact, whatever the order and the batches)."""
+        scores = scores.double()
+        count, mean = len(scores), scores.mean().item()
+        total, gap = self.count + count, mean - self.mean
+        squares = self.squares + ((scores - mean) ** 2).sum().item() + gap**2 * self.count * count / total
+        return Moments(total, self.mean + gap * count / total, squares)
+
+    @property
+    def std(self) -> float:
+        return (self.squares / self.count) ** 0.5 if self.count else 0.0
+
+
+def normalised(scores: Tensor, moments: Moments, clip: float) -> Tensor:
+    """Scores in standard deviations from the running mean, held within +-clip (Zheng et al. 2023, "Secrets of RLHF",
+    arXiv:2307.04964, eq. 17)."""
+    return ((scores - moments.mean) / (moments.std + 1e-8)).clamp(-clip, clip)
+
+
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
+    """The next KL coefficient (Ziegler et al. 2019, arXiv:1909.08593, eq. 3, K = 0.1): up to 2% more or less a step."""
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return coefficient * (1 + 0.1 * error)

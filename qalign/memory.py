@@ -29,6 +29,7 @@ from transformers import (
 from qalign.attention import QUERIES
 from qalign.batch import pack
 from qalign.logps import pair_logps
+from qalign.places import function_of
 from qalign.recipe import Model, Recipe
 from qalign.tokens import TokenPair
 
@@ -155,6 +156,22 @@ class Plan:
         return f", {self.checkpointed_layers} layers checkpointed" if self.checkpointed_layers else ""
 
 
+def longest_row(recipe: Recipe, stage: str, max_length: int | None = None) -> int:
+    """Tokens of the longest row that a recipe allows, or another `max_length` would: of a pair both answers in full, of
+    a prompt of PPO's itself and all of its answers."""
+    length = max_length or recipe.model.max_length
+    if stage == "ppo":
+        return length + (recipe.ppo.samples_per_prompt - 1) * recipe.ppo.max_new_tokens
+    return length if stage == "sft" else 2 * length
+
+
+def max_length_of(recipe: Recipe, stage: str, tokens: int) -> int:
+    """The `max_length` at which the longest row has so many tokens."""
+    if stage == "ppo":
+        return tokens - longest_row(recipe, stage, 1) + 1
+    return tokens if stage == "sft" else tokens // 2
+
+
 class Forecast:
     """The memory of one stage of a recipe.
 
@@ -188,13 +205,17 @@ class Forecast:
         """Bytes that are there all the time."""
         lm = self._model(self.layers)
         adapters = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-        trained = sum(parameter.numel() for parameter in adapters.values())
+        each = sum(parameter.numel() for parameter in adapters.values())
         settings, width = self.settings, self.dtype.itemsize
-        copies = 1 + (self.stage == "dpo" and settings.start_from is not None)  # a frozen one for the reference
+        frozen = self.stage in ("dpo", "ppo") and settings.start_from is not None  # a copy for the reference
+        trained = each
+        if self.stage == "ppo":
+            frozen += sum(function_of(reward.source) is None for _, reward in settings.sources)
+            trained += each if settings.value == "adapter" else 0
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         fixed = {
             "base": sum(_held_bytes(p, name, lm, self.recipe.model, width) for name, p in lm.named_parameters()),
-            "adapters": trained * 4 * copies + (trained * width if width == 2 else 0),
+            "adapters": (trained + frozen * each) * 4 + (each * width if width == 2 else 0),
             "gradients": trained * 4,
             "optimiser": int(trained * _OPTIMIZER_BYTES[optimizer]),
         }

@@ -1,5 +1,6 @@
 """The files, folders and packages that a recipe points at: which are missing, and where they are."""
 
+import ast
 import importlib.util
 import os
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from qalign.errors import UserError, did_you_mean
-from qalign.recipe import SFT_RUN, Recipe, Stage
+from qalign.recipe import PPO, REWARD_RUN, SFT_RUN, Recipe, Stage
 
 DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
 
@@ -34,6 +35,19 @@ def _exists(path: Path) -> bool:
 def _adapter(path: str, beside: Path) -> Path | None:
     config = locate(str(Path(path) / "adapter_config.json"), beside)
     return config and config.parent
+
+
+def function_of(source: str) -> tuple[str, str] | None:
+    """(module or `.py` file, name) if a reward is a Python function, `module:function` or `FILE.py:function`."""
+    where, colon, name = source.rpartition(":")
+    is_drive = len(where) == 1
+    return (where, name) if colon and where and not is_drive and name.isidentifier() else None
+
+
+def reward_adapter(source: str, beside: Path = Path()) -> Path | None:
+    """The adapter folder that a reward names, itself or by its run; None if it is no adapter on this disk."""
+    found = (_adapter(str(Path(source) / inside), beside) for inside in ("", "adapter", "reward/adapter"))
+    return next(filter(None, found), None)
 
 
 def package_file(path: str) -> Path:
@@ -82,12 +96,65 @@ def missing(raw: dict, beside: Path):
                     siblings = [file.name for folder in folders for file in folder.glob("*")]
                     loc = (name, key, index) if isinstance(value, list) else (name, key)
                     yield loc, f"{key}: there is no file '{path}'" + did_you_mean(Path(path).name, siblings)
+        if name == "ppo":
+            for key in ("reward", "judge"):
+                yield from _missing_rewards(key, stage.get(key), beside)
         start = stage.get("start_from")
         if isinstance(start, str) and start != SFT_RUN and not _adapter(start, beside):
             yield (
                 (name, "start_from"),
                 f"start_from: '{start}' is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it)",
             )
+
+
+def _missing_rewards(key: str, value: Any, beside: Path):
+    for index, item in enumerate(value if isinstance(value, list) else [value]):
+        source = item.get("source") if isinstance(item, dict) else item
+        if not isinstance(source, str) or source == REWARD_RUN:
+            continue
+        loc = ("ppo", key, index) if isinstance(value, list) else ("ppo", key)
+        if function := function_of(source):
+            where, name = function
+            file = _function_file(where, beside)
+            if file is None:
+                yield loc, f"{key}: there is no module '{where}' to take the function '{name}' from"
+            elif file.suffix == ".py" and name not in (known := _functions(file)):
+                yield loc, f"{key}: {where} has no function '{name}'" + did_you_mean(name, known)
+        elif looks_local(source) and not reward_adapter(source, beside):
+            place = locate(source, beside)
+            if not place:
+                yield loc, f"{key}: there is no '{source}'"
+            elif not (place / "config.json").is_file():
+                yield (
+                    loc,
+                    f"{key}: '{source}' holds no finished reward run (adapter_config.json) and no model (config.json)",
+                )
+
+
+def _function_file(where: str, beside: Path) -> Path | None:
+    """The source of a module, or a `.py` file; looked for from the current directory, then beside the recipe."""
+    if where.endswith(".py"):
+        return locate(where, beside)
+    try:
+        spec = importlib.util.find_spec(where)
+    except (ImportError, ValueError):
+        spec = None
+    return Path(spec.origin) if spec and spec.origin else locate(f"{where.replace('.', '/')}.py", beside)
+
+
+def _functions(file: Path) -> list[str]:
+    """What a Python file defines or imports at its top, by name; read, not run."""
+    try:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError):
+        return []
+    found = [node.name for node in tree.body if hasattr(node, "name")]
+    for node in tree.body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            found += [alias.asname or alias.name for alias in node.names]
+        elif isinstance(node, ast.Assign):
+            found += [target.id for target in node.targets if isinstance(target, ast.Name)]
+    return found
 
 
 def resolved(recipe: Recipe, beside: Path) -> Recipe:
@@ -101,13 +168,25 @@ def resolved(recipe: Recipe, beside: Path) -> Recipe:
         start = str(_adapter(path, beside))
         return f"./{start}" if start == SFT_RUN else start  # a folder of that name stays one
 
-    return _placed(recipe, found, adapter)
+    def reward(source: str) -> str:
+        if function := function_of(source):
+            file = _function_file(function[0], beside) if function[0].endswith(".py") else None
+            return f"{file}:{function[1]}" if file else source
+        place = reward_adapter(source, beside)
+        return str(place) if place else found(source)
+
+    return _placed(recipe, found, adapter, reward)
 
 
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with every local path from the root, so that it means the same in any directory."""
     output = os.path.abspath(Path(recipe.output).expanduser())
-    return _placed(recipe, absolute_path, absolute_path).model_copy(update={"output": output})
+
+    def reward(source: str) -> str:
+        where, name = function_of(source) or (source, "")
+        return f"{absolute_path(where)}:{name}" if name else absolute_path(where)
+
+    return _placed(recipe, absolute_path, absolute_path, reward).model_copy(update={"output": output})
 
 
 def absolute_path(path: str) -> str:
@@ -116,8 +195,11 @@ def absolute_path(path: str) -> str:
     return os.path.abspath(here) if _exists(here) else path
 
 
-def _placed(recipe: Recipe, found: Callable[[str], str], adapter: Callable[[str], str]) -> Recipe:
-    """The recipe with other words for its paths: those of adapters by `adapter`, the rest by `found`."""
+def _placed(
+    recipe: Recipe, found: Callable[[str], str], adapter: Callable[[str], str], reward: Callable[[str], str]
+) -> Recipe:
+    """The recipe with other words for its paths: those of adapters by `adapter`, of PPO's rewards by `reward`, the rest
+    by `found`."""
 
     def sources(data):
         return data and tuple(source.model_copy(update={"path": found(source.path)}) for source in data)
@@ -131,5 +213,13 @@ def _placed(recipe: Recipe, found: Callable[[str], str], adapter: Callable[[str]
             start = stage.start_from
             start = adapter(start) if start and start != SFT_RUN else start
             paths = {"data": sources(stage.data), "eval_data": sources(stage.eval_data), "start_from": start}
+            if isinstance(stage, PPO):
+                paths |= {key: _rewards(getattr(stage, key), reward) for key in ("reward", "judge")}
             updates[name] = stage.model_copy(update=paths)
     return recipe.model_copy(update=updates)
+
+
+def _rewards(sources, reward: Callable[[str], str]):
+    return sources and tuple(
+        s if s.source == REWARD_RUN else s.model_copy(update={"source": reward(s.source)}) for s in sources
+    )

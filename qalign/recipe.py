@@ -92,8 +92,10 @@ class Source(Section):
     """A hub id, a folder, or a `.json`, `.jsonl`, `.jsonl.gz`, `.parquet` or `.csv` file."""
     split: str | None = None
     """The split of a hub data set; the stage's own `split` where it is left out."""
+    skip: int = Field(0, ge=0)
+    """Leave out the first so many rows: two runs can so share a file and no row."""
     limit: int | None = Field(None, ge=1)
-    """Take only the first so many rows."""
+    """Take only the first so many rows (after those that are skipped)."""
     weight: float = Field(1.0, gt=0)
     """How often these rows are seen: 2 takes each twice, 0.5 a random half."""
 
@@ -112,8 +114,9 @@ Data = Annotated[
 ]
 
 
-STAGES = ("sft", "reward", "dpo")
+STAGES = ("sft", "reward", "dpo", "ppo")
 SFT_RUN = "sft"  # as `start_from`
+REWARD_RUN = "reward"  # as a reward of PPO's
 
 
 class Stage(Section):
@@ -223,6 +226,127 @@ class DPO(Stage):
             yield f"reference: has no effect with loss '{self.loss}', which needs none; remove it"
 
 
+class RewardSource(Section):
+    """What scores answers, when `reward` or `judge` is a list."""
+
+    source: str
+    """`reward` for this recipe's own reward run; the folder of another reward run or PEFT SEQ_CLS adapter on the same
+    base; a sequence-classification model (hub id or folder); or a Python function, `module:function` or
+    `FILE.py:function`."""
+    weight: float = 1.0
+    """What its scores are multiplied by before they are added up."""
+
+    def clashes(self):
+        if self.weight == 0:
+            yield "weight: a reward with weight 0 does nothing; remove it"
+
+
+def _as_rewards(value: Any) -> Any:
+    items = value if isinstance(value, (list, tuple)) else [value]
+    return tuple({"source": item} if isinstance(item, str) else item for item in items)
+
+
+Rewards = Annotated[
+    tuple[RewardSource, ...],
+    Field(min_length=1),
+    BeforeValidator(
+        _as_rewards,
+        json_schema_input_type=str | RewardSource | Annotated[list[str | RewardSource], Field(min_length=1)],
+    ),
+]
+
+
+class PPO(Stage):
+    """Proximal policy optimisation: sample answers, score them, and make the better ones more likely."""
+
+    data: Data
+    """The prompts to answer: rows of any shape that the other stages read; the answers in them are left out."""
+    eval_data: Data | None = None
+    """Held-out prompts, answered every `eval_every` iterations, and at the start and the end."""
+    epochs: float = Field(1.0, gt=0)
+    """How often each prompt is answered, if `max_steps` doesn't say how many iterations there are."""
+    max_steps: int | None = Field(None, ge=1)
+    """Iterations: each samples `batch_size` answers, then learns from them."""
+    batch_size: int = Field(64, ge=1)
+    """Answers in one iteration; `batch_size / samples_per_prompt` prompts."""
+    samples_per_prompt: int = Field(4, ge=1)
+    """Answers to each prompt. The prompt is read once for all of them."""
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    """Answers in one forward pass: a multiple of `samples_per_prompt` that divides a mini-batch. No number changes."""
+    learning_rate: float = Field(1e-5, gt=0)
+    """The peak learning rate of the policy's adapter and the value model."""
+    reward: Rewards
+    """What PPO makes rise: `reward` for this recipe's own reward run, another reward adapter, a sequence-classification
+    model, a Python function `module:function(prompts, completions, **row)`, or a list of these with `weight`."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Where an answer is cut at the latest, in tokens. Prompts must leave so much room in `model.max_length`."""
+    temperature: float = Field(1.0, gt=0)
+    """Of sampling; log-probs are those of the distribution at this temperature."""
+    mini_batches: int = Field(2, ge=1)
+    """Optimiser steps in one pass over an iteration's answers."""
+    update_epochs: int = Field(2, ge=1)
+    """Passes over an iteration's answers."""
+    kl_coefficient: float = Field(0.05, ge=0)
+    """What a nat of KL from the reference costs, in units of the reward. Raise it if answers go strange."""
+    kl_target: float | None = Field(None, gt=0)
+    """Nats of KL an answer to aim at: the coefficient then adapts (Ziegler et al. 2019). Fixed where it is left out."""
+    kl_stop: float | None = Field(0.1, gt=0)
+    """Stops an iteration's updates once the policy is so many nats a token from the one that sampled."""
+    clip: float = Field(0.2, gt=0)
+    """How far the ratio of new to old probability may move from 1 to any profit."""
+    value: Literal["adapter", "trunk"] = "adapter"
+    """The value model: `adapter` begins as a copy of the reward model's adapter and head; `trunk` is only a head on
+    the policy's own hidden states: leaner and faster."""
+    value_coefficient: float = Field(0.1, gt=0)
+    """The weight of the value loss beside the policy's."""
+    value_clip: float = Field(0.2, gt=0)
+    """How far a value may move from the old one to any profit."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """The discount of later rewards."""
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    """Generalised advantage estimation: 1 trusts what was sampled, 0 the value model."""
+    reward_scaling: Literal["running", "none"] = "running"
+    """`running` puts scores in standard deviations from their running mean; `none` takes them as they are."""
+    reward_clip: float = Field(5.0, gt=0)
+    """With `running`, scores are held within so many standard deviations."""
+    missing_eos_penalty: float = Field(1.0, ge=0)
+    """Taken off the score of an answer that was cut before it ended."""
+    judge: Rewards | None = None
+    """What the policy never trains on and what tells whether it hacks the reward: of the same kinds as `reward`."""
+    patience: int = Field(3, ge=2)
+    """Evaluations in a row in which the judge falls while the reward rises, before the alarm."""
+    on_alarm: Literal["warn", "slow", "stop"] = "warn"
+    """`warn` says so and goes on, `slow` doubles the KL coefficient as well, `stop` ends the run."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """What samples: `transformers` on the base in memory, or `vllm`, with a copy of its own on the same GPU."""
+
+    def clashes(self):
+        if self.batch_size % (self.samples_per_prompt * self.mini_batches):
+            yield (
+                f"batch_size: {self.batch_size} answers don't divide into {self.mini_batches} mini-batches of whole "
+                f"prompts with {self.samples_per_prompt} answers each"
+            )
+        elif self.micro_batch_size != "auto":
+            mini = self.batch_size // self.mini_batches
+            if self.micro_batch_size % self.samples_per_prompt or mini % self.micro_batch_size:
+                yield (
+                    f"micro_batch_size: {self.micro_batch_size} is no multiple of samples_per_prompt "
+                    f"{self.samples_per_prompt} that divides a mini-batch of {mini}; take one, or 'auto'"
+                )
+        if self.eval_every and not self.eval_data:
+            yield "eval_every: has nothing to measure without eval_data; add it or remove this"
+        if self.judge and not self.eval_data:
+            yield "judge: has nothing to judge without eval_data; add held-out prompts or remove this"
+        if self.judge and {r.source for r in self.judge} & {r.source for r in self.reward}:
+            yield "judge: must not be what the policy trains on; name another reward run, or a function"
+
+    @property
+    def sources(self) -> Iterator[tuple[str, RewardSource]]:
+        """(key, what scores) of the reward and the judge."""
+        for key in ("reward", "judge"):
+            yield from ((key, source) for source in getattr(self, key) or ())
+
+
 class Recipe(Section):
     """A qalign recipe: one model family, all its stages."""
 
@@ -242,6 +366,8 @@ class Recipe(Section):
     """Settings of `python -m qalign.reward`."""
     dpo: DPO | None = None
     """Settings of `python -m qalign.dpo`."""
+    ppo: PPO | None = None
+    """Settings of `python -m qalign.ppo`."""
 
     def clashes(self):
         if self.lora.init == "loftq":
@@ -252,6 +378,16 @@ class Recipe(Section):
                     "lora.init: 'loftq' would move the policy away from its reference before the first step of dpo; "
                     "set dpo.start_from: sft, or use 'default'"
                 )
+            if self.ppo and not self.ppo.start_from:
+                yield (
+                    "lora.init: 'loftq' would move the policy away from its reference before the first step of ppo; "
+                    "set ppo.start_from: sft, or use 'default'"
+                )
+        if self.ppo and self.ppo.max_new_tokens >= self.model.max_length:
+            yield (
+                f"ppo.max_new_tokens: {self.ppo.max_new_tokens} leaves no room for a prompt in model.max_length "
+                f"{self.model.max_length}; lower it, or raise model.max_length"
+            )
         if self.sft and self.sft.start_from == SFT_RUN:
             yield "sft.start_from: an SFT run can't start from itself; name an adapter folder, or remove it"
 

@@ -156,6 +156,8 @@ _SEVERAL_TYPES = {
     "targets": "'all-linear' or a list of module names",
     "data": "a path, or a list of them",
     "eval_data": "a path, or a list of them",
+    "reward": "'reward', a folder, a model, module:function, or a list of them",
+    "judge": "a folder, a model, module:function, or a list of them",
 }
 
 

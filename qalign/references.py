@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qalign.base import Base, Role
-from qalign.batch import PairBatch
+from qalign.batch import AnswerBatch
 from qalign.logps import pair_logps
 from qalign.tokens import TokenPair
 from qalign.weights import cache_folder
@@ -31,7 +31,7 @@ class References:
     def __init__(self):
         self.computed = 0
 
-    def logps(self, base: Base, pairs: list[TokenPair], batch: PairBatch) -> Tensor:
+    def logps(self, base: Base, pairs: list[TokenPair], batch: AnswerBatch) -> Tensor:
         """float32 `(pairs, 2)` in nats, chosen first, of the pairs that a batch was made of."""
         self.computed += len(pairs)
         with torch.no_grad(), base.acting_as(Role.REFERENCE) as lm:
@@ -64,7 +64,7 @@ class CachedReferences(References):
         self._kept: dict[bytes, Tensor] = self._read()
         self._unverified, self._unsaved = bool(self._kept), False
 
-    def logps(self, base: Base, pairs: list[TokenPair], batch: PairBatch) -> Tensor:
+    def logps(self, base: Base, pairs: list[TokenPair], batch: AnswerBatch) -> Tensor:
         digests = [_digest(pair) for pair in pairs]
         if self._unverified and any(digest in self._kept for digest in digests):
             self._verify(base, digests, super().logps(base, pairs, batch))

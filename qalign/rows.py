@@ -75,7 +75,9 @@ def collect(
     rows, refused = [], []
     for source in sources:
         mine = []
-        for count, (where, raw) in enumerate(read(source, source.split or split), start=1):
+        for count, (where, raw) in enumerate(read(source, source.split or split), start=1 - source.skip):
+            if count < 1:
+                continue
             if count > (source.limit or limit or count):
                 break
             try:

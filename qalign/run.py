@@ -21,7 +21,7 @@ from qalign import __version__, lineage
 from qalign.command import StopRequest
 from qalign.errors import UserError
 from qalign.places import absolute
-from qalign.recipe import SFT_RUN, STAGES, Recipe, Stage
+from qalign.recipe import PPO, SFT_RUN, STAGES, Recipe, Stage
 from qalign.recipe_file import dump
 from qalign.rows import Refused
 
@@ -166,6 +166,8 @@ class RunFolder:
         yield "model.base", self.recipe.model.base
         if parent := self.parent:
             yield f"{self.stage}.start_from", parent
+        if isinstance(self.settings, PPO):
+            yield from ((f"ppo.{key}", reward.source) for key, reward in self.settings.sources)
         for key in ("data", "eval_data"):
             yield from ((f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ())
 
@@ -195,7 +197,7 @@ class RunFolder:
             if not (folder / "whole").exists():  # cut short: it would count among the few that are kept
                 shutil.rmtree(folder)
         checkpoint = self.last_checkpoint() if self.resume else None
-        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else 0
+        step = int(checkpoint.name.rpartition("-")[2]) if checkpoint else -1
         lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
         whole = [json.loads(line) for line in lines if line.endswith("}")]  # a power cut may leave half a line
         kept = [line for line in whole if line["step"] <= step]

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qalign.dialogues import Dialogue, PlainText
 from qalign.errors import UserError
 from qalign.files import BadRow
+from qalign.prompts import Prompt
 from qalign.rows import Message, Preference, Refused
 
 PLAIN_TEMPLATE = """\
@@ -25,6 +26,10 @@ PLAIN_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 """For base models without a chat template: Zephyr's layout, which needs no new tokens (an untrained embedding in a
 frozen base would never be learned)."""
+
+
+class TooLong(BadRow):
+    """A row doesn't fit, even without its oldest turns."""
 
 
 IGNORED = -100  # the label of a token that is not supervised, as PyTorch's cross entropy has it
@@ -41,9 +46,25 @@ class TokenPair:
     dropped_turns: int = 0
     margin: float | None = None
 
+    @property
+    def answers(self) -> tuple[list[int], list[int]]:
+        return self.chosen_ids, self.rejected_ids
+
     def __len__(self) -> int:
         """The longer of the two sequences, in tokens."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True)
+class TokenAnswers:
+    """A prompt and the answers that were sampled to it, as ids; the prompt is stored once."""
+
+    prompt_ids: list[int]
+    answers: tuple[list[int], ...]
+
+    def __len__(self) -> int:
+        """The longest of the sequences, in tokens."""
+        return len(self.prompt_ids) + max(map(len, self.answers))
 
 
 @dataclass(frozen=True)
@@ -126,7 +147,7 @@ def _fitted(tokenizer, prompt: Sequence[Message], answers: tuple[str, ...], max_
     turns = list(prompt)
     while True:
         prompt_ids, completions = _encode(tokenizer, turns, answers, template_kwargs)
-        longest = max(map(len, completions))
+        longest = max(map(len, completions), default=0)
         if len(prompt_ids) + longest <= max_length:
             return prompt_ids, completions, len(prompt) - len(turns)
         first = 1 if turns[0]["role"] == "system" else 0
@@ -134,8 +155,8 @@ def _fitted(tokenizer, prompt: Sequence[Message], answers: tuple[str, ...], max_
             break
         del turns[first : first + 2]
     if len(prompt_ids) >= max_length:
-        raise BadRow(f"the prompt fills max_length: {len(prompt_ids)} of {max_length} tokens")
-    raise BadRow(f"prompt and answer are {len(prompt_ids)} + {longest} tokens, over max_length {max_length}")
+        raise TooLong(f"the prompt fills max_length: {len(prompt_ids)} of {max_length} tokens")
+    raise TooLong(f"prompt and answer are {len(prompt_ids)} + {longest} tokens, over max_length {max_length}")
 
 
 def encode_dialogues(tokenizer, rows: list[Dialogue | PlainText], max_length: int, template_kwargs: dict):
@@ -219,6 +240,38 @@ def encode_text(tokenizer, row: PlainText, max_length: int) -> list[TokenDialogu
         raise BadRow("the text gives no tokens")
     pieces = [ids[start : start + max_length] for start in range(0, len(ids) - 1, max_length - 1)]
     return [TokenDialogue(piece, [IGNORED, *piece[1:]], row.where) for piece in pieces]
+
+
+def encode_questions(tokenizer, rows: list[Prompt], room: int, template_kwargs: dict):
+    """Prompts as ids.
+
+    Returns:
+        (questions, refused): `list[tuple[Prompt, list[int]]]` and `list[Refused]`.
+    """
+    questions, refused = [], []
+    for row in tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000):
+        try:
+            questions.append((row, encode_question(tokenizer, row.turns, room, template_kwargs)))
+        except BadRow as reason:
+            refused.append(Refused(row.where, str(reason)))
+    return questions, refused
+
+
+def encode_question(tokenizer, prompt: Sequence[Message], room: int, template_kwargs: dict) -> list[int]:
+    """A prompt as ids, its oldest turns dropped until it leaves room for an answer.
+
+    Args:
+        room: for the prompt, in tokens.
+
+    Raises:
+        BadRow: the last question alone is longer, or the template can't render it.
+    """
+    _refuse_special(tokenizer, list(prompt))
+    try:
+        return _fitted(tokenizer, prompt, (), room, template_kwargs)[0]
+    except TooLong:
+        length = len(encode_prompt(tokenizer, list(prompt), template_kwargs))
+        raise BadRow(f"the prompt is {length} tokens; max_length less max_new_tokens leaves {room}") from None
 
 
 def encode_prompt(tokenizer, prompt: list[Message], template_kwargs: dict) -> list[int]:

@@ -24,6 +24,12 @@ _OWNED_BY_STAGE = {
         "chat_template_path": "model.chat_template",
     },
     "dpo": {"loss_type": "loss"},
+    "ppo": {},
+}  # fmt: skip
+# PPO's loop is qalign's own: of a trainer's settings it takes the optimiser's.
+_OF_PPO = {
+    "optim", "optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm",
+    "lr_scheduler_kwargs",
 }  # fmt: skip
 # What TRL does in its own loading or data preparation, where qalign has its own or nothing.
 _WITHOUT_EFFECT = {
@@ -41,6 +47,7 @@ _WITHOUT_EFFECT_BY_STAGE = {
         "use_weighting", "discopop_tau", "activation_offloading", "sync_ref_model", "ref_model_mixup_alpha",
         "ref_model_sync_steps",
     },
+    "ppo": set(),
 }  # fmt: skip
 # What would break a promise of qalign's loop, and the reason.
 _NOT_HERE = {
@@ -55,11 +62,15 @@ _NOT_HERE_BY_STAGE = {
     "sft": {"packing_strategy": "only 'bfd' keeps packed dialogues whole and apart"},
     "reward": {},
     "dpo": {},
+    "ppo": {},
 }
 
 
 def trainer_keys(stage: str) -> set[str]:
-    """The fields of TRL's config of a stage, read from the installed source: importing it would take seconds."""
+    """The fields of TRL's config of a stage, read from the installed source: importing it would take seconds. TRL has
+    no PPO; there they are the settings of the optimiser."""
+    if stage == "ppo":
+        return _OF_PPO
     fields = set()
     for package, inside in (
         ("transformers", "training_args.py"),

@@ -111,6 +111,17 @@ def load_config(spec: Model) -> PretrainedConfig:
         raise UserError(f"model.base: '{spec.base}' can't be read: {reason}") from None
 
 
+def check_reach(spec: Model) -> None:
+    """Makes sure, before any weight is fetched, that the base can read rows of `max_length`.
+
+    Raises:
+        UserError: it was made for shorter ones.
+    """
+    reach = getattr(load_config(spec).get_text_config(), "max_position_embeddings", None)
+    if reach and spec.max_length > reach:
+        raise UserError(f"model.max_length: {spec.max_length} is beyond the {reach} tokens that '{spec.base}' can read")
+
+
 def _quiet() -> None:
     """Keeps progress bars and notices of the libraries below from drowning qalign's own lines."""
     transformers.utils.logging.set_verbosity_error()

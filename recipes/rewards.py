@@ -1,0 +1,17 @@
+"""Rewards for the demo, as an example of functions of your own: one number an answer.
+
+A function is given what it names of: `prompts` (each a list of turns), `completions` (texts), `completion_ids`, `ended`
+(whether each answer ended by itself) and the columns of the rows, all as lists with an entry an answer.
+"""
+
+import re
+
+
+def short(completions: list[str], ended: list[bool]) -> list[float]:
+    """1 for an answer of at most two sentences that ends, 0.5 less for each sentence more, -1 for one that was cut."""
+    return [max(-1.0, 1 - 0.5 * max(0, sentences(text) - 2)) if end else -1.0 for text, end in zip(completions, ended, strict=True)]
+
+
+def sentences(text: str) -> int:
+    """How many sentences a text has."""
+    return len(re.findall(r"[^.!?\n]+[.!?\n]*", text.strip()))
