@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from qalign.prompts import Prompt, prompts
 from qalign.rows import Refused
 from qalign.run import RunFolder
 
@@ -39,3 +40,43 @@ def read_rows(run: RunFolder, tokenizer, read: Callable, encode: Callable):
         "shortened": shortened,
     }
     return encoded["data"], encoded["eval_data"], refused, counts
+
+
+def read_prompts(run: RunFolder) -> dict[str, tuple[list[Prompt], list[Refused]]]:
+    """PPO's prompts under `data` and `eval_data`, and what was refused. Needs no model, so it comes before one is there.
+
+    Raises:
+        UserError: too many were refused, or none is left.
+    """
+    settings, found = run.settings, {}
+    for key, sources, limit in (("data", settings.data, settings.limit), ("eval_data", settings.eval_data, None)):
+        found[key] = prompts(sources or (), settings.split, limit, run.recipe.seed)
+        _check(run, key, *found[key])
+    return found
+
+
+def encode_prompts(run: RunFolder, tokenizer, found: dict[str, tuple[list[Prompt], list[Refused]]]):
+    """The same as ids, those left out that leave no room for an answer.
+
+    Returns:
+        (for training, held out, both `list[tuple[Prompt, list[int]]]`; refused rows; counts for the summary).
+
+    Raises:
+        UserError: too many were refused, or none is left.
+    """
+    # Imported here, not above: it brings transformers, which `read_prompts` must not wait for.
+    from qalign.tokens import encode_questions
+
+    model, encoded, refused = run.recipe.model, {}, []
+    room = model.max_length - run.settings.max_new_tokens
+    for key, (rows, unread) in found.items():
+        encoded[key], unfit = encode_questions(tokenizer, rows, room, model.chat_template_kwargs)
+        _check(run, key, encoded[key], unread + unfit)
+        refused += unread + unfit
+    counts = {"used": len(encoded["data"]), "held_out": len(encoded["eval_data"]), "refused": len(refused)}
+    return encoded["data"], encoded["eval_data"], refused, counts
+
+
+def _check(run: RunFolder, key: str, rows: list, refused: list[Refused]) -> None:
+    if getattr(run.settings, key):
+        run.check_refused(f"{run.stage}.{key}", refused, len(rows))

@@ -1,7 +1,6 @@
 """Held-out prompts while PPO runs: what reward and judge make of the answers, alarms, the best adapter, the picture."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -103,8 +102,9 @@ class Watcher:
         self.draw()
         return {f"eval_{name}": value for name, value in asdict(found).items() if name != "step"}
 
-    def draw(self, best_of: Sequence[ppo_report.BestOf] = ()) -> None:
+    def draw(self) -> None:
         """The picture of all looks so far."""
+        best_of = ppo_report.read_best_of(self.run.path.parent)
         ppo_report.draw(self.looks, self.picture, best_of=best_of, alarm_steps=self.alarm_steps)
 
     @property

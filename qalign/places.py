@@ -1,6 +1,7 @@
 """The files, folders and packages that a recipe points at: which are missing, and where they are."""
 
 import ast
+import importlib.machinery
 import importlib.util
 import os
 from collections.abc import Callable
@@ -16,6 +17,7 @@ DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
 def looks_local(path: str) -> bool:
     """Whether a `data` or `base` value names something on disk rather than a hub id such as `org/name`."""
     marked = path.startswith((".", "/", "~")) or "\\" in path or bool(PureWindowsPath(path).drive)
+    marked = marked or path.count("/") > 1  # a hub id has one at most
     return marked or path.endswith((*DATA_SUFFIXES, ".gguf")) or _exists(Path(path))
 
 
@@ -99,6 +101,7 @@ def missing(raw: dict, beside: Path):
         if name == "ppo":
             for key in ("reward", "judge"):
                 yield from _missing_rewards(key, stage.get(key), beside)
+            yield from _judged_by_itself(stage, str(raw.get("output")), beside)
         start = stage.get("start_from")
         if isinstance(start, str) and start != SFT_RUN and not _adapter(start, beside):
             yield (
@@ -107,20 +110,29 @@ def missing(raw: dict, beside: Path):
             )
 
 
-def _missing_rewards(key: str, value: Any, beside: Path):
+def _named_rewards(key: str, value: Any):
+    """(place, source) of what is named under `ppo.reward` or `ppo.judge`, in any of the forms that they have."""
     for index, item in enumerate(value if isinstance(value, list) else [value]):
         source = item.get("source") if isinstance(item, dict) else item
-        if not isinstance(source, str) or source == REWARD_RUN:
+        if isinstance(source, str):
+            yield ("ppo", key, index) if isinstance(value, list) else ("ppo", key), source
+
+
+def _missing_rewards(key: str, value: Any, beside: Path):
+    for loc, source in _named_rewards(key, value):
+        if source == REWARD_RUN:
             continue
-        loc = ("ppo", key, index) if isinstance(value, list) else ("ppo", key)
         if function := function_of(source):
             where, name = function
             file = _function_file(where, beside)
             if file is None:
-                yield loc, f"{key}: there is no module '{where}' to take the function '{name}' from"
-            elif file.suffix == ".py" and name not in (known := _functions(file)):
+                kind = "file" if where.endswith(".py") else "module"
+                yield loc, f"{key}: there is no {kind} '{where}' to take the function '{name}' from"
+            elif (known := _names_in(file)) is not None and name not in known:
                 yield loc, f"{key}: {where} has no function '{name}'" + did_you_mean(name, known)
-        elif looks_local(source) and not reward_adapter(source, beside):
+        elif source.endswith(".py"):
+            yield loc, f"{key}: '{source}' names no function; write {source}:FUNCTION"
+        elif (looks_local(source) or _exists(beside / source)) and not reward_adapter(source, beside):
             place = locate(source, beside)
             if not place:
                 yield loc, f"{key}: there is no '{source}'"
@@ -131,30 +143,68 @@ def _missing_rewards(key: str, value: Any, beside: Path):
                 )
 
 
+def _judged_by_itself(stage: dict, output: str, beside: Path):
+    """A judge that is the reward under another name. (Under the same one the recipe itself refuses it.)"""
+
+    def place(source: str) -> tuple[str, str]:
+        if function := function_of(source):
+            where, name = function
+            return os.path.abspath(_function_file(where, beside) or where), name
+        own = Path(output).expanduser() / REWARD_RUN / "adapter" if source == REWARD_RUN else None
+        return os.path.abspath(own or reward_adapter(source, beside) or locate(source, beside) or source), ""
+
+    paid = {place(source): source for _, source in _named_rewards("reward", stage.get("reward"))}
+    for loc, source in _named_rewards("judge", stage.get("judge")):
+        if paid.get(place(source), source) != source:
+            yield loc, f"judge: '{source}' is what the policy trains on, as '{paid[place(source)]}'; name another"
+
+
 def _function_file(where: str, beside: Path) -> Path | None:
     """The source of a module, or a `.py` file; looked for from the current directory, then beside the recipe."""
     if where.endswith(".py"):
         return locate(where, beside)
+    return _module_file(where) or locate(f"{where.replace('.', '/')}.py", beside)
+
+
+def _module_file(name: str) -> Path | None:
+    """Where a module comes from that Python can import; found without importing it or the packages it is in."""
+    if name.endswith(".py"):
+        return None
+    top, *inside = name.split(".")
     try:
-        spec = importlib.util.find_spec(where)
+        spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
         spec = None
-    return Path(spec.origin) if spec and spec.origin else locate(f"{where.replace('.', '/')}.py", beside)
+    if not inside or spec is None:
+        return Path(spec.origin) if spec and spec.origin else None
+    for folder in spec.submodule_search_locations or ():
+        place = str(Path(folder, *inside))
+        endings = ("/__init__.py", *importlib.machinery.all_suffixes())
+        if file := next(filter(_exists, (Path(place + ending) for ending in endings)), None):
+            return file
+    return None
 
 
-def _functions(file: Path) -> list[str]:
-    """What a Python file defines or imports at its top, by name; read, not run."""
+def _names_in(file: Path) -> set[str] | None:
+    """What a Python file binds at its top; read, not run. None where only running it would tell."""
+    if file.suffix != ".py":
+        return None
     try:
-        tree = ast.parse(file.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError):
-        return []
-    found = [node.name for node in tree.body if hasattr(node, "name")]
-    for node in tree.body:
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            found += [alias.asname or alias.name for alias in node.names]
-        elif isinstance(node, ast.Assign):
-            found += [target.id for target in node.targets if isinstance(target, ast.Name)]
-    return found
+        waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
+    except (OSError, SyntaxError, ValueError):  # what is wrong with it shows when it is imported
+        return None
+    found = set()
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+        elif isinstance(node, ast.alias):
+            found.add(node.asname or node.name)
+        waiting += ast.iter_child_nodes(node)
+    return None if found & {"*", "__getattr__"} else found
 
 
 def resolved(recipe: Recipe, beside: Path) -> Recipe:
@@ -170,10 +220,10 @@ def resolved(recipe: Recipe, beside: Path) -> Recipe:
 
     def reward(source: str) -> str:
         if function := function_of(source):
-            file = _function_file(function[0], beside) if function[0].endswith(".py") else None
+            file = None if _module_file(function[0]) else _function_file(function[0], beside)
             return f"{file}:{function[1]}" if file else source
-        place = reward_adapter(source, beside)
-        return str(place) if place else found(source)
+        place = str(reward_adapter(source, beside) or found(source))
+        return f"./{place}" if place == REWARD_RUN else place  # a folder of that name stays one
 
     return _placed(recipe, found, adapter, reward)
 
@@ -183,8 +233,10 @@ def absolute(recipe: Recipe) -> Recipe:
     output = os.path.abspath(Path(recipe.output).expanduser())
 
     def reward(source: str) -> str:
-        where, name = function_of(source) or (source, "")
-        return f"{absolute_path(where)}:{name}" if name else absolute_path(where)
+        if function := function_of(source):  # a module keeps its name, even beside a folder that has it too
+            where, name = function
+            return f"{absolute_path(where)}:{name}" if where.endswith(".py") else source
+        return absolute_path(source)
 
     return _placed(recipe, absolute_path, absolute_path, reward).model_copy(update={"output": output})
 

@@ -4,7 +4,8 @@
 
 Policy, reference, reward model and value model are adapters and heads on one 4-bit base. The loop itself is
 `qalign.ppo_trainer`: collect, score, advantages, update. The reward is a stand-in for what is wanted, and the policy is
-paid for its faults, so held-out prompts are looked at all along (`qalign.looks`). Details and their sources: docs/ppo.md.
+paid for its faults, so held-out prompts are looked at all along (`qalign.looks`). Each detail and its source:
+docs/ppo.md.
 """
 
 from qalign.recipe import Recipe
@@ -14,14 +15,10 @@ from qalign.stage import stage_command
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Teach a policy to earn a reward, held to its reference by KL, and save the adapter."""
-    from qalign.prompts import prompts
+    from qalign.intake import encode_prompts, read_prompts
 
     settings, parent = recipe.ppo, run.parent
-    rows, refused = prompts(settings.data, settings.split, settings.limit, recipe.seed)
-    run.check_refused("ppo.data", refused, len(rows))
-    held_out, unread = prompts(settings.eval_data or (), settings.split, None, recipe.seed)
-    if settings.eval_data:
-        run.check_refused("ppo.eval_data", unread, len(held_out))
+    found = read_prompts(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from transformers import set_seed
@@ -35,19 +32,13 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.ppo_trainer import PPOTrainer
     from qalign.rewards import attach, open_scorers, value_start
     from qalign.rollout import Sampling, end_ids, engine
-    from qalign.tokens import encode_questions
     from qalign.weights import check_reach
 
     check_reach(recipe.model)
     scorers, judges = (open_scorers(recipe, key, run) for key in ("reward", "judge"))
     base = load(recipe.model)
     origin = base.lineage(run.stage, parent)
-    room = recipe.model.max_length - settings.max_new_tokens
-    questions, unfit = encode_questions(base.tokenizer, rows, room, recipe.model.chat_template_kwargs)
-    run.check_refused("ppo.data", refused + unfit, len(questions))
-    held_out, unfit_too = encode_questions(base.tokenizer, held_out, room, recipe.model.chat_template_kwargs)
-    if settings.eval_data:
-        run.check_refused("ppo.eval_data", unread + unfit_too, len(held_out))
+    questions, held_out, refused, rows = encode_prompts(run, base.tokenizer, found)
 
     set_seed(recipe.seed)
     if parent:
@@ -68,7 +59,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         base.add_adapter(Role.VALUE, recipe.lora.model_copy(update={"init": "default"}))
         base.add_head(Role.VALUE)
 
-    run.begin(refused + unfit + unread + unfit_too)
+    run.begin(refused)
     checkpoint, _ = run.rewind()
     ends = end_ids(base.tokenizer, recipe.model.chat_template_kwargs)
     trainer = PPOTrainer(
@@ -84,8 +75,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         recipe.seed,
     )
     watcher = Watcher(run, trainer, held_out, judges, origin)
-    counts = {"used": len(questions), "held_out": len(held_out), "refused": len(refused + unfit + unread + unfit_too)}
-    print_header(run, trainer, judges, f"{micro}{planned}", checkpoint, counts)
+    print_header(run, trainer, judges, f"{micro}{planned}", checkpoint, rows)
     facts = train_to_the_end(run, trainer, watcher, checkpoint)
     base.save_adapter(Role.POLICY, run.adapter)
     lineage.write(run.adapter, origin)
@@ -93,7 +83,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         f"python -m qalign.best_of {run.command_line} n=16",
         base.origin.source,
         reference=base.reference,
-        rows=counts,
+        rows=rows,
         **facts,
     )
 

@@ -80,8 +80,8 @@ def _iterate(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> dict:
     except torch.OutOfMemoryError as error:
         each = run.settings.samples_per_prompt
         raise UserError(
-            f"out of GPU memory ({str(error).partition('. ')[0]}). Try ppo.micro_batch_size={each}, ppo.value=trunk, or "
-            f"ppo.max_new_tokens={run.settings.max_new_tokens // 2}"
+            f"out of GPU memory ({str(error).partition('. ')[0]}). Try ppo.micro_batch_size={each}, ppo.value=trunk, "
+            f"or ppo.max_new_tokens={run.settings.max_new_tokens // 2}"
         ) from None
     watcher.count(metrics)
     spent = {part: trainer.seconds[part] - before.get(part, 0.0) for part in (*PARTS, "all")}
@@ -100,8 +100,8 @@ def _look(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> bool:
     figures = watcher.look()
     judged = f", judge {figures['eval_judge']:+.3f}" if figures["eval_judge"] is not None else ""
     tqdm.write(
-        f"iteration {trainer.done}: held-out reward {figures['eval_proxy']:+.3f}{judged}, KL {figures['eval_kl_nats']:.2f} "
-        f"nats, {figures['eval_length']:.0f} tokens, {figures['eval_ended']:.0%} ended"
+        f"iteration {trainer.done}: held-out reward {figures['eval_proxy']:+.3f}{judged}, KL "
+        f"{figures['eval_kl_nats']:.2f} nats, {figures['eval_length']:.0f} tokens, {figures['eval_ended']:.0%} ended"
     )
     ends = False
     if watcher.warnings:
@@ -148,8 +148,8 @@ def _load(checkpoint: Path, trainer: PPOTrainer, watcher: Watcher) -> None:
         was = state["scorers"].get(f"{scorer.key} {scorer.name}")
         if was != scorer.identity:
             raise UserError(
-                f"{scorer.key}: the adapter of {scorer.name} was {was} when this run began and is {scorer.identity} now; "
-                "--overwrite starts anew"
+                f"{scorer.key}: the adapter of {scorer.name} was {was} when this run began and is {scorer.identity} "
+                "now; --overwrite starts anew"
             )
     trainer.load_state(state["trainer"])
     watcher.load_state(state["watcher"])

@@ -1,7 +1,8 @@
 """One picture of a PPO run: what the policy gained, how far it went for it, and what became of its answers."""
 
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
 
@@ -12,6 +13,9 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E
 SOLID, DASHED = ("-", 6), ("--", 3.5)  # line and marker size: a curve above another one lets it through
 FAINTEST = 0.25  # opacity of the first look; the last is opaque
 STEPS, PROXY, JUDGE = "PPO iterations", "reward trained on (proxy)", "held-out judge"
+
+
+BEST_OF = "best_of/summary.json"  # in a recipe's output
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,30 @@ def draw(
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     fill(figure, looks, best_of, alarm_steps)
     figure.savefig(file, format="png")
+
+
+def redraw(output: Path) -> Path | None:
+    """Draws the report of the PPO run in a recipe's output anew from its metrics, with best of n beside it if there is
+    one. Returns the picture; None without a run, or one that looked at no held-out prompts."""
+    run = output / "ppo"
+    if not (run / "metrics.jsonl").is_file():
+        return None
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [line for line in lines if "eval_proxy" in line]
+    names = [field.name for field in fields(Look) if field.name != "step"]
+    looks = [Look(step=line["step"], **{name: line[f"eval_{name}"] for name in names}) for line in lines]
+    if not looks:
+        return None
+    picture = run / "ppo_report.png"
+    draw(looks, picture, best_of=read_best_of(output), alarm_steps=[line["step"] for line in lines if line["alarms"]])
+    return picture
+
+
+def read_best_of(output: Path) -> list[BestOf]:
+    """What `python -m qalign.best_of` found on the held-out prompts of a recipe; empty if it hasn't run."""
+    file = output / BEST_OF
+    held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"] if file.is_file() else []
+    return [BestOf(**point) for point in held_out]
 
 
 def fill(figure, looks: Sequence[Look], best_of: Sequence[BestOf], alarm_steps: Sequence[int]) -> None:

@@ -25,9 +25,8 @@ from qalign.errors import UserError
 from qalign.logps import answer_states, state_entropies, state_logps
 from qalign.prompts import Prompt
 from qalign.recipe import PPO
-from qalign.rewards import Answered, Scorer, combined
-from qalign.rollout import Engine, Sampling, text_of
-from qalign.tokens import TokenAnswers
+from qalign.rewards import Answered, Scorer, answered, combined
+from qalign.rollout import Engine, Sampling
 
 ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)  # that read what was sampled
 # How far a log-prob may be from itself, computed again in the same way. (In 16 bits it is exact too where kernels are
@@ -187,7 +186,10 @@ class PPOTrainer:
             found = self.engine.generate(
                 self.base, Role.POLICY, [ids for _, ids in prompts], self.sampling, each=each, seed=seed
             )
-        rows = [self._answered(prompt, ids, answers) for (prompt, ids), answers in zip(prompts, found, strict=True)]
+        rows = [
+            answered(self.base.tokenizer, prompt, ids, answers, self.sampling)
+            for (prompt, ids), answers in zip(prompts, found, strict=True)
+        ]
         lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         rollout = Rollout(rows, mask, *(torch.zeros(mask.shape) for _ in range(4)))
@@ -209,14 +211,6 @@ class PPOTrainer:
             rollout.entropies[where] = state_entropies(lm, states, temperature).cpu()
         if role is Role.REFERENCE:
             rollout.reference[where] = state_logps(lm, states, targets, temperature).cpu()
-
-    def _answered(self, prompt: Prompt, ids: list[int], answers: list[list[int]]) -> Answered:
-        return Answered(
-            prompt,
-            TokenAnswers(ids, tuple(answers)),
-            tuple(text_of(self.base.tokenizer, answer) for answer in answers),
-            tuple(answer[-1] in self.sampling.ends for answer in answers),
-        )
 
     # --- score -------------------------------------------------------------------------------------------------------
 
@@ -386,8 +380,8 @@ class PPOTrainer:
     def _check(self, found: dict[str, float]) -> None:
         if not math.isfinite(found["loss"]):
             raise UserError(
-                f"iteration {self.done + 1}: the loss is not finite; the last checkpoint, if there is one, is kept. Try a "
-                "lower learning_rate, or compute_dtype: bfloat16 or float32"
+                f"iteration {self.done + 1}: the loss is not finite; the last checkpoint, if there is one, is kept. Try "
+                "a lower learning_rate, or compute_dtype: bfloat16 or float32"
             )
         if not self._checked and found["furthest"] > EXACT[self.base.dtype]:
             raise UserError(
@@ -401,15 +395,15 @@ class PPOTrainer:
         furthest = (rollout.old - rollout.reference).abs().max().item()
         if furthest > EXACT[self.base.dtype]:
             raise UserError(
-                f"the policy is {furthest:.2g} nats a token from its reference before the first update, where KL must be "
-                "0; is there randomness in this model? Try compute_dtype: float32"
+                f"the policy is {furthest:.2g} nats a token from its reference before the first update, where KL must "
+                "be 0; is there randomness in this model? Try compute_dtype: float32"
             )
 
     def _check_finite(self, norm: Tensor) -> None:
         if self.accelerator.scaler is None and not torch.isfinite(norm):
             raise UserError(
-                f"iteration {self.done + 1}: the gradients are not finite; nothing was updated, and the last checkpoint, "
-                "if there is one, is kept. Try a lower learning_rate, or compute_dtype: float32"
+                f"iteration {self.done + 1}: the gradients are not finite; nothing was updated, and the last "
+                "checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: float32"
             )
 
     @contextmanager

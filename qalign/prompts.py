@@ -1,6 +1,7 @@
 """Any data set in, the prompts in it out; what is refused is named by place and reason.
 
-The shape of each row is detected: a prompt alone, or any row that the other stages learn from, whose answer is left out.
+The shape of each row is detected: a prompt alone, or any row that the other stages learn from, whose answer is left
+out.
 """
 
 from dataclasses import dataclass
@@ -47,6 +48,8 @@ def canonical_prompt(raw: Any, where: str) -> Prompt:
         BadRow: the shape is unknown, or it has no user's turn to answer.
     """
     row = columns(raw)
+    if not isinstance(row.get("system", ""), str):
+        raise BadRow(f"system: expected a text, found {type(row['system']).__name__}")
     turns = _turns(row)
     if turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
@@ -64,13 +67,18 @@ def _turns(row: dict) -> list[Message]:
     chosen, rejected = answers(row)
     answer = rejected if chosen is None else chosen
     if answer is not None:  # with itself it shares all but the last turn
-        return split_prompt(prompt_turns(row), answer, answer)[0]
-    if "turns" in row:  # MT-bench: the second question is about the answer to the first
-        turns = row["turns"]
-        if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-            raise BadRow("turns: expected a list of the user's texts")
-        return [*system_turns(row), {"role": "user", "content": turns[0]}]
-    text = row.get("text")
-    if not prompt_turns(row) and isinstance(text, str) and text.startswith("\n\nHuman:"):
-        return as_turns(text, "text")
+        prompt, last, _ = split_prompt(prompt_turns(row), answer, answer)
+        return prompt + last if last[-1:] and last[-1]["role"] == "user" else prompt  # the last question has no answer
+    if "instruction" in row and "output" in row:
+        # Some editions have a 'prompt' beside: the row once more in a template, its output included.
+        return prompt_turns({key: value for key, value in row.items() if key != "prompt"})
+    if not row.keys() & {"prompt", "conversations", "messages", "instruction"}:
+        if "turns" in row:  # MT-bench: the second question is about the answer to the first
+            turns = row["turns"]
+            if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+                raise BadRow("turns: expected a list of the user's texts")
+            return [*system_turns(row), {"role": "user", "content": turns[0]}]
+        text = row.get("text")
+        if isinstance(text, str) and text.startswith("\n\nHuman:"):
+            return [*system_turns(row), *as_turns(text, "text")]
     return prompt_turns(row)

@@ -319,6 +319,8 @@ class PPO(Stage):
     """`warn` says so and goes on, `slow` doubles the KL coefficient as well, `stop` ends the run."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples: `transformers` on the base in memory, or `vllm`, with a copy of its own on the same GPU."""
+    trainer: dict[str, Any] = {}
+    """More settings of the optimiser, under transformers' names: `{optim: paged_adamw_8bit, weight_decay: 0.01}`."""
 
     def clashes(self):
         if self.batch_size % (self.samples_per_prompt * self.mini_batches):
@@ -339,6 +341,8 @@ class PPO(Stage):
             yield "judge: has nothing to judge without eval_data; add held-out prompts or remove this"
         if self.judge and {r.source for r in self.judge} & {r.source for r in self.reward}:
             yield "judge: must not be what the policy trains on; name another reward run, or a function"
+        if self.kl_target and not self.kl_coefficient:
+            yield "kl_target: has no effect with kl_coefficient 0, which can't adapt; raise that, or remove this"
 
     @property
     def sources(self) -> Iterator[tuple[str, RewardSource]]:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from qalign.errors import UserError, did_you_mean
 from qalign.places import missing, resolved
-from qalign.recipe import Recipe, Source
+from qalign.recipe import Recipe
 from qalign.trainer_keys import unknown_trainer_keys
 
 
@@ -199,7 +199,7 @@ def _explain(item: dict, loc: tuple) -> str:
         return f"'{name}' is missing"
     if found is None:
         return f"{name} is empty"
-    if loc and loc[-1] in _SEVERAL_TYPES and kind != "too_short":
+    if len(loc) > 1 and loc[-1] in _SEVERAL_TYPES and kind != "too_short":  # alone, 'reward' is a stage
         return f"{name} is {found!r}; expected {_SEVERAL_TYPES[loc[-1]]}"
     if kind in ("model_type", "dict_type"):
         return f"{name} is {found!r}; expected keys below it"
@@ -220,7 +220,13 @@ def _section(loc: tuple) -> type[BaseModel]:
     for key in loc:
         if isinstance(key, int):
             continue
-        hint = section.model_fields[key].annotation
-        inside = [hint, *get_args(hint)]
-        section = next((t for t in inside if isinstance(t, type) and issubclass(t, BaseModel)), Source)
+        section = next(_sections_in(section.model_fields[key].annotation))
     return section
+
+
+def _sections_in(hint: Any):
+    """The classes of sections that a type hint names, however deep: `tuple[Source, ...] | None` names `Source`."""
+    if isinstance(hint, type) and issubclass(hint, BaseModel):
+        yield hint
+    for inside in get_args(hint):
+        yield from _sections_in(inside)

@@ -25,6 +25,7 @@ from qalign.errors import UserError
 from qalign.places import function_of, looks_local, reward_adapter
 from qalign.prompts import Prompt
 from qalign.recipe import REWARD_RUN, Recipe, RewardSource
+from qalign.rollout import Sampling, text_of
 from qalign.run import RunFolder
 from qalign.tokens import TokenAnswers
 from qalign.weights import guard_4bit, load_config
@@ -47,6 +48,12 @@ class Answered:
     tokens: TokenAnswers
     texts: tuple[str, ...]
     ended: tuple[bool, ...]
+
+
+def answered(tokenizer, prompt: Prompt, ids: list[int], answers: list[list[int]], sampling: Sampling) -> Answered:
+    """What an engine sampled to a prompt."""
+    texts = tuple(text_of(tokenizer, answer) for answer in answers)
+    return Answered(prompt, TokenAnswers(ids, tuple(answers)), texts, tuple(a[-1] in sampling.ends for a in answers))
 
 
 class AdapterScorer:
@@ -128,9 +135,9 @@ class ModelScorer:
 class FunctionScorer:
     """`function(prompts, completions, **row) -> list[float]`, one number an answer.
 
-    It is called with as much of this as it takes: `prompts`, each a list of `{"role", "content"}`; `completions`, texts;
-    `completion_ids`; `ended`, whether each ended by itself; and each column of the rows by its name: all lists, an entry
-    an answer.
+    It is called with as much of this as it takes: `prompts`, each a list of `{"role", "content"}`; `completions`,
+    texts; `completion_ids`; `ended`, whether each ended by itself; and each column of the rows by its name: all lists,
+    an entry an answer.
     """
 
     def __init__(self, key: str, source: str, weight: float):

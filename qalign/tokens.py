@@ -270,7 +270,8 @@ def encode_question(tokenizer, prompt: Sequence[Message], room: int, template_kw
     try:
         return _fitted(tokenizer, prompt, (), room, template_kwargs)[0]
     except TooLong:
-        length = len(encode_prompt(tokenizer, list(prompt), template_kwargs))
+        shortest = [turn for turn in prompt[:1] if turn["role"] == "system"] + [prompt[-1]]
+        length = len(encode_prompt(tokenizer, shortest, template_kwargs))
         raise BadRow(f"the prompt is {length} tokens; max_length less max_new_tokens leaves {room}") from None
 
 

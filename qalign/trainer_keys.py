@@ -24,7 +24,10 @@ _OWNED_BY_STAGE = {
         "chat_template_path": "model.chat_template",
     },
     "dpo": {"loss_type": "loss"},
-    "ppo": {},
+    "ppo": {
+        "gradient_checkpointing_kwargs": "checkpointed_layers",
+        "activation_checkpointing_kwargs": "checkpointed_layers",
+    },
 }  # fmt: skip
 # PPO's loop is qalign's own: of a trainer's settings it takes the optimiser's.
 _OF_PPO = {
@@ -104,4 +107,5 @@ def unknown_trainer_keys(raw: dict):
             elif reason := {**_NOT_HERE, **_NOT_HERE_BY_STAGE[stage]}.get(key):
                 yield loc, f"trainer.{key}: can't be used here; {reason}"
             elif key not in known:
-                yield loc, f"unknown key '{key}' in {stage}.trainer" + did_you_mean(key, known)
+                few = f"; it takes the optimiser's settings: {', '.join(sorted(known))}" if known is _OF_PPO else ""
+                yield loc, f"unknown key '{key}' in {stage}.trainer" + (did_you_mean(key, known) or few)

@@ -45,7 +45,7 @@ LAYERS = [
         ],
     ),
     ("stage", ["sft", "reward", "dpo", "ppo"]),
-    ("top", ["evaluate", "fit", "score", "merge", "__main__"]),
+    ("top", ["evaluate", "fit", "score", "best_of", "merge", "__main__"]),
 ]
 LIGHT = [
     *(
