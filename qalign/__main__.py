@@ -14,6 +14,7 @@ import sys
 
 from qalign.command import exit_code
 from qalign.errors import UserError
+from qalign.recipe import STAGES
 from qalign.recipe_file import load
 from qalign.run import RunFolder, print_table
 from qalign.stage import stage_parser
@@ -28,7 +29,8 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
     """
     recipe = load(path, overrides)
     if not recipe.stages:
-        raise UserError(f"{path}: has none of the sections sft:, reward: and dpo:, so there is nothing to run")
+        names = ", ".join(f"{stage}:" for stage in STAGES)
+        raise UserError(f"{path}: has none of the sections {names}, so there is nothing to run")
     runs = [RunFolder(recipe, stage, shlex.join([path, *overrides])) for stage in recipe.stages]
     done = {}
     for run in runs:
@@ -79,17 +81,22 @@ def _result(run: RunFolder) -> str:
     facts = json.loads(run.summary.read_text(encoding="utf-8"))
     logged = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [line for line in logged if "loss" in line]
+    name, words = ("objective/scores", "reward") if run.stage == "ppo" else ("loss", "loss")
     parts = [
         f"{facts['steps']:,} steps",
         f"{facts['wall_seconds'] / 60:.1f} min",
         f"{facts['peak_bytes'] / 2**30:.1f} GiB",
-        f"loss {steps[0]['loss']:.3f} → {steps[-1]['loss']:.3f}",
+        f"{words} {steps[0][name]:.3f} → {steps[-1][name]:.3f}",
     ]
     if trust := facts.get("trust"):
         low, high = trust["accuracy_interval"]
         parts.append(f"held-out accuracy {trust['accuracy']:.1%} ({low:.1%} to {high:.1%})")
     if held_out := [line for line in logged if line.get("eval_loss") is not None]:
         parts.append(f"held-out loss {held_out[-1]['eval_loss']:.3f}")
+    if looks := facts.get("held_out"):
+        parts.append(f"held-out reward {looks['first']['proxy']:.3f} → {looks['last']['proxy']:.3f}")
+    if facts.get("alarm_steps"):
+        parts.append(f"ALARM at iteration {facts['alarm_steps'][0]}: see {run.path / 'ppo_report.png'}")
     return ", ".join(parts)
 
 

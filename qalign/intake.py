@@ -43,7 +43,7 @@ def read_rows(run: RunFolder, tokenizer, read: Callable, encode: Callable):
 
 
 def read_prompts(run: RunFolder) -> dict[str, tuple[list[Prompt], list[Refused]]]:
-    """PPO's prompts under `data` and `eval_data`, and what was refused. Needs no model, so it comes before one is there.
+    """PPO's prompts under `data` and `eval_data`, and what was refused. It needs no model, so it comes first.
 
     Raises:
         UserError: too many were refused, or none is left.

@@ -23,7 +23,7 @@ WORDS = {
 
 def merge(folder: str, onto: str, to: str | None) -> None:
     """Merge a run's adapter into its base, as a plain 16-bit model folder."""
-    run = open_run(folder, ("dpo", "sft", "reward"))
+    run = open_run(folder, ("ppo", "dpo", "sft", "reward"))
     target = Path(to) if to else run.path / f"merged-{onto}"
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --to, or remove it")

@@ -380,8 +380,8 @@ class PPOTrainer:
     def _check(self, found: dict[str, float]) -> None:
         if not math.isfinite(found["loss"]):
             raise UserError(
-                f"iteration {self.done + 1}: the loss is not finite; the last checkpoint, if there is one, is kept. Try "
-                "a lower learning_rate, or compute_dtype: bfloat16 or float32"
+                f"iteration {self.done + 1}: the loss is not finite; the last checkpoint, if there is one, is "
+                "kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
             )
         if not self._checked and found["furthest"] > EXACT[self.base.dtype]:
             raise UserError(

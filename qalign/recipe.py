@@ -377,15 +377,12 @@ class Recipe(Section):
         if self.lora.init == "loftq":
             if self.model.quantization not in ("nf4", "fp4"):
                 yield f"lora.init: 'loftq' mends 4-bit weights, and model.quantization is '{self.model.quantization}'"
-            if self.dpo and not self.dpo.start_from and self.dpo.loss not in REFERENCE_FREE:
+            held = {"dpo": self.dpo if self.dpo and self.dpo.loss not in REFERENCE_FREE else None, "ppo": self.ppo}
+            if moved := [name for name, stage in held.items() if stage and not stage.start_from]:
                 yield (
-                    "lora.init: 'loftq' would move the policy away from its reference before the first step of dpo; "
-                    "set dpo.start_from: sft, or use 'default'"
-                )
-            if self.ppo and not self.ppo.start_from:
-                yield (
-                    "lora.init: 'loftq' would move the policy away from its reference before the first step of ppo; "
-                    "set ppo.start_from: sft, or use 'default'"
+                    "lora.init: 'loftq' would move the policy away from its reference before the first step of "
+                    f"{' and '.join(moved)}; set {' and '.join(f'{name}.start_from: sft' for name in moved)}, or use "
+                    "'default'"
                 )
         if self.ppo and self.ppo.max_new_tokens >= self.model.max_length:
             yield (

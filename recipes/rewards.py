@@ -9,7 +9,8 @@ import re
 
 def short(completions: list[str], ended: list[bool]) -> list[float]:
     """1 for an answer of at most two sentences that ends, 0.5 less for each sentence more, -1 for one that was cut."""
-    return [max(-1.0, 1 - 0.5 * max(0, sentences(text) - 2)) if end else -1.0 for text, end in zip(completions, ended, strict=True)]
+    scores = [max(-1.0, 1 - 0.5 * max(0, sentences(text) - 2)) for text in completions]
+    return [score if end else -1.0 for score, end in zip(scores, ended, strict=True)]
 
 
 def sentences(text: str) -> int:

@@ -67,6 +67,7 @@ def recipe_path(tmp_path, bare) -> str:
         "lora": {"r": 4, "alpha": 8},
         "output": "runs",
         **dict.fromkeys(STAGES, stage),
+        "ppo": stage | {"batch_size": 8, "samples_per_prompt": 2, "max_new_tokens": 100, "reward": "reward"},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -114,7 +115,7 @@ def test_every_stage_is_shown(recipe_path, monkeypatch, capsys):
     assert command(monkeypatch, recipe_path, "--memory", "12GB", "dpo.batch_size=8") == 0
     said = capsys.readouterr().out
     assert "nf4, computing in float32, rows of up to 512 tokens, " in said
-    assert re.findall(r"^(sft|reward|dpo)$", said, flags=re.MULTILINE) == list(STAGES)
+    assert re.findall(rf"^({'|'.join(STAGES)})$", said, flags=re.MULTILINE) == list(STAGES)
     assert said.count("yes: ") == len(STAGES)
     assert "of 11.40 GiB" in said  # 95% of it
 
@@ -205,8 +206,8 @@ def test_the_bar_is_as_wide_as_the_memory():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, recipe_path):
-    forecast = forecast_of(recipe_path, stage, [f"{stage}.micro_batch_size=2"])
-    tokens = 2 * 512 * (1 if stage == "sft" else 2)
+    forecast = forecast_of(recipe_path, stage, [f"{stage}.micro_batch_size={4 if stage == 'ppo' else 2}"])
+    tokens = 2 * {"sft": 512, "reward": 1024, "dpo": 1024, "ppo": 512 + 100}[stage]  # the prompt once
     table = dict(fit.lines(forecast, 12 * GIB))
     parts = forecast.parts(tokens, 0)
     assert sum(parts.values()) == forecast.total(tokens, 0)
@@ -216,7 +217,7 @@ def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, reci
         assert float(table[name].split()[0]) == pytest.approx(size / GIB, abs=0.0051)
     assert float(table["in all"].split()[0]) == pytest.approx(sum(parts.values()) / GIB, abs=0.0051)
     assert len(re.search(r"GiB  (.*)\|", table["in all"])[1]) == fit.WIDTH
-    words = {"sft": "rows", "reward": "pairs", "dpo": "pairs"}[stage]
+    words = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts with their answers"}[stage]
     expected = f"yes: {tokens:,} tokens at once, no of 2 layers checkpointed; that is 2 of the longest {words}"
     assert table["fits"] == expected
 

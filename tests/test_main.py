@@ -139,7 +139,7 @@ def test_a_stage_that_fails_stops_the_chain_with_its_code(tiny_folder, tmp_path,
 def test_a_recipe_without_stages_is_one_line(tiny_folder, tmp_path):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {{base: {tiny_folder}}}\noutput: {tmp_path / 'runs'}\n")
-    with pytest.raises(UserError, match="none of the sections sft:, reward: and dpo:"):
+    with pytest.raises(UserError, match="none of the sections sft:, reward:, dpo:, ppo:,"):
         run_all(str(path), [], [])
 
 

@@ -32,13 +32,21 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+# What PPO's section has to say. Its step is forecast as DPO's, one prompt with two answers.
+REWARDED = {"ppo": {"reward": "rewards.py:short", "value": "trunk"}}
+STEPS = tuple(stage for stage in STAGES if stage != "ppo")
+
+
 def recipe_of(base: str = "unused", *, only: str = "", model=None, lora=None, **stage) -> Recipe:
     return Recipe.model_validate(
         {
             "model": {"base": base, "compute_dtype": "float32", **(model or {})},
             "lora": {"r": 4, "alpha": 8, **(lora or {})},
             "output": "unused",
-            **{name: {"data": "unused", **(stage if name == only or not only else {})} for name in STAGES},
+            **{
+                name: {"data": "unused", **REWARDED.get(name, {}), **(stage if name == only or not only else {})}
+                for name in STAGES
+            },
         }
     )
 
@@ -137,7 +145,7 @@ def base_of(stage: str, tiny_folder: str, variant) -> str:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STEPS)
 def test_a_step_takes_what_is_forecast(stage, checkpointing, tiny_folder, variant):
     forecast = forecast_of(base_of(stage, tiny_folder, variant), stage)
     for tokens, rows in [(96, 1), (96, 4), (384, 1)] + [(1023, 1)] * (stage != "sft"):
@@ -146,7 +154,7 @@ def test_a_step_takes_what_is_forecast(stage, checkpointing, tiny_folder, varian
         assert_near(forecast, step.total + forecast.fixed["gradients"], found, over_of(stage))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", STEPS)
 def test_a_step_in_bfloat16_takes_what_is_forecast(stage, tiny_folder, variant):
     base = base_of(stage, tiny_folder, variant)
     forecast = forecast_of(base, stage, dtype=HALF, model={"compute_dtype": "bfloat16"})
@@ -269,6 +277,17 @@ def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
     assert forecast.fixed["adapters"] == sum(p.nbytes for p in weights)  # and the reward model's head
     assert forecast.fixed["gradients"] == sum(p.grad.nbytes for p in weights)
     assert forecast.fixed["optimiser"] == sum(moment.nbytes for moment in moments)
+
+
+def test_what_the_roles_of_ppo_take(tiny_folder):
+    """An adapter of the tiny model at rank 4 has 8,192 weights. Policy and value model are trained; the reference, each
+    reward adapter and each judge are frozen; a function is nothing."""
+    adapter = 8192
+    keys = {"reward": ["a/reward", "b/reward"], "judge": "c/reward", "eval_data": "unused", "value": "adapter"}
+    plain, full = forecast_of(tiny_folder, "ppo").fixed, forecast_of(tiny_folder, "ppo", start_from="sft", **keys).fixed
+    assert (plain["adapters"], plain["gradients"], plain["optimiser"]) == (4 * adapter, 4 * adapter, 8 * adapter)
+    assert (full["adapters"], full["gradients"], full["optimiser"]) == (6 * 4 * adapter, 8 * adapter, 16 * adapter)
+    assert plain["base"] == full["base"]
 
 
 def test_what_more_adapters_take(tiny_folder):

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from qalign.errors import UserError
-from qalign.places import looks_local, package_file
-from qalign.recipe import DPO, SFT, STAGES, Lora, Model, Recipe, Reward, Source
+from qalign.places import absolute, looks_local, package_file
+from qalign.recipe import DPO, PPO, SFT, STAGES, Lora, Model, Recipe, Reward, Source
 from qalign.recipe_file import dump, load
 from qalign.trainer_keys import (
     _NOT_HERE,
@@ -31,7 +31,8 @@ output: runs/x
 dpo:
   data: pairs.jsonl
 """
-SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO}
+SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
+LOOPS_OF_TRL = ("sft", "reward", "dpo")  # PPO's is qalign's own
 
 
 def with_stages(**settings: str) -> str:
@@ -39,6 +40,7 @@ def with_stages(**settings: str) -> str:
     lines = ["model: {base: org/model}", "output: runs/x", "lora: {r: 8}"]
     for stage in STAGES:
         lines += [f"{stage}:", "  data: pairs.jsonl", f"  {settings.get(stage, 'seen: never')}"]
+    lines += [] if settings.get("ppo", "").startswith("reward:") else ["  reward: reward"]
     return "".join(line + "\n" for line in lines if "seen: never" not in line)
 
 
@@ -144,6 +146,35 @@ def test_a_wrong_value_is_told_with_what_was_expected(problems, setting, complai
         ("lora: {dora: 1}", "lora.dora is 1; expected a boolean"),
         ("sft: {start_from: null}", "'sft.data' is missing"),
         ("reward: []", "reward is []; expected keys below it"),
+        ("reward: 5", "reward is 5; expected keys below it"),
+        ("ppo: {data: pairs.jsonl}", "'ppo.reward' is missing"),
+        ("ppo: {data: pairs.jsonl, reward: }", "ppo.reward is empty"),
+        ("ppo: {data: pairs.jsonl, reward: []}", "ppo.reward is empty"),
+        ("ppo: {data: pairs.jsonl, reward: 5}", "ppo.reward is 5; expected 'reward', a folder, a model, "
+         "module:function, or a list of them"),
+        ("ppo: {data: pairs.jsonl, reward: reward, judge: true}", "ppo.judge is True; expected a folder, a model, "
+         "module:function, or a list of them"),
+        ("ppo: {data: pairs.jsonl, reward: [reward, {source: 5}]}", "ppo.reward.1.source is 5; expected a string"),
+        ("ppo: {data: pairs.jsonl, reward: {weight: 2}}", "'ppo.reward.source' is missing"),
+        ("ppo: {data: pairs.jsonl, reward: {source: reward, wieght: 2}}", "unknown key 'wieght' in ppo.reward; did you "
+         "mean 'weight'?"),
+        ("ppo: {data: pairs.jsonl, reward: {source: reward, limit: 2}}", "unknown key 'limit' in ppo.reward; known: "
+         "source, weight"),
+        ("ppo: {data: pairs.jsonl, reward: reward, judge: [{source: json:loads, limit: 2}]}", "unknown key 'limit' in "
+         "ppo.judge.0; known: source, weight"),
+        ("ppo: {data: pairs.jsonl, reward: reward, eval_data: {path: pairs.jsonl, source: 2}}", "unknown key 'source' "
+         "in ppo.eval_data; known: path, split, skip, limit, weight"),
+        ("ppo: {data: pairs.jsonl, reward: {source: reward, weight: 0}}", "ppo.reward.weight: a reward with weight 0 "
+         "does nothing; remove it"),
+        ("ppo: {data: pairs.jsonl, reward: [json:loads, {source: reward, weight: 0}]}", "ppo.reward.1.weight: a reward "
+         "with weight 0 does nothing; remove it"),
+        ("ppo: {data: pairs.jsonl, reward: reward, kl_coeficient: 1}", "unknown key 'kl_coeficient' in ppo; did you "
+         "mean 'kl_coefficient'?"),
+        ("ppo: {data: pairs.jsonl, reward: reward, value: 1}", "ppo.value is 1; expected one of adapter, trunk"),
+        ("ppo: {data: pairs.jsonl, reward: reward, on_alarm: halt}", "ppo.on_alarm is 'halt'; expected one of warn, "
+         "slow, stop"),
+        ("ppo: {data: pairs.jsonl, reward: reward, gae_lambda: 2}", "ppo.gae_lambda is 2; expected less than or equal "
+         "to 1"),
     ],
 )  # fmt: skip
 def test_mistakes_in_the_other_sections_are_told_alike(problems, setting, complaint):
@@ -226,13 +257,70 @@ def test_a_micro_batch_that_does_not_fit_is_told_in_every_stage(problems, stage,
 
 
 def test_clashes_in_several_stages_come_at_once(problems):
-    text = with_stages(sft="micro_batch_size: 3", reward="eval_every: 5", dpo="gamma: 1.0")
+    text = with_stages(sft="micro_batch_size: 3", reward="eval_every: 5", dpo="gamma: 1.0", ppo="batch_size: 12")
 
     assert problems(text) == [
         "recipe.yaml:6: sft.micro_batch_size: 3 does not divide batch_size 16; take a divisor, or 'auto'",
         "recipe.yaml:9: reward.eval_every: has nothing to measure without eval_data; add it or remove this",
         "recipe.yaml:12: dpo.gamma: has no effect with loss 'sigmoid'; use loss 'simpo' or remove it",
+        "recipe.yaml:15: ppo.batch_size: 12 answers don't divide into 2 mini-batches of whole prompts with 4 answers "
+        "each",
     ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "number", "complaint"),
+    [
+        (
+            "batch_size: 10",
+            12,
+            "ppo.batch_size: 10 answers don't divide into 2 mini-batches of whole prompts with 4 answers each",
+        ),
+        (  # the key that is told about isn't there: the section's line
+            "samples_per_prompt: 3",
+            10,
+            "ppo.batch_size: 64 answers don't divide into 2 mini-batches of whole prompts with 3 answers each",
+        ),
+        (
+            "micro_batch_size: 6",
+            12,
+            "ppo.micro_batch_size: 6 is no multiple of samples_per_prompt 4 that divides a mini-batch of 32; take one, "
+            "or 'auto'",
+        ),
+        ("eval_every: 5", 12, "ppo.eval_every: has nothing to measure without eval_data; add it or remove this"),
+        (
+            "judge: json:loads",
+            12,
+            "ppo.judge: has nothing to judge without eval_data; add held-out prompts or remove this",
+        ),
+        (
+            "eval_data: pairs.jsonl\n  judge: reward",
+            13,
+            "ppo.judge: must not be what the policy trains on; name another reward run, or a function",
+        ),
+        (
+            "max_new_tokens: 2048",
+            12,
+            "ppo.max_new_tokens: 2048 leaves no room for a prompt in model.max_length 2048; lower it, or raise "
+            "model.max_length",
+        ),
+        (
+            "kl_coefficient: 0\n  kl_target: 6",
+            13,
+            "ppo.kl_target: has no effect with kl_coefficient 0, which can't adapt; raise that, or remove this",
+        ),
+    ],
+)
+def test_what_does_not_go_together_in_ppo_is_told_at_its_line(problems, setting, number, complaint):
+    assert problems(with_stages(ppo=setting), stage="ppo") == [f"recipe.yaml:{number}: {complaint}"]
+
+
+def test_room_that_the_command_line_takes_is_told(problems):
+    complaint = "ppo.max_new_tokens: {} leaves no room for a prompt in model.max_length {}; lower it, or raise "
+    complaint += "model.max_length"
+
+    assert problems(with_stages(), "model.max_length=128") == [f"recipe.yaml:10: {complaint.format(256, 128)}"]
+    assert problems(with_stages(), "ppo.max_new_tokens=4096") == [f"command line: {complaint.format(4096, 2048)}"]
 
 
 PISSA = (
@@ -242,18 +330,20 @@ PISSA = (
 NO_4_BITS = "lora.init: 'loftq' mends 4-bit weights, and model.quantization is 'int8'"
 NO_DORA = "lora.init: 'loftq' and dora can't be combined, PEFT sets DoRA's sizes before LoftQ moves the weights"
 MOVED = (
-    "lora.init: 'loftq' would move the policy away from its reference before the first step of dpo; set "
-    "dpo.start_from: sft, or use 'default'"
+    "lora.init: 'loftq' would move the policy away from its reference before the first step of {}; set {}, or use "
+    "'default'"
 )
+MOVED_IN_BOTH = MOVED.format("dpo and ppo", "dpo.start_from: sft and ppo.start_from: sft")
 
 
 @pytest.mark.parametrize(
     ("model", "lora", "dpo", "complaint"),
     [
         ("", "init: pissa", "start_from: sft", PISSA),
-        (", quantization: int8", "init: loftq", "start_from: sft", NO_4_BITS),
+        (", quantization: int8", "init: loftq", "start_from: sft", NO_4_BITS),  # one mistake about a key at a time
         ("", "dora: true, init: loftq", "start_from: sft", NO_DORA),
-        ("", "init: loftq", "beta: 0.1", MOVED),
+        ("", "init: loftq", "beta: 0.1", MOVED_IN_BOTH),
+        ("", "init: loftq", "start_from: sft", MOVED.format("ppo", "ppo.start_from: sft")),
     ],
 )
 def test_a_start_that_does_not_go_together_with_the_rest_is_told_at_its_line(problems, model, lora, dpo, complaint):
@@ -264,7 +354,10 @@ def test_a_start_that_does_not_go_together_with_the_rest_is_told_at_its_line(pro
 
 def test_a_start_from_the_command_line_that_does_not_go_together_is_told_as_such(problems):
     assert problems(with_stages(), "lora.init=pissa") == [f"command line: {PISSA}"]
-    assert problems(with_stages(), "lora.init=loftq") == [f"command line: {MOVED}"]
+    assert problems(with_stages(), "lora.init=loftq") == [f"command line: {MOVED_IN_BOTH}"]
+    assert problems(with_stages(ppo="start_from: sft"), "lora.init=loftq") == [
+        f"command line: {MOVED.format('dpo', 'dpo.start_from: sft')}"
+    ]
 
 
 def test_an_sft_run_that_starts_from_itself_is_told_at_its_line(problems, read):
@@ -484,7 +577,7 @@ def test_a_missing_base_is_found_before_anything_is_loaded(problems, base, compl
     assert problems(GOOD.replace("org/model", base)) == [f"recipe.yaml:2: {complaint}"]
 
 
-@pytest.mark.parametrize(("stage", "number"), [("sft", 6), ("reward", 8), ("dpo", 10)])
+@pytest.mark.parametrize(("stage", "number"), [("sft", 6), ("reward", 8), ("dpo", 10), ("ppo", 12)])
 @pytest.mark.parametrize("makes", [None, "folder", "empty file"])
 def test_start_from_must_be_an_adapter_folder(problems, folder, makes, stage, number):
     if makes == "folder":
@@ -502,8 +595,8 @@ def test_start_from_sft_is_the_run_and_not_a_folder_of_that_name(read, folder):
     (folder / "sft").mkdir()
     (folder / "sft" / "adapter_config.json").touch()
 
-    recipe = read(with_stages(reward="start_from: sft", dpo="start_from: sft"))
-    assert (recipe.reward.start_from, recipe.dpo.start_from) == ("sft", "sft")
+    recipe = read(with_stages(reward="start_from: sft", dpo="start_from: sft", ppo="start_from: sft"))
+    assert (recipe.reward.start_from, recipe.dpo.start_from, recipe.ppo.start_from) == ("sft", "sft", "sft")
 
     folder_meant = read(with_stages(sft="start_from: ./sft"))
     assert folder_meant.sft.start_from == "./sft"
@@ -577,12 +670,249 @@ def test_a_tilde_is_the_home_folder(folder, monkeypatch, read):
         ("../gone", True),
         ("/gone", True),
         ("~/gone", True),
+        ("runs/gone/reward", True),  # a hub id has one slash at most
         ("org/name", False),
         ("imdb", False),
     ],
 )
 def test_what_names_something_on_disk_and_what_a_hub_id(folder, path, local):
     assert looks_local(path) is local
+
+
+# --- what scores answers ---------------------------------------------------------------------------------------------
+
+REWARDS = """\
+import math as maths
+from statistics import mean
+
+WORDS: int = 5
+length = lambda completions: [len(text) for text in completions]
+
+try:
+    def fast(completions): ...
+except ImportError:
+    fast = None
+
+
+def short(completions):
+    inside = 1
+    return [1.0 / len(text) for text in completions]
+
+
+class Judge:
+    def within(self): ...
+"""
+
+
+def make_adapter(place: Path) -> None:
+    place.mkdir(parents=True)
+    (place / "adapter_config.json").touch()
+
+
+@pytest.fixture
+def scorers(folder) -> Path:
+    """The current directory with functions, a reward run, a model, and a folder that is neither."""
+    (folder / "rewards.py").write_text(REWARDS)
+    make_adapter(folder / "runs" / "a" / "reward" / "adapter")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").touch()
+    (folder / "empty").mkdir()
+    (folder / "notes.txt").touch()
+    return folder
+
+
+NEITHER = "holds no finished reward run (adapter_config.json) and no model (config.json)"
+
+
+@pytest.mark.parametrize("key", ["reward", "judge"])
+@pytest.mark.parametrize(
+    ("source", "complaint"),
+    [
+        ("rewards.py:shrot", "rewards.py has no function 'shrot'; did you mean 'short'?"),
+        ("rewards.py:lenght", "rewards.py has no function 'lenght'; did you mean 'length'?"),
+        ("rewards:shrot", "rewards has no function 'shrot'; did you mean 'short'?"),
+        ("rewards.py:inside", "rewards.py has no function 'inside'"),
+        ("rewards.py:within", "rewards.py has no function 'within'"),
+        ("json:laods", "json has no function 'laods'; did you mean 'loads'?"),
+        ("json.decoder:JSONDecodr", "json.decoder has no function 'JSONDecodr'; did you mean 'JSONDecoder'?"),
+        ("gone.py:short", "there is no file 'gone.py' to take the function 'short' from"),
+        ("no_such_module:short", "there is no module 'no_such_module' to take the function 'short' from"),
+        ("no_such.module:short", "there is no module 'no_such.module' to take the function 'short' from"),
+        ("json.gone:short", "there is no module 'json.gone' to take the function 'short' from"),
+        (".rewards:short", "there is no module '.rewards' to take the function 'short' from"),
+        ("rewards.py", "'rewards.py' names no function; write rewards.py:FUNCTION"),
+        ("./gone", "there is no './gone'"),
+        ("~/gone", "there is no '~/gone'"),
+        ("runs/gone/reward", "there is no 'runs/gone/reward'"),
+        ("empty", f"'empty' {NEITHER}"),
+        ("./empty", f"'./empty' {NEITHER}"),
+        ("runs", f"'runs' {NEITHER}"),
+        ("notes.txt", f"'notes.txt' {NEITHER}"),
+    ],
+)
+def test_a_reward_that_is_not_there_is_found_before_anything_is_loaded(problems, scorers, key, source, complaint):
+    setting = f"reward: {source}" if key == "reward" else f"judge: {source}\n  eval_data: pairs.jsonl"
+
+    assert problems(with_stages(ppo=setting), stage="ppo") == [f"recipe.yaml:12: {key}: {complaint}"]
+
+
+def test_each_reward_of_a_list_is_found_at_its_own_line(problems, scorers):
+    text = """\
+model: {base: org/model}
+output: x
+ppo:
+  data: pairs.jsonl
+  eval_data: pairs.jsonl
+  reward:
+  - reward
+  - runs/a/gone
+  - {source: rewards.py:shrot, weight: 0.5}
+  - rewards.py:short
+  - weight: 2.0
+    source: ./gone
+  judge:
+    source: empty
+"""
+
+    assert problems(text, stage="ppo") == [
+        "recipe.yaml:8: reward: there is no 'runs/a/gone'",
+        "recipe.yaml:9: reward: rewards.py has no function 'shrot'; did you mean 'short'?",
+        "recipe.yaml:11: reward: there is no './gone'",
+        f"recipe.yaml:13: judge: 'empty' {NEITHER}",
+    ]
+    assert problems(with_stages(), "ppo.reward=gone.py:f", stage="ppo") == [
+        "command line: reward: there is no file 'gone.py' to take the function 'f' from"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("reward", "reward"),
+        ("runs/a", "runs/a/reward/adapter"),
+        ("runs/a/reward", "runs/a/reward/adapter"),
+        ("./runs/a/reward/adapter", "runs/a/reward/adapter"),
+        ("model", "model"),
+        ("org/on-the-hub", "org/on-the-hub"),
+        ("gpt2", "gpt2"),
+        ("rewards.py:short", "rewards.py:short"),
+        ("./rewards.py:short", "rewards.py:short"),
+        ("json:loads", "json:loads"),
+        ("json.decoder:JSONDecoder", "json.decoder:JSONDecoder"),
+        ("rewards.py:length", "rewards.py:length"),
+        ("rewards.py:fast", "rewards.py:fast"),
+        ("rewards.py:mean", "rewards.py:mean"),
+        ("rewards.py:Judge", "rewards.py:Judge"),
+    ],
+)
+def test_a_reward_that_is_there_is_taken(read, scorers, source, found):
+    recipe = read(with_stages(ppo=f"reward: {source}"), stage="ppo")
+
+    assert [reward.source for reward in recipe.ppo.reward] == [found]
+    assert read(dump(recipe), stage="ppo") == recipe
+
+
+def test_a_reward_is_looked_up_from_here_and_then_beside_the_recipe(folder):
+    beside = folder / "project"
+    make_adapter(beside / "other" / "reward" / "adapter")
+    make_adapter(beside / "plain")
+    (beside / "rewards.py").write_text(REWARDS)
+    (beside / "tools").mkdir()
+    (beside / "tools" / "style.py").write_text(REWARDS)
+    (beside / "recipe.yaml").write_text(
+        with_stages(ppo="reward: [other, plain, rewards.py:short, rewards:short, tools.style:short]")
+    )
+
+    sources = [reward.source for reward in load("project/recipe.yaml").ppo.reward]
+
+    assert sources == [
+        "project/other/reward/adapter",
+        "project/plain",
+        "project/rewards.py:short",
+        "project/rewards.py:short",  # as no module: what stands beside a recipe, Python doesn't find by name
+        "project/tools/style.py:short",
+    ]
+
+
+def test_a_folder_beside_the_recipe_that_holds_no_reward_is_told(folder):
+    (folder / "project" / "empty").mkdir(parents=True)
+    (folder / "project" / "recipe.yaml").write_text(with_stages(ppo="reward: empty"))
+
+    with pytest.raises(UserError) as caught:
+        load("project/recipe.yaml")
+    assert caught.value.lines == (f"project/recipe.yaml:12: reward: 'empty' {NEITHER}",)
+
+
+def test_the_reward_run_is_meant_and_not_a_folder_of_that_name(read, folder):
+    make_adapter(folder / "reward")
+
+    assert read(with_stages()).ppo.reward[0].source == "reward"
+
+    folder_meant = read(with_stages(ppo="reward: ./reward"))
+    assert folder_meant.ppo.reward[0].source == "./reward"
+    assert read(dump(folder_meant)) == folder_meant
+
+
+def test_the_functions_of_a_module_are_found_without_importing_it_or_its_package(read, problems, folder, monkeypatch):
+    (folder / "heavy" / "deep").mkdir(parents=True)
+    for package in ("heavy", "heavy/deep"):
+        (folder / package / "__init__.py").write_text("raise RuntimeError('imported')\ndef here(): ...\n")
+    (folder / "heavy" / "rewards.py").write_text("raise RuntimeError('imported')\n" + REWARDS)
+    monkeypatch.syspath_prepend(folder)
+
+    for source in ("heavy:here", "heavy.deep:here", "heavy.rewards:short"):
+        assert read(with_stages(ppo=f"reward: {source}")).ppo.reward[0].source == source
+    assert problems(with_stages(ppo="reward: heavy.rewards:shrot")) == [
+        "recipe.yaml:12: reward: heavy.rewards has no function 'shrot'; did you mean 'short'?"
+    ]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["from json import *\n", "def __getattr__(name): ...\n", "def broken(:\n", "x = '\0'\n"],
+    ids=["star import", "made when asked for", "not Python", "a null"],
+)
+def test_where_only_importing_would_tell_whether_there_is_a_function_it_is_taken(read, folder, text):
+    (folder / "rewards.py").write_text(text)
+
+    assert read(with_stages(ppo="reward: rewards.py:score")).ppo.reward[0].source == "rewards.py:score"
+
+
+@pytest.mark.parametrize(
+    ("reward", "judge"),
+    [
+        ("runs/a", "runs/a/reward"),
+        ("runs/a/reward/adapter", "./runs/a"),
+        ("reward", "runs/x/reward"),  # the recipe's output is runs/x
+        ("reward", "./runs/x/reward/adapter"),
+        ("runs/x", "reward"),
+        ("rewards.py:short", "rewards:short"),
+        ("./rewards.py:short", "rewards.py:short"),
+        ("model", "./model"),
+    ],
+)
+def test_a_judge_that_is_the_reward_under_another_name_is_told(problems, scorers, reward, judge):
+    make_adapter(scorers / "runs" / "x" / "reward" / "adapter")
+    text = with_stages(ppo=f"reward: {reward}\n  judge: ['json:loads', '{judge}']\n  eval_data: pairs.jsonl")
+
+    assert problems(text, stage="ppo") == [
+        f"recipe.yaml:13: judge: '{judge}' is what the policy trains on, as '{reward}'; name another"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reward", "judge"),
+    [
+        ("rewards.py:short", "rewards.py:length"),
+        ("reward", "runs/a/reward"),
+        ("org/model", "org/other"),
+        ("json:loads", "runs/a"),
+    ],
+)
+def test_a_judge_of_its_own_is_taken(read, scorers, reward, judge):
+    recipe = read(with_stages(ppo=f"reward: {reward}\n  judge: {judge}\n  eval_data: pairs.jsonl"), stage="ppo")
+
+    assert len(recipe.ppo.judge) == 1
 
 
 # --- trainer: --------------------------------------------------------------------------------------------------------
@@ -650,6 +980,34 @@ NOT_OURS = "has no effect, qalign does this part of TRL's trainer itself; remove
         ("reward", "packing_strategy", "unknown key 'packing_strategy' in reward.trainer"),
         ("dpo", "chat_template_path", "unknown key 'chat_template_path' in dpo.trainer"),
         ("dpo", "packing", "unknown key 'packing' in dpo.trainer"),
+        ("ppo", "output_dir", "trainer.output_dir: set it as output"),
+        ("ppo", "learning_rate", "trainer.learning_rate: set it as ppo.learning_rate"),
+        ("ppo", "gamma", "trainer.gamma: set it as ppo.gamma"),
+        ("ppo", "gradient_accumulation_steps", "trainer.gradient_accumulation_steps: set it as ppo.batch_size"),
+        (
+            "ppo",
+            "gradient_checkpointing_kwargs",
+            "trainer.gradient_checkpointing_kwargs: set it as ppo.checkpointed_layers",
+        ),
+        (
+            "ppo",
+            "activation_checkpointing_kwargs",
+            "trainer.activation_checkpointing_kwargs: set it as ppo.checkpointed_layers",
+        ),
+        ("ppo", "pad_token", f"trainer.pad_token: {NOT_OURS}"),
+        ("ppo", "weight_deacy", "unknown key 'weight_deacy' in ppo.trainer; did you mean 'weight_decay'?"),
+        (
+            "ppo",
+            "logging_steps",
+            "unknown key 'logging_steps' in ppo.trainer; it takes the optimiser's settings: adam_beta1, adam_beta2, "
+            "adam_epsilon, lr_scheduler_kwargs, max_grad_norm, optim, optim_args, weight_decay",
+        ),
+        (
+            "ppo",
+            "report_to",
+            "unknown key 'report_to' in ppo.trainer; it takes the optimiser's settings: adam_beta1, "
+            "adam_beta2, adam_epsilon, lr_scheduler_kwargs, max_grad_norm, optim, optim_args, weight_decay",
+        ),
     ],
 )
 def test_each_stage_has_trainer_keys_of_its_own(problems, stage, key, complaint):
@@ -665,6 +1023,7 @@ def test_each_stage_has_trainer_keys_of_its_own(problems, stage, key, complaint)
         ("sft", {"loss_type": "dft", "neftune_noise_alpha": 5}),
         ("reward", {"neftune_noise_alpha": 5}),
         ("dpo", {"loss_type": "ipo", "packing": True}),
+        ("ppo", {"loss_type": "ipo", "weight_decay": 0.1}),
     ],
 )
 def test_mistakes_under_trainer_come_with_those_of_other_stages(problems, stage, trainer):
@@ -675,7 +1034,9 @@ def test_mistakes_under_trainer_come_with_those_of_other_stages(problems, stage,
 
     lines = problems(yaml.safe_dump(text, sort_keys=False))
 
-    refused = {"sft": ["neftune_noise_alpha"], "reward": [], "dpo": ["loss_type", "packing"]}[stage]
+    refused = {"sft": ["neftune_noise_alpha"], "reward": [], "dpo": ["loss_type", "packing"], "ppo": ["loss_type"]}[
+        stage
+    ]
     assert len(lines) == len(refused) + 1
     for key in (*refused, "optm"):
         assert any(key in line for line in lines)
@@ -688,7 +1049,7 @@ def fields_of_trl(stage: str) -> set[str]:
     return {field.name for field in dataclasses.fields(config)}
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", LOOPS_OF_TRL)
 def test_trainer_keys_reads_the_fields_of_trls_config_from_source(stage):
     fields = fields_of_trl(stage)
 
@@ -700,7 +1061,16 @@ def test_trainer_keys_reads_the_fields_of_trls_config_from_source(stage):
     )
 
 
-@pytest.mark.parametrize("stage", STAGES)
+def test_what_ppo_takes_are_settings_of_transformers_trainer():
+    import transformers
+
+    gone = trainer_keys("ppo") - {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+
+    assert "optim" in trainer_keys("ppo")
+    assert not gone, f"HOOK BROKEN: transformers' TrainingArguments has these keys no more: {gone}"
+
+
+@pytest.mark.parametrize("stage", LOOPS_OF_TRL)
 def test_every_trainer_key_that_is_refused_by_name_is_still_trls(stage):
     owned, without_effect = {**_OWNED, **_OWNED_BY_STAGE[stage]}, _WITHOUT_EFFECT | _WITHOUT_EFFECT_BY_STAGE[stage]
     not_here = {**_NOT_HERE, **_NOT_HERE_BY_STAGE[stage]}
@@ -719,7 +1089,8 @@ def test_every_owner_of_a_trainer_key_is_a_key_that_can_be_set(stage):
     owned = {**_OWNED, **_OWNED_BY_STAGE[stage]}
     known = {*Recipe.model_fields, *SECTIONS[stage].model_fields}
     known |= {f"{name}.{key}" for name, section in (("model", Model), ("lora", Lora)) for key in section.model_fields}
-    free = fields_of_trl(stage) - owned.keys() - _WITHOUT_EFFECT - _WITHOUT_EFFECT_BY_STAGE[stage]
+    taken = fields_of_trl(stage) if stage in LOOPS_OF_TRL else trainer_keys(stage)
+    free = taken - owned.keys() - _WITHOUT_EFFECT - _WITHOUT_EFFECT_BY_STAGE[stage]
 
     assert set(owned.values()) <= known | {f"trainer.{key}" for key in free}
 
@@ -768,6 +1139,17 @@ dpo:
   beta: 2
   gamma: 0.25
   sft_weight: 1.0e-5
+ppo:
+  data: [{path: pairs.jsonl, skip: 2, limit: 3}]
+  eval_data: {path: org/pairs, split: test_prefs, limit: 64}
+  reward: [reward, {source: "json:loads", weight: -0.5}]
+  judge: org/model
+  kl_target: 6
+  kl_stop: null
+  gae_lambda: 1
+  value: trunk
+  on_alarm: stop
+  trainer: {optim: adafactor, adam_epsilon: 1.0e-6}
 """
 
 
@@ -785,14 +1167,33 @@ def test_the_dump_writes_every_default_out(read):
     written = yaml.safe_load(dump(read(GOOD)))
 
     assert written["dpo"]["beta"] == 0.1
-    assert written["dpo"]["data"] == [{"path": "pairs.jsonl", "split": None, "limit": None, "weight": 1.0}]
+    assert written["dpo"]["data"] == [{"path": "pairs.jsonl", "split": None, "skip": 0, "limit": None, "weight": 1.0}]
     assert written["model"]["quantization"] == "nf4"
     assert set(written) == set(Recipe.model_fields)
     assert set(written["dpo"]) == set(DPO.model_fields)
-    assert (written["sft"], written["reward"]) == (None, None)
+    assert (written["sft"], written["reward"], written["ppo"]) == (None, None, None)
     for stage, section in SECTIONS.items():
         every = yaml.safe_load(dump(read(with_stages())))[stage]
         assert set(every) == set(section.model_fields)
+    assert (every["reward"], every["judge"]) == ([{"source": "reward", "weight": 1.0}], None)
+
+
+def test_what_a_run_keeps_means_the_same_in_any_directory(read, folder):
+    """Files and folders from the root; a module by its name, even where a folder has it too."""
+    (folder / "rewards.py").write_text("def short(): ...\n")
+    (folder / "json").mkdir()
+    make_adapter(folder / "other" / "adapter")
+    text = with_stages(ppo="reward: [reward, 'rewards.py:short', 'json:loads', other, org/model]")
+
+    kept = absolute(read(text)).ppo
+
+    assert [reward.source for reward in kept.reward] == [
+        "reward",
+        f"{folder}/rewards.py:short",
+        "json:loads",
+        f"{folder}/other/adapter",
+        "org/model",
+    ]
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
@@ -844,6 +1245,31 @@ def test_the_command_tells_mistakes_before_torch_is_imported(folder):
 
     assert run.stdout == "2 []\n"
     assert len(run.stderr.splitlines()) == 3
+
+
+def test_ppos_command_tells_a_reward_that_is_not_there_before_torch_is_imported(folder):
+    (folder / "rewards.py").write_text("def length(completions): ...\n")
+    (folder / "broken.yaml").write_text(
+        "model: {base: org/model}\noutput: runs/x\nppo:\n  data: pairs.jsonl\n  eval_data: pairs.jsonl\n"
+        "  reward:\n  - runs/gone/reward\n  - rewards.py:lenght\n  judge: torch.nn.no_such:f\n"
+    )
+    script = (
+        "import runpy, sys\n"
+        "sys.argv = ['qalign.ppo', 'broken.yaml']\n"
+        "try:\n    runpy.run_module('qalign.ppo', run_name='__main__')\n"
+        "except SystemExit as leaving:\n    code = leaving.code\n"
+        "slow = {'torch', 'transformers', 'trl', 'peft', 'bitsandbytes', 'datasets'} & set(sys.modules)\n"
+        "print(code, sorted(slow))\n"
+    )
+
+    run = run_python("-c", script, cwd=folder)
+
+    assert run.stdout == "2 []\n"
+    assert run.stderr.splitlines() == [
+        "broken.yaml:7: reward: there is no 'runs/gone/reward'",
+        "broken.yaml:8: reward: rewards.py has no function 'lenght'; did you mean 'length'?",
+        "broken.yaml:9: judge: there is no module 'torch.nn.no_such' to take the function 'f' from",
+    ]
 
 
 # --- what once went wrong --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The shipped recipes: they load, fit their models, explain every key, and what their comments claim is so."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -13,13 +14,14 @@ import pytest
 import torch
 import yaml
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from qalign import recipe as recipe_module
+from qalign import watch
 from qalign.base import Base, Role
 from qalign.memory import Forecast
-from qalign.recipe import DPO, SFT, STAGES, Lora, Recipe, Reward, Stage
+from qalign.recipe import DPO, PPO, SFT, STAGES, Lora, Recipe, Reward, Stage
 from qalign.recipe_file import load
 from qalign.rows import canonical
 
@@ -31,7 +33,7 @@ SCHEMA_LINE = "# yaml-language-server: $schema=recipe.schema.json"
 ULTRAFEEDBACK = "HuggingFaceH4/ultrafeedback_binarized"
 ULTRACHAT = "HuggingFaceH4/ultrachat_200k"
 DEMO = "smollm2_demo"
-SECTIONS = {"lora": Lora, "sft": SFT, "reward": Reward, "dpo": DPO}
+SECTIONS = {"lora": Lora, "sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
 
 
 @dataclass(frozen=True)
@@ -137,9 +139,9 @@ def test_every_recipe_loads_for_each_of_its_stages(name, stage):
 def test_every_recipe_shows_every_setting_in_the_order_of_the_stages(name):
     raw = yaml.safe_load(text_of(name))
     assert [key for key in raw if key in STAGES] == list(STAGES)
-    hidden = {"label_smoothing", "gamma"}  # for one loss each, which none of them uses
-    hidden |= {"split", "trainer"} if name == DEMO else set()
     for section, fields in SECTIONS.items():
+        hidden = {"label_smoothing", "gamma"} if section == "dpo" else set()  # for a loss each, which none of them uses
+        hidden |= {"split", "trainer"} if name == DEMO else set()
         assert set(raw[section]) == set(fields.model_fields) - hidden, section
 
 
@@ -178,12 +180,34 @@ def test_editors_see_a_valid_recipe(name, validator):
         ("sft", "neftune_alpha", 0),
         ("reward", "margin", "no"),
         ("reward", "beta", 0.1),
+        ("ppo", "reward", []),
+        ("ppo", "reward", None),
+        ("ppo", "reward", {"source": "reward", "wieght": 2.0}),
+        ("ppo", "judge", 5),
+        ("ppo", "value", "head"),
+        ("ppo", "on_alarm", "shout"),
+        ("ppo", "kl_coefficient", -0.1),
     ],
 )
 def test_editors_see_a_wrong_recipe(section, key, value, validator):
     raw = yaml.safe_load(text_of("mistral7b"))
     raw[section][key] = value
     assert not validator.is_valid(raw)
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        "runs/other/reward",
+        {"source": "recipes/rewards.py:short", "weight": -0.5},
+        ["reward", {"source": "org/model", "weight": 2}],
+    ],
+)
+def test_editors_see_no_mistake_in_any_form_of_a_reward(reward, validator):
+    raw = yaml.safe_load(text_of("mistral7b"))
+    for key in ("reward", "judge"):
+        raw["ppo"][key] = reward
+        assert [error.message for error in validator.iter_errors(raw)] == []
 
 
 # --- comments --------------------------------------------------------------------------------------------------------
@@ -266,9 +290,12 @@ def commands_of(name: str) -> list[tuple[str, list[str]]]:
     return [(module, shlex.split(words, comments=True)) for module, words in found]
 
 
+READS = {"": None, "fit": None, "evaluate": "dpo", "best_of": "ppo"}  # a command of another name than its section's
+
+
 def test_the_head_gives_commands_that_work(name):
     commands = commands_of(name)
-    assert {module for module, _ in commands} - {"fit"} == {"", *STAGES, "evaluate", "score", "merge"}
+    assert {module for module, _ in commands} - {"fit"} == {"", *STAGES, "evaluate", "best_of", "score", "merge"}
     outputs = {yaml.safe_load(text_of(name))["output"]}
     for module, words in commands:
         assert importlib.util.find_spec(f"qalign.{module or '__main__'}")
@@ -277,7 +304,9 @@ def test_the_head_gives_commands_that_work(name):
         words = words[:-2] if module == "fit" else words  # --memory and the card's
         path, *overrides = words
         assert path == f"recipes/{name}.yaml"
-        outputs.add(load(path, overrides, stage={"": None, "fit": None, "evaluate": "dpo"}.get(module, module)).output)
+        if module == "best_of":
+            overrides.remove("n=16")
+        outputs.add(load(path, overrides, stage=READS.get(module, module)).output)
     for module, (run, *files) in commands:
         if module in ("score", "merge"):
             output, _, stage = run.rpartition("/")
@@ -292,6 +321,53 @@ def test_no_command_in_the_head_goes_on_from_a_stage_that_it_leaves_out(name):
             starts = {getattr(recipe, stage).start_from for stage in recipe.stages}
             assert "dpo" in recipe.stages
             assert "sft" in recipe.stages or "sft" not in starts
+            assert "reward" in recipe.stages or "ppo" not in recipe.stages
+
+
+def test_the_five_steps_of_each_stage_leave_no_stage_out(name):
+    tried = [(module, words) for module, words in commands_of(name) if "output=runs/try" in words]
+    limits = {word for _, words in tried for word in words if ".max_steps=" in word}
+
+    assert [module for module, _ in tried] == ([] if name == DEMO else ["", "ppo"])
+    assert {word.partition(".")[0] for word in limits} == (set() if name == DEMO else {*STAGES})
+
+
+def test_a_recipe_can_be_run_without_ppo(name):
+    found = [words for module, words in commands_of(name) if not module and "ppo=" in words]
+    found = [words for words in found if "output=runs/try" not in words]
+
+    assert found or "(and, with ppo= too, without PPO)" in text_of(name)
+    for path, *overrides in found:
+        assert load(path, overrides).stages[-1] == "dpo"
+
+
+def test_the_judge_that_the_comments_propose_is_another_run_of_the_reward_model(name, recipe):
+    (words,) = [words for module, words in commands_of(name) if module == "reward" and "seed=7" in words]
+    (folder,) = re.findall(r"and name (\S+) here", section_of(name, "ppo"))
+
+    judge = load(words[0], words[1:], stage="reward")
+
+    assert folder == f"{judge.output}/reward"
+    assert judge.seed != recipe.seed
+    assert judge.reward.start_from is None  # the SFT run lies in the other folder
+    given = [word.removeprefix("output=") for _, some in commands_of(name) for word in some if "output=" in word]
+    assert judge.output.removesuffix("/judge") in {recipe.output, *given}
+    assert (recipe.ppo.judge, recipe.ppo.reward[0].source, len(recipe.ppo.reward)) == (None, "reward", 1)
+
+
+def test_the_functions_beside_the_recipes_can_be_named_as_the_comments_say(name):
+    assert "(FILE.py:NAME; rewards.py beside this recipe shows how)" in section_of(name, "ppo")
+    found = load(f"recipes/{name}.yaml", ["ppo.judge=rewards.py:short"]).ppo.judge
+    assert [judge.source for judge in found] == ["recipes/rewards.py:short"]
+
+
+def test_what_ppos_comments_point_at_in_a_run_is_what_runs_have(name):
+    section = section_of(name, "ppo")
+    for word, module in (("adapter_best", "looks"), ("val/explained", "ppo_trainer")):
+        assert word in section
+        assert f'"{word}"' in (ROOT / "qalign" / f"{module}.py").read_text(encoding="utf-8")
+    assert "(eval_ended)" in section
+    assert "ended" in {field.name for field in dataclasses.fields(watch.Look)}
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -379,15 +455,20 @@ def test_the_planner_decides_how_much_is_on_the_card(name, recipe):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
+def test_prompts_have_more_room_than_answers(recipe):
+    assert 2 * recipe.ppo.max_new_tokens <= recipe.model.max_length
+
+
 def test_the_t4_computes_in_float16():
     t4 = load(str(RECIPES / "smollm2_1.7b.yaml"))
     assert t4.model.compute_dtype == "float16"  # a T4 has no bfloat16
 
 
 def test_trl_accepts_the_trainer_settings(stage, settings, tmp_path):
-    config = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}[stage]
+    config = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": TrainingArguments}[stage]
     trainer = settings.trainer
-    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, activation_checkpointing=False, **trainer)
+    plain = {} if stage == "ppo" else {"activation_checkpointing": False}
+    args = config(output_dir=str(tmp_path), use_cpu=True, bf16=False, **plain, **trainer)
     assert {key: getattr(args, key) for key in trainer} == trainer
 
 
@@ -422,12 +503,15 @@ def test_what_the_comments_say_about_limits_is_so(name, recipe, stage, settings)
     assert f"the first {settings.limit:,} " in comment
     if "optimiser steps" in comment:
         assert f"up to {math.ceil(settings.limit / settings.batch_size)} optimiser steps" in comment
+    if stage == "ppo":
+        prompts = settings.batch_size // settings.samples_per_prompt
+        assert f"up to {math.ceil(settings.limit / prompts)} iterations" in comment
 
 
 @pytest.mark.parametrize("name", NAMES, indirect=True)
 def test_a_base_that_never_learned_to_chat_goes_through_sft_first(name, recipe):
     raw = "nstruct" not in recipe.model.base
-    starts = {recipe.reward.start_from, recipe.dpo.start_from}
+    starts = {recipe.reward.start_from, recipe.dpo.start_from, recipe.ppo.start_from}
     assert recipe.sft.start_from is None
     assert starts == {"sft"} if raw else name == DEMO or starts == {None}
 
@@ -445,6 +529,10 @@ def test_what_the_demos_comments_count_is_so(name, stage, settings):
     (data,), (held_out,) = settings.data, settings.eval_data
     assert re.search(rf"^  data: .*# {len(rows_of(data))} ", section, flags=re.MULTILINE)
     assert re.search(rf"# {len(rows_of(held_out))} (rows|dialogues) kept out of training", section)
+    if stage == "ppo":  # its comments name no figure of its own
+        assert (settings.limit or 1) <= len(rows_of(data))
+        assert (held_out.limit or 1) <= len(rows_of(held_out))
+        return
     if settings.limit:
         assert f"the first {settings.limit} rows" in section
     rows = min(settings.limit or math.inf, len(rows_of(data)))
