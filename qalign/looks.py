@@ -6,8 +6,9 @@ from pathlib import Path
 
 from qalign import lineage, ppo_report, watch
 from qalign.base import Role
+from qalign.experience import Rollout
 from qalign.lineage import Lineage
-from qalign.ppo_trainer import PPOTrainer, Rollout
+from qalign.ppo_trainer import PPOTrainer
 from qalign.prompts import Prompt
 from qalign.rewards import Scorer, combined
 from qalign.run import RunFolder

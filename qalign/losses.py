@@ -225,6 +225,13 @@ def normalised(scores: Tensor, moments: Moments, clip: float) -> Tensor:
     return ((scores - moments.mean) / (moments.std + 1e-8)).clamp(-clip, clip)
 
 
+def centred(scores: Tensor, each: int) -> Tensor:
+    """Scores `(answers,)` less the mean of the `each` answers to the same prompt, which stand together: the baseline of
+    GRPO (Shao et al. 2024, arXiv:2402.03300, eq. 3) without its division."""
+    groups = scores.view(-1, each)
+    return (groups - groups.mean(dim=1, keepdim=True)).flatten()
+
+
 def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
     """The next KL coefficient (Ziegler et al. 2019, arXiv:1909.08593, eq. 3, K = 0.1): up to 2% more or less a step."""
     error = max(-0.2, min(0.2, kl / target - 1))

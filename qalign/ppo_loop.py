@@ -13,6 +13,7 @@ from qalign.command import Stopped
 from qalign.errors import UserError
 from qalign.journal import mark_whole, peak_bytes
 from qalign.looks import Watcher
+from qalign.ppo_setup import bytes_by_role
 from qalign.ppo_trainer import PPOTrainer
 from qalign.recipe import PPO
 from qalign.rewards import ModelScorer, Scorer
@@ -156,7 +157,7 @@ def _load(checkpoint: Path, trainer: PPOTrainer, watcher: Watcher) -> None:
 
 
 def _facts(run, trainer, watcher, checkpoint, began: float, seen: int, alarmed: bool) -> dict:
-    roles, seconds = trainer.bytes_by_role(), trainer.seconds
+    roles, seconds = bytes_by_role(trainer.base, trainer.optimizer), trainer.seconds
     others = {s.name: s.bytes for s in (*trainer.scorers, *watcher.judges) if isinstance(s, ModelScorer)}
     print_table("memory by role, in MiB", _memory_lines(roles, others))
     sampled = trainer.tokens_seen - seen

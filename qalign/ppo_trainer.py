@@ -10,19 +10,18 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
+from torch import Tensor
 
 from qalign import losses
 from qalign.base import Base, Role
 from qalign.batch import MicroBatch
 from qalign.errors import UserError
+from qalign.experience import Rollout
 from qalign.logps import answer_states, state_entropies, state_logps
+from qalign.ppo_setup import optimiser_of, prepare
 from qalign.prompts import Prompt
 from qalign.recipe import PPO
 from qalign.rewards import Answered, Scorer, answered, combined
@@ -32,59 +31,6 @@ ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)  # that read what was sampled
 # How far a log-prob may be from itself, computed again in the same way. (In 16 bits it is exact too where kernels are
 # deterministic.)
 EXACT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-
-
-@dataclass
-class Rollout:
-    """The answers of one iteration. Tensors are on the CPU, float32 `(answers, tokens)` in the order of `rows`, 0
-    outside the mask.
-
-    Attributes:
-        rows: prompts with their answers.
-        mask: bool, True on the answers' tokens.
-        old: log-probs of the policy that sampled, from the training forward.
-        reference: those of the reference.
-        values: of the state before each token.
-        entropies: of the distribution that each token was drawn from.
-        scores: `(answers,)`, of the reward as it came.
-        advantages, returns: made of all these.
-    """
-
-    rows: list[Answered]
-    mask: Tensor
-    old: Tensor
-    reference: Tensor
-    values: Tensor
-    entropies: Tensor
-    scores: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
-
-    @property
-    def kl(self) -> Tensor:
-        """log pi - log pi_ref of each answer, in nats: `(answers,)`."""
-        return (losses.log_ratio(self.old, self.reference) * self.mask).sum(dim=1)
-
-    @property
-    def tokens(self) -> int:
-        """That were sampled."""
-        return int(self.mask.sum())
-
-    @property
-    def each(self) -> int:
-        """Answers to a prompt."""
-        return len(self.rows[0].texts)
-
-    @property
-    def ended(self) -> Tensor:
-        """Whether each answer ended by itself: bool `(answers,)`."""
-        return torch.tensor([ended for row in self.rows for ended in row.ended])
-
-    def places(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The tokens of some prompts' answers, in the order in which a batch of them has its targets."""
-        answers = torch.tensor([number * self.each + k for number in numbers for k in range(self.each)])
-        row, column = self.mask[answers].nonzero(as_tuple=True)
-        return answers[row], column
 
 
 class PPOTrainer:
@@ -129,28 +75,17 @@ class PPOTrainer:
         self.seconds: dict[str, float] = defaultdict(float)
         self._checked = False
         self._own_values = settings.value == "adapter"
-        _prepare(base, checkpointed_layers)
+        prepare(base, checkpointed_layers)
         self.weights = {
             f"{role}/{name}": weight
             for role in (Role.POLICY, Role.VALUE)
             for name, weight in base.trained_weights(role).items()
         }
-        args = _arguments(settings)
-        make, options = Trainer.get_optimizer_cls_and_kwargs(args)
-        self.max_grad_norm = args.max_grad_norm
-        optimizer = make(list(self.weights.values()), **options | {"weight_decay": args.weight_decay})
+        optimizer, self._rate, self._max_norm = optimiser_of(settings, list(self.weights.values()), iterations)
         self.accelerator = Accelerator(
             mixed_precision="fp16" if base.dtype == torch.float16 else "no", cpu=base.lm.device.type == "cpu"
         )
         self.optimizer = self.accelerator.prepare(optimizer)
-        schedule = get_scheduler(
-            settings.scheduler,
-            optimizer,
-            num_warmup_steps=math.ceil(settings.warmup_ratio * iterations),
-            num_training_steps=iterations + 1,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
-        )
-        self._schedule_at = schedule.lr_lambdas[0]  # the share of the peak rate, by step
 
     def iterate(self) -> tuple[Rollout, dict[str, float]]:
         """One iteration: (its answers, its metrics under TRL's names).
@@ -239,10 +174,12 @@ class PPOTrainer:
     def advantages(self, rollout: Rollout) -> dict[str, float]:
         """Scores and KL to rewards of tokens, rewards and values to advantages, whitened over the whole batch."""
         settings, scores = self.settings, rollout.scores
-        if settings.reward_scaling == "running":
+        if settings.reward_scaling != "none":
             self.moments = self.moments.updated(scores)
             scores = losses.normalised(scores, self.moments, settings.reward_clip)
         scores = scores - settings.missing_eos_penalty * ~rollout.ended
+        if settings.reward_scaling == "prompt":
+            scores = losses.centred(scores, rollout.each)
         log_ratios = losses.log_ratio(rollout.old, rollout.reference)
         rewards = losses.token_rewards(scores, log_ratios, rollout.mask, self.kl_coefficient)
         raw = losses.gae(rewards, rollout.values, rollout.mask, settings.gamma, settings.gae_lambda)
@@ -264,7 +201,7 @@ class PPOTrainer:
         from the one that sampled."""
         sums: dict[str, float] = defaultdict(float)
         # One iteration's rate for all its updates; counted from 1, as a warm-up from 0 would waste its answers.
-        rate = self.settings.learning_rate * self._schedule_at(self.done + 1)
+        rate = self._rate(self.done + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         with self._timed("update"), self.base.reading_pairs():
@@ -274,7 +211,7 @@ class PPOTrainer:
                 self._check(found)
                 too_far = self.settings.kl_stop is not None and found["approxkl"] > self.settings.kl_stop
                 if not too_far:
-                    norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self.max_grad_norm)
+                    norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm)
                     self._check_finite(norm)
                     self.optimizer.step()
                 self.optimizer.zero_grad()  # to None: no gradient stays in memory while answers are sampled
@@ -441,44 +378,3 @@ class PPOTrainer:
         self.kl_coefficient, self.moments = state["kl_coefficient"], losses.Moments(*state["moments"])
         torch.set_rng_state(state["rng"])
         random.setstate(state["python_rng"])
-
-    def bytes_by_role(self) -> dict[str, dict[str, int]]:
-        """What each role holds: `weights`, `gradients` (while an update runs) and `optimiser`, in bytes."""
-        size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)  # noqa: E731
-        found = {Role.BASE: {"weights": self.base.held_bytes}}
-        for role in self.base.adapters:
-            held = self.base.trained_weights(role).values()
-            trained = [weight for weight in held if weight.requires_grad]
-            notes = [t for w in trained for t in self.optimizer.state.get(w, {}).values() if torch.is_tensor(t)]
-            found[role] = {"weights": size(held), "gradients": size(trained), "optimiser": size(notes)}
-        return found
-
-
-def _prepare(base: Base, checkpointed_layers: int) -> None:
-    """No dropout: log-probs of the policy that learns must be those of the policy that sampled ("The N+ Implementation
-    Details of RLHF with PPO", Huang et al. 2024, arXiv:2403.17031)."""
-    for module in base.model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    if checkpointed_layers:
-        base.lm.activation_checkpointing_enable({"use_reentrant": False})
-        layers = [module for module in base.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for number, layer in enumerate(layers):
-            layer.gradient_checkpointing = number < checkpointed_layers
-
-
-def _arguments(settings: PPO) -> TrainingArguments:
-    """The optimiser's settings, in which `trainer:` has the last word; a `UserError` for what transformers refuses.
-
-    Adam's epsilon is 1e-5, not 1e-8 ("The N Implementation Details of RLHF with PPO")."""
-    values = {
-        "output_dir": "unused",
-        "report_to": "none",
-        "learning_rate": settings.learning_rate,
-        "adam_epsilon": 1e-5,
-        "use_cpu": not torch.cuda.is_available(),
-    }
-    try:
-        return TrainingArguments(**values | settings.trainer)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"ppo.trainer: {' '.join(str(error).split())}") from None

@@ -305,10 +305,11 @@ class PPO(Stage):
     """The discount of later rewards."""
     gae_lambda: float = Field(0.95, ge=0, le=1)
     """Generalised advantage estimation: 1 trusts what was sampled, 0 the value model."""
-    reward_scaling: Literal["running", "none"] = "running"
-    """`running` puts scores in standard deviations from their running mean; `none` takes them as they are."""
+    reward_scaling: Literal["prompt", "running", "none"] = "running"
+    """`running` puts scores in standard deviations from their running mean, `prompt` from the mean of the answers to
+    the same prompt (some prompts score higher than others, whatever the answer); `none` takes them as they are."""
     reward_clip: float = Field(5.0, gt=0)
-    """With `running`, scores are held within so many standard deviations."""
+    """Scores are held within so many standard deviations, unless they are taken as they are."""
     missing_eos_penalty: float = Field(1.0, ge=0)
     """Taken off the score of an answer that was cut before it ended."""
     judge: Rewards | None = None
@@ -335,6 +336,8 @@ class PPO(Stage):
                     f"micro_batch_size: {self.micro_batch_size} is no multiple of samples_per_prompt "
                     f"{self.samples_per_prompt} that divides a mini-batch of {mini}; take one, or 'auto'"
                 )
+        if self.reward_scaling == "prompt" and self.samples_per_prompt == 1:
+            yield "reward_scaling: 'prompt' compares answers to one prompt, and samples_per_prompt is 1; use 'running'"
         if self.eval_every and not self.eval_data:
             yield "eval_every: has nothing to measure without eval_data; add it or remove this"
         if self.judge and not self.eval_data:

@@ -108,7 +108,7 @@ def test_words_in_any_order(recipe_path, monkeypatch):
     ):
         assert command(monkeypatch, *order) == 0
         recipe, given = seen.pop()
-        assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo"), 300, "12GB")
+        assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo"), 300, "12GB")
 
 
 def test_every_stage_is_shown(recipe_path, monkeypatch, capsys):

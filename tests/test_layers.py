@@ -39,6 +39,8 @@ LAYERS = [
             "supervised",
             "trainer",
             "rewards",
+            "experience",
+            "ppo_setup",
             "ppo_trainer",
             "looks",
             "ppo_loop",

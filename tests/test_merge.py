@@ -307,7 +307,8 @@ def test_what_cannot_be_merged_is_one_line(policy, tmp_path, capsys):
     assert (target / "model.safetensors").stat().st_mtime_ns == before
     (tmp_path / "taken").write_text("precious")
     assert "exists already" in one_line(capsys, str(run.path), "original", str(tmp_path / "taken"))
-    assert "there is no finished ppo or dpo or sft or reward run" in one_line(capsys, str(tmp_path / "no"), "original", None)
+    line = one_line(capsys, str(tmp_path / "no"), "original", None)
+    assert "there is no finished ppo or dpo or sft or reward run" in line
     copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "dpo", ignore=shutil.ignore_patterns("merged-*")))
     (copy / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
     assert "broken" in one_line(capsys, str(copy), "dequantized", None)

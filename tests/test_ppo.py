@@ -22,6 +22,7 @@ from qalign.base import Base, Role, load
 from qalign.batch import MicroBatch
 from qalign.errors import UserError
 from qalign.memory import Forecast
+from qalign.ppo_setup import bytes_by_role, prepare
 from qalign.ppo_trainer import PPOTrainer
 from qalign.prompts import Prompt
 from qalign.recipe import PPO, Lora, Model, Recipe
@@ -227,7 +228,7 @@ def test_dropout_of_an_adapter_that_was_trained_with_it_is_off(trainer_of, tmp_p
     base.load_adapter(Role.POLICY, str(tmp_path / "a"), trainable=True)
     rates = lambda: {module.p for module in base.model.modules() if isinstance(module, nn.Dropout)}  # noqa: E731
     assert 0.5 in rates()
-    ppo_trainer._prepare(base, 0)
+    prepare(base, 0)
     assert rates() == {0.0}
 
 
@@ -328,6 +329,18 @@ def test_rewards_are_normalised_clipped_and_charged_for_kl_and_for_no_end(traine
     assert rollout.advantages[rollout.mask].std(correction=0).item() == pytest.approx(1, abs=1e-4)
 
 
+def test_scores_may_be_measured_from_the_mean_of_their_prompt(trainer_of):
+    trainer = trainer_of(reward_scaling="prompt", missing_eos_penalty=0.25, gae_lambda=1.0, kl_coefficient=0.0)
+    rollout = trainer.collect(trainer._drawn(), 2, seed=1)
+    trainer.score(rollout)
+    scores = rollout.scores
+    trainer.advantages(rollout)
+    normal = (scores - scores.mean()) / scores.std(correction=0) - 0.25 * ~rollout.ended
+    pairs = normal.view(4, 2)
+    expected = (pairs - pairs.mean(dim=1, keepdim=True)).flatten()
+    assert rollout.returns[:, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+
+
 def test_updates_stop_once_the_policy_is_too_far_and_that_step_is_not_taken(trainer_of):
     free, held = trainer_of(update_epochs=4), trainer_of(update_epochs=4, kl_stop=1e-4)
     assert free.iterate()[1]["optimizer_steps"] == 8
@@ -403,7 +416,7 @@ def test_bytes_by_role_to_the_number(trainer_of, reward_run):
     trainer.base.load_adapter(Role.REWARD, str(reward_run.adapter), trainable=False)
     trainer.done = 1
     trainer.iterate()
-    found = trainer.bytes_by_role()
+    found = bytes_by_role(trainer.base, trainer.optimizer)
     policy = sum(w.numel() for w in trainer.base.trained_weights(Role.POLICY).values())
     assert found[Role.POLICY] == {
         "weights": 4 * policy,
@@ -765,7 +778,7 @@ def test_smollm2_holds_its_roles_in_290_megabytes(rewards, tmp_path):
         MicroBatch(pairs=1), 0, 1, 0,
     )  # fmt: skip
     trainer.iterate()
-    found = trainer.bytes_by_role()
+    found = bytes_by_role(trainer.base, trainer.optimizer)
     assert set(found) == {Role.BASE, Role.POLICY, Role.REFERENCE, Role.REWARD, Role.VALUE}
     lasting = sum(size for parts in found.values() for what, size in parts.items() if what != "gradients")
     assert lasting < 290e6

@@ -204,6 +204,10 @@ def test_scores_that_never_differ_normalise_to_0():
     assert losses.normalised(scores, losses.Moments().updated(scores), clip=5.0).tolist() == [0.0] * 4
 
 
+def test_centred_scores_are_measured_from_their_prompts_mean():
+    assert losses.centred(torch.tensor([1.0, 3.0, 10.0, 40.0]), each=2).tolist() == [-1.0, 1.0, -15.0, 15.0]
+
+
 @pytest.mark.parametrize(
     ("kl", "expected"),
     [(6.0, 0.1), (6.6, 0.101), (5.4, 0.099), (100.0, 0.102), (0.0, 0.098), (-3.0, 0.098)],

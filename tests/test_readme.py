@@ -12,7 +12,10 @@ from qalign.recipe import STAGES
 from qalign.recipe_file import load
 from tests.conftest import ROOT
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/merging.md", "benchmarks/README.md"]
+DOCUMENTS = [
+    *("README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/merging.md", "docs/ppo.md"),
+    "benchmarks/README.md",
+]
 LINES = [
     (document, line.strip())
     for document in DOCUMENTS
