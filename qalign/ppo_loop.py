@@ -16,7 +16,7 @@ from qalign.looks import Watcher
 from qalign.ppo_setup import bytes_by_role
 from qalign.ppo_trainer import PPOTrainer
 from qalign.recipe import PPO
-from qalign.rewards import ModelScorer, Scorer
+from qalign.rewards import ModelScorer, RewardFailed, Scorer
 from qalign.run import RunFolder, print_table
 
 PARTS = ("rollout", "scoring", "update")
@@ -74,9 +74,9 @@ def _iterate(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> dict:
     before = dict(trainer.seconds)
     try:
         rollout, metrics = trainer.iterate()
-    except UserError:
-        if run.last_checkpoint() is None or _number(run.last_checkpoint()) != trainer.done:
-            _save(run, trainer, watcher)  # nothing was changed in this iteration but the count of scores
+    except RewardFailed:  # nothing has changed yet, so nothing that was learned is lost
+        if _number(run.last_checkpoint()) != trainer.done:
+            _save(run, trainer, watcher)
         raise
     except torch.OutOfMemoryError as error:
         each = run.settings.samples_per_prompt

@@ -27,10 +27,14 @@ from qalign.prompts import Prompt
 from qalign.recipe import REWARD_RUN, Recipe, RewardSource
 from qalign.rollout import Sampling, text_of
 from qalign.run import RunFolder
-from qalign.tokens import TokenAnswers
+from qalign.tokens import TokenAnswers, end_of_turn_id
 from qalign.weights import guard_4bit, load_config
 
 ROWS_AT_ONCE = 8  # of a separate classifier
+
+
+class RewardFailed(UserError):
+    """A reward could not be had; the state of the run is what it was before."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,11 @@ def answered(tokenizer, prompt: Prompt, ids: list[int], answers: list[list[int]]
 
 
 class AdapterScorer:
-    """A reward adapter with its head, on the base that is in memory."""
+    """A reward adapter with its head, on the base that is in memory.
+
+    It reads the score at the end of the answer's turn, as it was trained to. A cut answer has none, and what the head
+    says elsewhere means nothing (on the demo it was 4 points, 7 standard deviations, more): so it is given one.
+    """
 
     def __init__(self, key: str, folder: Path, weight: float, recipe: Recipe):
         self.key, self.folder, self.weight, self.name = key, folder, weight, _short(folder)
@@ -69,15 +77,21 @@ class AdapterScorer:
         self.base, self.role, self.micro = base, role, micro
         lineage.check(self.key, self.folder, base.lineage("reward"))
         base.load_adapter(role, str(self.folder), trainable=False)
+        self.end = end_of_turn_id(base.tokenizer, base.spec.chat_template_kwargs)
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Answered]) -> Tensor:
-        numbers = {id(row.tokens): number for number, row in enumerate(rows)}
+        whole = [self._ended(row) for row in rows]
+        numbers = {id(tokens): number for number, tokens in enumerate(whole)}
         found = torch.zeros(len(rows), len(rows[0].texts))
         with self.base.reading_pairs():
-            for some in self.base.micro_batches([row.tokens for row in rows], self.micro):
+            for some in self.base.micro_batches(whole, self.micro):
                 found[[numbers[id(tokens)] for tokens in some]] = self.base.pair_scores(self.role, some).cpu()
         return found
+
+    def _ended(self, row: Answered) -> TokenAnswers:
+        pairs = zip(row.tokens.answers, row.ended, strict=True)
+        return TokenAnswers(row.tokens.prompt_ids, tuple(ids if ended else [*ids, self.end] for ids, ended in pairs))
 
 
 class ModelScorer:
@@ -241,14 +255,17 @@ def combined(scorers: list[Scorer], rows: Sequence[Answered]) -> tuple[Tensor, d
     """(the weighted sum of all scores, float32 `(prompts, answers each)`; the mean of each scorer's, by name).
 
     Raises:
-        UserError: a score is not finite, or a function fails; the row is named.
+        RewardFailed: a score is not finite, or a function fails; the row is named.
     """
     total, means = torch.zeros(len(rows), len(rows[0].texts)), {}
     for scorer in scorers:
-        found = scorer.scores(rows)
+        try:
+            found = scorer.scores(rows)
+        except UserError as error:
+            raise RewardFailed(*error.lines) from None
         if not found.isfinite().all():
             row = rows[int((~found.isfinite()).nonzero()[0, 0])]
-            raise UserError(f"{scorer.key}: {scorer.name} gave a score that is not finite to {row.prompt.where}")
+            raise RewardFailed(f"{scorer.key}: {scorer.name} gave a score that is not finite to {row.prompt.where}")
         means[scorer.name] = found.mean().item()
         total += scorer.weight * found
     return total, means
