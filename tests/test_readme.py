@@ -37,6 +37,8 @@ def test_each_qalign_command_names_a_module_and_a_recipe_that_loads(command):
         at = words.index("--memory")
         assert memory_of(words[at + 1])
         del words[at : at + 2]
+    if module == "qalign.best_of":
+        words.remove("n=16")
     overrides = [word for word in words if not word.startswith("--")]
     assert set(words) - set(overrides) <= {"--resume", "--overwrite"}
     stage = module.partition(".")[2]
