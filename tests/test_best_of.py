@@ -119,7 +119,7 @@ def test_the_curve_is_the_mean_over_all_choices_of_k():
 def test_a_curve_without_a_judge_and_an_n_that_is_no_power_of_2():
     points = curve([[0.0, 1.0, 2.0]], None, 3)
     assert [(point["n"], point["judge"]) for point in points] == [(1, None), (2, None), (3, None)]
-    assert [point["proxy"] for point in points] == pytest.approx([1.0, 4 / 3, 2.0])
+    assert [point["proxy"] for point in points] == pytest.approx([1.0, 5 / 3, 2.0])
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
