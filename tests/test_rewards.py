@@ -89,6 +89,19 @@ def test_scores_do_not_depend_on_padding_or_company(recipe, reward_run, tiny_bas
     assert score_sequences(tiny_base, sequences) == pytest.approx(one_by_one.flatten().tolist(), abs=1e-5)
 
 
+def test_a_cut_answer_is_read_at_an_end_of_turn_too(recipe, reward_run, tiny_base, tiny_folder, rows):
+    """As the reward model was trained; elsewhere its head says nothing that it learned."""
+    (scorer,) = scorers = opened(recipe(str(reward_run.path)))
+    attach(scorers, tiny_base, Role.REWARD, MICRO)
+    cut = [
+        Answered(
+            r.prompt, TokenAnswers(r.tokens.prompt_ids, tuple(a[:-1] for a in r.tokens.answers)), r.texts, (False,) * 2
+        )
+        for r in rows
+    ]
+    assert torch.allclose(scorer.scores(cut), scorer.scores(rows), atol=1e-5)
+
+
 def test_the_recipes_own_reward_run_must_be_there(recipe, reward_run, tmp_path):
     with pytest.raises(UserError) as refused:
         opened(recipe("reward"))
