@@ -22,10 +22,22 @@ LAYERS = [
             "command",
         ],
     ),
-    ("data", ["files", "rows", "dialogues", "prompts", "tokens", "layout", "batch"]),
+    ("data", ["files", "rows", "votes", "dialogues", "prompts", "tokens", "layout", "batch"]),
     (
         "model",
-        ["attention", "heads", "logps", "memory", "weights", "starts", "base", "references", "rollout", "scoring"],
+        [
+            "attention",
+            "heads",
+            "logps",
+            "memory",
+            "weights",
+            "starts",
+            "base",
+            "references",
+            "rollout",
+            "streams",
+            "scoring",
+        ],
     ),
     (
         "run",
@@ -45,7 +57,10 @@ LAYERS = [
         ],
     ),
     ("stage", ["sft", "reward", "dpo", "ppo"]),
-    ("top", ["evaluate", "fit", "score", "merge", "__main__"]),
+    (
+        "top",
+        ["evaluate", "fit", "score", "merge", "__main__", "contenders", "worker", "shades", "duel", "guard", "chat"],
+    ),
 ]
 LIGHT = [
     *(
@@ -58,6 +73,7 @@ LIGHT = [
         "command",
         "files",
         "rows",
+        "votes",
         "dialogues",
         "prompts",
     ),
@@ -75,6 +91,11 @@ LIGHT = [
         "score",
         "merge",
         "__main__",
+        "contenders",
+        "worker",
+        "shades",
+        "duel",
+        "guard",
     ),
 ]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
