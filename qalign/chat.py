@@ -75,6 +75,7 @@ class Chat:
     Attributes:
         contenders: by the name that the page knows them by.
         max_new_tokens: the most that a person may ask for.
+        weights: the hash of each contender's weights, as they were when it was put on the base.
     """
 
     def __init__(self, base: Base, contenders: Sequence[Contender], model: Model):
@@ -84,6 +85,7 @@ class Chat:
         self._ends = end_ids(base.tokenizer, model.chat_template_kwargs)
         self._worker = Worker()
         self._loaded: dict[str, str] = {BASE: Role.BASE}  # contender's name to what the base calls it
+        self.weights: dict[str, str | None] = {BASE: None}
         self._judges: dict[Path, str] = {}  # a reward adapter's folder to what the base calls it
 
     @classmethod
@@ -236,8 +238,9 @@ class Chat:
         if name not in self.contenders:
             raise UserError("there is no such model; choose one of the list")
         if name not in self._loaded:
-            role = f"side_{len(self._loaded)}"
-            self._put_on(role, self.contenders[name].adapter)
+            role, contender = f"side_{len(self._loaded)}", self.contenders[name]
+            self.weights[name] = contender.weights
+            self._put_on(role, contender.adapter)
             self._loaded[name] = role
         return self._loaded[name]
 

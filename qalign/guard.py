@@ -13,7 +13,10 @@ from qalign.errors import UserError
 
 AUTH_VARIABLE = "QALIGN_AUTH"
 MAX_BODY_BYTES = 256 * 1024
-REFUSED = ("/upload", "/proxy=", "/component_server", "/stream/", "/custom_component", "/deep_link", "/run-history")
+REFUSED = (  # of Gradio's, none of which the page needs; calls go through its queue alone
+    *("/upload", "/proxy=", "/component_server", "/stream/", "/custom_component", "/deep_link", "/run-history"),
+    *("/gradio_api/run/", "/gradio_api/api/", "/gradio_api/call/", "/dev/reload"),
+)
 POLICY = "; ".join((
     "default-src 'self'",
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio's page has both
@@ -22,7 +25,7 @@ POLICY = "; ".join((
     "font-src 'self' data:",
     "worker-src 'self' blob:",
     "form-action 'self'",
-    "base-uri 'none'",
+    "base-uri 'self'",
     "object-src 'none'",
 ))  # fmt: skip
 HEADERS = [

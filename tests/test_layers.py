@@ -59,7 +59,7 @@ LAYERS = [
     ("stage", ["sft", "reward", "dpo", "ppo"]),
     (
         "top",
-        ["evaluate", "fit", "score", "merge", "__main__", "contenders", "worker", "shades", "duel", "guard", "chat"],
+        ["evaluate", "fit", "score", "merge", "__main__", "contenders", "worker", "shades", "duel", "guard", "chat", "page", "widgets"],
     ),
 ]
 LIGHT = [
@@ -98,7 +98,7 @@ LIGHT = [
         "guard",
     ),
 ]
-HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
+HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
 PACKAGE = Path(qalign.__file__).parent
 
 
