@@ -36,6 +36,7 @@ CSS = """
 .legend .shade { padding: 1px 6px; margin: 0 2px; }
 .shaded { line-height: 1.9; overflow-wrap: anywhere; }
 .message { overflow-wrap: anywhere; }
+@media (max-width: 640px) { #left, #right { height: 290px !important; } }
 .off-screen { position: absolute; left: -9999px; }
 footer { display: none !important; }
 """
@@ -70,7 +71,7 @@ def lay_out(page: Page, sides: tuple[str, str]) -> dict:
     with gr.Row():
         w["first"] = gr.Dropdown(names, value=sides[0], label="One side", min_width=140)
         w["second"] = gr.Dropdown(names, value=sides[1], label="Other side", min_width=140)
-        w["blind"] = gr.Checkbox(label="Blind test", info="Sides shuffled and unnamed until you vote.", min_width=140)
+    w["blind"] = gr.Checkbox(label="Blind test: sides shuffled and unnamed until you vote", elem_id="blind")
     with gr.Row():
         for side, title in zip(("left", "right"), sides, strict=True):
             with gr.Column(min_width=300):
@@ -110,7 +111,7 @@ def lay_out_more(most: int) -> dict:
         with gr.Row():
             w["temperature"] = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", min_width=140)
             w["top_p"] = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", min_width=140)
-            w["tokens"] = gr.Slider(1, most, min(200, most), step=1, label="Max tokens", min_width=140)
+            w["tokens"] = gr.Slider(1, most, min(200, most // 2), step=1, label="Max tokens", min_width=140)
             w["seed"] = gr.Number(
                 None, precision=0, minimum=0, maximum=MAX_SEED, label="Seed (empty: a new one each time)", min_width=140
             )

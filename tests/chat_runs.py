@@ -1,7 +1,16 @@
 """What the tests of the page share: finished runs of the tiny model, made once, with adapters that do something."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from urllib.request import urlopen
 
 import yaml
 
@@ -42,3 +51,38 @@ def finished_run(output: Path, tiny: str, stage: str = "dpo", scale: float = 0.2
 def reward_beside(output: Path, tiny: str) -> Path:
     """A reward run of the same output, trained for a few steps."""
     return run_stage(write_recipe(output, tiny)).path
+
+
+@contextmanager
+def serving(*options: str, before: str = "") -> Iterator[str]:
+    """`python app.py` in a process of its own: its address.
+
+    Args:
+        before: Python that runs first.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [sys.executable, "-c", f"{before}\nimport app\napp.main()", *options, "--port", str(port)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        try:
+            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
+            while not _answers(address):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    log.seek(0)
+                    raise AssertionError(log.read().decode())
+                time.sleep(0.2)
+            yield address
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urlopen(address, timeout=5):
+            return True
+    except OSError:
+        return False
