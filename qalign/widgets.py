@@ -9,6 +9,7 @@ import gradio as gr
 from qalign.chat import MAX_CHARACTERS, MAX_SEED, Controls
 from qalign.duel import Duel
 from qalign.page import MAX_COMMENT, Page, View, Wish
+from qalign.rows import Message
 from qalign.votes import Choice
 
 EXAMPLES = 6
@@ -76,7 +77,7 @@ def lay_out(page: Page, sides: tuple[str, str]) -> dict:
         for side, title in zip(("left", "right"), sides, strict=True):
             with gr.Column(min_width=300):
                 w[side] = gr.Chatbot(
-                    label=title, elem_id=side, height=380, layout="bubble", buttons=["copy"], feedback_options=None,
+                    label=title, elem_id=side, height=380, layout="bubble", buttons=[], feedback_options=None,
                     # An answer is shown as the text that it is: no image of it is fetched, no tag is obeyed.
                     render_markdown=False, sanitize_html=True, allow_tags=False,
                 )  # fmt: skip
@@ -179,11 +180,16 @@ def wish(first, second, blind, colours, temperature, top_p, tokens, seed, system
 
 def updates(view: View) -> list:
     """A `View` as updates of the widgets in `SHOWN`."""
-    chats = [gr.Chatbot(turns, label=title) for turns, title in zip(view.dialogues, view.titles, strict=True)]
+    chats = [gr.Chatbot(literal(turns), label=title) for turns, title in zip(view.dialogues, view.titles, strict=True)]
     texts = [paragraph(view.status), gr.skip() if view.prompt is None else view.prompt, paragraph(view.tally)]
     differences = gr.skip() if view.busy else view.differences
     flags = [gr.Group(visible=view.can_vote and not view.busy), gr.Button(visible=not view.busy)]
     return [*chats, *view.figures, *texts, differences, *flags, gr.Button(visible=view.busy)]
+
+
+def literal(turns: list[Message]) -> list[Message]:
+    """Turns as the chat shows them to the letter: it takes text for HTML, Markdown or not."""
+    return [turn | {"content": escape(turn["content"], quote=False)} for turn in turns]
 
 
 def paragraph(text: str) -> str:
