@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check
+.PHONY: setup demo test test-browser check
 
 setup: .venv/ready  ## make .venv with the pinned requirements
 
@@ -26,7 +26,12 @@ demo: setup  ## align the small embedded model, then show what changed (about 5 
 
 test: setup  ## the fast tests
 	@echo "== running the tests (those on the true SmolLM2 too: $(BIN)/python -m pytest -m true_model)"
-	$(BIN)/python -m pytest -m "not true_model"
+	@command -v chromium >/dev/null && echo "== left out here: the page in a browser (make test-browser)" || \
+		echo "== skipped: the page in a browser, as Chromium is missing (apt-get install chromium chromium-driver; make test-browser)"
+	$(BIN)/python -m pytest -m "not true_model and not browser"
+
+test-browser: setup  ## the page in headless Chromium (Debian's chromium and chromium-driver)
+	QALIGN_BROWSER=insist $(BIN)/python -m pytest -m browser
 
 check: setup  ## style
 	$(BIN)/ruff check .

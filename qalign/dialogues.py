@@ -15,6 +15,7 @@ from qalign.rows import (
     answers,
     as_turns,
     canonical,
+    check_is_pair,
     check_order,
     check_text,
     collect,
@@ -76,6 +77,7 @@ def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
         BadRow: the shape is unknown, or something in it is missing, empty, out of order or not to be learned from.
     """
     raw = columns(raw)
+    check_is_pair(raw)
     if not isinstance(raw.get("system", ""), str):
         raise BadRow(f"system: expected a text, found {type(raw['system']).__name__}")
     # 'text' last: alpaca's first edition has its rows in it once more, in a template.

