@@ -4,9 +4,10 @@ Nothing here knows of a browser: `Chat.answer` yields replies as they grow. One 
 """
 
 import secrets
+import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -86,7 +87,7 @@ class Chat:
         self._worker = Worker()
         self._loaded: dict[str, str] = {BASE: Role.BASE}  # contender's name to what the base calls it
         self.weights: dict[str, str | None] = {BASE: None}
-        self._judges: dict[Path, str] = {}  # a reward adapter's folder to what the base calls it
+        self._judges: dict[Path, str | None] = {}  # a reward adapter's folder to what the base calls it
 
     @classmethod
     def open(cls, contenders: Sequence[Contender], model: Model) -> "Chat":
@@ -120,7 +121,7 @@ class Chat:
         controls = self._checked(controls, [turns for _, turns in dialogues])
         seed = secrets.randbelow(MAX_SEED) if controls.seed is None else controls.seed
 
-        def pieces() -> Iterator[list[Reply]]:
+        def pieces() -> Generator[list[Reply]]:
             replies = [self._opened(*side, controls, seed + number) for number, side in enumerate(dialogues)]
             yield from self._grow(replies, controls)
 
@@ -224,7 +225,13 @@ class Chat:
             return replies
         if judge not in self._judges:
             self._judges[judge] = f"{Role.REWARD}_{len(self._judges) + 1}"
-            self._put_on(self._judges[judge], judge)
+            try:
+                self._put_on(self._judges[judge], judge)
+            except UserError as error:  # answers are worth seeing without their scores
+                print(f"no rewards: {error}", file=sys.stderr)
+                self._judges[judge] = None
+        if not self._judges[judge]:
+            return replies
         scored = []
         for reply in replies:
             end = [] if reply.ids[-1] in self._ends else [self._ends[0]]

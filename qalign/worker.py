@@ -4,7 +4,7 @@ PyTorch's autocast and no-grad belong to a thread, and a base plays one part at 
 model asks here, and waits for its turn.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from queue import Empty, Full, Queue
@@ -26,7 +26,7 @@ class Worker:
         """The result of `work()`; what it raises is raised here."""
         return self._thread.submit(work).result()
 
-    def stream(self, key: str, pieces: Callable[[], Iterable]) -> Iterator:
+    def stream(self, key: str, pieces: Callable[[], Generator]) -> Iterator:
         """What `pieces()` yields, as it comes, made in the worker's thread.
 
         It is cut short by `stop(key)`, when this iterator is closed, or when nobody takes a piece for a while (a client
@@ -61,10 +61,10 @@ class Worker:
                 running.set()
 
 
-def _hand_over(pieces: Callable[[], Iterable], handed: Queue, stop: Event) -> None:
+def _hand_over(pieces: Callable[[], Generator], handed: Queue, stop: Event) -> None:
     if stop.is_set():  # its taker left before its turn came
         return
-    with closing(iter(pieces())) as made:
+    with closing(pieces()) as made:
         for piece in made:
             try:
                 handed.put(piece, timeout=PATIENCE_SECONDS)

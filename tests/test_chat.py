@@ -110,6 +110,18 @@ def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, ru
     assert all(reply.reward is None for reply in last(chat, [("base", QUESTION), ("b/dpo", QUESTION)]))
 
 
+def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder, tmp_path, capsys):
+    finished_run(tmp_path / "c", tiny_folder)
+    reward = reward_beside(tmp_path / "c", tiny_folder) / "adapter" / "adapter_model.safetensors"
+    chat = Chat.open(*lineup([], tmp_path))
+    reward.write_bytes(b"broken")
+    sides = [("base", QUESTION), ("c/dpo", QUESTION)]
+    for _ in range(2):
+        replies = last(chat, sides)
+        assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
+    assert capsys.readouterr().err.count("no rewards: ") == 1
+
+
 @pytest.mark.parametrize(
     ("turns", "controls", "words"),
     [
