@@ -174,7 +174,7 @@ def test_a_blind_vote_lands_in_the_file_and_names_the_sides(browser, page, votes
     assert (kept[-1]["vote"], kept[-1]["comment"]) == ("tie", "both fine")
     assert "a/dpo" in browser.text("#left") + browser.text("#right")
     assert "blind vote" in browser.text("#tally")
-    assert not browser("#vote-tie").is_displayed() if browser.driver.find_elements("id", "vote-tie") else True
+    browser.until(lambda: not any(vote.is_displayed() for vote in browser.driver.find_elements("id", "vote-tie")))
 
 
 def test_the_button_downloads_the_votes(browser, page, votes, tmp_path):
@@ -311,4 +311,4 @@ def test_stop_stops(browser, smollm2):
     began = time.monotonic()
     browser.until(lambda: "stopped" in browser.text("#left-figures") + browser.text("#right-figures"))
     assert time.monotonic() - began < 5
-    assert browser("#send").is_displayed()
+    browser.until(lambda: browser("#send").is_displayed())
