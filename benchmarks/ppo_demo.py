@@ -3,8 +3,9 @@
     python benchmarks/ppo_demo.py --seeds 1 2 3 --at-once 2
 
 `short` is a function (at most two sentences that end); `reward model` is the demo's own, watched by a judge that was
-trained on other rows with another seed. Both begin at the bare base. Reward model and judge are trained first if they
-aren't there. Writes `benchmarks/results/ppo_demo.md` and `docs/ppo_demo.png`.
+trained on other rows with another seed. The first begins at the bare base, whose answers seldom end, the second at the
+SFT model. SFT, reward model and judge are trained first if they aren't there. Writes `benchmarks/results/ppo_demo.md` and
+`docs/ppo_demo.png`.
 """
 
 import argparse
@@ -26,16 +27,18 @@ from qalign.run import versions  # noqa: E402
 RECIPE = "recipes/smollm2_demo.yaml"
 RUNS = "runs/ppo_demo"
 FIRST = [
+    f"qalign.sft {RECIPE} output={RUNS}",
     f"qalign.reward {RECIPE} output={RUNS}",
     f"qalign.reward {RECIPE} output={RUNS}/judge seed=7 "
     "reward.data=[{path: recipes/data/house_style_train.jsonl, skip: 96, limit: 96}]",
 ]
 # Nothing need judge short answers: the function is what is wanted.
 KINDS = {
-    "short": "ppo.start_from=null ppo.reward=recipes/rewards.py:short ppo.judge=null ppo.value=trunk "
+    "short": "ppo.start_from=null ppo.batch_size=16 ppo.samples_per_prompt=4 ppo.gae_lambda=0.95 "
+    "ppo.reward=recipes/rewards.py:short ppo.judge=null ppo.value=trunk "
     "ppo.temperature=1.0 ppo.max_new_tokens=40 ppo.kl_coefficient=0.1 ppo.max_steps=14 ppo.eval_every=7 "
     "ppo.missing_eos_penalty=1.0 ppo.reward_scaling=running",
-    "reward model": f"ppo.reward={RUNS}/reward ppo.judge={RUNS}/judge/reward",
+    "reward model": f"ppo.start_from={RUNS}/sft/adapter ppo.reward={RUNS}/reward ppo.judge={RUNS}/judge/reward",
 }
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
@@ -68,7 +71,11 @@ def draw(seeds: list[int], file: Path) -> None:
 
     figure = Figure(figsize=(12, 4.2), dpi=100, layout="constrained")
     panels = figure.subplots(1, 3)
-    titles = ("Function: short answers that end", "Reward model, on training prompts", "Held-out prompts: the judge")
+    titles = (
+        "Function: short answers that end",
+        "Reward model, on training prompts",
+        "Held-out prompts: reward (solid), judge (dotted)",
+    )
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=12)
         axes.set_xlabel("PPO iterations")
@@ -79,14 +86,15 @@ def draw(seeds: list[int], file: Path) -> None:
             x = [line["step"] for line in steps]
             axes.plot(x, [line["objective/scores"] for line in steps], color=colour, label=f"seed {seed}")
         _, looks, _ = read("reward model", seed)
-        x, y = [line["step"] for line in looks], [line["eval_judge"] for line in looks]
-        panels[2].plot(x, y, color=colour, marker="o", label=f"seed {seed}")
-        if seed == seeds[0]:
-            panels[2].axhspan(y[0], y[0] + looks[0]["eval_judge_std"], color="#8C8C8C", alpha=0.15, linewidth=0)
-            panels[2].text(x[-1], y[0], "one deviation of the reference", ha="right", va="bottom", fontsize=9)
+        x, first = [line["step"] for line in looks], looks[0]
+        for name, style in (("proxy", "-"), ("judge", ":")):
+            gains = [(look[f"eval_{name}"] - first[f"eval_{name}"]) / first[f"eval_{name}_std"] for look in looks]
+            panels[2].plot(x, gains, style, color=colour, marker="o", label=f"seed {seed}" if style == "-" else None)
+    panels[2].axhline(1, color="#8C8C8C", linestyle="--", linewidth=1)
+    panels[2].set_ylabel("gain, in deviations of the reference's scores")
     panels[0].set_ylabel("mean reward")
     for axes in panels:
-        axes.legend(fontsize=9, frameon=False, loc="lower right")
+        axes.legend(fontsize=9, frameon=False, loc="upper left")
     figure.savefig(file)
 
 
@@ -125,7 +133,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only write the report of runs that are there")
     args = parser.parse_args()
     if not args.report:
-        for line, folder in zip(FIRST, ("reward", "judge/reward"), strict=True):
+        for line, folder in zip(FIRST, ("sft", "reward", "judge/reward"), strict=True):
             if not (ROOT / RUNS / folder / "summary.json").is_file():
                 run(f"{line} --overwrite" if "reward.data" not in line else line, torch.get_num_threads())
         jobs = [
