@@ -4,8 +4,8 @@
 
 `short` is a function (at most two sentences that end); `reward model` is the demo's own, watched by a judge that was
 trained on other rows with another seed. The first begins at the bare base, whose answers seldom end, the second at the
-SFT model. SFT, reward model and judge are trained first if they aren't there. Writes `benchmarks/results/ppo_demo.md` and
-`docs/ppo_demo.png`.
+SFT model. SFT, reward model and judge are trained first if they are not there. Writes the table,
+`benchmarks/results/ppo_demo.md`, and the picture, `docs/ppo_demo.png`.
 """
 
 import argparse
