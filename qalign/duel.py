@@ -35,6 +35,7 @@ class Duel:
     sampling: dict = field(default_factory=dict)
     voted: bool = False
     round: int = 0
+    _before: tuple = field(default=(([], []), [], False, False), repr=False)
 
     @property
     def order(self) -> tuple[int, int]:
@@ -78,6 +79,7 @@ class Duel:
     def ask(self, prompt: str) -> list[tuple[str, list[Message]]]:
         """Puts a question to both sides: each contender with its dialogue. After a vote it begins a new one, for the
         names are known by now."""
+        self._before = (tuple(map(list, self.turns)), self.replies, self.voted, self.flipped)
         if self.blind and self.voted:
             self.clear()
         self.replies = []
@@ -85,6 +87,11 @@ class Duel:
         for turns in self.turns:
             turns.append({"role": "user", "content": prompt})
         return list(zip(self.names, map(list, self.turns), strict=True))
+
+    def undo(self) -> None:
+        """As it was before the last question, to which there is no answer: what was to be voted on still is."""
+        self.turns, self.replies, self.voted, self.flipped = self._before
+        self.round += 1
 
     def take(self, replies: list, sampling: dict) -> None:
         """The finished answers, as `chat.Reply`, and what they were drawn with."""

@@ -31,7 +31,7 @@ class View:
         can_vote: whether there are two answers to judge.
         status: a message, empty if there is none.
         prompt: what the prompt box shall hold; None leaves it.
-        tally: votes so far, in words.
+        tally: votes so far, in words; None leaves what is shown.
         differences: coloured tokens, as HTML that is safe to show.
     """
 
@@ -42,7 +42,7 @@ class View:
     can_vote: bool = False
     status: str = ""
     prompt: str | None = None
-    tally: str = ""
+    tally: str | None = ""
     differences: str = ""
 
 
@@ -96,26 +96,26 @@ class Page:
     def send(self, duel: Duel, wish: Wish, prompt: str, key: str) -> Iterator[View]:
         """Both answers as they grow. If that fails, the question stands in the prompt box again, with the reason."""
         duel.choose(wish.first, wish.second, blind=wish.blind)
-        asked, replies = duel.ask(prompt), []
+        asked, replies, failed = duel.ask(prompt), [], {}
         ours = duel.round
         try:
             yield self.view(duel, busy=True, prompt="")
             for replies in self.chat.answer(key, asked, wish.controls):
                 if duel.round != ours:  # cleared meanwhile: these answer nothing any more
-                    return
+                    break
                 yield self.view(duel, replies, busy=True)
-            if not replies:
-                raise UserError("stopped before the first token")
-            duel.take(replies, {name: getattr(wish.controls, name) for name in SAMPLING})
+            if duel.round == ours:
+                if not replies:
+                    raise UserError("stopped before the first token")
+                duel.take(replies, {name: getattr(wish.controls, name) for name in SAMPLING})
         except Exception as error:
-            status = explained(error)
-        else:
-            yield self.view(duel, differences=self.differences(duel, wanted=wish.differences))
-            return
+            if duel.round == ours:
+                failed = {"status": explained(error), "prompt": prompt}
         finally:  # also where the client left
             if duel.round == ours and not duel.replies:
-                duel.take_back()
-        yield self.view(duel, status=status, prompt=prompt)
+                duel.undo()
+        # Gradio shows once more what came last, so this comes even where another action has shown it already.
+        yield self.view(duel, differences=self.differences(duel, wanted=wish.differences), **failed)
 
     def retry(self, duel: Duel, wish: Wish, key: str) -> Iterator[View]:
         """The last question once more."""
@@ -180,16 +180,20 @@ class Page:
             growing = [{"role": "assistant", "content": replies[number].text}] if replies else []
             dialogues.append([*duel.turns[number], *growing])
             figures.append(figures_of(shown[number], hidden=duel.hides) if shown else "")
-        more = {"tally": self.tally(duel), "can_vote": duel.can_vote, **more}
+        tally = None if more.get("busy") else self.tally(duel)  # it hashes weights and reads a file
+        more = {"tally": tally, "can_vote": duel.can_vote, **more}
         return View(duel.titles, tuple(dialogues), tuple(figures), **more)
 
     def tally(self, duel: Duel) -> str:
         """The votes between these two so far, in words."""
         ours, other = (duel.names[number] for number in (duel.aligned, 1 - duel.aligned))
-        sides = ((name, self.chat.weights.get(name, self._on_disk(name))) for name in (ours, other))
+        sides = ((name, self._weights(name)) for name in (ours, other))
         return tally_words(tally(self.votes.read(), *sides), ours, other)
 
-    def _on_disk(self, name: str) -> str | None:
+    def _weights(self, name: str) -> str | None:
+        """The hash of a contender's weights: those on the base, or those that would be put on it."""
+        if name in self.chat.weights:
+            return self.chat.weights[name]
         contender = self.chat.contenders.get(name)
         return contender and contender.weights
 

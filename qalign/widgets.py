@@ -181,7 +181,8 @@ def wish(first, second, blind, colours, temperature, top_p, tokens, seed, system
 def updates(view: View) -> list:
     """A `View` as updates of the widgets in `SHOWN`."""
     chats = [gr.Chatbot(literal(turns), label=title) for turns, title in zip(view.dialogues, view.titles, strict=True)]
-    texts = [paragraph(view.status), gr.skip() if view.prompt is None else view.prompt, paragraph(view.tally)]
+    prompt, tally = (gr.skip() if text is None else text for text in (view.prompt, view.tally and paragraph(view.tally)))
+    texts = [paragraph(view.status), prompt, tally]
     differences = gr.skip() if view.busy else view.differences
     flags = [gr.Group(visible=view.can_vote and not view.busy), gr.Button(visible=not view.busy)]
     return [*chats, *view.figures, *texts, differences, *flags, gr.Button(visible=view.busy)]

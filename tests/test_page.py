@@ -94,6 +94,45 @@ def test_what_is_cleared_while_it_grows_stays_cleared(page):
     assert len(send(page, duel)[-1].dialogues[0]) == 2
 
 
+def test_who_clears_an_answer_as_it_grows_sees_nothing_of_it_again(page):
+    duel = Duel(("base", "a/dpo"))
+    growing = page.send(duel, wish(controls=Controls(temperature=0, max_new_tokens=60)), QUESTION, "me")
+    next(growing), next(growing)
+    page.clear(duel, "me")
+    last = list(growing)[-1]  # what the browser is left with
+    assert (last.dialogues, last.busy, last.status, last.prompt) == (([], []), False, "", None)
+
+    growing = page.send(duel, wish(), QUESTION, "me")
+    next(growing)  # not a token yet
+    page.clear(duel, "me")
+    last = list(growing)[-1]
+    assert (last.dialogues, last.busy, last.status, last.prompt) == (([], []), False, "", None)
+
+
+@pytest.mark.parametrize("prompt", ["  ", "x" * 30000])
+def test_a_question_that_fails_leaves_the_answers_before_it_to_be_voted_on(page, prompt):
+    duel = Duel(("base", "a/dpo"))
+    answered = send(page, duel, blind=True)[-1]
+    failed = send(page, duel, prompt, blind=True)[-1]
+    assert failed.status
+    assert failed.can_vote
+    assert (failed.dialogues, failed.figures) == (answered.dialogues, answered.figures)
+    told = page.vote(duel, wish(blind=True), Choice.A, "")
+    failed = send(page, duel, prompt, blind=True)[-1]
+    assert (failed.titles, failed.dialogues) == (told.titles, told.dialogues)
+
+
+def test_a_growing_answer_hashes_no_weights_and_counts_no_votes(page, monkeypatch):
+    duel, reads = Duel(("base", "a/dpo")), []
+    send(page, duel)
+    monkeypatch.setattr("qalign.contenders.adapter_hash", lambda folder: pytest.fail("hashed"))
+    monkeypatch.setattr(VoteFile, "read", lambda votes: reads.append(1) or iter(()))
+    views = send(page, duel)
+    assert len(views) > 5
+    assert [view.tally is None for view in views] == [view.busy for view in views]
+    assert len(reads) == 1
+
+
 def test_a_client_that_leaves_takes_its_question_with_it(page):
     duel = Duel(("base", "a/dpo"))
     growing = page.send(duel, wish(controls=Controls(temperature=0, max_new_tokens=60)), QUESTION, "me")
