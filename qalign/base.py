@@ -121,8 +121,20 @@ class Base:
             role: a `Role`, or the name of one more adapter that `acting_as` can switch to.
 
         Raises:
-            UserError: the adapter was made for another model, or is of a kind that the roles can't keep apart.
+            UserError: the adapter was made for another model, or is of a kind that the roles can't keep apart. Nothing
+                of it stays on the base.
         """
+        try:
+            self._load(role, folder, trainable=trainable)
+        except BaseException:
+            self._remove(role)
+            raise
+        if trainable:
+            self._trained.add(role)
+        self._settle(role)
+        self._check_head_is_frozen(folder)
+
+    def _load(self, role: str, folder: str, *, trainable: bool) -> None:
         try:
             config = peft.PeftConfig.from_pretrained(folder)
             if config.peft_type is None:
@@ -147,15 +159,21 @@ class Base:
                 self._heads[role] = _head_of(weights.pop(HEAD)).requires_grad_(trainable)
             self._attach(role, config)
             unused = peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys
+        except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the adapter's
+            raise
         except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
             reason = " ".join((str(error) or repr(error)).splitlines()[:2])
             raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.origin.source}: {reason}") from None
         if unused:
             raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
-        if trainable:
-            self._trained.add(role)
-        self._settle(role)
-        self._check_head_is_frozen(folder)
+
+    def _remove(self, role: str) -> None:
+        """Takes an adapter off the base, as much of it as there is."""
+        if self.role == role:
+            self._switch(Role.BASE)
+        if role in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(role)
+        self._heads.pop(role, None)
 
     def load_reference(self, folder: str) -> None:
         """A frozen copy of a saved PEFT adapter as the reference; call after the policy was made."""

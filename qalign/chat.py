@@ -220,25 +220,30 @@ class Chat:
     def _rewarded(self, replies: list[Reply]) -> list[Reply]:
         """With the scores of the reward model that belongs to one of their runs, if there is one. It reads an answer at
         its end of turn, so one that was cut gets it put behind."""
-        found = (self.contenders[reply.model].reward for reply in replies)
-        if not (judge := next(filter(None, found), None)):
+        found = (self.contenders[reply.model] for reply in replies)
+        if not (contender := next((c for c in found if c.reward), None)):
             return replies
-        if judge not in self._judges:
-            self._judges[judge] = f"{Role.REWARD}_{len(self._judges) + 1}"
-            try:
-                self._put_on(self._judges[judge], judge)
-            except UserError as error:  # answers are worth seeing without their scores
-                print(f"no rewards: {error}", file=sys.stderr)
-                self._judges[judge] = None
-        if not self._judges[judge]:
+        try:
+            if not (role := self._judge(contender)):
+                return replies
+            return [replace(reply, reward=self._score(role, reply)) for reply in replies]
+        except Exception as error:  # answers are worth seeing without their scores
+            print(f"no rewards: {explained(error)}", file=sys.stderr)
             return replies
-        scored = []
-        for reply in replies:
-            end = [] if reply.ids[-1] in self._ends else [self._ends[0]]
-            ids = torch.tensor([[*reply.prompt_ids, *reply.ids, *end]], device=self.base.lm.device)
-            score = self.base.scores(self._judges[judge], ids, torch.ones_like(ids)).item()
-            scored.append(replace(reply, reward=score))
-        return scored
+
+    def _judge(self, contender: Contender) -> str | None:
+        """What the base calls the reward model of a contender's run, which is put on it if it isn't yet; None if it
+        can't be used, which is said once."""
+        if contender.reward not in self._judges:
+            role, self._judges[contender.reward] = f"{Role.REWARD}_{len(self._judges) + 1}", None
+            self._put_on(role, contender.reward, contender.within)
+            self._judges[contender.reward] = role
+        return self._judges[contender.reward]
+
+    def _score(self, role: str, reply: Reply) -> float:
+        end = [] if reply.ids[-1] in self._ends else [self._ends[0]]
+        ids = torch.tensor([[*reply.prompt_ids, *reply.ids, *end]], device=self.base.lm.device)
+        return self.base.scores(role, ids, torch.ones_like(ids)).item()
 
     def _role(self, name: str) -> str:
         """What the base calls a contender, which is put on it if it isn't yet."""
@@ -246,13 +251,13 @@ class Chat:
             raise UserError("there is no such model; choose one of the list")
         if name not in self._loaded:
             role, contender = f"side_{len(self._loaded)}", self.contenders[name]
-            self.weights[name] = contender.weights
-            self._put_on(role, contender.adapter)
-            self._loaded[name] = role
+            weights = contender.weights
+            self._put_on(role, contender.adapter, contender.within)
+            self._loaded[name], self.weights[name] = role, weights
         return self._loaded[name]
 
-    def _put_on(self, role: str, folder: Path) -> None:
-        held_within(folder, folder)  # once more: it may have changed since it was listed
+    def _put_on(self, role: str, folder: Path, within: Path) -> None:
+        held_within(folder, within)  # once more: it may have changed since it was listed
         lineage.check(folder.parent.name, folder, self.base.lineage("chat"))
         self.base.load_adapter(role, str(folder), trainable=False)
         for weight in self.base.trained_weights(role).values() if role.startswith("side_") else ():

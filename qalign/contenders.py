@@ -4,7 +4,7 @@ Only folders that the user named or that lie under `runs/` count, with symlinks 
 safetensors. The page chooses from this list by name, never by path. Imports no torch.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qalign.errors import UserError
@@ -26,12 +26,14 @@ class Contender:
         adapter: its folder, with symlinks followed; None for the bare base.
         recipe: what it was trained with; None for the base, and for an adapter made elsewhere.
         reward: the adapter folder of the finished reward run beside it, if there is one.
+        within: the folder that nothing of these may lead out of, as it was named.
     """
 
     name: str
     adapter: Path | None = None
     recipe: Recipe | None = None
     reward: Path | None = None
+    within: Path | None = None
 
     @property
     def weights(self) -> str | None:
@@ -59,7 +61,8 @@ def held_within(adapter: Path, allowed: Path) -> Path:
 
 
 def named(word: str) -> Contender:
-    """What a word on the command line means: `base`, a run, or an adapter folder made elsewhere.
+    """What a word on the command line means: `base`, a run, an adapter in it (`runs/demo/ppo/adapter_best`), or an
+    adapter folder made elsewhere. Of a run, all of its output (`runs/demo`) counts as named.
 
     Raises:
         UserError: it is none of these, or not safe to load.
@@ -67,10 +70,13 @@ def named(word: str) -> Contender:
     if word == BASE:
         return Contender(BASE)
     folder = Path(word).expanduser()
-    if (folder / CONFIG).is_file() and not (folder.parent / "summary.json").is_file():
-        return Contender(word, held_within(folder, folder))
-    run = open_run(word, ANSWERING)
-    return _of_run(run, run.path.parent if folder.resolve() == run.path.parent.resolve() else run.path)
+    if not (folder / CONFIG).is_file():
+        run = open_run(word, ANSWERING)
+        return _of_run(run, run.adapter, run.path.parent)
+    if not (folder.parent / "summary.json").is_file():
+        return Contender(word, held_within(folder, folder), within=folder)
+    run = open_run(str(folder.parent), ANSWERING)
+    return _of_run(run, folder, run.path.parent)
 
 
 def found_under(runs: Path) -> list[Contender]:
@@ -80,25 +86,26 @@ def found_under(runs: Path) -> list[Contender]:
         if summary.parent.name not in ANSWERING:
             continue
         try:
-            found.append((summary.stat().st_mtime, _of_run(open_run(str(summary.parent), ANSWERING), runs)))
+            run = open_run(str(summary.parent), ANSWERING)
+            found.append((summary.stat().st_mtime, _of_run(run, run.adapter, runs)))
         except (UserError, OSError):
             continue
     return [contender for _, contender in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _of_run(run, allowed: Path) -> Contender:
-    return Contender(
-        f"{run.path.parent.resolve().name}/{run.stage}", held_within(run.adapter, allowed), run.recipe, _reward(run)
-    )
+def _of_run(run, adapter: Path, within: Path) -> Contender:
+    which = "" if adapter.name == run.adapter.name else f"/{adapter.name}"
+    name = f"{run.path.parent.resolve().name}/{run.stage}{which}"
+    return Contender(name, held_within(adapter, within), run.recipe, _reward(run, within), within)
 
 
-def _reward(run) -> Path | None:
+def _reward(run, within: Path) -> Path | None:
     """The reward adapter of the same output, if its run is finished and safe to load."""
     beside = run.path.parent / "reward"
     if not (beside / "summary.json").is_file():
         return None
     try:
-        return held_within(beside / "adapter", beside)
+        return held_within(beside / "adapter", within)
     except UserError:
         return None
 
@@ -113,9 +120,11 @@ def lineup(words: list[str], runs: Path, recipe: Recipe | None = None) -> tuple[
         words: the command line's, as in `named`.
 
     Raises:
-        UserError: a word can't be used, or is on another base than the rest.
+        UserError: a word can't be used, names what another names, or is on another base than the rest.
     """
     wanted, others = [named(word) for word in words], found_under(runs)
+    if len({contender.adapter for contender in wanted}) < len(wanted):
+        raise UserError(f"{' '.join(words)}: name models that differ; the page can put one of them on both sides")
     recipes = [c.recipe for c in wanted if c.recipe] + [r for r in (recipe,) if r] + [c.recipe for c in others]
     if not recipes:
         if any(c.adapter for c in wanted):
@@ -151,7 +160,7 @@ def _distinct(contenders: list[Contender]):
         while name in names:
             name, number = f"{contender.name} ({number})", number + 1
         names.add(name)
-        yield Contender(name, contender.adapter, contender.recipe, contender.reward)
+        yield replace(contender, name=name)
 
 
 def opponents(contenders: list[Contender], words: list[str]) -> tuple[str, str]:

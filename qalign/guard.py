@@ -15,7 +15,7 @@ AUTH_VARIABLE = "QALIGN_AUTH"
 MAX_BODY_BYTES = 256 * 1024
 REFUSED = (  # of Gradio's, none of which the page needs; calls go through its queue alone
     *("/upload", "/proxy=", "/component_server", "/stream/", "/custom_component", "/deep_link", "/run-history"),
-    *("/gradio_api/run/", "/gradio_api/api/", "/gradio_api/call/", "/dev/reload"),
+    *("/gradio_api/run/", "/gradio_api/api/", "/gradio_api/call/", "/dev/reload", "file=http"),
 )
 POLICY = "; ".join((
     "default-src 'self'",
@@ -27,6 +27,7 @@ POLICY = "; ".join((
     "form-action 'self'",
     "base-uri 'self'",
     "object-src 'none'",
+    "frame-ancestors 'self'",
 ))  # fmt: skip
 HEADERS = [
     (b"content-security-policy", POLICY.encode()),  # nothing that an answer says can call out
@@ -109,7 +110,7 @@ class Guard:
         origin, ours = headers.get("origin"), {headers.get("host"), headers.get("x-forwarded-host")}
         if origin is not None and origin.partition("://")[2] not in ours:
             return 403, "another site may not use this page"
-        if any(word in scope["path"] for word in REFUSED):
+        if any(word in scope["path"].lower() for word in REFUSED):
             return 404, "not here"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:

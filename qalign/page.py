@@ -1,6 +1,7 @@
 """What the page does when a person does something, without any of its widgets: `app.py` shows the `View`s made here."""
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 
@@ -8,9 +9,10 @@ from qalign.chat import Chat, Controls, Reply, explained
 from qalign.contenders import Contender
 from qalign.duel import Duel
 from qalign.errors import UserError
+from qalign.files import BadRow
 from qalign.places import looks_local
 from qalign.prompts import prompts
-from qalign.rows import Message
+from qalign.rows import Message, check_text
 from qalign.shades import html
 from qalign.votes import Choice, Tally, VoteFile, row, tally
 
@@ -69,8 +71,9 @@ class Page:
 
     def names(self) -> list[str]:
         """Of all contenders, runs that were finished since included."""
-        for contender in self._search():
-            self.chat.contenders.setdefault(contender.name, contender)
+        with suppress(UserError):  # one that was named is being trained again, say: those known stay
+            for contender in self._search():
+                self.chat.contenders.setdefault(contender.name, contender)
         return list(self.chat.contenders)
 
     def examples(self, count: int) -> list[str]:
@@ -139,8 +142,9 @@ class Page:
     def vote(self, duel: Duel, wish: Wish, choice: Choice, comment: str) -> View:
         """Writes a vote down, and tells who was who."""
         try:
+            check_text([comment])
             a, b = duel.vote(choice, self.chat.weights)
-        except UserError as error:
+        except (UserError, BadRow) as error:
             return self.view(duel, status=str(error))
         vote = row(choice, a, b, self.chat.model.base, duel.sampling, comment[:MAX_COMMENT])
         try:
@@ -187,6 +191,8 @@ class Page:
     def tally(self, duel: Duel) -> str:
         """The votes between these two so far, in words."""
         ours, other = (duel.names[number] for number in (duel.aligned, 1 - duel.aligned))
+        if ours == other:
+            return "Both sides are the same model: votes between its answers train, and there is no winner to count."
         sides = ((name, self._weights(name)) for name in (ours, other))
         return tally_words(tally(self.votes.read(), *sides), ours, other)
 

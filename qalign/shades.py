@@ -16,10 +16,12 @@ class Shade:
     Attributes:
         text: of one token, or of several that spell one character together.
         nats: log π/π_ref of it; above 0 the aligned model finds it likelier.
+        tokens: how many it is.
     """
 
     text: str
     nats: float
+    tokens: int = 1
 
 
 def shaded(tokenizer, ids: list[int], nats: list[float]) -> list[Shade]:
@@ -29,7 +31,7 @@ def shaded(tokenizer, ids: list[int], nats: list[float]) -> list[Shade]:
         text = tokenizer.decode(ids[:end], skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if text.endswith("\ufffd") and end < len(ids):
             continue
-        found.append(Shade(text[len(before) :], sum(nats[start:end])))
+        found.append(Shade(text[len(before) :], sum(nats[start:end]), end - start))
         start, before = end, text
     return found
 
@@ -43,11 +45,11 @@ def html(shades: list[Shade], model: str, other: str) -> str:
     """
     swatches = "".join(_span(nats, _signed(nats)) for nats in (-FULL_NATS, -1, 0, 1, FULL_NATS))
     pieces = "".join(_span(shade.nats, shade.text) for shade in shades)
-    total = sum(shade.nats for shade in shades)
+    total, tokens = sum(shade.nats for shade in shades), sum(shade.tokens for shade in shades)
     return (
         f'<div class="shades"><p class="legend">less likely {swatches} more likely to {escape(model)} than to '
         f"{escape(other)}, in nats a token (log π/π_ref)</p><p class='shaded'>{pieces}</p>"
-        f"<p class='sum'>sum over {len(shades)} tokens: <b>{_signed(total)} nats</b></p></div>"
+        f"<p class='sum'>sum over {tokens} tokens: <b>{_signed(total)} nats</b></p></div>"
     )
 
 

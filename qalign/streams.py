@@ -7,6 +7,7 @@ a while.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from random import shuffle
 
 import peft
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from qalign.base import Base
+from qalign.errors import UserError
 
+GREEDY_BELOW = 1e-3  # a temperature that no two tokens share a draw at, and that logits can still be divided by
 TURN_TOKENS = 8  # of one batch before the next has its turn: a switch costs a third of a token on SmolLM2
 
 
@@ -39,7 +42,7 @@ class Drawing:
 
     Attributes:
         max_new_tokens: where an answer is cut at the latest.
-        temperature: 0 takes the likeliest token each time.
+        temperature: 0, or next to it, takes the likeliest token each time.
         top_p: draws among the likeliest tokens that have this probability together (Holtzman et al. 2020,
             arXiv:1904.09751); 1 is all of them.
         ends: ids that end an answer; they belong to it.
@@ -73,7 +76,9 @@ def _together(base: Base, lines: Sequence[Line]) -> list[list[int]]:
     roles = {line.role for line in lines}
     if len(roles) == 1 or all(_mixes(base, role) for role in roles):
         return [list(range(len(lines)))]
-    return [[number for number, line in enumerate(lines) if line.role == role] for role in sorted(roles)]
+    batches = [[number for number, line in enumerate(lines) if line.role == role] for role in sorted(roles)]
+    shuffle(batches)  # in a blind test, who begins must not tell who it is
+    return batches
 
 
 def _mixes(base: Base, role: str) -> bool:
@@ -126,12 +131,16 @@ class _Batch:
         return found
 
     def _logits(self) -> Tensor:
-        """`(rows, vocabulary)` after the last token of each row."""
+        """`(rows, vocabulary)` after the last token of each row.
+
+        Raises:
+            UserError: they are no numbers.
+        """
         model, names = self.base.lm, {}
         if self.mixed:
             on = [role if role in self.base.adapters else "__base__" for role in self.roles]
             model, names = self.base.model, {"adapter_names": on}  # PEFT's, which hands each layer the names
-        return model(
+        logits = model(
             input_ids=self.ids,
             attention_mask=self.mask,
             position_ids=self.positions,
@@ -140,6 +149,12 @@ class _Batch:
             logits_to_keep=1,
             **names,
         ).logits[:, -1]
+        if not logits.amax(dim=-1).isfinite().all():  # a token that is ruled out may have -inf
+            raise UserError(
+                f"the model gives no numbers in {self.base.precision}: out of its range, or a broken adapter; another "
+                "model.compute_dtype may help"
+            )
+        return logits
 
 
 def _draws(seed: int, tokens: int) -> Tensor:
@@ -154,7 +169,7 @@ def nucleus(logits: Tensor, draws: Tensor, drawing: Drawing) -> Tensor:
         logits: `(rows, vocabulary)`.
         draws: float64 `(rows,)` in [0, 1).
     """
-    if not drawing.temperature:
+    if drawing.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / drawing.temperature).softmax(dim=-1).double()
     sorted_, order = probabilities.sort(dim=-1, descending=True, stable=True)

@@ -98,7 +98,7 @@ class VoteFile:
     """An append-only file, a vote a line, on the disk before `append` returns.
 
     What a power cut left of a line that was never acknowledged is moved to a file beside it, `.torn`, when the file is
-    opened, so that every line can be read.
+    opened, so that every line can be read. A whole vote that only lacks its line's end gets one.
     """
 
     def __init__(self, path: str | Path):
@@ -149,12 +149,23 @@ class VoteFile:
             return
         content = self.path.read_bytes()
         whole = content.rfind(b"\n") + 1
-        if torn := content[whole:]:
+        torn = content[whole:]
+        if _is_json(torn):
+            with self.path.open("ab") as file:
+                file.write(b"\n")
+        elif torn:
             with self.path.with_name(self.path.name + ".torn").open("ab") as beside:
                 beside.write(torn + b"\n")
                 beside.flush()
                 os.fsync(beside.fileno())
             os.truncate(self.path, whole)
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False
 
 
 def _sync_folder(folder: Path) -> None:

@@ -37,6 +37,7 @@ CSS = """
 .legend .shade { padding: 1px 6px; margin: 0 2px; }
 .shaded { line-height: 1.9; overflow-wrap: anywhere; }
 .message { overflow-wrap: anywhere; }
+.message-content span { white-space: pre-wrap !important; }
 @media (max-width: 640px) { #left, #right { height: 290px !important; } }
 .off-screen { position: absolute; left: -9999px; }
 footer { display: none !important; }
@@ -155,7 +156,8 @@ class Handlers:
 
     def vote(self, choice: Choice):
         def voted(duel, comment, *values):
-            return [duel, "", *updates(self.page.vote(duel, wish(*values), choice, comment or ""))]
+            view = self.page.vote(duel, wish(*values), choice, comment or "")
+            return [duel, "" if duel.voted else gr.skip(), *updates(view)]
 
         return voted
 
@@ -181,16 +183,17 @@ def wish(first, second, blind, colours, temperature, top_p, tokens, seed, system
 def updates(view: View) -> list:
     """A `View` as updates of the widgets in `SHOWN`."""
     chats = [gr.Chatbot(literal(turns), label=title) for turns, title in zip(view.dialogues, view.titles, strict=True)]
-    prompt, tally = (gr.skip() if text is None else text for text in (view.prompt, view.tally and paragraph(view.tally)))
-    texts = [paragraph(view.status), prompt, tally]
+    prompt = gr.skip() if view.prompt is None else view.prompt
+    texts = [paragraph(view.status), prompt, gr.skip() if view.tally is None else paragraph(view.tally)]
     differences = gr.skip() if view.busy else view.differences
     flags = [gr.Group(visible=view.can_vote and not view.busy), gr.Button(visible=not view.busy)]
     return [*chats, *view.figures, *texts, differences, *flags, gr.Button(visible=view.busy)]
 
 
 def literal(turns: list[Message]) -> list[Message]:
-    """Turns as the chat shows them to the letter: it takes text for HTML, Markdown or not."""
-    return [turn | {"content": escape(turn["content"], quote=False)} for turn in turns]
+    """Turns as the chat shows them to the letter: it takes text for HTML, Markdown or not, and a bare string for a
+    docstring, whose indentation it would move."""
+    return [turn | {"content": [{"type": "text", "text": escape(turn["content"], quote=False)}]} for turn in turns]
 
 
 def paragraph(text: str) -> str:

@@ -274,6 +274,19 @@ def test_html_and_markdown_in_an_answer_stay_text(browser, runs, tmp_path):
             assert not browser.driver.find_elements("css selector", f"{side} .message img, {side} .message script")
 
 
+CODE = "    indented\n  def f():\n        return 1  # and not a docstring"
+
+
+def test_an_answers_indentation_stays_as_it_is(browser, runs, tmp_path):
+    with serving("--runs", str(runs), "--votes", str(tmp_path / "v.jsonl"),
+                 before=f"import qalign.chat\nqalign.chat.text_of = lambda *_: {CODE!r}") as address:  # fmt: skip
+        browser.open(address)
+        browser.type("Why?\n")
+        browser.answered()
+        seen = "return document.querySelector('#right .bot .message-content').innerText"  # as it is laid out
+        browser.until(lambda: browser.run(seen) == CODE)
+
+
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory):
     folder = tmp_path_factory.mktemp("smollm2") / "runs"
@@ -312,3 +325,15 @@ def test_stop_stops(browser, smollm2):
     browser.until(lambda: "stopped" in browser.text("#left-figures") + browser.text("#right-figures"))
     assert time.monotonic() - began < 5
     browser.until(lambda: browser("#send").is_displayed())
+
+
+def test_what_is_cleared_as_it_grows_stays_cleared(browser, smollm2):
+    browser.open(smollm2)
+    browser.type("Tell me a very long story about a fox, with many chapters.\n")
+    browser.until(lambda: browser.text("#left-figures"))
+    browser.click("#clear")
+    browser.until(lambda: browser("#send").is_displayed())
+    time.sleep(3)  # whatever came after it has come
+    assert browser("#send").is_displayed()
+    assert "fox" not in browser.text("#left")
+    assert not browser.text("#left-figures")

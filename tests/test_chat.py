@@ -3,6 +3,7 @@
 import threading
 import time
 
+import peft
 import pytest
 import torch
 
@@ -120,6 +121,39 @@ def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder,
         replies = last(chat, sides)
         assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
     assert capsys.readouterr().err.count("no rewards: ") == 1
+
+
+def test_scores_that_cannot_be_computed_cost_no_answers(chat, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(chat.base, "scores", full)
+    replies = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
+    assert "no rewards: Out of memory" in capsys.readouterr().err
+
+
+def test_an_adapter_that_fails_to_load_leaves_no_trace(tiny_folder, tmp_path, monkeypatch):
+    """Neither half of it on the base, nor its name taken from the next one; and a full memory is no broken adapter."""
+    for name in ("c", "d"):
+        finished_run(tmp_path / name, tiny_folder)
+    chat, real = Chat.open(*lineup([], tmp_path)), peft.set_peft_model_state_dict
+    fails = iter([torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("size mismatch")])
+
+    def once(*args, **keys):
+        if error := next(fails, None):
+            raise error
+        return real(*args, **keys)
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", once)
+    before = set(chat.base.adapters)
+    with pytest.raises(torch.OutOfMemoryError):
+        last(chat, [("c/dpo", QUESTION)])
+    with pytest.raises(UserError, match="size mismatch"):
+        last(chat, [("c/dpo", QUESTION)])
+    assert set(chat.base.adapters) == before
+    assert last(chat, [("d/dpo", QUESTION)])[0].text
+    assert last(chat, [("c/dpo", QUESTION)])[0].text
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from qalign.contenders import BASE, found_under, lineup, named, opponents
+from qalign.contenders import BASE, found_under, held_within, lineup, named, opponents
 from qalign.errors import UserError
 from qalign.recipe_file import load
 from tests.chat_runs import finished_run
@@ -108,6 +108,39 @@ def test_a_symlink_out_of_the_folder_is_not_followed(runs, made):
     (runs / "demo").symlink_to(made.parent)
     assert names(runs) == []
     assert named(str(runs / "demo" / "dpo")).name == "demo/dpo"  # the user's own symlink, named by the user
+
+
+def test_a_reward_run_that_leads_out_of_the_folder_is_not_used(runs, made, tiny_folder, tmp_path):
+    elsewhere = finished_run(tmp_path / "elsewhere", tiny_folder).rename(tmp_path / "elsewhere" / "reward")
+    (runs / "demo" / "reward").symlink_to(elsewhere)
+    assert [contender.reward for contender in found_under(runs)] == [None]
+    assert named(str(runs / "demo")).reward is None
+    (runs / "demo" / "reward").unlink()
+    shutil.copytree(elsewhere, runs / "demo" / "reward")
+    assert named(str(runs / "demo")).reward == found_under(runs)[0].reward == runs / "demo" / "reward" / "adapter"
+
+
+def test_a_symlink_that_came_since_is_not_followed_either(runs, made):
+    (contender,) = found_under(runs)
+    shutil.rmtree(contender.adapter)
+    contender.adapter.symlink_to(made / "adapter")
+    with pytest.raises(UserError, match="leads out of"):
+        held_within(contender.adapter, contender.within)
+
+
+def test_another_adapter_of_a_run_can_be_named(runs):
+    shutil.copytree(runs / "demo" / "dpo" / "adapter", runs / "demo" / "dpo" / "adapter_best")
+    contenders, model = lineup([str(runs / "demo" / "dpo" / "adapter_best")], runs)
+    assert [c.name for c in contenders] == ["demo/dpo/adapter_best", BASE, "demo/dpo"]
+    assert contenders[0].recipe.model == model
+    assert named(str(runs / "demo" / "dpo" / "adapter")).name == "demo/dpo"
+
+
+def test_one_model_named_twice_is_a_mistake(runs):
+    with pytest.raises(UserError, match="name models that differ"):
+        lineup([str(runs / "demo"), str(runs / "demo" / "dpo")], runs)
+    with pytest.raises(UserError, match="name models that differ"):
+        lineup([BASE, BASE], runs)
 
 
 def test_a_symlink_within_the_folder_is_fine(runs):

@@ -40,7 +40,8 @@ def request(
     scope = {"type": "http", "path": path, "method": "POST", "headers": raw}
     asyncio.run(Guard(page, open_to_others=open_to_others)(scope, receive, send))
     names = dict(sent[0]["headers"])
-    assert b"default-src 'self'" in names[b"content-security-policy"]
+    for rule in (b"default-src 'self'", b"frame-ancestors 'self'"):
+        assert rule in names[b"content-security-policy"]
     return sent[0]["status"], bytes(got)
 
 
@@ -78,6 +79,8 @@ def test_behind_a_tunnel_its_public_name_counts():
         "/gradio_api/proxy=http://10.0.0.1/",
         "/gradio_api/component_server",
         "/gradio_api/run/send",
+        "/gradio_api/file=https://example.org/",
+        "/file=HTTP://10.0.0.1/",
     ],
 )
 def test_what_the_page_does_not_need_is_not_there(path):

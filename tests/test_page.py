@@ -7,6 +7,7 @@ import pytest
 from qalign.chat import Chat, Controls, Reply
 from qalign.contenders import lineup
 from qalign.duel import Duel
+from qalign.errors import UserError
 from qalign.page import Page, View, Wish, figures_of, tally_words
 from qalign.shades import Shade, html
 from qalign.votes import Choice, Tally, VoteFile
@@ -188,6 +189,28 @@ def test_a_run_that_is_finished_while_the_page_is_open_can_be_chosen(chat, tiny_
     ]
 
 
+def test_a_named_run_that_is_trained_again_meanwhile_hides_nobody(chat, tmp_path):
+    def search():
+        raise UserError("there is no finished run")
+
+    assert Page(chat, VoteFile(tmp_path / "votes.jsonl"), search).names() == list(chat.contenders)
+
+
+def test_a_comment_that_no_file_can_hold_leaves_the_vote_to_be_given(page):
+    duel = Duel(("base", "a/dpo"))
+    send(page, duel, blind=True)
+    refused = page.vote(duel, wish(blind=True), Choice.A, "half \ud83d")
+    assert "Unicode" in refused.status
+    assert refused.can_vote
+    assert "Vote kept" in page.vote(duel, wish(blind=True), Choice.A, "whole").status
+
+
+def test_a_model_against_itself_has_no_winner(page):
+    duel = Duel(("a/dpo", "a/dpo"))
+    page.votes.append({"vote": "a", "a": {"model": "a/dpo"}, "b": {"model": "a/dpo"}})
+    assert "no winner to count" in page.view(duel).tally
+
+
 def test_examples_come_from_held_out_rows(page):
     assert len(page.examples(4)) == 4
     assert all(isinstance(text, str) for text in page.examples(4))
@@ -199,6 +222,7 @@ def test_colours_escape_what_an_answer_says():
     assert "&lt;script&gt;" in shown
     assert "more likely to &lt;b&gt;" in shown
     assert "sum over 2 tokens: <b>−1.75 nats</b>" in shown
+    assert "sum over 4 tokens" in html([Shade("🦊", 1.0, 3), Shade("!", 0.0)], "a", "b")
     assert "rgba(37, 99, 235, 0.38)" in shown  # blue, 1.25 of 2 nats
     assert "rgba(217, 119, 6, 0.60)" in shown  # amber at its strongest
 

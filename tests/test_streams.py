@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qalign.base import Role
+from qalign.errors import UserError
 from qalign.recipe import Lora
 from qalign.rollout import complete, end_ids, text_of
 from qalign.streams import Drawing, Line, nucleus, stream
@@ -64,6 +65,13 @@ def test_adapters_that_cannot_share_a_batch_take_turns(base):
         assert text_of(base.tokenizer, ids) == alone[0]
 
 
+def test_who_begins_where_sides_take_turns_tells_nothing_about_them(base):
+    base.add_adapter("three", Lora(r=4, alpha=8, dora=True))
+    lines = [Line(role, prompt_ids(base, "Why?"), 0) for role in ("base", "three")]
+    begins = {next(stream(base, lines, drawing(base)))[0][0] for _ in range(20)}
+    assert begins == {0, 1}  # in a blind test, always the same one would give the base away
+
+
 def test_a_seed_gives_the_same_answer_whatever_is_decoded_beside_it(base):
     how = drawing(base, 16, temperature=1.0, top_p=0.9)
     line, other = Line("one", prompt_ids(base, QUESTIONS[1]), 5), Line("base", prompt_ids(base, "Why?"), 6)
@@ -107,6 +115,21 @@ def test_the_nucleus_is_what_a_hand_would_draw():
     assert nucleus(logits, draws, Drawing(1, 1.0, 0.5, ())).tolist() == [1] * 5
     assert nucleus(logits, draws, Drawing(1, 0.0, 1.0, ())).tolist() == [1] * 5
     assert nucleus(logits, draws, Drawing(1, 1.0, 1.0, ())).tolist() == [1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-30, 1e-6])
+def test_a_temperature_next_to_nothing_takes_the_likeliest_token(temperature):
+    logits, draws = torch.tensor([[1.0, 3.0, 2.0], [500.0, 0.0, -500.0]]), torch.tensor([0.99, 0.5]).double()
+    assert nucleus(logits, draws, Drawing(1, temperature, 0.95, ())).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_no_numbers_are_told_of(base, temperature, monkeypatch):
+    """Out of fp16's range, say; an index from them would bring a GPU down for good."""
+    line = Line("one", prompt_ids(base, "Why?"), 0)
+    monkeypatch.setattr(base.lm.lm_head, "forward", lambda hidden: torch.full((*hidden.shape[:2], 2048), torch.nan))
+    with pytest.raises(UserError, match="gives no numbers"):
+        answers(base, [line], drawing(base, 4, temperature=temperature))
 
 
 def test_top_p_of_1_draws_from_the_whole_distribution():

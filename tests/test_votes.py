@@ -108,6 +108,16 @@ def test_a_torn_last_line_is_moved_aside_and_the_next_vote_stands_alone(tmp_path
     assert (len(pairs), refused) == (2, [])
 
 
+def test_a_whole_last_vote_without_its_line_end_is_kept(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    VoteFile(path).append(vote("a"))
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as an editor may leave it
+    file = VoteFile(path)
+    file.append(vote("b"))
+    assert [kept["vote"] for kept in file.read()] == ["a", "b"]
+    assert not (tmp_path / "votes.jsonl.torn").exists()
+
+
 def test_a_vote_is_on_the_disk_or_not_there_at_all(tmp_path, monkeypatch):
     file, synced = VoteFile(tmp_path / "votes.jsonl"), []
     real = os.fsync
