@@ -27,16 +27,25 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def timed(chat, names: list[str], tokens: int) -> tuple[float, list[float]]:
-    """(seconds to the first token of all sides, seconds of each later step), through the page's own code."""
+def timed(page, names: list[str], tokens: int) -> tuple[float, list[float]]:
+    """(seconds to the first token of all sides, seconds of each later step). Both sides: all that the page does for a
+    step but sending it; one alone, which the page never shows: the chat behind it."""
     from qalign.chat import Controls
+    from qalign.duel import Duel
+    from qalign.page import Wish
+    from qalign.widgets import updates
 
-    dialogues = [(name, [{"role": "user", "content": QUESTION}]) for name in names]
     controls = Controls(temperature=0.7, top_p=0.95, max_new_tokens=tokens, seed=1)
     times = [time.perf_counter()]
-    for replies in chat.answer("benchmark", dialogues, controls):
-        if all(reply.state == "growing" for reply in replies):
-            times.append(time.perf_counter())
+    if len(names) == 2:
+        for view in page.send(Duel(tuple(names)), Wish(*names, controls=controls), QUESTION, "benchmark"):
+            updates(view)
+            if view.busy and all(view.figures):
+                times.append(time.perf_counter())
+    else:
+        for replies in page.chat.answer("benchmark", [(names[0], [{"role": "user", "content": QUESTION}])], controls):
+            if replies[0].state == "growing":
+                times.append(time.perf_counter())
     gaps = [after - before for before, after in itertools.pairwise(times)]
     return gaps[0], gaps[1:]
 
@@ -47,19 +56,23 @@ def main() -> None:
 
     from qalign.chat import Chat
     from qalign.contenders import BASE, Contender
+    from qalign.page import Page
     from qalign.recipe import Model
     from qalign.run import versions
+    from qalign.votes import VoteFile
 
-    contenders = [Contender(BASE), Contender("aligned", Path(args.adapter).resolve())]
+    adapter = Path(args.adapter).resolve()
+    contenders = [Contender(BASE), Contender("aligned", adapter, within=adapter)]
     chat = Chat.open(contenders, Model(base=args.base, max_length=512))
     chat.load(BASE, "aligned")
+    page = Page(chat, VoteFile("votes.jsonl"))
     ways = {"base alone": [BASE], "aligned alone": ["aligned"], "both": [BASE, "aligned"]}
     first, steps = ({way: [] for way in ways} for _ in range(2))
     for names in ways.values():
-        timed(chat, names, 4)  # what is only slow once
+        timed(page, names, 4)  # what is only slow once
     for _ in range(args.rounds):
         for way, names in ways.items():
-            seconds, later = timed(chat, names, args.tokens)
+            seconds, later = timed(page, names, args.tokens)
             first[way].append(seconds)
             steps[way].append(statistics.median(later))
     print(f"{' '.join(['python', *sys.argv])}\n{torch.get_num_threads()} threads, {chat.base.precision}; "

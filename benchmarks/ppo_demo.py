@@ -1,6 +1,6 @@
 """Does PPO learn on the demo? Two rewards, several seeds each; curves and a table.
 
-    python benchmarks/ppo_demo.py --seeds 1 2 3 --at-once 2
+    python benchmarks/ppo_demo.py --seeds 1 2 3
 
 `short` is a function (at most two sentences that end); `reward model` is the demo's own, watched by a judge that was
 trained on other rows with another seed. The first begins at the bare base, whose answers seldom end, the second at the
@@ -30,7 +30,7 @@ FIRST = [
     f"qalign.sft {RECIPE} output={RUNS}",
     f"qalign.reward {RECIPE} output={RUNS}",
     f"qalign.reward {RECIPE} output={RUNS}/judge seed=7 "
-    "reward.data=[{path: recipes/data/house_style_train.jsonl, skip: 96, limit: 96}]",
+    "reward.data=[{path: recipes/data/house_style_train.jsonl, skip: 150}]",
 ]
 # Nothing need judge short answers: the function is what is wanted.
 KINDS = {
@@ -74,7 +74,7 @@ def draw(seeds: list[int], file: Path) -> None:
     titles = (
         "Function: short answers that end",
         "Reward model, on training prompts",
-        "Held-out prompts: reward (solid), judge (dotted)",
+        "Held-out: reward (solid), judge (dotted)",
     )
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=12)
@@ -128,10 +128,11 @@ def table(seeds: list[int]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--at-once", type=int, default=2, help="runs beside each other, a thread each")
+    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other, which share the threads")
     parser.add_argument("--only", choices=KINDS, help="one kind of reward")
     parser.add_argument("--report", action="store_true", help="only write the report of runs that are there")
     args = parser.parse_args()
+    threads = max(1, torch.get_num_threads() // args.at_once)
     if not args.report:
         for line, folder in zip(FIRST, ("sft", "reward", "judge/reward"), strict=True):
             if not (ROOT / RUNS / folder / "summary.json").is_file():
@@ -141,15 +142,15 @@ def main() -> None:
             for kind in KINDS if args.only in (None, kind) for seed in args.seeds
         ]  # fmt: skip
         with ThreadPoolExecutor(args.at_once) as pool:
-            list(pool.map(lambda line: run(line, 1), jobs))
+            list(pool.map(lambda line: run(line, threads), jobs))
     draw(args.seeds, ROOT / "docs" / "ppo_demo.png")
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     commands = [f"    python -m {line}" for line in FIRST]
     commands += [f"    python -m qalign.ppo {RECIPE} output=OUT seed=SEED {words}" for words in KINDS.values()]
     text = [
         "# PPO on the demo", "",
-        f"By `python benchmarks/ppo_demo.py`, {args.at_once} runs beside each other with a thread each, on "
-        f"{os.cpu_count()} cores ({platform.machine()}). {made_with}.", "", *commands, "", *table(args.seeds), "",
+        f"By `python benchmarks/ppo_demo.py --at-once {args.at_once}`, {threads} threads a run, on {os.cpu_count()} "
+        f"cores ({platform.machine()}). {made_with}.", "", *commands, "", *table(args.seeds), "",
     ]  # fmt: skip
     (ROOT / "benchmarks" / "results" / "ppo_demo.md").write_text("\n".join(text))
     print("\n".join(table(args.seeds)))
