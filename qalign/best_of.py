@@ -41,18 +41,22 @@ def best_of(recipe: Recipe, n: int, typed: str, *, resume: bool, overwrite: bool
 
     run = RunFolder(recipe, "ppo", typed)
     folder = run.path.parent / "best_of"
-    done = _claim(folder, {"n": n} | recipe.model_dump(mode="json"), resume=resume, overwrite=overwrite)
+    settings = {"n": n} | recipe.model_dump(mode="json")
+    _claim(folder, run, settings, resume=resume, overwrite=overwrite)
     found = read_prompts(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from tqdm.auto import tqdm
 
+    from qalign.lineage import adapter_hash
     from qalign.rewards import combined, open_scorers
 
     scorers, judges = (open_scorers(recipe, key, run) for key in ("reward", "judge"))
     sample, encode = _sampler(recipe, run, n, scorers, judges)
     prompts, held_out, refused, counts = encode(found)
     parts = _parts(prompts, n)
+    weights = [scorer.identity for scorer in (*scorers, *judges)] + [run.parent and adapter_hash(run.parent)]
+    done = _begin(folder, settings | {"weights": weights}, resume=resume)
     with tqdm(total=len(prompts), desc=f"best of {n}", unit="prompt") as bar:
         for number, some in enumerate(parts):
             if number >= done:
@@ -75,7 +79,7 @@ def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list
     from qalign.base import load as load_base
     from qalign.batch import MicroBatch
     from qalign.intake import encode_prompts
-    from qalign.rewards import answered, attach
+    from qalign.rewards import answered, attach, load_models
     from qalign.rollout import Sampling, end_ids, engine
     from qalign.weights import check_reach
 
@@ -88,12 +92,13 @@ def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list
         base.load_adapter(Role.POLICY, parent, trainable=False)
         role = Role.POLICY
     micro = MicroBatch(tokens=2 * model.max_length)
+    load_models([*scorers, *judges], base)
     attach(scorers, base, Role.REWARD, micro)
     attach(judges, base, Role.JUDGE, micro)
     sampling = Sampling(
         settings.max_new_tokens, settings.temperature, end_ids(base.tokenizer, model.chat_template_kwargs)
     )
-    source = engine(settings.engine, base, model.max_length, recipe.lora.r)
+    source = engine(settings.engine, base, model.max_length)
 
     def sample(prompts: list, part: int) -> list:
         seed = recipe.seed * 1_000_003 + part
@@ -106,20 +111,38 @@ def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list
     return sample, lambda found: encode_prompts(run, base.tokenizer, found)
 
 
-def _claim(folder: Path, settings: dict, *, resume: bool, overwrite: bool) -> int:
-    """Makes the folder ready. Returns how many parts are done already."""
-    kept = folder / SETTINGS
-    if folder.exists() and not overwrite:
-        if not kept.is_file():
-            raise UserError(f"{folder}: holds files that are no run of best_of's; choose another `output`")
-        if not resume:
-            raise UserError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
-        if json.loads(kept.read_text(encoding="utf-8")) != settings:
-            raise UserError(f"{folder}: --resume needs the recipe and n it began with; --overwrite starts anew")
+def _claim(folder: Path, run: RunFolder, settings: dict, *, resume: bool, overwrite: bool) -> None:
+    """Makes sure, before anything is loaded, that this run may write here. Deletes nothing yet."""
+    for key, used in run.inputs():
+        if Path(used).resolve().is_relative_to(folder.resolve()):
+            raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
+    if not folder.exists():
+        return
+    if not (folder / SETTINGS).is_file():
+        raise UserError(f"{folder}: holds files that are no run of best_of's; choose another `output`")
+    if not (resume or overwrite):
+        raise UserError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
+    if resume and _began_with(folder) | settings != _began_with(folder):
+        raise UserError(f"{folder}: --resume needs the recipe and n it began with; --overwrite starts anew")
+
+
+def _began_with(folder: Path) -> dict:
+    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+
+
+def _begin(folder: Path, settings: dict, *, resume: bool) -> int:
+    """Makes the folder ready: only now does `--overwrite` delete the old run. Returns how many parts are done already.
+
+    Args:
+        settings: the recipe's, n, and the hashes of all adapters that sample or score.
+    """
+    if resume and folder.exists():
+        if _began_with(folder) != settings:
+            raise UserError(f"{folder}: the policy or a reward was trained again since this run began; use --overwrite")
         return sum(1 for _ in _whole_parts(folder))
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    kept.write_text(json.dumps(settings), encoding="utf-8")
+    (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
     return 0
 
 

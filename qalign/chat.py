@@ -20,7 +20,7 @@ from qalign.errors import UserError
 from qalign.files import BadRow
 from qalign.logps import completion_logps
 from qalign.recipe import Model
-from qalign.rollout import end_ids, text_of
+from qalign.rollout import end_ids, text_of, with_end_of_turn
 from qalign.rows import Message, check_text
 from qalign.shades import Shade, shaded
 from qalign.streams import Drawing, Line, stream
@@ -218,8 +218,7 @@ class Chat:
         return replace(reply, ids=ids, text=text, state=state, first_token_seconds=first, tokens_per_second=speed)
 
     def _rewarded(self, replies: list[Reply]) -> list[Reply]:
-        """With the scores of the reward model that belongs to one of their runs, if there is one. It reads an answer at
-        its end of turn, so one that was cut gets it put behind."""
+        """With the scores of the reward model that belongs to one of their runs, if there is one."""
         found = (self.contenders[reply.model] for reply in replies)
         if not (contender := next((c for c in found if c.reward), None)):
             return replies
@@ -241,8 +240,8 @@ class Chat:
         return self._judges[contender.reward]
 
     def _score(self, role: str, reply: Reply) -> float:
-        end = [] if reply.ids[-1] in self._ends else [self._ends[0]]
-        ids = torch.tensor([[*reply.prompt_ids, *reply.ids, *end]], device=self.base.lm.device)
+        answer = with_end_of_turn(list(reply.ids), self._ends)
+        ids = torch.tensor([[*reply.prompt_ids, *answer]], device=self.base.lm.device)
         return self.base.scores(role, ids, torch.ones_like(ids)).item()
 
     def _role(self, name: str) -> str:

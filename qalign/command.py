@@ -13,8 +13,9 @@ from collections.abc import Callable
 from qalign.errors import UserError
 
 
-class Stopped(Exception):
-    """The user or the system asked to stop; `number` is the signal."""
+class Stopped(BaseException):
+    """The user or the system asked to stop; `number` is the signal. As `KeyboardInterrupt`, no `except Exception`
+    around somebody's function may swallow it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)

@@ -60,21 +60,36 @@ def lines(forecast, memory: int) -> list[tuple[str, str]]:
     rows = 1 if size == "auto" else size
     longest = longest_row(forecast.recipe, forecast.stage)
     plan = forecast.plan(memory, rows * longest)
+    others = not_counted(forecast)
     layers = plan.checkpointed_layers if plan else forecast.layers
     tokens = plan.tokens if plan and size == "auto" else rows * longest
     parts = forecast.parts(tokens, layers)
     found = table(parts, memory)
     at_once = f"{tokens:,} tokens at once, {layers or 'no'} of {forecast.layers} layers checkpointed"
     if plan is None:
-        return [*found, ("fits", f"NO: {at_once}"), ("change", advice(forecast, memory, rows))]
+        return [*found, *others, ("fits", f"NO: {at_once}"), ("change", advice(forecast, memory, rows))]
     largest = longest_row(forecast.recipe, forecast.stage, forecast.reach)
     limit = min(forecast.largest(memory, forecast.layers), largest)
     reach = max_length_of(forecast.recipe, forecast.stage, limit)
     return [
         *found,
+        *others,
         ("fits", f"yes: {at_once}; that is {tokens // longest} of the longest {ROWS[forecast.stage]}"),
         ("limit", f"{limit:,} tokens with all layers checkpointed: one row of max_length {reach:,}"),
     ]
+
+
+def not_counted(forecast) -> list[tuple[str, str]]:
+    """What PPO may hold beside the base and its roles; how large it is shows only when it is loaded."""
+    from qalign.places import function_of, reward_adapter
+    from qalign.recipe import REWARD_RUN
+
+    if forecast.stage != "ppo":
+        return []
+    sources = [s.source for _, s in forecast.settings.sources if s.source != REWARD_RUN and not function_of(s.source)]
+    found = [f"the model {source}" for source in sources if not reward_adapter(source)]
+    found += ["vLLM, 40% of the card"] if forecast.settings.engine == "vllm" else []
+    return [("not counted", ", ".join(found))] if found else []
 
 
 def table(parts: dict[str, int], memory: int) -> list[tuple[str, str]]:

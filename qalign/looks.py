@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qalign import lineage, ppo_report, watch
 from qalign.base import Role
+from qalign.errors import UserError
 from qalign.experience import Rollout
 from qalign.lineage import Lineage
 from qalign.ppo_trainer import PPOTrainer
@@ -76,6 +77,11 @@ class Watcher:
         judge = combined(self.judges, rollout.rows)[0] if self.judges else None
         self.trainer.seconds = seconds
         texts = [text for row in rollout.rows for text in row.texts]
+        if not rollout.old.isfinite().all():
+            raise UserError(
+                f"iteration {self.trainer.done}: log-probs of held-out answers are not finite; the last checkpoint, if "
+                "there is one, is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
+            )
         found = watch.Look(
             step=self.trainer.done,
             answers=len(texts),
@@ -114,8 +120,8 @@ class Watcher:
 
     def samples(self) -> list[str]:
         """Three of the last look's answers: those that the reward likes best, where hacking shows first."""
-        lines = self._samples_file().read_text(encoding="utf-8").splitlines()
-        rows = sorted(map(json.loads, lines), key=lambda row: -row["reward"])[:SHOWN]
+        with self._samples_file().open(encoding="utf-8") as lines:  # not splitlines: an answer may hold a U+2028
+            rows = sorted(map(json.loads, lines), key=lambda row: -row["reward"])[:SHOWN]
         return [_shown(row) for row in rows]
 
     def _samples_file(self) -> Path:
@@ -132,11 +138,17 @@ class Watcher:
                 opened.write(json.dumps(line, ensure_ascii=False) + "\n")
 
     def state(self) -> dict:
-        return {"looks": [asdict(look) for look in self.looks], "alarms": self.alarm_steps, "clipped": self._clipped}
+        return {
+            "looks": [asdict(look) for look in self.looks],
+            "alarms": self.alarm_steps,
+            "warnings": self.warnings,
+            "clipped": self._clipped,
+        }
 
     def load_state(self, state: dict) -> None:
         self.looks = [watch.Look(**look) for look in state["looks"]]
         self.alarm_steps, self._clipped = list(state["alarms"]), list(state["clipped"])
+        self.warnings = list(state["warnings"])
 
 
 def _shown(row: dict) -> str:

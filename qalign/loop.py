@@ -78,11 +78,12 @@ def planned_steps(settings: Stage, rows: int) -> int:
     return settings.max_steps or math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
 
 
-def plan(run: RunFolder, base: Base, longest: int) -> Plan:
+def plan(run: RunFolder, base: Base, longest: int, others: int = 0) -> Plan:
     """What `auto` comes to for this stage, this base and this device.
 
     Args:
         longest: tokens of the longest row; for a pair, of both answers with the prompt once.
+        others: bytes of models beside the base.
 
     Raises:
         UserError: not even the longest row fits.
@@ -92,7 +93,7 @@ def plan(run: RunFolder, base: Base, longest: int) -> Plan:
     if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
         return Plan(size * longest, 0 if layers == "auto" else layers)
     forecast = Forecast(run.recipe, run.stage, base.lm.config, device, base.dtype)
-    memory = usable_memory(device)
+    memory = usable_memory(device) - (others if device == "cuda" else 0)  # a CPU's is what these left
     found = forecast.plan(memory, longest if size == "auto" else size * longest)
     if found is None and size != "auto":  # the user's choice: it may fit all the same
         found = Plan(size * longest, forecast.layers)

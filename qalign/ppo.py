@@ -30,7 +30,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.memory import longest_row
     from qalign.ppo_loop import iterations_of, print_header, train_to_the_end
     from qalign.ppo_trainer import PPOTrainer
-    from qalign.rewards import attach, open_scorers, value_start
+    from qalign.rewards import attach, load_models, open_scorers, value_start
     from qalign.rollout import Sampling, end_ids, engine
     from qalign.weights import check_reach
 
@@ -47,14 +47,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         base.load_reference(parent)
     else:
         base.add_adapter(Role.POLICY, recipe.lora)
-    planned = plan(run, base, longest_row(recipe, run.stage))
+    sampler = engine(settings.engine, base, recipe.model.max_length)
+    others = load_models([*scorers, *judges], base)
+    planned = plan(run, base, longest_row(recipe, run.stage), others)  # of what these leave
     micro = micro_batch(settings, planned)
     attach(scorers, base, Role.REWARD, micro)
     attach(judges, base, Role.JUDGE, micro)
     if settings.value == "trunk":
         base.add_head(Role.VALUE)
-    elif folder := value_start(scorers):
-        base.load_adapter(Role.VALUE, folder, trainable=True)
+    elif copied := value_start(scorers):
+        base.load_adapter(Role.VALUE, str(copied.folder), trainable=True)
     else:  # no reward model to begin from
         base.add_adapter(Role.VALUE, recipe.lora.model_copy(update={"init": "default"}))
         base.add_head(Role.VALUE)
@@ -67,7 +69,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         settings,
         questions,
         scorers,
-        engine(settings.engine, base, recipe.model.max_length, recipe.lora.r),
+        sampler,
         Sampling(settings.max_new_tokens, settings.temperature, ends),
         micro,
         planned.checkpointed_layers,

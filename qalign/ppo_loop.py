@@ -21,6 +21,7 @@ from qalign.run import RunFolder, print_table
 
 PARTS = ("rollout", "scoring", "update")
 STATE = "state.pt"
+MOST_SLOWED = 16  # times the recipe's KL coefficient, by alarms
 MIB = 2**20
 
 
@@ -39,17 +40,20 @@ def train_to_the_end(run: RunFolder, trainer: PPOTrainer, watcher: Watcher, chec
 
     Raises:
         Stopped: the user or the system asked to stop; a checkpoint was written.
-        UserError: the reward failed, memory is too small, or a figure is not finite. The last checkpoint is kept.
+        UserError: a reward or judge failed, memory is too small, or a figure is not finite. The last checkpoint is
+            kept.
     """
     began, resumed = time.monotonic(), checkpoint is not None
     if resumed:
         _load(checkpoint, trainer, watcher)
     every, seen = run.settings.save_every or math.ceil(trainer.iterations / 10), trainer.tokens_seen
     run.stop.patient = True
-    alarmed = False
+    # Killed after the alarm's checkpoint and before the summary, it must not train on.
+    alarmed = run.settings.on_alarm == "stop" and trainer.done in watcher.alarm_steps
     with tqdm(total=trainer.iterations, initial=trainer.done, desc="ppo", unit="iteration") as bar:
-        if not resumed:
+        if watcher.due:  # at the beginning, or where a judge failed
             alarmed = _look(run, trainer, watcher)
+        if not resumed:
             _save(run, trainer, watcher)
         while trainer.done < trainer.iterations and not alarmed:
             line = _iterate(run, trainer, watcher)
@@ -74,9 +78,8 @@ def _iterate(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> dict:
     before = dict(trainer.seconds)
     try:
         rollout, metrics = trainer.iterate()
-    except RewardFailed:  # nothing has changed yet, so nothing that was learned is lost
-        if _number(run.last_checkpoint()) != trainer.done:
-            _save(run, trainer, watcher)
+    except RewardFailed:
+        _save_before_failing(run, trainer, watcher)
         raise
     except torch.OutOfMemoryError as error:
         each = run.settings.samples_per_prompt
@@ -98,7 +101,11 @@ def _look(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> bool:
     """A look at the held-out prompts, if one is due. Returns whether it ends the run."""
     if not watcher.due:
         return False
-    figures = watcher.look()
+    try:
+        figures = watcher.look()
+    except RewardFailed:
+        _save_before_failing(run, trainer, watcher)
+        raise
     judged = f", judge {figures['eval_judge']:+.3f}" if figures["eval_judge"] is not None else ""
     tqdm.write(
         f"iteration {trainer.done}: held-out reward {figures['eval_proxy']:+.3f}{judged}, KL "
@@ -111,13 +118,22 @@ def _look(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> bool:
         for sample in watcher.samples():
             tqdm.write(f"  {sample}")
         if run.settings.on_alarm == "slow":
-            trainer.kl_coefficient *= 2
+            # Some alarms last as long as what they tell of: without a bound nothing would be learned any more.
+            most = max(trainer.kl_coefficient, MOST_SLOWED * run.settings.kl_coefficient)
+            trainer.kl_coefficient = min(2 * trainer.kl_coefficient, most)
             tqdm.write(f"  the KL coefficient is {trainer.kl_coefficient:g} from now on (on_alarm: slow)")
         ends = run.settings.on_alarm == "stop"
         if ends:
             tqdm.write(f"  stopped here (on_alarm: stop); the best adapter so far is {watcher.best}")
     _log(run, {"step": trainer.done, **figures, "alarms": watcher.warnings})
     return ends
+
+
+def _save_before_failing(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> None:
+    """Where a reward could not be had: nothing has changed since the iteration before, so what was learned is kept."""
+    last = run.last_checkpoint()
+    if last is None or _number(last) != trainer.done:
+        _save(run, trainer, watcher)
 
 
 def _log(run: RunFolder, line: dict) -> None:
@@ -130,12 +146,16 @@ def _save(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> None:
     folder = run.checkpoints / f"checkpoint-{trainer.done}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    identities = {scorer.key + " " + scorer.name: scorer.identity for scorer in (*trainer.scorers, *watcher.judges)}
-    state = {"trainer": trainer.state(), "watcher": watcher.state(), "scorers": identities}
+    state = {"trainer": trainer.state(), "watcher": watcher.state(), "scorers": _identities(trainer, watcher)}
     torch.save(state, folder / STATE)
     mark_whole(folder, run, trainer.tokens_seen)
     for old in sorted(run.checkpoints.glob("checkpoint-*"), key=_number)[:-2]:
         shutil.rmtree(old)
+
+
+def _identities(trainer: PPOTrainer, watcher: Watcher) -> list[str | None]:
+    """Which adapters score, by their hashes, in the recipe's order."""
+    return [scorer.identity for scorer in (*trainer.scorers, *watcher.judges)]
 
 
 def _number(folder: Path) -> int:
@@ -145,8 +165,7 @@ def _number(folder: Path) -> int:
 def _load(checkpoint: Path, trainer: PPOTrainer, watcher: Watcher) -> None:
     """Raises a `UserError` if the run would go on with another reward."""
     state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-    for scorer in (*trainer.scorers, *watcher.judges):
-        was = state["scorers"].get(f"{scorer.key} {scorer.name}")
+    for scorer, was in zip((*trainer.scorers, *watcher.judges), state["scorers"], strict=True):
         if was != scorer.identity:
             raise UserError(
                 f"{scorer.key}: the adapter of {scorer.name} was {was} when this run began and is {scorer.identity} "

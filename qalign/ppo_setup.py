@@ -32,7 +32,8 @@ def optimiser_of(settings: PPO, weights: list[nn.Parameter], iterations: int):
     Adam's epsilon is 1e-5, not 1e-8 ("The N Implementation Details of RLHF with PPO", Huang et al. 2023).
 
     Returns:
-        (the optimiser, the learning rate by iteration counted from 1, the norm at which gradients are clipped).
+        (the optimiser, the learning rate by iteration counted from 1, the norm at which gradients are clipped: as in
+        transformers, `max_grad_norm: 0` is none).
 
     Raises:
         UserError: a value under `trainer:` that transformers refuses.
@@ -59,7 +60,7 @@ def optimiser_of(settings: PPO, weights: list[nn.Parameter], iterations: int):
         raise UserError(f"ppo.trainer: {' '.join(str(error).split())}") from None
     (share,) = schedule.lr_lambdas
     rate: Callable[[int], float] = lambda iteration: settings.learning_rate * share(iteration)  # noqa: E731
-    return optimizer, rate, args.max_grad_norm
+    return optimizer, rate, args.max_grad_norm or math.inf
 
 
 def bytes_by_role(base: Base, optimizer) -> dict[str, dict[str, int]]:

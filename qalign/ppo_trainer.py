@@ -24,7 +24,7 @@ from qalign.logps import answer_states, state_entropies, state_logps
 from qalign.ppo_setup import optimiser_of, prepare
 from qalign.prompts import Prompt
 from qalign.recipe import PPO
-from qalign.rewards import Answered, Scorer, answered, combined
+from qalign.rewards import Answered, Scorer, answered, combined, value_start
 from qalign.rollout import Engine, Sampling
 
 ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)  # that read what was sampled
@@ -52,6 +52,7 @@ class PPOTrainer:
         done: iterations so far.
         kl_coefficient: as it is now.
         moments: of all scores so far.
+        value_units: (shift, factor): the value model's guess is factor × (what its head says − shift).
         tokens_seen: sampled so far.
     """
 
@@ -74,6 +75,7 @@ class PPOTrainer:
         self.kl_coefficient, self.moments = settings.kl_coefficient, losses.Moments()
         self.seconds: dict[str, float] = defaultdict(float)
         self._checked = False
+        self.value_units = 0.0, 1.0
         self._own_values = settings.value == "adapter"
         prepare(base, checkpointed_layers)
         self.weights = {
@@ -140,7 +142,7 @@ class PPOTrainer:
         """Keeps what a role makes of some answers, from the hidden states before their tokens."""
         lm, temperature = self.base.lm, self.sampling.temperature
         if role is Role.VALUE or (role is Role.POLICY and not self._own_values):
-            rollout.values[where] = self.base.values(states).cpu()
+            rollout.values[where] = self._values(states).cpu()
         if role is Role.POLICY:
             rollout.old[where] = state_logps(lm, states, targets, temperature).cpu()
             rollout.entropies[where] = state_entropies(lm, states, temperature).cpu()
@@ -180,6 +182,8 @@ class PPOTrainer:
         scores = scores - settings.missing_eos_penalty * ~rollout.ended
         if settings.reward_scaling == "prompt":
             scores = losses.centred(scores, rollout.each)
+        if not self.done and self._own_values:
+            self._take_over_units(rollout, scores)
         log_ratios = losses.log_ratio(rollout.old, rollout.reference)
         rewards = losses.token_rewards(scores, log_ratios, rollout.mask, self.kl_coefficient)
         raw = losses.gae(rewards, rollout.values, rollout.mask, settings.gamma, settings.gae_lambda)
@@ -193,6 +197,19 @@ class PPOTrainer:
             "val/explained": 1 - ((returns - values).var(correction=0) / (returns.var(correction=0) + 1e-8)).item(),
             "kl_coefficient": self.kl_coefficient,
         }
+
+    def _take_over_units(self, rollout: Rollout, scores: Tensor) -> None:
+        """A copy of the reward model speaks in the reward model's units, and before an answer's end its level means
+        nothing. Left so, every last token's advantage would carry the offset, whatever the score: the policy would
+        learn to end at once, or never. So its first guesses get the mean of what they guess at, and its spread."""
+        if not (copied := value_start(self.scorers)):
+            return
+        guesses, tiny = rollout.values[rollout.mask], 1e-6
+        spread = scores.std(correction=0).item() / max(tiny, guesses.std(correction=0).item())
+        factor = math.copysign(max(tiny, spread), copied.weight)
+        shift = guesses.mean().item() - scores.mean().item() / factor
+        self.value_units = shift, factor
+        rollout.values = (rollout.values - shift) * factor * rollout.mask
 
     # --- update ------------------------------------------------------------------------------------------------------
 
@@ -247,9 +264,7 @@ class PPOTrainer:
                 loss, clipped = losses.clipped_policy_loss(logps, old, advantages, settings.clip)
                 total = loss.sum() / tokens
                 if not self._own_values:
-                    total = total + self._value_loss(
-                        self.base.values(states.detach()), old_values, returns, tokens, sums
-                    )
+                    total = total + self._value_loss(self._values(states.detach()), old_values, returns, tokens, sums)
                 self.accelerator.backward(total)
             ratios = (logps.detach() - old).exp()
             sums["policy"] += loss.detach().sum().item() / tokens
@@ -261,7 +276,7 @@ class PPOTrainer:
             with self.base.acting_as(Role.VALUE) as lm:  # its backward inside: checkpointed layers run again
                 for numbers, batch in self._batches(rollout.rows, mini):
                     old_values, returns = self._of(rollout, numbers, "values", "returns")
-                    values = self.base.values(answer_states(lm, batch))
+                    values = self._values(answer_states(lm, batch))
                     self.accelerator.backward(self._value_loss(values, old_values, returns, tokens, sums))
         sums["loss"] = sums["policy"] + settings.value_coefficient * sums["value"]
         return sums
@@ -273,6 +288,10 @@ class PPOTrainer:
         return self.settings.value_coefficient * loss.sum() / tokens
 
     # --- what these need ---------------------------------------------------------------------------------------------
+
+    def _values(self, states: Tensor) -> Tensor:
+        shift, factor = self.value_units
+        return (self.base.values(states) - shift) * factor
 
     def _drawn(self) -> list[tuple[Prompt, list[int]]]:
         """The prompts of this iteration: every prompt once, in an order drawn anew, before any comes again."""
@@ -362,6 +381,7 @@ class PPOTrainer:
             "tokens_seen": self.tokens_seen,
             "kl_coefficient": self.kl_coefficient,
             "moments": tuple(self.moments),
+            "value_units": self.value_units,
             "rng": torch.get_rng_state(),
             "python_rng": random.getstate(),
         }
@@ -376,5 +396,6 @@ class PPOTrainer:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.done, self.tokens_seen = state["done"], state["tokens_seen"]
         self.kl_coefficient, self.moments = state["kl_coefficient"], losses.Moments(*state["moments"])
+        self.value_units = state["value_units"]
         torch.set_rng_state(state["rng"])
         random.setstate(state["python_rng"])

@@ -317,7 +317,7 @@ class PPO(Stage):
     patience: int = Field(3, ge=2)
     """Evaluations in a row in which the judge falls while the reward rises, before the alarm."""
     on_alarm: Literal["warn", "slow", "stop"] = "warn"
-    """`warn` says so and goes on, `slow` doubles the KL coefficient as well, `stop` ends the run."""
+    """`warn` says so and goes on, `slow` doubles the KL coefficient as well (up to 16-fold), `stop` ends the run."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """What samples: `transformers` on the base in memory, or `vllm`, with a copy of its own on the same GPU."""
     trainer: dict[str, Any] = {}
@@ -363,7 +363,7 @@ class Recipe(Section):
     """The adapter that is trained."""
     output: str
     """The folder for this recipe's runs: `<output>/dpo/` and so on."""
-    seed: int = Field(42, ge=0)
+    seed: int = Field(42, ge=0, lt=2**32)
     """Fixes the order of rows and the adapter's start: the same seed on the same machine gives the same run."""
     max_refused_share: float = Field(0.05, ge=0, le=1)
     """Stop when more than this share of rows is refused: the data is then not what you think it is."""

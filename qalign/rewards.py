@@ -9,25 +9,26 @@ import inspect
 import json
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from qalign import lineage
-from qalign.base import HEAD, SCORING, Base, Role
+from qalign.base import HEAD, Base, Role
 from qalign.batch import MicroBatch
 from qalign.errors import UserError
 from qalign.places import function_of, looks_local, reward_adapter
 from qalign.prompts import Prompt
 from qalign.recipe import REWARD_RUN, Recipe, RewardSource
-from qalign.rollout import Sampling, text_of
+from qalign.rollout import Sampling, end_ids, text_of, with_end_of_turn
 from qalign.run import RunFolder
-from qalign.tokens import TokenAnswers, end_of_turn_id
+from qalign.tokens import TokenAnswers, pad_for_scores
 from qalign.weights import guard_4bit, load_config
 
 ROWS_AT_ONCE = 8  # of a separate classifier
@@ -63,8 +64,9 @@ def answered(tokenizer, prompt: Prompt, ids: list[int], answers: list[list[int]]
 class AdapterScorer:
     """A reward adapter with its head, on the base that is in memory.
 
-    It reads the score at the end of the answer's turn, as it was trained to. A cut answer has none, and what the head
-    says elsewhere means nothing (on the demo it was 4 points, 7 standard deviations, more): so it is given one.
+    It reads the score at the end of the answer's turn, as it was trained to. A cut answer has none, some end with EOS
+    instead, and what the head says elsewhere means nothing (on the demo it was 4 points, 7 standard deviations, more):
+    so they are given one.
     """
 
     def __init__(self, key: str, folder: Path, weight: float, recipe: Recipe):
@@ -77,21 +79,20 @@ class AdapterScorer:
         self.base, self.role, self.micro = base, role, micro
         lineage.check(self.key, self.folder, base.lineage("reward"))
         base.load_adapter(role, str(self.folder), trainable=False)
-        self.end = end_of_turn_id(base.tokenizer, base.spec.chat_template_kwargs)
+        self.ends = end_ids(base.tokenizer, base.spec.chat_template_kwargs)
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Answered]) -> Tensor:
-        whole = [self._ended(row) for row in rows]
+        whole = [
+            TokenAnswers(row.tokens.prompt_ids, tuple(with_end_of_turn(a, self.ends) for a in row.tokens.answers))
+            for row in rows
+        ]
         numbers = {id(tokens): number for number, tokens in enumerate(whole)}
         found = torch.zeros(len(rows), len(rows[0].texts))
         with self.base.reading_pairs():
             for some in self.base.micro_batches(whole, self.micro):
                 found[[numbers[id(tokens)] for tokens in some]] = self.base.pair_scores(self.role, some).cpu()
         return found
-
-    def _ended(self, row: Answered) -> TokenAnswers:
-        pairs = zip(row.tokens.answers, row.ended, strict=True)
-        return TokenAnswers(row.tokens.prompt_ids, tuple(ids if ended else [*ids, self.end] for ids, ended in pairs))
 
 
 class ModelScorer:
@@ -101,7 +102,8 @@ class ModelScorer:
         self.key, self.source, self.weight, self.name = key, source, weight, _short(Path(source))
         self.identity = None
 
-    def attach(self, base: Base, role: str, micro: MicroBatch) -> None:
+    def load(self, base: Base) -> None:
+        """Loads it beside the base."""
         settings = {
             "bnb_4bit_quant_type": "nf4",
             "bnb_4bit_use_double_quant": True,
@@ -122,10 +124,13 @@ class ModelScorer:
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.key}: '{self.source}' has no chat template to write dialogues in")
         if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
+            self.tokenizer.pad_token = pad_for_scores(self.tokenizer, {})
         if self.model.config.get_text_config().pad_token_id is None:
             self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.bytes = self.model.get_memory_footprint()
+
+    def attach(self, base: Base, role: str, micro: MicroBatch) -> None:
+        """Needs nothing more of the base."""
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Answered]) -> Tensor:
@@ -141,9 +146,11 @@ class ModelScorer:
         return found.view(len(rows), -1)
 
     def _written(self, prompt: Prompt, answer: str) -> str:
-        return self.tokenizer.apply_chat_template(
-            [*prompt.turns, {"role": "assistant", "content": answer}], tokenize=False
-        )
+        turns = [*prompt.turns, {"role": "assistant", "content": answer}]
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:  # no system turn, say
+            raise UserError(f"{self.key}: the template of '{self.source}' refuses {prompt.where}: {error}") from None
 
 
 class FunctionScorer:
@@ -164,11 +171,7 @@ class FunctionScorer:
         """Needs nothing of the base."""
 
     def scores(self, rows: Sequence[Answered]) -> Tensor:
-        found = self._call(rows)
-        try:
-            given = list(found)
-        except TypeError:
-            raise UserError(f"{self._said} gave {found!r}; expected a list with a number an answer") from None
+        given = self._call(rows)
         expected = sum(len(row.texts) for row in rows)
         if len(given) != expected:
             raise UserError(
@@ -186,9 +189,14 @@ class FunctionScorer:
     def _said(self) -> str:
         return f"{self.key}: {self.source}"
 
-    def _call(self, rows: Sequence[Answered]):
+    def _call(self, rows: Sequence[Answered]) -> list:
         try:
-            return self.function(**self._arguments(rows))
+            found = self.function(**self._arguments(rows))
+            if not isinstance(found, Iterable):
+                raise UserError(f"{self._said} gave {found!r}; expected a list with a number an answer")
+            return list(found)  # a generator runs only here
+        except UserError:
+            raise
         except Exception as error:  # whatever the user's function raises
             for row in rows if len(rows) > 1 else ():
                 self._call([row])  # says which
@@ -221,7 +229,12 @@ def open_scorers(recipe: Recipe, key: str, run: RunFolder) -> list[Scorer]:
         UserError: one can't be had, doesn't fit the base, or would lie in the run's own folder.
     """
     sources: Sequence[RewardSource] = getattr(recipe.ppo, key) or ()
-    return [_opened(f"ppo.{key}", source, recipe, run) for source in sources]
+    scorers = [_opened(f"ppo.{key}", source, recipe, run) for source in sources]
+    names = [scorer.name for scorer in scorers]
+    for number, (scorer, source) in enumerate(zip(scorers, sources, strict=True), start=1):
+        if names.count(scorer.name) > 1:
+            scorer.name = f"{number}: {source.source}"
+    return scorers
 
 
 def _opened(key: str, source: RewardSource, recipe: Recipe, run: RunFolder) -> Scorer:
@@ -241,8 +254,17 @@ def _opened(key: str, source: RewardSource, recipe: Recipe, run: RunFolder) -> S
     return ModelScorer(key, place, source.weight)
 
 
+def load_models(scorers: list[Scorer], base: Base) -> int:
+    """Loads those that are models of their own; the bytes that they take."""
+    models = [scorer for scorer in scorers if isinstance(scorer, ModelScorer)]
+    for model in models:
+        model.load(base)
+    return sum(model.bytes for model in models)
+
+
 def attach(scorers: list[Scorer], base: Base, first: Role, micro: MicroBatch) -> None:
-    """Puts scorers on the base: the first as the role itself, further ones as `reward_2` and so on.
+    """Puts scorers on the base: the first as the role itself, further ones as `reward_2` and so on. Models of their own
+    are loaded before (`load_models`).
 
     Raises:
         UserError: one doesn't fit, or can't be loaded.
@@ -271,9 +293,9 @@ def combined(scorers: list[Scorer], rows: Sequence[Answered]) -> tuple[Tensor, d
     return total, means
 
 
-def value_start(scorers: list[Scorer]) -> str | None:
-    """The folder of the reward adapter that the value model begins as a copy of; None without one."""
-    return next((str(scorer.folder) for scorer in scorers if isinstance(scorer, AdapterScorer)), None)
+def value_start(scorers: list[Scorer]) -> AdapterScorer | None:
+    """The reward adapter that the value model begins as a copy of; None without one."""
+    return next((scorer for scorer in scorers if isinstance(scorer, AdapterScorer)), None)
 
 
 def _check_fits(key: str, folder: Path, recipe: Recipe) -> None:
@@ -317,11 +339,11 @@ def _imported(key: str, where: str, name: str) -> Callable:
 def _is_number(score) -> bool:
     try:
         return not isinstance(score, str) and math.isfinite(score)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
 def _short(folder: Path) -> str:
     """What a scorer is called in figures: the folder's name, or for `runs/demo/reward/adapter` the run's."""
-    parts = [part for part in folder.parts if part not in ("adapter", *SCORING)]
+    parts = [part for part in folder.parts if part not in ("adapter", REWARD_RUN)]
     return parts[-1] if parts else folder.name

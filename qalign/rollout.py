@@ -149,24 +149,25 @@ class VllmEngine:
     Args:
         base: whose weights vLLM loads for itself, from the folder or hub id that they come from.
         max_tokens: of prompt and answer.
-        rank: the adapter's.
         memory_share: of the GPU, for vLLM's copy and its KV cache.
     """
 
-    def __init__(self, base: Base, max_tokens: int, rank: int, memory_share: float = 0.4):
+    def __init__(self, base: Base, max_tokens: int, memory_share: float = 0.4):
         import vllm
 
         self._calls = 0
+        ranks = [config.r for config in getattr(base.model, "peft_config", {}).values()]
         self._llm = vllm.LLM(
             model=base.origin.source,
             revision=base.origin.hub_revision,
             dtype=str(base.dtype).removeprefix("torch."),
             quantization="bitsandbytes",
             enable_lora=True,
-            max_lora_rank=max(8, rank),
+            max_lora_rank=max(8, 1 << (max(ranks, default=1) - 1).bit_length()),  # it takes powers of 2
             max_model_len=max_tokens,
             gpu_memory_utilization=memory_share,
             enforce_eager=True,  # graphs would take memory that the updates need
+            generation_config="vllm",  # not the model's own, which may end answers at ids of its own
         )
 
     def generate(self, base, role, prompts, sampling, *, each, seed):
@@ -174,46 +175,61 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest
 
         self._calls += 1
+        # A request an answer: vLLM numbers the seeds of one request's answers on, into those of the next.
+        seeds = torch.randint(2**62, (len(prompts) * each,), generator=torch.Generator().manual_seed(seed)).tolist()
         params = [
             vllm.SamplingParams(
-                n=each,
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
                 top_p=1.0,
                 top_k=-1,
                 stop_token_ids=list(sampling.ends),
-                seed=seed + number,
+                seed=own,
                 detokenize=False,
             )
-            for number in range(len(prompts))
+            for own in seeds
         ]
         with tempfile.TemporaryDirectory() as folder:
             adapter = None
             if role in base.adapters:
                 base.save_adapter(role, Path(folder) / role)
                 adapter = LoRARequest(f"{role}-{self._calls}", self._calls, str(Path(folder) / role))
-            outputs = self._llm.generate(
-                [{"prompt_token_ids": list(prompt)} for prompt in prompts], params, lora_request=adapter, use_tqdm=False
-            )
-        return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
+            asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(each)]
+            outputs = self._llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
+        answers = [list(output.outputs[0].token_ids) for output in outputs]
+        return [answers[start : start + each] for start in range(0, len(answers), each)]
 
 
-def engine(name: str, base: Base, max_tokens: int, rank: int) -> Engine:
+def engine(name: str, base: Base, max_tokens: int) -> Engine:
     """The engine of a recipe: `transformers`, or `vllm`.
 
     Raises:
-        UserError: vLLM is asked for and can't be had.
+        UserError: vLLM is asked for and can't be had, or would hold another model.
     """
     if name == "transformers":
         return TransformersEngine()
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
         raise UserError("ppo.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
-    return VllmEngine(base, max_tokens, rank)
+    if base.spec.quantization != "nf4":
+        raise UserError(
+            f"ppo.engine: 'vllm' holds its copy in nf4, model.quantization is '{base.spec.quantization}': its answers "
+            "would be another model's; use 'transformers'"
+        )
+    return VllmEngine(base, max_tokens)
 
 
 def end_ids(tokenizer, template_kwargs: dict) -> tuple[int, ...]:
     """The ids that end an answer: the template's end of turn, and EOS."""
     return tuple(dict.fromkeys([end_of_turn_id(tokenizer, template_kwargs), tokenizer.eos_token_id]))
+
+
+def with_end_of_turn(answer: list[int], ends: tuple[int, ...]) -> list[int]:
+    """An answer with the end of turn that a reward model reads its score at, whatever it ended with, if with anything.
+
+    Args:
+        ends: as `end_ids` has them.
+    """
+    return [*(answer[:-1] if answer[-1] in ends else answer), ends[0]]
 
 
 def text_of(tokenizer, answer: list[int]) -> str:

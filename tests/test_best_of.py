@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from qalign import best_of as module
 from qalign import dpo, sft
@@ -162,11 +163,39 @@ def test_it_goes_on_where_it_was_cut_off_to_the_same_files(recipe_path, monkeypa
     assert made(recipe_path, 2, overwrite=True)[3]["n"] == 2
 
 
+def test_another_policy_or_reward_than_it_began_with_is_noticed(recipe_path, tmp_path):
+    overrides = [f"output={tmp_path / 'start'}", "max_refused_share=0.5"]
+    recipe = load(recipe_path, overrides, "dpo")
+    run = RunFolder(recipe, "dpo")
+    dpo.train(recipe, run)
+    start = f"ppo.start_from={run.adapter}"
+    folder, *whole = made(recipe_path, 4, start)
+    assert list(made(recipe_path, 4, start, resume=True)[1:]) == whole
+    weights = load_file(run.adapter / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, run.adapter / "adapter_model.safetensors")
+    with pytest.raises(UserError, match="was trained again since this run began"):
+        made(recipe_path, 4, start, resume=True)
+    assert len(list((folder / "parts").iterdir())) > 0
+
+
+def test_what_was_sampled_is_kept_until_all_else_is_there(recipe_path, tmp_path):
+    folder, *whole = made(recipe_path)
+    with pytest.raises(UserError, match="lies in the folder that this run writes to"):
+        made(recipe_path, 4, f"ppo.data={folder / 'picks.jsonl'}", overwrite=True)
+    with pytest.raises(UserError, match="there is no finished reward run"):
+        made(recipe_path, 4, "ppo.reward=reward", overwrite=True)
+    assert [json.loads(line) for line in (folder / "picks.jsonl").read_text().splitlines()] == whole[0]
+    with pytest.raises(UserError, match="there is no finished reward run"):  # leaves nothing that would be in the way
+        made(recipe_path, 4, "ppo.reward=reward", f"output={tmp_path / 'new'}")
+    assert not (tmp_path / "new" / "best_of").exists()
+
+
 def test_a_folder_of_someone_elses_is_left_alone(recipe_path, tmp_path):
     (tmp_path / "runs" / "best_of").mkdir(parents=True)
     (tmp_path / "runs" / "best_of" / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match="holds files that are no run of best_of's"):
-        made(recipe_path, overwrite=False)
+    for overwrite in (False, True):
+        with pytest.raises(UserError, match="holds files that are no run of best_of's"):
+            made(recipe_path, overwrite=overwrite)
     assert (tmp_path / "runs" / "best_of" / "thesis.txt").exists()
 
 

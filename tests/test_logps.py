@@ -37,6 +37,23 @@ def found(lm, pairs: list[TokenPair], way: str) -> torch.Tensor:
         return logps.pair_logps(lm, batched(pairs))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_in_16_bits_log_probs_are_those_of_what_is_sampled_from(tiny_folder, temperature):
+    """Logits in bfloat16, all else in 32 bits, as where tokens are drawn."""
+    lm = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    lm.lm_head.requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    states = (torch.randn(40, lm.config.hidden_size, generator=generator) * 8).bfloat16().requires_grad_(True)
+    targets = torch.randint(lm.config.vocab_size, (40,), generator=generator)
+    logits = lm.lm_head(states).float()
+    expected = (logits / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+    found = logps.state_logps(lm, states, targets, temperature)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    (slope,) = torch.autograd.grad(found.sum(), states)
+    (wanted,) = torch.autograd.grad(expected.sum(), states)
+    torch.testing.assert_close(slope, wanted, rtol=2e-2, atol=2e-2 * wanted.abs().max().item())
+
+
 @ways
 def test_equals_the_full_softmax(model, pairs, way):
     torch.testing.assert_close(found(model, pairs, way), alone(model, pairs), rtol=1e-6, atol=1e-6)

@@ -279,11 +279,16 @@ def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
     assert forecast.fixed["optimiser"] == sum(moment.nbytes for moment in moments)
 
 
-def test_what_the_roles_of_ppo_take(tiny_folder):
+def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
     """An adapter of the tiny model at rank 4 has 8,192 weights. Policy and value model are trained; the reference, each
-    reward adapter and each judge are frozen; a function is nothing."""
+    reward adapter and each judge are frozen; a function is nothing, and a model of its own is counted as it is
+    loaded."""
     adapter = 8192
-    keys = {"reward": ["a/reward", "b/reward"], "judge": "c/reward", "eval_data": "unused", "value": "adapter"}
+    for name in "bc":
+        (tmp_path / name / "reward" / "adapter").mkdir(parents=True)
+        (tmp_path / name / "reward" / "adapter" / "adapter_config.json").write_text("{}")
+    sources = ["reward", str(tmp_path / "b" / "reward"), "someone/a-model"]
+    keys = {"reward": sources, "judge": str(tmp_path / "c"), "eval_data": "unused", "value": "adapter"}
     plain, full = forecast_of(tiny_folder, "ppo").fixed, forecast_of(tiny_folder, "ppo", start_from="sft", **keys).fixed
     assert (plain["adapters"], plain["gradients"], plain["optimiser"]) == (4 * adapter, 4 * adapter, 8 * adapter)
     assert (full["adapters"], full["gradients"], full["optimiser"]) == (6 * 4 * adapter, 8 * adapter, 16 * adapter)

@@ -54,7 +54,8 @@ def environment(tmp_path_factory):
     return {
         "QALIGN_RECIPE": str(folder / "recipe.yaml"),
         "QALIGN_OUTPUT": str(folder / "quickstart"),
-        "QALIGN_RUN": str(folder / "quickstart" / "dpo"),
+        "QALIGN_RUN": str(folder / "elsewhere" / "quickstart" / "dpo"),  # as on another machine
+        "QALIGN_ARCHIVE": str(folder / "quickstart.tar.gz"),
         "QALIGN_NOTEBOOK_TEST": "1",
         "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -66,7 +67,7 @@ def environment(tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart-adapter.zip"]),
+        ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart.tar.gz"]),
         ("one_base_four_roles", ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far"]),
         ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s"]),
     ],

@@ -28,7 +28,7 @@ from qalign.ppo_trainer import PPOTrainer
 from qalign.prompts import Prompt
 from qalign.recipe import PPO, Lora, Model, Recipe
 from qalign.recipe_file import load as load_recipe
-from qalign.rewards import FunctionScorer
+from qalign.rewards import AdapterScorer, FunctionScorer
 from qalign.rollout import Sampling, TransformersEngine
 from qalign.run import RunFolder
 from qalign.tokens import encode_prompt
@@ -347,6 +347,45 @@ def test_scores_may_be_measured_from_the_mean_of_their_prompt(trainer_of):
     assert rollout.returns[:, 0].tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
+@pytest.mark.parametrize("weight", [1.0, -0.5])
+@pytest.mark.parametrize("scaling", ["running", "prompt", "none"])
+def test_a_value_model_copied_from_the_reward_model_begins_in_the_units_of_its_returns(
+    scaling, weight, trainer_of, reward_run
+):
+    """Else every answer's last token would be blamed or praised for the reward model's level, whatever the score."""
+    trainer = trainer_of(value="adapter", reward_scaling=scaling, missing_eos_penalty=0.0, kl_coefficient=0.0)
+    recipe = Recipe(model=trainer.base.spec, output="unused", ppo=trainer.settings)
+    scorer = AdapterScorer("ppo.reward", reward_run.adapter, weight, recipe)
+    scorer.attach(trainer.base, Role.REWARD, MicroBatch(pairs=1))
+    trainer.scorers = [scorer]
+    trainer.base._heads[Role.VALUE].register_forward_hook(lambda module, given, said: said + 40)  # a level of its own
+    rollout = trainer.collect(trainer._drawn(), 2, seed=1)
+    raw = rollout.values.clone()
+    assert raw[rollout.mask].mean() > 30
+    trainer.score(rollout)
+    trainer.advantages(rollout)
+    scores = rollout.scores  # less their mean, in their deviation, less their prompt's mean
+    if scaling != "none":
+        scores = (scores - scores.mean()) / scores.std(correction=0)
+    if scaling == "prompt":
+        scores = (scores.view(4, 2) - scores.view(4, 2).mean(dim=1, keepdim=True)).flatten()
+    values, raw = rollout.values[rollout.mask], raw[rollout.mask]
+    sign = 1 if weight > 0 else -1
+    expected = (raw - raw.mean()) / raw.std(correction=0) * sign * scores.std(correction=0) + scores.mean()
+    assert torch.allclose(values, expected, atol=1e-3 * scores.std().item())
+    again = trainer.collect([(row.prompt, row.tokens.prompt_ids) for row in rollout.rows], 2, seed=1)
+    assert torch.allclose(again.values, rollout.values, atol=1e-3 * scores.std().item()), "and it stays in them"
+
+
+def test_a_norm_of_0_clips_nothing(trainer_of):
+    found = []
+    for norm in (0, 1e9):
+        trainer = trainer_of(trainer={"max_grad_norm": norm})
+        trainer.iterate()
+        found.append({name: weight.detach().clone() for name, weight in trainer.weights.items()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 def test_updates_stop_once_the_policy_is_too_far_and_that_step_is_not_taken(trainer_of):
     free, held = trainer_of(update_epochs=4), trainer_of(update_epochs=4, kl_stop=1e-4)
     assert free.iterate()[1]["optimizer_steps"] == 8
@@ -646,6 +685,36 @@ def test_the_alarm_rings_when_longer_is_better_and_the_judge_disagrees(recipe_of
     assert "stopped here (on_alarm: stop); the best adapter so far is" in shown
 
 
+def test_a_line_separator_in_an_answer_hides_no_samples(recipe_of, held_out, rewards, ending, capsys, monkeypatch):
+    monkeypatch.setattr("qalign.rewards.text_of", lambda *_: "one\u2028two\x85three")
+    planted(recipe_of, held_out, rewards, "long", "shrinking", on_alarm="stop")
+    assert "".join(capsys.readouterr()).count("(reward ") == 3
+
+
+def test_killed_after_the_alarm_that_stopped_it_it_does_not_train_on(recipe_of, held_out, rewards, ending):
+    run = planted(recipe_of, held_out, rewards, "long", "shrinking", on_alarm="stop")
+    summary = json.loads(run.summary.read_text())
+    run.summary.unlink()
+    again = run_stage(str(Path(run.path).parent / "ppo.yaml"), resume=True)
+    after = json.loads(again.summary.read_text())
+    assert [after[key] for key in ("steps", "stopped_by_alarm", "alarm_steps", "warnings")] == [
+        summary[key] for key in ("steps", "stopped_by_alarm", "alarm_steps", "warnings")
+    ]
+
+
+def test_a_judge_that_fails_costs_nothing_that_was_learned(recipe_of, held_out, rewards):
+    keys = {"eval_data": held_out, "eval_every": 1, "judge": f"{rewards}:broken", "save_every": 100, "max_steps": 5}
+    path = recipe_of(**keys)
+    (line,) = [line for line in refused(path) if line.startswith("ppo.judge")]
+    assert f"{rewards}:broken gave nan" in line
+    run = RunFolder(load_recipe(path, [], "ppo"), "ppo", path)
+    assert (run.checkpoints / "checkpoint-3" / "whole").exists()
+    Path(rewards).write_text(Path(rewards).read_text().replace("== 4", "== 400"))
+    resumed = run_stage(path, resume=True)
+    whole = run_stage(recipe_of("whole", **(keys | {"judge": f"{rewards}:flat"})))
+    assert_alike(lines(whole), lines(resumed))
+
+
 def test_a_clean_reward_rings_no_alarm(recipe_of, held_out, rewards, ending):
     run = planted(recipe_of, held_out, rewards, "many", "many_too", on_alarm="stop")
     summary = json.loads(run.summary.read_text())
@@ -660,6 +729,14 @@ def test_the_pace_is_lowered_if_the_recipe_says_so(recipe_of, held_out, rewards,
     assert summary["steps"] == 10
     assert summary["kl_coefficient"] == 0.0, "twice nothing is nothing"
     assert "(on_alarm: slow)" in "".join(capsys.readouterr())
+
+
+def test_many_alarms_slow_it_16_fold_at_most(recipe_of, held_out, monkeypatch):
+    monkeypatch.setattr("qalign.watch.alarms", lambda looks, patience: ["it never ends"] * bool(len(looks) > 1))
+    run = run_stage(recipe_of(eval_data=held_out, eval_every=1, max_steps=7, on_alarm="slow", kl_coefficient=0.01))
+    found = [line["kl_coefficient"] for line in metrics(run) if "kl_coefficient" in line]
+    assert found == pytest.approx([0.01, 0.02, 0.04, 0.08, 0.16, 0.16, 0.16][: len(found)])
+    assert len(found) == 7
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -734,6 +811,16 @@ def test_prompts_that_leave_no_room_are_refused_by_name(recipe_of, write_jsonl):
         run_stage(recipe_of(data=write_jsonl("rows.jsonl", rows)))
     assert "rows.jsonl:1: the prompt is " in str(found.value)
     assert "max_length less max_new_tokens leaves 248" in str(found.value)
+
+
+def test_two_rewards_of_one_name_resume(recipe_of, reward_run, tmp_path):
+    places = [str(shutil.copytree(reward_run.adapter, tmp_path / place / "demo" / "adapter")) for place in ("a", "b")]
+    weights = load_file(f"{places[1]}/adapter_model.safetensors")
+    save_file({name: tensor + 1e-3 for name, tensor in weights.items()}, f"{places[1]}/adapter_model.safetensors")
+    path = recipe_of(reward=[{"source": place} for place in places], max_steps=1)
+    run = run_stage(path)
+    run.summary.unlink()
+    assert run_stage(path, resume=True).summary.exists()
 
 
 def test_a_reward_adapter_that_was_trained_again_stops_a_resumed_run(recipe_of, reward_run, tmp_path):

@@ -527,7 +527,8 @@ def rows_of(source) -> list[dict]:
 def test_what_the_demos_comments_count_is_so(name, stage, settings):
     section = section_of(name, stage)
     (data,), (held_out,) = settings.data, settings.eval_data
-    assert re.search(rf"^  data: .*# {len(rows_of(data))} ", section, flags=re.MULTILINE)
+    whole = data.model_copy(update={"skip": 0})
+    assert re.search(rf"^  (data|  path): .*# {len(rows_of(whole))} ", section, flags=re.MULTILINE)
     assert re.search(rf"# {len(rows_of(held_out))} (rows|dialogues) kept out of training", section)
     if stage == "ppo":  # its comments name no figure of its own
         assert (settings.limit or 1) <= len(rows_of(data))

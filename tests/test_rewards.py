@@ -11,10 +11,20 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from qalign.base import HEAD, Role, load
 from qalign.batch import MicroBatch
+from qalign.command import Stopped
 from qalign.errors import UserError
 from qalign.prompts import Prompt
 from qalign.recipe import Model, Recipe
-from qalign.rewards import Answered, FunctionScorer, answered, attach, combined, open_scorers, value_start
+from qalign.rewards import (
+    Answered,
+    FunctionScorer,
+    answered,
+    attach,
+    combined,
+    load_models,
+    open_scorers,
+    value_start,
+)
 from qalign.rollout import Sampling
 from qalign.run import RunFolder
 from qalign.scoring import score_sequences
@@ -102,6 +112,32 @@ def test_a_cut_answer_is_read_at_an_end_of_turn_too(recipe, reward_run, tiny_bas
     assert torch.allclose(scorer.scores(cut), scorer.scores(rows), atol=1e-5)
 
 
+def test_an_answer_that_ends_with_eos_is_read_at_the_end_of_turn(recipe, reward_run, tiny_base, rows, monkeypatch):
+    monkeypatch.setattr("qalign.rewards.end_ids", lambda *_: (tiny_base.tokenizer.eos_token_id, 77))
+    (scorer,) = scorers = opened(recipe(str(reward_run.path)))
+    attach(scorers, tiny_base, Role.REWARD, MICRO)
+    other = [
+        Answered(
+            r.prompt,
+            TokenAnswers(r.tokens.prompt_ids, tuple([*a[:-1], 77] for a in r.tokens.answers)),
+            r.texts,
+            r.ended,
+        )
+        for r in rows
+    ]
+    assert torch.allclose(scorer.scores(other), scorer.scores(rows), atol=1e-5)
+
+
+def test_rewards_of_one_name_are_told_apart(recipe, reward_run, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(reward_run.path, tmp_path / place / "demo" / "reward")
+    sources = [str(tmp_path / place / "demo" / "reward") for place in ("a", "b")]
+    assert len({scorer.name for scorer in opened(recipe(sources))}) == 2
+    (judge,) = opened(recipe(sources[0], judge=str(shutil.copytree(reward_run.path, tmp_path / "judge" / "reward")),
+                             eval_data="unused.jsonl"), "judge")  # fmt: skip
+    assert judge.name == "judge"
+
+
 def test_the_recipes_own_reward_run_must_be_there(recipe, reward_run, tmp_path):
     with pytest.raises(UserError) as refused:
         opened(recipe("reward"))
@@ -130,7 +166,7 @@ def test_several_are_added_up_with_their_weights(recipe, reward_run, tiny_base, 
     assert torch.allclose(total, first - 1.5 * first + 2 * third, atol=1e-5)
     assert means["length"] == 57 / 4
     assert tiny_base.adapters == ["reward", "reward_2"]
-    assert value_start(scorers) == str(reward_run.adapter)
+    assert value_start(scorers) is scorers[0]
     assert value_start(scorers[2:]) is None
 
 
@@ -226,6 +262,11 @@ def test_a_function_with_keywords_is_given_everything(function, tiny_base):
         ("return [0.0] * 3", "gave 3 scores for 4 answers, the first to rows.jsonl:1"),
         ("return None", "gave None; expected a list with a number an answer"),
         (
+            "return (1 / (text != 'Elbe') for text in completions)",
+            "raised ZeroDivisionError on an answer to rows.jsonl:2: division by zero",
+        ),
+        ("return [10**400, 0, 0, 0]", f"gave {10**400} for an answer to rows.jsonl:1; expected a finite number"),
+        (
             "return [float('nan') if text == 'The Elbe.' else 0 for text in completions]",
             "gave nan for an answer to rows.jsonl:2; expected a finite number",
         ),
@@ -239,6 +280,12 @@ def test_a_function_that_fails_names_the_row(body, message, function, rows):
     with pytest.raises(UserError) as refused:
         scorer.scores(rows)
     assert str(refused.value) == f"ppo.reward: {scorer.source} {message}"
+
+
+def test_a_function_does_not_swallow_the_users_stop(function, rows):
+    scorer = function("from qalign.command import Stopped\ndef score(completions):\n    raise Stopped(2)\n")
+    with pytest.raises(Stopped):
+        scorer.scores(rows)
 
 
 def test_tensors_and_numbers_of_numpy_are_numbers(function, rows):
@@ -300,6 +347,7 @@ def classifier(tmp_path_factory) -> Path:
 
 def test_a_model_of_its_own_scores_as_transformers_does_in_its_own_layout(recipe, classifier, tiny_base, rows):
     (scorer,) = scorers = opened(recipe(str(classifier)))
+    assert load_models(scorers, tiny_base) == scorer.bytes
     attach(scorers, tiny_base, Role.REWARD, MICRO)
     assert tiny_base.adapters == []
     found = scorer.scores(rows)
@@ -320,12 +368,36 @@ def test_a_model_with_several_labels_is_refused(recipe, classifier, tiny_base, t
     folder = shutil.copytree(classifier, tmp_path / "labels")
     LlamaForSequenceClassification(LlamaConfig.from_pretrained(classifier, num_labels=2)).save_pretrained(folder)
     with pytest.raises(UserError, match="has 2 labels; a reward has one"):
-        attach(opened(recipe(str(folder))), tiny_base, Role.REWARD, MICRO)
+        load_models(opened(recipe(str(folder))), tiny_base)
+
+
+def test_a_template_that_refuses_a_prompt_names_it(recipe, classifier, tiny_base, rows):
+    (scorer,) = scorers = opened(recipe(str(classifier)))
+    load_models(scorers, tiny_base)
+    scorer.tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(UserError, match=r"the template of .* refuses rows\.jsonl:1: no such role"):
+        combined(scorers, rows)
+
+
+def test_a_classifier_without_a_pad_token_reads_the_end(recipe, classifier, tiny_base, rows, tmp_path):
+    """Padded with EOS, it would read the token before an EOS that the template puts at the end."""
+    folder = shutil.copytree(classifier, tmp_path / "padless")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    (scorer,) = scorers = opened(recipe(str(folder)))
+    load_models(scorers, tiny_base)
+    assert scorer.tokenizer.pad_token_id != scorer.tokenizer.eos_token_id
+    (other,) = others = opened(recipe(str(classifier)))
+    load_models(others, tiny_base)
+    assert torch.allclose(scorer.scores(rows), other.scores(rows), atol=1e-5)
 
 
 def test_a_model_that_cannot_be_had_is_one_line(recipe, tiny_base):
     with pytest.raises(UserError, match=r"^ppo\.reward: the model 'someone/no-such-model' can't be loaded: "):
-        attach(opened(recipe("someone/no-such-model")), tiny_base, Role.REWARD, MICRO)
+        load_models(opened(recipe("someone/no-such-model")), tiny_base)
 
 
 # --- the roles stay apart --------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Completions of a role: what decoding token by token gives row by row, in batches too; and exact sampling."""
 
+import importlib.util
 import sys
 import types
 from pathlib import Path
@@ -131,6 +132,11 @@ def test_answers_stop_at_the_token_that_ends_them_and_at_the_limit(base, ids):
             assert answer[-1] in ends or len(answer) == 12
 
 
+@pytest.mark.parametrize("answer", [[5, 6, 3], [5, 6, 4], [5, 6]])
+def test_a_reward_model_reads_every_answer_at_its_end_of_turn(answer):
+    assert rollout.with_end_of_turn(answer, (3, 4)) == [5, 6, 3]
+
+
 def test_sampling_leaves_the_model_as_it_was(base, ids):
     base.model.train()
     before = [(module, module.training) for module in base.model.modules()]
@@ -160,8 +166,8 @@ def vllm(monkeypatch):
         def generate(self, prompts, params, *, lora_request, use_tqdm):
             told.update(prompts=prompts, params=params, adapter=lora_request)
             told["files"] = lora_request and sorted(file.name for file in Path(lora_request[2]).iterdir())
-            answer = types.SimpleNamespace(token_ids=(7, 8))
-            return [types.SimpleNamespace(outputs=[answer] * param["n"]) for param in params]
+            answers = (types.SimpleNamespace(token_ids=(7, number)) for number in range(len(params)))
+            return [types.SimpleNamespace(outputs=[answer]) for answer in answers]
 
     module.LLM, module.SamplingParams = LLM, lambda **options: options
     request = types.ModuleType("vllm.lora.request")
@@ -173,23 +179,43 @@ def vllm(monkeypatch):
 
 
 def test_vllm_is_told_the_same(base, ids, vllm):
-    used = rollout.VllmEngine(base, max_tokens=64, rank=4)
+    used = rollout.VllmEngine(base, max_tokens=64)
     found = used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), each=2, seed=10)
-    assert found == [[[7, 8], [7, 8]]] * 4
+    assert found == [[[7, 0], [7, 1]], [[7, 2], [7, 3]], [[7, 4], [7, 5]], [[7, 6], [7, 7]]]
+    assert vllm["options"]["max_lora_rank"] == 8
+    assert vllm["options"]["generation_config"] == "vllm"
     assert vllm["options"]["quantization"] == "bitsandbytes"
     assert vllm["options"]["max_model_len"] == 64
-    assert [prompt["prompt_token_ids"] for prompt in vllm["prompts"]] == ids
-    expected = {"n": 2, "max_tokens": 6, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3, 5]}
+    assert [prompt["prompt_token_ids"] for prompt in vllm["prompts"]] == [x for x in ids for _ in range(2)]
+    expected = {"max_tokens": 6, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3, 5]}
     assert all(params.items() >= expected.items() for params in vllm["params"])
-    assert [params["seed"] for params in vllm["params"]] == [10, 11, 12, 13]
+    seeds = {params["seed"] for params in vllm["params"]}
+    assert len(seeds) == 8
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(vllm["files"])
     first = vllm["adapter"]
     used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), each=2, seed=10)
     assert vllm["adapter"][:2] != first[:2], "a new adapter needs a new name and number, or vLLM keeps the old one"
-    used.generate(base, Role.BASE, ids, Sampling(6, 0.7, (3, 5)), each=2, seed=10)
+    assert seeds == {params["seed"] for params in vllm["params"]}
+    used.generate(base, Role.BASE, ids, Sampling(6, 0.7, (3, 5)), each=2, seed=11)
     assert vllm["adapter"] is None
+    assert not seeds & {params["seed"] for params in vllm["params"]}, "the next iteration's are others"
+
+
+@pytest.mark.parametrize(("rank", "room"), [(8, 8), (24, 32), (64, 64)])
+def test_vllm_makes_room_for_the_adapters_own_rank(tiny_base, vllm, rank, room):
+    tiny_base.add_adapter(Role.POLICY, Lora(r=rank))
+    rollout.VllmEngine(tiny_base, max_tokens=64)
+    assert vllm["options"]["max_lora_rank"] == room
+
+
+def test_vllm_would_answer_for_another_model_unless_the_base_is_in_nf4(base, vllm, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    base.lm = types.SimpleNamespace(device=torch.device("cuda"))
+    base.spec = base.spec.model_copy(update={"quantization": "none"})
+    with pytest.raises(UserError, match=r"model\.quantization is 'none'"):
+        engine("vllm", base, 64)
 
 
 def test_vllm_needs_a_gpu(base):
     with pytest.raises(UserError, match=r"ppo\.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'"):
-        engine("vllm", base, 64, 4)
+        engine("vllm", base, 64)
