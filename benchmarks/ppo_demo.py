@@ -29,8 +29,7 @@ RUNS = "runs/ppo_demo"
 FIRST = [
     f"qalign.sft {RECIPE} output={RUNS}",
     f"qalign.reward {RECIPE} output={RUNS}",
-    f"qalign.reward {RECIPE} output={RUNS}/judge seed=7 "
-    "reward.data=[{path: recipes/data/house_style_train.jsonl, skip: 150}]",
+    f"qalign.reward {RECIPE} output={RUNS}/judge seed=7 reward.data.skip=150",
 ]
 # Nothing need judge short answers: the function is what is wanted.
 KINDS = {
@@ -43,15 +42,9 @@ KINDS = {
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
-def command(line: str) -> list[str]:
-    """The words of a command; a word in brackets is one, spaces included."""
-    head, bracket, tail = line.partition(" reward.data=")
-    return [sys.executable, "-m", *head.split(), *([f"reward.data={tail}"] if bracket else [])]
-
-
 def run(line: str, threads: int) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    subprocess.run(command(line), cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", *line.split()], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
 
 
 def output(kind: str, seed: int) -> str:
@@ -136,7 +129,7 @@ def main() -> None:
     if not args.report:
         for line, folder in zip(FIRST, ("sft", "reward", "judge/reward"), strict=True):
             if not (ROOT / RUNS / folder / "summary.json").is_file():
-                run(f"{line} --overwrite" if "reward.data" not in line else line, torch.get_num_threads())
+                run(f"{line} --overwrite", torch.get_num_threads())
         jobs = [
             f"qalign.ppo {RECIPE} output={output(kind, seed)} seed={seed} {KINDS[kind]} --overwrite"
             for kind in KINDS if args.only in (None, kind) for seed in args.seeds
