@@ -44,7 +44,9 @@ COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 def run(line: str, threads: int) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    subprocess.run([sys.executable, "-m", *line.split()], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, "-m", *line.split()], cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def output(kind: str, seed: int) -> str:
