@@ -27,24 +27,30 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def timed(page, names: list[str], tokens: int) -> tuple[float, list[float]]:
-    """(seconds to the first token of all sides, seconds of each later step). Both sides: all that the page does for a
-    step but sending it; one alone, which the page never shows: the chat behind it."""
+def timed(page, names: list[str], tokens: int, seed: int) -> tuple[float, list[float]]:
+    """(seconds to the first token of all sides, seconds of each later step in which all grew). Both sides: all that the
+    page does for a step but sending it; one alone, which the page never shows: the chat behind it."""
     from qalign.chat import Controls
     from qalign.duel import Duel
     from qalign.page import Wish
     from qalign.widgets import updates
 
-    controls = Controls(temperature=0.7, top_p=0.95, max_new_tokens=tokens, seed=1)
-    times = [time.perf_counter()]
+    controls = Controls(temperature=0.7, top_p=0.95, max_new_tokens=tokens, seed=seed)
+    times, before = [time.perf_counter()], [0] * len(names)
+
+    def grew(counts: list[int]) -> bool:
+        nonlocal before
+        before, last = counts, before
+        return all(now > then for now, then in zip(counts, last, strict=True))
+
     if len(names) == 2:
         for view in page.send(Duel(tuple(names)), Wish(*names, controls=controls), QUESTION, "benchmark"):
             updates(view)
-            if view.busy and all(view.figures):
+            if all(view.figures) and grew([int(words.split()[0]) for words in view.figures]):
                 times.append(time.perf_counter())
     else:
         for replies in page.chat.answer("benchmark", [(names[0], [{"role": "user", "content": QUESTION}])], controls):
-            if replies[0].state == "growing":
+            if grew([len(reply.ids) for reply in replies]):
                 times.append(time.perf_counter())
     gaps = [after - before for before, after in itertools.pairwise(times)]
     return gaps[0], gaps[1:]
@@ -69,10 +75,10 @@ def main() -> None:
     ways = {"base alone": [BASE], "aligned alone": ["aligned"], "both": [BASE, "aligned"]}
     first, steps = ({way: [] for way in ways} for _ in range(2))
     for names in ways.values():
-        timed(page, names, 4)  # what is only slow once
-    for _ in range(args.rounds):
+        timed(page, names, 4, 1)  # what is only slow once
+    for number in range(args.rounds):
         for way, names in ways.items():
-            seconds, later = timed(page, names, args.tokens)
+            seconds, later = timed(page, names, args.tokens, 10 * number)
             first[way].append(seconds)
             steps[way].append(statistics.median(later))
     print(f"{' '.join(['python', *sys.argv])}\n{torch.get_num_threads()} threads, {chat.base.precision}; "

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import sys
+import tarfile
 
 import pytest
 import yaml
@@ -86,3 +87,8 @@ def test_a_notebook_runs_from_top_to_bottom(name, words, environment, monkeypatc
     assert "Traceback" not in said
     for word in words:
         assert word in said, said[-3000:]
+    if name == "dpo_quickstart":
+        with tarfile.open(environment["QALIGN_ARCHIVE"]) as archive:
+            kept = archive.getnames()
+        assert {f"quickstart/dpo/{file}" for file in ("adapter", "recipe.yaml", "summary.json")} <= set(kept)
+        assert not any("checkpoint" in file for file in kept)
