@@ -34,6 +34,7 @@ from qalign.weights import Form, Origin, load_weights, save_tokenizer
 
 # Starts for which PEFT moves part of the base into the adapter: on the plain base they are silently wrong.
 _REBASED = ("pissa", "olora", "corda", "lora_ga")
+HEAD_TAKEN = "{}: the output layer can't have an adapter, log-probs use its frozen weight"
 HEAD = "base_model.model.score.weight"  # in the file of a sequence classifier's adapter
 
 
@@ -157,6 +158,8 @@ class Base:
                 weights.setdefault(HEAD, self.lm.score.weight)  # an SFT adapter has none
             elif HEAD in weights:
                 self._heads[role] = _head_of(weights.pop(HEAD)).requires_grad_(trainable)
+            if any(f".{self._head_name}." in key for key in weights):  # before it is wrapped: that can't be undone
+                raise UserError(HEAD_TAKEN.format(folder))
             self._attach(role, config)
             unused = peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys
         except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the adapter's
@@ -222,9 +225,15 @@ class Base:
         tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in ours]
         return sum(_bytes_of(tensor) for tensor in tensors)
 
+    @cached_property
+    def _head_name(self) -> str | None:
+        """The output layer's name; None of a classifier."""
+        head = self.lm.get_output_embeddings()
+        return next((name for name, module in self.lm.named_modules() if module is head), None)
+
     def _check_head_is_frozen(self, origin: str) -> None:
         if isinstance(self.lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise UserError(f"{origin}: the output layer can't have an adapter, log-probs use its frozen weight")
+            raise UserError(HEAD_TAKEN.format(origin))
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[PreTrainedModel]:

@@ -72,11 +72,12 @@ def named(word: str) -> Contender:
     folder = Path(word).expanduser()
     if not (folder / CONFIG).is_file():
         run = open_run(word, ANSWERING)
-        return _of_run(run, run.adapter, run.path.parent)
+        is_output = folder.resolve() == run.path.parent.resolve()
+        return _of_run(run, run.adapter, run.path.parent if is_output else run.path.resolve().parent)
     if not (folder.parent / "summary.json").is_file():
         return Contender(word, held_within(folder, folder), within=folder)
     run = open_run(str(folder.parent), ANSWERING)
-    return _of_run(run, folder, run.path.parent)
+    return _of_run(run, folder, run.path.resolve().parent)
 
 
 def found_under(runs: Path) -> list[Contender]:

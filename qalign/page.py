@@ -158,7 +158,9 @@ class Page:
         )
 
     def differences(self, duel: Duel, *, wanted: bool) -> str:
-        """The aligned answer's tokens, coloured, as HTML; a word on why not, where there are none."""
+        """The aligned answer's tokens, coloured, as HTML; a word on why not, where there are none. Nothing if the
+        dialogue changes meanwhile."""
+        asked = duel.round
         if not wanted or not duel.replies:
             return ""
         if duel.hides:
@@ -167,9 +169,10 @@ class Page:
         if self.chat.contenders[name].adapter is None:
             return "<p>Both sides are the bare base: there is no difference to show.</p>"
         try:
-            return html(self.chat.differences(duel.replies[duel.aligned]), name, "base")
+            shown = html(self.chat.differences(duel.replies[duel.aligned]), name, "base")
         except Exception as error:
-            return f"<p>{escape(explained(error))}</p>"
+            shown = f"<p>{escape(explained(error))}</p>"
+        return shown if duel.round == asked else ""
 
     def view(self, duel: Duel, replies: list[Reply] | None = None, **more) -> View:
         """What is to be seen of a duel now.

@@ -204,9 +204,10 @@ class PPOTrainer:
         learn to end at once, or never. So its first guesses get the mean of what they guess at, and its spread."""
         if not (copied := value_start(self.scorers)):
             return
-        guesses, tiny = rollout.values[rollout.mask], 1e-6
-        spread = scores.std(correction=0).item() / max(tiny, guesses.std(correction=0).item())
-        factor = math.copysign(max(tiny, spread), copied.weight)
+        guesses = rollout.values[rollout.mask]
+        spreads = [values.std(correction=0).item() for values in (scores, guesses)]
+        known = min(spreads) > 1e-3  # where all are alike, there is no unit to learn from them
+        factor = math.copysign(spreads[0] / spreads[1] if known else 1.0, copied.weight)
         shift = guesses.mean().item() - scores.mean().item() / factor
         self.value_units = shift, factor
         rollout.values = (rollout.values - shift) * factor * rollout.mask

@@ -120,6 +120,15 @@ def test_a_reward_run_that_leads_out_of_the_folder_is_not_used(runs, made, tiny_
     assert named(str(runs / "demo")).reward == found_under(runs)[0].reward == runs / "demo" / "reward" / "adapter"
 
 
+def test_a_run_that_is_a_symlink_can_be_named_itself(runs, tmp_path):
+    (runs / "demo" / "dpo").rename(tmp_path / "dpo")
+    (runs / "demo" / "dpo").symlink_to(tmp_path / "dpo")
+    assert named(str(runs / "demo" / "dpo")).name == "demo/dpo"
+    with pytest.raises(UserError, match="leads out of"):
+        named(str(runs / "demo"))
+    assert found_under(runs) == []
+
+
 def test_a_symlink_that_came_since_is_not_followed_either(runs, made):
     (contender,) = found_under(runs)
     shutil.rmtree(contender.adapter)

@@ -110,6 +110,18 @@ def test_who_clears_an_answer_as_it_grows_sees_nothing_of_it_again(page):
     assert (last.dialogues, last.busy, last.status, last.prompt) == (([], []), False, "", None)
 
 
+def test_who_clears_while_colours_are_computed_sees_none(page, monkeypatch):
+    duel, real = Duel(("base", "a/dpo")), page.chat.differences
+
+    def cleared(reply):
+        page.clear(duel, "me")
+        return real(reply)
+
+    monkeypatch.setattr(page.chat, "differences", cleared)
+    last = send(page, duel, differences=True)[-1]
+    assert (last.dialogues, last.differences) == (([], []), "")
+
+
 @pytest.mark.parametrize("prompt", ["  ", "x" * 30000])
 def test_a_question_that_fails_leaves_the_answers_before_it_to_be_voted_on(page, prompt):
     duel = Duel(("base", "a/dpo"))

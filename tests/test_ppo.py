@@ -377,6 +377,19 @@ def test_a_value_model_copied_from_the_reward_model_begins_in_the_units_of_its_r
     assert torch.allclose(again.values, rollout.values, atol=1e-3 * scores.std().item()), "and it stays in them"
 
 
+def test_first_scores_that_are_all_alike_leave_the_value_model_its_unit(trainer_of, reward_run):
+    trainer = trainer_of(value="adapter", missing_eos_penalty=0.0)
+    recipe = Recipe(model=trainer.base.spec, output="unused", ppo=trainer.settings)
+    scorer = AdapterScorer("ppo.reward", reward_run.adapter, 1.0, recipe)
+    scorer.attach(trainer.base, Role.REWARD, MicroBatch(pairs=1))
+    rollout = trainer.collect(trainer._drawn(), 2, seed=1)
+    trainer.scorers = [scorer]
+    rollout.scores = torch.zeros(8)
+    trainer.advantages(rollout)
+    assert trainer.value_units[1] == 1.0
+    assert rollout.values[rollout.mask].mean().item() == pytest.approx(0, abs=1e-5)
+
+
 def test_a_norm_of_0_clips_nothing(trainer_of):
     found = []
     for norm in (0, 1e9):
