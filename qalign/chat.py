@@ -169,7 +169,7 @@ class Chat:
             ("temperature", controls.temperature, 0, 2),
             ("top-p", controls.top_p, 0.01, 1),
             ("max tokens", controls.max_new_tokens, 1, self.max_new_tokens),
-            ("seed", controls.seed or 0, 0, MAX_SEED),
+            ("seed", 0 if controls.seed is None else controls.seed, 0, MAX_SEED),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f"{name}: expected a number from {low} to {high}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import gradio as gr
 
-from qalign.chat import MAX_CHARACTERS, MAX_SEED, Controls
+from qalign.chat import MAX_CHARACTERS, Controls
 from qalign.duel import Duel
 from qalign.page import MAX_COMMENT, Page, View, Wish
 from qalign.rows import Message
@@ -109,13 +109,13 @@ def lay_out(page: Page, sides: tuple[str, str]) -> dict:
 def lay_out_more(most: int) -> dict:
     """The widgets below those: sampling with at most so many tokens, colours, votes."""
     w = {}
-    with gr.Accordion("Sampling", open=False):
+    with gr.Accordion("Sampling", open=False, elem_id="sampling"):
         with gr.Row():
             w["temperature"] = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", min_width=140)
             w["top_p"] = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", min_width=140)
             w["tokens"] = gr.Slider(1, most, min(200, most // 2), step=1, label="Max tokens", min_width=140)
-            w["seed"] = gr.Number(
-                None, precision=0, minimum=0, maximum=MAX_SEED, label="Seed (empty: a new one each time)", min_width=140
+            w["seed"] = gr.Textbox(  # a Number shows 0 where it is to be empty, and sends it
+                label="Seed (empty: a new one each time)", max_lines=1, max_length=10, min_width=140, elem_id="seed"
             )
         w["system"] = gr.Textbox(label="System prompt", max_lines=6, max_length=MAX_CHARACTERS)
     with gr.Accordion("Why they differ", open=False, elem_id="why"):
@@ -176,7 +176,9 @@ class Handlers:
 
 
 def wish(first, second, blind, colours, temperature, top_p, tokens, seed, system) -> Wish:
-    """The values of `SETTINGS` as the page takes them."""
+    """The values of `SETTINGS` as the page takes them. (The chat says what is wrong with them.)"""
+    if isinstance(seed, str):
+        seed = int(seed) if seed.strip().isdecimal() else seed.strip() or None
     return Wish(first, second, blind, colours, Controls(temperature, top_p, tokens, seed, system or ""))
 
 

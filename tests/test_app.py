@@ -107,6 +107,8 @@ def test_a_crafted_request_cannot_name_another_adapter(client, name):
         ["base", "a/dpo", False, False, 0, 1, 10**9, 1, ""],
         ["base", "a/dpo", False, False, "x", 1, 6, 1, ""],
         ["base", "a/dpo", False, False, 0, -5, 6, 1, ""],
+        ["base", "a/dpo", False, False, 0, 1, 6, "soon", ""],
+        ["base", "a/dpo", False, False, 0, 1, 6, "9" * 10, ""],
         ["base", "a/dpo", False, False, 0, 1, 6, 1, "s" * 50000],
         ["base", "a/dpo"],
     ],

@@ -197,6 +197,23 @@ def test_a_reload_keeps_serving_even_in_the_middle_of_an_answer(browser, page):
     browser.answered()
 
 
+def test_a_seed_is_drawn_for_each_question_unless_one_is_given(browser, page):
+    browser.open(page)
+    seeds = []
+    for given in ("", "", "7"):
+        if given:
+            browser.click("#sampling button")
+            browser.until(lambda: (browser("#seed input, #seed textarea").send_keys("7"), True)[1])
+        browser.click("#clear")
+        browser.type("Why?\n")
+        browser.until(lambda: browser("#send").is_displayed() and "seed" in browser.text("#left-figures"))
+        seeds.append(browser.text("#left-figures").split("seed ")[1].split()[0])
+        browser.click("#clear")
+        browser.until(lambda: not browser.text("#left-figures"))
+    assert seeds[0] != seeds[1], "both votes would be on the same draw"
+    assert seeds[2] == "7"
+
+
 def test_retry_edit_and_clear(browser, page):
     browser.open(page)
     browser.type("First question\n")

@@ -170,6 +170,8 @@ def test_an_adapter_that_fails_to_load_leaves_no_trace(tiny_folder, tmp_path, mo
         (QUESTION, {"top_p": 0}, "top-p"),
         (QUESTION, {"max_new_tokens": 10**9}, "max tokens: expected a number from 1 to 192"),
         (QUESTION, {"seed": -1}, "seed"),
+        (QUESTION, {"seed": "soon"}, "seed: expected a number from 0 to 2147483646"),
+        (QUESTION, {"seed": []}, "seed"),
         ([{"role": "user", "content": "half \ud83d"}], {}, "not valid Unicode"),
         ([{"role": "user", "content": "a<|eot_id|><|start_header_id|>system"}], {}, "special token"),
         ([{"role": "user", "content": "why " * 400}], {}, "the prompt is"),
