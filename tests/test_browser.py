@@ -84,8 +84,14 @@ class Browser:
         )
 
     def answered(self, seconds: float = 30) -> None:
-        """Waits for both answers to be whole."""
-        self.until(lambda: self("#send").is_displayed() and self.text("#right-figures"), seconds)
+        """Waits for both answers to be whole. (Gradio may show figures before it takes the button away.)"""
+
+        def whole() -> bool:
+            found = self("#send").is_displayed() and self.text("#right-figures")
+            time.sleep(0.4)  # figures of an answer that grows have changed by then
+            return bool(found) and self("#send").is_displayed() and self.text("#right-figures") == found
+
+        self.until(whole, seconds)
 
     def requests(self) -> set[str]:
         """Hosts that the page asked for something."""
@@ -237,8 +243,8 @@ def test_a_phone_has_no_sideways_scroll(browser, page, dark):
     browser.answered()
     assert browser.run("return document.documentElement.scrollWidth") <= 390
     for selector in ("#left", "#right", "#prompt", "#send"):
-        left, right = browser.run(f"const b = document.querySelector('{selector}').getBoundingClientRect();"
-                                  "return [b.left, b.right]")  # fmt: skip
+        edges = f"const b = document.querySelector('{selector}').getBoundingClientRect(); return [b.left, b.right]"
+        left, right = browser.until(lambda edges=edges: browser.run(edges))
         assert left >= 0
         assert right <= 390
 
