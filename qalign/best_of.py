@@ -113,16 +113,14 @@ def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list
 
 def _claim(folder: Path, run: RunFolder, settings: dict, *, resume: bool, overwrite: bool) -> None:
     """Makes sure, before anything is loaded, that this run may write here. Deletes nothing yet."""
-    for key, used in run.inputs():
-        if Path(used).resolve().is_relative_to(folder.resolve()):
-            raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
+    run.check_inputs(folder)
     if not folder.exists():
         return
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds files that are no run of best_of's; choose another `output`")
     if not (resume or overwrite):
         raise UserError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
-    if resume and _began_with(folder) | settings != _began_with(folder):
+    if resume and not settings.items() <= _began_with(folder).items():
         raise UserError(f"{folder}: --resume needs the recipe and n it began with; --overwrite starts anew")
 
 

@@ -81,14 +81,13 @@ def lines(forecast, memory: int) -> list[tuple[str, str]]:
 
 def not_counted(forecast) -> list[tuple[str, str]]:
     """What PPO may hold beside the base and its roles; how large it is shows only when it is loaded."""
-    from qalign.places import function_of, reward_adapter
-    from qalign.recipe import REWARD_RUN
+    from qalign.places import is_own_model
+    from qalign.rollout import VLLM_SHARE
 
     if forecast.stage != "ppo":
         return []
-    sources = [s.source for _, s in forecast.settings.sources if s.source != REWARD_RUN and not function_of(s.source)]
-    found = [f"the model {source}" for source in sources if not reward_adapter(source)]
-    found += ["vLLM, 40% of the card"] if forecast.settings.engine == "vllm" else []
+    found = [f"the model {s.source}" for _, s in forecast.settings.sources if is_own_model(s.source)]
+    found += [f"vLLM, {VLLM_SHARE:.0%} of the card"] if forecast.settings.engine == "vllm" else []
     return [("not counted", ", ".join(found))] if found else []
 
 

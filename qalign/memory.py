@@ -29,8 +29,8 @@ from transformers import (
 from qalign.attention import QUERIES
 from qalign.batch import pack
 from qalign.logps import pair_logps
-from qalign.places import reward_adapter
-from qalign.recipe import REWARD_RUN, Model, Recipe
+from qalign.places import function_of, is_own_model
+from qalign.recipe import Model, Recipe
 from qalign.tokens import TokenPair
 
 CUDA_CONTEXT = 700 * 2**20  # the driver's own, and cuBLAS' workspaces; it differs by card and driver
@@ -210,10 +210,9 @@ class Forecast:
         frozen = self.stage in ("dpo", "ppo") and settings.start_from is not None  # a copy for the reference
         trained = each
         if self.stage == "ppo":
-            frozen += sum(  # models of their own are no adapters, and loaded by the time that memory is planned
-                source.source == REWARD_RUN or reward_adapter(source.source) is not None
-                for _, source in settings.sources
-            )
+            sources = [source.source for _, source in settings.sources]
+            # Models of their own are no adapters, and loaded by the time that memory is planned.
+            frozen += sum(not (function_of(source) or is_own_model(source)) for source in sources)
             trained += each if settings.value == "adapter" else 0
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         fixed = {

@@ -52,6 +52,11 @@ def reward_adapter(source: str, beside: Path = Path()) -> Path | None:
     return next(filter(None, found), None)
 
 
+def is_own_model(source: str) -> bool:
+    """Whether a reward is a model of its own: not the recipe's reward run, no function, no adapter."""
+    return source != REWARD_RUN and not function_of(source) and not reward_adapter(source)
+
+
 def package_file(path: str) -> Path:
     """The file of `package:NAME/FILE`, found without importing the package.
 

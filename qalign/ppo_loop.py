@@ -146,16 +146,12 @@ def _save(run: RunFolder, trainer: PPOTrainer, watcher: Watcher) -> None:
     folder = run.checkpoints / f"checkpoint-{trainer.done}"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    state = {"trainer": trainer.state(), "watcher": watcher.state(), "scorers": _identities(trainer, watcher)}
+    identities = [scorer.identity for scorer in (*trainer.scorers, *watcher.judges)]
+    state = {"trainer": trainer.state(), "watcher": watcher.state(), "scorers": identities}
     torch.save(state, folder / STATE)
     mark_whole(folder, run, trainer.tokens_seen)
     for old in sorted(run.checkpoints.glob("checkpoint-*"), key=_number)[:-2]:
         shutil.rmtree(old)
-
-
-def _identities(trainer: PPOTrainer, watcher: Watcher) -> list[str | None]:
-    """Which adapters score, by their hashes, in the recipe's order."""
-    return [scorer.identity for scorer in (*trainer.scorers, *watcher.judges)]
 
 
 def _number(folder: Path) -> int:

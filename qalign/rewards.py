@@ -192,16 +192,15 @@ class FunctionScorer:
     def _call(self, rows: Sequence[Answered]) -> list:
         try:
             found = self.function(**self._arguments(rows))
-            if not isinstance(found, Iterable):
-                raise UserError(f"{self._said} gave {found!r}; expected a list with a number an answer")
-            return list(found)  # a generator runs only here
-        except UserError:
-            raise
+            given = list(found) if isinstance(found, Iterable) else None  # a generator runs only here
         except Exception as error:  # whatever the user's function raises
             for row in rows if len(rows) > 1 else ():
                 self._call([row])  # says which
             where, reason = rows[0].prompt.where, " ".join(str(error).split())
             raise UserError(f"{self._said} raised {type(error).__name__} on an answer to {where}: {reason}") from None
+        if given is None:
+            raise UserError(f"{self._said} gave {found!r}; expected a list with a number an answer")
+        return given
 
     def _arguments(self, rows: Sequence[Answered]) -> dict:
         each = [row for row in rows for _ in row.texts]

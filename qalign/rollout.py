@@ -142,6 +142,9 @@ def _sampled(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
     return drawn.clamp(max=logits.shape[-1] - 1)
 
 
+VLLM_SHARE = 0.4  # of the card, for vLLM's copy of the base and its KV cache
+
+
 class VllmEngine:
     """vLLM on the same GPU: faster rollouts, for a second copy of the base in 4 bits in vLLM's own memory. The role's
     adapter is written out and loaded into it at every call.
@@ -152,7 +155,7 @@ class VllmEngine:
         memory_share: of the GPU, for vLLM's copy and its KV cache.
     """
 
-    def __init__(self, base: Base, max_tokens: int, memory_share: float = 0.4):
+    def __init__(self, base: Base, max_tokens: int, memory_share: float = VLLM_SHARE):
         import vllm
 
         self._calls = 0

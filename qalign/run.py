@@ -100,9 +100,7 @@ class RunFolder:
         kept = self.path / "recipe.yaml"
         if any(place.exists() and not place.is_dir() for place in (self.path, self.path.parent)):
             raise UserError(f"{self.path}: is, or lies in, a file; choose another `output`")
-        for key, used in self.inputs():
-            if Path(used).resolve().is_relative_to(self.path.resolve()):
-                raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
+        self.check_inputs(self.path)
         if not self.path.exists() or BEGINNING.issuperset(file.name for file in self.path.iterdir()):
             return
         if not kept.is_file():
@@ -161,7 +159,17 @@ class RunFolder:
                 f"train it again with python -m qalign.{self.stage} {self.command_line} --overwrite"
             )
 
-    def inputs(self) -> Iterator[tuple[str, str]]:
+    def check_inputs(self, folder: Path) -> None:
+        """Makes sure that nothing that the stage reads lies in a folder that will be written to.
+
+        Raises:
+            UserError: something does.
+        """
+        for key, used in self._inputs():
+            if Path(used).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
+
+    def _inputs(self) -> Iterator[tuple[str, str]]:
         """(key, path) of what the stage reads."""
         yield "model.base", self.recipe.model.base
         if parent := self.parent:
