@@ -4,7 +4,7 @@
     python app.py runs/a/dpo runs/b/ppo         # any two, or `base`
 
 It answers to this computer only, unless --host or --share say otherwise; those ask for --auth. What the page looks like
-is in `qalign/widgets.py`, what it does in `qalign/page.py`, what the models say in `qalign/chat.py`.
+is in `qalign/page/ui.py`, what it does in `qalign/page/actions.py`, what the models say in `qalign/page/chat.py`.
 """
 
 import argparse
@@ -14,12 +14,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from qalign.command import exit_code
-from qalign.contenders import lineup, opponents
+from qalign.cli import exit_code
+from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
-from qalign.guard import Guard, credentials
-from qalign.recipe_file import load as load_recipe
-from qalign.votes import VoteFile
+from qalign.page.models import lineup, opponents
+from qalign.page.security import LocalOnlyMiddleware, credentials
+from qalign.page.votes import VoteFile
 
 WAITING = 24  # requests that may queue for the one model
 
@@ -49,9 +49,9 @@ def serve(args: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 
     # Imported here, not above: torch and Gradio take seconds, and a mistyped folder must not wait for them.
-    from qalign.chat import Chat
-    from qalign.page import Page
-    from qalign.widgets import build
+    from qalign.page.actions import Page
+    from qalign.page.chat import Chat
+    from qalign.page.ui import build
 
     page, sides = None, ("", "")
     if found:
@@ -68,7 +68,7 @@ def launch(blocks, args: argparse.Namespace, auth: tuple[str, str] | None) -> No
     """Serves the page until it is stopped."""
     from starlette.middleware import Middleware
 
-    from qalign.widgets import CSS, theme
+    from qalign.page.ui import CSS, theme
 
     blocks.queue(max_size=WAITING, api_open=False)
     try:
@@ -77,7 +77,7 @@ def launch(blocks, args: argparse.Namespace, auth: tuple[str, str] | None) -> No
             server_port=args.port,
             share=args.share,
             auth=auth,
-            app_kwargs={"middleware": [Middleware(Guard, open_to_others=auth is not None)]},
+            app_kwargs={"middleware": [Middleware(LocalOnlyMiddleware, open_to_others=auth is not None)]},
             theme=theme(),
             css=CSS,
             footer_links=[],

@@ -30,10 +30,10 @@ def arguments() -> argparse.Namespace:
 def timed(page, names: list[str], tokens: int, seed: int) -> tuple[float, list[float]]:
     """(seconds to the first token of all sides, seconds of each later step in which all grew). Both sides: all that the
     page does for a step but sending it; one alone, which the page never shows: the chat behind it."""
-    from qalign.chat import Controls
-    from qalign.duel import Duel
-    from qalign.page import Wish
-    from qalign.widgets import updates
+    from qalign.page.actions import Wish
+    from qalign.page.chat import Controls
+    from qalign.page.session import Session
+    from qalign.page.ui import updates
 
     controls = Controls(temperature=0.7, top_p=0.95, max_new_tokens=tokens, seed=seed)
     times, before = [time.perf_counter()], [0] * len(names)
@@ -44,7 +44,7 @@ def timed(page, names: list[str], tokens: int, seed: int) -> tuple[float, list[f
         return all(now > then for now, then in zip(counts, last, strict=True))
 
     if len(names) == 2:
-        for view in page.send(Duel(tuple(names)), Wish(*names, controls=controls), QUESTION, "benchmark"):
+        for view in page.send(Session(tuple(names)), Wish(*names, controls=controls), QUESTION, "benchmark"):
             updates(view)
             if all(view.figures) and grew([int(words.split()[0]) for words in view.figures]):
                 times.append(time.perf_counter())
@@ -60,15 +60,15 @@ def main() -> None:
     args = arguments()
     import torch
 
-    from qalign.chat import Chat
-    from qalign.contenders import BASE, Contender
-    from qalign.page import Page
-    from qalign.recipe import Model
-    from qalign.run import versions
-    from qalign.votes import VoteFile
+    from qalign.config.recipe import Model
+    from qalign.page.actions import Page
+    from qalign.page.chat import Chat
+    from qalign.page.models import BASE, ModelEntry
+    from qalign.page.votes import VoteFile
+    from qalign.train.run_folder import versions
 
     adapter = Path(args.adapter).resolve()
-    contenders = [Contender(BASE), Contender("aligned", adapter, within=adapter)]
+    contenders = [ModelEntry(BASE), ModelEntry("aligned", adapter, within=adapter)]
     chat = Chat.open(contenders, Model(base=args.base, max_length=512))
     chat.load(BASE, "aligned")
     page = Page(chat, VoteFile("votes.jsonl"))

@@ -57,9 +57,9 @@ def arguments() -> argparse.Namespace:
 
 def token_pairs(base, data: str, args: argparse.Namespace) -> list:
     """The first rows of a file that fit, as many as are wanted."""
-    from qalign.recipe import DPO
-    from qalign.rows import preferences
-    from qalign.tokens import encode_pairs
+    from qalign.config.recipe import DPO
+    from qalign.data.formats import preferences
+    from qalign.data.tokenize import encode_pairs
 
     rows, _ = preferences(DPO.model_validate({"data": data}).data, "train", None, 0)
     pairs, _ = encode_pairs(base.tokenizer, rows[: 4 * args.pairs], args.max_length, {})
@@ -73,8 +73,8 @@ class Side:
         import torch
         from trl import DPOConfig
 
-        from qalign.base import load
-        from qalign.recipe import Model
+        from qalign.config.recipe import Model
+        from qalign.model.base import load
 
         torch.manual_seed(0)
         self.library, _, self.settings = name.partition("-")
@@ -102,14 +102,14 @@ class Side:
         self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
 
     def _qalign(self):
-        from qalign.base import Role
-        from qalign.batch import MicroBatch
-        from qalign.recipe import DPO, Lora
-        from qalign.references import CachedReferences, References
-        from qalign.trainer import PreferenceTrainer
+        from qalign.config.recipe import DPO, Lora
+        from qalign.data.collate import MicroBatch
+        from qalign.model.base import Role
+        from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+        from qalign.train.pair_trainers import PreferenceTrainer
 
         self.base.add_adapter(Role.POLICY, Lora())
-        references = CachedReferences(self.base, None) if self.settings == "best" else References()
+        references = CachedReferenceLogps(self.base, None) if self.settings == "best" else ReferenceLogps()
         unused = token_pairs(self.base, DATA[0], argparse.Namespace(pairs=1, batch=1, max_length=2048))
         settings = DPO.model_validate({"data": DATA[0]})
         return PreferenceTrainer(self.base, settings, references, self.config, MicroBatch(pairs=1000), unused)
@@ -119,7 +119,7 @@ class Side:
         from peft import LoraConfig
         from trl import DPOTrainer
 
-        from qalign.recipe import Lora
+        from qalign.config.recipe import Lora
 
         lora = Lora()
         peft_config = LoraConfig(r=lora.r, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM")
@@ -203,7 +203,7 @@ def floor_seconds(base, pairs: list, clock) -> tuple[float, float]:
     """
     import torch
 
-    from qalign.batch import pack
+    from qalign.data.collate import pack
 
     config, batch = base.lm.config.get_text_config(), pack(pairs)
     linear = sum(
@@ -320,7 +320,7 @@ def main() -> None:
         print(json.dumps(peak_over_base(args)))
         return
 
-    from qalign.run import versions
+    from qalign.train.run_folder import versions
 
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{args.threads} CPU thread(s)"
     print(f"{' '.join(['python', *sys.argv])}\n{where}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))

@@ -81,7 +81,7 @@ def measure(side, steps: list, deadline: float, found: dict) -> dict:
     import torch
 
     from benchmarks.gpu_sides import useful_tokens
-    from qalign.journal import peak_bytes
+    from qalign.train.callbacks import peak_bytes
 
     steps = steps[:WARM_UP] + side.arranged(steps[WARM_UP:])
 
@@ -249,7 +249,7 @@ def table(runs: list[dict], card: float, source: str) -> list[str]:
 
 def document(args: argparse.Namespace, runs: list[dict]) -> str:
     """All of it as Markdown."""
-    from qalign.run import versions
+    from qalign.train.run_folder import versions
 
     device = next((run["device"] for run in runs if "device" in run), "nothing ran")
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())

@@ -17,15 +17,16 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.gpu_sides import TINY, as_base, fixture_tokenizer, random_lm, random_pair
-from qalign import attention, dpo
-from qalign.base import Role
-from qalign.batch import pack, pad
-from qalign.layout import Layout
-from qalign.logps import pair_logps
-from qalign.recipe import Lora
-from qalign.recipe_file import load
-from qalign.run import RunFolder
-from qalign.weights import device
+from qalign import dpo
+from qalign.config.load import load
+from qalign.config.recipe import Lora
+from qalign.data.collate import pack, pad
+from qalign.data.packing import Layout
+from qalign.model import attention
+from qalign.model.base import Role
+from qalign.model.loading import device
+from qalign.model.logps import pair_logps
+from qalign.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
 CUDA = torch.cuda.is_available()

@@ -15,16 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.quantizers import AutoHfQuantizer
 from trl import DPOConfig, DPOTrainer
 
-from qalign.base import Base, Role
-from qalign.batch import MicroBatch
-from qalign.memory import BUSY_TOKENS
-from qalign.places import package_file
-from qalign.recipe import DPO, Lora, Model
-from qalign.references import CachedReferences, References
-from qalign.rows import preferences
-from qalign.tokens import TokenPair, encode_pairs, prepare_tokenizer
-from qalign.trainer import PreferenceTrainer
-from qalign.weights import Origin, compute_dtype, device, guard_4bit
+from qalign.config.paths import package_file
+from qalign.config.recipe import DPO, Lora, Model
+from qalign.data.collate import MicroBatch
+from qalign.data.formats import preferences
+from qalign.data.tokenize import TokenPair, encode_pairs, prepare_tokenizer
+from qalign.model.base import Base, Role
+from qalign.model.loading import Origin, compute_dtype, device, guard_4bit
+from qalign.model.memory import BUSY_TOKENS
+from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+from qalign.train.pair_trainers import PreferenceTrainer
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
 SHAPES = {
@@ -209,7 +209,7 @@ class Qalign(Side):
         settings = DPO.model_validate({"data": "random.jsonl", "beta": BETA})
         args = dpo_config(self.batch, self.dtype, remove_unused_columns=False)
         unused = [random_pair((1, 1, 1), 20, "unused")]
-        return PreferenceTrainer(base, settings, References(), args, MicroBatch(pairs=1), unused)
+        return PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatch(pairs=1), unused)
 
     def begin(self, micro):
         super().begin(micro)
@@ -218,7 +218,7 @@ class Qalign(Side):
             MicroBatch(pairs=1) if alone else MicroBatch(tokens=round(micro * BUSY_TOKENS[self.base.lm.device.type]))
         )
         cached = self.name == "qalign-cached"
-        self.trainer.references = CachedReferences(self.base, None) if cached else References()
+        self.trainer.references = CachedReferenceLogps(self.base, None) if cached else ReferenceLogps()
 
     @property
     def at_once(self) -> str:

@@ -28,7 +28,7 @@ def arguments() -> argparse.Namespace:
 
 
 def rows_of(stage: str, tokens: int, count: int) -> list:
-    from qalign.tokens import TokenDialogue, TokenPair
+    from qalign.data.tokenize import TokenDialogue, TokenPair
 
     ids = lambda number: [random.randrange(100, 1000) for _ in range(number)]  # noqa: E731
     if stage == "sft":
@@ -42,10 +42,10 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
     import torch
     import trl
 
-    from qalign.batch import MicroBatch
-    from qalign.references import References
-    from qalign.supervised import SupervisedTrainer
-    from qalign.trainer import PreferenceTrainer, RewardModelTrainer
+    from qalign.data.collate import MicroBatch
+    from qalign.model.reference import ReferenceLogps
+    from qalign.train.pair_trainers import PreferenceTrainer, RewardModelTrainer
+    from qalign.train.sft_trainer import SupervisedTrainer
 
     config = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[stage]
     args = config(
@@ -64,15 +64,15 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
     micro = MicroBatch(pairs=len(rows))
     if stage == "reward":
         return RewardModelTrainer(base, recipe.reward, args, micro, rows)
-    return PreferenceTrainer(base, recipe.dpo, References(), args, micro, rows)
+    return PreferenceTrainer(base, recipe.dpo, ReferenceLogps(), args, micro, rows)
 
 
 def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -> int:
     """Bytes over the base and its adapters at the peak of a step."""
     import torch
 
-    from qalign.base import Role, load, load_classifier
-    from qalign.memory import LiveBytes
+    from qalign.model.base import Role, load, load_classifier
+    from qalign.model.memory import LiveBytes
 
     base = load_classifier(recipe.model) if stage == "reward" else load(recipe.model)
     base.add_adapter(Role.REWARD if stage == "reward" else Role.POLICY, recipe.lora)
@@ -99,10 +99,10 @@ def main() -> None:
     import torch
     from transformers import AutoConfig
 
-    from qalign.memory import Forecast
-    from qalign.recipe import Recipe
-    from qalign.run import versions
-    from qalign.weights import compute_dtype, device, load_weights
+    from qalign.config.recipe import Recipe
+    from qalign.model.loading import compute_dtype, device, load_weights
+    from qalign.model.memory import Forecast
+    from qalign.train.run_folder import versions
 
     sections = {stage: {"data": "unused"} for stage in args.stages}
     recipe = Recipe.model_validate(

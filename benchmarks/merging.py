@@ -16,14 +16,14 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qalign.base import Role, load
-from qalign.dialogues import dialogues
-from qalign.finished import open_run
+from qalign.config.recipe import Source
+from qalign.data.dialogues import dialogues
+from qalign.data.tokenize import IGNORED, encode_dialogues
 from qalign.merge import merge
-from qalign.recipe import Source
-from qalign.run import versions
-from qalign.tokens import IGNORED, encode_dialogues
-from qalign.weights import guard_4bit
+from qalign.model.base import Role, load
+from qalign.model.loading import guard_4bit
+from qalign.train.finished import open_run
+from qalign.train.run_folder import versions
 
 
 @torch.no_grad()

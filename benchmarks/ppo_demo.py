@@ -22,7 +22,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from qalign.run import versions  # noqa: E402
+from qalign.train.run_folder import versions  # noqa: E402
 
 RECIPE = "recipes/smollm2_demo.yaml"
 RUNS = "runs/ppo_demo"

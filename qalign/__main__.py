@@ -12,12 +12,11 @@ import signal
 import subprocess
 import sys
 
-from qalign.command import exit_code
+from qalign.cli import exit_code, stage_parser
+from qalign.config.load import load
+from qalign.config.recipe import STAGES
 from qalign.errors import UserError
-from qalign.recipe import STAGES
-from qalign.recipe_file import load
-from qalign.run import RunFolder, print_table
-from qalign.stage import stage_parser
+from qalign.train.run_folder import RunFolder, print_table
 
 
 def run_all(path: str, overrides: list[str], flags: list[str]) -> None:

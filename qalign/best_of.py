@@ -22,14 +22,13 @@ from dataclasses import asdict
 from math import comb
 from pathlib import Path
 
-from qalign import ppo_report
-from qalign.command import exit_code
+from qalign.cli import exit_code, stage_parser
+from qalign.config.load import load
+from qalign.config.recipe import Recipe
 from qalign.errors import UserError
-from qalign.recipe import Recipe
-from qalign.recipe_file import load
-from qalign.run import RunFolder, print_table
-from qalign.stage import stage_parser
-from qalign.watch import best_of_n_kl
+from qalign.reports import ppo_report
+from qalign.reports.alarms import best_of_n_kl
+from qalign.train.run_folder import RunFolder, print_table
 
 PICKS, PAIRS, SUMMARY, SETTINGS = "picks.jsonl", "pairs.jsonl", "summary.json", "recipe.json"
 ANSWERS_AT_ONCE = 64
@@ -37,7 +36,7 @@ ANSWERS_AT_ONCE = 64
 
 def best_of(recipe: Recipe, n: int, typed: str, *, resume: bool, overwrite: bool) -> None:
     """Sample n answers to each prompt of a recipe's ppo section and keep the best, as data to train on."""
-    from qalign.intake import read_prompts
+    from qalign.train.dataset import read_prompts
 
     run = RunFolder(recipe, "ppo", typed)
     folder = run.path.parent / "best_of"
@@ -48,8 +47,8 @@ def best_of(recipe: Recipe, n: int, typed: str, *, resume: bool, overwrite: bool
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from tqdm.auto import tqdm
 
-    from qalign.lineage import adapter_hash
-    from qalign.rewards import combined, open_scorers
+    from qalign.model.lineage import adapter_hash
+    from qalign.rl.rewards import combined, open_scorers
 
     scorers, judges = (open_scorers(recipe, key, run) for key in ("reward", "judge"))
     sample, encode = _sampler(recipe, run, n, scorers, judges)
@@ -74,14 +73,14 @@ def best_of(recipe: Recipe, n: int, typed: str, *, resume: bool, overwrite: bool
 
 def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list):
     """(from prompts and the number of their part to answered rows, from rows as read to prompts as ids)."""
-    from qalign import lineage
-    from qalign.base import Role
-    from qalign.base import load as load_base
-    from qalign.batch import MicroBatch
-    from qalign.intake import encode_prompts
-    from qalign.rewards import answered, attach, load_models
-    from qalign.rollout import Sampling, end_ids, engine
-    from qalign.weights import check_reach
+    from qalign.data.collate import MicroBatch
+    from qalign.model import lineage
+    from qalign.model.base import Role
+    from qalign.model.base import load as load_base
+    from qalign.model.generation import Sampling, end_ids, engine
+    from qalign.model.loading import check_reach
+    from qalign.rl.rewards import answered, attach, load_models
+    from qalign.train.dataset import encode_prompts
 
     settings, model, parent = recipe.ppo, recipe.model, run.parent
     check_reach(model)

@@ -7,9 +7,9 @@ base with that adapter off, or with a frozen copy of the adapter that the policy
 one copy of the weights serves both.
 """
 
-from qalign.recipe import REFERENCE_FREE, Recipe
-from qalign.run import RunFolder
-from qalign.stage import stage_command
+from qalign.cli import stage_command
+from qalign.config.recipe import REFERENCE_FREE, Recipe
+from qalign.train.run_folder import RunFolder
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
@@ -17,15 +17,15 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from transformers import set_seed
 
-    from qalign import lineage
-    from qalign.base import Role, load
-    from qalign.intake import read_rows
-    from qalign.journal import Journal
-    from qalign.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
-    from qalign.references import CachedReferences, References
-    from qalign.rows import preferences
-    from qalign.tokens import encode_pairs
-    from qalign.trainer import PreferenceTrainer
+    from qalign.data.formats import preferences
+    from qalign.data.tokenize import encode_pairs
+    from qalign.model import lineage
+    from qalign.model.base import Role, load
+    from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+    from qalign.train.callbacks import Journal
+    from qalign.train.dataset import read_rows
+    from qalign.train.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
+    from qalign.train.pair_trainers import PreferenceTrainer
 
     settings, parent = recipe.dpo, run.parent
     base = load(recipe.model)
@@ -40,9 +40,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     else:
         base.add_adapter(Role.POLICY, recipe.lora)
     if settings.loss in REFERENCE_FREE:
-        references, reference = References(), "none: this loss needs no reference"
+        references, reference = ReferenceLogps(), "none: this loss needs no reference"
     else:
-        references = CachedReferences(base, parent) if settings.reference == "cached" else References()
+        references = CachedReferenceLogps(base, parent) if settings.reference == "cached" else ReferenceLogps()
         reference = base.reference
 
     planned = plan(run, base, max(map(base.tokens_taken, pairs)))

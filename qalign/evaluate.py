@@ -11,10 +11,10 @@ import sys
 from math import sqrt
 from textwrap import indent, wrap
 
+from qalign.cli import report_command
+from qalign.config.recipe import Recipe
 from qalign.errors import UserError
-from qalign.recipe import Recipe
-from qalign.run import RunFolder, print_table
-from qalign.stage import report_command
+from qalign.train.run_folder import RunFolder, print_table
 
 SIDE_BY_SIDE = 3
 SHOWN_REFUSALS = 5
@@ -34,11 +34,11 @@ def report(recipe: Recipe) -> None:
     _check_trained_so(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
-    from qalign import lineage
-    from qalign.base import Role, load
-    from qalign.rollout import complete
-    from qalign.rows import preferences
-    from qalign.tokens import encode_pairs
+    from qalign.data.formats import preferences
+    from qalign.data.tokenize import encode_pairs
+    from qalign.model import lineage
+    from qalign.model.base import Role, load
+    from qalign.model.generation import complete
 
     base = load(model)
     rows, unread = preferences(settings.eval_data, settings.split, None, recipe.seed)
@@ -107,9 +107,9 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
     import torch
     from tqdm.auto import tqdm
 
-    from qalign.base import Role
-    from qalign.logps import pair_logps
     from qalign.losses import margin, rewards
+    from qalign.model.base import Role
+    from qalign.model.logps import pair_logps
 
     roles = [Role.BASE, Role.REFERENCE, Role.POLICY]
     if Role.REFERENCE not in base.model.peft_config:  # the bare base is the reference
@@ -140,7 +140,7 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
 
 
 def _batches(base, pairs: list) -> list[list]:
-    from qalign.batch import MicroBatch
+    from qalign.data.collate import MicroBatch
 
     order = sorted(pairs, key=len)  # neighbours of like length
     chunks = [order[start : start + 32] for start in range(0, len(order), 32)]

@@ -3,19 +3,18 @@
     python -m qalign.fit RECIPE [key=value …] [--memory 12GB]
 
 The base's config is enough: the training step runs on tensors without content, and what would be alive is counted
-(`qalign.memory`). The longest row that the recipe allows is assumed: `model.max_length`, or for a pair two of it.
+(`qalign.model.memory`). The longest row that the recipe allows is assumed: `model.max_length`, or for a pair two of it.
 """
 
 import re
 import sys
 
-from qalign.command import exit_code
+from qalign.cli import exit_code, recipe_parser
+from qalign.config.load import load
+from qalign.config.recipe import Recipe
 from qalign.errors import UserError
 from qalign.evaluate import SIDE_BY_SIDE
-from qalign.recipe import Recipe
-from qalign.recipe_file import load
-from qalign.run import print_table
-from qalign.stage import recipe_parser
+from qalign.train.run_folder import print_table
 
 SHADES = "█▓▒░▚▞▖"
 WIDTH = 60
@@ -30,8 +29,8 @@ def report(recipe: Recipe, given: str | None) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     import torch
 
-    from qalign.memory import USABLE, Forecast, kv_cache_bytes, usable_memory
-    from qalign.weights import DTYPES, compute_dtype, device, load_config
+    from qalign.model.loading import DTYPES, compute_dtype, device, load_config
+    from qalign.model.memory import USABLE, Forecast, kv_cache_bytes, usable_memory
 
     spec, here = recipe.model, device().type
     where = here if memory is None else "cuda"
@@ -53,8 +52,8 @@ def report(recipe: Recipe, given: str | None) -> None:
 
 def lines(forecast, memory: int) -> list[tuple[str, str]]:
     """A stage's table: its parts, their sum as a bar, and what fits."""
-    from qalign.loop import rows_at_once
-    from qalign.memory import longest_row, max_length_of
+    from qalign.model.memory import longest_row, max_length_of
+    from qalign.train.loop import rows_at_once
 
     size = rows_at_once(forecast.settings)
     rows = 1 if size == "auto" else size
@@ -81,8 +80,8 @@ def lines(forecast, memory: int) -> list[tuple[str, str]]:
 
 def not_counted(forecast) -> list[tuple[str, str]]:
     """What PPO may hold beside the base and its roles; how large it is shows only when it is loaded."""
-    from qalign.places import is_own_model
-    from qalign.rollout import VLLM_SHARE
+    from qalign.config.paths import is_own_model
+    from qalign.model.generation import VLLM_SHARE
 
     if forecast.stage != "ppo":
         return []
@@ -99,7 +98,7 @@ def table(parts: dict[str, int], memory: int) -> list[tuple[str, str]]:
 
 def advice(forecast, memory: int, rows: int) -> str:
     """The one setting to change when the longest row doesn't fit."""
-    from qalign.memory import longest_row, max_length_of
+    from qalign.model.memory import longest_row, max_length_of
 
     recipe = forecast.recipe
     limit = max_length_of(recipe, forecast.stage, forecast.largest(memory, forecast.layers))

@@ -10,10 +10,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from qalign.command import exit_code
+from qalign.cli import exit_code
 from qalign.errors import UserError
-from qalign.finished import open_run
-from qalign.run import RunFolder, print_table
+from qalign.train.finished import open_run
+from qalign.train.run_folder import RunFolder, print_table
 
 WORDS = {
     "dequantized": "the dequantised base, the very model that was trained",
@@ -38,10 +38,10 @@ def merge(folder: str, onto: str, to: str | None) -> None:
     import torch
     from transformers import AutoConfig
 
-    from qalign import lineage
-    from qalign.base import Role, load, load_classifier
-    from qalign.tokens import end_of_turn_id
-    from qalign.weights import save_tokenizer, written_aside
+    from qalign.data.tokenize import end_of_turn_id
+    from qalign.model import lineage
+    from qalign.model.base import Role, load, load_classifier
+    from qalign.model.loading import save_tokenizer, written_aside
 
     spec = run.recipe.model
     if trained := lineage.read(run.adapter):  # `auto` may mean another dtype here than where it was trained

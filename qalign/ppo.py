@@ -3,19 +3,19 @@
     python -m qalign.ppo RECIPE [key=value …] [--resume | --overwrite]
 
 Policy, reference, reward model and value model are adapters and heads on one 4-bit base. The loop itself is
-`qalign.ppo_trainer`: collect, score, advantages, update. The reward is a stand-in for what is wanted, and the policy is
-paid for its faults, so held-out prompts are looked at all along (`qalign.looks`). Each detail and its source:
+`qalign.rl.ppo_trainer`: collect, score, advantages, update. The reward is a stand-in for what is wanted, and the policy is
+paid for its faults, so held-out prompts are looked at all along (`qalign.rl.monitor`). Each detail and its source:
 docs/ppo.md.
 """
 
-from qalign.recipe import Recipe
-from qalign.run import RunFolder
-from qalign.stage import stage_command
+from qalign.cli import stage_command
+from qalign.config.recipe import Recipe
+from qalign.train.run_folder import RunFolder
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Teach a policy to earn a reward, held to its reference by KL, and save the adapter."""
-    from qalign.intake import encode_prompts, read_prompts
+    from qalign.train.dataset import encode_prompts, read_prompts
 
     settings, parent = recipe.ppo, run.parent
     found = read_prompts(run)
@@ -23,16 +23,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from transformers import set_seed
 
-    from qalign import lineage
-    from qalign.base import Role, load
-    from qalign.looks import Watcher
-    from qalign.loop import micro_batch, plan
-    from qalign.memory import longest_row
-    from qalign.ppo_loop import iterations_of, print_header, train_to_the_end
-    from qalign.ppo_trainer import PPOTrainer
-    from qalign.rewards import attach, load_models, open_scorers, value_start
-    from qalign.rollout import Sampling, end_ids, engine
-    from qalign.weights import check_reach
+    from qalign.model import lineage
+    from qalign.model.base import Role, load
+    from qalign.model.generation import Sampling, end_ids, engine
+    from qalign.model.loading import check_reach
+    from qalign.model.memory import longest_row
+    from qalign.rl.monitor import Monitor
+    from qalign.rl.ppo_loop import iterations_of, print_header, train_to_the_end
+    from qalign.rl.ppo_trainer import PPOTrainer
+    from qalign.rl.rewards import attach, load_models, open_scorers, value_start
+    from qalign.train.loop import micro_batch, plan
 
     check_reach(recipe.model)
     scorers, judges = (open_scorers(recipe, key, run) for key in ("reward", "judge"))
@@ -76,7 +76,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         iterations_of(settings, len(questions)),
         recipe.seed,
     )
-    watcher = Watcher(run, trainer, held_out, judges, origin)
+    watcher = Monitor(run, trainer, held_out, judges, origin)
     print_header(run, trainer, judges, f"{micro}{planned}", checkpoint, rows)
     facts = train_to_the_end(run, trainer, watcher, checkpoint)
     base.save_adapter(Role.POLICY, run.adapter)

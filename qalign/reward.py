@@ -6,9 +6,9 @@ The model is a LoRA adapter on the 4-bit base and a linear head in float32, read
 end of the answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whether to trust it.
 """
 
-from qalign.recipe import Recipe
-from qalign.run import RunFolder, print_table
-from qalign.stage import stage_command
+from qalign.cli import stage_command
+from qalign.config.recipe import Recipe
+from qalign.train.run_folder import RunFolder, print_table
 
 LOADING = """\
 from peft import AutoPeftModelForSequenceClassification
@@ -22,14 +22,15 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from transformers import set_seed
 
-    from qalign import lineage, reward_report
-    from qalign.base import Role, load_classifier
-    from qalign.intake import read_rows
-    from qalign.journal import Journal
-    from qalign.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
-    from qalign.rows import preferences, scored_preferences
-    from qalign.tokens import encode_pairs
-    from qalign.trainer import RewardModelTrainer
+    from qalign.data.formats import preferences, scored_preferences
+    from qalign.data.tokenize import encode_pairs
+    from qalign.model import lineage
+    from qalign.model.base import Role, load_classifier
+    from qalign.reports import reward_report
+    from qalign.train.callbacks import Journal
+    from qalign.train.dataset import read_rows
+    from qalign.train.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
+    from qalign.train.pair_trainers import RewardModelTrainer
 
     settings, parent = recipe.reward, run.parent
     set_seed(recipe.seed)  # the head is drawn while loading
@@ -83,8 +84,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
 def score_pairs(base, pairs: list) -> list:
     """The reward model's scores of `list[TokenPair]`, as `list[ScoredPair]` in the same order."""
-    from qalign.reward_report import ScoredPair
-    from qalign.scoring import score_sequences
+    from qalign.model.scoring import score_sequences
+    from qalign.reports.reward_report import ScoredPair
 
     scores = score_sequences(base, [p.prompt_ids + ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)])
     return [

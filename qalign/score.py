@@ -12,14 +12,14 @@ import json
 import sys
 from pathlib import Path
 
-from qalign.command import exit_code
-from qalign.dialogues import Dialogue, scorable
+from qalign.cli import exit_code
+from qalign.config.paths import DATA_SUFFIXES
+from qalign.config.recipe import Source
+from qalign.data.dialogues import Dialogue, scorable
+from qalign.data.formats import Preference, Refused, collect
+from qalign.data.readers import BadRow
 from qalign.errors import UserError
-from qalign.files import BadRow
-from qalign.finished import open_run
-from qalign.places import DATA_SUFFIXES
-from qalign.recipe import Source
-from qalign.rows import Preference, Refused, collect
+from qalign.train.finished import open_run
 
 SHOWN_REFUSALS = 5
 
@@ -38,10 +38,10 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     read, refused = collect((Source(path=file),), "train", limit, 0, lambda raw, where: _read(raw, where, column))
 
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
-    from qalign import lineage
-    from qalign.base import Role, load
-    from qalign.scoring import score_sequences
-    from qalign.tokens import encode_answer, encode_pair
+    from qalign.data.tokenize import encode_answer, encode_pair
+    from qalign.model import lineage
+    from qalign.model.base import Role, load
+    from qalign.model.scoring import score_sequences
 
     model = run.recipe.model
     base = load(model)

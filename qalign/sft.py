@@ -6,10 +6,10 @@ TRL's `SFTTrainer` runs it, on ids that qalign made: supervised are the assistan
 turn, whether or not the chat template marks them. Where this departs from TRL: adapters stay float32 on a 4-bit base.
 """
 
+from qalign.cli import stage_command
+from qalign.config.recipe import Recipe
 from qalign.errors import UserError
-from qalign.recipe import Recipe
-from qalign.run import RunFolder
-from qalign.stage import stage_command
+from qalign.train.run_folder import RunFolder
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
@@ -17,14 +17,14 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from transformers import set_seed
 
-    from qalign import lineage
-    from qalign.base import Role, load
-    from qalign.dialogues import dialogues
-    from qalign.intake import read_rows
-    from qalign.journal import Journal
-    from qalign.loop import Checkpointed, micro_batch_size, plan, print_header, train_to_the_end, training_config
-    from qalign.supervised import SupervisedTrainer
-    from qalign.tokens import IGNORED, encode_dialogues
+    from qalign.data.dialogues import dialogues
+    from qalign.data.tokenize import IGNORED, encode_dialogues
+    from qalign.model import lineage
+    from qalign.model.base import Role, load
+    from qalign.train.callbacks import Journal
+    from qalign.train.dataset import read_rows
+    from qalign.train.loop import Checkpointed, micro_batch_size, plan, print_header, train_to_the_end, training_config
+    from qalign.train.sft_trainer import SupervisedTrainer
 
     settings, parent = recipe.sft, run.parent
     base = load(recipe.model)

@@ -14,11 +14,11 @@ from urllib.request import urlopen
 
 import yaml
 
-from qalign.base import Base, Role, load
-from qalign.lineage import write
-from qalign.recipe import Lora
-from qalign.recipe_file import dump
-from qalign.recipe_file import load as load_recipe
+from qalign.config.load import dump
+from qalign.config.load import load as load_recipe
+from qalign.config.recipe import Lora
+from qalign.model.base import Base, Role, load
+from qalign.model.lineage import write
 from tests.conftest import ROOT
 from tests.helpers import TEST, scramble
 from tests.reward_runs import run_stage, write_recipe

@@ -52,8 +52,8 @@ def tiny_folder(tmp_path_factory) -> str:
 @pytest.fixture
 def tiny_base(tiny_folder):
     """A fresh NF4 base of the tiny model in float32, no adapter yet."""
-    from qalign.base import load
-    from qalign.recipe import Model
+    from qalign.config.recipe import Model
+    from qalign.model.base import load
 
     return load(Model(base=tiny_folder, compute_dtype="float32", max_length=256))
 

@@ -4,7 +4,7 @@ padding, no packing, full logits, eager attention. Nothing of qalign's is in tha
 import torch
 import transformers as tf
 
-from qalign.tokens import TokenPair
+from qalign.data.tokenize import TokenPair
 
 VOCABULARY = 64
 

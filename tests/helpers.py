@@ -7,12 +7,12 @@ import torch
 from trl import DPOConfig
 
 from qalign import dpo
-from qalign.base import Role
-from qalign.recipe import Recipe, Source
-from qalign.recipe_file import load
-from qalign.rows import preferences
-from qalign.run import RunFolder
-from qalign.tokens import encode_pairs
+from qalign.config.load import load
+from qalign.config.recipe import Recipe, Source
+from qalign.data.formats import preferences
+from qalign.data.tokenize import encode_pairs
+from qalign.model.base import Role
+from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
 
 TRAIN, TEST = (str(ROOT / "recipes" / "data" / f"house_style_{split}.jsonl") for split in ("train", "test"))

@@ -11,10 +11,10 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
-from qalign.base import Base, Role
-from qalign.recipe_file import load
-from qalign.run import RunFolder
-from qalign.weights import guard_4bit
+from qalign.config.load import load
+from qalign.model.base import Base, Role
+from qalign.model.loading import guard_4bit
+from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
 
 DATA = ROOT / "recipes" / "data"

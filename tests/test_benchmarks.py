@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from qalign.tokens import TokenPair
+from qalign.data.tokenize import TokenPair
 from tests.conftest import ROOT
 
 

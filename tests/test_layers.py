@@ -1,155 +1,49 @@
-"""Imports go one way: a module may import only what stands before it in this list, and stages never each other."""
+"""Imports go one way: a folder may import only what stands before it, and stages never each other."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 import qalign
 
-LAYERS = [
-    (
-        "ground",
-        [
-            "errors",
-            "recipe",
-            "places",
-            "trainer_keys",
-            "recipe_file",
-            "lineage",
-            "losses",
-            "reward_report",
-            "watch",
-            "ppo_report",
-            "command",
-        ],
-    ),
-    ("data", ["files", "rows", "votes", "dialogues", "prompts", "tokens", "layout", "batch"]),
-    (
-        "model",
-        [
-            "attention",
-            "heads",
-            "logps",
-            "memory",
-            "weights",
-            "starts",
-            "base",
-            "references",
-            "rollout",
-            "streams",
-            "scoring",
-        ],
-    ),
-    (
-        "run",
-        [
-            "run",
-            "stage",
-            "finished",
-            "intake",
-            "journal",
-            "loop",
-            "supervised",
-            "trainer",
-            "rewards",
-            "experience",
-            "ppo_setup",
-            "ppo_trainer",
-            "looks",
-            "ppo_loop",
-        ],
-    ),
-    ("stage", ["sft", "reward", "dpo", "ppo"]),
-    (
-        "top",
-        [
-            "evaluate",
-            "fit",
-            "score",
-            "best_of",
-            "merge",
-            "__main__",
-            "contenders",
-            "worker",
-            "shades",
-            "duel",
-            "guard",
-            "chat",
-            "page",
-            "widgets",
-        ],
-    ),
-]
-LIGHT = [
-    *(
-        "errors",
-        "recipe",
-        "places",
-        "trainer_keys",
-        "recipe_file",
-        "lineage",
-        "command",
-        "files",
-        "rows",
-        "votes",
-        "dialogues",
-        "prompts",
-    ),
-    *(
-        "run",
-        "stage",
-        "finished",
-        "intake",
-        "sft",
-        "reward",
-        "dpo",
-        "ppo",
-        "fit",
-        "evaluate",
-        "score",
-        "merge",
-        "__main__",
-        "contenders",
-        "worker",
-        "shades",
-        "duel",
-        "guard",
-    ),
-]
+FLOORS = ["errors", "losses", "config", "data", "model", "train", "reports", "rl", "cli"]
+STAGES = {"sft", "reward", "dpo", "ppo"}
+LIGHT = ["config", "data.readers", "data.formats", "model.lineage", "train.run_folder", "cli", *sorted(STAGES), "__main__"]
+LIGHT += ["evaluate", "fit", "score", "merge", "best_of", "page.models", "page.session", "page.votes", "page.security"]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
 PACKAGE = Path(qalign.__file__).parent
 
 
-def imported(module: str, *, nested: bool) -> set[str]:
-    """Dotted names that a module imports; those inside functions too if `nested`."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    names = set()
-    for node in ast.walk(tree) if nested else tree.body:
-        if isinstance(node, ast.ImportFrom) and node.module:
-            names.add(node.module)
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} if node.module == "qalign" else set()
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return names
+def imports() -> dict[str, set[str]]:
+    """What each module of qalign imports of qalign, imports inside functions included, as dotted names without it."""
+    found = {}
+    for file in PACKAGE.rglob("*.py"):
+        name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
+        found[name] = set()
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "qalign":
+                module = node.module.removeprefix("qalign").lstrip(".")
+                found[name] |= {module} if module else {alias.name for alias in node.names} - {"__version__"}
+    return found
 
 
-def test_every_module_has_a_layer():
-    listed = {module for _, row in LAYERS for module in row}
-    assert {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"} == listed
+def test_folders_import_only_what_stands_below_them():
+    for module, used in imports().items():
+        floor = module.split(".")[0]
+        for other in {name.split(".")[0] for name in used} - {floor}:
+            if floor in FLOORS:
+                allowed = FLOORS[: FLOORS.index(floor)]
+                assert other in allowed, f"{module} may not import {other}"
+            assert not ({floor, other} <= STAGES), f"{module} imports the stage {other}"
 
 
-def test_imports_go_one_way():
-    before: set[str] = set()
-    for layer, row in LAYERS:
-        for module in row:
-            own = {name.split(".")[1] for name in imported(module, nested=True) if name.startswith("qalign.")} - {
-                "__version__"
-            }
-            allowed = before - ({*row} if layer == "stage" else set())
-            assert own <= allowed, f"{module} ({layer}) may not import {sorted(own - allowed)}"
-            before.add(module)
+@pytest.mark.parametrize("module", LIGHT)
+def test_what_runs_before_the_recipe_is_checked_imports_nothing_heavy(module):
+    code = f"import sys, qalign.{module}; print(*{HEAVY!r} & {{name.split('.')[0] for name in sys.modules}})"
 
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
 
-def test_what_runs_before_the_recipe_is_checked_imports_nothing_heavy():
-    for module in LIGHT:
-        roots = {name.split(".")[0] for name in imported(module, nested=False)}
-        assert not roots & HEAVY, f"{module} imports {sorted(roots & HEAVY)} at its top"
+    assert not found.stdout.split(), f"qalign.{module} imports {found.stdout}"

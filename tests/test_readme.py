@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qalign.config.load import load
+from qalign.config.recipe import STAGES
 from qalign.fit import memory_of
-from qalign.recipe import STAGES
-from qalign.recipe_file import load
 from tests.conftest import ROOT
 
 DOCUMENTS = [

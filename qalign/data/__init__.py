@@ -1,0 +1,1 @@
+"""From files to tensors: rows of any known shape, chat template to ids, packed batches."""

@@ -1,0 +1,1 @@
+"""One quantised base and the adapters that make it play every role."""

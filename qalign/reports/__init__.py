@@ -1,0 +1,1 @@
+"""Figures, warnings and pictures from plain numbers. Imports no torch."""

@@ -1,0 +1,1 @@
+"""PPO: sampled answers, their rewards, and whether the reward is being hacked."""

@@ -1,0 +1,1 @@
+"""What every stage shares: its run folder, its rows as ids, its loop."""

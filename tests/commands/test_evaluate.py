@@ -1,0 +1,121 @@
+"""The report: figures against a count by hand, and a command that says what is missing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from qalign import evaluate
+from qalign.config.load import load as load_recipe
+from qalign.config.recipe import Lora, Model
+from qalign.errors import UserError
+from qalign.model.base import Role, load
+from tests.families import alone
+from tests.helpers import TEST, house_style, scramble, train
+
+
+@pytest.fixture
+def base(tiny_folder):
+    base = load(Model(base=tiny_folder, compute_dtype="float32"))
+    base.add_adapter(Role.POLICY, Lora(r=4))
+    scramble(base)
+    return base
+
+
+def test_figures_equal_a_count_pair_by_pair(base):
+    pairs = house_style(base.tokenizer, 9)
+    found = evaluate.measure(base, pairs, beta=0.5)
+    before = after = right = 0
+    margins = []
+    base.model.eval()
+    for pair in pairs:
+        (chosen, rejected), logps = (len(pair.chosen_ids), len(pair.rejected_ids)), {}
+        for role in Role:
+            with torch.no_grad(), base.acting_as(role) as lm:
+                logps[role] = alone(lm, [pair])[0].tolist()
+        before += logps[Role.REFERENCE][0] / chosen > logps[Role.REFERENCE][1] / rejected
+        after += logps[Role.POLICY][0] / chosen > logps[Role.POLICY][1] / rejected
+        gains = [after - before for after, before in zip(logps[Role.POLICY], logps[Role.REFERENCE], strict=True)]
+        margins.append(0.5 * (gains[0] - gains[1]))
+        right += margins[-1] > 0
+    assert found["pairs"] == 9
+    assert found["accuracy_before"] == pytest.approx(before / 9)
+    assert found["accuracy_after"] == pytest.approx(after / 9)
+    assert found["reward_accuracy"] == pytest.approx(right / 9)
+    assert found["reward_margin"] == pytest.approx(sum(margins) / 9, rel=1e-4)
+    assert 0 < found["accuracy_after"] < 1, "a test on which every pair agrees tells nothing"
+
+
+def test_swapping_the_answers_turns_the_figures_round(base):
+    pairs = house_style(base.tokenizer, 9)
+    swapped = [type(p)(p.prompt_ids, p.rejected_ids, p.chosen_ids, p.where) for p in pairs]
+    one, other = (evaluate.measure(base, rows, beta=0.5) for rows in (pairs, swapped))
+    for name in ("accuracy_before", "accuracy_after", "reward_accuracy"):
+        assert one[name] + other[name] == pytest.approx(1)
+    assert one["reward_margin"] == pytest.approx(-other["reward_margin"], rel=1e-5)
+
+
+def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 5)
+    run = train(recipe_file(eval_data=TEST, max_steps=3))
+    capsys.readouterr()
+    evaluate.report(run.recipe)
+    said = capsys.readouterr().out
+    assert "72 held-out pairs" in said
+    assert [said.count(f"\n{word} ") for word in ("prompt", "base", "aligned")] == [3, 3, 3]
+    kept = json.loads((run.path / "evaluation.json").read_text())
+    assert kept["pairs"] == 72
+    assert f"{kept['accuracy_before']:.1%}" in said
+    assert f"{kept['reward_accuracy']:.1%}" in said
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.3}, {"model": {"double_quant": False}}])
+def test_another_recipe_than_the_runs_is_refused(recipe_file, change):
+    train(recipe_file(eval_data=TEST, max_steps=1))
+    with pytest.raises(UserError, match="was trained with another"):
+        evaluate.report(load_recipe(recipe_file(eval_data=TEST, max_steps=1, **change)))
+
+
+def test_what_is_missing_is_one_line(recipe_file):
+    with pytest.raises(UserError, match=r"there is no adapter yet; train it with python -m qalign\.dpo"):
+        evaluate.report(load_recipe(recipe_file(eval_data=TEST)))
+    run = train(recipe_file(max_steps=1))
+    with pytest.raises(UserError, match=r"dpo\.eval_data: there are no held-out rows"):
+        evaluate.report(run.recipe)
+
+
+def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_jsonl, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
+    good = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:3]]
+    held_out = write_jsonl("held_out.jsonl", [*good, "{broken", good[0] | {"chosen": "a<|eot_id|>b"}])
+    run = train(recipe_file(max_steps=1))
+    capsys.readouterr()
+    evaluate.report(load_recipe(recipe_file(max_steps=1, eval_data=held_out)))
+    said = capsys.readouterr()
+    assert f"{run.adapter} on 3 held-out pairs" in said.out
+    refusals = [line for line in said.err.splitlines() if line.startswith("refused: ")]
+    assert [line.split(": ")[1] for line in refusals] == [f"{held_out}:4", f"{held_out}:5"]
+
+
+def test_the_same_base_by_another_path_is_taken(recipe_file, tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
+    shutil.copytree(tiny_folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    keys = {"max_steps": 1, "model": {"base": "model"}, "eval_data": {"path": TEST, "limit": 2}}
+    run = train(recipe_file(**keys))
+    path = recipe_file(**keys)
+    monkeypatch.chdir("/")
+    evaluate.report(load_recipe(path))
+    assert (run.path / "evaluation.json").is_file()
+
+
+def test_a_reference_that_was_trained_again_is_refused(recipe_file, tmp_path):
+    """Its figures would be those of an adapter that the run never saw."""
+    parent = train(recipe_file(output="parent", max_steps=1)).adapter
+    keys = {"start_from": str(parent), "max_steps": 1, "eval_data": {"path": TEST, "limit": 2}}
+    run = train(recipe_file(**keys))
+    train(recipe_file(output="parent", max_steps=2), overwrite=True)
+    with pytest.raises(UserError, match=rf"{run.path}: started from an adapter \w{{16}}, but {parent} is \w{{16}} now"):
+        evaluate.report(load_recipe(recipe_file(**keys)))

@@ -1,0 +1,298 @@
+"""`python -m qalign.fit`: what it prints is so, what it advises fits, and it needs no weights."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qalign import fit
+from qalign.config.load import load
+from qalign.config.recipe import STAGES
+from qalign.errors import UserError
+from tests.conftest import ROOT
+
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
+GIB = 2**30
+# The card each recipe is made for, in GB, and its base's config.
+CARDS = {
+    "llama31_8b": (12, "Llama-3.1-8B"),
+    "mistral7b": (12, "Mistral-7B-v0.3"),
+    "qwen3_4b": (8, "Qwen3-4B-Instruct-2507"),
+    "smollm2_1.7b": (15, "SmolLM2-1.7B-Instruct"),
+    "smollm2_demo": (8, "SmolLM2-135M-Instruct"),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def each_step_once():
+    """The same step of the same model is run once for all tests here."""
+    from qalign.model.memory import Forecast
+
+    run, known = Forecast._run, {}
+
+    def remembered(self, *args):
+        config = self.config.to_json_string(use_diff=False)
+        key = (config, self.stage, self.device, self.dtype, str(self.recipe.lora), self.recipe.model.quantization, args)
+        if key not in known:
+            known[key] = run(self, *args)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Forecast, "_run", remembered)
+        yield
+
+
+@pytest.fixture
+def bare(tmp_path, tiny_folder) -> str:
+    """A model folder with nothing but its config."""
+    folder = tmp_path / "bare"
+    folder.mkdir()
+    shutil.copy(Path(tiny_folder) / "config.json", folder)
+    return str(folder)
+
+
+@pytest.fixture
+def recipe_path(tmp_path, bare) -> str:
+    """A recipe of all stages on it."""
+    (tmp_path / "rows.jsonl").write_text("")
+    stage = {"data": "rows.jsonl", "batch_size": 4}
+    recipe = {
+        "model": {"base": bare, "compute_dtype": "float32", "max_length": 512},
+        "lora": {"r": 4, "alpha": 8},
+        "output": "runs",
+        **dict.fromkeys(STAGES, stage),
+        "ppo": stage | {"batch_size": 8, "samples_per_prompt": 2, "max_new_tokens": 100, "reward": "reward"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return str(path)
+
+
+def command(monkeypatch, *words: str) -> int:
+    """The command in this process."""
+    monkeypatch.setattr(sys, "argv", ["fit", *words])
+    with pytest.raises(SystemExit) as leaving:
+        fit.main()
+    return leaving.value.code
+
+
+def forecast_of(path: str, stage: str, overrides: list[str]):
+    """A stage's forecast as the command makes it for a card."""
+    import torch
+
+    from qalign.model.loading import load_config
+    from qalign.model.memory import Forecast
+
+    recipe = load(path, overrides)
+    return Forecast(recipe, stage, load_config(recipe.model), "cuda", torch.bfloat16)
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_words_in_any_order(recipe_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(fit, "report", lambda recipe, given: seen.append((recipe, given)))
+    words = [recipe_path, "model.max_length=300", "reward="]
+    for order in (
+        [*words, "--memory", "12GB"],
+        ["--memory", "12GB", *words],
+        [words[0], "--memory", "12GB", *words[1:]],
+        [*words[:2], "--memory=12GB", words[2]],
+    ):
+        assert command(monkeypatch, *order) == 0
+        recipe, given = seen.pop()
+        assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo"), 300, "12GB")
+
+
+def test_every_stage_is_shown(recipe_path, monkeypatch, capsys):
+    assert command(monkeypatch, recipe_path, "--memory", "12GB", "dpo.batch_size=8") == 0
+    said = capsys.readouterr().out
+    assert "nf4, computing in float32, rows of up to 512 tokens, " in said
+    assert re.findall(rf"^({'|'.join(STAGES)})$", said, flags=re.MULTILINE) == list(STAGES)
+    assert said.count("yes: ") == len(STAGES)
+    assert "of 11.40 GiB" in said  # 95% of it
+
+
+def test_without_memory_it_is_about_this_computer(recipe_path, monkeypatch, capsys):
+    assert command(monkeypatch, recipe_path, "sft=", "reward=") == 0
+    said = capsys.readouterr().out
+    assert "on cpu" in said
+    assert "CUDA context" not in said
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--memory", "lots"], "--memory: 'lots' is no size; write 12GB for a card with 12 GB"),
+        (["--memory", "0"], "--memory: '0' is no size"),
+        (["--memory", "12MB"], "--memory: '12MB' is no size"),
+        (["model.base=no/such-model", "--memory", "12GB"], "model.base: 'no/such-model' can't be read: "),
+        (["model.quantization=nf5"], "quantization"),
+    ],
+)
+def test_a_mistake_is_one_line(words, complaint, recipe_path, monkeypatch, capsys):
+    assert command(monkeypatch, recipe_path, *words) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    (line,) = told.err.splitlines()
+    assert complaint in line
+
+
+@pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-family"}', "{}"])
+def test_a_config_that_cannot_be_read_is_one_line(text, recipe_path, bare, monkeypatch, capsys):
+    (Path(bare) / "config.json").write_text(text)
+    assert command(monkeypatch, recipe_path, "--memory", "12GB") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"model.base: '{bare}' can't be read: ")
+
+
+def test_a_base_may_be_a_folder_in_the_home(recipe_path, bare, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(Path(bare).parent))
+    assert command(monkeypatch, recipe_path, "model.base=~/bare", "--memory=12", "sft=", "reward=") == 0
+    assert "yes: " in capsys.readouterr().out
+
+
+def test_mistakes_are_told_before_torch_is_imported(recipe_path, tmp_path):
+    """In a process of its own."""
+    (tmp_path / "broken.yaml").write_text("model: {base: x\n")
+    script = (
+        "import runpy, sys\n"
+        "for words in (['broken.yaml'], ['recipe.yaml', '--memory', 'lots']):\n"
+        "    sys.argv = ['qalign.fit', *words]\n"
+        "    sys.modules.pop('qalign.fit', None)\n"
+        "    try:\n        runpy.run_module('qalign.fit', run_name='__main__')\n"
+        "    except SystemExit as leaving:\n        print(leaving.code)\n"
+        "print(sorted({'torch', 'transformers', 'trl', 'peft', 'bitsandbytes'} & set(sys.modules)))\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "2\n2\n[]\n"
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.parametrize("text", ["12", "12GB", "12gb", " 12 GiB ", "12G", "12.0 GB"])
+def test_sizes(text):
+    assert fit.memory_of(text) == 12 * GIB
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-12GB", "12 TB", "1e3", "12 GB free", "0.0GB", "nan", "12,5"])
+def test_no_sizes(text):
+    with pytest.raises(UserError, match="is no size; write 12GB"):
+        fit.memory_of(text)
+
+
+def test_half_a_gib_is_a_size():
+    assert fit.memory_of("0.5GB") == GIB // 2
+
+
+# --- its table -------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_is_as_wide_as_the_memory():
+    assert fit.bar({"a": 50, "b": 25}, 100) == f"{'█' * 30}{'▓' * 15}{'·' * 15}| 75% of 0.00 GiB"
+    assert fit.bar({"a": 100}, 100) == f"{'█' * 60}| 100% of 0.00 GiB"
+    assert fit.bar({"a": 90, "b": 60}, 100) == f"{'█' * 54}{'▓' * 6}|{'▓' * 30} 150% of 0.00 GiB"
+    assert fit.bar({"a": 900}, 100) == f"{'█' * 60}|{'█' * 60} 900% of 0.00 GiB"  # no wider than a screen
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, recipe_path):
+    forecast = forecast_of(recipe_path, stage, [f"{stage}.micro_batch_size={4 if stage == 'ppo' else 2}"])
+    tokens = 2 * {"sft": 512, "reward": 1024, "dpo": 1024, "ppo": 512 + 100}[stage]  # the prompt once
+    table = dict(fit.lines(forecast, 12 * GIB))
+    parts = forecast.parts(tokens, 0)
+    assert sum(parts.values()) == forecast.total(tokens, 0)
+    assert [name for name in table if name not in ("in all", "fits", "limit")] == list(parts)
+    assert len(parts) == len(fit.SHADES)  # a shade each
+    for name, size in parts.items():
+        assert float(table[name].split()[0]) == pytest.approx(size / GIB, abs=0.0051)
+    assert float(table["in all"].split()[0]) == pytest.approx(sum(parts.values()) / GIB, abs=0.0051)
+    assert len(re.search(r"GiB  (.*)\|", table["in all"])[1]) == fit.WIDTH
+    words = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts with their answers"}[stage]
+    expected = f"yes: {tokens:,} tokens at once, no of 2 layers checkpointed; that is 2 of the longest {words}"
+    assert table["fits"] == expected
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_limit_is_within_the_bases_reach(stage, recipe_path, bare):
+    forecast = forecast_of(recipe_path, stage, [])
+    length = int(re.search(r"max_length ([\d,]+)$", dict(fit.lines(forecast, 500 * GIB))["limit"])[1].replace(",", ""))
+    assert length == json.loads((Path(bare) / "config.json").read_text())["max_position_embeddings"]
+
+
+# --- what it advises -------------------------------------------------------------------------------------------------
+
+
+def followed(path: str, stage: str, memory: float, overrides: list[str]) -> tuple[list[str], dict]:
+    """What was advised, one after the other, until it says yes or names no key; and the last table."""
+    advised = []
+    while True:
+        table = dict(fit.lines(forecast_of(path, stage, [*overrides, *advised]), int(memory * GIB)))
+        if "change" not in table or table["change"].startswith("model.base:"):
+            return advised, table
+        assert table["fits"].startswith("NO: ")
+        assert table["change"] not in advised, "the same advice twice"
+        advised.append(table["change"])
+
+
+@pytest.fixture
+def mistral(monkeypatch) -> list[str]:
+    monkeypatch.chdir(ROOT)
+    return [f"model.base={CONFIGS / 'Mistral-7B-v0.3'}", "model.max_length=32000"]
+
+
+def test_one_advice_is_enough_for_one_row_at_a_time(mistral):
+    advised, table = followed("recipes/mistral7b.yaml", "dpo", 8, [*mistral, "dpo.micro_batch_size=auto"])
+    assert len(advised) == 1
+    assert advised[0].startswith("model.max_length=")
+    assert table["fits"].startswith("yes: ")
+
+
+@pytest.mark.parametrize(
+    ("keys", "memory", "first"),
+    [
+        (["model.max_length=4096", "dpo.micro_batch_size=16"], 12, "dpo.micro_batch_size=auto"),
+        (["dpo.micro_batch_size=auto", "model.quantization=none"], 8, "model.quantization=nf4"),
+    ],
+)
+def test_advice_leads_to_a_yes(keys, memory, first, mistral):
+    """One setting a time: the first makes room, the next says how much of it rows may take."""
+    advised, table = followed("recipes/mistral7b.yaml", "dpo", memory, [*mistral, *keys])
+    assert advised[0] == first
+    assert len(advised) <= 2
+    assert table["fits"].startswith("yes: ")
+
+
+def test_no_setting_helps_where_the_base_is_too_large(mistral):
+    advised, table = followed("recipes/mistral7b.yaml", "dpo", 3, mistral)
+    assert advised == []
+    assert re.fullmatch(
+        r"model\.base: a smaller model; this one takes \d\.\d\d GiB of 3\.00 GiB before .*", table["change"]
+    )
+
+
+# --- the shipped recipes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(CARDS))
+def test_every_recipe_fits_the_card_it_is_made_for(name, monkeypatch):
+    """Its longest rows or pairs, as many as it takes at once, with all layers checkpointed."""
+    monkeypatch.chdir(ROOT)
+    card, config = CARDS[name]
+    forecast = forecast_of(f"recipes/{name}.yaml", "dpo", [f"model.base={CONFIGS / config}"])
+    size = forecast.settings.micro_batch_size
+    tokens = (1 if size == "auto" else size) * 2 * forecast.recipe.model.max_length
+    assert forecast.total(tokens, forecast.layers) < 0.95 * card * GIB
+
+
+def test_every_recipe_has_a_card():
+    assert sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")) == sorted(CARDS)

@@ -1,0 +1,348 @@
+"""`python -m qalign.merge`: a plain 16-bit model that answers as base and adapter do, its weights worked out anew."""
+
+import json
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from bitsandbytes.functional import dequantize_4bit
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
+
+import qalign.model.loading
+from qalign.cli import exit_code
+from qalign.data.tokenize import end_of_turn_id
+from qalign.errors import UserError
+from qalign.merge import main, merge
+from qalign.model.base import HEAD, Role, load
+from qalign.model.scoring import score_sequences
+from tests.helpers import house_style
+from tests.reward_runs import run_stage, write_recipe
+
+BFLOAT16 = {"compute_dtype": "bfloat16"}
+IDS = torch.arange(20, 60).view(2, 20)
+# Two steps far above what rounding can hide; four pairs, as bfloat16 is slow on a CPU without it.
+STRONG = {"learning_rate": 4e-2, "scheduler": "constant", "warmup_ratio": 0.0, "limit": 4, "batch_size": 2}
+
+
+@pytest.fixture(scope="module")
+def published(tiny_folder, tmp_path_factory) -> str:
+    """The tiny model as models are published: in bfloat16. Its end of turn is not its end of text."""
+    folder = tmp_path_factory.mktemp("published") / "model"
+    tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
+    tokenizer.eos_token = "<|end_of_text|>"
+    lm = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    lm.config.eos_token_id = lm.generation_config.eos_token_id = tokenizer.eos_token_id
+    lm.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def policy(published, tmp_path_factory):
+    """A DPO run in bfloat16, and where it was merged; tests only read them."""
+    run = run_stage(write_recipe(tmp_path_factory.mktemp("policy"), published, "dpo", model=BFLOAT16, **STRONG))
+    merge(str(run.path), "dequantized", None)
+    return run, run.path / "merged-dequantized"
+
+
+def stored(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / "model.safetensors")
+
+
+def dequantised(run, dtype=torch.bfloat16) -> dict[str, torch.Tensor]:
+    """The weights that the run computed with, by bitsandbytes' own function."""
+    lm = load(run.recipe.model).lm
+    found = {}
+    for name, module in lm.named_modules():
+        if hasattr(module, "quant_state") or "4bit" in type(module).__name__:
+            found[f"{name}.weight"] = dequantize_4bit(module.weight.data, module.weight.quant_state).to(dtype)
+    assert len(found) == 2 * 7
+    return found
+
+
+def assert_merged(run, found: dict[str, torch.Tensor], weights: dict[str, torch.Tensor], scale: float) -> None:
+    """W + scale B A in float64, and for DoRA (arXiv:2402.09353, eq. 5) each output's row at its learned length; `found`
+    may be off by what rounding to bfloat16 does: 2^-9 of a number, for the update, the sum and DoRA's product each."""
+    saved = load_file(run.adapter / "adapter_model.safetensors")
+    for name, weight in weights.items():
+        a, b, length = (
+            saved.get(f"base_model.model.{name.removesuffix('.weight')}.lora_{part}", torch.zeros(0)).double()
+            for part in ("A.weight", "B.weight", "magnitude_vector")
+        )
+        update = scale * b @ a
+        assert update.abs().max() > 0.01, name
+        expected, roundings = weight.double() + update, 2
+        if len(length):
+            expected, roundings = length[:, None] * expected / expected.norm(dim=1, keepdim=True), 4
+        assert found[name].dtype == torch.bfloat16
+        allowed = roundings * 2**-9 * (expected.abs() + update.abs())
+        worst = ((found[name].double() - expected).abs() / allowed).max().item()
+        assert worst <= 1, (name, worst)
+
+
+def logits(lm) -> torch.Tensor:
+    with torch.no_grad():
+        return lm.eval()(input_ids=IDS).logits.float()
+
+
+def unmerged(run) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the run's base, bare and with the adapter beside it."""
+    base = load(run.recipe.model)
+    bare = logits(base.lm)
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    with base.acting_as(Role.POLICY) as lm:
+        return bare, logits(lm)
+
+
+def test_it_answers_as_base_and_adapter_do(policy):
+    """Seen: 0.008 apart on average from base and adapter in bfloat16; the bare base is 0.36 away."""
+    run, target = policy
+    bare, expected = unmerged(run)
+    plain = AutoModelForCausalLM.from_pretrained(target)
+    assert plain.dtype == torch.bfloat16
+    apart, learned = (logits(plain) - expected).abs().mean(), (bare - expected).abs().mean()
+    assert learned > 0.3
+    assert apart < 0.02
+
+
+def test_the_weights_are_those_trained_on_plus_the_update(policy):
+    run, target = policy
+    found = stored(target)
+    assert_merged(run, found, dequantised(run), scale=8 / 4)
+    untouched = set(found) - set(dequantised(run))
+    original = stored(run.recipe.model.base)
+    assert "model.embed_tokens.weight" in untouched
+    assert all(torch.equal(found[name], original[name]) for name in untouched)
+
+
+def test_nothing_of_the_four_bits_is_left(policy):
+    run, target = policy
+    config = json.loads((target / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["dtype"] == "bfloat16"
+    found, original = stored(target), stored(run.recipe.model.base)
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in original.items()}
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
+    assert not list(target.glob("adapter*"))
+    card = (target / "README.md").read_text()
+    assert run.recipe.model.base in card
+    assert "the dequantised base, the very model that was trained" in card
+
+
+def test_tokenizer_template_and_end_of_turn_come_along(policy):
+    run, target = policy
+    ours, plain = load(run.recipe.model).tokenizer, AutoTokenizer.from_pretrained(target)
+    turns = [{"role": "user", "content": "Warum?"}, {"role": "assistant", "content": "Darum."}]
+    for generating in (False, True):
+        one, other = (
+            t.apply_chat_template(turns, add_generation_prompt=generating, tokenize=False) for t in (ours, plain)
+        )
+        assert one == other
+        assert ours(one).input_ids == plain(other).input_ids
+    lm = AutoModelForCausalLM.from_pretrained(target)
+    end_of_turn, end_of_text = (plain.convert_tokens_to_ids(f"<|{name}|>") for name in ("eot_id", "end_of_text"))
+    assert end_of_turn_id(ours, {}) == end_of_turn
+    assert lm.generation_config.eos_token_id == [end_of_turn, end_of_text]
+    lm.lm_head.weight.data.zero_()
+    lm.lm_head.weight.data[end_of_turn] = 1
+    lm.model.norm.weight.data.fill_(1)
+    lm.model.norm.register_forward_hook(lambda module, args, hidden: torch.ones_like(hidden))
+    assert lm.generate(IDS[:1], max_new_tokens=5, do_sample=False).shape[1] == 21  # the end of turn, and no more
+
+
+@pytest.mark.parametrize(("lora", "scale"), [({"rslora": True}, 8 / math.sqrt(4)), ({"dora": True}, 8 / 4)])
+def test_other_kinds_of_lora(published, tmp_path, lora, scale):
+    run = run_stage(write_recipe(tmp_path, published, "dpo", model=BFLOAT16, lora=lora, **STRONG))
+    weights = dequantised(run)
+    original = {name: stored(published)[name] for name in weights}
+    for onto, before in (("dequantized", weights), ("original", original)):
+        merge(str(run.path), onto, None)
+        assert_merged(run, stored(run.path / f"merged-{onto}"), before, scale)
+
+
+def test_onto_the_original_the_update_is_the_same(policy, tmp_path):
+    run, dequantized = policy
+    target = tmp_path / "original"
+    merge(str(run.path), "original", str(target))
+    original = stored(run.recipe.model.base)
+    weights = {name: original[name] for name in dequantised(run)}
+    assert_merged(run, stored(target), weights, scale=8 / 4)
+    name = "model.layers.1.mlp.up_proj.weight"
+    away = (stored(target)[name].float() - stored(dequantized)[name].float()).abs().mean()
+    assert away > 4e-3  # NF4's rounding, which this one hasn't
+    assert "the original 16-bit base, which the adapter has not seen" in (target / "README.md").read_text()
+
+
+def test_the_dtype_of_training_is_used_whatever_this_machine_would_take(policy, tmp_path, monkeypatch):
+    """A run in bfloat16 with `compute_dtype: auto`, merged where auto is float32: the same file to the bit."""
+    run, target = policy
+    copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "dpo", ignore=shutil.ignore_patterns("merged-*")))
+    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    recipe["model"]["compute_dtype"] = "auto"
+    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setattr(qalign.model.loading, "compute_dtype", lambda spec: torch.float32)
+    merge(str(copy), "dequantized", None)
+    found, expected = stored(copy / "merged-dequantized"), stored(target)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    lineage = json.loads((copy / "adapter" / "lineage.json").read_text())
+    (copy / "adapter" / "lineage.json").write_text(json.dumps(lineage | {"compute_dtype": "float32"}))
+    merge(str(copy), "dequantized", str(tmp_path / "float32"))
+    other = stored(tmp_path / "float32")
+    assert any(not torch.equal(other[name], expected[name]) for name in expected)  # it makes a difference
+    (copy / "adapter" / "lineage.json").write_text(json.dumps(lineage | {"compute_dtype": "float16"}))  # as on a T4
+    merge(str(copy), "dequantized", str(tmp_path / "float16"))
+    half = stored(tmp_path / "float16")
+    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    for name, weight in expected.items():
+        torch.testing.assert_close(half[name].float(), weight.float(), rtol=2**-7, atol=1e-3)
+
+
+@pytest.mark.parametrize("compute", ["float32", "bfloat16"])
+def test_a_reward_run_becomes_a_sequence_classifier_with_the_same_scores(published, tmp_path, compute, capsys):
+    """Seen, where scores have a standard deviation of 1.2: for a run in bfloat16 0.009 apart on average and 0.022 at
+    most, in float32 0.002 and 0.005. The classifier computes in float32 here; its weights are rounded to 16 bits."""
+    run = run_stage(write_recipe(tmp_path, published, model={"compute_dtype": compute}, **STRONG))
+    capsys.readouterr()
+    merge(str(run.path), "dequantized", None)
+    target = run.path / "merged-dequantized"
+    assert f'LlamaForSequenceClassification.from_pretrained("{target}")' in capsys.readouterr().out
+    base = load(run.recipe.model)
+    base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
+    pairs = house_style(base.tokenizer, 8)
+    sequences = [pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    expected = torch.tensor(score_sequences(base, sequences))
+    plain = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32).eval()
+    assert plain.config.num_labels == 1
+    tokenizer = AutoTokenizer.from_pretrained(target, padding_side="right")
+    assert tokenizer.pad_token_id == plain.config.pad_token_id != end_of_turn_id(tokenizer, {})
+    batch = tokenizer.pad([{"input_ids": ids} for ids in sequences], return_tensors="pt")
+    with torch.no_grad():
+        found = plain(**batch).logits[:, 0]
+        alone = torch.stack([plain(input_ids=torch.tensor([ids])).logits[0, 0] for ids in sequences])
+    torch.testing.assert_close(alone, found, rtol=0, atol=1e-5)
+    assert expected.std() > 0.5
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.06)
+    assert (found - expected).abs().mean() < 0.02
+    head = load_file(run.adapter / "adapter_model.safetensors")[HEAD]
+    torch.testing.assert_close(stored(target)["score.weight"].float(), head, rtol=2**-8, atol=0)
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_bases_held_otherwise(published, tmp_path, quantization):
+    model = BFLOAT16 | {"quantization": quantization}
+    run = run_stage(write_recipe(tmp_path, published, "dpo", model=model, **STRONG))
+    merge(str(run.path), "dequantized", None)
+    bare, expected = unmerged(run)
+    found = logits(AutoModelForCausalLM.from_pretrained(run.path / "merged-dequantized"))
+    assert (found - expected).abs().mean() < 0.1 * (bare - expected).abs().mean()
+
+
+def test_a_model_published_in_float32_is_merged_there_and_kept_in_16_bits(tiny_folder, tmp_path):
+    run = run_stage(write_recipe(tmp_path, tiny_folder, "sft", **STRONG))
+    merge(str(run.path), "dequantized", None)
+    assert_merged(run, stored(run.path / "merged-dequantized"), dequantised(run, torch.float32), scale=8 / 4)
+
+
+def test_tied_embeddings_stay_tied(tiny_folder, tmp_path):
+    lm = LlamaForCausalLM.from_pretrained(tiny_folder)
+    lm.config.tie_word_embeddings = True
+    lm.tie_weights()
+    lm.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "model")
+    run = run_stage(write_recipe(tmp_path, str(tmp_path / "model"), "dpo", **STRONG))
+    merge(str(run.path), "dequantized", None)
+    target = run.path / "merged-dequantized"
+    assert "lm_head.weight" not in stored(target)
+    merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
+    assert torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
+    bare, expected = unmerged(run)
+    assert (logits(merged) - expected).abs().mean() < 0.1 * (bare - expected).abs().mean()
+
+
+def test_an_adapter_from_before_lineage_merges_in_the_recipes_dtype(policy, tmp_path):
+    run, target = policy
+    copy = Path(shutil.copytree(run.path, tmp_path / "dpo", ignore=shutil.ignore_patterns("merged-*")))
+    (copy / "adapter" / "lineage.json").unlink()
+    merge(str(copy), "dequantized", None)
+    found, expected = stored(copy / "merged-dequantized"), stored(target)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_an_adapter_that_mends_rounding_is_not_merged_where_nothing_was_rounded(tiny_folder, tmp_path, capsys):
+    """LoftQ's start is W - Q: on W itself it would be a mistake as large as the rounding."""
+    keys = {"lora": {"init": "loftq", "r": 32}, "max_steps": 1, "learning_rate": 1e-9}
+    run = run_stage(write_recipe(tmp_path, tiny_folder, "sft", **keys))
+    assert "init: loftq" in one_line(capsys, str(run.path), "original", None)
+    assert not (run.path / "merged-original").exists()
+    merge(str(run.path), "dequantized", None)
+    name, original = "model.layers.1.mlp.up_proj.weight", stored(tiny_folder)
+    held, merged = dequantised(run, torch.float32)[name], stored(run.path / "merged-dequantized")[name].float()
+    assert (merged - original[name]).norm() < 0.7 * (held - original[name]).norm()
+
+
+def one_line(capsys, *args) -> str:
+    """What the command says when it can't; it exits with 2."""
+    capsys.readouterr()
+    assert exit_code(lambda: merge(*args)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_what_cannot_be_merged_is_one_line(policy, tmp_path, capsys):
+    run, target = policy
+    before = (target / "model.safetensors").stat().st_mtime_ns
+    assert one_line(capsys, str(run.path), "dequantized", None) == (
+        f"{target}: exists already; name another with --to, or remove it"
+    )
+    assert (target / "model.safetensors").stat().st_mtime_ns == before
+    (tmp_path / "taken").write_text("precious")
+    assert "exists already" in one_line(capsys, str(run.path), "original", str(tmp_path / "taken"))
+    line = one_line(capsys, str(tmp_path / "no"), "original", None)
+    assert "there is no finished ppo or dpo or sft or reward run" in line
+    copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "dpo", ignore=shutil.ignore_patterns("merged-*")))
+    (copy / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
+    assert "broken" in one_line(capsys, str(copy), "dequantized", None)
+    assert not (copy / "merged-dequantized").exists()
+    assert not list(copy.glob(".merged*"))
+
+
+def test_a_merge_that_fails_leaves_no_half_a_folder(policy, tmp_path, monkeypatch):
+    run, _ = policy
+    monkeypatch.setattr(
+        qalign.model.loading, "save_tokenizer", lambda *_: (_ for _ in ()).throw(UserError("disk full"))
+    )
+    with pytest.raises(UserError, match="disk full"):
+        merge(str(run.path), "dequantized", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def command(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["python -m qalign.merge", *words])
+    with pytest.raises(SystemExit) as left:
+        main()
+    return left.value.code
+
+
+def test_the_command_itself(policy, tmp_path, monkeypatch, capsys):
+    run, target = policy
+    assert command(monkeypatch, str(run.path.parent), "--to", str(tmp_path / "merged")) == 0
+    said = capsys.readouterr().out
+    assert "the dequantised base, the very model that was trained" in said
+    assert f'LlamaForCausalLM.from_pretrained("{tmp_path / "merged"}")' in said
+    found, expected = stored(tmp_path / "merged"), stored(target)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert command(monkeypatch, "nowhere") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nowhere: there is no finished ppo or dpo or sft or reward run")
+    assert command(monkeypatch, str(run.path), "--onto", "4bit") == 2
+    assert "choose from" in capsys.readouterr().err

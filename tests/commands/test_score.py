@@ -1,0 +1,336 @@
+"""`python -m qalign.score`: rows come out as they went in, in their order, with the scores that the stage saw."""
+
+import datetime
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+from qalign.cli import exit_code
+from qalign.errors import UserError
+from qalign.model.base import Base, Role, load
+from qalign.score import _beside, main, score
+from tests.conftest import ROOT
+from tests.helpers import TEST
+from tests.reward_runs import run_stage, write_recipe
+
+HELD_OUT = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:12]]
+PROMPT, GOOD, BAD = (HELD_OUT[0][key] for key in ("prompt", "chosen", "rejected"))
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, tmp_path_factory):
+    """A finished reward run with a report on twelve held-out pairs; tests only read it."""
+    held_out = {"path": TEST, "limit": len(HELD_OUT)}
+    return run_stage(write_recipe(tmp_path_factory.mktemp("scorer"), tiny_folder, eval_data=held_out))
+
+
+@pytest.fixture(scope="module")
+def true_scores(run):
+    """Scores of single answers by the model's parts: the chat template's text, one sequence at a time, unpadded."""
+    base = load(run.recipe.model)
+    base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
+
+    def scored(*turns: tuple[str, str]) -> float:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        ids = base.tokenizer.apply_chat_template(messages, return_dict=True, return_tensors="pt")
+        assert ids["input_ids"][0, -1] == base.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+        return base.scores(Role.REWARD, ids["input_ids"], ids["attention_mask"]).item()
+
+    return scored
+
+
+def lines(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def test_prompts_with_completions_get_a_reward(run, true_scores, write_jsonl, capsys):
+    rows = [
+        {"prompt": PROMPT, "completion": answer, "id": number, "tags": ["ü", None]}
+        for number, answer in enumerate((GOOD, BAD, "Ja.", GOOD * 3))
+    ]
+    file = write_jsonl("answers.jsonl", rows)
+    score(str(run.path), file, None, None)
+    target = Path(file).with_name("answers.scored.jsonl")
+    found = lines(target)
+    assert [{key: value for key, value in row.items() if key != "reward"} for row in found] == rows
+    expected = [true_scores(("user", PROMPT), ("assistant", row["completion"])) for row in rows]
+    assert [row["reward"] for row in found] == pytest.approx(expected, abs=1e-4)
+    assert len({row["reward"] for row in found}) == 4
+    assert f"{target}: 4 rows scored, 0 refused" in capsys.readouterr().out
+    assert not list(target.parent.glob("*.part"))
+
+
+def test_dialogues_are_scored_at_the_end_of_their_last_turn(run, true_scores, write_jsonl):
+    turns = [("system", "Be brief."), ("user", PROMPT), ("assistant", BAD), ("user", "Again."), ("assistant", GOOD)]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    file = write_jsonl("dialogues.jsonl", [{"messages": messages}, {"messages": messages[:3]}])
+    score(str(run.path), file, None, None)
+    found = [row["reward"] for row in lines(Path(file).with_name("dialogues.scored.jsonl"))]
+    assert found == pytest.approx([true_scores(*turns), true_scores(*turns[:3])], abs=1e-4)
+
+
+def test_preference_rows_get_both_scores_and_the_margin(run, true_scores, write_jsonl):
+    file = write_jsonl("pairs.jsonl", HELD_OUT[:3])
+    score(str(run.path), file, None, None)
+    found = lines(Path(file).with_name("pairs.scored.jsonl"))
+    added = ("reward_chosen", "reward_rejected", "reward_margin")
+    assert [tuple(row) for row in found] == [(*row, *added) for row in HELD_OUT[:3]]
+    for row, raw in zip(found, HELD_OUT, strict=False):
+        assert {key: row[key] for key in raw} == raw
+        for side in ("chosen", "rejected"):
+            expected = true_scores(("user", raw["prompt"]), ("assistant", raw[side]))
+            assert row[f"reward_{side}"] == pytest.approx(expected, abs=1e-4)
+        assert row["reward_margin"] == pytest.approx(row["reward_chosen"] - row["reward_rejected"], abs=2e-6)
+
+
+def test_the_scores_are_those_of_the_stages_own_report(run, tmp_path):
+    """The report's figures, worked out anew from the scores of the held-out pairs."""
+    target = tmp_path / "again.jsonl"
+    score(str(run.path), TEST, str(target), len(HELD_OUT))
+    margins = [row["reward_margin"] for row in lines(target)]
+    scores = [row[key] for row in lines(target) for key in ("reward_chosen", "reward_rejected")]
+    trust = json.loads(run.summary.read_text())["trust"]
+    mean = sum(scores) / 24
+    assert trust["pairs"] == len(margins) == 12
+    assert trust["accuracy"] == sum(margin > 0 for margin in margins) / 12
+    assert trust["mean_log_loss"] == pytest.approx(sum(math.log1p(math.exp(-m)) for m in margins) / 12, abs=1e-5)
+    assert trust["score_mean"] == pytest.approx(mean, abs=1e-5)
+    assert trust["score_std"] == pytest.approx(math.sqrt(sum((s - mean) ** 2 for s in scores) / 24), abs=1e-5)
+
+
+def test_rows_of_all_shapes_keep_their_order_and_bad_ones_are_counted(run, write_jsonl, capsys):
+    answer = {"prompt": PROMPT, "completion": GOOD}
+    rows = [answer | {"n": 0}, "{broken", {"text": "plain text"}, HELD_OUT[1] | {"n": 1}, {"prompt": PROMPT}]
+    rows += [{"prompt": PROMPT, "completion": " "}] * 4 + [answer | {"n": 2, "completion": BAD * 40}, answer | {"n": 3}]
+    file = write_jsonl("mixed.jsonl", rows)
+    score(str(run.path), file, None, None)
+    said = capsys.readouterr()
+    found = lines(Path(file).with_name("mixed.scored.jsonl"))
+    assert [row["n"] for row in found] == [0, 1, 3]
+    assert [tuple(row)[-1] for row in found] == ["reward", "reward_margin", "reward"]
+    assert found[0]["reward"] == pytest.approx(found[2]["reward"], abs=1e-5)
+    assert "3 rows scored, 8 refused" in said.out
+    refusals = [line for line in said.err.splitlines() if line.startswith("refused: ")]
+    assert len(refusals) == 5  # more are only counted
+    for number, reason in ((2, "not valid JSON"), (3, "plain text"), (5, "this row has prompt"), (6, "empty")):
+        assert any(line.startswith(f"refused: {file}:{number}: ") and reason in line for line in refusals), refusals
+
+
+@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json", ".csv", ".parquet"])
+def test_other_files_are_read_too(run, true_scores, tmp_path, suffix):
+    """Parquet has types that JSON lacks."""
+    rows = [{"prompt": PROMPT, "completion": answer} for answer in (GOOD, BAD)]
+    file = tmp_path / f"answers{suffix}"
+    if suffix == ".jsonl.gz":
+        file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    elif suffix == ".json":
+        file.write_text(json.dumps(rows))
+    elif suffix == ".csv":
+        quoted = [[text.replace('"', '""') for text in row.values()] for row in rows]
+        file.write_text("prompt,completion\n" + "".join(f'"{p}","{c}"\n' for p, c in quoted))
+    else:
+        day = datetime.datetime(2026, 1, 31, 12, 30)
+        table = pyarrow.Table.from_pylist([row | {"when": day, "raw": b"\xff"} for row in rows])
+        pyarrow.parquet.write_table(table, file)
+    score(str(run.path), str(file), None, None)
+    found = lines(tmp_path / "answers.scored.jsonl")
+    expected = [true_scores(("user", PROMPT), ("assistant", answer)) for answer in (GOOD, BAD)]
+    assert [row["reward"] for row in found] == pytest.approx(expected, abs=1e-4)
+    if suffix == ".parquet":
+        assert found[0]["when"] == "2026-01-31 12:30:00"
+
+
+def test_the_target_and_the_limit_can_be_chosen(run, tmp_path, capsys):
+    target = tmp_path / "elsewhere.jsonl"
+    score(f"{run.path}/adapter", TEST, str(target), 2)  # the adapter's folder means the run
+    assert [row["prompt"] for row in lines(target)] == [row["prompt"] for row in HELD_OUT[:2]]
+    assert f"{target}: 2 rows scored" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "beside"),
+    [
+        ("v1.5.jsonl", "v1.5.scored.jsonl"),
+        ("a.b.jsonl.gz", "a.b.scored.jsonl"),
+        (".hidden.csv", ".hidden.scored.jsonl"),
+        ("answers.parquet", "answers.scored.jsonl"),
+        ("folder.d", "folder.d.scored.jsonl"),
+    ],
+)
+def test_only_the_kind_of_file_is_left_out_of_the_targets_name(file, beside):
+    assert _beside(Path("rows") / file) == Path("rows") / beside
+
+
+def test_a_score_that_is_no_number_is_one_line(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Base, "scores", lambda base, role, ids, mask: torch.full((len(ids),), math.nan))
+    target = tmp_path / "scored.jsonl"
+    assert exit_code(lambda: score(str(run.path), TEST, str(target), 2)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("model.compute_dtype: the reward model's scores are not finite, computed in float32 on cpu")
+    assert not target.exists()
+
+
+def test_what_is_there_is_never_written_over(run, write_jsonl, tmp_path):
+    file = write_jsonl("answers.jsonl", [{"prompt": PROMPT, "completion": GOOD}])
+    target = tmp_path / "answers.scored.jsonl"
+    target.write_text("precious")
+    for to, named in ((None, target), (file, file)):
+        with pytest.raises(UserError, match="exists already; name another with --to, or remove it") as raised:
+            score(str(run.path), file, to, None)
+        assert str(named) in raised.value.lines[0]
+    assert target.read_text() == "precious"
+    with pytest.raises(UserError, match="there is no folder"):
+        score(str(run.path), file, str(tmp_path / "no" / "where.jsonl"), None)
+
+
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"prompt": PROMPT, "completion": GOOD, "reward": 1}, "reward"),
+        ({"prompt": PROMPT, "completion": GOOD, "reward": None}, "reward"),
+        (HELD_OUT[0] | {"reward_margin": 2}, "reward_margin"),
+    ],
+)
+def test_a_column_that_a_row_has_already_is_never_replaced(run, write_jsonl, tmp_path, monkeypatch, row, column):
+    file = write_jsonl("rows.jsonl", [HELD_OUT[1], row])
+    with monkeypatch.context() as patched:
+        patched.setattr("qalign.model.base.load", lambda model: pytest.fail("the base was loaded in vain"))
+        with pytest.raises(UserError) as raised:
+            score(str(run.path), file, None, None)
+    assert raised.value.lines == (
+        f"{file}:2: has a column '{column}' already; name others with --column, or remove it from the rows",
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
+
+    score(str(run.path), file, None, None, "judge")
+    first, second = lines(tmp_path / "rows.scored.jsonl")
+    assert [*first][-3:] == ["judge_chosen", "judge_rejected", "judge_margin"]
+    assert {key: second[key] for key in row} == row
+    assert isinstance(second["judge_chosen" if "chosen" in row else "judge"], float)
+
+
+def test_a_file_that_is_not_there_is_noticed_before_the_base_is_loaded(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("qalign.model.base.load", lambda model: pytest.fail("the base was loaded in vain"))
+    with pytest.raises(UserError, match="there is no such file"):
+        score(str(run.path), str(tmp_path / "missing.jsonl"), None, None)
+
+
+def test_nothing_to_score_is_one_line_and_leaves_no_file(run, write_jsonl, tmp_path):
+    file = write_jsonl("texts.jsonl", [{"text": "plain"}, {"text": "text"}])
+    with pytest.raises(UserError, match=r"holds no rows that can be scored \(2 were refused\)"):
+        score(str(run.path), file, None, None)
+    with pytest.raises(UserError, match="there is no such file"):
+        score(str(run.path), str(tmp_path / "missing.jsonl"), None, None)
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl"}
+
+
+def test_half_an_emoji_beside_the_answer_comes_out_as_it_went_in(run, write_jsonl):
+    """UTF-8 can't hold half a surrogate pair; JSON can, escaped."""
+    rows = [{"prompt": PROMPT, "completion": GOOD, "note": "cut \ud83d"}, {"prompt": PROMPT, "completion": "Ü 😀 ja"}]
+    file = write_jsonl("answers.jsonl", rows)
+    score(str(run.path), file, None, None)
+    written = Path(file).with_name("answers.scored.jsonl")
+    assert [{key: row[key] for key in raw} for row, raw in zip(lines(written), rows, strict=True)] == rows
+    assert "Ü 😀 ja" in written.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("limit", ["0", "-3", "many"])
+def test_a_limit_below_one_is_refused(run, tmp_path, monkeypatch, capsys, limit):
+    monkeypatch.setattr(sys, "argv", ["score", str(run.path), TEST, "--to", str(tmp_path / "x"), "--limit", limit])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "--limit" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "x").exists()
+
+
+def one_line(folder, capsys) -> str:
+    """What the command says about a run that it can't use; it exits with 2."""
+    assert exit_code(lambda: score(str(folder), TEST, None, 1)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
+
+
+def test_a_run_that_is_missing_or_unfinished_is_one_line(run, tmp_path, capsys):
+    assert "there is no finished reward run; train one with" in one_line(tmp_path / "nowhere" / "reward", capsys)
+    near = run.path.with_name("rewards")
+    assert one_line(near, capsys) == f"{near}: there is no finished reward run; did you mean 'reward'?"
+    copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "reward"))
+    (copy / "summary.json").unlink()
+    for given in (copy, copy.parent):
+        assert one_line(given, capsys) == (
+            f"{given}: there is no finished reward run; train one with python -m qalign.reward RECIPE"
+        )
+
+
+def test_a_run_of_another_stage_is_one_line(tiny_folder, tmp_path, capsys):
+    sft = run_stage(write_recipe(tmp_path / "runs", tiny_folder, "sft", max_steps=1))
+    capsys.readouterr()
+    assert one_line(sft.path, capsys) == f"{sft.path}: is a run of sft, expected one of reward"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "reason"),
+    [
+        ("recipe.yaml", "model: {base: a, quantisation: nf4}\noutput: x\n", "quantisation"),
+        ("recipe.yaml", "model: [\n", "recipe.yaml"),
+        ("recipe.yaml", None, "recipe.yaml"),
+        ("adapter/lineage.json", "{}", "not a lineage"),
+        ("adapter/adapter_model.safetensors", None, "adapter"),
+        ("adapter/adapter_model.safetensors", "cut short", "broken"),
+    ],
+)
+def test_a_run_that_was_damaged_is_one_line(run, tmp_path, capsys, file, content, reason):
+    copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "reward"))
+    (copy / file).unlink() if content is None else (copy / file).write_text(content)
+    line = one_line(copy, capsys)
+    assert reason in line
+    assert str(copy) in line
+
+
+def test_a_run_may_be_moved(run, tmp_path, monkeypatch):
+    """The recipe in it still names the folder that it was trained in."""
+    copy = Path(shutil.copytree(run.path, tmp_path / "elsewhere" / "reward"))
+    score(str(run.path), TEST, str(tmp_path / "before.jsonl"), 3)
+    score(str(copy.parent), TEST, str(tmp_path / "moved.jsonl"), 3)  # the folder of all its stages means it too
+    monkeypatch.chdir(copy)
+    score(".", TEST, str(tmp_path / "inside.jsonl"), 3)
+    before, *after = (lines(tmp_path / f"{name}.jsonl") for name in ("before", "moved", "inside"))
+    assert after == [before, before]
+
+
+def test_a_base_that_has_changed_since_is_noticed(run, tiny_folder, tmp_path, capsys):
+    other = Path(shutil.copytree(tiny_folder, tmp_path / "model"))
+    copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "reward"))
+    recipe = (copy / "recipe.yaml").read_text()
+    assert tiny_folder in recipe
+    (copy / "recipe.yaml").write_text(recipe.replace(tiny_folder, str(other)))
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text().replace("<|start_header_id|>", "<|start_header_id|>the "))
+    assert "was trained with the chat template" in one_line(copy, capsys)
+
+
+def test_the_command_itself(run, write_jsonl):
+    file = write_jsonl("answers.jsonl", [{"prompt": PROMPT, "completion": GOOD}, {"prompt": PROMPT}])
+    command = [sys.executable, "-W", "error::ResourceWarning", "-m", "qalign.score", str(run.path), file]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    assert "1 rows scored, 1 refused" in done.stdout
+    assert f"refused: {file}:2: " in done.stderr
+    (row,) = lines(Path(file).with_name("answers.scored.jsonl"))
+    assert isinstance(row["reward"], float)
+    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, env=os.environ)
+    assert again.returncode == 2
+    assert again.stderr.splitlines() == [
+        f"{Path(file).with_name('answers.scored.jsonl')}: exists already; name another with --to, or remove it"
+    ]

@@ -1,0 +1,519 @@
+"""Dialogues and plain texts to ids: what is supervised is each answer and its end of turn, to the token.
+
+Expected ids are put together from stretches of text and the special tokens' ids (`tests.data.test_tokenize` says how), or come
+from transformers' own assistant mask.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import tokenizers
+
+from qalign.config.recipe import Source
+from qalign.data.dialogues import Dialogue, PlainText, dialogues
+from qalign.data.formats import Refused
+from qalign.data.readers import BadRow
+from qalign.data.tokenize import (
+    IGNORED,
+    TokenDialogue,
+    encode_dialogue,
+    encode_dialogues,
+    encode_text,
+    prepare_tokenizer,
+)
+from tests.data.test_tokenize import (
+    CHATML_TEMPLATE,
+    FAMILIES,
+    HELLO,
+    LONG,
+    Family,
+    Turns,
+    chatml_tokenizer,
+    decoded,
+    fixture_tokenizer,
+    llama3_prompt,
+    phi3_tokenizer,
+    plain,
+)
+
+NO, WELL, FINE = ("assistant", "No"), ("user", "Are you well?"), ("assistant", "I am fine.")
+TALK = [HELLO, NO, WELL, FINE]
+SYSTEM = ("system", "Be brief.")
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request) -> Family:
+    return FAMILIES[request.param]
+
+
+def dialogue(turns: Turns, first_trained: int = 0, where: str = "rows.jsonl:1") -> Dialogue:
+    return Dialogue(tuple({"role": role, "content": text} for role, text in turns), first_trained, where)
+
+
+def encode(tokenizer, turns: Turns, first_trained: int = 0, max_length: int = 10_000, **template_kwargs):
+    return encode_dialogue(tokenizer, dialogue(turns, first_trained), max_length, template_kwargs)
+
+
+def spans(sequence: TokenDialogue) -> list[tuple[int, int]]:
+    """Where the supervised stretches begin and end. (Two answers never touch: there is a question between them.)"""
+    labels = [IGNORED, *sequence.labels, IGNORED]
+    edges = [i for i in range(len(labels) - 1) if (labels[i] == IGNORED) != (labels[i + 1] == IGNORED)]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def labelled(*pieces: tuple[list[int], str]) -> tuple[list[int], list[int]]:
+    """(ids, labels) of a sequence written down piece by piece, each "seen" or "learned"."""
+    ids, labels = [], []
+    for piece, kind in pieces:
+        ids += piece
+        labels += piece if kind == "learned" else [IGNORED] * len(piece)
+    return ids, labels
+
+
+def said(family: Family, tokenizer, turn: tuple[str, str]) -> list[int]:
+    """The ids of one of the two answers above with its end of turn, from the tokens written down for the family."""
+    return tokenizer.convert_tokens_to_ids([*{NO: family.no, FINE: family.fine}[turn], family.end])
+
+
+# --- what is supervised ----------------------------------------------------------------------------------------------
+
+
+def test_of_one_exchange_the_answer_and_its_end_of_turn_are_supervised(family):
+    tokenizer = family.prepared()
+
+    (sequence,) = encode(tokenizer, [HELLO, FINE])
+
+    prompt = family.prompt_ids([HELLO])
+    assert (sequence.ids, sequence.labels) == labelled((prompt, "seen"), (said(family, tokenizer, FINE), "learned"))
+    assert (sequence.where, sequence.dropped_turns) == ("rows.jsonl:1", 0)
+    assert len(sequence) == len(prompt) + 7
+
+
+def test_of_several_exchanges_each_answer_and_its_end_of_turn_are_supervised(family):
+    tokenizer = family.prepared()
+    no, fine = said(family, tokenizer, NO), said(family, tokenizer, FINE)
+    first, whole = family.prompt_ids([HELLO]), family.prompt_ids([HELLO, NO, WELL])
+
+    (sequence,) = encode(tokenizer, TALK)
+
+    between = whole[len(first) + len(no) :]
+    assert (sequence.ids, sequence.labels) == labelled(
+        (first, "seen"), (no, "learned"), (between, "seen"), (fine, "learned")
+    )
+    assert sequence.ids == whole + fine  # the very ids that the model sees when it is asked, and those that it gives
+
+
+@pytest.mark.parametrize("name", ["llama3", "chatml", "zephyr"])
+def test_a_system_turn_is_seen_and_not_learned(name):
+    family = FAMILIES[name]
+    tokenizer = family.prepared()
+
+    (sequence,) = encode(tokenizer, [SYSTEM, *TALK])
+
+    prompts = [family.prompt_ids([SYSTEM, HELLO]), family.prompt_ids([SYSTEM, HELLO, NO, WELL])]
+    answers = [said(family, tokenizer, NO), said(family, tokenizer, FINE)]
+    assert sequence.ids == prompts[1] + answers[1]
+    assert spans(sequence) == [(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)]
+
+
+def test_turns_before_the_first_trained_one_are_seen_and_not_learned(family):
+    tokenizer = family.prepared()
+
+    for first_trained in (2, 3):  # from the question or from the answer to it: the same
+        (sequence,) = encode(tokenizer, TALK, first_trained)
+
+        assert (sequence.ids, sequence.labels) == labelled(
+            (family.prompt_ids([HELLO, NO, WELL]), "seen"), (said(family, tokenizer, FINE), "learned")
+        )
+
+
+def test_in_llama_3s_layout_the_ids_are_these():
+    """All of it written out once."""
+    (sequence,) = encode(FAMILIES["llama3"].prepared(), TALK)
+
+    two_newlines = plain("llama3", "\n\n")
+    user, assistant = ([2003, *plain("llama3", role), 2004, *two_newlines] for role in ("user", "assistant"))
+    assert (sequence.ids, sequence.labels) == labelled(
+        ([2000], "seen"),
+        ([*user, *plain("llama3", "Hello there"), 2005], "seen"),
+        (assistant, "seen"),
+        ([*plain("llama3", "No"), 2005], "learned"),
+        ([*user, *plain("llama3", "Are you well?"), 2005], "seen"),
+        (assistant, "seen"),
+        ([*plain("llama3", "I am fine."), 2005], "learned"),
+    )
+
+
+def test_in_chatml_the_newline_after_an_end_of_turn_is_not_learned():
+    (sequence,) = encode(FAMILIES["chatml"].prepared(), [SYSTEM, *TALK])
+
+    newline = plain("llama3", "\n")
+    asked = [2006, *plain("llama3", "system\nBe brief."), 2007, *newline, 2006, *plain("llama3", "user\nHello there")]
+    begun = [2007, *newline, 2006, *plain("llama3", "assistant\n")]
+    assert (sequence.ids, sequence.labels) == labelled(
+        (asked + begun, "seen"),
+        ([*plain("llama3", "No"), 2007], "learned"),
+        ([*newline, 2006, *plain("llama3", "user\nAre you well?"), *begun], "seen"),
+        ([*plain("llama3", "I am fine."), 2007], "learned"),
+    )
+
+
+def test_what_a_template_writes_after_the_last_turn_alone_does_not_part_the_turns():
+    """Phi-3 writes an EOS behind the whole dialogue."""
+    tokenizer = phi3_tokenizer()
+    prepare_tokenizer(tokenizer)
+    end, user, assistant = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|assistant|>"])
+    newline = plain("llama3", "\n")
+
+    (sequence,) = encode(tokenizer, TALK)
+
+    assert (sequence.ids, sequence.labels) == labelled(
+        ([2000, user, *plain("llama3", "\nHello there"), end, *newline, assistant, *newline], "seen"),
+        ([*plain("llama3", "No"), end], "learned"),
+        ([*newline, user, *plain("llama3", "\nAre you well?"), end, *newline, assistant, *newline], "seen"),
+        ([*plain("llama3", "I am fine."), end], "learned"),
+    )
+
+
+def test_a_template_without_an_end_of_turn_gives_a_sequence_a_turn():
+    """The EOS that each answer is taught to end with never stands in a history."""
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
+        "{{ 'assistant:' if add_generation_prompt }}"
+    )
+    prepare_tokenizer(tokenizer)
+
+    first, second = encode(tokenizer, TALK)
+
+    asked = [2000, *plain("llama3", "user: Hello there\nassistant:")]
+    assert (first.ids, first.labels) == labelled((asked, "seen"), ([*plain("llama3", " No"), 2005], "learned"))
+    again = [2000, *plain("llama3", "user: Hello there\nassistant: No\nuser: Are you well?\nassistant:")]
+    assert (second.ids, second.labels) == labelled(
+        (again, "seen"), ([*plain("llama3", " I am fine."), 2005], "learned")
+    )
+
+
+def test_an_answer_whose_tokens_merge_with_the_prompts_in_a_history_is_learned_as_it_is_given():
+    """ChatML's `assistant\\n` and an answer that begins with a newline: two tokens when it is given, one when it
+    is looked back on."""
+    tokenizer = FAMILIES["chatml"].prepared()
+    newline, two_newlines = plain("llama3", "\n"), plain("llama3", "\n\n")
+    assert len(newline) == len(two_newlines) == 1
+
+    first, second = encode(tokenizer, [SYSTEM, HELLO, ("assistant", "\nNo"), WELL, FINE])
+
+    asked = FAMILIES["chatml"].prompt_ids([SYSTEM, HELLO])
+    assert (first.ids, first.labels) == labelled((asked, "seen"), ([*newline, *plain("llama3", "No"), 2007], "learned"))
+    assert second.ids[: len(asked) + 2] == [*asked[:-1], *two_newlines, *plain("llama3", "No"), 2007]
+    assert spans(second) == [(len(second) - 7, len(second))]
+
+
+# --- generation markers ----------------------------------------------------------------------------------------------
+
+MARKED = {
+    "the answer alone": "{% generation %}{{ message['content'] }}{% endgeneration %}{{ '<|im_end|>\n' }}",
+    "the end of turn too": "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}",
+}
+
+
+@pytest.mark.parametrize("inside", MARKED)
+@pytest.mark.parametrize("turns", [[HELLO, FINE], [SYSTEM, *TALK]], ids=["one exchange", "two with a system turn"])
+def test_generation_markers_change_nothing_and_mark_the_same_tokens(inside, turns):
+    unmarked, marked = chatml_tokenizer(), chatml_tokenizer()
+    content = "message['content'] + '<|im_end|>' + '\n'}}"
+    assert CHATML_TEMPLATE.count(content) == 1
+    marked.chat_template = CHATML_TEMPLATE.replace(
+        "{{'<|im_start|>' + message['role'] + '\n' + " + content,
+        "{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
+        + MARKED[inside]
+        + "{% else %}{{ " + content + "{% endif %}",
+    )  # fmt: skip
+    messages = [{"role": role, "content": text} for role, text in turns]
+    theirs = marked.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    learned = theirs["assistant_masks"]
+    if inside == "the answer alone":
+        learned = [now or (before and token == 2007) for token, before, now in
+                   zip(theirs["input_ids"], [0, *learned], learned, strict=False)]  # fmt: skip
+
+    (sequence,) = encode(marked, turns)
+
+    assert [sequence] == encode(unmarked, turns)
+    assert sequence.ids + plain("llama3", "\n") == theirs["input_ids"]  # no newline after the end of turn
+    assert [label != IGNORED for label in sequence.labels] == [bool(bit) for bit in learned[:-1]]
+
+
+# --- templates that leave thoughts out of the history ----------------------------------------------------------------
+
+# As Qwen3's: thoughts stand only in the last answer, where they are empty if there are none.
+THINKING = """\
+{%- for m in messages %}
+{%- set said = m.content.split('</think>')[-1].lstrip('\n') %}
+{{- '<|im_start|>' + m.role + '\n' }}
+{%- if m.role != 'assistant' or not loop.last %}
+{{- said }}
+{%- elif '</think>' in m.content %}
+{{- m.content }}
+{%- else %}
+{{- '<think>\n\n</think>\n\n' + said }}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% if enable_thinking is false %}\
+{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"""
+
+
+@pytest.fixture
+def thinker():
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = THINKING
+    prepare_tokenizer(tokenizer)
+    return tokenizer
+
+
+def chatml(role: str, text: str) -> list[int]:
+    return [2006, *plain("llama3", f"{role}\n{text}"), 2007, *plain("llama3", "\n")]
+
+
+BEGUN = [2006, *plain("llama3", "assistant\n")]
+THOUGHT = [HELLO, ("assistant", "<think>\nHm.\n</think>\n\nNo"), WELL, ("assistant", "<think>\nOh.\n</think>\n\nWhy?")]
+
+
+def test_where_thoughts_are_left_out_of_the_history_each_answer_is_seen_as_at_inference(thinker):
+    first, second = encode(thinker, THOUGHT)
+
+    assert (first.ids, first.labels) == labelled(
+        ([*chatml("user", "Hello there"), *BEGUN], "seen"),
+        ([*plain("llama3", "<think>\nHm.\n</think>\n\nNo"), 2007], "learned"),
+    )
+    history = [*chatml("user", "Hello there"), *chatml("assistant", "No"), *chatml("user", "Are you well?")]
+    assert (second.ids, second.labels) == labelled(
+        ([*history, *BEGUN], "seen"), ([*plain("llama3", "<think>\nOh.\n</think>\n\nWhy?"), 2007], "learned")
+    )
+    prompt = [{"role": role, "content": text} for role, text in THOUGHT[:3]]
+    asked = thinker.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    assert second.ids[: len(asked)] == asked
+
+
+def test_a_turn_that_is_not_trained_gets_no_sequence_of_its_own(thinker):
+    (sequence,) = encode(thinker, THOUGHT, first_trained=3)
+
+    assert [sequence] == encode(thinker, THOUGHT)[1:]
+
+
+def test_the_empty_thoughts_that_a_template_adds_are_learned_where_they_are_not_part_of_the_prompt(thinker):
+    history = [*chatml("user", "Hello there"), *chatml("assistant", "No"), *chatml("user", "Are you well?"), *BEGUN]
+    empty, fine = "<think>\n\n</think>\n\n", "I am fine."
+
+    *_, second = encode(thinker, TALK)
+    *_, without = encode(thinker, TALK, enable_thinking=False)
+
+    whole = [*plain("llama3", empty + fine), 2007]
+    assert (second.ids, second.labels) == labelled((history, "seen"), (whole, "learned"))
+    given = [*history[:-1], *plain("llama3", "\n" + empty)]  # the prompt's last newline and the empty thoughts
+    assert (without.ids, without.labels) == labelled((given, "seen"), ([*plain("llama3", fine), 2007], "learned"))
+
+
+# --- length ----------------------------------------------------------------------------------------------------------
+
+YES = ("assistant", "Yes")
+
+
+@pytest.mark.parametrize("first", [[], [SYSTEM]], ids=["no system", "system"])
+def test_a_turn_that_does_not_fit_goes_into_a_sequence_of_its_own(first):
+    """LONG asks A, C and E, and is answered B, D and Yes; the history is shortened from its oldest end."""
+    tokenizer = FAMILIES["llama3"].prepared()
+    b, d, yes = ([*plain("llama3", text), 2005] for text in ("B", "D", "Yes"))
+    most = len(llama3_prompt([*first, *LONG])) + len(yes)
+    to_b, to_d = (llama3_prompt([*first, *LONG[:n]]) for n in (1, 3))
+
+    (whole,) = encode(tokenizer, [*first, *LONG, YES], max_length=most)
+    assert (len(whole), whole.dropped_turns, len(spans(whole))) == (most, 0, 3)
+
+    before, after = encode(tokenizer, [*first, *LONG, YES], max_length=most - 1)
+    assert (before.ids, before.labels) == labelled(
+        (to_b, "seen"), (b, "learned"), (to_d[len(to_b) + len(b) :], "seen"), (d, "learned")
+    )
+    kept = llama3_prompt([*first, *LONG[2:]])
+    assert (after.ids, after.labels) == labelled((kept, "seen"), (yes, "learned"))
+    assert (before.dropped_turns, after.dropped_turns) == (0, 2)
+
+
+def test_a_sequence_with_a_shortened_history_takes_further_turns():
+    tokenizer = FAMILIES["llama3"].prepared()
+    turns = [("user", "long" + " long" * 40), *LONG[1:], YES]
+    most = len(llama3_prompt(turns[:1])) + len(plain("llama3", "B")) + 1
+
+    first, second = encode(tokenizer, turns, max_length=most)
+
+    assert (len(first), first.dropped_turns) == (most, 0)
+    to_d, to_yes = llama3_prompt(turns[2:3]), llama3_prompt(turns[2:5])
+    d, yes = ([*plain("llama3", text), 2005] for text in ("D", "Yes"))
+    assert (second.ids, second.labels) == labelled(
+        (to_d, "seen"), (d, "learned"), (to_yes[len(to_d) + len(d) :], "seen"), (yes, "learned")
+    )
+    assert second.dropped_turns == 2
+
+
+def test_an_exchange_that_does_not_fit_alone_is_refused_and_never_cut():
+    tokenizer = FAMILIES["llama3"].prepared()
+    question = len(llama3_prompt([WELL]))
+
+    *_, last = encode(tokenizer, TALK, max_length=question + 7)
+    assert len(last) == question + 7
+
+    with pytest.raises(BadRow) as caught:
+        encode(tokenizer, TALK, max_length=question + 6)
+    assert str(caught.value) == f"turn 4: prompt and answer are {question} + 7 tokens, over max_length {question + 6}"
+    with pytest.raises(BadRow) as caught:
+        encode(tokenizer, TALK, max_length=question)
+    assert str(caught.value).startswith("turn 4: the prompt fills max_length: ")
+
+
+def test_refused_dialogues_keep_their_places_and_the_rest_their_order():
+    rows = [
+        dialogue([HELLO, FINE], where="a.jsonl:1"),
+        dialogue([("user", "x" * 500), FINE], where="a.jsonl:2"),
+        PlainText("Hello there", "b.jsonl:1"),
+        dialogue([HELLO, ("assistant", "<|eot_id|>")], where="b.jsonl:2"),
+        PlainText("a<|eot_id|>b", "b.jsonl:3"),
+        dialogue([HELLO, NO], where="b.jsonl:4"),
+    ]
+
+    sequences, refused = encode_dialogues(FAMILIES["llama3"].prepared(), rows, 40, {})
+
+    assert [sequence.where for sequence in sequences] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:4"]
+    assert [bad.where for bad in refused] == ["a.jsonl:2", "b.jsonl:2", "b.jsonl:3"]
+    assert refused[1:] == [
+        Refused(where, "the text contains the model's special token <|eot_id|>") for where in ("b.jsonl:2", "b.jsonl:3")
+    ]
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3])
+def test_a_forged_end_of_turn_is_refused_in_any_turn(number):
+    turns = [(role, text + "<|eot_id|>" * (place == number)) for place, (role, text) in enumerate(TALK)]
+    with pytest.raises(BadRow, match=r"^the text contains the model's special token <\|eot_id\|>$"):
+        encode(FAMILIES["llama3"].prepared(), turns, first_trained=3)
+
+
+# --- plain text ------------------------------------------------------------------------------------------------------
+
+PLAIN_ENDS = {"llama3": ([2000], 2005), "chatml": ([], 2007), "zephyr": ([1], 2), "mistral": ([1], 2)}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_plain_text_begins_with_the_bos_and_ends_with_the_eos(name):
+    bos, eos = PLAIN_ENDS[name]
+    text = "It rained.\n\nThen it stopped."
+    vocabulary = {"chatml": "llama3", "mistral": "mistral_v03"}.get(name, name)
+
+    (sequence,) = encode_text(FAMILIES[name].prepared(), PlainText(text, "texts.jsonl:7"), 1000)
+
+    assert sequence.ids == [*bos, *plain(vocabulary, text), eos]
+    assert sequence.labels == [IGNORED, *sequence.ids[1:]]  # nothing stands before the first that it could follow from
+    assert (sequence.where, sequence.dropped_turns) == ("texts.jsonl:7", 0)
+
+
+def test_a_tokenizer_that_adds_an_eos_itself_gives_one():
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin_of_text|> $A <|eot_id|>",
+        special_tokens=[("<|begin_of_text|>", 2000), ("<|eot_id|>", 2005)],
+    )
+
+    (sequence,) = encode_text(tokenizer, PlainText("Hello there", "w"), 1000)
+
+    assert sequence.ids == [2000, *plain("llama3", "Hello there"), 2005]
+
+
+@pytest.mark.parametrize("end", ["", " <|eot_id|>"], ids=["no EOS", "an EOS of its own"])
+def test_a_text_that_gives_no_tokens_is_refused(end):
+    """Some tokenizers drop characters that they don't know, and not all begin with a BOS."""
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"$A{end}", special_tokens=[("<|eot_id|>", 2005)]
+    )
+    rows = [PlainText("\u200b", "a.jsonl:1"), PlainText("Hello there", "a.jsonl:2")]
+
+    sequences, refused = encode_dialogues(tokenizer, rows, 1000, {})
+
+    assert [sequence.ids for sequence in sequences] == [[*plain("llama3", "Hello there"), 2005]]
+    assert refused == [Refused("a.jsonl:1", "the text gives no tokens")]
+
+
+@pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 46, 47])
+def test_of_a_long_text_every_token_is_learned_once_and_follows_the_one_before_it(length):
+    """The last token, the EOS, is never alone: at the start of a sequence nothing predicts it."""
+    text, tokenizer = "a" + " a" * (length - 3) if length > 2 else "", FAMILIES["llama3"].prepared()
+    whole = [2000, *plain("llama3", text), 2005]
+    assert len(whole) == length
+
+    pieces = encode_text(tokenizer, PlainText(text, "w"), 16)
+
+    followed = [(before, label) for piece in pieces for before, label in zip(piece.ids, piece.labels[1:], strict=False)]
+    assert followed == list(pairwise(whole))
+    assert all(piece.labels[0] == IGNORED for piece in pieces)
+    assert all(len(piece) == 16 for piece in pieces[:-1])
+    assert 2 <= len(pieces[-1]) <= 16
+
+
+def test_a_plain_text_that_spells_a_special_token_is_refused(family):
+    for token in family.special:
+        with pytest.raises(BadRow, match=r"^the text contains the model's special token"):
+            encode_text(family.prepared(), PlainText(f"one {token} two", "w"), 1000)
+
+
+# --- real rows -------------------------------------------------------------------------------------------------------
+
+
+def learned_texts(family: Family, tokenizer, sequences: list[TokenDialogue]) -> Iterator[str]:
+    """The supervised stretches as text, end of turn included."""
+    for sequence in sequences:
+        for begin, end in spans(sequence):
+            before, through = (decoded(family, tokenizer, sequence.ids[:cut]) for cut in (begin, end))
+            assert through.startswith(before)
+            yield through.removeprefix(before)
+
+
+def check(family: Family, rows: list[Dialogue], max_length: int) -> tuple[int, int]:
+    """Properties of real rows; returns how many had one sequence, and how many several."""
+    tokenizer = family.prepared()
+    found: dict[str, list[TokenDialogue]] = {}
+    sequences, refused = encode_dialogues(tokenizer, rows, max_length, {})
+    for sequence in sequences:
+        found.setdefault(sequence.where, []).append(sequence)
+    assert len(found) + len(refused) == len(rows)
+    assert not found.keys() & {bad.where for bad in refused}
+    for row in rows:
+        parts = found.get(row.where, [])
+        for part in parts:
+            assert len(part) == len(part.ids) == len(part.labels) <= max_length
+            assert all(label in (IGNORED, token) for label, token in zip(part.labels, part.ids, strict=True))
+        answers = [turn["content"] for turn in row.turns[row.first_trained :] if turn["role"] == "assistant"]
+        expected = [family.answer_prefix + (text.strip() if family.trims else text) + family.end for text in answers]
+        assert list(learned_texts(family, tokenizer, parts)) == (expected if parts else [])
+    return sum(len(parts) == 1 for parts in found.values()), sum(len(parts) > 1 for parts in found.values())
+
+
+def test_of_real_instructions_exactly_the_outputs_are_learned(family, shared_data):
+    rows, _ = dialogues((Source(path=str(shared_data / "alpaca_en_demo.json")),), "train", 150, 0)
+
+    assert check(family, rows, 2048) == (150, 0)
+
+
+def test_of_real_preferences_exactly_the_chosen_answer_is_learned(family, shared_data):
+    rows, _ = dialogues((Source(path=str(shared_data / "hh_harmless.jsonl.gz")),), "train", 100, 0)
+    assert {row.first_trained for row in rows} > {1, 3, 5}
+
+    assert check(family, rows, 4096) == (100, 0)
+
+
+def test_of_real_dialogues_that_are_too_long_every_answer_is_learned_once(family, shared_data):
+    rows, _ = dialogues((Source(path=str(shared_data / "hh_harmless.jsonl.gz")),), "train", 100, 0)
+
+    one, several = check(family, [replace(row, first_trained=0) for row in rows], 400)
+
+    assert min(one, several) > 10

@@ -1,0 +1,398 @@
+"""Packed rows against each answer run alone: the same log-probs, loss and gradients for every family that is served,
+and the others named and run the padded way."""
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+from transformers import AutoTokenizer
+
+from qalign.config.recipe import DPO, Lora, Model
+from qalign.data.collate import MicroBatch, pack, pad
+from qalign.data.packing import Layout
+from qalign.data.tokenize import TokenPair, prepare_tokenizer
+from qalign.losses import preference_loss
+from qalign.model import attention, logps
+from qalign.model.attention import shared_prompts, why_not_shared
+from qalign.model.base import Role, load
+from qalign.model.reference import ReferenceLogps
+from qalign.train.pair_trainers import PreferenceTrainer
+from tests.conftest import FIXTURES
+from tests.families import SERVED, UNSERVED, VOCABULARY, alone, family, random_pairs
+from tests.helpers import dpo_config, house_style, scramble
+from tests.data.test_packing import GROUPS, sees
+
+uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+# What a layer may ask for besides plain attention.
+KINDS = {
+    "plain": (None, None, False),
+    "window": (3, None, False),
+    "window of one": (1, None, False),
+    "softcap": (None, 1.5, False),
+    "sinks": (None, None, True),
+    "all": (3, 1.5, True),
+}
+
+
+@pytest.fixture(scope="module")
+def real_pairs() -> list[TokenPair]:
+    """Two of the demo's, 100 and 240 tokens long, so of several blocks."""
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    prepare_tokenizer(tokenizer)
+    return house_style(tokenizer, 5)[3:]
+
+
+def packed(lm, pairs: list[TokenPair], ends: str = "dropped") -> torch.Tensor:
+    return logps.pair_logps(lm, pack(pairs, ends=ends))
+
+
+def losses(policy: torch.Tensor, around: torch.Tensor) -> torch.Tensor:
+    """DPO against a reference close to the policy: none of the losses is flat, so every gradient counts."""
+    noise = torch.randn(around.shape, generator=torch.Generator().manual_seed(1))
+    return preference_loss("sigmoid", policy, around + noise, torch.ones_like(policy), beta=0.5)
+
+
+def outcome(lm, found: torch.Tensor, around: torch.Tensor):
+    """(log-probs, loss, gradients by parameter)."""
+    lm.zero_grad()
+    loss = losses(found, around).mean()
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
+    assert len(gradients) > 10
+    return found.detach(), loss.detach(), gradients
+
+
+def assert_same(one, other, rel: float = 1e-5) -> None:
+    """Log-probs to 1e-5; `rel` is for what hangs on their differences, the loss and its gradients."""
+    assert one[0].dtype == other[0].dtype
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(one[1], other[1], rtol=rel, atol=0)
+    assert one[2].keys() == other[2].keys()
+    for name, gradient in one[2].items():
+        assert (gradient - other[2][name]).norm() <= rel * other[2][name].norm(), name
+
+
+def rel(name: str) -> float:
+    return 5e-5 if name == "gpt-oss" else 1e-5  # it is in float32, where log-probs of -600 are 1e-4 off
+
+
+# --- one layer against the formula -----------------------------------------------------------------------------------
+
+
+def tensors(layout: Layout, sinks: bool, heads: int = 4, key_heads: int = 2, dim: int = 3):
+    draw = torch.Generator().manual_seed(5)
+    shapes = [(heads, layout.tokens, dim), (key_heads, layout.tokens, dim), (key_heads, layout.tokens, dim)]
+    found = [torch.randn(shape, generator=draw, dtype=torch.float64).requires_grad_() for shape in shapes]
+    return *found, torch.randn(heads, generator=draw, dtype=torch.float64).requires_grad_() if sinks else None
+
+
+def formula(query, key, value, sinks, groups, window, softcap, scaling) -> torch.Tensor:
+    """Softmax attention over the whole row at once, with a mask from the rule."""
+    key, value = (tensor.repeat_interleave(len(query) // len(key), 0) for tensor in (key, value))
+    scores = query @ key.transpose(1, 2) * scaling
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~sees(groups, window), float("-inf"))
+    if sinks is not None:
+        column = sinks[:, None, None].expand(-1, scores.shape[1], 1)
+        return torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1] @ value
+    return scores.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("block", [2, 128])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_is_the_formula(monkeypatch, kind, block):
+    monkeypatch.setattr(attention, "QUERIES", block)
+    window, softcap, sinks = KINDS[kind]
+    layout = Layout(GROUPS)
+    inputs = tensors(layout, sinks)
+    found = attention._BlockAttention.apply(*inputs, layout, 0.7, window, softcap)
+    torch.testing.assert_close(found, formula(*inputs, GROUPS, window, softcap, 0.7), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_of_a_layer_are_those_of_small_steps(monkeypatch, kind):
+    monkeypatch.setattr(attention, "QUERIES", 2)
+    window, softcap, sinks = KINDS[kind]
+    layout = Layout(GROUPS)
+    inputs = [tensor for tensor in tensors(layout, sinks, dim=2) if tensor is not None]
+
+    def attend(*given):
+        query, key, value, *rest = given
+        return attention._BlockAttention.apply(query, key, value, *(rest or [None]), layout, 0.7, window, softcap)
+
+    assert torch.autograd.gradcheck(attend, inputs)
+
+
+@uncompiled
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 2), (6, 2), (3, 3)])  # flex shares keys by powers of two only
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_attention_is_the_formula(kind, heads, key_heads):
+    window, softcap, sinks = KINDS[kind]
+    layout = Layout(GROUPS)
+    inputs = [tensor if tensor is None else tensor.detach() for tensor in tensors(layout, sinks, heads, key_heads)]
+    with torch.no_grad():
+        found = attention._flex(*inputs, layout, 0.7, window, softcap, run=flex_attention)
+    torch.testing.assert_close(found, formula(*inputs, GROUPS, window, softcap, 0.7), rtol=1e-10, atol=1e-10)
+
+
+def test_probabilities_are_kept_wide_in_16_bits():
+    """Scores of bfloat16 tensors are rounded once, on the way out, and not at every step."""
+    layout = Layout(((40, (30, 30)),))
+    inputs = [tensor.detach().bfloat16() for tensor in tensors(layout, sinks=False)[:3]]
+    found = attention._BlockAttention.apply(*inputs, None, layout, 0.7, None, None)
+    expected = formula(*(tensor.double() for tensor in inputs), None, layout.groups, None, None, 0.7)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=1e-2)
+
+
+# --- whole models ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_random_pairs_give_the_numbers_of_each_answer_alone(name):
+    lm, pairs = family(name), random_pairs()
+    apart = alone(lm, pairs)
+    expected = outcome(lm, apart, apart.detach())
+    with shared_prompts(lm):
+        for ends in ("dropped", "kept"):
+            assert_same(outcome(lm, packed(lm, pairs, ends), apart.detach()), expected, rel(name))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_real_pairs_give_the_numbers_of_each_answer_alone(name, real_pairs):
+    """Of more tokens than a block of queries has, so windows and prompts reach over its edge."""
+    assert max(len(pair.rejected_ids) for pair in real_pairs) > attention.QUERIES
+    lm = family(name, vocabulary=2006)
+    apart = alone(lm, real_pairs)
+    expected = outcome(lm, apart, apart.detach())
+    with shared_prompts(lm):
+        assert_same(outcome(lm, packed(lm, real_pairs), apart.detach()), expected, rel(name))
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss"])
+def test_the_size_of_a_block_changes_nothing(monkeypatch, name):
+    lm, pairs = family(name), random_pairs(1)
+    apart = alone(lm, pairs)
+    expected = outcome(lm, apart, apart.detach())
+    for size in (1, 3, 5):
+        monkeypatch.setattr(attention, "QUERIES", size)
+        with shared_prompts(lm):
+            assert_same(outcome(lm, packed(lm, pairs), apart.detach()), expected, rel(name))
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_gradient_checkpointing_changes_nothing(name):
+    lm, pairs = family(name), random_pairs()
+    with shared_prompts(lm):
+        found = packed(lm, pairs)
+        around = found.detach()
+        plain = outcome(lm, found, around)
+        lm.train()
+        lm.activation_checkpointing_enable({"use_reentrant": False})
+        batch = pack(pairs)
+        checkpointed = outcome(lm, logps.pair_logps(lm, batch), around)
+    assert len(batch.layout.windows) == 4, "the two layers weren't computed again: nothing is shown"
+    assert_same(checkpointed, plain, 1e-6)
+
+
+@uncompiled
+@pytest.mark.parametrize("name", SERVED)
+def test_flex_attention_gives_the_same_numbers(monkeypatch, name):
+    lm, pairs = family(name), random_pairs()
+    with torch.no_grad(), shared_prompts(lm):
+        blocks = packed(lm, pairs)
+        used = []
+        monkeypatch.setattr(attention, "_flex_runs_on", lambda query: used.append(query) or True)
+        monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+        torch.testing.assert_close(packed(lm, pairs), blocks, rtol=1e-5, atol=0)
+    assert len(used) == 2
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_a_changed_answer_moves_its_own_number_alone(name):
+    lm, pairs = family(name), random_pairs()
+    first = pairs[1]
+    other = TokenPair(first.prompt_ids, first.chosen_ids[:2] + first.chosen_ids[3:] + [9], first.rejected_ids, "other")
+    assert len(other.chosen_ids) == len(first.chosen_ids)
+    with torch.no_grad(), shared_prompts(lm):
+        before, after = packed(lm, pairs), packed(lm, [pairs[0], other, *pairs[2:]])
+    moved = (before - after).abs() > 1e-9
+    assert moved.nonzero().tolist() == [[1, 0]]
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_the_order_of_pairs_and_their_company_change_nothing(name):
+    lm, pairs = family(name), random_pairs()
+    with torch.no_grad(), shared_prompts(lm):
+        together = packed(lm, pairs)
+        turned = packed(lm, pairs[::-1]).flip(0)
+        single = torch.cat([packed(lm, [pair]) for pair in pairs])
+    torch.testing.assert_close(turned, together, rtol=1e-6, atol=0)
+    torch.testing.assert_close(single, together, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
+def test_swapping_chosen_and_rejected_swaps_their_numbers(name):
+    lm, pairs = family(name), random_pairs()
+    swapped = [TokenPair(pair.prompt_ids, pair.rejected_ids, pair.chosen_ids, pair.where) for pair in pairs]
+    with torch.no_grad(), shared_prompts(lm):
+        torch.testing.assert_close(packed(lm, swapped), packed(lm, pairs).flip(1), rtol=1e-6, atol=0)
+
+
+def test_windows_count_positions_and_not_places():
+    """A rejected answer stands far from its prompt in the row, and sees as much of it as the chosen one does."""
+    lm = family("mistral")
+    prompt, answer = list(range(3, 12)), [20, 21, 22, 23]
+    near = TokenPair(prompt, answer, [30] * 3, "near")
+    far = TokenPair(prompt, [30] * 40, answer, "far")
+    with torch.no_grad(), shared_prompts(lm):
+        torch.testing.assert_close(packed(lm, [far])[0, 1], packed(lm, [near])[0, 0], rtol=1e-6, atol=0)
+
+
+# --- which models, and what is left behind ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SERVED)
+def test_families_that_are_served(name, dtype):
+    lm = family(name, spread=0.1, dtype=dtype)
+    assert why_not_shared(lm) is None
+    assert lm.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("name", UNSERVED)
+def test_families_that_are_not_served_are_told_apart(name):
+    lm = family(name, spread=0.1, dtype=torch.float32)
+    before = lm.config._attn_implementation
+    assert UNSERVED[name][1] in why_not_shared(lm)
+    assert lm.config._attn_implementation == before
+
+
+def test_dropout_in_attention_is_seen_in_the_settings():
+    lm = family("llama")
+    lm.config.attention_dropout = 0.1
+    assert why_not_shared(lm) == "has dropout in its attention"
+
+
+def test_a_model_that_keeps_its_window_to_itself_is_noticed():
+    """Longer than the pairs that are tried, so no number tells."""
+    lm = family("llama")
+    lm.config.sliding_window = 512  # and no layer asks for it
+    assert why_not_shared(lm) == "keeps its sliding window to itself"
+
+
+def test_a_model_that_counts_places_is_noticed():
+    """As ALiBi does: the position ids that it is given don't reach its attention."""
+    lm = family("llama", spread=0.1)
+    real = lm.base_model.forward
+
+    def forward(*args, position_ids=None, **more):
+        return real(*args, **more)
+
+    lm.base_model.forward = forward
+    assert why_not_shared(lm) == "gives an answer other hidden states than it has alone"
+
+
+def test_a_model_in_which_neighbours_are_seen_is_noticed():
+    """As a state-space layer lets them be: what stands before in the row is carried along."""
+    lm = family("llama", spread=0.1)
+
+    def carry(module, inputs, output):
+        return output + 0.2 * output.cumsum(dim=1)
+
+    lm.base_model.layers[1].mlp.register_forward_hook(carry)
+    assert why_not_shared(lm) == "gives an answer other hidden states than it has alone"
+
+
+@pytest.mark.parametrize("before", ["eager", "sdpa"])
+def test_the_models_own_attention_comes_back(before):
+    lm = family("llama")
+    lm.set_attn_implementation(before)
+    ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
+    expected = lm(input_ids=ids).logits
+    with shared_prompts(lm):
+        assert lm.config._attn_implementation == attention.NAME
+        with shared_prompts(lm):
+            pass
+        assert lm.config._attn_implementation == attention.NAME
+    assert lm.config._attn_implementation == before
+    with pytest.raises(RuntimeError, match="out of luck"), shared_prompts(lm):
+        raise RuntimeError("out of luck")
+    assert lm.config._attn_implementation == before
+    assert torch.equal(lm(input_ids=ids).logits, expected)
+
+
+def test_rows_that_are_not_packed_are_refused_inside():
+    lm = family("llama")
+    with shared_prompts(lm), pytest.raises(AssertionError, match="this attention needs a packed batch"):
+        lm(input_ids=torch.tensor([[3, 4, 5]]))
+
+
+def test_dropout_is_refused():
+    lm = family("llama")
+    lm.config.attention_dropout = lm.base_model.layers[0].self_attn.attention_dropout = 0.1
+    lm.train()
+    with shared_prompts(lm), pytest.raises(AssertionError, match="dropout in attention is not known here"):
+        packed(lm, random_pairs())
+
+
+# --- a trainer's step ------------------------------------------------------------------------------------------------
+
+
+def small_base(name: str, folder):
+    """A family as qalign loads it, with a policy that does something."""
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    family(name, len(tokenizer), dtype=torch.float32, spread=0.1).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    base = load(Model(base=str(folder), compute_dtype="float32", quantization="none"))
+    base.add_adapter(Role.POLICY, Lora(r=4))
+    scramble(base, scale=0.1)
+    return base
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "falcon", "stablelm", "jamba"])
+def test_a_step_of_the_trainer_is_the_same_whichever_way_pairs_are_run(name, tmp_path):
+    base = small_base(name, tmp_path / "model")
+    if name in SERVED:
+        assert base.prompts == "once a pair, packed without padding"
+    else:
+        assert base.prompts.startswith(f"twice a pair, padded: {type(base.lm).__name__} ")
+        assert UNSERVED[name][1] in base.prompts
+    pairs = random_pairs(vocabulary=2000)
+    with torch.no_grad(), base.acting_as(Role.REFERENCE) as lm:
+        reference = alone(lm, pairs)
+    with base.acting_as(Role.POLICY) as lm:
+        policy = alone(lm, pairs)
+        assert (policy - reference).abs().max() > 0.1
+        expected = preference_loss("sigmoid", policy, reference, None, beta=0.1).mean()
+        expected.backward()
+    gradients = {n: p.grad.clone() for n, p in base.model.named_parameters() if p.grad is not None}
+    base.model.zero_grad()
+    settings = DPO.model_validate({"data": "unused.jsonl"})
+    args = dpo_config(tmp_path, per_device_train_batch_size=len(pairs))
+    trainer = PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatch(pairs=3), pairs)
+    with base.reading_pairs():
+        found = trainer.training_step(base.model, pairs, len(pairs))
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert len(gradients) > 10
+    for parameter_name, parameter in base.model.named_parameters():
+        if parameter_name in gradients:
+            wanted = gradients[parameter_name]
+            assert (parameter.grad - wanted).norm() <= 1e-4 * wanted.norm() + 1e-7, parameter_name
+
+
+def test_dropout_of_an_adapter_says_nothing_against_packed_rows(tiny_folder):
+    """PEFT makes an adapter's dropout in training mode; the model is tried before a trainer sees it."""
+    base = load(Model(base=tiny_folder, compute_dtype="float32"))
+    base.add_adapter(Role.POLICY, Lora(r=4, dropout=0.5))
+    scramble(base)
+    modes = [module.training for module in base.model.modules()]
+    assert any(modes)
+    assert base.why_padded is None
+    assert [module.training for module in base.model.modules()] == modes
+
+
+@pytest.mark.parametrize("name", ["falcon", "stablelm"])
+def test_padding_gives_the_numbers_of_each_answer_alone(name):
+    lm, pairs = family(name), random_pairs()
+    torch.testing.assert_close(logps.pair_logps(lm, pad(pairs, 0)), alone(lm, pairs), rtol=1e-6, atol=0)

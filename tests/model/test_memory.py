@@ -1,0 +1,430 @@
+"""The forecast of a training step's memory, against bytes counted by hand, held by real tensors and alive in real steps
+of each stage's own trainer."""
+
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks import memory as benchmark
+from qalign.config.recipe import STAGES, Recipe
+from qalign.model import memory
+from qalign.model.base import Role, load, load_classifier
+from qalign.model.memory import CUDA_CONTEXT, Forecast, LiveBytes, Plan, Step, kv_cache_bytes, usable_memory
+from qalign.train.loop import Checkpointed
+from tests.families import config as family_config
+
+CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
+GIB = 2**30
+HALF = torch.bfloat16
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small for two."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# What PPO's section has to say. Its step is forecast as DPO's, one prompt with two answers.
+REWARDED = {"ppo": {"reward": "rewards.py:short", "value": "trunk"}}
+STEPS = tuple(stage for stage in STAGES if stage != "ppo")
+
+
+def recipe_of(base: str = "unused", *, only: str = "", model=None, lora=None, **stage) -> Recipe:
+    return Recipe.model_validate(
+        {
+            "model": {"base": base, "compute_dtype": "float32", **(model or {})},
+            "lora": {"r": 4, "alpha": 8, **(lora or {})},
+            "output": "unused",
+            **{
+                name: {"data": "unused", **REWARDED.get(name, {}), **(stage if name == only or not only else {})}
+                for name in STAGES
+            },
+        }
+    )
+
+
+def shape(name: str):
+    return tf.AutoConfig.from_pretrained(CONFIGS / name)
+
+
+def forecast_of(config, stage: str = "dpo", device: str = "cpu", dtype=torch.float32, **keys) -> Forecast:
+    if isinstance(config, str):
+        keys, config = {"base": config, **keys}, tf.AutoConfig.from_pretrained(config)
+    return Forecast(recipe_of(only=stage, **keys), stage, config, device, dtype)
+
+
+@pytest.fixture(scope="module")
+def mistral() -> Forecast:
+    """DPO on a 7B in bfloat16 on a card."""
+    return forecast_of(shape("Mistral-7B-v0.3"), "dpo", "cuda", HALF, lora={"r": 16, "alpha": 32})
+
+
+@pytest.fixture(scope="module")
+def variant(tmp_path_factory, tiny_folder):
+    """The tiny model with other values in its config, as a folder."""
+    made = {}
+
+    def make(**values) -> str:
+        key = str(values)
+        if key not in made:
+            config = tf.AutoConfig.from_pretrained(tiny_folder, **values)
+            made[key] = str(tmp_path_factory.mktemp("variant") / "model")
+            torch.manual_seed(0)
+            tf.AutoModelForCausalLM.from_config(config).save_pretrained(made[key])
+            tf.AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(made[key])
+        return made[key]
+
+    return make
+
+
+# --- counting --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_live_bytes_are_those_of_storages(device):
+    outside = torch.zeros(1000, device=device)
+    with LiveBytes() as counted:
+        first = torch.zeros(100, device=device)
+        assert counted.live == 400
+        view = first[10:].view(9, 10)
+        first.add_(1)
+        outside[:10].mul_(2)
+        assert counted.live == 400  # neither a view nor work in place takes more
+        wide = first.double()
+        assert (counted.live, counted.peak) == (1200, 1200)
+        del wide
+        assert (counted.live, counted.peak) == (400, 1200)
+        del first
+        assert counted.live == 400  # the view holds all of it
+        del view
+        assert (counted.live, counted.peak) == (0, 1200)
+        parts = torch.zeros(6, device=device, dtype=torch.int8).split(2)
+        assert (len(parts), counted.live) == (3, 6)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_live_bytes_see_what_autograd_keeps(device):
+    weight = torch.zeros(100, device=device, requires_grad=True)
+    with LiveBytes() as counted:
+        loss = (weight.exp() * 2).sum()
+        assert counted.live == 400 + 4  # exp keeps its result; the product is gone, its sum is there
+        loss.backward()
+        del loss
+        assert counted.live == 400  # the gradient
+        assert counted.peak >= 400 + 400 + 4
+        weight.grad = None
+        assert counted.live == 0
+
+
+# --- a step ----------------------------------------------------------------------------------------------------------
+
+
+def assert_near(forecast: Forecast, expected: int, found: int, over: float = 0.1) -> None:
+    """With all that is held: never more than 5% too little, nor more than `over` too much."""
+    always = forecast.fixed["base"] + forecast.fixed["adapters"]
+    assert -0.05 < (expected + always) / (found + always) - 1 < over
+
+
+def over_of(stage: str) -> float:
+    """Of a block of attention all queries are counted, though a short answer has fewer. It shows in this narrow model
+    where no head outweighs it."""
+    return 0.26 if stage == "reward" else 0.1
+
+
+def base_of(stage: str, tiny_folder: str, variant) -> str:
+    """SFT's head is worth forecasting where there are as many words as in its tile."""
+    return variant(vocab_size=40_000) if stage == "sft" else tiny_folder
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize("stage", STEPS)
+def test_a_step_takes_what_is_forecast(stage, checkpointing, tiny_folder, variant):
+    forecast = forecast_of(base_of(stage, tiny_folder, variant), stage)
+    for tokens, rows in [(96, 1), (96, 4), (384, 1)] + [(1023, 1)] * (stage != "sft"):
+        step = forecast.step(tokens * rows, checkpointing=checkpointing)
+        found = benchmark.measured(stage, forecast.recipe, tokens, rows, checkpointing)
+        assert_near(forecast, step.total + forecast.fixed["gradients"], found, over_of(stage))
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_a_step_in_bfloat16_takes_what_is_forecast(stage, tiny_folder, variant):
+    base = base_of(stage, tiny_folder, variant)
+    forecast = forecast_of(base, stage, dtype=HALF, model={"compute_dtype": "bfloat16"})
+    step = forecast.step(4 * 96, checkpointing=False)
+    found = benchmark.measured(stage, forecast.recipe, 96, 4, False)
+    assert_near(forecast, step.total + forecast.fixed["gradients"], found, over_of(stage))
+
+
+@pytest.mark.parametrize("checkpointed", [0, 2, 6])
+def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatch):
+    """Six layers (the forecast runs two and four), of which some are checkpointed as `Checkpointed` does it."""
+    forecast = forecast_of(variant(num_hidden_layers=6))
+    real = benchmark.trainer_of
+
+    def some_checkpointed(*args):
+        trainer = real(*args)
+        enable = trainer.model.activation_checkpointing_enable
+
+        def enable_some(*words):
+            enable(*words)
+            Checkpointed(Plan(0, checkpointed)).on_train_begin(None, None, None, model=trainer.model)
+
+        trainer.model.activation_checkpointing_enable = enable_some
+        return trainer
+
+    monkeypatch.setattr(benchmark, "trainer_of", some_checkpointed)
+    expected = forecast.total(600, checkpointed) - forecast.fixed["base"] - forecast.fixed["adapters"]
+    found = benchmark.measured("dpo", forecast.recipe, 600, 1, checkpointed > 0)
+    assert_near(forecast, expected - forecast.fixed["optimiser"], found)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_layers_of_several_kinds(name):
+    """Alternating windows: each layer keeps about as much as the others, and no count of layers is refused."""
+    found = {}
+    for layers in (1, 3, 8):
+        config = family_config(name)
+        config.num_hidden_layers = layers
+        config.layer_types = [config.layer_types[number % 2] for number in range(layers)]
+        forecast = forecast_of(config)
+        assert forecast.layers == layers
+        found[layers] = forecast.step(300, checkpointing=False).activations
+    assert (found[8] - found[1]) / (found[3] - found[1]) == pytest.approx(7 / 2, rel=0.02)
+
+
+def test_a_model_with_fewer_layers_than_its_pattern_is_run_as_it_is():
+    kinds = ["sliding_attention", "sliding_attention", "full_attention"]
+    config = family_config("gemma3")
+    config.num_hidden_layers, config.layer_types = 3, kinds
+    step = forecast_of(config).step(300, checkpointing=True)
+    config.num_hidden_layers, config.layer_types = 6, 2 * kinds
+    twice = forecast_of(config).step(300, checkpointing=True)
+    assert step.total > step.activations > 0
+    assert twice.activations > step.activations
+    assert (twice.logits, twice.backward) == pytest.approx((step.logits, step.backward), rel=0.01)
+
+
+def test_the_config_given_stays_as_it_was():
+    config = family_config("gemma2")
+    before = config.to_dict()
+    forecast_of(config).step(96, checkpointing=True)
+    assert config.to_dict() == before
+
+
+# --- what is always there --------------------------------------------------------------------------------------------
+
+
+def held(base) -> int:
+    """Bytes of a loaded base's weights and of the scales of quantised ones, without the tables that all weights of a
+    kind have in common."""
+    found = 0
+    for name, parameter in base.lm.named_parameters():
+        if "lora_" in name:
+            continue
+        found += parameter.nbytes
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            found += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    return found
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"quantization": "nf4", "double_quant": True},
+        {"quantization": "nf4", "double_quant": False},
+        {"quantization": "fp4", "double_quant": True},
+        {"quantization": "none"},
+        {"quantization": "none", "compute_dtype": "bfloat16"},
+    ],
+    ids=lambda model: "-".join(map(str, model.values())),
+)
+def test_the_base_takes_what_its_tensors_hold(model, tiny_folder):
+    dtype = getattr(torch, model.get("compute_dtype", "float32"))
+    forecast = forecast_of(tiny_folder, dtype=dtype, model=model)
+    base = load(forecast.recipe.model)
+    # Each of 14 weights may have one scale more than full blocks make.
+    assert forecast.fixed["base"] == pytest.approx(held(base), abs=14 * 4 if model["quantization"] != "none" else 0)
+
+
+def test_single_scales_cost_what_qlora_says(tiny_folder):
+    """0.5 bits a weight, with double quantisation 0.127 (arXiv:2305.14314, section 3); two layers of 36,864 weights."""
+    double, single = (forecast_of(tiny_folder, model={"double_quant": way}).fixed["base"] for way in (True, False))
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert single - double == pytest.approx(weights * (0.5 - 0.127) / 8, rel=0.002)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
+    forecast = forecast_of(tiny_folder, stage)
+    classifier = stage == "reward"
+    base = (load_classifier if classifier else load)(forecast.recipe.model)
+    base.add_adapter(Role.REWARD if classifier else Role.POLICY, forecast.recipe.lora)
+    weights = [p for p in base.model.parameters() if p.requires_grad]
+    for weight in weights:
+        weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW(weights)
+    optimizer.step()
+    moments = [v for state in optimizer.state.values() for v in state.values() if v.dim()]
+    assert forecast.fixed["adapters"] == sum(p.nbytes for p in weights)  # and the reward model's head
+    assert forecast.fixed["gradients"] == sum(p.grad.nbytes for p in weights)
+    assert forecast.fixed["optimiser"] == sum(moment.nbytes for moment in moments)
+
+
+def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
+    """An adapter of the tiny model at rank 4 has 8,192 weights. Policy and value model are trained; the reference, each
+    reward adapter and each judge are frozen; a function is nothing, and a model of its own is counted as it is
+    loaded."""
+    adapter = 8192
+    for name in "bc":
+        (tmp_path / name / "reward" / "adapter").mkdir(parents=True)
+        (tmp_path / name / "reward" / "adapter" / "adapter_config.json").write_text("{}")
+    sources = ["reward", str(tmp_path / "b" / "reward"), "someone/a-model"]
+    keys = {"reward": sources, "judge": str(tmp_path / "c"), "eval_data": "unused", "value": "adapter"}
+    plain, full = forecast_of(tiny_folder, "ppo").fixed, forecast_of(tiny_folder, "ppo", start_from="sft", **keys).fixed
+    assert (plain["adapters"], plain["gradients"], plain["optimiser"]) == (4 * adapter, 4 * adapter, 8 * adapter)
+    assert (full["adapters"], full["gradients"], full["optimiser"]) == (6 * 4 * adapter, 8 * adapter, 16 * adapter)
+    assert plain["base"] == full["base"]
+
+
+def test_what_more_adapters_take(tiny_folder):
+    """The rank, the reference's frozen copy, autocast's 16-bit copy, and the optimiser's notes in a byte each."""
+    count = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
+    plain = forecast_of(tiny_folder).fixed
+    assert plain["adapters"] == plain["gradients"] == 4 * count
+    assert plain["optimiser"] == 8 * count
+    assert forecast_of(tiny_folder, lora={"r": 8}).fixed["adapters"] == 2 * 4 * count
+    assert forecast_of(tiny_folder, start_from="sft").fixed["adapters"] == 2 * 4 * count
+    head = 64  # of a reward model; it has no reference
+    assert forecast_of(tiny_folder, "reward", start_from="sft").fixed["adapters"] == 4 * (count + head)
+    assert forecast_of(tiny_folder, dtype=HALF).fixed["adapters"] == (4 + 2) * count
+    paged = forecast_of(tiny_folder, trainer={"optim": "paged_adamw_8bit"}).fixed["optimiser"]
+    assert 2 * count < paged < 2.1 * count
+    assert "CUDA context" not in plain
+    assert forecast_of(tiny_folder, device="cuda").fixed["CUDA context"] == CUDA_CONTEXT
+
+
+class Made(TorchDispatchMode):
+    """The largest tensor off the meta device that was made, in bytes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
+                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
+        return found
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("Mistral-7B-v0.3", 3.85 * GIB),  # measured by bitsandbytes' own tensors on a card
+        ("Llama-3.1-8B", 5.70e9),  # what its published bnb-4bit copies weigh
+    ],
+)
+def test_a_large_base_is_forecast_in_no_time_and_without_weights(name, size):
+    config = shape(name)
+    began = time.process_time()
+    with Made() as made:
+        forecast = forecast_of(config, "dpo", "cuda", HALF)
+        step = forecast.step(4096, checkpointing=True)
+    assert time.process_time() - began < 3
+    assert forecast.fixed["base"] == pytest.approx(size, rel=0.003)
+    assert made.largest < 2**20
+    # Between layers 4,096 x 4,096 hidden states in bfloat16 each, 32 times; and little more.
+    assert 1 <= step.activations / (32 * 4096 * 4096 * 2) < 1.15
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "device"), [("sft", "cpu"), ("reward", "cuda"), ("dpo", "cpu")])
+def test_more_tokens_take_more_and_checkpointing_takes_less(stage, device, tiny_folder):
+    config = tf.AutoConfig.from_pretrained(tiny_folder, num_hidden_layers=12)
+    forecast = forecast_of(config, stage, device)
+    table = [[forecast.total(tokens, layers) for layers in (12, 6, 1, 0)] for tokens in (64, 500, 4000, 4200)]
+    for one in [*table, *map(list, zip(*table, strict=True))]:
+        assert one == sorted(set(one))
+    assert sum(forecast.parts(500, 6).values()) == table[1][1]
+
+
+def test_no_more_layers_are_checkpointed_than_there_are(tiny_folder):
+    """A recipe may ask for 40 of a base with 32."""
+    forecast = forecast_of(tiny_folder)
+    assert forecast.total(500, 7) == forecast.total(500, 2)
+
+
+@pytest.mark.parametrize(("checkpointed", "size"), [(0, 7), (32, 6)])
+def test_the_largest_fits_and_a_little_more_does_not(checkpointed, size, mistral):
+    tokens = mistral.largest(size * GIB, checkpointed)
+    assert mistral.total(tokens, checkpointed) <= size * GIB
+    assert mistral.total(round(tokens * 1.02) + 64, checkpointed) > size * GIB
+    assert mistral.largest(4 * GIB, checkpointed) == 0
+
+
+def test_above_4096_tokens_the_largest_is_as_exact(mistral):
+    tokens = mistral.largest(9 * GIB, 32)
+    assert tokens > 4096
+    assert mistral.total(tokens, 32) == pytest.approx(9 * GIB, rel=0.01)
+
+
+def test_a_plan_takes_as_few_checkpointed_layers_as_fit(mistral):
+    layers = []
+    for size in (80, 24, 16, 12):
+        planned = mistral.plan(size * GIB, 2048)
+        assert 2048 <= planned.tokens <= memory.BUSY_TOKENS["cuda"]
+        assert mistral.total(planned.tokens, planned.checkpointed_layers) <= size * GIB
+        if planned.checkpointed_layers:
+            assert mistral.total(planned.tokens, planned.checkpointed_layers - 1) > size * GIB
+        layers.append(planned.checkpointed_layers)
+    assert layers == sorted(layers)
+    assert layers[0] == 0
+    assert 0 < layers[2] < 32
+
+
+def test_a_plan_always_takes_the_longest_row(mistral):
+    assert mistral.plan(80 * GIB, 12_000).tokens == 12_000
+    small = mistral.largest(6 * GIB, 32)
+    assert mistral.plan(6 * GIB, small).tokens == small
+    assert mistral.plan(6 * GIB, small + 1) is None
+    assert mistral.plan(4 * GIB, 1) is None
+    assert mistral.plan(0, 1) is None
+
+
+def test_what_a_plan_says_of_its_layers():
+    assert str(Plan(4096, 0)) == ""
+    assert str(Plan(4096, 3)) == ", 3 layers checkpointed"
+
+
+def test_a_step_is_its_activations_and_the_larger_of_head_and_backward():
+    assert Step(activations=5, logits=3, backward=4).total == 9
+    assert Step(activations=5, logits=6, backward=4).total == 11
+
+
+def test_another_recipe_is_forecast_on_the_same_base(mistral):
+    other = mistral.with_recipe(recipe_of(model={"quantization": "none"}))
+    assert (other.stage, other.device, other.dtype, other.layers) == ("dpo", "cuda", HALF, 32)
+    assert other.fixed["base"] == 7_248_023_552 * 2
+
+
+def test_usable_memory_is_part_of_what_there_is():
+    import psutil
+
+    assert GIB / 4 < usable_memory("cpu") < psutil.virtual_memory().total
+
+
+def test_a_kv_cache_by_hand():
+    """Mistral: 8 key heads of 128 in 32 layers, keys and values; 131,072 bytes a token in 16 bits."""
+    assert kv_cache_bytes(shape("Mistral-7B-v0.3"), 1000, 2) == 131_072_000
+    assert kv_cache_bytes(shape("Qwen3-4B-Instruct-2507"), 1, 2) == 2 * 36 * 8 * 128 * 2
+    assert kv_cache_bytes(tf.GPT2Config(n_layer=2, n_head=4, n_embd=32), 10, 4) == 2 * 2 * 32 * 10 * 4

@@ -1,0 +1,365 @@
+"""Log-probs of the reference: computed once a pair and kept, never taken on trust."""
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import qalign.model.reference
+from qalign.config.recipe import DPO, Lora, Model
+from qalign.data.collate import MicroBatch
+from qalign.data.tokenize import TokenPair
+from qalign.model.base import Role, load
+from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+from qalign.train.pair_trainers import PreferenceTrainer
+from tests.families import alone, random_pairs
+from tests.helpers import dpo_config, house_style, metrics, scramble, train
+
+LN_2 = torch.tensor(2.0).log().item()  # in float32
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A cache that begins empty."""
+    monkeypatch.setattr(qalign.model.reference, "cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "reference"
+
+
+@pytest.fixture
+def base(tiny_base):
+    tiny_base.add_adapter(Role.POLICY, Lora(r=4))
+    return tiny_base
+
+
+@pytest.fixture
+def pairs(base) -> list[TokenPair]:
+    return house_style(base.tokenizer, 6)
+
+
+def ask(references: ReferenceLogps, base, pairs: list[TokenPair]) -> torch.Tensor:
+    with base.reading_pairs():
+        return references.logps(base, pairs, base.batch(pairs))
+
+
+def asked_and_saved(base, pairs: list[TokenPair]) -> tuple[torch.Tensor, CachedReferenceLogps]:
+    references = CachedReferenceLogps(base, None)
+    found = ask(references, base, pairs)
+    references.save()
+    return found, references
+
+
+def losses(base, folder, references, pairs, *, micro=MicroBatch(pairs=3), **values) -> list[float]:  # noqa: B008
+    """The curve of a few steps."""
+    settings = DPO.model_validate({"data": "unused.jsonl"})
+    values = {"per_device_train_batch_size": 6, "learning_rate": 1e-2} | values
+    trainer = PreferenceTrainer(base, settings, references, dpo_config(folder, **values), micro, pairs)
+    trainer.train()
+    references.save()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def adapted(tiny_folder, dtype: str = "float32", start: str | None = None):
+    """A fresh base whose policy begins at zero, or as its reference does."""
+    torch.manual_seed(0)
+    base = load(Model(base=tiny_folder, compute_dtype=dtype))
+    if start:
+        base.load_adapter(Role.POLICY, start, trainable=True)
+        base.load_reference(start)
+    else:
+        base.add_adapter(Role.POLICY, Lora(r=4))
+    return base
+
+
+def test_they_are_the_references(base):
+    pairs = random_pairs(vocabulary=2000)
+    scramble(base)
+    with torch.no_grad(), base.acting_as(Role.REFERENCE) as lm:
+        expected = alone(lm, pairs)
+    for references in (ReferenceLogps(), CachedReferenceLogps(base, None)):
+        found = ask(references, base, pairs)
+        assert found.dtype == torch.float32
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=0)
+
+
+def test_each_pair_is_computed_once(base, pairs):
+    references = CachedReferenceLogps(base, None)
+    first = ask(references, base, pairs[:4])
+    assert references.computed == 4
+    assert torch.equal(ask(references, base, pairs[:4]), first)
+    assert torch.equal(ask(references, base, pairs[3::-1]), first.flip(0))
+    assert references.computed == 4
+    more = ask(references, base, pairs)
+    assert torch.equal(more[:4], first)
+    assert references.computed == 6
+    torch.testing.assert_close(more, ask(ReferenceLogps(), base, pairs), rtol=1e-6, atol=0)
+
+
+def test_equal_pairs_of_other_rows_are_one_pair(base, pairs):
+    references = CachedReferenceLogps(base, None)
+    ask(references, base, pairs[:1])
+    twin = TokenPair(pairs[0].prompt_ids, pairs[0].chosen_ids, pairs[0].rejected_ids, "another.jsonl:9", margin=2.0)
+    ask(references, base, [twin])
+    assert references.computed == 1
+
+
+@pytest.mark.parametrize("part", ["prompt_ids", "chosen_ids", "rejected_ids"])
+def test_pairs_that_differ_in_one_token_are_two(base, pairs, part):
+    references = CachedReferenceLogps(base, None)
+    ask(references, base, pairs[:1])
+    ids = {name: getattr(pairs[0], name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+    ask(references, base, [TokenPair(**ids | {part: [*ids[part][:-1], 5]}, where="rows.jsonl:1")])
+    assert references.computed == 2
+
+
+def test_a_token_that_moves_from_prompt_to_answer_makes_another_pair(base):
+    """The same sequences, another border."""
+    references = CachedReferenceLogps(base, None)
+    ask(references, base, [TokenPair([5, 6, 7], [8, 9], [8, 10], "one")])
+    ask(references, base, [TokenPair([5, 6], [7, 8, 9], [7, 8, 10], "other")])
+    assert references.computed == 2
+
+
+def test_a_second_run_computes_its_first_batch_once_more_and_nothing_else(base, pairs):
+    first, _ = asked_and_saved(base, pairs)
+    second = CachedReferenceLogps(base, None)
+    assert torch.equal(torch.cat([ask(second, base, pairs[:2]), ask(second, base, pairs[2:])]), first)
+    assert second.computed == 2, "all but the verification was read"
+    written = second.file.stat().st_mtime_ns
+    second.save()
+    assert second.file.stat().st_mtime_ns == written, "there was nothing to save"
+
+
+def test_a_second_epoch_and_a_second_run_compute_nothing_new(tiny_folder, tmp_path):
+    base = adapted(tiny_folder)
+    pairs = house_style(base.tokenizer, 6)
+    first = CachedReferenceLogps(base, None)
+    losses(base, tmp_path / "one", first, pairs, num_train_epochs=3)
+    assert first.computed == 6
+    base = adapted(tiny_folder)
+    second = CachedReferenceLogps(base, None)
+    losses(base, tmp_path / "two", second, pairs, num_train_epochs=3)
+    assert second.computed == 3  # the first micro-batch, to verify the file
+
+
+def test_cached_and_in_step_give_the_same_curve_to_the_bit(tiny_folder, tmp_path):
+    """Kept or not, in one epoch: the same pairs in the same company."""
+    curves = []
+    pairs = house_style(adapted(tiny_folder).tokenizer, 6)
+    for number, kind in enumerate(
+        (lambda base: ReferenceLogps(), *[lambda base: CachedReferenceLogps(base, None)] * 2)
+    ):
+        base = adapted(tiny_folder)
+        curves.append(losses(base, tmp_path / str(number), kind(base), pairs, max_steps=3, num_train_epochs=3))
+    assert curves[0][0] == LN_2
+    assert curves[0][2] < curves[0][0] - 0.01
+    assert curves[1][0] == curves[0][0]
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+    assert curves[2] == curves[1]
+
+
+MICRO = [MicroBatch(pairs=6), MicroBatch(tokens=400)]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("micro", MICRO, ids=str)
+def test_the_first_loss_is_ln_2_to_the_bit(tiny_folder, tmp_path, dtype, micro):
+    """In a run that computes its references, and in one that reads them."""
+    for number in range(2):
+        base = adapted(tiny_folder, dtype)
+        pairs = house_style(base.tokenizer, 6)
+        references = CachedReferenceLogps(base, None)
+        folder = tmp_path / str(number)
+        (loss,) = losses(base, folder, references, pairs, micro=micro, bf16=dtype == "bfloat16", max_steps=1)
+        assert loss == LN_2
+        first = len(base.micro_batches(pairs, micro)[0])
+        assert references.computed == (first if number else 6)
+
+
+# --- the file --------------------------------------------------------------------------------------------------------
+
+
+def test_files_of_other_references_are_others(tiny_folder, tmp_path):
+    """Another base, adapter, precision, template: what was kept for one is never read for the other."""
+    base = adapted(tiny_folder)
+    scramble(base)
+    for name, scale in (("one", 0.05), ("two", 0.06)):
+        scramble(base, scale=scale)
+        base.save_adapter(Role.POLICY, tmp_path / name)
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ bos_token }}{{ messages[0].content }}")
+    spec = {"base": tiny_folder, "compute_dtype": "float32"}
+    kinds = [
+        ({}, None), ({}, "one"), ({}, "two"), ({"compute_dtype": "bfloat16"}, None), ({"quantization": "none"}, None),
+        ({"double_quant": False}, None), ({"chat_template": str(template)}, None),
+    ]  # fmt: skip
+    files = []
+    for values, adapter in kinds:
+        base = load(Model(**spec | values))
+        files.append(CachedReferenceLogps(base, adapter and str(tmp_path / adapter)).file)
+    assert len({file.name for file in files}) == len(kinds)
+    assert CachedReferenceLogps(load(Model(**spec)), None).file == files[0]
+    (tmp_path / "two" / "adapter_model.safetensors").replace(tmp_path / "one" / "adapter_model.safetensors")
+    assert CachedReferenceLogps(load(Model(**spec)), str(tmp_path / "one")).file != files[1], "an adapter trained again"
+
+
+def test_two_references_do_not_mix(tiny_folder, tmp_path):
+    base = adapted(tiny_folder)
+    scramble(base, scale=0.2)
+    start = str(tmp_path / "start")
+    base.save_adapter(Role.POLICY, tmp_path / "start")
+    pairs = house_style(base.tokenizer, 3)
+    plain, _ = asked_and_saved(adapted(tiny_folder), pairs)
+    base = adapted(tiny_folder, start=start)
+    references = CachedReferenceLogps(base, start)
+    other = ask(references, base, pairs)
+    references.save()
+    assert references.computed == 3
+    assert (plain - other).abs().min() > 1
+    assert torch.equal(ask(CachedReferenceLogps(adapted(tiny_folder), None), adapted(tiny_folder), pairs), plain)
+    assert torch.equal(ask(CachedReferenceLogps(base, start), base, pairs), other)
+
+
+def test_runs_add_to_one_file(base, pairs):
+    asked_and_saved(base, pairs[:3])
+    asked_and_saved(base, pairs[3:])
+    third = CachedReferenceLogps(base, None)
+    found = ask(third, base, pairs)
+    assert third.computed == len(pairs), "one verification of all, nothing anew"
+    torch.testing.assert_close(found, ask(ReferenceLogps(), base, pairs), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kept", [0, 10, 200, -1])
+def test_a_file_that_was_cut_short_is_noticed(base, pairs, capsys, kept):
+    first, references = asked_and_saved(base, pairs)
+    content = references.file.read_bytes()
+    references.file.write_bytes(content[:kept])
+    again = CachedReferenceLogps(base, None)
+    assert f"note: {references.file} is damaged" in capsys.readouterr().out
+    assert torch.equal(ask(again, base, pairs), first)
+    assert again.computed == len(pairs)
+    again.save()
+    assert references.file.read_bytes() == content, "and mended"
+
+
+@pytest.mark.parametrize("place", [-1, -30, -200])  # of the log-probs, of the digests
+def test_a_flipped_bit_is_noticed(base, pairs, capsys, place):
+    first, references = asked_and_saved(base, pairs)
+    content = bytearray(references.file.read_bytes())
+    content[place] ^= 1
+    references.file.write_bytes(content)
+    again = CachedReferenceLogps(base, None)
+    assert "is damaged" in capsys.readouterr().out
+    assert torch.equal(ask(again, base, pairs), first)
+
+
+def test_a_file_of_something_else_is_noticed(base, pairs, capsys):
+    first, references = asked_and_saved(base, pairs)
+    save_file({"weights": torch.zeros(3)}, references.file)
+    assert torch.equal(ask(CachedReferenceLogps(base, None), base, pairs), first)
+    assert "is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_whole_files_with_other_numbers_are_noticed(tiny_folder, capsys, dtype):
+    """As a library would give them that computes otherwise: the checksum is right, the numbers aren't."""
+    base = adapted(tiny_folder, dtype)
+    pairs = house_style(base.tokenizer, 6)
+    first, references = asked_and_saved(base, pairs)
+    tensors = load_file(references.file)
+    tensors["logps"] += 0.02 * tensors["logps"].abs()
+    save_file(tensors, references.file, metadata={"checksum": qalign.model.reference._checksum(tensors)})
+    again = CachedReferenceLogps(base, None)
+    found = torch.cat([ask(again, base, some) for some in (pairs[:2], pairs[2:])])
+    assert f"note: {references.file} holds other log-probs than the reference gives" in capsys.readouterr().out
+    torch.testing.assert_close(found, first, rtol=1e-6 if dtype == "float32" else 1e-2, atol=0)
+
+
+def test_a_run_of_other_pairs_first_still_verifies(base, pairs, capsys):
+    """The first batch holds none of the kept pairs, the second one does."""
+    _, references = asked_and_saved(base, pairs[:3])
+    tensors = load_file(references.file)
+    tensors["logps"] += 1
+    save_file(tensors, references.file, metadata={"checksum": qalign.model.reference._checksum(tensors)})
+    again = CachedReferenceLogps(base, None)
+    ask(again, base, pairs[3:])
+    assert "other log-probs" not in capsys.readouterr().out
+    found = ask(again, base, pairs[:3])
+    assert "other log-probs" in capsys.readouterr().out
+    torch.testing.assert_close(found, ask(ReferenceLogps(), base, pairs[:3]), rtol=1e-6, atol=0)
+
+
+def test_killed_while_saving_the_old_file_is_whole(base, pairs, monkeypatch):
+    first, references = asked_and_saved(base, pairs[:3])
+    content = references.file.read_bytes()
+
+    def killed(tensors, file, metadata):
+        file.write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(qalign.model.reference, "save_file", killed)
+    second = CachedReferenceLogps(base, None)
+    ask(second, base, pairs)
+    with pytest.raises(KeyboardInterrupt):
+        second.save()
+    assert references.file.read_bytes() == content
+    third = CachedReferenceLogps(base, None)
+    assert torch.equal(ask(third, base, pairs[:3]), first)
+    assert third.computed == 3  # verified, and taken
+
+
+def test_nothing_is_written_before_it_is_saved(base, pairs, cache):
+    references = CachedReferenceLogps(base, None)
+    references.save()
+    ask(references, base, pairs)
+    assert not cache.exists()
+    references.save()
+    assert [file.name for file in cache.iterdir()] == [references.file.name]
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def curve(run) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def test_the_command_keeps_them_with_its_checkpoints(recipe_file, cache, monkeypatch):
+    made, real = [], CachedReferenceLogps.__init__
+
+    def remembered(self, *args):
+        real(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(CachedReferenceLogps, "__init__", remembered)
+    keys = {"limit": 8, "epochs": 2, "save_every": 2}
+    one = train(recipe_file("one.yaml", output="one", **keys))
+    two = train(recipe_file("two.yaml", output="two", **keys))
+    in_step = train(recipe_file("three.yaml", output="three", reference="in_step", **keys))
+    assert [references.computed for references in made] == [8, 2]
+    assert len(list(cache.iterdir())) == 1
+    assert curve(one)[0] == curve(two)[0] == curve(in_step)[0] == LN_2
+    assert curve(two) == pytest.approx(curve(one), rel=1e-5)
+    assert curve(in_step) == pytest.approx(curve(one), rel=1e-5)
+
+
+def test_losses_without_a_reference_keep_none(recipe_file, cache):
+    train(recipe_file(loss="simpo", max_steps=1))
+    assert not cache.exists()
+
+
+def test_what_a_stopped_run_had_computed_is_there(recipe_file, cache, monkeypatch):
+    """Killed after its first checkpoint, before its end."""
+    real = CachedReferenceLogps.save
+    calls = []
+
+    def killed(self):
+        real(self)
+        calls.append(self.computed)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CachedReferenceLogps, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe_file(limit=12, save_every=1))
+    (file,) = cache.iterdir()
+    assert len(load_file(file)["logps"]) == calls[-1] == 8

