@@ -103,7 +103,7 @@ class Side:
 
     def _qalign(self):
         from qalign.config.recipe import DPO, Lora
-        from qalign.data.collate import MicroBatch
+        from qalign.data.collate import MicroBatchLimit
         from qalign.model.base import Role
         from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
         from qalign.train.pair_trainers import PreferenceTrainer
@@ -112,7 +112,7 @@ class Side:
         references = CachedReferenceLogps(self.base, None) if self.settings == "best" else ReferenceLogps()
         unused = token_pairs(self.base, DATA[0], argparse.Namespace(pairs=1, batch=1, max_length=2048))
         settings = DPO.model_validate({"data": DATA[0]})
-        return PreferenceTrainer(self.base, settings, references, self.config, MicroBatch(pairs=1000), unused)
+        return PreferenceTrainer(self.base, settings, references, self.config, MicroBatchLimit(pairs=1000), unused)
 
     def _trl(self):
         from datasets import Dataset

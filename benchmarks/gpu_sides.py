@@ -17,7 +17,7 @@ from trl import DPOConfig, DPOTrainer
 
 from qalign.config.paths import package_file
 from qalign.config.recipe import DPO, Lora, Model
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
 from qalign.data.tokenize import TokenPair, encode_pairs, prepare_tokenizer
 from qalign.model.base import Base, Role
@@ -209,13 +209,15 @@ class Qalign(Side):
         settings = DPO.model_validate({"data": "random.jsonl", "beta": BETA})
         args = dpo_config(self.batch, self.dtype, remove_unused_columns=False)
         unused = [random_pair((1, 1, 1), 20, "unused")]
-        return PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatch(pairs=1), unused)
+        return PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatchLimit(pairs=1), unused)
 
     def begin(self, micro):
         super().begin(micro)
         alone = micro * self.batch <= 1
         self.trainer.micro = (
-            MicroBatch(pairs=1) if alone else MicroBatch(tokens=round(micro * BUSY_TOKENS[self.base.lm.device.type]))
+            MicroBatchLimit(pairs=1)
+            if alone
+            else MicroBatchLimit(tokens=round(micro * BUSY_TOKENS[self.base.lm.device.type]))
         )
         cached = self.name == "qalign-cached"
         self.trainer.references = CachedReferenceLogps(self.base, None) if cached else ReferenceLogps()

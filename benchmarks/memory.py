@@ -42,7 +42,7 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
     import torch
     import trl
 
-    from qalign.data.collate import MicroBatch
+    from qalign.data.collate import MicroBatchLimit
     from qalign.model.reference import ReferenceLogps
     from qalign.train.pair_trainers import PreferenceTrainer, RewardModelTrainer
     from qalign.train.sft_trainer import SupervisedTrainer
@@ -61,7 +61,7 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
     )
     if stage == "sft":
         return SupervisedTrainer(base, args, rows, None)
-    micro = MicroBatch(pairs=len(rows))
+    micro = MicroBatchLimit(pairs=len(rows))
     if stage == "reward":
         return RewardModelTrainer(base, recipe.reward, args, micro, rows)
     return PreferenceTrainer(base, recipe.dpo, ReferenceLogps(), args, micro, rows)

@@ -73,13 +73,13 @@ def best_of(recipe: Recipe, n: int, typed: str, *, resume: bool, overwrite: bool
 
 def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list):
     """(from prompts and the number of their part to answered rows, from rows as read to prompts as ids)."""
-    from qalign.data.collate import MicroBatch
+    from qalign.data.collate import MicroBatchLimit
     from qalign.model import lineage
     from qalign.model.base import Role
     from qalign.model.base import load as load_base
     from qalign.model.generation import Sampling, end_ids, engine
     from qalign.model.loading import check_reach
-    from qalign.rl.rewards import answered, attach, load_models
+    from qalign.rl.rewards import attach, load_models, sampled_answers
     from qalign.train.dataset import encode_prompts
 
     settings, model, parent = recipe.ppo, recipe.model, run.parent
@@ -90,7 +90,7 @@ def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list
         lineage.check("ppo.start_from", parent, base.lineage("ppo"))
         base.load_adapter(Role.POLICY, parent, trainable=False)
         role = Role.POLICY
-    micro = MicroBatch(tokens=2 * model.max_length)
+    micro = MicroBatchLimit(tokens=2 * model.max_length)
     load_models([*scorers, *judges], base)
     attach(scorers, base, Role.REWARD, micro)
     attach(judges, base, Role.JUDGE, micro)
@@ -103,7 +103,7 @@ def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list
         seed = recipe.seed * 1_000_003 + part
         found = source.generate(base, role, [ids for _, ids in prompts], sampling, each=n, seed=seed)
         return [
-            answered(base.tokenizer, prompt, ids, answers, sampling)
+            sampled_answers(base.tokenizer, prompt, ids, answers, sampling)
             for (prompt, ids), answers in zip(prompts, found, strict=True)
         ]
 

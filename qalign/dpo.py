@@ -22,9 +22,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.model import lineage
     from qalign.model.base import Role, load
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
-    from qalign.train.callbacks import Journal
+    from qalign.train.callbacks import RunCallback
     from qalign.train.dataset import read_rows
-    from qalign.train.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
+    from qalign.train.loop import (
+        PartialCheckpointing,
+        micro_batch,
+        plan,
+        print_header,
+        train_to_the_end,
+        training_config,
+    )
     from qalign.train.pair_trainers import PreferenceTrainer
 
     settings, parent = recipe.dpo, run.parent
@@ -51,9 +58,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     args = training_config(run, base, settings.batch_size, planned.checkpointed_layers)
     run.begin(refused)
     checkpoint, tokens_before = run.rewind()
-    journal = Journal(run, tokens_before)
+    journal = RunCallback(run, tokens_before)
     trainer = PreferenceTrainer(
-        base, settings, references, args, micro, pairs, eval_pairs or None, callbacks=(journal, Checkpointed(planned))
+        base,
+        settings,
+        references,
+        args,
+        micro,
+        pairs,
+        eval_pairs or None,
+        callbacks=(journal, PartialCheckpointing(planned)),
     )
     loss = f"{settings.loss}, beta {settings.beta:g}"
     print_header(run, base, trainer, at_once, checkpoint, rows, reference=reference, loss=loss, prompts=base.prompts)

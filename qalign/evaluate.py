@@ -140,11 +140,11 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
 
 
 def _batches(base, pairs: list) -> list[list]:
-    from qalign.data.collate import MicroBatch
+    from qalign.data.collate import MicroBatchLimit
 
     order = sorted(pairs, key=len)  # neighbours of like length
     chunks = [order[start : start + 32] for start in range(0, len(order), 32)]
-    return [some for chunk in chunks for some in base.micro_batches(chunk, MicroBatch(tokens=BATCH_TOKENS))]
+    return [some for chunk in chunks for some in base.micro_batches(chunk, MicroBatchLimit(tokens=BATCH_TOKENS))]
 
 
 def _block(name: str, text: str) -> str:

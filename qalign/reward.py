@@ -27,9 +27,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.model import lineage
     from qalign.model.base import Role, load_classifier
     from qalign.reports import reward_report
-    from qalign.train.callbacks import Journal
+    from qalign.train.callbacks import RunCallback
     from qalign.train.dataset import read_rows
-    from qalign.train.loop import Checkpointed, micro_batch, plan, print_header, train_to_the_end, training_config
+    from qalign.train.loop import (
+        PartialCheckpointing,
+        micro_batch,
+        plan,
+        print_header,
+        train_to_the_end,
+        training_config,
+    )
     from qalign.train.pair_trainers import RewardModelTrainer
 
     settings, parent = recipe.reward, run.parent
@@ -52,9 +59,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     args = training_config(run, base, settings.batch_size, planned.checkpointed_layers)
     run.begin(refused)
     checkpoint, tokens_before = run.rewind()
-    journal = Journal(run, tokens_before)
+    journal = RunCallback(run, tokens_before)
     trainer = RewardModelTrainer(
-        base, settings, args, micro, pairs, eval_pairs or None, callbacks=(journal, Checkpointed(planned))
+        base, settings, args, micro, pairs, eval_pairs or None, callbacks=(journal, PartialCheckpointing(planned))
     )
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")
     loss += f", centred with {settings.centering:g}" if settings.centering else ""

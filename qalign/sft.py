@@ -21,9 +21,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.data.tokenize import IGNORED, encode_dialogues
     from qalign.model import lineage
     from qalign.model.base import Role, load
-    from qalign.train.callbacks import Journal
+    from qalign.train.callbacks import RunCallback
     from qalign.train.dataset import read_rows
-    from qalign.train.loop import Checkpointed, micro_batch_size, plan, print_header, train_to_the_end, training_config
+    from qalign.train.loop import (
+        PartialCheckpointing,
+        micro_batch_size,
+        plan,
+        print_header,
+        train_to_the_end,
+        training_config,
+    )
     from qalign.train.sft_trainer import SupervisedTrainer
 
     settings, parent = recipe.sft, run.parent
@@ -55,8 +62,10 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
     run.begin(refused)
     checkpoint, tokens_before = run.rewind()
-    journal = Journal(run, tokens_before)
-    trainer = SupervisedTrainer(base, args, sequences, held_out or None, callbacks=(journal, Checkpointed(planned)))
+    journal = RunCallback(run, tokens_before)
+    trainer = SupervisedTrainer(
+        base, args, sequences, held_out or None, callbacks=(journal, PartialCheckpointing(planned))
+    )
     learned = sum(label != IGNORED for row in sequences for label in row.labels)
     loss = f"on {learned:,} of {sum(map(len, sequences)):,} tokens: the assistant's turns"
     packed = f"{len(sequences):,} sequences in {len(trainer.train_dataset):,} rows" if settings.packing else "none"

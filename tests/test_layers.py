@@ -11,7 +11,16 @@ import qalign
 
 FLOORS = ["errors", "losses", "config", "data", "model", "train", "reports", "rl", "cli"]
 STAGES = {"sft", "reward", "dpo", "ppo"}
-LIGHT = ["config", "data.readers", "data.formats", "model.lineage", "train.run_folder", "cli", *sorted(STAGES), "__main__"]
+LIGHT = [
+    "config",
+    "data.readers",
+    "data.formats",
+    "model.lineage",
+    "train.run_folder",
+    "cli",
+    *sorted(STAGES),
+    "__main__",
+]
 LIGHT += ["evaluate", "fit", "score", "merge", "best_of", "page.models", "page.session", "page.votes", "page.security"]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
 PACKAGE = Path(qalign.__file__).parent

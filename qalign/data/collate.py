@@ -15,7 +15,7 @@ from torch import Tensor
 from qalign.data.packing import Layout
 from qalign.data.tokenize import TokenAnswers, TokenPair
 
-Answered = TokenPair | TokenAnswers  # a prompt with answers; those of one batch have equally many each
+AnsweredPrompt = TokenPair | TokenAnswers  # a prompt with answers; those of one batch have equally many each
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class AnswerBatch:
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def pack(rows: Sequence[Answered], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
+def pack(rows: Sequence[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
     """Prompts one after the other in one row, without padding: what all sequences of a prompt begin with, then the rest
     of each (of a pair, the chosen one's first).
 
@@ -95,7 +95,7 @@ def pack(rows: Sequence[Answered], *, ends: Literal["dropped", "kept"] = "droppe
     )
 
 
-def pad(rows: Sequence[Answered], pad_token_id: int) -> AnswerBatch:
+def pad(rows: Sequence[AnsweredPrompt], pad_token_id: int) -> AnswerBatch:
     """A row for each answer, padded on the right: for models that `pack` can't serve."""
     sequences = [(row.prompt_ids, answer) for row in rows for answer in row.answers]
     longest = max(len(prompt) + len(answer) for prompt, answer in sequences)
@@ -122,7 +122,7 @@ def pad(rows: Sequence[Answered], pad_token_id: int) -> AnswerBatch:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
+class MicroBatchLimit:
     """How much goes through the model at once: so many pairs, or so many tokens. One of the two is set."""
 
     pairs: int | None = None
@@ -132,7 +132,9 @@ class MicroBatch:
         return f"{self.pairs:,} at a time" if self.pairs else f"up to {self.tokens:,} tokens at a time"
 
 
-def micro_batches(rows: Sequence[Answered], limit: MicroBatch, *, layout: Literal["packed", "padded"]) -> list:
+def micro_batches(
+    rows: Sequence[AnsweredPrompt], limit: MicroBatchLimit, *, layout: Literal["packed", "padded"]
+) -> list:
     """The pairs (or prompts with their answers) of an optimiser step in groups of like many tokens, as few as the limit
     allows. (One that alone is longer than the limit gets a group.)
 
@@ -154,15 +156,15 @@ def micro_batches(rows: Sequence[Answered], limit: MicroBatch, *, layout: Litera
     return groups
 
 
-def packed_tokens(row: Answered) -> int:
+def packed_tokens(row: AnsweredPrompt) -> int:
     """What a prompt and its answers take of a packed row at most, in tokens."""
     return len(row.prompt_ids) + sum(map(len, row.answers))
 
 
-def _balanced(rows: Sequence[Answered], count: int, most: float = float("inf")) -> list[list[Answered]]:
+def _balanced(rows: Sequence[AnsweredPrompt], count: int, most: float = float("inf")) -> list[list[AnsweredPrompt]]:
     """The longest one left goes to the shortest group that holds fewer than `most` (Graham 1969: at most 4/3 of the
     best split's longest, where `most` is no limit)."""
-    groups: list[list[Answered]] = [[] for _ in range(count)]
+    groups: list[list[AnsweredPrompt]] = [[] for _ in range(count)]
     filled = [0] * count
     for row in sorted(rows, key=packed_tokens, reverse=True):
         shortest = min((index for index in range(count) if len(groups[index]) < most), key=filled.__getitem__)
@@ -171,7 +173,7 @@ def _balanced(rows: Sequence[Answered], count: int, most: float = float("inf")) 
     return [groups[index] for index in sorted(range(count), key=lambda index: -filled[index])]
 
 
-def _sequence(row: Answered, answer: list[int], ends: str) -> list[int]:
+def _sequence(row: AnsweredPrompt, answer: list[int], ends: str) -> list[int]:
     ids = row.prompt_ids + answer
     return ids if ends == "kept" else ids[:-1]
 
@@ -184,5 +186,5 @@ def _shared(sequences: list[list[int]]) -> int:
     return min(map(len, sequences))
 
 
-def _lengths(rows: Sequence[Answered]) -> Tensor:
+def _lengths(rows: Sequence[AnsweredPrompt]) -> Tensor:
     return torch.tensor([[len(answer) for answer in row.answers] for row in rows])

@@ -17,7 +17,7 @@ _BLOCK = 128  # tokens in a block of FlexAttention
 
 
 @dataclass(frozen=True)
-class Path:
+class Segment:
     """Tokens that are computed in one go, and what they see: all of the trunk before them, and each other causally.
 
     Places are `(start, end)` in the packed row; positions count from the start of the trunk.
@@ -52,7 +52,7 @@ class Layout:
     """
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
-    paths: list[Path] = field(init=False, repr=False)
+    paths: list[Segment] = field(init=False, repr=False)
     starts: list[list[int]] = field(init=False, repr=False)
     windows: list[int | None] = field(init=False, repr=False, default_factory=list)
     _masks: dict = field(init=False, repr=False, default_factory=dict)
@@ -62,11 +62,11 @@ class Layout:
         for trunk_length, branches in self.groups:
             trunk = (place, place + trunk_length)
             own = [(place, place), trunk]  # the trunk itself is a path that sees nothing before it
-            self.paths.append(Path((place, place), trunk))
+            self.paths.append(Segment((place, place), trunk))
             place += trunk_length
             for length in branches:
                 own.append((place, place + length))
-                self.paths.append(Path(trunk, own[-1]))
+                self.paths.append(Segment(trunk, own[-1]))
                 place += length
             self.starts.append([start for start, _ in own[1:]])
         self.tokens = place

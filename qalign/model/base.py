@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalign.config.recipe import Lora, Model
-from qalign.data.collate import AnswerBatch, Answered, MicroBatch, micro_batches, pack, packed_tokens, pad
+from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.tokenize import TokenPair, pad_for_scores, prepare_tokenizer
 from qalign.errors import UserError
 from qalign.model.attention import shared_prompts, why_not_shared
@@ -302,17 +302,17 @@ class Base:
             return f"twice a pair, padded: {type(self.lm).__name__} {self.why_padded}"
         return "once a pair, packed without padding"
 
-    def batch(self, pairs: list[Answered], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
+    def batch(self, pairs: list[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
         """Pairs, or prompts with answers, as tensors on the model's device, for `logps` and `heads`, inside
         `reading_pairs`."""
         batch = pad(pairs, self.tokenizer.pad_token_id) if self.why_padded else pack(pairs, ends=ends)
         return batch.to(self.lm.device)
 
-    def tokens_taken(self, pair: Answered) -> int:
+    def tokens_taken(self, pair: AnsweredPrompt) -> int:
         """What a pair takes of a forward, in tokens, padding left out but for its own rows'."""
         return len(pair.answers) * len(pair) if self.why_padded else packed_tokens(pair)
 
-    def micro_batches(self, pairs: list[Answered], limit: MicroBatch) -> list[list[Answered]]:
+    def micro_batches(self, pairs: list[AnsweredPrompt], limit: MicroBatchLimit) -> list[list[AnsweredPrompt]]:
         """Pairs in groups of like many tokens, for one forward each."""
         return micro_batches(pairs, limit, layout="padded" if self.why_padded else "packed")
 

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from qalign import losses
 from qalign.config.recipe import PPO
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.prompts import Prompt
 from qalign.errors import UserError
 from qalign.model.base import Base, Role
 from qalign.model.generation import Engine, Sampling
 from qalign.model.logps import answer_states, state_entropies, state_logps
 from qalign.rl.ppo_setup import optimiser_of, prepare
-from qalign.rl.rewards import Answered, Scorer, answered, combined, value_start
+from qalign.rl.rewards import SampledAnswers, Scorer, combined, sampled_answers, value_start
 from qalign.rl.rollout_batch import RolloutBatch
 
 ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)  # that read what was sampled
@@ -64,7 +64,7 @@ class PPOTrainer:
         scorers: list[Scorer],
         engine: Engine,
         sampling: Sampling,
-        micro: MicroBatch,
+        micro: MicroBatchLimit,
         checkpointed_layers: int,
         iterations: int,
         seed: int,
@@ -124,7 +124,7 @@ class PPOTrainer:
                 self.base, Role.POLICY, [ids for _, ids in prompts], self.sampling, each=each, seed=seed
             )
         rows = [
-            answered(self.base.tokenizer, prompt, ids, answers, self.sampling)
+            sampled_answers(self.base.tokenizer, prompt, ids, answers, self.sampling)
             for (prompt, ids), answers in zip(prompts, found, strict=True)
         ]
         lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
@@ -307,11 +307,11 @@ class PPOTrainer:
     def _seed(self, what: int) -> int:
         return (self.seed * 1_000_003 + self.done) * 16 + what
 
-    def _schedule(self, rows: list[Answered]) -> Iterator[list[list[int]]]:
+    def _schedule(self, rows: list[SampledAnswers]) -> Iterator[list[list[int]]]:
         for epoch in range(self.settings.update_epochs):
             yield from self._mini_batches(rows, epoch)
 
-    def _mini_batches(self, rows: list[Answered], epoch: int) -> list[list[list[int]]]:
+    def _mini_batches(self, rows: list[SampledAnswers], epoch: int) -> list[list[list[int]]]:
         """The numbers of the prompts in each mini-batch of a pass, in micro-batches."""
         generator = torch.Generator().manual_seed(self._seed(2) + 4096 * epoch)
         order = torch.randperm(len(rows), generator=generator).tolist()
@@ -325,7 +325,7 @@ class PPOTrainer:
             for start in range(0, len(order), size)
         ]
 
-    def _batches(self, rows: list[Answered], parts: Sequence[list[int]]):
+    def _batches(self, rows: list[SampledAnswers], parts: Sequence[list[int]]):
         for numbers in parts:
             yield numbers, self.base.batch([rows[number].tokens for number in numbers])
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Bits
 
 from qalign.config.paths import function_of, looks_local, reward_adapter
 from qalign.config.recipe import REWARD_RUN, Recipe, RewardSource
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.prompts import Prompt
 from qalign.data.tokenize import TokenAnswers, pad_for_scores
 from qalign.errors import UserError
@@ -39,7 +39,7 @@ class RewardFailed(UserError):
 
 
 @dataclass(frozen=True)
-class Answered:
+class SampledAnswers:
     """A prompt with the answers that were sampled to it.
 
     Attributes:
@@ -55,10 +55,14 @@ class Answered:
     ended: tuple[bool, ...]
 
 
-def answered(tokenizer, prompt: Prompt, ids: list[int], answers: list[list[int]], sampling: Sampling) -> Answered:
+def sampled_answers(
+    tokenizer, prompt: Prompt, ids: list[int], answers: list[list[int]], sampling: Sampling
+) -> SampledAnswers:
     """What an engine sampled to a prompt."""
     texts = tuple(text_of(tokenizer, answer) for answer in answers)
-    return Answered(prompt, TokenAnswers(ids, tuple(answers)), texts, tuple(a[-1] in sampling.ends for a in answers))
+    return SampledAnswers(
+        prompt, TokenAnswers(ids, tuple(answers)), texts, tuple(a[-1] in sampling.ends for a in answers)
+    )
 
 
 class AdapterScorer:
@@ -75,14 +79,14 @@ class AdapterScorer:
         _check_fits(key, folder, recipe)
         self.identity = lineage.adapter_hash(folder)
 
-    def attach(self, base: Base, role: str, micro: MicroBatch) -> None:
+    def attach(self, base: Base, role: str, micro: MicroBatchLimit) -> None:
         self.base, self.role, self.micro = base, role, micro
         lineage.check(self.key, self.folder, base.lineage("reward"))
         base.load_adapter(role, str(self.folder), trainable=False)
         self.ends = end_ids(base.tokenizer, base.spec.chat_template_kwargs)
 
     @torch.no_grad()
-    def scores(self, rows: Sequence[Answered]) -> Tensor:
+    def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
         whole = [
             TokenAnswers(row.tokens.prompt_ids, tuple(with_end_of_turn(a, self.ends) for a in row.tokens.answers))
             for row in rows
@@ -129,11 +133,11 @@ class ModelScorer:
             self.model.config.get_text_config().pad_token_id = self.tokenizer.pad_token_id
         self.bytes = self.model.get_memory_footprint()
 
-    def attach(self, base: Base, role: str, micro: MicroBatch) -> None:
+    def attach(self, base: Base, role: str, micro: MicroBatchLimit) -> None:
         """Needs nothing more of the base."""
 
     @torch.no_grad()
-    def scores(self, rows: Sequence[Answered]) -> Tensor:
+    def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
         texts = [self._written(row.prompt, text) for row in rows for text in row.texts]
         found = torch.zeros(len(texts))
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))
@@ -167,10 +171,10 @@ class FunctionScorer:
         self.function = _imported(key, where, self.name)
         self.identity = None
 
-    def attach(self, base: Base, role: str, micro: MicroBatch) -> None:
+    def attach(self, base: Base, role: str, micro: MicroBatchLimit) -> None:
         """Needs nothing of the base."""
 
-    def scores(self, rows: Sequence[Answered]) -> Tensor:
+    def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
         given = self._call(rows)
         expected = sum(len(row.texts) for row in rows)
         if len(given) != expected:
@@ -189,7 +193,7 @@ class FunctionScorer:
     def _said(self) -> str:
         return f"{self.key}: {self.source}"
 
-    def _call(self, rows: Sequence[Answered]) -> list:
+    def _call(self, rows: Sequence[SampledAnswers]) -> list:
         try:
             found = self.function(**self._arguments(rows))
             given = list(found) if isinstance(found, Iterable) else None  # a generator runs only here
@@ -202,7 +206,7 @@ class FunctionScorer:
             raise UserError(f"{self._said} gave {found!r}; expected a list with a number an answer")
         return given
 
-    def _arguments(self, rows: Sequence[Answered]) -> dict:
+    def _arguments(self, rows: Sequence[SampledAnswers]) -> dict:
         each = [row for row in rows for _ in row.texts]
         names = dict.fromkeys(name for row in rows for name in row.prompt.columns)
         known = {name: [row.prompt.columns.get(name) for row in each] for name in names if str(name).isidentifier()}
@@ -261,7 +265,7 @@ def load_models(scorers: list[Scorer], base: Base) -> int:
     return sum(model.bytes for model in models)
 
 
-def attach(scorers: list[Scorer], base: Base, first: Role, micro: MicroBatch) -> None:
+def attach(scorers: list[Scorer], base: Base, first: Role, micro: MicroBatchLimit) -> None:
     """Puts scorers on the base: the first as the role itself, further ones as `reward_2` and so on. Models of their own
     are loaded before (`load_models`).
 
@@ -272,7 +276,7 @@ def attach(scorers: list[Scorer], base: Base, first: Role, micro: MicroBatch) ->
         scorer.attach(base, first if number == 1 else f"{first}_{number}", micro)
 
 
-def combined(scorers: list[Scorer], rows: Sequence[Answered]) -> tuple[Tensor, dict[str, float]]:
+def combined(scorers: list[Scorer], rows: Sequence[SampledAnswers]) -> tuple[Tensor, dict[str, float]]:
     """(the weighted sum of all scores, float32 `(prompts, answers each)`; the mean of each scorer's, by name).
 
     Raises:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qalign import losses
-from qalign.rl.rewards import Answered
+from qalign.rl.rewards import SampledAnswers
 
 
 @dataclass
@@ -26,7 +26,7 @@ class RolloutBatch:
         advantages, returns: made of all these.
     """
 
-    rows: list[Answered]
+    rows: list[SampledAnswers]
     mask: Tensor
     old: Tensor
     reference: Tensor

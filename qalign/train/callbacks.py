@@ -24,7 +24,7 @@ SHOWN = {
 }
 
 
-class Journal(TrainerCallback):
+class RunCallback(TrainerCallback):
     """What a person sees and keeps of the loop: `metrics.jsonl`, the progress bar, whole checkpoints, clean stops.
 
     Attributes:

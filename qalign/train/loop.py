@@ -11,11 +11,11 @@ from transformers import Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.config.recipe import PPO, Stage
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped, UserError
 from qalign.model.base import Base
 from qalign.model.memory import Forecast, Plan, usable_memory
-from qalign.train.callbacks import Journal, peak_bytes
+from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.run_folder import RunFolder, print_table
 
 CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}
@@ -62,7 +62,7 @@ def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": False,
-        "disable_tqdm": True,  # the Journal has its own bar
+        "disable_tqdm": True,  # the RunCallback has its own bar
         "report_to": "none",
         "max_length": run.recipe.model.max_length,
     }
@@ -111,10 +111,10 @@ def rows_at_once(settings: Stage) -> int | Literal["auto"]:
     return size // settings.samples_per_prompt if isinstance(settings, PPO) and size != "auto" else size
 
 
-def micro_batch(settings: Stage, planned: Plan) -> MicroBatch:
+def micro_batch(settings: Stage, planned: Plan) -> MicroBatchLimit:
     """What goes through the model at once, for trainers that learn from pairs and from sampled answers."""
     size = rows_at_once(settings)
-    return MicroBatch(tokens=planned.tokens) if size == "auto" else MicroBatch(pairs=size)
+    return MicroBatchLimit(tokens=planned.tokens) if size == "auto" else MicroBatchLimit(pairs=size)
 
 
 def micro_batch_size(settings: Stage, planned: Plan, longest: int) -> int:
@@ -125,7 +125,7 @@ def micro_batch_size(settings: Stage, planned: Plan, longest: int) -> int:
     return max((size for size in divisors(settings.batch_size) if size * longest <= planned.tokens), default=1)
 
 
-class Checkpointed(TrainerCallback):
+class PartialCheckpointing(TrainerCallback):
     """Leaves checkpointing to the first so many layers; `Trainer` switches it on for all."""
 
     def __init__(self, planned: Plan):
@@ -174,7 +174,7 @@ def print_header(
 
 
 def train_to_the_end(
-    trainer: Trainer, run: RunFolder, journal: Journal, checkpoint: Path | None, at_once: str
+    trainer: Trainer, run: RunFolder, journal: RunCallback, checkpoint: Path | None, at_once: str
 ) -> dict[str, float]:
     """Runs the loop, from a checkpoint if there is one.
 

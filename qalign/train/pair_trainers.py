@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from qalign.config.recipe import DPO, REFERENCE_FREE, Reward
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.losses import CHOSEN, REJECTED, bradley_terry, preference_loss, rewards
 from qalign.model.base import Base, Role
@@ -45,7 +45,7 @@ class PairTrainer(Trainer):
         base: Base,
         role: Role,
         args,
-        micro: MicroBatch,
+        micro: MicroBatchLimit,
         train_pairs: list[TokenPair],
         eval_pairs: list[TokenPair] | None = None,
         callbacks: tuple[TrainerCallback, ...] = (),
@@ -60,7 +60,7 @@ class PairTrainer(Trainer):
             eval_dataset=eval_pairs,
             callbacks=list(callbacks),
         )
-        self.remove_callback(PrinterCallback)  # the Journal writes every log down
+        self.remove_callback(PrinterCallback)  # the RunCallback writes every log down
 
     def pair_losses(self, pairs: list[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss `(pairs,)`, metrics of `(pairs,)` each under TRL's names), inside `base.reading_pairs()`."""

@@ -45,7 +45,7 @@ class SupervisedTrainer(trl.SFTTrainer):
                 processing_class=base.tokenizer,
                 callbacks=list(callbacks),
             )
-        self.remove_callback(PrinterCallback)  # the Journal writes every log down
+        self.remove_callback(PrinterCallback)  # the RunCallback writes every log down
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss: the mean over all supervised tokens of the optimiser step."""

@@ -17,7 +17,7 @@ from qalign.config.recipe import Source
 from qalign.data.prompts import Prompt
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError
-from qalign.rl.rewards import Answered
+from qalign.rl.rewards import SampledAnswers
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
 
@@ -66,9 +66,9 @@ FILES = ("picks.jsonl", "pairs.jsonl")
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def row(texts: list[str], ended: list[bool]) -> Answered:
+def row(texts: list[str], ended: list[bool]) -> SampledAnswers:
     prompt = Prompt(({"role": "user", "content": "Why?"},), "rows.jsonl:1", {})
-    return Answered(prompt, TokenAnswers([1], tuple([[2]] * len(texts))), tuple(texts), tuple(ended))
+    return SampledAnswers(prompt, TokenAnswers([1], tuple([[2]] * len(texts))), tuple(texts), tuple(ended))
 
 
 def kept(tmp_path, texts, ended, scores) -> dict:

@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from qalign.data.collate import MicroBatch, micro_batches, pack, packed_tokens, pad
+from qalign.data.collate import MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.tokenize import TokenPair
 from tests.families import random_pairs
 
@@ -174,7 +174,13 @@ def names(groups: list[list[TokenPair]]) -> list[list[str]]:
     return [[pair.where for pair in group] for group in groups]
 
 
-LIMITS = [MicroBatch(pairs=1), MicroBatch(pairs=3), MicroBatch(pairs=8), MicroBatch(tokens=1), MicroBatch(tokens=300)]
+LIMITS = [
+    MicroBatchLimit(pairs=1),
+    MicroBatchLimit(pairs=3),
+    MicroBatchLimit(pairs=8),
+    MicroBatchLimit(tokens=1),
+    MicroBatchLimit(tokens=300),
+]
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
@@ -206,7 +212,7 @@ def test_limits_hold(limit, layout):
 def test_one_long_pair_does_not_drive_the_others_together():
     """By tokens alone the seven short ones would all share the second forward pass."""
     pairs = [TokenPair([1] * 500, [1], [1], "long"), *(TokenPair([1], [1], [1], f"short {n}") for n in range(7))]
-    assert sorted(map(len, micro_batches(pairs, MicroBatch(pairs=4), layout="packed"))) == [4, 4]
+    assert sorted(map(len, micro_batches(pairs, MicroBatchLimit(pairs=4), layout="packed"))) == [4, 4]
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 3, 8])
@@ -214,17 +220,18 @@ def test_a_number_of_pairs_gives_as_few_micro_batches_as_it_can(pairs):
     for seed in range(20):
         rows = pairs_of(seed)
         for layout in ("packed", "padded"):
-            assert len(micro_batches(rows, MicroBatch(pairs=pairs), layout=layout)) == -(-len(rows) // pairs)
+            assert len(micro_batches(rows, MicroBatchLimit(pairs=pairs), layout=layout)) == -(-len(rows) // pairs)
 
 
 def test_the_largest_micro_batch_comes_first():
     """If memory is too small, the first one tells."""
     for seed in range(50):
         sizes = [
-            sum(map(packed_tokens, g)) for g in micro_batches(pairs_of(seed), MicroBatch(tokens=300), layout="packed")
+            sum(map(packed_tokens, g))
+            for g in micro_batches(pairs_of(seed), MicroBatchLimit(tokens=300), layout="packed")
         ]
         assert sizes == sorted(sizes, reverse=True)
-        widths = [max(map(len, g)) for g in micro_batches(pairs_of(seed), MicroBatch(pairs=3), layout="padded")]
+        widths = [max(map(len, g)) for g in micro_batches(pairs_of(seed), MicroBatchLimit(pairs=3), layout="padded")]
         assert widths == sorted(widths, reverse=True)
 
 
@@ -232,7 +239,7 @@ def test_micro_batches_are_balanced():
     """Within the longest pair of each other: the shortest group had been filled up first."""
     for seed in range(50):
         rows = pairs_of(seed)
-        sizes = [sum(map(packed_tokens, g)) for g in micro_batches(rows, MicroBatch(tokens=300), layout="packed")]
+        sizes = [sum(map(packed_tokens, g)) for g in micro_batches(rows, MicroBatchLimit(tokens=300), layout="packed")]
         assert sizes[0] - sizes[-1] <= max(map(packed_tokens, rows))
 
 
@@ -244,14 +251,14 @@ def test_no_more_than_four_thirds_of_the_best_split():
         splits = (sum(s for s, side in zip(sizes, sides, strict=True) if side)
                   for sides in itertools.product((0, 1), repeat=len(sizes)))  # fmt: skip
         best = min(max(part, sum(sizes) - part) for part in splits)
-        groups = micro_batches(rows, MicroBatch(tokens=max(best * 4 // 3, *sizes)), layout="packed")
+        groups = micro_batches(rows, MicroBatchLimit(tokens=max(best * 4 // 3, *sizes)), layout="packed")
         assert len(groups) <= 2
 
 
 def test_a_token_limit_is_filled():
     """64 pairs of 30 tokens and a limit of 300: ten a time, and no pair on its own."""
     pairs = [TokenPair([1] * 10, [1] * 10, [1] * 10, f"row {n}") for n in range(64)]
-    sizes = [len(group) for group in micro_batches(pairs, MicroBatch(tokens=300), layout="packed")]
+    sizes = [len(group) for group in micro_batches(pairs, MicroBatchLimit(tokens=300), layout="packed")]
     assert max(sizes) <= 10
     assert len(sizes) == 7
     assert min(sizes) == 9
@@ -259,9 +266,12 @@ def test_a_token_limit_is_filled():
 
 def test_padded_micro_batches_are_of_like_length():
     pairs = [TokenPair([1], [1] * n, [1], f"{n}") for n in (3, 40, 5, 41, 4, 42)]
-    assert names(micro_batches(pairs, MicroBatch(pairs=3), layout="padded")) == [["42", "41", "40"], ["5", "4", "3"]]
+    assert names(micro_batches(pairs, MicroBatchLimit(pairs=3), layout="padded")) == [
+        ["42", "41", "40"],
+        ["5", "4", "3"],
+    ]
 
 
 def test_a_limit_in_words():
-    assert str(MicroBatch(pairs=1000)) == "1,000 at a time"
-    assert str(MicroBatch(tokens=4096)) == "up to 4,096 tokens at a time"
+    assert str(MicroBatchLimit(pairs=1000)) == "1,000 at a time"
+    assert str(MicroBatchLimit(tokens=4096)) == "up to 4,096 tokens at a time"

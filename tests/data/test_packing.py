@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from qalign.data.packing import Layout, Path
+from qalign.data.packing import Layout, Segment
 
 # A trunk of 2 with branches of 3 and 1, one of 1 without a second branch, one without tokens of its own.
 GROUPS = ((2, (3, 1)), (1, (2, 0)), (0, (1, 2)))
@@ -37,7 +37,7 @@ def test_a_row_to_the_number():
     assert layout.tokens == 12
     assert layout.starts == [[0, 2, 5], [6, 7, 9], [9, 9, 10]]
     assert layout.positions().tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 0, 0, 1]]
-    assert layout.paths[:3] == [Path((0, 0), (0, 2)), Path((0, 2), (2, 5)), Path((0, 2), (5, 6))]
+    assert layout.paths[:3] == [Segment((0, 0), (0, 2)), Segment((0, 2), (2, 5)), Segment((0, 2), (5, 6))]
     assert [path.own for path in layout.paths[3:]] == [(6, 7), (7, 9), (9, 9), (9, 9), (9, 10), (10, 12)]
 
 
@@ -62,7 +62,7 @@ def test_positions_of_a_branch_go_on_where_its_trunk_ends():
     ],
 )
 def test_a_path_finds_positions_in_the_row(start, end, places):
-    path = Path(trunk=(10, 13), own=(20, 23))
+    path = Segment(trunk=(10, 13), own=(20, 23))
     assert path.first_position == 3
     assert list(path.places(start, end)) == places
 

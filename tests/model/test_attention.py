@@ -7,7 +7,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoTokenizer
 
 from qalign.config.recipe import DPO, Lora, Model
-from qalign.data.collate import MicroBatch, pack, pad
+from qalign.data.collate import MicroBatchLimit, pack, pad
 from qalign.data.packing import Layout
 from qalign.data.tokenize import TokenPair, prepare_tokenizer
 from qalign.losses import preference_loss
@@ -17,9 +17,9 @@ from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer
 from tests.conftest import FIXTURES
+from tests.data.test_packing import GROUPS, sees
 from tests.families import SERVED, UNSERVED, VOCABULARY, alone, family, random_pairs
 from tests.helpers import dpo_config, house_style, scramble
-from tests.data.test_packing import GROUPS, sees
 
 uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 # What a layer may ask for besides plain attention.
@@ -370,7 +370,7 @@ def test_a_step_of_the_trainer_is_the_same_whichever_way_pairs_are_run(name, tmp
     base.model.zero_grad()
     settings = DPO.model_validate({"data": "unused.jsonl"})
     args = dpo_config(tmp_path, per_device_train_batch_size=len(pairs))
-    trainer = PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatch(pairs=3), pairs)
+    trainer = PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatchLimit(pairs=3), pairs)
     with base.reading_pairs():
         found = trainer.training_step(base.model, pairs, len(pairs))
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)

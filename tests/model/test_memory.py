@@ -15,7 +15,7 @@ from qalign.config.recipe import STAGES, Recipe
 from qalign.model import memory
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.memory import CUDA_CONTEXT, Forecast, LiveBytes, Plan, Step, kv_cache_bytes, usable_memory
-from qalign.train.loop import Checkpointed
+from qalign.train.loop import PartialCheckpointing
 from tests.families import config as family_config
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
@@ -165,7 +165,7 @@ def test_a_step_in_bfloat16_takes_what_is_forecast(stage, tiny_folder, variant):
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
 def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatch):
-    """Six layers (the forecast runs two and four), of which some are checkpointed as `Checkpointed` does it."""
+    """Six layers (the forecast runs two and four), of which some are checkpointed as `PartialCheckpointing` does it."""
     forecast = forecast_of(variant(num_hidden_layers=6))
     real = benchmark.trainer_of
 
@@ -175,7 +175,7 @@ def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatc
 
         def enable_some(*words):
             enable(*words)
-            Checkpointed(Plan(0, checkpointed)).on_train_begin(None, None, None, model=trainer.model)
+            PartialCheckpointing(Plan(0, checkpointed)).on_train_begin(None, None, None, model=trainer.model)
 
         trainer.model.activation_checkpointing_enable = enable_some
         return trainer

@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 import qalign.model.reference
 from qalign.config.recipe import DPO, Lora, Model
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.model.base import Role, load
 from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
@@ -47,7 +47,7 @@ def asked_and_saved(base, pairs: list[TokenPair]) -> tuple[torch.Tensor, CachedR
     return found, references
 
 
-def losses(base, folder, references, pairs, *, micro=MicroBatch(pairs=3), **values) -> list[float]:  # noqa: B008
+def losses(base, folder, references, pairs, *, micro=MicroBatchLimit(pairs=3), **values) -> list[float]:  # noqa: B008
     """The curve of a few steps."""
     settings = DPO.model_validate({"data": "unused.jsonl"})
     values = {"per_device_train_batch_size": 6, "learning_rate": 1e-2} | values
@@ -157,7 +157,7 @@ def test_cached_and_in_step_give_the_same_curve_to_the_bit(tiny_folder, tmp_path
     assert curves[2] == curves[1]
 
 
-MICRO = [MicroBatch(pairs=6), MicroBatch(tokens=400)]
+MICRO = [MicroBatchLimit(pairs=6), MicroBatchLimit(tokens=400)]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

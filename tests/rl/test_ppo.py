@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qalign import losses, ppo
 from qalign.config.load import load as load_recipe
 from qalign.config.recipe import PPO, Lora, Model, Recipe
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.prompts import Prompt
 from qalign.data.tokenize import encode_prompt
 from qalign.errors import UserError
@@ -128,7 +128,7 @@ def trainer_of(tiny_folder, rewards, reward_run):
 
     def make(
         dtype: str = "float32",
-        micro: MicroBatch = MicroBatch(pairs=1),  # noqa: B008
+        micro: MicroBatchLimit = MicroBatchLimit(pairs=1),  # noqa: B008
         value: str = "trunk",
         reward: str = "many",
         layers: int = 0,
@@ -284,8 +284,8 @@ def test_gradients_of_policy_and_value_model_are_those_of_the_formulas(trainer_o
 def test_micro_batches_padding_and_checkpointing_change_no_number(value, trainer_of, monkeypatch):
     curves = []
     for micro, layers, padded in (
-        (MicroBatch(pairs=1), 0, False), (MicroBatch(pairs=4), 0, False), (MicroBatch(tokens=40), 2, False),
-        (MicroBatch(pairs=2), 0, True),
+        (MicroBatchLimit(pairs=1), 0, False), (MicroBatchLimit(pairs=4), 0, False), (MicroBatchLimit(tokens=40), 2, False),
+        (MicroBatchLimit(pairs=2), 0, True),
     ):  # fmt: skip
         trainer = trainer_of(micro=micro, value=value, layers=layers)
         if padded:
@@ -357,7 +357,7 @@ def test_a_value_model_copied_from_the_reward_model_begins_in_the_units_of_its_r
     trainer = trainer_of(value="adapter", reward_scaling=scaling, missing_eos_penalty=0.0, kl_coefficient=0.0)
     recipe = Recipe(model=trainer.base.spec, output="unused", ppo=trainer.settings)
     scorer = AdapterScorer("ppo.reward", reward_run.adapter, weight, recipe)
-    scorer.attach(trainer.base, Role.REWARD, MicroBatch(pairs=1))
+    scorer.attach(trainer.base, Role.REWARD, MicroBatchLimit(pairs=1))
     trainer.scorers = [scorer]
     trainer.base._heads[Role.VALUE].register_forward_hook(lambda module, given, said: said + 40)  # a level of its own
     rollout = trainer.collect(trainer._drawn(), 2, seed=1)
@@ -382,7 +382,7 @@ def test_first_scores_that_are_all_alike_leave_the_value_model_its_unit(trainer_
     trainer = trainer_of(value="adapter", missing_eos_penalty=0.0)
     recipe = Recipe(model=trainer.base.spec, output="unused", ppo=trainer.settings)
     scorer = AdapterScorer("ppo.reward", reward_run.adapter, 1.0, recipe)
-    scorer.attach(trainer.base, Role.REWARD, MicroBatch(pairs=1))
+    scorer.attach(trainer.base, Role.REWARD, MicroBatchLimit(pairs=1))
     rollout = trainer.collect(trainer._drawn(), 2, seed=1)
     trainer.scorers = [scorer]
     rollout.scores = torch.zeros(8)
@@ -423,7 +423,11 @@ def test_it_makes_the_rewarded_more_likely_and_flipping_the_sign_the_less(traine
 
     def gain() -> float:
         trainer = trainer_of(
-            micro=MicroBatch(pairs=4), batch_size=64, samples_per_prompt=16, kl_coefficient=0.0, missing_eos_penalty=0.0
+            micro=MicroBatchLimit(pairs=4),
+            batch_size=64,
+            samples_per_prompt=16,
+            kl_coefficient=0.0,
+            missing_eos_penalty=0.0,
         )
         first, *_, beforelast, last = (trainer.iterate()[1]["objective/scores"] for _ in range(9))
         return (beforelast + last) / 2 - first
@@ -886,7 +890,7 @@ def test_smollm2_holds_its_roles_in_290_megabytes(rewards, tmp_path):
     scorer = FunctionScorer("ppo.reward", f"{rewards}:long", 1.0)
     trainer = PPOTrainer(
         base, settings, questions, [scorer], TransformersEngine(), Sampling(4, 1.0, (base.tokenizer.eos_token_id,)),
-        MicroBatch(pairs=1), 0, 1, 0,
+        MicroBatchLimit(pairs=1), 0, 1, 0,
     )  # fmt: skip
     trainer.iterate()
     found = bytes_by_role(trainer.base, trainer.optimizer)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
 from qalign.config.recipe import Model, Recipe
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.prompts import Prompt
 from qalign.data.tokenize import TokenAnswers, encode_prompt
 from qalign.errors import Stopped, UserError
@@ -18,9 +18,8 @@ from qalign.model.base import HEAD, Role, load
 from qalign.model.generation import Sampling
 from qalign.model.scoring import score_sequences
 from qalign.rl.rewards import (
-    Answered,
     FunctionScorer,
-    answered,
+    SampledAnswers,
     attach,
     combined,
     load_models,
@@ -32,7 +31,7 @@ from tests.conftest import FIXTURES, ROOT
 from tests.helpers import scramble
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
 
-MICRO = MicroBatch(pairs=2)
+MICRO = MicroBatchLimit(pairs=2)
 TEXTS = [("Why?", ("Because.", "It depends on what you mean by that.")), ("Name a river.", ("The Elbe.", "Elbe"))]
 
 
@@ -56,7 +55,7 @@ def opened(recipe: Recipe, key: str = "reward"):
     return open_scorers(recipe, key, RunFolder(recipe, "ppo", "my.yaml"))
 
 
-def answers(tokenizer, texts=TEXTS, **columns) -> list[Answered]:
+def answers(tokenizer, texts=TEXTS, **columns) -> list[SampledAnswers]:
     """Prompts with texts as if they had been sampled; each ends by itself."""
     rows = []
     for number, (question, found) in enumerate(texts, start=1):
@@ -65,12 +64,12 @@ def answers(tokenizer, texts=TEXTS, **columns) -> list[Answered]:
         end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         sampled = [[*tokenizer(text, add_special_tokens=False).input_ids, end] for text in found]
         prompt = Prompt(turns, f"rows.jsonl:{number}", {name: values[number - 1] for name, values in columns.items()})
-        rows.append(answered(tokenizer, prompt, ids, sampled, Sampling(99, 1.0, (end,))))
+        rows.append(sampled_answers(tokenizer, prompt, ids, sampled, Sampling(99, 1.0, (end,))))
     return rows
 
 
 @pytest.fixture
-def rows(tiny_base) -> list[Answered]:
+def rows(tiny_base) -> list[SampledAnswers]:
     return answers(tiny_base.tokenizer)
 
 
@@ -103,7 +102,7 @@ def test_a_cut_answer_is_read_at_an_end_of_turn_too(recipe, reward_run, tiny_bas
     (scorer,) = scorers = opened(recipe(str(reward_run.path)))
     attach(scorers, tiny_base, Role.REWARD, MICRO)
     cut = [
-        Answered(
+        SampledAnswers(
             r.prompt, TokenAnswers(r.tokens.prompt_ids, tuple(a[:-1] for a in r.tokens.answers)), r.texts, (False,) * 2
         )
         for r in rows
@@ -116,7 +115,7 @@ def test_an_answer_that_ends_with_eos_is_read_at_the_end_of_turn(recipe, reward_
     (scorer,) = scorers = opened(recipe(str(reward_run.path)))
     attach(scorers, tiny_base, Role.REWARD, MICRO)
     other = [
-        Answered(
+        SampledAnswers(
             r.prompt,
             TokenAnswers(r.tokens.prompt_ids, tuple([*a[:-1], 77] for a in r.tokens.answers)),
             r.texts,
@@ -321,7 +320,7 @@ def test_the_demos_own_reward(tiny_base):
     texts = [("a", ("One. Two.", "One. Two! Three?")), ("b", ("1.\n2.\n3.\n4.\n5.\n6.\n7.", "No end"))]
     rows = answers(tiny_base.tokenizer, texts)
     last = rows[1]
-    rows[1] = Answered(last.prompt, last.tokens, last.texts, (True, False))
+    rows[1] = SampledAnswers(last.prompt, last.tokens, last.texts, (True, False))
     scorer = FunctionScorer("ppo.reward", f"{ROOT / 'recipes' / 'rewards.py'}:short", 1.0)
     assert scorer.scores(rows).tolist() == [[1.0, 0.5], [-1.0, -1.0]]
 

@@ -8,10 +8,10 @@ import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from qalign.config.recipe import DPO
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError
 from qalign.model.memory import Plan
-from qalign.train.callbacks import Journal
+from qalign.train.callbacks import RunCallback
 from qalign.train.loop import micro_batch, micro_batch_size, not_finite, planned_steps, train_to_the_end
 from tests.helpers import TRAIN, metrics
 from tests.reward_runs import run_stage, write_recipe
@@ -36,7 +36,7 @@ def test_planned_steps_count_a_short_last_batch():
     assert planned_steps(settings(batch_size=8, max_steps=2), 17) == 2
 
 
-@pytest.mark.parametrize(("size", "limit"), [("auto", MicroBatch(tokens=4096)), (3, MicroBatch(pairs=3))])
+@pytest.mark.parametrize(("size", "limit"), [("auto", MicroBatchLimit(tokens=4096)), (3, MicroBatchLimit(pairs=3))])
 def test_trainers_of_pairs_take_tokens_or_pairs_at_a_time(size, limit):
     assert micro_batch(settings(batch_size=12, micro_batch_size=size), Plan(4096, 2)) == limit
 
@@ -68,7 +68,7 @@ def test_not_finite_names_each_row_once():
 
 def test_a_resumed_run_counts_its_tokens_on(tmp_path):
     """TRL's trainers count from zero in each session."""
-    journal = Journal(SimpleNamespace(metrics=tmp_path / "metrics.jsonl"), tokens_before=100)
+    journal = RunCallback(SimpleNamespace(metrics=tmp_path / "metrics.jsonl"), tokens_before=100)
     journal._bar = SimpleNamespace(set_postfix_str=lambda text: None)
     journal.on_log(None, SimpleNamespace(global_step=3), None, logs={"loss": 1.0, "num_tokens": 20.0})
     assert journal.tokens_seen == 120
@@ -77,7 +77,7 @@ def test_a_resumed_run_counts_its_tokens_on(tmp_path):
 
 def test_a_checkpoint_keeps_no_half_filled_logging_window():
     control = SimpleNamespace(should_save=True, should_log=False)
-    journal = Journal(SimpleNamespace(stop=SimpleNamespace(number=None)))
+    journal = RunCallback(SimpleNamespace(stop=SimpleNamespace(number=None)))
     journal._bar = SimpleNamespace(update=lambda count: None, n=0)
     journal.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), control)
     assert control.should_log

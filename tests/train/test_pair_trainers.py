@@ -11,12 +11,12 @@ from peft import LoraConfig
 from trl import DPOTrainer
 
 from qalign.config.recipe import DPO, Lora, Model
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.errors import UserError
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
-from qalign.train.callbacks import Journal
+from qalign.train.callbacks import RunCallback
 from qalign.train.pair_trainers import PreferenceTrainer
 from tests.families import alone
 from tests.helpers import dpo_config as config
@@ -31,7 +31,7 @@ def settings(**values) -> DPO:
     return DPO.model_validate({"data": "unused.jsonl", **values})
 
 
-def trainer_of(base, folder, pairs, *, micro=MicroBatch(pairs=1000), chosen=None, eval_pairs=None, **values):  # noqa: B008
+def trainer_of(base, folder, pairs, *, micro=MicroBatchLimit(pairs=1000), chosen=None, eval_pairs=None, **values):  # noqa: B008
     """A trainer of ours: `chosen` goes into the recipe's section, the rest into TRL's config."""
     args = config(folder, **values)
     return PreferenceTrainer(base, settings(**(chosen or {})), ReferenceLogps(), args, micro, pairs, eval_pairs)
@@ -182,7 +182,9 @@ def test_dropout_is_the_training_policys_alone(tiny_folder, tmp_path):
         assert torch.equal(pair_losses(trainer, trainer.train_dataset), one)
 
 
-def trained(tiny_folder, folder, pairs=8, dtype="float32", start_from=None, micro=MicroBatch(pairs=1000), **values):  # noqa: B008
+def trained(
+    tiny_folder, folder, pairs=8, dtype="float32", start_from=None, micro=MicroBatchLimit(pairs=1000), **values
+):  # noqa: B008
     """Losses and adapter after a few steps on the tiny model."""
     torch.manual_seed(0)
     base = load(Model(base=tiny_folder, compute_dtype=dtype))
@@ -205,7 +207,7 @@ def test_training_and_evaluation_read_packed_rows_as_what_they_are(tiny_base, tm
     with torch.no_grad(), tiny_base.acting_as(Role.POLICY) as lm:
         expected = dict(zip(("logps/chosen", "logps/rejected"), alone(lm, pairs).mean(dim=0).tolist(), strict=True))
     trainer = trainer_of(
-        tiny_base, tmp_path, pairs, micro=MicroBatch(pairs=3), eval_pairs=pairs, max_steps=1,
+        tiny_base, tmp_path, pairs, micro=MicroBatchLimit(pairs=3), eval_pairs=pairs, max_steps=1,
         per_device_train_batch_size=4, learning_rate=0.0,
     )  # fmt: skip
     held_out = trainer.evaluate()
@@ -216,7 +218,7 @@ def test_training_and_evaluation_read_packed_rows_as_what_they_are(tiny_base, tm
         assert held_out[f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
 
 
-WAYS = [MicroBatch(pairs=8), MicroBatch(pairs=3), MicroBatch(pairs=1), MicroBatch(tokens=700)]
+WAYS = [MicroBatchLimit(pairs=8), MicroBatchLimit(pairs=3), MicroBatchLimit(pairs=1), MicroBatchLimit(tokens=700)]
 
 
 @pytest.mark.parametrize("pairs", [16, 13])  # 13: the last step of an epoch is short
@@ -261,7 +263,7 @@ def test_gradients_that_are_not_finite_stop_before_the_update(tiny_base, tmp_pat
     weight.grad = torch.full_like(weight, math.nan)
     state = SimpleNamespace(global_step=6)
     with pytest.raises(UserError, match="step 7: the gradients are not finite"):
-        Journal(None, 0).on_pre_optimizer_step(config(tmp_path), state, None, model=tiny_base.model)
+        RunCallback(None, 0).on_pre_optimizer_step(config(tmp_path), state, None, model=tiny_base.model)
 
 
 def test_a_switch_between_forward_and_backward_is_noticed(tiny_base, tmp_path):
@@ -283,7 +285,7 @@ def test_evaluation_counts_each_pair_once(tiny_base, tmp_path):
     scramble(tiny_base.model)
     pairs = house_style(tiny_base.tokenizer, 7)
     trainer = trainer_of(
-        tiny_base, tmp_path, pairs, micro=MicroBatch(pairs=3), eval_pairs=pairs, per_device_eval_batch_size=5
+        tiny_base, tmp_path, pairs, micro=MicroBatchLimit(pairs=3), eval_pairs=pairs, per_device_eval_batch_size=5
     )
     found = trainer.evaluate()
     tiny_base.model.eval()
@@ -328,7 +330,7 @@ def test_a_step_reads_its_pairs_once_and_runs_them_in_micro_batches(tiny_base, t
     tiny_base.add_adapter(Role.POLICY, LORA)
     pairs = house_style(tiny_base.tokenizer, 7)
     trainer = trainer_of(
-        tiny_base, tmp_path, pairs, micro=MicroBatch(pairs=2), per_device_train_batch_size=5, num_train_epochs=1
+        tiny_base, tmp_path, pairs, micro=MicroBatchLimit(pairs=2), per_device_train_batch_size=5, num_train_epochs=1
     )
     seen, real = [], trainer.pair_losses
     trainer.pair_losses = lambda inputs: seen.append(inputs) or real(inputs)

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 import qalign.model.base
 from qalign.config.load import load as load_recipe
 from qalign.config.recipe import Model, Reward, Source
-from qalign.data.collate import MicroBatch
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
 from qalign.data.tokenize import encode_pairs, prepare_tokenizer
 from qalign.errors import UserError
@@ -197,7 +197,7 @@ def test_the_loss_is_that_of_trls_reward_trainer(tiny_folder, start, tmp_path, m
         center_rewards_coefficient=centering or None, dataloader_pin_memory=False, max_length=None,
     )  # fmt: skip
     settings = Reward.model_validate({"data": "unused.jsonl", "margin": margin, "centering": centering})
-    ours = RewardModelTrainer(base, settings, args, MicroBatch(pairs=4), pairs)
+    ours = RewardModelTrainer(base, settings, args, MicroBatchLimit(pairs=4), pairs)
     assert base.prompts == "once a pair, packed without padding"
     with base.reading_pairs():
         loss = ours.compute_loss(base.model, pairs)

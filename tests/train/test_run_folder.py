@@ -14,7 +14,7 @@ from qalign.data.formats import Refused
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.train import run_folder as runs
-from qalign.train.callbacks import Journal
+from qalign.train.callbacks import RunCallback
 
 FACTS = {"tokens_per_second": 1.0, "peak_bytes": 1, "reference": "none"}
 
@@ -279,7 +279,7 @@ def test_a_resumed_run_counts_its_seconds_on(recipe, monkeypatch):
     clock[0] += 50
     checkpoint = first.checkpoints / "checkpoint-2"
     checkpoint.mkdir(parents=True)
-    Journal(first, tokens_before=200).on_save(SimpleNamespace(output_dir=first.checkpoints), SimpleNamespace(
+    RunCallback(first, tokens_before=200).on_save(SimpleNamespace(output_dir=first.checkpoints), SimpleNamespace(
         global_step=2), None)  # fmt: skip
     clock[0] += 500  # lost with a power cut
 

