@@ -24,6 +24,7 @@ from qalign.rl.rewards import (
     combined,
     load_models,
     open_scorers,
+    sampled_answers,
     value_start,
 )
 from qalign.train.run_folder import RunFolder
