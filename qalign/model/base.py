@@ -6,7 +6,7 @@
 import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from functools import cached_property
@@ -19,11 +19,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
-from qalign.data.tokenize import TokenPair, pad_for_scores, prepare_tokenizer
+from qalign.data.tokenize import pad_for_scores, prepare_tokenizer
 from qalign.errors import UserError
 from qalign.model.attention import shared_prompts, why_not_shared
 from qalign.model.heads import ScalarHead, end_scores, pair_scores
@@ -279,11 +280,34 @@ class Base:
         with self.acting_as(role) as lm:
             return end_scores(lm, self._heads[role], input_ids, attention_mask)
 
-    def pair_scores(self, role: str, pairs: list[TokenPair]) -> Tensor:
+    def pair_scores(self, role: str, pairs: Sequence[AnsweredPrompt]) -> Tensor:
         """What a reward model gives to the answers of pairs: float32 `(pairs, 2)`, chosen first; with gradients if they
         are enabled and the role is trained."""
         with self.acting_as(role) as lm:
             return pair_scores(lm, self._heads[role], self.batch(pairs, ends="kept"))
+
+    @torch.no_grad()
+    def answer_scores(
+        self, role: str, rows: Sequence[AnsweredPrompt], limit: MicroBatchLimit, *, progress: bool = False
+    ) -> Tensor:
+        """A reward model's scores of many answers, computed in the packed layout that it was trained in.
+
+        Args:
+            role: a role with a scalar head.
+            rows: prompts with the same number of answers each; the score is read at an answer's last token.
+            limit: how much one forward pass takes; it changes memory and speed, and no score.
+            progress: whether to show a progress bar.
+
+        Returns:
+            float32 `(rows, answers each)` on the CPU, in the order given.
+        """
+        numbers = {id(row): number for number, row in enumerate(rows)}
+        found = torch.zeros(len(rows), len(rows[0].answers))
+        with self.reading_pairs(), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
+            for some in self.micro_batches(rows, limit):
+                found[[numbers[id(row)] for row in some]] = self.pair_scores(role, some).cpu()
+                bar.update(len(some))
+        return found
 
     def values(self, states: Tensor) -> Tensor:
         """What the value head makes of hidden states `(tokens, hidden)`: float32 `(tokens,)`."""
@@ -302,7 +326,7 @@ class Base:
             return f"twice a pair, padded: {type(self.lm).__name__} {self.why_padded}"
         return "once a pair, packed without padding"
 
-    def batch(self, pairs: list[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
+    def batch(self, pairs: Sequence[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
         """Pairs, or prompts with answers, as tensors on the model's device, for `logps` and `heads`, inside
         `reading_pairs`."""
         batch = pad(pairs, self.tokenizer.pad_token_id) if self.why_padded else pack(pairs, ends=ends)
@@ -312,7 +336,7 @@ class Base:
         """What a pair takes of a forward, in tokens, padding left out but for its own rows'."""
         return len(pair.answers) * len(pair) if self.why_padded else packed_tokens(pair)
 
-    def micro_batches(self, pairs: list[AnsweredPrompt], limit: MicroBatchLimit) -> list[list[AnsweredPrompt]]:
+    def micro_batches(self, pairs: Sequence[AnsweredPrompt], limit: MicroBatchLimit) -> list[list[AnsweredPrompt]]:
         """Pairs in groups of like many tokens, for one forward each."""
         return micro_batches(pairs, limit, layout="padded" if self.why_padded else "packed")
 

@@ -91,12 +91,7 @@ class AdapterScorer:
             TokenAnswers(row.tokens.prompt_ids, tuple(with_end_of_turn(a, self.ends) for a in row.tokens.answers))
             for row in rows
         ]
-        numbers = {id(tokens): number for number, tokens in enumerate(whole)}
-        found = torch.zeros(len(rows), len(rows[0].texts))
-        with self.base.reading_pairs():
-            for some in self.base.micro_batches(whole, self.micro):
-                found[[numbers[id(tokens)] for tokens in some]] = self.base.pair_scores(self.role, some).cpu()
-        return found
+        return self.base.answer_scores(self.role, whole, self.micro)
 
 
 class ModelScorer:
