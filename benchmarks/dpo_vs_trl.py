@@ -148,7 +148,7 @@ class Side:
     def _fill_cache(self, groups: list) -> None:
         import torch
 
-        with torch.no_grad(), self.base.reading_pairs():
+        with torch.no_grad(), self.base.packed_attention():
             for group in groups:
                 self.trainer.pair_losses(group)
 
@@ -182,7 +182,7 @@ class Side:
         import torch
 
         cuda = torch.cuda.is_available()
-        with self.base.reading_pairs() if self.library == "qalign" else self.head():
+        with self.base.packed_attention() if self.library == "qalign" else self.head():
             if cuda:
                 torch.cuda.synchronize()
             began = clock()

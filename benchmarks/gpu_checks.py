@@ -132,7 +132,7 @@ def nf4(dtype: torch.dtype):
         torch.manual_seed(1)
         base.add_adapter(Role.POLICY, Lora(r=4, alpha=64))
         batch = pad(pairs, 0).to(device()) if plain else pack(pairs).to(device())
-        with contextlib.nullcontext() if plain else base.reading_pairs(), base.acting_as(Role.POLICY) as policy:
+        with contextlib.nullcontext() if plain else base.packed_attention(), base.acting_as(Role.POLICY) as policy:
             logps = pair_logps(policy, batch)
             ups = [p for n, p in base.model.named_parameters() if ".lora_B.policy." in n]
             grads = torch.autograd.grad(logps[:, 0].sum() - logps[:, 1].sum(), ups)

@@ -224,16 +224,16 @@ class Qalign(Side):
 
     @property
     def at_once(self) -> str:
-        return f"{self.trainer.micro}{', padded' if self.base.why_padded else ''}"
+        return f"{self.trainer.micro}{', padded' if self.base.padding_reason else ''}"
 
     def precompute(self, pairs):
         if self.name == "qalign-cached":
-            with torch.no_grad(), self.base.reading_pairs():
+            with torch.no_grad(), self.base.packed_attention():
                 for some in self.base.micro_batches(pairs, self.trainer.micro):
                     self.trainer.references.logps(self.base, some, self.base.batch(some))
 
     def backward(self, pairs):
-        with self.base.reading_pairs():
+        with self.base.packed_attention():
             return self.trainer.training_step(self.model, pairs, len(pairs))
 
 

@@ -94,7 +94,7 @@ def why_not_shared(lm: PreTrainedModel) -> str | None:
     alone = torch.tensor([prompt + end[:1]], device=lm.device)
     try:
         with shared_prompts(lm):
-            found = [lm.base_model(**b.inputs, use_cache=False).last_hidden_state[0, b.ends[1]] for b in batches]
+            found = [lm.base_model(**b.inputs, use_cache=False).last_hidden_state[0, b.last_tokens[1]] for b in batches]
     except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
         return f"can't be given packed rows ({' '.join(str(error).split())[:100]})"
     expected = lm.base_model(input_ids=alone, use_cache=False).last_hidden_state[0, -1]
@@ -119,10 +119,10 @@ class _BlockAttention(torch.autograd.Function):
         output = torch.empty(query.shape[:-1] + value.shape[-1:], dtype=query.dtype, device=query.device)
         groups = query.shape[0] // key.shape[0]
         logsums = query.new_empty(query.shape[:2], dtype=_wide(query))
-        for path, start, end, first in _blocks(layout, window):
+        for segment, start, end, first in _blocks(layout, window):
             queries = _grouped(query, start, end, groups)
-            places = list(path.places(first, path.first_position + end - path.own[0]))
-            scores = _scores(queries, _gather(key, places), scaling, softcap, end - start, first, path, end, window)
+            ranges = list(segment.row_ranges(first, segment.first_position + end - segment.own[0]))
+            scores = _scores(queries, _gather(key, ranges), scaling, softcap, end - start, first, segment, end, window)
             top = scores.amax(dim=-1, keepdim=True)
             weights = scores.sub_(top).exp_()
             total = weights.sum(dim=-1, keepdim=True)
@@ -130,7 +130,7 @@ class _BlockAttention(torch.autograd.Function):
             if sinks is not None:
                 logsum = torch.logaddexp(logsum, _each_query(sinks, groups, end - start).to(logsum.dtype))
                 total = (logsum - top).exp()
-            found = torch.bmm(weights.to(query.dtype), _gather(value, places)) / total.to(query.dtype)
+            found = torch.bmm(weights.to(query.dtype), _gather(value, ranges)) / total.to(query.dtype)
             output[:, start:end] = found.view(len(query), end - start, -1)
             logsums[:, start:end] = logsum.view(len(query), end - start)
         ctx.save_for_backward(query, key, value, sinks, output, logsums)
@@ -146,21 +146,21 @@ class _BlockAttention(torch.autograd.Function):
         grad_query = torch.empty_like(query)
         grad_key, grad_value = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         shift = (grad.to(wide) * output).sum(dim=-1)
-        for path, start, end, first in _blocks(layout, window):
+        for segment, start, end, first in _blocks(layout, window):
             queries, grads = _grouped(query, start, end, groups), _grouped(grad, start, end, groups)
-            places = list(path.places(first, path.first_position + end - path.own[0]))
-            keys = _gather(key, places)
-            scores = _scores(queries, keys, scaling, softcap, end - start, first, path, end, window)
+            ranges = list(segment.row_ranges(first, segment.first_position + end - segment.own[0]))
+            keys = _gather(key, ranges)
+            scores = _scores(queries, keys, scaling, softcap, end - start, first, segment, end, window)
             slope = 1 - (scores / softcap) ** 2 if softcap else None
             weights = scores.sub_(_grouped(logsums[..., None], start, end, groups)).exp_()
-            _scatter(grad_value, places, torch.bmm(weights.to(query.dtype).transpose(1, 2), grads))
-            change = torch.bmm(grads, _gather(value, places).transpose(1, 2)).to(wide)
+            _scatter(grad_value, ranges, torch.bmm(weights.to(query.dtype).transpose(1, 2), grads))
+            change = torch.bmm(grads, _gather(value, ranges).transpose(1, 2)).to(wide)
             change = change.sub_(_grouped(shift[..., None], start, end, groups)).mul_(weights)
             if slope is not None:
                 change = torch.where(weights > 0, change * slope, 0)
             change = change.to(query.dtype)
             grad_query[:, start:end] = torch.bmm(change, keys).view(len(query), end - start, -1)
-            _scatter(grad_key, places, torch.bmm(change.transpose(1, 2), queries))
+            _scatter(grad_key, ranges, torch.bmm(change.transpose(1, 2), queries))
         grad_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
             grad_sinks = -((sinks[:, None] - logsums).exp() * shift).sum(dim=1).to(sinks.dtype)
@@ -182,12 +182,12 @@ def _wide(query: Tensor) -> torch.dtype:
 
 
 def _blocks(layout: Layout, window: int | None):
-    """(path, start and end of a block of its own tokens in the row, the first position that the block sees)."""
-    for path in layout.paths:
-        for start in range(*path.own, QUERIES):
-            end = min(start + QUERIES, path.own[1])
-            position = path.first_position + start - path.own[0]
-            yield path, start, end, max(0, position - window + 1) if window else 0
+    """(segment, start and end of a block of its own tokens in the row, the first position that the block sees)."""
+    for segment in layout.segments:
+        for start in range(*segment.own, QUERIES):
+            end = min(start + QUERIES, segment.own[1])
+            position = segment.first_position + start - segment.own[0]
+            yield segment, start, end, max(0, position - window + 1) if window else 0
 
 
 def _grouped(tensor: Tensor, start: int, end: int, groups: int) -> Tensor:
@@ -200,13 +200,13 @@ def _each_query(sinks: Tensor, groups: int, queries: int) -> Tensor:
     return sinks.view(-1, groups, 1).expand(-1, -1, queries).reshape(-1, groups * queries, 1)
 
 
-def _gather(tensor: Tensor, places: list[tuple[int, int]]) -> Tensor:
-    runs = [tensor[:, start:end] for start, end in places]
+def _gather(tensor: Tensor, ranges: list[tuple[int, int]]) -> Tensor:
+    runs = [tensor[:, start:end] for start, end in ranges]
     return runs[0] if len(runs) == 1 else torch.cat(runs, dim=1)
 
 
-def _scatter(total: Tensor, places: list[tuple[int, int]], grad: Tensor) -> None:
-    for (start, end), part in zip(places, grad.split([end - start for start, end in places], dim=1), strict=True):
+def _scatter(total: Tensor, ranges: list[tuple[int, int]], grad: Tensor) -> None:
+    for (start, end), part in zip(ranges, grad.split([end - start for start, end in ranges], dim=1), strict=True):
         total[:, start:end] += part
 
 
@@ -216,7 +216,7 @@ def _later(count: int, device: torch.device) -> Tensor:
     return torch.ones(count, count, dtype=torch.bool, device=device).triu_(1)
 
 
-def _scores(queries, keys, scaling, softcap, count, first, path, end, window) -> Tensor:
+def _scores(queries, keys, scaling, softcap, count, first, segment, end, window) -> Tensor:
     """Scaled, capped and masked scores `(key heads, groups * count, keys)`."""
     keys = keys.transpose(1, 2)
     scores = torch.baddbmm(queries.new_empty(1, 1, 1), queries, keys, beta=0, alpha=scaling).to(_wide(queries))
@@ -226,7 +226,7 @@ def _scores(queries, keys, scaling, softcap, count, first, path, end, window) ->
     each = scores.view(scores.shape[0], -1, count, seen)
     each[..., seen - count :].masked_fill_(_later(count, scores.device), float("-inf"))
     if window:
-        last = path.first_position + end - path.own[0]
+        last = segment.first_position + end - segment.own[0]
         position = torch.arange(first, last, device=scores.device)
         each.masked_fill_(position[-count:, None] - position >= window, float("-inf"))
     return scores

@@ -66,7 +66,7 @@ class Base:
         dtype: what matrices are multiplied in; adapters are float32 and cast to it.
         reference: what the reference is made of, in words.
         role: the part being played.
-        switches: how often the part was changed.
+        role_switches: how often the part was changed.
     """
 
     def __init__(self, lm: PreTrainedModel, tokenizer, origin: Origin, template: str, spec: Model):
@@ -78,7 +78,7 @@ class Base:
         self.dtype = lm.dtype
         self.reference = "the base with adapters off"
         self.role: str = Role.BASE
-        self.switches = 0
+        self.role_switches = 0
         self._heads: dict[str, nn.Module] = {}
         self._trained: set[str] = set()
 
@@ -264,7 +264,7 @@ class Base:
     def _switch(self, role: str) -> None:
         if role == self.role or self.model is self.lm:
             return
-        self.switches += 1
+        self.role_switches += 1
         tuner = self.model.base_model
         if role in self.model.peft_config:
             tuner.enable_adapter_layers()
@@ -284,7 +284,7 @@ class Base:
         """What a reward model gives to the answers of pairs: float32 `(pairs, 2)`, chosen first; with gradients if they
         are enabled and the role is trained."""
         with self.acting_as(role) as lm:
-            return pair_scores(lm, self._heads[role], self.batch(pairs, ends="kept"))
+            return pair_scores(lm, self._heads[role], self.batch(pairs, last_token="kept"))
 
     @torch.no_grad()
     def answer_scores(
@@ -303,7 +303,7 @@ class Base:
         """
         numbers = {id(row): number for number, row in enumerate(rows)}
         found = torch.zeros(len(rows), len(rows[0].answers))
-        with self.reading_pairs(), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
+        with self.packed_attention(), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
             for some in self.micro_batches(rows, limit):
                 found[[numbers[id(row)] for row in some]] = self.pair_scores(role, some).cpu()
                 bar.update(len(some))
@@ -314,36 +314,38 @@ class Base:
         return self._heads[Role.VALUE](states)[:, 0]
 
     @cached_property
-    def why_padded(self) -> str | None:
+    def padding_reason(self) -> str | None:
         """Why pairs are padded to two rows each instead of packed with their prompt shared; None if they are packed."""
         with torch.no_grad(), self.acting_as(self.role):  # without gradients no adapter has dropout
             return why_not_shared(self.lm)
 
     @property
-    def prompts(self) -> str:
+    def layout_in_words(self) -> str:
         """How pairs are run, in words."""
-        if self.why_padded:
-            return f"twice a pair, padded: {type(self.lm).__name__} {self.why_padded}"
+        if self.padding_reason:
+            return f"twice a pair, padded: {type(self.lm).__name__} {self.padding_reason}"
         return "once a pair, packed without padding"
 
-    def batch(self, pairs: Sequence[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
+    def batch(
+        self, pairs: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped"
+    ) -> AnswerBatch:
         """Pairs, or prompts with answers, as tensors on the model's device, for `logps` and `heads`, inside
-        `reading_pairs`."""
-        batch = pad(pairs, self.tokenizer.pad_token_id) if self.why_padded else pack(pairs, ends=ends)
+        `packed_attention`."""
+        batch = pad(pairs, self.tokenizer.pad_token_id) if self.padding_reason else pack(pairs, last_token=last_token)
         return batch.to(self.lm.device)
 
     def tokens_taken(self, pair: AnsweredPrompt) -> int:
         """What a pair takes of a forward, in tokens, padding left out but for its own rows'."""
-        return len(pair.answers) * len(pair) if self.why_padded else packed_tokens(pair)
+        return len(pair.answers) * len(pair) if self.padding_reason else packed_tokens(pair)
 
     def micro_batches(self, pairs: Sequence[AnsweredPrompt], limit: MicroBatchLimit) -> list[list[AnsweredPrompt]]:
         """Pairs in groups of like many tokens, for one forward each."""
-        return micro_batches(pairs, limit, layout="padded" if self.why_padded else "packed")
+        return micro_batches(pairs, limit, layout="padded" if self.padding_reason else "packed")
 
     @contextmanager
-    def reading_pairs(self) -> Iterator[None]:
+    def packed_attention(self) -> Iterator[None]:
         """While open, the model takes what `batch` makes. Backward belongs inside too."""
-        with nullcontext() if self.why_padded else shared_prompts(self.lm):
+        with nullcontext() if self.padding_reason else shared_prompts(self.lm):
             yield
 
     def save_adapter(self, role: str, folder: Path) -> None:

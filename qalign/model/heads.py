@@ -45,4 +45,4 @@ def end_scores(lm: PreTrainedModel, head: nn.Module, input_ids: Tensor, attentio
 def pair_scores(lm: PreTrainedModel, head: nn.Module, batch: AnswerBatch) -> Tensor:
     """The same for pairs, float32 `(pairs, 2)`, chosen first. A packed batch must have kept its ends."""
     hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
-    return head(hidden.flatten(0, 1)[batch.ends]).view(batch.lengths.shape)
+    return head(hidden.flatten(0, 1)[batch.last_tokens]).view(batch.lengths.shape)

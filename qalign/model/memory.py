@@ -95,7 +95,7 @@ def _fused(module, query, key, value, attention_mask, **_):
 
 
 def _blocks(module, query, key, value, attention_mask, *, layout, **_):
-    seen = max(path.first_position + path.own[1] - path.own[0] for path in layout.paths)
+    seen = max(segment.first_position + segment.own[1] - segment.own[0] for segment in layout.segments)
     return _AttentionShape.apply(query, key, value, seen).transpose(1, 2).contiguous(), None
 
 
@@ -355,9 +355,9 @@ class Forecast:
         third = tokens // 3
         pair = TokenPair([0] * (tokens - 2 * third), [1] * third, [2] * third, "")
         if self.stage == "reward":
-            batch = _meta(pack([pair], ends="kept"))
+            batch = _meta(pack([pair], last_token="kept"))
             backbone = lambda: lm.base_model(**batch.inputs, use_cache=False).last_hidden_state[0]  # noqa: E731
-            return lambda: lm.score(backbone()[batch.ends].float()).sum()
+            return lambda: lm.score(backbone()[batch.last_tokens].float()).sum()
         batch = _meta(pack([pair]))
         return lambda: pair_logps(lm, batch).sum()
 

@@ -57,7 +57,7 @@ class CachedReferenceLogps(ReferenceLogps):
         super().__init__()
         made_with = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
         made_on = asdict(base.lineage("", adapter)) | {"base": base.origin.identity, "parent": None}
-        made_on |= {"double_quant": base.spec.double_quant, "device": base.lm.device.type, "padded": base.why_padded}
+        made_on |= {"double_quant": base.spec.double_quant, "device": base.lm.device.type, "padded": base.padding_reason}
         scale = (Path(adapter) / "adapter_config.json").read_text(encoding="utf-8") if adapter else None
         key = json.dumps([made_with, made_on, scale], sort_keys=True)
         self.file = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"

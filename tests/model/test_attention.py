@@ -41,8 +41,8 @@ def real_pairs() -> list[TokenPair]:
     return house_style(tokenizer, 5)[3:]
 
 
-def packed(lm, pairs: list[TokenPair], ends: str = "dropped") -> torch.Tensor:
-    return logps.pair_logps(lm, pack(pairs, ends=ends))
+def packed(lm, pairs: list[TokenPair], last_token: str = "dropped") -> torch.Tensor:
+    return logps.pair_logps(lm, pack(pairs, last_token=last_token))
 
 
 def losses(policy: torch.Tensor, around: torch.Tensor) -> torch.Tensor:
@@ -154,8 +154,8 @@ def test_random_pairs_give_the_numbers_of_each_answer_alone(name):
     apart = alone(lm, pairs)
     expected = outcome(lm, apart, apart.detach())
     with shared_prompts(lm):
-        for ends in ("dropped", "kept"):
-            assert_same(outcome(lm, packed(lm, pairs, ends), apart.detach()), expected, rel(name))
+        for last_token in ("dropped", "kept"):
+            assert_same(outcome(lm, packed(lm, pairs, last_token), apart.detach()), expected, rel(name))
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -354,10 +354,10 @@ def small_base(name: str, folder):
 def test_a_step_of_the_trainer_is_the_same_whichever_way_pairs_are_run(name, tmp_path):
     base = small_base(name, tmp_path / "model")
     if name in SERVED:
-        assert base.prompts == "once a pair, packed without padding"
+        assert base.layout_in_words == "once a pair, packed without padding"
     else:
-        assert base.prompts.startswith(f"twice a pair, padded: {type(base.lm).__name__} ")
-        assert UNSERVED[name][1] in base.prompts
+        assert base.layout_in_words.startswith(f"twice a pair, padded: {type(base.lm).__name__} ")
+        assert UNSERVED[name][1] in base.layout_in_words
     pairs = random_pairs(vocabulary=2000)
     with torch.no_grad(), base.acting_as(Role.REFERENCE) as lm:
         reference = alone(lm, pairs)
@@ -371,7 +371,7 @@ def test_a_step_of_the_trainer_is_the_same_whichever_way_pairs_are_run(name, tmp
     settings = DPO.model_validate({"data": "unused.jsonl"})
     args = dpo_config(tmp_path, per_device_train_batch_size=len(pairs))
     trainer = PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatchLimit(pairs=3), pairs)
-    with base.reading_pairs():
+    with base.packed_attention():
         found = trainer.training_step(base.model, pairs, len(pairs))
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
     assert len(gradients) > 10
@@ -388,7 +388,7 @@ def test_dropout_of_an_adapter_says_nothing_against_packed_rows(tiny_folder):
     scramble(base)
     modes = [module.training for module in base.model.modules()]
     assert any(modes)
-    assert base.why_padded is None
+    assert base.padding_reason is None
     assert [module.training for module in base.model.modules()] == modes
 
 

@@ -36,7 +36,7 @@ def pairs(base) -> list[TokenPair]:
 
 
 def ask(references: ReferenceLogps, base, pairs: list[TokenPair]) -> torch.Tensor:
-    with base.reading_pairs():
+    with base.packed_attention():
         return references.logps(base, pairs, base.batch(pairs))
 
 
