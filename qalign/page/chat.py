@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from qalign.config.recipe import Model
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Message, check_text
 from qalign.data.readers import BadRow
 from qalign.data.tokenize import TokenAnswers, encode_question
@@ -150,7 +151,7 @@ class Chat:
     def _differences(self, reply: Reply) -> list[TokenSpan]:
         batch = self.base.batch([TokenAnswers(reply.prompt_ids, (list(reply.ids),))])
         logps = []
-        with self.base.reading_pairs():
+        with self.base.packed_attention():
             for role in (Role.BASE, self._role(reply.model)):  # the reference first, as in training
                 with self.base.acting_as(role) as lm:
                     logps.append(completion_logps(lm, batch))
@@ -225,7 +226,8 @@ class Chat:
         try:
             if not (role := self._judge(contender)):
                 return replies
-            return [replace(reply, reward=self._score(role, reply)) for reply in replies]
+            rewards = self._scores(role, replies)
+            return [replace(reply, reward=reward) for reply, reward in zip(replies, rewards, strict=True)]
         except Exception as error:  # answers are worth seeing without their scores
             print(f"no rewards: {explained(error)}", file=sys.stderr)
             return replies
@@ -239,10 +241,10 @@ class Chat:
             self._judges[contender.reward] = role
         return self._judges[contender.reward]
 
-    def _score(self, role: str, reply: Reply) -> float:
-        answer = with_end_of_turn(list(reply.ids), self._ends)
-        ids = torch.tensor([[*reply.prompt_ids, *answer]], device=self.base.lm.device)
-        return self.base.scores(role, ids, torch.ones_like(ids)).item()
+    def _scores(self, role: str, replies: list[Reply]) -> list[float]:
+        """What a reward model gives to each answer, with its end of turn, which a cut answer lacks."""
+        rows = [TokenAnswers(reply.prompt_ids, (with_end_of_turn(list(reply.ids), self._ends),)) for reply in replies]
+        return self.base.answer_scores(role, rows, MicroBatchLimit(pairs=len(rows)))[:, 0].tolist()
 
     def _role(self, name: str) -> str:
         """What the base calls a contender, which is put on it if it isn't yet."""

@@ -105,9 +105,11 @@ def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, ru
     base.load_adapter(Role.REWARD, str(runs / "a" / "reward" / "adapter"), trainable=False)
     end = base.tokenizer.convert_tokens_to_ids("<|eot_id|>")
     for reply in replies:
-        ids = torch.tensor([[*reply.prompt_ids, *reply.ids, end]])
+        with torch.no_grad(), base.acting_as(Role.REWARD) as lm:  # one plain row, nothing packed
+            last_state = lm.base_model(torch.tensor([[*reply.prompt_ids, *reply.ids, end]])).last_hidden_state[:, -1]
+            expected = base._heads[Role.REWARD](last_state).item()
         assert reply.state == "cut"
-        assert reply.reward == pytest.approx(base.scores(Role.REWARD, ids, torch.ones_like(ids)).item(), abs=1e-4)
+        assert reply.reward == pytest.approx(expected, abs=1e-4)
     assert all(reply.reward is None for reply in last(chat, [("base", QUESTION), ("b/dpo", QUESTION)]))
 
 
@@ -124,10 +126,10 @@ def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder,
 
 
 def test_scores_that_cannot_be_computed_cost_no_answers(chat, monkeypatch, capsys):
-    def full(*args):
+    def full(*args, **keys):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(chat.base, "scores", full)
+    monkeypatch.setattr(chat.base, "answer_scores", full)
     replies = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
     assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
     assert "no rewards: Out of memory" in capsys.readouterr().err
