@@ -57,7 +57,7 @@ def arguments() -> argparse.Namespace:
 
 def token_pairs(base, data: str, args: argparse.Namespace) -> list:
     """The first rows of a file that fit, as many as are wanted."""
-    from qalign.config.recipe import DPO
+    from qalign.config.stages import DPO
     from qalign.data.formats import preferences
     from qalign.data.tokenize import encode_pairs
 
@@ -102,7 +102,8 @@ class Side:
         self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
 
     def _qalign(self):
-        from qalign.config.recipe import DPO, Lora
+        from qalign.config.recipe import Lora
+        from qalign.config.stages import DPO
         from qalign.data.collate import MicroBatchLimit
         from qalign.model.base import Role
         from qalign.model.reference import CachedReferenceLogps, ReferenceLogps

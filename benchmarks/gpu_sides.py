@@ -16,7 +16,8 @@ from transformers.quantizers import AutoHfQuantizer
 from trl import DPOConfig, DPOTrainer
 
 from qalign.config.paths import package_file
-from qalign.config.recipe import DPO, Lora, Model
+from qalign.config.recipe import Lora, Model
+from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
 from qalign.data.tokenize import TokenPair, encode_pairs, prepare_tokenizer

@@ -16,14 +16,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.dialogues import dialogues
 from qalign.data.tokenize import IGNORED, encode_dialogues
 from qalign.merge import merge
 from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit
-from qalign.train.finished import open_run
-from qalign.train.run_folder import versions
+from qalign.train.run_folder import open_run, versions
 
 
 @torch.no_grad()

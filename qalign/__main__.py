@@ -14,7 +14,7 @@ import sys
 
 from qalign.cli import exit_code, stage_parser
 from qalign.config.load import load
-from qalign.config.recipe import STAGES
+from qalign.config.stages import STAGES
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder, print_table
 

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from qalign.cli import exit_code
 from qalign.config.paths import DATA_SUFFIXES
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.dialogues import Dialogue, scorable
 from qalign.data.formats import Preference, Refused, collect
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
-from qalign.train.finished import open_run
+from qalign.train.run_folder import open_run
 
 SHOWN_REFUSALS = 5
 

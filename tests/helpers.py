@@ -8,7 +8,8 @@ from trl import DPOConfig
 
 from qalign import dpo
 from qalign.config.load import load
-from qalign.config.recipe import Recipe, Source
+from qalign.config.recipe import Recipe
+from qalign.config.stages import Source
 from qalign.data.formats import preferences
 from qalign.data.tokenize import encode_pairs
 from qalign.model.base import Role

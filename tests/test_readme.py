@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from qalign.config.load import load
-from qalign.config.recipe import STAGES
+from qalign.config.stages import STAGES
 from qalign.fit import memory_of
 from tests.conftest import ROOT
 

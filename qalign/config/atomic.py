@@ -13,7 +13,7 @@ from pathlib import Path
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Yields a path beside `file` to write to, which takes the name of `file` once the block has ended without an error.
+    """Yields a path beside `file` to write to, which replaces `file` once the block has ended without an error.
 
     The path keeps the ending of `file` (`report.png` is written as `.report.123.png`), as some writers look at it.
 

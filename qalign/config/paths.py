@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-from qalign.config.recipe import PPO, REWARD_RUN, SFT_RUN, Recipe, Stage
+from qalign.config.recipe import Recipe
+from qalign.config.stages import PPO, REWARD_RUN, SFT_RUN, Stage
 from qalign.errors import UserError, did_you_mean
 
 DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")

@@ -4,7 +4,8 @@ import ast
 import importlib.util
 from pathlib import Path
 
-from qalign.config.recipe import STAGES, Recipe
+from qalign.config.recipe import Recipe
+from qalign.config.stages import STAGES
 from qalign.errors import did_you_mean
 
 # What qalign sets itself, and where to say it instead. (The last two are old names, silently ignored beside the new.)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.readers import BadRow, NoPair, read
 
 Message = dict[str, str]

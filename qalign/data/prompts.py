@@ -7,7 +7,7 @@ out.
 from dataclasses import dataclass
 from typing import Any
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.formats import (
     Message,
     answers,

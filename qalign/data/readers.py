@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qalign.config.paths import looks_local
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.errors import UserError
 
 

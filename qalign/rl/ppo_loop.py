@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from qalign.config.recipe import PPO
+from qalign.config.stages import PPO
 from qalign.errors import Stopped, UserError
 from qalign.rl.monitor import Monitor
 from qalign.rl.ppo_setup import bytes_by_role

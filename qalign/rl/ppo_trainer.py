@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from qalign import losses
-from qalign.config.recipe import PPO
+from qalign.config.stages import PPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.prompts import Prompt
 from qalign.errors import UserError
@@ -130,7 +130,7 @@ class PPOTrainer:
         lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         rollout = RolloutBatch(rows, mask, *(torch.zeros(mask.shape) for _ in range(4)))
-        with self._timed("scoring"), torch.no_grad(), self.base.reading_pairs():
+        with self._timed("scoring"), torch.no_grad(), self.base.packed_attention():
             parts = [micro for mini in self._mini_batches(rows, epoch=0) for micro in mini]
             for role in roles if self._own_values else roles[:2]:
                 with self.base.acting_as(role) as lm:
@@ -222,7 +222,7 @@ class PPOTrainer:
         rate = self._rate(self.done + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        with self._timed("update"), self.base.reading_pairs():
+        with self._timed("update"), self.base.packed_attention():
             self.base.model.train()  # for the checkpointed layers; dropout is 0
             for mini in self._schedule(rollout.rows):
                 found = self._gradients(rollout, mini)

@@ -10,7 +10,7 @@ import trl
 from transformers import Trainer, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalign.config.recipe import PPO, Stage
+from qalign.config.stages import PPO, Stage
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped, UserError
 from qalign.model.base import Base

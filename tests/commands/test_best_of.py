@@ -13,7 +13,7 @@ from qalign import best_of as module
 from qalign import dpo, sft
 from qalign.best_of import best_of, curve
 from qalign.config.load import load
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.prompts import Prompt
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError

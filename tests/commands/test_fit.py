@@ -13,7 +13,7 @@ import yaml
 
 from qalign import fit
 from qalign.config.load import load
-from qalign.config.recipe import STAGES
+from qalign.config.stages import STAGES
 from qalign.errors import UserError
 from tests.conftest import ROOT
 

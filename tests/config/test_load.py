@@ -11,7 +11,8 @@ import yaml
 
 from qalign.config.load import dump, load
 from qalign.config.paths import absolute, looks_local, package_file
-from qalign.config.recipe import DPO, PPO, SFT, STAGES, Lora, Model, Recipe, Reward, Source
+from qalign.config.recipe import Lora, Model, Recipe
+from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward, Source
 from qalign.config.trainer_keys import (
     _NOT_HERE,
     _NOT_HERE_BY_STAGE,

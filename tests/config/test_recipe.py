@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 from pydantic import ValidationError
 
-from qalign.config.recipe import DPO_LOSSES, REFERENCE_FREE, STAGES, Recipe, RewardSource, Source, schema
+from qalign.config.recipe import Recipe, schema
+from qalign.config.stages import DPO_LOSSES, REFERENCE_FREE, STAGES, RewardSource, Source
 from tests.conftest import ROOT
 
 NEEDED = {"ppo": {"reward": "reward"}}  # beside `data`

@@ -19,7 +19,8 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 
 from qalign.config import recipe as recipe_module
 from qalign.config.load import load
-from qalign.config.recipe import DPO, PPO, SFT, STAGES, Lora, Recipe, Reward, Stage
+from qalign.config.recipe import Lora, Recipe
+from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward, Stage
 from qalign.data.formats import canonical
 from qalign.model.base import Base, Role
 from qalign.model.memory import Forecast

@@ -11,7 +11,7 @@ from itertools import pairwise
 import pytest
 import tokenizers
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.dialogues import Dialogue, PlainText, dialogues
 from qalign.data.formats import Refused
 from qalign.data.readers import BadRow

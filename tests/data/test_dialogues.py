@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.dialogues import Dialogue, PlainText, canonical_dialogue, dialogues, scorable
 from qalign.data.formats import Preference, Refused, canonical
 from qalign.data.readers import BadRow

@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.formats import Preference, Refused, canonical, preferences
 from qalign.data.readers import BadRow
 from qalign.errors import UserError

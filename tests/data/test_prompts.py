@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.formats import Refused
 from qalign.data.prompts import Prompt, canonical_prompt, prompts
 from qalign.data.readers import BadRow

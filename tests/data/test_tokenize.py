@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.formats import Preference, Refused, preferences
 from qalign.data.readers import BadRow
 from qalign.data.tokenize import (

@@ -6,7 +6,8 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoTokenizer
 
-from qalign.config.recipe import DPO, Lora, Model
+from qalign.config.recipe import Lora, Model
+from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit, pack, pad
 from qalign.data.packing import Layout
 from qalign.data.tokenize import TokenPair, prepare_tokenizer

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks import memory as benchmark
-from qalign.config.recipe import STAGES, Recipe
+from qalign.config.recipe import Recipe
+from qalign.config.stages import STAGES
 from qalign.model import memory
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.memory import CUDA_CONTEXT, Forecast, LiveBytes, Plan, Step, kv_cache_bytes, usable_memory

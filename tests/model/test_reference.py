@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qalign.model.reference
-from qalign.config.recipe import DPO, Lora, Model
+from qalign.config.recipe import Lora, Model
+from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.model.base import Role, load

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.formats import LeftOut, preferences
 from qalign.errors import UserError
 from qalign.page.votes import Answer, Choice, Tally, VoteFile, row, tally

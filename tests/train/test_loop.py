@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from qalign.config.recipe import DPO
+from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError
 from qalign.model.memory import Plan

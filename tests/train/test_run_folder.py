@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from qalign.config.load import dump, load
-from qalign.config.recipe import Source
+from qalign.config.stages import Source
 from qalign.data.formats import Refused
 from qalign.errors import UserError
 from qalign.model import lineage
