@@ -8,7 +8,8 @@ one copy of the weights serves both.
 """
 
 from qalign.cli import stage_command
-from qalign.config.recipe import REFERENCE_FREE, Recipe
+from qalign.config.recipe import Recipe
+from qalign.config.stages import REFERENCE_FREE
 from qalign.train.run_folder import RunFolder
 
 
@@ -70,7 +71,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         callbacks=(journal, PartialCheckpointing(planned)),
     )
     loss = f"{settings.loss}, beta {settings.beta:g}"
-    print_header(run, base, trainer, at_once, checkpoint, rows, reference=reference, loss=loss, prompts=base.prompts)
+    print_header(
+        run, base, trainer, at_once, checkpoint, rows, reference=reference, loss=loss, prompts=base.layout_in_words
+    )
     facts = train_to_the_end(trainer, run, journal, checkpoint, at_once)
     references.save()
     base.save_adapter(Role.POLICY, run.adapter)

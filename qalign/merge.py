@@ -12,8 +12,7 @@ from pathlib import Path
 
 from qalign.cli import exit_code
 from qalign.errors import UserError
-from qalign.train.finished import open_run
-from qalign.train.run_folder import RunFolder, print_table
+from qalign.train.run_folder import RunFolder, open_run, print_table
 
 WORDS = {
     "dequantized": "the dequantised base, the very model that was trained",

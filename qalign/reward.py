@@ -66,13 +66,13 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
     head = f"{base.lm.config.hidden_size:,} weights, unquantised, in float32, read at the end of the answer's turn"
-    print_header(run, base, trainer, at_once, checkpoint, rows, head=head, loss=loss, prompts=base.prompts)
+    print_header(run, base, trainer, at_once, checkpoint, rows, head=head, loss=loss, prompts=base.layout_in_words)
     facts = train_to_the_end(trainer, run, journal, checkpoint, at_once)
     base.save_adapter(Role.REWARD, run.adapter)
     lineage.write(run.adapter, origin)
 
     if eval_pairs:
-        scored = score_pairs(base, eval_pairs)
+        scored = score_pairs(base, eval_pairs, micro)
         figures = reward_report.measure(scored)
         reward_report.draw(scored, figures, run.path / "reward_report.png")
         facts |= {"trust": figures, "warning": reward_report.warning(figures)}
@@ -89,15 +89,15 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
 
 
-def score_pairs(base, pairs: list) -> list:
+def score_pairs(base, pairs: list, limit) -> list:
     """The reward model's scores of `list[TokenPair]`, as `list[ScoredPair]` in the same order."""
-    from qalign.model.scoring import score_sequences
+    from qalign.model.base import Role
     from qalign.reports.reward_report import ScoredPair
 
-    scores = score_sequences(base, [p.prompt_ids + ids for p in pairs for ids in (p.chosen_ids, p.rejected_ids)])
+    scores = base.answer_scores(Role.REWARD, pairs, limit).tolist()
     return [
         ScoredPair(chosen, rejected, len(pair.chosen_ids), len(pair.rejected_ids), pair.margin)
-        for pair, chosen, rejected in zip(pairs, scores[::2], scores[1::2], strict=True)
+        for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from qalign.config.recipe import Model, Recipe
 from qalign.errors import UserError
 from qalign.model.lineage import WEIGHTS, adapter_hash, check_base
-from qalign.train.finished import open_run
+from qalign.train.run_folder import open_run
 
 BASE = "base"
 ANSWERING = ("ppo", "dpo", "sft")  # stages whose adapters give answers, the furthest aligned first

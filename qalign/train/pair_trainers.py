@@ -13,7 +13,7 @@ import trl
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 
-from qalign.config.recipe import DPO, REFERENCE_FREE, Reward
+from qalign.config.stages import DPO, REFERENCE_FREE, Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.losses import CHOSEN, REJECTED, bradley_terry, preference_loss, rewards
@@ -63,11 +63,11 @@ class PairTrainer(Trainer):
         self.remove_callback(PrinterCallback)  # the RunCallback writes every log down
 
     def pair_losses(self, pairs: list[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss `(pairs,)`, metrics of `(pairs,)` each under TRL's names), inside `base.reading_pairs()`."""
+        """(loss `(pairs,)`, metrics of `(pairs,)` each under TRL's names), inside `base.packed_attention()`."""
         raise NotImplementedError
 
     def train(self, *args, **kwargs):
-        with self.base.reading_pairs():  # to the end: backward may compute the forward again
+        with self.base.packed_attention():  # to the end: backward may compute the forward again
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
@@ -91,10 +91,10 @@ class PairTrainer(Trainer):
         self.tokens_seen += sum(map(_tokens, inputs)) if loss.requires_grad else 0
         total = loss.sum() / (num_items_in_batch or len(loss))
         if total.requires_grad:
-            switches = self.base.switches
+            switches = self.base.role_switches
 
             def same_role(grad: Tensor) -> None:  # recomputed checkpoints would run under the wrong role, silently
-                assert self.base.switches == switches, "the role was changed between forward and backward"
+                assert self.base.role_switches == switches, "the role was changed between forward and backward"
 
             total.register_hook(same_role)
         return total
@@ -121,7 +121,7 @@ class PairTrainer(Trainer):
         """Means over all pairs of the held-out rows, each pair counted once whatever its batch."""
         kept, self._sums = self._sums, defaultdict(float)
         self.model.eval()
-        with torch.no_grad(), self.base.reading_pairs():
+        with torch.no_grad(), self.base.packed_attention():
             for inputs in self.get_eval_dataloader(eval_dataset):
                 for pairs in self.base.micro_batches(inputs, self.micro):
                     loss, metrics = self.pair_losses(pairs)

@@ -10,7 +10,8 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import DPOTrainer
 
-from qalign.config.recipe import DPO, Lora, Model
+from qalign.config.recipe import Lora, Model
+from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.errors import UserError
@@ -38,7 +39,7 @@ def trainer_of(base, folder, pairs, *, micro=MicroBatchLimit(pairs=1000), chosen
 
 
 def pair_losses(trainer, pairs: list[TokenPair]) -> torch.Tensor:
-    with trainer.base.reading_pairs():
+    with trainer.base.packed_attention():
         return trainer.pair_losses(pairs)[0]
 
 
@@ -84,11 +85,11 @@ def ours_and_theirs(base, trl_base, pairs, folder, trl_loss: list[str], trl_weig
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     scramble(theirs.model)
-    assert base.why_padded is None
+    assert base.padding_reason is None
     results = []
     for trainer, inputs in ((ours, pairs), (theirs, trl_batch(pairs, base.tokenizer.pad_token_id))):
         trainer.model.train()
-        with base.reading_pairs() if trainer is ours else nullcontext():
+        with base.packed_attention() if trainer is ours else nullcontext():
             loss = trainer.compute_loss(trainer.model, inputs)
             loss.backward()
         trainer.log({"loss": loss.item()})
@@ -271,7 +272,7 @@ def test_a_switch_between_forward_and_backward_is_noticed(tiny_base, tmp_path):
     pairs = house_style(tiny_base.tokenizer, 2)
     trainer = trainer_of(tiny_base, tmp_path, pairs)
     tiny_base.model.train()
-    with tiny_base.reading_pairs():
+    with tiny_base.packed_attention():
         loss = trainer.compute_loss(trainer.model, pairs)
         with tiny_base.acting_as(Role.REFERENCE):
             pass
@@ -307,7 +308,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(tiny_base, tmp_path):
 
     trainer.pair_losses = one_nan
     with (
-        tiny_base.reading_pairs(),
+        tiny_base.packed_attention(),
         pytest.raises(UserError, match=r"step 1: the loss is not finite on [^,]*house_style_test.jsonl:2;"),
     ):
         trainer.compute_loss(trainer.model, pairs)

@@ -20,7 +20,8 @@ from transformers import AutoTokenizer
 
 import qalign.model.base
 from qalign.config.load import load as load_recipe
-from qalign.config.recipe import Model, Reward, Source
+from qalign.config.recipe import Model
+from qalign.config.stages import Reward, Source
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
 from qalign.data.tokenize import encode_pairs, prepare_tokenizer
@@ -28,7 +29,6 @@ from qalign.errors import UserError
 from qalign.model.base import HEAD, Role, load, load_classifier
 from qalign.model.lineage import Lineage
 from qalign.model.loading import guard_4bit, load_weights
-from qalign.model.scoring import score_sequences
 from qalign.reports import reward_report
 from qalign.reports.reward_report import ScoredPair
 from qalign.score import score
@@ -198,8 +198,8 @@ def test_the_loss_is_that_of_trls_reward_trainer(tiny_folder, start, tmp_path, m
     )  # fmt: skip
     settings = Reward.model_validate({"data": "unused.jsonl", "margin": margin, "centering": centering})
     ours = RewardModelTrainer(base, settings, args, MicroBatchLimit(pairs=4), pairs)
-    assert base.prompts == "once a pair, packed without padding"
-    with base.reading_pairs():
+    assert base.layout_in_words == "once a pair, packed without padding"
+    with base.packed_attention():
         loss = ours.compute_loss(base.model, pairs)
         loss.backward()
 
@@ -387,7 +387,7 @@ def test_the_readmes_own_snippet_loads_it_with_plain_peft_to_the_same_scores(fin
     base.load_adapter(Role.REWARD, str(finished.adapter), trainable=False)
     pairs = token_pairs(base.tokenizer, TEST, 8)
     sequences = [pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    expected = score_sequences(base, sequences)
+    expected = base.answer_scores(Role.REWARD, pairs, MicroBatchLimit(pairs=4)).flatten().tolist()
     assert max(expected) - min(expected) > 0.1
     with torch.no_grad():
         alone = [plain_score(plain, ids).item() for ids in sequences]
