@@ -28,7 +28,7 @@ class AnswerBatch:
             hidden state predicts it. Ids are shifted here and nowhere else.
         targets: int64 `(targets,)`, these tokens' ids.
         owners: int64 `(targets,)`, the number of the answer.
-        ends: int64 `(answers,)`, the flattened place of the last token that was computed of each answer.
+        last_tokens: int64 `(answers,)`, the flattened place of the last token that was computed of each answer.
         lengths: int64 `(prompts, answers each)`, tokens of each answer, end of turn included: of pairs `(pairs, 2)`.
         position_ids: int64 `(1, length)` of a packed batch.
         layout: of a packed batch.
@@ -39,7 +39,7 @@ class AnswerBatch:
     predictors: Tensor
     targets: Tensor
     owners: Tensor
-    ends: Tensor
+    last_tokens: Tensor
     lengths: Tensor
     position_ids: Tensor | None = None
     layout: Layout | None = None
@@ -57,16 +57,16 @@ class AnswerBatch:
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
-def pack(rows: Sequence[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
+def pack(rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:
     """Prompts one after the other in one row, without padding: what all sequences of a prompt begin with, then the rest
     of each (of a pair, the chosen one's first).
 
     Args:
-        ends: `dropped` leaves out the last token of each answer, which predicts nothing; a score is read from it.
+        last_token: `dropped` leaves out the last token of each answer, which predicts nothing; a score is read from it.
     """
     groups, ids = [], []
     for row in rows:
-        first, *others = (_sequence(row, answer, ends) for answer in row.answers)
+        first, *others = (_sequence(row, answer, last_token) for answer in row.answers)
         shared = _shared([first, *others])
         groups.append((shared, tuple(len(sequence) - shared for sequence in (first, *others))))
         ids += first
@@ -74,11 +74,11 @@ def pack(rows: Sequence[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "
             ids += sequence[shared:]
     layout = Layout(tuple(groups))
     predictors, targets, owners, last = [], [], [], []
-    for row, (shared, _), (trunk, *branches) in zip(rows, layout.groups, layout.starts, strict=True):
+    for row, (shared, _), (prefix, *branches) in zip(rows, layout.groups, layout.starts, strict=True):
         for answer, branch in zip(row.answers, branches, strict=True):
             first = len(row.prompt_ids) - 1  # the prompt's last token predicts the answer's first
-            length = len(answer) + (ends == "kept")
-            places = [trunk + p if p < shared else branch + p - shared for p in range(first, first + length)]
+            length = len(answer) + (last_token == "kept")
+            places = [prefix + p if p < shared else branch + p - shared for p in range(first, first + length)]
             predictors += places[: len(answer)]
             owners += [len(last)] * len(answer)
             last.append(places[-1])
@@ -88,7 +88,7 @@ def pack(rows: Sequence[AnsweredPrompt], *, ends: Literal["dropped", "kept"] = "
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
-        ends=torch.tensor(last),
+        last_tokens=torch.tensor(last),
         lengths=_lengths(rows),
         position_ids=layout.positions(),
         layout=layout,
@@ -115,7 +115,7 @@ def pad(rows: Sequence[AnsweredPrompt], pad_token_id: int) -> AnswerBatch:
         predictors=torch.tensor(predictors),
         targets=torch.tensor(targets),
         owners=torch.tensor(owners),
-        ends=torch.tensor(last),
+        last_tokens=torch.tensor(last),
         lengths=_lengths(rows),
         attention_mask=attention_mask,
     )
@@ -173,9 +173,9 @@ def _balanced(rows: Sequence[AnsweredPrompt], count: int, most: float = float("i
     return [groups[index] for index in sorted(range(count), key=lambda index: -filled[index])]
 
 
-def _sequence(row: AnsweredPrompt, answer: list[int], ends: str) -> list[int]:
+def _sequence(row: AnsweredPrompt, answer: list[int], last_token: str) -> list[int]:
     ids = row.prompt_ids + answer
-    return ids if ends == "kept" else ids[:-1]
+    return ids if last_token == "kept" else ids[:-1]
 
 
 def _shared(sequences: list[list[int]]) -> int:

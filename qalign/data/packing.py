@@ -1,6 +1,6 @@
-"""Where what stands in a packed row: `[prompt | answer | answer | prompt | answer …]`, each prompt once.
+"""The layout of a packed row, `[prompt | answer | answer | prompt | answer …]`: prefixes with their branches.
 
-A token of a prompt sees the prompt up to itself; a token of an answer sees its prompt and the answer up to itself.
+A token of a prefix sees that prefix up to itself; a token of a branch sees its whole prefix and the branch up to itself.
 """
 
 from collections.abc import Iterator
@@ -18,77 +18,78 @@ _BLOCK = 128  # tokens in a block of FlexAttention
 
 @dataclass(frozen=True)
 class Segment:
-    """Tokens that are computed in one go, and what they see: all of the trunk before them, and each other causally.
+    """A run of tokens of the packed row that attend to all of `prefix`, and to each other causally.
 
-    Places are `(start, end)` in the packed row; positions count from the start of the trunk.
+    `prefix` and `own` are index ranges `(start, end)` in the packed row; positions count from the start of the prefix.
     """
 
-    trunk: tuple[int, int]
+    prefix: tuple[int, int]
     own: tuple[int, int]
 
     @property
     def first_position(self) -> int:
         """The position of the first own token."""
-        return self.trunk[1] - self.trunk[0]
+        return self.prefix[1] - self.prefix[0]
 
-    def places(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """The positions from start to end, as places in the row: one or two runs."""
+    def row_ranges(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """The index ranges in the packed row that hold positions `start` to `end`: one or two of them."""
         border = self.first_position
         if start < border:
-            yield self.trunk[0] + start, self.trunk[0] + min(end, border)
+            yield self.prefix[0] + start, self.prefix[0] + min(end, border)
         if end > border:
             yield self.own[0] + max(start, border) - border, self.own[0] + end - border
 
 
 @dataclass
 class Layout:
-    """Groups of one trunk and its branches, packed one after the other into one row without padding.
+    """Groups of one prefix and its branches, packed one after the other into one row without padding.
 
     Attributes:
-        groups: (length of the trunk, lengths of its branches), in tokens; any of them may be 0.
-        paths: in the order in which they stand in the row.
-        starts: for each group the places where its trunk and each of its branches start.
-        windows: what each layer that ran asked for: the length of a sliding window, or None.
+        groups: (length of the prefix, lengths of its branches), in tokens; any of them may be 0.
+        segments: in the order in which they stand in the row.
+        starts: for each group, the row indices at which its prefix and each of its branches start.
+        windows: the sliding window that each layer asked for in its forward, in tokens; None for full attention.
     """
 
     groups: tuple[tuple[int, tuple[int, ...]], ...]
-    paths: list[Segment] = field(init=False, repr=False)
+    segments: list[Segment] = field(init=False, repr=False)
     starts: list[list[int]] = field(init=False, repr=False)
-    windows: list[int | None] = field(init=False, repr=False, default_factory=list)
-    _masks: dict = field(init=False, repr=False, default_factory=dict)
+    windows: list[int | None] = field(init=False, repr=False, default_factory=list[int | None])
+    _masks: "dict[int | None, BlockMask]" = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
-        self.paths, self.starts, place = [], [], 0
-        for trunk_length, branches in self.groups:
-            trunk = (place, place + trunk_length)
-            own = [(place, place), trunk]  # the trunk itself is a path that sees nothing before it
-            self.paths.append(Segment((place, place), trunk))
-            place += trunk_length
+        self.segments, self.starts, end = [], [], 0
+        for prefix_length, branches in self.groups:
+            prefix = (end, end + prefix_length)
+            own = [prefix]
             for length in branches:
-                own.append((place, place + length))
-                self.paths.append(Segment(trunk, own[-1]))
-                place += length
-            self.starts.append([start for start, _ in own[1:]])
-        self.tokens = place
+                own.append((own[-1][1], own[-1][1] + length))
+            self.segments.append(Segment((end, end), prefix))  # the prefix itself has nothing before it
+            self.segments += [Segment(prefix, branch) for branch in own[1:]]
+            self.starts.append([start for start, _ in own])
+            end = own[-1][1]
+        self.tokens = end
 
     def positions(self) -> Tensor:
-        """Position ids, int64 `(1, tokens)`: those of every branch go on where its trunk ends."""
-        runs = [torch.arange(p.first_position, p.first_position + p.own[1] - p.own[0]) for p in self.paths]
+        """Position ids, int64 `(1, tokens)`: each branch continues the positions of its prefix."""
+        runs = [torch.arange(s.first_position, s.first_position + s.own[1] - s.own[0]) for s in self.segments]
         return torch.cat(runs)[None]
 
     def block_mask(self, window: int | None, device: torch.device) -> "BlockMask":
-        """The same for FlexAttention; made once for each window. Its blocks are found a row of them at a time: all by
-        all at once would take a hundred times the memory of the mask."""
+        """FlexAttention's mask of this layout, computed once per sliding `window` (in tokens; None is full attention).
+
+        Its blocks are found one row of blocks at a time: all at once would take a hundred times the mask's memory.
+        """
         if window not in self._masks:
             self._masks[window] = self._block_mask(window, device)
         return self._masks[window]
 
     def _block_mask(self, window: int | None, device: torch.device) -> "BlockMask":
-        from torch.nn.attention.flex_attention import BlockMask  # takes a second, and CPUs do without
+        from torch.nn.attention.flex_attention import BlockMask  # takes a second, and CPUs don't need it
 
         group, branch, position = (tensor.to(device) for tensor in (*self._numbers(), self.positions()[0]))
 
-        def sees(_batch, _head, query, key):
+        def sees(_batch: Tensor | int, _head: Tensor | int, query: Tensor, key: Tensor) -> Tensor:
             seen = (group[query] == group[key]) & (query >= key)
             seen = seen & ((branch[key] == 0) | (branch[key] == branch[query]))
             return seen if window is None else seen & (position[query] - position[key] < window)
@@ -101,13 +102,13 @@ class Layout:
             seen = sees(0, 0, queries[:, None], keys[None])
             seen = torch.nn.functional.pad(seen, (0, count * _BLOCK - self.tokens)).view(len(queries), count, _BLOCK)
             some[row], every[row] = seen.any(dim=2).any(dim=0), seen.all(dim=2).all(dim=0) & (len(queries) == _BLOCK)
-        partly, fully = (_listed(blocks) for blocks in (some & ~every, every))
+        partial, full = (_listed(blocks) for blocks in (some & ~every, every))
         return BlockMask.from_kv_blocks(
-            *partly, *fully, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(self.tokens, self.tokens)
+            *partial, *full, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(self.tokens, self.tokens)
         )
 
     def _numbers(self) -> tuple[Tensor, Tensor]:
-        """The group of each token, and its branch in there: 0 in a trunk."""
+        """The group of each token and its branch within the group, 0 for the prefix; int32 `(tokens,)` each."""
         group, branch = torch.zeros(2, self.tokens, dtype=torch.int32)
         for number, starts in enumerate(self.starts):
             for which, start in enumerate(starts):
@@ -116,6 +117,6 @@ class Layout:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix of blocks as FlexAttention wants it: for each row how many there are, and which, those first."""
+    """bool `(rows, blocks)` as FlexAttention wants it: how many blocks each row has, and their indices first."""
     counts = blocks.sum(dim=1, dtype=torch.int32)
     return counts[None, None], blocks.int().argsort(dim=1, descending=True, stable=True).int()[None, None]

@@ -28,18 +28,18 @@ def test_a_packed_batch_to_the_number():
     assert batch.predictors.tolist() == [1, 2, 3, 1, 4, 5, 6, 5, 7, 8, 9, 10]
     assert batch.targets.tolist() == [21, 22, 2, 31, 2, 23, 2, 33, 34, 35, 36, 2]
     assert batch.owners.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3]
-    assert batch.ends.tolist() == [3, 4, 6, 10]
+    assert batch.last_tokens.tolist() == [3, 4, 6, 10]
     assert batch.lengths.tolist() == [[3, 2], [2, 5]]
     assert batch.attention_mask is None
 
 
 def test_a_packed_batch_with_its_ends_to_the_number():
-    batch = pack([FIRST, SECOND], ends="kept")
+    batch = pack([FIRST, SECOND], last_token="kept")
     assert batch.input_ids.tolist() == [[11, 12, 21, 22, 2, 31, 2, 13, 23, 2, 33, 34, 35, 36, 2]]
     assert batch.layout.groups == ((2, (3, 2)), (1, (2, 5)))
     assert batch.predictors.tolist() == [1, 2, 3, 1, 5, 7, 8, 7, 10, 11, 12, 13]
-    assert batch.ends.tolist() == [4, 6, 9, 14]
-    assert batch.input_ids[0, batch.ends].tolist() == [2] * 4
+    assert batch.last_tokens.tolist() == [4, 6, 9, 14]
+    assert batch.input_ids[0, batch.last_tokens].tolist() == [2] * 4
     assert batch.lengths.tolist() == [[3, 2], [2, 5]]  # the same whatever is computed
 
 
@@ -49,7 +49,7 @@ def test_what_answers_begin_with_alike_is_stored_once():
     assert batch.layout.groups == ((4, (1, 0)),)
     assert batch.predictors.tolist() == [1, 2, 3, 4, 1, 2, 3]
     assert batch.targets.tolist() == [41, 42, 43, 2, 41, 42, 2]
-    assert batch.ends.tolist() == [4, 3]
+    assert batch.last_tokens.tolist() == [4, 3]
 
 
 def test_one_token_answers_add_nothing_to_the_row():
@@ -59,23 +59,23 @@ def test_one_token_answers_add_nothing_to_the_row():
     assert batch.targets.tolist() == [5, 6]
 
 
-@pytest.mark.parametrize("ends", ["dropped", "kept"])
+@pytest.mark.parametrize("last_token", ["dropped", "kept"])
 @pytest.mark.parametrize("seed", range(5))
-def test_whoever_follows_a_packed_row_reads_the_pairs(ends, seed):
+def test_whoever_follows_a_packed_row_reads_the_pairs(last_token, seed):
     """Trunk and branch, read one after the other, are a sequence; its predictors stand right before their targets."""
     pairs = random_pairs(seed)
-    batch = pack(pairs, ends=ends)
-    row, cut = batch.input_ids[0].tolist(), -1 if ends == "dropped" else None
+    batch = pack(pairs, last_token=last_token)
+    row, cut = batch.input_ids[0].tolist(), -1 if last_token == "dropped" else None
     number = 0
-    for pair, (trunk, branches), starts in zip(pairs, batch.layout.groups, batch.layout.starts, strict=True):
+    for pair, (prefix, branches), starts in zip(pairs, batch.layout.groups, batch.layout.starts, strict=True):
         for answer, length, start in zip((pair.chosen_ids, pair.rejected_ids), branches, starts[1:], strict=True):
-            places = [*range(starts[0], starts[0] + trunk), *range(start, start + length)]
+            places = [*range(starts[0], starts[0] + prefix), *range(start, start + length)]
             assert [row[place] for place in places] == (pair.prompt_ids + answer)[:cut]
             own = batch.owners == number
             assert batch.targets[own].tolist() == answer
             first = len(pair.prompt_ids) - 1
             assert batch.predictors[own].tolist() == places[first : first + len(answer)]
-            assert batch.ends[number] == places[-1]
+            assert batch.last_tokens[number] == places[-1]
             assert batch.position_ids[0, places].tolist() == list(range(len(places)))
             number += 1
     assert batch.layout.tokens == len(row)
@@ -106,7 +106,7 @@ def test_a_padded_batch_to_the_number():
     assert batch.predictors.tolist() == [1, 2, 3, 7, 8, 12, 13, 18, 19, 20, 21, 22]
     assert batch.targets.tolist() == [21, 22, 2, 31, 2, 23, 2, 33, 34, 35, 36, 2]
     assert batch.owners.tolist() == [0, 0, 0, 1, 1, 2, 2, 3, 3, 3, 3, 3]
-    assert batch.ends.tolist() == [4, 9, 14, 23]
+    assert batch.last_tokens.tolist() == [4, 9, 14, 23]
     assert batch.layout is None
 
 

@@ -6,22 +6,22 @@ from torch.nn.attention.flex_attention import create_block_mask
 
 from qalign.data.packing import Layout, Segment
 
-# A trunk of 2 with branches of 3 and 1, one of 1 without a second branch, one without tokens of its own.
+# A prefix of 2 with branches of 3 and 1, one of 1 without a second branch, one without tokens of its own.
 GROUPS = ((2, (3, 1)), (1, (2, 0)), (0, (1, 2)))
 
 
 def tokens(groups) -> list[tuple[int, int, int]]:
-    """(group, branch, position) of every token of the row; the trunk is branch 0."""
+    """(group, branch, position) of every token of the row; the prefix is branch 0."""
     found = []
-    for group, (trunk, branches) in enumerate(groups):
-        found += [(group, 0, position) for position in range(trunk)]
+    for group, (prefix, branches) in enumerate(groups):
+        found += [(group, 0, position) for position in range(prefix)]
         for branch, length in enumerate(branches, start=1):
-            found += [(group, branch, trunk + number) for number in range(length)]
+            found += [(group, branch, prefix + number) for number in range(length)]
     return found
 
 
 def sees(groups, window: int | None = None) -> torch.Tensor:
-    """bool `(tokens, tokens)`: a query sees its own group's trunk and its own branch, up to itself, in the window."""
+    """bool `(tokens, tokens)`: a query sees its own group's prefix and its own branch, up to itself, in the window."""
     row = tokens(groups)
     return torch.tensor([
         [
@@ -37,8 +37,8 @@ def test_a_row_to_the_number():
     assert layout.tokens == 12
     assert layout.starts == [[0, 2, 5], [6, 7, 9], [9, 9, 10]]
     assert layout.positions().tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 0, 0, 1]]
-    assert layout.paths[:3] == [Segment((0, 0), (0, 2)), Segment((0, 2), (2, 5)), Segment((0, 2), (5, 6))]
-    assert [path.own for path in layout.paths[3:]] == [(6, 7), (7, 9), (9, 9), (9, 9), (9, 10), (10, 12)]
+    assert layout.segments[:3] == [Segment((0, 0), (0, 2)), Segment((0, 2), (2, 5)), Segment((0, 2), (5, 6))]
+    assert [segment.own for segment in layout.segments[3:]] == [(6, 7), (7, 9), (9, 9), (9, 9), (9, 10), (10, 12)]
 
 
 def test_positions_are_int64_of_one_row():
@@ -54,7 +54,7 @@ def test_positions_of_a_branch_go_on_where_its_trunk_ends():
 @pytest.mark.parametrize(
     ("start", "end", "places"),
     [
-        (0, 2, [(10, 12)]),  # in the trunk
+        (0, 2, [(10, 12)]),  # in the prefix
         (1, 5, [(11, 13), (20, 22)]),  # over its end
         (3, 6, [(20, 23)]),  # in the branch
         (4, 5, [(21, 22)]),
@@ -62,9 +62,9 @@ def test_positions_of_a_branch_go_on_where_its_trunk_ends():
     ],
 )
 def test_a_path_finds_positions_in_the_row(start, end, places):
-    path = Segment(trunk=(10, 13), own=(20, 23))
-    assert path.first_position == 3
-    assert list(path.places(start, end)) == places
+    segment = Segment(prefix=(10, 13), own=(20, 23))
+    assert segment.first_position == 3
+    assert list(segment.row_ranges(start, end)) == places
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 4])
@@ -79,9 +79,9 @@ def test_the_mask_of_flex_attention_is_the_rule(groups, window):
 def test_paths_see_what_the_rule_lets_them_see():
     layout, expected = Layout(GROUPS), sees(GROUPS)
     found = torch.zeros_like(expected)
-    for path in layout.paths:
-        for place in range(*path.own):
-            for start, end in path.places(0, path.first_position + place - path.own[0] + 1):
+    for segment in layout.segments:
+        for place in range(*segment.own):
+            for start, end in segment.row_ranges(0, segment.first_position + place - segment.own[0] + 1):
                 found[place, start:end] = True
     assert torch.equal(found, expected)
 

@@ -412,10 +412,12 @@ def test_policy_value_reward_and_judge_share_one_base_and_nothing_else(recipe, r
     attach(opened(recipe(str(reward_run.path))), base, Role.JUDGE, MICRO)
     base.load_adapter(Role.VALUE, str(reward_run.adapter), trainable=True)
     before = scorers[0].scores(rows)
-    with torch.no_grad(), base.reading_pairs(), base.acting_as(Role.VALUE) as lm:
-        batch = base.batch([row.tokens for row in rows], ends="kept")
+    with torch.no_grad(), base.packed_attention(), base.acting_as(Role.VALUE) as lm:
+        batch = base.batch([row.tokens for row in rows], last_token="kept")
         hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        assert torch.equal(base.values(hidden[batch.ends]).view(2, 2), before), "the value model begins as the reward's"
+        assert torch.equal(base.values(hidden[batch.last_tokens]).view(2, 2), before), (
+            "the value model begins as the reward's"
+        )
     trained = {name.split(".")[-2] for name, p in base.model.named_parameters() if p.requires_grad}
     assert trained == {"policy", "value"}
     scramble(base, Role.POLICY)
