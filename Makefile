@@ -1,20 +1,30 @@
 # Linux and macOS. The README gives the plain pip and python commands (Windows has no make).
 PYTHON ?= python3
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --no-deps
 
-.PHONY: setup demo test test-browser check
+.PHONY: setup lock docs demo test test-browser check
 
 setup: .venv/ready  ## make .venv with the pinned requirements
 
-.venv/ready: requirements.txt requirements-demo.txt
+.venv/ready: requirements.lock requirements-cpu.lock requirements-cuda.lock requirements-demo.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "qalign needs Python 3.11 to 3.13: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 2; }
-	@echo "== installing the pinned requirements into .venv (a few minutes, once)"
+	@echo "== installing the locked requirements into .venv (a few minutes, once)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet -r requirements.txt
-	$(BIN)/python -m pip install --quiet --no-deps -r requirements-demo.txt
-	$(BIN)/python -m pip install --quiet --no-deps -e .
+	@command -v nvidia-smi >/dev/null || $(PIP) --require-hashes -r requirements-cpu.lock 2>/dev/null || true
+	$(PIP) --require-hashes -r requirements.lock
+	@if $(BIN)/python -c 'import importlib.metadata as m; exit("nvidia" not in str(m.requires("torch")))'; then \
+		echo "== installing what this build of PyTorch needs for CUDA (3 GB)"; $(PIP) --require-hashes -r requirements-cuda.lock; fi
+	$(PIP) --require-hashes -r requirements-demo.txt
+	$(PIP) --no-build-isolation -e .
 	@touch $@
+
+lock: setup  ## write requirements.lock anew, after a change of requirements.txt
+	$(BIN)/python .ci/lock.py
+
+docs: setup  ## write the recipe's reference and its schema anew, after a change of a recipe key
+	$(BIN)/python -m qalign.config.docs
 
 demo: setup  ## align the small embedded model, then show what changed (about 5 minutes on 2 CPU cores)
 	@echo "== teaching SmolLM2-135M 200 dialogues into runs/demo/sft (an older demo run is replaced)"
@@ -33,6 +43,8 @@ test: setup  ## the fast tests
 test-browser: setup  ## the page in headless Chromium (Debian's chromium and chromium-driver)
 	QALIGN_BROWSER=insist $(BIN)/python -m pytest -m browser
 
-check: setup  ## style
+check: setup  ## style, imports in one direction, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
