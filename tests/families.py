@@ -37,7 +37,7 @@ SERVED = {
     "gpt-neox": lambda s: tf.GPTNeoXConfig(**_without_groups(s)),
 }
 
-# Those that can't, and why, in the words of `why_not_shared`.
+# Those that can't, and why, in the words of `why_not_packed`.
 UNSERVED = {
     "falcon": (lambda s: tf.FalconConfig(**_without_groups(s), alibi=True), "AttentionInterface in 0 of 2 layers"),
     "mpt": (
@@ -63,7 +63,7 @@ UNSERVED = {
         lambda s: tf.GPT2Config(vocab_size=s["vocab_size"], n_embd=32, n_layer=2, n_head=4),
         "has dropout in its attention",
     ),
-    "stablelm": (lambda s: tf.StableLmConfig(**s), "can't be given packed rows (this attention needs a packed batch"),
+    "stablelm": (lambda s: tf.StableLmConfig(**s), "can't run packed rows (this attention needs a packed batch"),
 }
 
 

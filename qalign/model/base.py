@@ -26,7 +26,7 @@ from qalign.config.recipe import Lora, Model
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.tokenize import pad_for_scores, prepare_tokenizer
 from qalign.errors import UserError
-from qalign.model.attention import shared_prompts, why_not_shared
+from qalign.model.attention import packed_attention, why_not_packed
 from qalign.model.heads import ScalarHead, end_scores, pair_scores
 from qalign.model.lineage import Lineage, adapter_hash, digest
 from qalign.model.loading import Form, Origin, load_weights, save_tokenizer
@@ -317,7 +317,7 @@ class Base:
     def padding_reason(self) -> str | None:
         """Why pairs are padded to two rows each instead of packed with their prompt shared; None if they are packed."""
         with torch.no_grad(), self.acting_as(self.role):  # without gradients no adapter has dropout
-            return why_not_shared(self.lm)
+            return why_not_packed(self.lm)
 
     @property
     def layout_in_words(self) -> str:
@@ -345,7 +345,7 @@ class Base:
     @contextmanager
     def packed_attention(self) -> Iterator[None]:
         """While open, the model takes what `batch` makes. Backward belongs inside too."""
-        with nullcontext() if self.padding_reason else shared_prompts(self.lm):
+        with nullcontext() if self.padding_reason else packed_attention(self.lm):
             yield
 
     def save_adapter(self, role: str, folder: Path) -> None:

@@ -20,7 +20,7 @@ def completion_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     order of `batch.targets`.
 
     Args:
-        lm: a causal language model, adapters injected; its head must be frozen. A packed batch needs `shared_prompts`.
+        lm: a causal language model, adapters injected; its head must be frozen. A packed batch needs `packed_attention`.
         batch: on the model's device.
     """
     return state_logps(lm, answer_states(lm, batch), batch.targets)

@@ -30,7 +30,7 @@ from qalign.config.paths import function_of, is_own_model
 from qalign.config.recipe import Model, Recipe
 from qalign.data.collate import pack
 from qalign.data.tokenize import TokenPair
-from qalign.model.attention import QUERIES
+from qalign.model.attention import BLOCK_QUERIES
 from qalign.model.logps import pair_logps
 
 CUDA_CONTEXT = 700 * 2**20  # the driver's own, and cuBLAS' workspaces; it differs by card and driver
@@ -86,7 +86,7 @@ class _AttentionShape(torch.autograd.Function):
     def backward(ctx, grad):
         query, key, value, _, logsums = ctx.saved_tensors
         made = [torch.empty_like(tensor) for tensor in (query, key, value)]
-        made += [torch.empty_like(logsums), query.new_empty((query.shape[1], QUERIES, ctx.seen, 14), dtype=torch.uint8)]
+        made += [torch.empty_like(logsums), query.new_empty((query.shape[1], BLOCK_QUERIES, ctx.seen, 14), dtype=torch.uint8)]
         return *made[:3], None
 
 

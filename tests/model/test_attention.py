@@ -13,7 +13,7 @@ from qalign.data.packing import Layout
 from qalign.data.tokenize import TokenPair, prepare_tokenizer
 from qalign.losses import preference_loss
 from qalign.model import attention, logps
-from qalign.model.attention import shared_prompts, why_not_shared
+from qalign.model.attention import packed_attention, why_not_packed
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer
@@ -102,7 +102,7 @@ def formula(query, key, value, sinks, groups, window, softcap, scaling) -> torch
 @pytest.mark.parametrize("block", [2, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_is_the_formula(monkeypatch, kind, block):
-    monkeypatch.setattr(attention, "QUERIES", block)
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", block)
     window, softcap, sinks = KINDS[kind]
     layout = Layout(GROUPS)
     inputs = tensors(layout, sinks)
@@ -112,7 +112,7 @@ def test_a_layer_is_the_formula(monkeypatch, kind, block):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_of_a_layer_are_those_of_small_steps(monkeypatch, kind):
-    monkeypatch.setattr(attention, "QUERIES", 2)
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 2)
     window, softcap, sinks = KINDS[kind]
     layout = Layout(GROUPS)
     inputs = [tensor for tensor in tensors(layout, sinks, dim=2) if tensor is not None]
@@ -154,7 +154,7 @@ def test_random_pairs_give_the_numbers_of_each_answer_alone(name):
     lm, pairs = family(name), random_pairs()
     apart = alone(lm, pairs)
     expected = outcome(lm, apart, apart.detach())
-    with shared_prompts(lm):
+    with packed_attention(lm):
         for last_token in ("dropped", "kept"):
             assert_same(outcome(lm, packed(lm, pairs, last_token), apart.detach()), expected, rel(name))
 
@@ -162,11 +162,11 @@ def test_random_pairs_give_the_numbers_of_each_answer_alone(name):
 @pytest.mark.parametrize("name", SERVED)
 def test_real_pairs_give_the_numbers_of_each_answer_alone(name, real_pairs):
     """Of more tokens than a block of queries has, so windows and prompts reach over its edge."""
-    assert max(len(pair.rejected_ids) for pair in real_pairs) > attention.QUERIES
+    assert max(len(pair.rejected_ids) for pair in real_pairs) > attention.BLOCK_QUERIES
     lm = family(name, vocabulary=2006)
     apart = alone(lm, real_pairs)
     expected = outcome(lm, apart, apart.detach())
-    with shared_prompts(lm):
+    with packed_attention(lm):
         assert_same(outcome(lm, packed(lm, real_pairs), apart.detach()), expected, rel(name))
 
 
@@ -176,15 +176,15 @@ def test_the_size_of_a_block_changes_nothing(monkeypatch, name):
     apart = alone(lm, pairs)
     expected = outcome(lm, apart, apart.detach())
     for size in (1, 3, 5):
-        monkeypatch.setattr(attention, "QUERIES", size)
-        with shared_prompts(lm):
+        monkeypatch.setattr(attention, "BLOCK_QUERIES", size)
+        with packed_attention(lm):
             assert_same(outcome(lm, packed(lm, pairs), apart.detach()), expected, rel(name))
 
 
 @pytest.mark.parametrize("name", SERVED)
 def test_gradient_checkpointing_changes_nothing(name):
     lm, pairs = family(name), random_pairs()
-    with shared_prompts(lm):
+    with packed_attention(lm):
         found = packed(lm, pairs)
         around = found.detach()
         plain = outcome(lm, found, around)
@@ -200,7 +200,7 @@ def test_gradient_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize("name", SERVED)
 def test_flex_attention_gives_the_same_numbers(monkeypatch, name):
     lm, pairs = family(name), random_pairs()
-    with torch.no_grad(), shared_prompts(lm):
+    with torch.no_grad(), packed_attention(lm):
         blocks = packed(lm, pairs)
         used = []
         monkeypatch.setattr(attention, "_flex_runs_on", lambda query: used.append(query) or True)
@@ -215,7 +215,7 @@ def test_a_changed_answer_moves_its_own_number_alone(name):
     first = pairs[1]
     other = TokenPair(first.prompt_ids, first.chosen_ids[:2] + first.chosen_ids[3:] + [9], first.rejected_ids, "other")
     assert len(other.chosen_ids) == len(first.chosen_ids)
-    with torch.no_grad(), shared_prompts(lm):
+    with torch.no_grad(), packed_attention(lm):
         before, after = packed(lm, pairs), packed(lm, [pairs[0], other, *pairs[2:]])
     moved = (before - after).abs() > 1e-9
     assert moved.nonzero().tolist() == [[1, 0]]
@@ -224,7 +224,7 @@ def test_a_changed_answer_moves_its_own_number_alone(name):
 @pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_the_order_of_pairs_and_their_company_change_nothing(name):
     lm, pairs = family(name), random_pairs()
-    with torch.no_grad(), shared_prompts(lm):
+    with torch.no_grad(), packed_attention(lm):
         together = packed(lm, pairs)
         turned = packed(lm, pairs[::-1]).flip(0)
         single = torch.cat([packed(lm, [pair]) for pair in pairs])
@@ -236,7 +236,7 @@ def test_the_order_of_pairs_and_their_company_change_nothing(name):
 def test_swapping_chosen_and_rejected_swaps_their_numbers(name):
     lm, pairs = family(name), random_pairs()
     swapped = [TokenPair(pair.prompt_ids, pair.rejected_ids, pair.chosen_ids, pair.where) for pair in pairs]
-    with torch.no_grad(), shared_prompts(lm):
+    with torch.no_grad(), packed_attention(lm):
         torch.testing.assert_close(packed(lm, swapped), packed(lm, pairs).flip(1), rtol=1e-6, atol=0)
 
 
@@ -246,7 +246,7 @@ def test_windows_count_positions_and_not_places():
     prompt, answer = list(range(3, 12)), [20, 21, 22, 23]
     near = TokenPair(prompt, answer, [30] * 3, "near")
     far = TokenPair(prompt, [30] * 40, answer, "far")
-    with torch.no_grad(), shared_prompts(lm):
+    with torch.no_grad(), packed_attention(lm):
         torch.testing.assert_close(packed(lm, [far])[0, 1], packed(lm, [near])[0, 0], rtol=1e-6, atol=0)
 
 
@@ -257,7 +257,7 @@ def test_windows_count_positions_and_not_places():
 @pytest.mark.parametrize("name", SERVED)
 def test_families_that_are_served(name, dtype):
     lm = family(name, spread=0.1, dtype=dtype)
-    assert why_not_shared(lm) is None
+    assert why_not_packed(lm) is None
     assert lm.config._attn_implementation == "eager"
 
 
@@ -265,21 +265,21 @@ def test_families_that_are_served(name, dtype):
 def test_families_that_are_not_served_are_told_apart(name):
     lm = family(name, spread=0.1, dtype=torch.float32)
     before = lm.config._attn_implementation
-    assert UNSERVED[name][1] in why_not_shared(lm)
+    assert UNSERVED[name][1] in why_not_packed(lm)
     assert lm.config._attn_implementation == before
 
 
 def test_dropout_in_attention_is_seen_in_the_settings():
     lm = family("llama")
     lm.config.attention_dropout = 0.1
-    assert why_not_shared(lm) == "has dropout in its attention"
+    assert why_not_packed(lm) == "has dropout in its attention"
 
 
 def test_a_model_that_keeps_its_window_to_itself_is_noticed():
     """Longer than the pairs that are tried, so no number tells."""
     lm = family("llama")
     lm.config.sliding_window = 512  # and no layer asks for it
-    assert why_not_shared(lm) == "keeps its sliding window to itself"
+    assert why_not_packed(lm) == "doesn't pass its sliding window on"
 
 
 def test_a_model_that_counts_places_is_noticed():
@@ -291,7 +291,7 @@ def test_a_model_that_counts_places_is_noticed():
         return real(*args, **more)
 
     lm.base_model.forward = forward
-    assert why_not_shared(lm) == "gives an answer other hidden states than it has alone"
+    assert why_not_packed(lm) == "gives an answer other hidden states than it has in a row of its own"
 
 
 def test_a_model_in_which_neighbours_are_seen_is_noticed():
@@ -302,7 +302,7 @@ def test_a_model_in_which_neighbours_are_seen_is_noticed():
         return output + 0.2 * output.cumsum(dim=1)
 
     lm.base_model.layers[1].mlp.register_forward_hook(carry)
-    assert why_not_shared(lm) == "gives an answer other hidden states than it has alone"
+    assert why_not_packed(lm) == "gives an answer other hidden states than it has in a row of its own"
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
@@ -311,13 +311,13 @@ def test_the_models_own_attention_comes_back(before):
     lm.set_attn_implementation(before)
     ids = torch.randint(3, VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(0))
     expected = lm(input_ids=ids).logits
-    with shared_prompts(lm):
+    with packed_attention(lm):
         assert lm.config._attn_implementation == attention.NAME
-        with shared_prompts(lm):
+        with packed_attention(lm):
             pass
         assert lm.config._attn_implementation == attention.NAME
     assert lm.config._attn_implementation == before
-    with pytest.raises(RuntimeError, match="out of luck"), shared_prompts(lm):
+    with pytest.raises(RuntimeError, match="out of luck"), packed_attention(lm):
         raise RuntimeError("out of luck")
     assert lm.config._attn_implementation == before
     assert torch.equal(lm(input_ids=ids).logits, expected)
@@ -325,7 +325,7 @@ def test_the_models_own_attention_comes_back(before):
 
 def test_rows_that_are_not_packed_are_refused_inside():
     lm = family("llama")
-    with shared_prompts(lm), pytest.raises(AssertionError, match="this attention needs a packed batch"):
+    with packed_attention(lm), pytest.raises(ValueError, match="this attention needs a packed batch"):
         lm(input_ids=torch.tensor([[3, 4, 5]]))
 
 
@@ -333,7 +333,7 @@ def test_dropout_is_refused():
     lm = family("llama")
     lm.config.attention_dropout = lm.base_model.layers[0].self_attn.attention_dropout = 0.1
     lm.train()
-    with shared_prompts(lm), pytest.raises(AssertionError, match="dropout in attention is not known here"):
+    with packed_attention(lm), pytest.raises(ValueError, match="dropout in attention"):
         packed(lm, random_pairs())
 
 
