@@ -10,12 +10,15 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
+from qalign.data.formats import Refused
 from qalign.errors import Stopped, UserError
 from qalign.train.run_folder import RunFolder
+
+SHOWN_REFUSALS = 5
 
 
 def exit_code(work: Callable[[], None]) -> int:
@@ -85,6 +88,12 @@ def stage_parser(stage: str, doc: str | None) -> argparse.ArgumentParser:
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped, to the same numbers")
     how.add_argument("--overwrite", action="store_true", help="delete the run that is there and start anew")
     return parser
+
+
+def print_refused(refused: Sequence[Refused]) -> None:
+    """Prints the first refused rows and their reasons on stderr; the caller says how many there are."""
+    for row in refused[:SHOWN_REFUSALS]:
+        print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
 
 
 def recipe_parser(name: str, doc: str | None) -> argparse.ArgumentParser:

@@ -1,83 +1,76 @@
-"""Scores of a trained reward model.
+"""Scores answers with a trained reward model.
 
     python -m qalign.score RUN FILE [--to FILE] [--limit N] [--column NAME]
 
-Rows of prompt and completion (or any dialogue that ends with the assistant's turn) get a `reward`; preference rows get
-`reward_chosen`, `reward_rejected` and `reward_margin`. Rows come out as they went in, in their order; a column that is
-there already is never replaced.
+A row with one answer (prompt and completion, or any dialogue that ends with the assistant's turn) gets a `reward`; a
+preference row gets `reward_chosen`, `reward_rejected` and `reward_margin`. The output keeps the rows' order and all
+their columns; an existing column is never replaced.
 """
 
 import argparse
 import json
+import math
 import sys
+from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from qalign.cli import exit_code
+from qalign.cli import exit_code, print_refused
+from qalign.config.atomic import replacing
 from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
 from qalign.data.dialogues import Dialogue, scorable
 from qalign.data.formats import Preference, Refused, collect
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
-from qalign.train.run_folder import open_run
+from qalign.train.run_folder import RunFolder, open_run
 
-SHOWN_REFUSALS = 5
+if TYPE_CHECKING:
+    from qalign.data.collate import AnsweredPrompt
+    from qalign.model.base import Base
+
+ROWS_AT_ONCE = 64  # are packed together: the time that packing takes grows faster than the number of rows
+
+Read = tuple[dict, Preference | Dialogue, list[str]]  # a row of the file, its parsed form, the columns that it gets
 
 
 def score(folder: str, file: str, to: str | None, limit: int | None, column: str = "reward") -> None:
     """Score answers with a trained reward model."""
     if limit is not None and limit < 1:
-        raise UserError(f"--limit: {limit} is no number of rows; expected at least 1")
+        raise UserError(f"--limit: {limit} is not a number of rows; expected at least 1")
     run = open_run(folder, ("reward",))
-    target = Path(to) if to else _beside(Path(file))
+    target = Path(to) if to else _scored_name(Path(file))
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --to, or remove it")
     if not target.parent.is_dir():
         raise UserError(f"{target}: there is no folder {target.parent}")
-
-    read, refused = collect((Source(path=file),), "train", limit, 0, lambda raw, where: _read(raw, where, column))
+    read, refused = collect((Source(path=file),), "train", limit, 0, lambda raw, where: _parsed(raw, where, column))
 
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
-    from qalign.data.tokenize import encode_answer, encode_pair
     from qalign.model import lineage
     from qalign.model.base import Role, load
-    from qalign.model.scoring import score_sequences
 
-    model = run.recipe.model
-    base = load(model)
+    base = load(run.recipe.model)
     lineage.check(str(run.path), run.adapter, base.lineage("reward"))
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
-
-    def encode(row):
-        if isinstance(row, Dialogue):
-            return [encode_answer(base.tokenizer, row, model.max_length, model.chat_template_kwargs)]
-        pair = encode_pair(base.tokenizer, row, model.max_length, model.chat_template_kwargs)
-        return [pair.prompt_ids + pair.chosen_ids, pair.prompt_ids + pair.rejected_ids]
-
-    rows = []
-    for raw, row, names in read:
-        try:
-            rows.append((raw, names, encode(row)))
-        except BadRow as reason:
-            refused.append(Refused(row.where, str(reason)))
-    for row in refused[:SHOWN_REFUSALS]:
-        print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
+    rows, tokens, unfit = _encoded(base, run, read)
+    refused += unfit
+    print_refused(refused)
     if not rows:
         raise UserError(f"{file}: holds no rows that can be scored ({len(refused)} were refused)")
-    scores = iter(score_sequences(base, [ids for *_, sequences in rows for ids in sequences]))
-    aside = target.with_name(target.name + ".part")
-    with aside.open("w", encoding="utf-8") as opened:
-        for raw, names, sequences in rows:
-            found = [round(next(scores), 6) for _ in sequences]
+    scores = answer_scores(base, tokens)
+    with replacing(target) as aside, aside.open("w", encoding="utf-8") as opened:
+        for (raw, _, names), found in zip(rows, scores, strict=True):
+            found = [round(score, 6) for score in found]
             if len(found) == 2:
                 found.append(round(found[0] - found[1], 6))
             opened.write(_line(raw | dict(zip(names, found, strict=True))))
-    aside.rename(target)
     print(f"{target}: {len(rows):,} rows scored, {len(refused):,} refused")
 
 
-def _read(raw: dict, where: str, column: str) -> tuple[dict, Dialogue | Preference, list[str]]:
-    """A row as it came, as it is understood, and the columns that it gets; a `UserError` if it has one of them."""
+def _parsed(raw: dict, where: str, column: str) -> Read:
+    """Raises a `UserError` if the row has one of the new columns already."""
     row = scorable(raw, where)
     pair = isinstance(row, Preference)
     names = [f"{column}_{side}" for side in ("chosen", "rejected", "margin")] if pair else [column]
@@ -88,32 +81,85 @@ def _read(raw: dict, where: str, column: str) -> tuple[dict, Dialogue | Preferen
     return raw, row, names
 
 
+def _encoded(
+    base: "Base", run: RunFolder, read: list[Read]
+) -> tuple[list[Read], list["AnsweredPrompt"], list[Refused]]:
+    """(the rows that fit the model, their ids, the refused rows)."""
+    from qalign.data.tokenize import TokenAnswers, encode_answer, encode_pair
+
+    model = run.recipe.model
+    rows, tokens, refused = [], [], []
+    for raw, row, names in read:
+        try:
+            if isinstance(row, Preference):
+                tokens.append(encode_pair(base.tokenizer, row, model.max_length, model.chat_template_kwargs))
+            else:
+                ids = encode_answer(base.tokenizer, row, model.max_length, model.chat_template_kwargs)
+                tokens.append(TokenAnswers(ids[:-1], (ids[-1:],)))  # only the last token, the end of turn, is scored
+            rows.append((raw, row, names))
+        except BadRow as reason:
+            refused.append(Refused(row.where, str(reason)))
+    return rows, tokens, refused
+
+
+def answer_scores(base: "Base", rows: Sequence["AnsweredPrompt"]) -> list[list[float]]:
+    """The reward adapter's score of each answer of each row, in the given order.
+
+    The rows may have one or two answers. They are packed as in training; two answers share their prompt.
+
+    Raises:
+        UserError: a score is not finite.
+    """
+    from tqdm.auto import tqdm
+
+    from qalign.data.collate import MicroBatchLimit
+    from qalign.model.base import Role
+
+    limit = MicroBatchLimit(tokens=2 * base.spec.max_length)
+    order = sorted(range(len(rows)), key=lambda number: (len(rows[number].answers), len(rows[number])))
+    found: dict[int, list[float]] = {}
+    with tqdm(total=len(rows), desc="scoring", unit="row") as bar:
+        for _, group in groupby(order, key=lambda number: len(rows[number].answers)):
+            numbers = list(group)
+            for start in range(0, len(numbers), ROWS_AT_ONCE):
+                some = numbers[start : start + ROWS_AT_ONCE]
+                scores = base.answer_scores(Role.REWARD, [rows[number] for number in some], limit)
+                found.update(zip(some, scores.tolist(), strict=True))
+                bar.update(len(some))
+    if not all(math.isfinite(score) for scores in found.values() for score in scores):
+        raise UserError(
+            f"model.compute_dtype: the reward model's scores are not finite, computed in {base.precision}; use "
+            "bfloat16 or float32, or train it again with a lower learning_rate"
+        )
+    return [found[number] for number in range(len(rows))]
+
+
 def _line(row: dict) -> str:
     """A row as a line of JSON; dates and bytes, which Parquet has and JSON lacks, become text."""
     line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
     try:
         line.encode()
-    except UnicodeEncodeError:  # half an emoji, in a field that is not scored
+    except UnicodeEncodeError:  # half a surrogate pair, in a field that is not scored
         line = json.dumps(row, default=str) + "\n"
     return line
 
 
-def _beside(file: Path) -> Path:
+def _scored_name(file: Path) -> Path:
     """`answers.jsonl` or `answers.jsonl.gz` to `answers.scored.jsonl`."""
     kind = next((suffix for suffix in DATA_SUFFIXES if file.name.endswith(suffix)), "")
     return file.with_name(f"{file.name.removesuffix(kind)}.scored.jsonl")
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m qalign.score", description=score.__doc__)
-    parser.add_argument("run", help="a reward run, such as runs/demo/reward")
-    parser.add_argument("file", help="rows to score: .jsonl, .json, .jsonl.gz, .parquet or .csv")
-    parser.add_argument("--to", metavar="FILE", help="where the scores go; FILE.scored.jsonl beside it if left out")
+    parser.add_argument("run", help="a finished reward run, such as runs/demo/reward")
+    parser.add_argument("file", help="the rows to score: .jsonl, .json, .jsonl.gz, .parquet or .csv")
+    parser.add_argument("--to", metavar="FILE", help="the output file (default: FILE.scored.jsonl beside the input)")
     parser.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     parser.add_argument(
-        "--column", metavar="NAME", default="reward", help="what the scores are called in the rows (default: reward)"
+        "--column", metavar="NAME", default="reward", help="name of the new column or columns (default: reward)"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     sys.exit(exit_code(lambda: score(args.run, args.file, args.to, args.limit, args.column)))
 
 

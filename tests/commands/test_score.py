@@ -18,7 +18,7 @@ import torch
 from qalign.cli import exit_code
 from qalign.errors import UserError
 from qalign.model.base import Base, Role, load
-from qalign.score import _beside, main, score
+from qalign.score import _scored_name, main, score
 from tests.conftest import ROOT
 from tests.helpers import TEST
 from tests.reward_runs import run_stage, write_recipe
@@ -168,11 +168,11 @@ def test_the_target_and_the_limit_can_be_chosen(run, tmp_path, capsys):
     ],
 )
 def test_only_the_kind_of_file_is_left_out_of_the_targets_name(file, beside):
-    assert _beside(Path("rows") / file) == Path("rows") / beside
+    assert _scored_name(Path("rows") / file) == Path("rows") / beside
 
 
 def test_a_score_that_is_no_number_is_one_line(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Base, "scores", lambda base, role, ids, mask: torch.full((len(ids),), math.nan))
+    monkeypatch.setattr(Base, "pair_scores", lambda base, role, rows: torch.full((len(rows), 2), math.nan))
     target = tmp_path / "scored.jsonl"
     assert exit_code(lambda: score(str(run.path), TEST, str(target), 2)) == 2
     line = capsys.readouterr().err.splitlines()[-1]
