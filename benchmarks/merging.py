@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qalign.config.stages import Source
-from qalign.data.dialogues import dialogues
+from qalign.data.formats import dialogues
 from qalign.data.tokenize import IGNORED, encode_dialogues
 from qalign.merge import merge
 from qalign.model.base import Role, load

@@ -20,8 +20,7 @@ from qalign.cli import exit_code, print_refused
 from qalign.config.atomic import replacing
 from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
-from qalign.data.dialogues import Dialogue, scorable
-from qalign.data.formats import Preference, Refused, collect
+from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder, open_run

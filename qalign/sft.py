@@ -17,7 +17,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from transformers import set_seed
 
-    from qalign.data.dialogues import dialogues
+    from qalign.data.formats import dialogues
     from qalign.data.tokenize import IGNORED, encode_dialogues
     from qalign.model import lineage
     from qalign.model.base import Role, load

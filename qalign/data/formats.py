@@ -1,20 +1,19 @@
-"""Any preference data set in, canonical rows out; what is refused is named by place and reason.
+"""Any data set in, canonical rows out: preferences, dialogues to imitate, prompts to answer.
 
-The shape of each row is detected: TRL's (plain or conversational, prompt explicit or shared), HH-RLHF transcripts,
-UltraFeedback binarized, sharegpt ranking, alpaca ranking, OpenAI messages.
+The shape of each row is detected (`qalign.data.shapes`). A row that can't be used is refused with its place and the reason.
 """
 
 import math
 import random
-import reprlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from qalign.config.stages import Source
 from qalign.data.readers import BadRow, NoPair, read
+from qalign.data.shapes import Message, Shape, as_turns, detect, opening_turns, split_prompt
 
-Message = dict[str, str]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -22,13 +21,46 @@ class Preference:
     """One prompt with two answers, the first preferred."""
 
     prompt: tuple[Message, ...]
-    """The dialogue so far, `{"role", "content"}` each: system first if at all, a user's turn last."""
+    """The dialogue so far: a system turn first, if there is one; a user's turn last."""
     chosen: str
     rejected: str
     where: str
-    """File and line (or row) it came from."""
+    """File and line (or row number) that it came from."""
     margin: float | None = None
     """`score_chosen` − `score_rejected`, where the row has both as finite numbers."""
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue that ends with an assistant's turn, for supervised fine-tuning."""
+
+    turns: tuple[Message, ...]
+    """A system turn first, if there is one; then user and assistant alternate."""
+    first_trained: int
+    """The loss covers the assistant's turns from this index on; earlier turns are context."""
+    where: str
+    """File and line (or row number) that it came from."""
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text without roles; the loss covers every token of it."""
+
+    text: str
+    where: str
+    """File and line (or row number) that it came from."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue that waits for an answer."""
+
+    turns: tuple[Message, ...]
+    """A system turn first, if there is one; a user's turn last."""
+    where: str
+    """File and line (or row number) that it came from."""
+    columns: dict[str, Any]
+    """The row's other columns too, as they came and without nulls, for functions that score answers."""
 
 
 @dataclass(frozen=True)
@@ -41,16 +73,20 @@ class Refused:
 
 @dataclass(frozen=True)
 class LeftOut(Refused):
-    """A row that says itself that it is no pair to learn from, such as a vote for a tie; nothing is wrong with it."""
+    """A valid row that holds no preference, such as a vote for a tie."""
 
 
-def preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed: int):
-    """(`list[Preference]`, `list[Refused]`) of every source, read as `collect` says."""
+def preferences(
+    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
+) -> tuple[list[Preference], list[Refused]]:
+    """Preference rows of every source; see `collect`."""
     return collect(sources, split, limit, seed, canonical)
 
 
-def scored_preferences(sources: tuple[Source, ...], split: str, limit: int | None, seed: int):
-    """As `preferences`, but a row whose answers the raters gave no scores is refused."""
+def scored_preferences(
+    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
+) -> tuple[list[Preference], list[Refused]]:
+    """As `preferences`, but a row without a score of each answer is refused."""
 
     def scored(raw: Any, where: str) -> Preference:
         row = canonical(raw, where)
@@ -61,26 +97,40 @@ def scored_preferences(sources: tuple[Source, ...], split: str, limit: int | Non
     return collect(sources, split, limit, seed, scored)
 
 
+def dialogues(
+    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
+) -> tuple[list[Dialogue | PlainText], list[Refused]]:
+    """Dialogues and plain texts of every source; see `collect`."""
+    return collect(sources, split, limit, seed, canonical_dialogue)
+
+
+def prompts(
+    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
+) -> tuple[list[Prompt], list[Refused]]:
+    """Prompts of every source; see `collect`."""
+    return collect(sources, split, limit, seed, canonical_prompt)
+
+
 def collect(
-    sources: tuple[Source, ...], split: str, limit: int | None, seed: int, convert: Callable[[Any, str], Any]
-) -> tuple[list, list[Refused]]:
+    sources: tuple[Source, ...], split: str, limit: int | None, seed: int, convert: Callable[[Any, str], Row]
+) -> tuple[list[Row], list[Refused]]:
     """Reads the rows of every source into one form.
 
     Args:
-        sources: where from; `split` and `limit` are the stage's, for a source that has none of its own.
-        seed: which rows a fractional `weight` takes.
-        convert: (raw row, its place) to a row; a `BadRow` that it raises refuses the row.
+        split, limit: the stage's, for sources that don't set their own.
+        seed: decides which rows a fractional `weight` takes.
+        convert: makes a row from a raw row and its place; a `BadRow` that it raises refuses the row.
 
     Returns:
-        (rows, refused): what `convert` made, and `list[Refused]`, in the order of the files; rows that say themselves
-        that they are no pair are among the latter, as `LeftOut`.
+        (rows, refused), in the order of the files. A row that holds no preference is refused as `LeftOut`.
 
     Raises:
         UserError: a file or data set can't be read at all.
     """
-    rows, refused = [], []
+    rows: list[Row] = []
+    refused: list[Refused] = []
     for source in sources:
-        mine = []
+        taken: list[Row] = []
         for count, (where, raw) in enumerate(read(source, source.split or split), start=1 - source.skip):
             if count < 1:
                 continue
@@ -89,59 +139,48 @@ def collect(
             try:
                 if isinstance(raw, BadRow):
                     raise raw
-                mine.append(convert(raw, where))
+                taken.append(convert(raw, where))
             except BadRow as reason:
                 refused.append((LeftOut if isinstance(reason, NoPair) else Refused)(where, str(reason)))
-        rows += _weighted(mine, source.weight, seed)
+        whole, part = divmod(source.weight, 1)
+        rows += taken * int(whole) + random.Random(seed).sample(taken, round(part * len(taken)))
     return rows, refused
-
-
-def _weighted(rows: list, weight: float, seed: int) -> list:
-    whole, part = divmod(weight, 1)
-    return rows * int(whole) + random.Random(seed).sample(rows, round(part * len(rows)))
 
 
 def canonical(raw: Any, where: str) -> Preference:
     """One row of any known shape as a `Preference`.
 
     Raises:
-        BadRow: the shape is unknown, or something in it is missing, empty or out of order; `NoPair`: the row says so.
+        BadRow: the shape is unknown, or a part is missing, empty or out of order; `NoPair` if the row says that it
+            holds no preference.
     """
-    raw = columns(raw)
-    check_is_pair(raw)
-    chosen, rejected = answers(raw)
-    if chosen is None or rejected is None:
-        missing = "chosen" if chosen is None else "rejected"
-        raise BadRow(f"no '{missing}' answer: a preference row needs both; this one has {named_keys(raw)}")
-    prompt, chosen_turns, rejected_turns = split_prompt(prompt_turns(raw), chosen, rejected)
-    check_order(prompt, "the prompt", "user")
-    texts = []
-    for name, turns in (("chosen", chosen_turns), ("rejected", rejected_turns)):
-        if len(turns) != 1 or turns[0]["role"] != "assistant":
-            found = " → ".join(turn["role"] for turn in turns) or "nothing"
-            raise BadRow(f"{name}: expected one assistant turn after the prompt, found {found}")
-        if not turns[0]["content"].strip():
-            raise BadRow(f"{name}: the answer is empty")
-        texts.append(turns[0]["content"])
-    check_text([*(turn["content"] for turn in prompt), *texts])
-    if texts[0].strip() == texts[1].strip():
+    shape = detect(raw)
+    _check_no_pair(shape)
+    if shape.chosen is None or shape.rejected is None:
+        missing = "chosen" if shape.chosen is None else "rejected"
+        raise BadRow(f"no '{missing}' answer: a preference row needs both; this one has {shape.keys}")
+    opening = opening_turns(shape.row, shape.opening)
+    prompt, *answers = split_prompt(opening, shape.chosen, shape.rejected)
+    _check_order(prompt, "the prompt", "user")
+    chosen, rejected = (_answer(turns, name) for turns, name in zip(answers, ("chosen", "rejected"), strict=True))
+    check_text([*(turn["content"] for turn in prompt), chosen, rejected])
+    if chosen.strip() == rejected.strip():
         raise BadRow("chosen and rejected are the same answer")
-    return Preference(tuple(prompt), *texts, where, _margin(raw))
+    return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row))
 
 
-def check_is_pair(raw: dict) -> None:
-    """Holds a row that has no answers to what its `no_pair` says, which `qalign.page.votes` writes for ties and the like.
+def _answer(turns: list[Message], name: str) -> str:
+    if len(turns) != 1 or turns[0]["role"] != "assistant":
+        found = " → ".join(turn["role"] for turn in turns) or "nothing"
+        raise BadRow(f"{name}: expected one assistant turn after the prompt, found {found}")
+    if not turns[0]["content"].strip():
+        raise BadRow(f"{name}: the answer is empty")
+    return turns[0]["content"]
 
-    Raises:
-        NoPair: with the reason that the row gives.
-    """
-    if isinstance(raw.get("no_pair"), str) and answers(raw) == (None, None):
-        raise NoPair(raw["no_pair"])
 
-
-def _margin(raw: dict) -> float | None:
-    scores = raw.get("score_chosen"), raw.get("score_rejected")
-    if not all(type(score) in (int, float) for score in scores):  # True is an int too, but no score
+def _margin(row: dict[str, Any]) -> float | None:
+    scores = row.get("score_chosen"), row.get("score_rejected")
+    if not all(type(score) in (int, float) for score in scores):  # not isinstance: True is an int too, but no score
         return None
     try:
         margin = float(scores[0]) - float(scores[1])
@@ -150,148 +189,118 @@ def _margin(raw: dict) -> float | None:
     return margin if math.isfinite(margin) else None
 
 
-def columns(raw: Any) -> dict:
-    """A row without its nulls, with which Parquet and `datasets` fill the columns that other rows have.
+def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
+    """One row of any known shape as a `Dialogue` or a `PlainText`.
+
+    Of a preference row the chosen answer is trained on, whatever the rejected one is like; the assistant's earlier turns
+    are context, since HH-RLHF's were picked to be bad.
 
     Raises:
-        BadRow: it is not an object with keys.
+        BadRow: the shape is unknown, a part is missing, empty or out of order, or the row's label is false; `NoPair` as
+            in `canonical`.
     """
-    if not isinstance(raw, dict):
-        raise BadRow(f"not an object with keys but {type(raw).__name__}")
-    return {key: value for key, value in raw.items() if value is not None}
+    shape = detect(raw)
+    _check_no_pair(shape)
+    _check_system(shape.row)
+    if shape.is_ranked:
+        if shape.chosen is None:
+            raise BadRow(f"no 'chosen' answer to learn from; this row has {shape.keys}")
+        prompt, answer, _ = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.chosen)
+        turns, first_trained = prompt + answer, len(prompt)
+    elif shape.imitated:
+        turns, first_trained = _imitated(shape.row, *shape.imitated)
+    else:
+        return PlainText(_plain_text(shape), where)
+    if first_trained:
+        _check_order(turns[:first_trained], "the prompt", "user")
+    _check_order(turns, "the dialogue", "assistant")
+    check_text(turn["content"] for turn in turns)
+    return Dialogue(tuple(turns), first_trained, where)
 
 
-def named_keys(raw: dict) -> str:
-    """A row's keys for a message, in one line whatever they hold."""
-    return ", ".join(str(key) if str(key).isprintable() else repr(key) for key in raw) or "no keys"
+def _imitated(row: dict[str, Any], before: str | None, answer: str) -> tuple[list[Message], int]:
+    """(turns, index of the first one that is trained on): everything but what stands under `prompt`."""
+    if answer == "text":
+        return as_turns(row[answer], answer), 0
+    if before is None and not isinstance(row[answer], list):
+        raise BadRow(f"{answer}: expected a list of turns, found {type(row[answer]).__name__}")
+    label = row.get("label")
+    if label is False or (isinstance(label, str) and label.strip().lower() == "false"):  # a CSV has only texts
+        raise BadRow("label is false: an answer not to learn from")
+    opening = opening_turns(row, before)
+    return opening + as_turns(row[answer], answer, "assistant"), len(opening) if before == "prompt" else 0
 
 
-def answers(raw: dict) -> tuple[Any, Any]:
-    """(chosen, rejected) as they came, in any of the known shapes; None for what the row does not have."""
-    if "preferred_output" in raw:  # OpenAI's preference format
-        return raw["preferred_output"], raw.get("non_preferred_output")
-    both = raw.get("output") if "instruction" in raw and "prompt" not in raw else None  # alpaca ranking
-    chosen, rejected = both if isinstance(both, list) and len(both) == 2 else (None, None)
-    return raw.get("chosen", chosen), raw.get("rejected", rejected)
+def _plain_text(shape: Shape) -> str:
+    if "text" not in shape.row:
+        raise BadRow(
+            f"unknown shape: this row has {shape.keys}; expected messages, conversations, prompt + completion "
+            "(or response), instruction + output, chosen (with rejected or without), or text"
+        )
+    text = shape.row["text"]
+    if not isinstance(text, str):
+        raise BadRow(f"text: expected a text, found {type(text).__name__}")
+    if not text.strip():
+        raise BadRow("the text is empty")
+    check_text([text])
+    return text
 
 
-def system_turns(raw: dict) -> list[Message]:
-    """The `system` column as a turn; no turn where it is missing or empty."""
-    text = raw.get("system")
-    return [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
-
-
-def prompt_turns(raw: dict) -> list[Message]:
-    """The dialogue before the answers, out of whichever key has it; the system turn alone, or none, where none has.
+def scorable(raw: Any, where: str) -> Preference | Dialogue:
+    """One row with an answer to score: a `Preference` if it has both ranked answers, else a `Dialogue`.
 
     Raises:
-        BadRow: what the key holds is no text and no turns.
+        BadRow: as `canonical` and `canonical_dialogue`, or the row is plain text.
     """
-    if "preferred_output" in raw:
-        opening = raw.get("input")
-        return as_turns(opening.get("messages") if isinstance(opening, dict) else opening, "input")
-    system = system_turns(raw)
-    if "instruction" in raw and "prompt" not in raw:
-        parts = [raw.get(key, "") for key in ("instruction", "input")]
-        if not all(isinstance(part, str) for part in parts):
-            raise BadRow("instruction and input: expected texts")
-        request = "\n".join(part for part in parts if part.strip())
-        return [*system, *_history(raw.get("history", [])), {"role": "user", "content": request}]
-    # 'prompt' first: UltraFeedback binarized has 'messages' beside it, which hold the chosen answer too.
-    for key in ("prompt", "conversations", "messages"):
-        if key in raw:
-            turns = as_turns(raw[key], key)
-            if turns and turns[-1] == {"role": "assistant", "content": ""}:  # an HH prompt ends with "Assistant:"
-                turns.pop()
-            return system + turns
-    return system
+    shape = detect(raw)
+    if shape.chosen is not None and shape.rejected is not None:
+        return canonical(raw, where)
+    row = canonical_dialogue(raw, where)
+    if isinstance(row, PlainText):
+        raise BadRow("plain text: expected a dialogue, whose last answer could be scored")
+    return row
 
 
-def _history(pairs: Any) -> list[Message]:
-    """Alpaca's `history`: a list of [question, answer]."""
-    turns = []
-    for pair in pairs if isinstance(pairs, list) else [pairs]:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRow("history: expected a list of [question, answer] texts")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    return turns
-
-
-def split_prompt(prompt: list[Message], chosen: Any, rejected: Any):
-    """(prompt, chosen, rejected) as turns. Answers lose the prompt that they repeat; what they share may be the prompt.
+def canonical_prompt(raw: Any, where: str) -> Prompt:
+    """One row of any known shape as a `Prompt`: the dialogue up to its last answer, which is left out.
 
     Raises:
-        BadRow: there is no prompt, or an answer is no text and no turns.
+        BadRow: the shape is unknown, or the row has no user's turn to answer.
     """
-    if not prompt and isinstance(chosen, str) and isinstance(rejected, str):
-        if "\n\nHuman:" not in chosen:
-            raise BadRow("no prompt: expected a 'prompt', 'conversations' or 'messages' key, or HH transcripts")
-        chosen, rejected = _transcript(chosen), _transcript(rejected)
-    chosen, rejected = as_turns(chosen, "chosen", "assistant"), as_turns(rejected, "rejected", "assistant")
-    opening = [turn for turn in prompt if turn["role"] != "system"]
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if not opening and not shared:
-        raise BadRow("the prompt is empty, and chosen and rejected do not share one")
-    repeated = chosen[:shared]
-    spoken = [turn for turn in repeated if turn["role"] != "system"]
-    if not opening or (repeated and spoken[: len(opening)] == opening):
-        system = [turn for turn in prompt if turn["role"] == "system"]
-        own = repeated if repeated and repeated[0]["role"] == "system" else [*system, *repeated]
-        return own, chosen[shared:], rejected[shared:]
-    return prompt, chosen, rejected
+    shape = detect(raw)
+    _check_system(shape.row)
+    turns = opening_turns(shape.row, shape.opening)
+    if shape.is_ranked:
+        answer = shape.rejected if shape.chosen is None else shape.chosen
+        turns, last, _ = split_prompt(turns, answer, answer)
+        if last and last[-1]["role"] == "user":  # a transcript whose last question has no answer
+            turns = turns + last
+    if turns and turns[-1]["role"] == "assistant":
+        turns = turns[:-1]
+    if not any(turn["role"] == "user" for turn in turns):
+        raise BadRow(
+            f"no user's turn to answer: this row has {shape.keys}; expected prompt, messages, conversations, "
+            "instruction, turns, or an HH transcript"
+        )
+    _check_order(turns, "the prompt", "user")
+    check_text(turn["content"] for turn in turns)
+    return Prompt(tuple(turns), where, shape.row)
 
 
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+def _check_no_pair(shape: Shape) -> None:
+    """`qalign.page.votes` writes `no_pair` with a reason for ties and the like, in place of the answers."""
+    if isinstance(shape.row.get("no_pair"), str) and not shape.is_ranked:
+        raise NoPair(shape.row["no_pair"])
 
 
-def as_turns(value: Any, name: str, role: str = "user") -> list[Message]:
-    """A text, one turn or a list of turns, as `{"role", "content"}` each.
-
-    Args:
-        value: a text may be an HH transcript.
-        name: the key that held it, for messages.
-        role: who speaks where `value` is a plain text.
-
-    Raises:
-        BadRow: it is none of these, or a turn has another role or no text.
-    """
-    if isinstance(value, str):
-        return _transcript(value) if value.startswith("\n\nHuman:") else [{"role": role, "content": value}]
-    turns = []
-    for turn in [value] if isinstance(value, dict) else value if isinstance(value, list) else [None]:
-        if not isinstance(turn, dict):
-            raise BadRow(f"{name}: expected a text or turns, found {type(value).__name__}")
-        turn = {key: value for key, value in turn.items() if value is not None}
-        speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise BadRow(f"{name}: unknown role {reprlib.repr(speaker)}; known: {', '.join(_ROLES)}")
-        if not isinstance(content, str):
-            raise BadRow(f"{name}: a turn's content is {type(content).__name__}, expected text")
-        turns.append({"role": _ROLES[speaker], "content": content})
-    return turns
+def _check_system(row: dict[str, Any]) -> None:
+    if not isinstance(row.get("system", ""), str):
+        raise BadRow(f"system: expected a text, found {type(row['system']).__name__}")
 
 
-def _transcript(text: str) -> list[Message]:
-    """Turns of an HH-RLHF transcript: `\\n\\nHuman: … \\n\\nAssistant: …`."""
-    turns: list[Message] = []
-    before, *spoken = text.split("\n\nHuman:")
-    if before.strip():
-        raise BadRow("the transcript begins with text that nobody speaks")
-    for human in spoken:
-        said, *replies = human.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": said.strip()})
-        turns += ({"role": "assistant", "content": reply.strip()} for reply in replies)
-    return turns
-
-
-def check_order(turns: list[Message], name: str, last: str) -> None:
-    """Holds turns to: system first if at all, then user and assistant in turn, `last` speaking last, none empty.
-
-    Raises:
-        BadRow: they are not so; `name` says what they are, such as "the prompt".
-    """
+def _check_order(turns: list[Message], name: str, last: str) -> None:
+    """Requires a system turn at most first, then user and assistant alternating, no empty turn, and `last` as the last
+    role. `name` stands for the turns in error messages, such as "the prompt"."""
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
     if not spoken:
         raise BadRow(f"{name} is empty")
@@ -305,11 +314,11 @@ def check_order(turns: list[Message], name: str, last: str) -> None:
         raise BadRow(f"{name} ends with the {spoken[-1]['role']}'s turn, expected the {last}'s")
 
 
-def check_text(texts: list[str]) -> None:
-    """Holds texts to valid Unicode: JSON can spell half a character, which no tokenizer takes.
+def check_text(texts: Iterable[str]) -> None:
+    """Requires valid Unicode: JSON can spell half a character (a lone surrogate), which no tokenizer takes.
 
     Raises:
-        BadRow: one of them has a lone surrogate.
+        BadRow: a text holds one.
     """
     try:
         "".join(texts).encode("utf-8")

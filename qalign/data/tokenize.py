@@ -13,9 +13,7 @@ from jinja2 import TemplateError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qalign.data.dialogues import Dialogue, PlainText
-from qalign.data.formats import Message, Preference, Refused
-from qalign.data.prompts import Prompt
+from qalign.data.formats import Dialogue, Message, PlainText, Preference, Prompt, Refused
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
 

@@ -6,8 +6,7 @@ from dataclasses import dataclass, field
 from html import escape
 
 from qalign.config.paths import looks_local
-from qalign.data.formats import Message, check_text
-from qalign.data.prompts import prompts
+from qalign.data.formats import Message, check_text, prompts
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
 from qalign.page.chat import Chat, Controls, Reply, explained

@@ -14,7 +14,7 @@ from qalign import dpo, sft
 from qalign.best_of import best_of, curve
 from qalign.config.load import load
 from qalign.config.stages import Source
-from qalign.data.prompts import Prompt
+from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError
 from qalign.rl.rewards import SampledAnswers
@@ -48,7 +48,7 @@ def recipe_path(tmp_path, tiny_folder, monkeypatch) -> str:
     }  # fmt: skip
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr("qalign.model.generation.end_ids", lambda *_: tuple(range(0, 2006, 10)))
+    monkeypatch.setattr("qalign.model.generation.stop_ids_of", lambda *_: tuple(range(0, 2006, 10)))
     return str(path)
 
 
@@ -210,7 +210,7 @@ def test_a_wrong_n_is_one_line(word, recipe_path, monkeypatch, capsys):
 
 
 def test_rows_before_a_sources_skip_are_left_out(write_jsonl):
-    from qalign.data.prompts import prompts
+    from qalign.data.formats import prompts
 
     path = write_jsonl("rows.jsonl", [{"prompt": f"{n}?"} for n in range(6)])
     rows, _ = prompts((Source(path=path, skip=2, limit=3),), "train", None, 0)

@@ -12,8 +12,7 @@ import pytest
 import tokenizers
 
 from qalign.config.stages import Source
-from qalign.data.dialogues import Dialogue, PlainText, dialogues
-from qalign.data.formats import Refused
+from qalign.data.formats import Dialogue, PlainText, Refused, dialogues
 from qalign.data.readers import BadRow
 from qalign.data.tokenize import (
     IGNORED,

@@ -10,8 +10,16 @@ import pyarrow.parquet
 import pytest
 
 from qalign.config.stages import Source
-from qalign.data.dialogues import Dialogue, PlainText, canonical_dialogue, dialogues, scorable
-from qalign.data.formats import Preference, Refused, canonical
+from qalign.data.formats import (
+    Dialogue,
+    PlainText,
+    Preference,
+    Refused,
+    canonical,
+    canonical_dialogue,
+    dialogues,
+    scorable,
+)
 from qalign.data.readers import BadRow
 from tests.data.test_formats import SHAPES as PREFERENCE_SHAPES
 from tests.data.test_formats import assistant, gpt, human, system, user

@@ -8,8 +8,7 @@ import pyarrow.parquet
 import pytest
 
 from qalign.config.stages import Source
-from qalign.data.formats import Refused
-from qalign.data.prompts import Prompt, canonical_prompt, prompts
+from qalign.data.formats import Prompt, Refused, canonical_prompt, prompts
 from qalign.data.readers import BadRow
 from qalign.data.tokenize import encode_question, encode_questions
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from qalign.config.recipe import Model, Recipe
 from qalign.data.collate import MicroBatchLimit
-from qalign.data.prompts import Prompt
+from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers, encode_prompt
 from qalign.errors import Stopped, UserError
 from qalign.model.base import HEAD, Role, load
@@ -112,7 +112,7 @@ def test_a_cut_answer_is_read_at_an_end_of_turn_too(recipe, reward_run, tiny_bas
 
 
 def test_an_answer_that_ends_with_eos_is_read_at_the_end_of_turn(recipe, reward_run, tiny_base, rows, monkeypatch):
-    monkeypatch.setattr("qalign.rl.rewards.end_ids", lambda *_: (tiny_base.tokenizer.eos_token_id, 77))
+    monkeypatch.setattr("qalign.rl.rewards.stop_ids_of", lambda *_: (tiny_base.tokenizer.eos_token_id, 77))
     (scorer,) = scorers = opened(recipe(str(reward_run.path)))
     attach(scorers, tiny_base, Role.REWARD, MICRO)
     other = [

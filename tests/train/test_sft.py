@@ -20,7 +20,7 @@ import qalign.train.sft_trainer
 from qalign.config.load import load as load_recipe
 from qalign.config.recipe import Lora, Model
 from qalign.config.stages import Source
-from qalign.data.dialogues import Dialogue, PlainText, dialogues
+from qalign.data.formats import Dialogue, PlainText, dialogues
 from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogues
 from qalign.errors import Stopped, UserError
 from qalign.model import lineage

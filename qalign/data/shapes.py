@@ -1,0 +1,207 @@
+"""Detects which keys of a raw row hold what: the turns before the answers, the ranked answers, what is imitated.
+
+Preferences, dialogues and prompts (`qalign.data.formats`) are all made from this one detection. Known shapes: TRL's (plain
+or conversational, prompt explicit or shared by the answers), HH-RLHF transcripts, UltraFeedback binarized, OpenAI messages
+and preferences, sharegpt, alpaca, KTO (rows with a label), MT-bench questions, plain text.
+"""
+
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from qalign.data.readers import BadRow
+
+Message = dict[str, str]
+"""One turn of a dialogue, `{"role", "content"}`; the role is system, user or assistant."""
+
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+# (key of the turns before, key of the answer or of the whole dialogue), in order of precedence.
+_IMITATED = (
+    (None, "messages"),
+    (None, "conversations"),
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("instruction", "output"),
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A raw row and the keys of its parts. The parts are parsed only by the form of row that needs them."""
+
+    row: dict[str, Any]
+    """The row without its nulls, with which Parquet and `datasets` fill the columns that only other rows have."""
+    chosen: Any
+    """The preferred answer as it came; None if the row has none."""
+    rejected: Any
+    opening: str | None
+    """The key of the dialogue before the answers, if there is one. (Chosen and rejected may share a prompt instead.)"""
+    imitated: tuple[str | None, str] | None
+    """In a row without ranked answers: the keys of the turns before (or None) and of the answer or whole dialogue."""
+
+    @property
+    def is_ranked(self) -> bool:
+        return self.chosen is not None or self.rejected is not None
+
+    @property
+    def keys(self) -> str:
+        """The row's keys for an error message: on one line, whatever characters they hold."""
+        return ", ".join(str(key) if str(key).isprintable() else repr(key) for key in self.row) or "no keys"
+
+
+def detect(raw: Any) -> Shape:
+    """The shape of one raw row.
+
+    Raises:
+        BadRow: the row is not an object with keys.
+    """
+    if not isinstance(raw, dict):
+        raise BadRow(f"not an object with keys but {type(raw).__name__}")
+    row = {key: value for key, value in cast("dict[str, Any]", raw).items() if value is not None}
+    chosen, rejected = _ranked(row)
+    is_ranked = chosen is not None or rejected is not None
+    imitated = None if is_ranked else next(_imitated(row), None)
+    return Shape(row, chosen, rejected, _opening_key(row, is_ranked), imitated)
+
+
+def _ranked(row: Mapping[str, Any]) -> tuple[Any, Any]:
+    """(chosen, rejected) as they came; None for an answer that the row doesn't have."""
+    if "preferred_output" in row:  # OpenAI's preference format
+        return row["preferred_output"], row.get("non_preferred_output")
+    both = row.get("output") if "instruction" in row and "prompt" not in row else None  # alpaca ranking
+    chosen, rejected = cast("list[Any]", both) if isinstance(both, list) and len(both) == 2 else (None, None)
+    return row.get("chosen", chosen), row.get("rejected", rejected)
+
+
+def _imitated(row: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+    yield from ((before, answer) for before, answer in _IMITATED if answer in row and (before is None or before in row))
+    if is_transcript(row.get("text")):  # last: alpaca's first edition has the whole row in 'text' too, in a template
+        yield None, "text"
+
+
+def _opening_key(row: Mapping[str, Any], is_ranked: bool) -> str | None:
+    if "preferred_output" in row:
+        return "input"
+    # Some alpaca editions have a 'prompt' too: the row in a template, its output included.
+    if "instruction" in row and ("prompt" not in row or ("output" in row and not is_ranked)):
+        return "instruction"
+    # 'prompt' first: UltraFeedback binarized also has 'messages', which hold the chosen answer too.
+    keys = ["prompt", "conversations", "messages"]
+    if not is_ranked:
+        keys += ["turns", "text"] if is_transcript(row.get("text")) else ["turns"]
+    return next((key for key in keys if key in row), None)
+
+
+def opening_turns(row: Mapping[str, Any], key: str | None) -> list[Message]:
+    """The dialogue that `key` holds, with the `system` column before it; the system turn alone (or none) without a key.
+
+    Raises:
+        BadRow: the key holds something else.
+    """
+    if key == "input":
+        opening = row.get("input")
+        return as_turns(cast("dict[str, Any]", opening).get("messages") if isinstance(opening, dict) else opening, key)
+    text = row.get("system")
+    system: list[Message] = [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+    if key is None:
+        return system
+    if key == "instruction":
+        return [*system, *_instruction(row)]
+    if key == "turns":  # MT-bench: the second question is about the answer to the first
+        questions = row[key]
+        if not isinstance(questions, list) or not questions or not isinstance(questions[0], str):
+            raise BadRow("turns: expected a list of the user's texts")
+        return [*system, {"role": "user", "content": questions[0]}]
+    turns = as_turns(row[key], key)
+    if key != "text" and turns and turns[-1] == {"role": "assistant", "content": ""}:  # HH's prompts end "Assistant:"
+        turns.pop()
+    return system + turns
+
+
+def _instruction(row: Mapping[str, Any]) -> Iterator[Message]:
+    """Alpaca's `history`, a list of [question, answer], then its `instruction` with its `input`."""
+    parts = [row.get(key, "") for key in ("instruction", "input")]
+    if not all(isinstance(part, str) for part in parts):
+        raise BadRow("instruction and input: expected texts")
+    pairs: Any = row.get("history", [])
+    for pair in pairs if isinstance(pairs, list) else [pairs]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise BadRow("history: expected a list of [question, answer] texts")
+        yield {"role": "user", "content": pair[0]}
+        yield {"role": "assistant", "content": pair[1]}
+    yield {"role": "user", "content": "\n".join(part for part in parts if part.strip())}
+
+
+def split_prompt(
+    opening: list[Message], chosen: Any, rejected: Any
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """(prompt, chosen, rejected) as turns. Answers lose the prompt that they repeat; without an `opening`, the prompt is
+    what both answers begin with (a text compared with itself: all but its last turn).
+
+    Raises:
+        BadRow: there is no prompt, or an answer is neither a text nor turns.
+    """
+    if not opening and isinstance(chosen, str) and isinstance(rejected, str):
+        if "\n\nHuman:" not in chosen:
+            raise BadRow("no prompt: expected a 'prompt', 'conversations' or 'messages' key, or HH transcripts")
+        chosen, rejected = _transcript(chosen), _transcript(rejected)
+    chosen, rejected = as_turns(chosen, "chosen", "assistant"), as_turns(rejected, "rejected", "assistant")
+    asked = [turn for turn in opening if turn["role"] != "system"]
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    if not asked and not shared:
+        raise BadRow("the prompt is empty, and chosen and rejected do not share one")
+    repeated = chosen[:shared]
+    spoken = [turn for turn in repeated if turn["role"] != "system"]
+    if asked and not (repeated and spoken[: len(asked)] == asked):
+        return opening, chosen, rejected
+    system = [turn for turn in opening if turn["role"] == "system"]
+    prompt = repeated if repeated and repeated[0]["role"] == "system" else [*system, *repeated]
+    return prompt, chosen[shared:], rejected[shared:]
+
+
+def as_turns(value: Any, name: str, role: str = "user") -> list[Message]:
+    """A text, one turn or a list of turns, as `{"role", "content"}` each.
+
+    Args:
+        value: a text may be an HH transcript.
+        name: the key that holds it, for error messages.
+        role: the role of a plain text.
+
+    Raises:
+        BadRow: the value is none of these, or a turn has an unknown role or no text.
+    """
+    if isinstance(value, str):
+        return _transcript(value) if is_transcript(value) else [{"role": role, "content": value}]
+    turns: list[Message] = []
+    for turn in [value] if isinstance(value, dict) else value if isinstance(value, list) else [None]:
+        if not isinstance(turn, dict):
+            raise BadRow(f"{name}: expected a text or turns, found {type(value).__name__}")
+        turn = {key: item for key, item in turn.items() if item is not None}
+        speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if not isinstance(speaker, str) or speaker not in _ROLES:
+            raise BadRow(f"{name}: unknown role {reprlib.repr(speaker)}; known: {', '.join(_ROLES)}")
+        if not isinstance(content, str):
+            raise BadRow(f"{name}: a turn's content is {type(content).__name__}, expected text")
+        turns.append({"role": _ROLES[speaker], "content": content})
+    return turns
+
+
+def is_transcript(text: Any) -> bool:
+    return isinstance(text, str) and text.startswith("\n\nHuman:")
+
+
+def _transcript(text: str) -> list[Message]:
+    """The turns of an HH-RLHF transcript: `\\n\\nHuman: … \\n\\nAssistant: …`."""
+    before, *spoken = text.split("\n\nHuman:")
+    if before.strip():
+        raise BadRow("the transcript begins with text that nobody speaks")
+    turns: list[Message] = []
+    for human in spoken:
+        said, *replies = human.split("\n\nAssistant:")
+        turns.append({"role": "user", "content": said.strip()})
+        turns += ({"role": "assistant", "content": reply.strip()} for reply in replies)
+    return turns
