@@ -1,158 +1,272 @@
-"""Sampling completions from a role: one interface, `Engine.generate`, with two engines.
+"""Sampling completions from a role: one decoding loop, whose tokens are streamed or collected, and vLLM beside it.
 
-A token is the inverse of the distribution's cumulative sum at a number drawn beforehand for this very answer and place.
-So what is sampled depends on the seed and the model alone, not on which answers share a batch or when the others end,
-and a run that is resumed samples the same.
+Inverse-CDF sampling: every (answer, position) has its own uniform number, drawn before decoding. So the tokens depend
+on the seed and the model, but not on which answers share a batch or when others end. A resumed run repeats them.
 """
 
 import importlib.util
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
+from random import shuffle
 from typing import Protocol
 
+import peft
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from qalign.data.formats import Message
 from qalign.data.tokenize import encode_prompt, end_of_turn_id
 from qalign.errors import UserError
 from qalign.model.base import Base
-from qalign.model.logps import head_logits
 from qalign.model.memory import kv_cache_bytes, usable_memory
 
-COMPACT_AT = 0.25  # finished rows leave the batch once they are so large a share of it: leaving copies the KV cache
-CACHE_SHARE = 0.5  # of the memory that is free, for the KV cache
+COMPACT_AT = 0.25  # ended rows leave the batch once they are this share of it, because leaving copies the KV cache
+CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
+GREEDY_BELOW = 1e-3  # nucleus sampling below this temperature is greedy: dividing the logits by less could overflow
+TURN_TOKENS = 8  # steps of one batch before the next batch's turn: a change of role costs a third of a token on SmolLM2
+VLLM_SHARE = 0.4  # share of the GPU's memory for vLLM's copy of the base and its KV cache
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn: from the whole distribution, no top-k, no top-p, so that log-probs at this temperature are
-    those of what was sampled.
+    """How answers are sampled. There is no top-k.
 
     Attributes:
-        max_new_tokens: where an answer is cut at the latest.
-        temperature: 0 takes the likeliest token each time.
-        ends: ids that end an answer; they belong to it.
+        max_new_tokens: the longest an answer may get; it is cut there.
+        temperature: the logits are divided by it; 0 decodes greedily.
+        stop_ids: ids that end an answer; the answer includes the one that ended it.
+        top_p: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens that together have
+            this probability are sampled. 1 is the whole distribution: log-probs at this temperature are then those of
+            the distribution that was sampled.
     """
 
     max_new_tokens: int
     temperature: float
-    ends: tuple[int, ...]
+    stop_ids: tuple[int, ...]
+    top_p: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """Answers wanted from a role to one prompt.
+
+    Attributes:
+        role: a `Role`, or the name of an adapter on the base.
+        prompt_ids: token ids, generation prompt included.
+        draws: float64 `(num_samples, max_new_tokens)` in [0, 1): the uniform number of every token (`uniform_draws`).
+    """
+
+    role: str
+    prompt_ids: list[int]
+    draws: Tensor
+
+
+Choose = Callable[[Tensor, Tensor, Sampling], Tensor]  # (logits, draws, sampling) to tokens: `inverse_cdf`, `nucleus`
+Step = list[tuple[int, int, int]]  # (number of the request, number of its answer, new token) of every answer that grew
+
+
+def uniform_draws(seed: int, num_samples: int, max_new_tokens: int) -> Tensor:
+    """Uniform numbers in [0, 1), one for every token of every answer: float64 `(num_samples, max_new_tokens)`."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(num_samples, max_new_tokens, dtype=torch.float64, generator=generator)
+
+
+def inverse_cdf(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """The first token of each row, in the vocabulary's order, whose cumulative probability exceeds the row's uniform
+    number: int64 `(rows,)`. `top_p` is ignored.
+
+    Args:
+        logits: `(rows, vocabulary)`.
+        draws: float64 `(rows,)` in [0, 1).
+    """
+    if not sampling.temperature:
+        return logits.argmax(dim=-1)
+    cumulative = (logits.float() / sampling.temperature).softmax(dim=-1).double().cumsum(dim=-1)
+    tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    return tokens.clamp(max=logits.shape[-1] - 1)
+
+
+def nucleus(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
+    """Like `inverse_cdf`, but the tokens are sorted by probability, likeliest first, and only the `top_p` nucleus of
+    them is sampled.
+
+    Raises:
+        UserError: a row of logits has NaN, or no finite maximum.
+    """
+    if not logits.amax(dim=-1).isfinite().all():  # a token that is ruled out may have -inf
+        raise UserError(
+            f"model.compute_dtype: the model gives no numbers in {str(logits.dtype).removeprefix('torch.')} on "
+            f"{logits.device.type}: its range is too small, or an adapter is broken; another dtype may help"
+        )
+    if sampling.temperature < GREEDY_BELOW:
+        return logits.argmax(dim=-1)
+    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1).double()
+    descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    cumulative = descending.cumsum(dim=-1)
+    kept = (cumulative - descending < sampling.top_p).sum(dim=-1, keepdim=True)  # the likeliest one always is
+    mass = cumulative.gather(1, kept - 1)
+    place = torch.searchsorted(cumulative, draws[:, None] * mass, right=True)
+    return order.gather(1, torch.minimum(place, kept - 1))[:, 0]
+
+
+def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: Choose | None = None) -> Iterator[Step]:
+    """Decodes the answers to all requests token by token, and yields the new tokens after each step.
+
+    Roles whose adapters PEFT can mix in one batch are decoded together: a 4-bit base spends most of a step on unpacking
+    its weights, so two roles take little longer than one. Other roles (DoRA) take turns.
+
+    An answer is complete with one of `stop_ids`, or with `max_new_tokens` tokens. While the iterator is suspended, the
+    base stays in its role and gradients are off: exhaust it in one thread, or close it.
+
+    Args:
+        choose: samples the next tokens; `nucleus` if left out.
+    """
+    turns = deque((batch, _decode(base, batch, sampling, choose or nucleus)) for batch in _batches(base, requests))
+    while turns:
+        batch, steps = turns.popleft()
+        roles = [request.role for request in batch.values()]
+        role = next((role for role in roles if role in base.adapters), roles[0])  # PEFT mixes while adapters are on
+        with torch.no_grad(), base.acting_as(role):
+            for _ in range(TURN_TOKENS) if turns else count():
+                if (step := next(steps, None)) is None:
+                    break
+                yield step
+            else:
+                turns.append((batch, steps))
+
+
+def _batches(base: Base, requests: Sequence[Request]) -> list[dict[int, Request]]:
+    """The requests by number, in groups that one forward pass can serve. PEFT can't mix DoRA adapters in one."""
+    roles = sorted({request.role for request in requests})
+    configs = [getattr(base.model, "peft_config", {}).get(role) for role in roles]
+    if len(roles) == 1 or all(c is None or (isinstance(c, peft.LoraConfig) and not c.use_dora) for c in configs):
+        return [dict(enumerate(requests))]
+    shuffle(roles)  # in a blind comparison, the order of answering must not tell which model is which
+    return [{number: request for number, request in enumerate(requests) if request.role == role} for role in roles]
+
+
+def _decode(base: Base, batch: dict[int, Request], sampling: Sampling, choose: Choose) -> Iterator[Step]:
+    """Decodes one batch. Complete answers leave it once they are `COMPACT_AT` of its rows."""
+    rows = [(number, sample) for number, request in batch.items() for sample in range(len(request.draws))]
+    draws = torch.cat([request.draws for request in batch.values()]).to(base.lm.device)
+    context, tokens = _Context(base, list(batch.values())), None
+    running, stop_ids = set(rows), frozenset(sampling.stop_ids)
+    for length in range(sampling.max_new_tokens):
+        logits = context.logits(tokens)
+        if len(logits) < len(rows):  # a prompt is read once for all its answers
+            prompt_rows = [place for place, request in enumerate(batch.values()) for _ in request.draws]
+            logits = logits[prompt_rows]
+            context.select(prompt_rows)
+        tokens = choose(logits, draws[:, length], sampling)
+        step = [(*row, token) for row, token in zip(rows, tokens.tolist(), strict=True)]
+        yield [grown for grown in step if grown[:2] in running]
+        running -= {(number, sample) for number, sample, token in step if token in stop_ids}
+        if not running:
+            return
+        if len(running) <= (1 - COMPACT_AT) * len(rows):
+            kept = [place for place, row in enumerate(rows) if row in running]
+            rows, draws, tokens = [rows[place] for place in kept], draws[kept], tokens[kept]
+            context.select(kept)
+
+
+class _Context:
+    """What the model has read of every row of a batch. The rows are padded on the left, so that all answers begin in
+    the same column."""
+
+    def __init__(self, base: Base, requests: Sequence[Request]):
+        self._base = base
+        self._roles = [request.role for request in requests]
+        self._is_mixed = len(set(self._roles)) > 1
+        prompts = [torch.tensor(request.prompt_ids, device=base.lm.device) for request in requests]
+        self._ids = pad_sequence(prompts, True, base.tokenizer.pad_token_id, padding_side="left")
+        self._mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, padding_side="left")
+        self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
+        self._cache = DynamicCache(config=base.lm.config)
+
+    def select(self, rows: list[int]) -> None:
+        """Keeps these rows only, in this order; a row may be named several times."""
+        self._cache.batch_select_indices(torch.tensor(rows, device=self._mask.device))
+        self._mask, self._positions = self._mask[rows], self._positions[rows]
+        self._roles = [self._roles[row] for row in rows]
+
+    def logits(self, tokens: Tensor | None = None) -> Tensor:
+        """The model's own logits `(rows, vocabulary)` after one more token of each row, `(rows,)`; after the prompts if
+        it is left out."""
+        if tokens is not None:
+            self._ids, self._positions = tokens[:, None], self._positions[:, -1:] + 1
+            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
+        model, mixing = self._base.lm, {}
+        if self._is_mixed:  # the PEFT model tells every layer which adapter each row has
+            adapters = [role if role in self._base.adapters else "__base__" for role in self._roles]
+            model, mixing = self._base.model, {"adapter_names": adapters}
+        return model(
+            input_ids=self._ids,
+            attention_mask=self._mask,
+            position_ids=self._positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            **mixing,
+        ).logits[:, -1]
 
 
 class Engine(Protocol):
-    """What samples answers."""
+    """What samples answers for PPO, best-of-n and the evaluations."""
 
     def generate(
-        self, base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling, *, each: int, seed: int
+        self, base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling, *, num_samples: int, seed: int
     ) -> list[list[list[int]]]:
-        """`each` answers to every prompt, as ids up to and including the token that ends them, if one did.
+        """Samples `num_samples` answers to every prompt: token ids, with the stop id if the answer ended by itself.
 
         Args:
-            prompts: ids, generation prompt included.
-            seed: fixes all that is drawn; the same for the same prompts gives the same answers.
+            prompts: token ids, generation prompt included.
+            seed: fixes every token; the same seed and prompts give the same answers.
         """
+        ...
 
 
-class TransformersEngine:
-    """On the base in memory, with plain forwards: prompts of like length together, padded on the left and read once
-    for all their answers; a KV cache; finished rows leave the batch."""
+class TransformersEngine(Engine):
+    """Collects `stream` on the base in memory, in batches of prompts of similar length. It samples the whole
+    distribution in the vocabulary's order (`inverse_cdf`)."""
 
-    @torch.no_grad()
-    def generate(self, base, role, prompts, sampling, *, each, seed):
-        found: list[list[list[int]]] = [[] for _ in prompts]
-        draws = _draws(len(prompts) * each, sampling, seed).view(len(prompts), each, -1)
+    def generate(self, base, role, prompts, sampling, *, num_samples, seed):
+        draws = uniform_draws(seed, len(prompts) * num_samples, sampling.max_new_tokens).split(num_samples)
+        requests = [Request(role, ids, drawn) for ids, drawn in zip(prompts, draws, strict=True)]
+        answers: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        at_once = _prompts_at_once(base, max(map(len, prompts)) + sampling.max_new_tokens, each)
-        with base.acting_as(role) as lm:
-            for start in range(0, len(order), at_once):
-                numbers = order[start : start + at_once]
-                some = [prompts[number] for number in numbers]
-                answers = _generate(lm, base.tokenizer.pad_token_id, some, sampling, draws[numbers].flatten(0, 1), each)
-                for place, number in enumerate(numbers):
-                    found[number] = answers[place * each : (place + 1) * each]
-        return found
+        size = _prompts_in_batch(base, max(map(len, prompts)) + sampling.max_new_tokens, num_samples)
+        choose = inverse_cdf if sampling.top_p >= 1 else nucleus
+        with torch.no_grad(), base.acting_as(role):
+            for start in range(0, len(order), size):
+                numbers = order[start : start + size]
+                for step in stream(base, [requests[number] for number in numbers], sampling, choose):
+                    for place, sample, token in step:
+                        answers[numbers[place]][sample].append(token)
+        return answers
 
 
-def _draws(answers: int, sampling: Sampling, seed: int) -> Tensor:
-    """The numbers in [0, 1) that decide each token: float64 `(answers, tokens)`."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(answers, sampling.max_new_tokens, dtype=torch.float64, generator=generator)
+def _prompts_in_batch(base: Base, max_tokens: int, num_samples: int) -> int:
+    """How many prompts of `max_tokens` tokens, answer included, fit into the memory for the KV cache."""
+    device = base.lm.device.type
+    prompt_bytes = kv_cache_bytes(base.lm.config, max_tokens, base.dtype.itemsize) * num_samples
+    allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
+    return max(1, int(CACHE_SHARE * (usable_memory(device) - allocated)) // prompt_bytes)
 
 
-def _prompts_at_once(base: Base, tokens: int, each: int) -> int:
-    """How many prompts' KV caches may be held."""
-    device, row = base.lm.device.type, kv_cache_bytes(base.lm.config, tokens, base.dtype.itemsize) * each
-    held = torch.cuda.memory_allocated() if device == "cuda" else 0
-    return max(1, int(CACHE_SHARE * (usable_memory(device) - held)) // row)
-
-
-def _generate(lm, pad_id: int, prompts: list[list[int]], sampling: Sampling, draws: Tensor, each: int):
-    """Answers to one batch of prompts, `each` in a row: ids. `draws` is `(answers, tokens)`."""
-    longest, device = max(map(len, prompts)), lm.device
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):  # on the left, so that all answers begin in the same column
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    ids, mask, draws = ids.to(device), mask.to(device), draws.to(device)
-    cache, ends = DynamicCache(config=lm.config), torch.tensor(sampling.ends, device=device)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    states = _last_states(lm, ids, mask, positions, cache)
-    if each > 1:
-        cache.batch_repeat_interleave(each)
-        states, mask, positions = (t.repeat_interleave(each, dim=0) for t in (states, mask, positions))
-    position = positions[:, -1:]
-    answers: list[list[int]] = [[] for _ in range(len(draws))]
-    rows = torch.arange(len(draws), device=device)  # which answer each row of the batch is
-    running = torch.ones_like(rows, dtype=torch.bool)
-    for token in range(sampling.max_new_tokens):
-        drawn = _sampled(head_logits(lm, states), draws[rows, token], sampling.temperature)
-        for row, word in zip(rows[running].tolist(), drawn[running].tolist(), strict=True):
-            answers[row].append(word)
-        running = running & ~torch.isin(drawn, ends)
-        left = int(running.sum())
-        if not left or token + 1 == sampling.max_new_tokens:
-            return answers
-        if left <= (1 - COMPACT_AT) * len(rows):
-            cache.batch_select_indices(running.nonzero()[:, 0])
-            drawn, mask, position, rows = (tensor[running] for tensor in (drawn, mask, position, rows))
-            running = running[running]
-        mask, position = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1), position + 1
-        states = _last_states(lm, drawn[:, None], mask, position, cache)
-    return answers
-
-
-def _last_states(lm, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
-    """Hidden states `(rows, hidden)` at the last place."""
-    return lm.base_model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
-    ).last_hidden_state[:, -1]
-
-
-def _sampled(logits: Tensor, draws: Tensor, temperature: float) -> Tensor:
-    """The token of each row at which the cumulative probability first exceeds its number: `(rows,)`."""
-    if not temperature:
-        return logits.argmax(dim=-1)
-    cumulative = (logits.float() / temperature).softmax(dim=-1).double().cumsum(dim=-1)
-    drawn = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True)[:, 0]
-    return drawn.clamp(max=logits.shape[-1] - 1)
-
-
-VLLM_SHARE = 0.4  # of the card, for vLLM's copy of the base and its KV cache
-
-
-class VllmEngine:
-    """vLLM on the same GPU: faster rollouts, for a second copy of the base in 4 bits in vLLM's own memory. The role's
-    adapter is written out and loaded into it at every call.
+class VllmEngine(Engine):
+    """vLLM on the same GPU: faster sampling, but vLLM holds a second copy of the base in 4 bits. Each call saves the
+    role's adapter to a temporary folder, from which vLLM loads it.
 
     Args:
-        base: whose weights vLLM loads for itself, from the folder or hub id that they come from.
-        max_tokens: of prompt and answer.
-        memory_share: of the GPU, for vLLM's copy and its KV cache.
+        base: vLLM loads the same weights, from the folder or hub id that they come from.
+        max_tokens: the most tokens of a prompt and its answer together.
+        memory_share: share of the GPU's memory for vLLM's copy and its KV cache.
     """
 
     def __init__(self, base: Base, max_tokens: int, memory_share: float = VLLM_SHARE):
@@ -166,48 +280,50 @@ class VllmEngine:
             dtype=str(base.dtype).removeprefix("torch."),
             quantization="bitsandbytes",
             enable_lora=True,
-            max_lora_rank=max(8, 1 << (max(ranks, default=1) - 1).bit_length()),  # it takes powers of 2
+            max_lora_rank=max(8, 1 << (max(ranks, default=1) - 1).bit_length()),  # vLLM takes powers of 2
             max_model_len=max_tokens,
             gpu_memory_utilization=memory_share,
-            enforce_eager=True,  # graphs would take memory that the updates need
-            generation_config="vllm",  # not the model's own, which may end answers at ids of its own
+            enforce_eager=True,  # CUDA graphs would take memory that the updates need
+            generation_config="vllm",  # not the model's own, which may end answers at other ids
         )
 
-    def generate(self, base, role, prompts, sampling, *, each, seed):
+    def generate(self, base, role, prompts, sampling, *, num_samples, seed):
         import vllm
         from vllm.lora.request import LoRARequest
 
         self._calls += 1
-        # A request an answer: vLLM numbers the seeds of one request's answers on, into those of the next.
-        seeds = torch.randint(2**62, (len(prompts) * each,), generator=torch.Generator().manual_seed(seed)).tolist()
+        # One request for each answer: vLLM would give the answers of one request consecutive seeds, and they would
+        # meet those of the next request.
+        generator = torch.Generator().manual_seed(seed)
+        seeds = torch.randint(2**62, (len(prompts) * num_samples,), generator=generator).tolist()
         params = [
             vllm.SamplingParams(
                 max_tokens=sampling.max_new_tokens,
                 temperature=sampling.temperature,
-                top_p=1.0,
+                top_p=sampling.top_p,
                 top_k=-1,
-                stop_token_ids=list(sampling.ends),
-                seed=own,
+                stop_token_ids=list(sampling.stop_ids),
+                seed=answer_seed,
                 detokenize=False,
             )
-            for own in seeds
+            for answer_seed in seeds
         ]
         with tempfile.TemporaryDirectory() as folder:
             adapter = None
             if role in base.adapters:
                 base.save_adapter(role, Path(folder) / role)
                 adapter = LoRARequest(f"{role}-{self._calls}", self._calls, str(Path(folder) / role))
-            asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(each)]
+            asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(num_samples)]
             outputs = self._llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
         answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return [answers[start : start + each] for start in range(0, len(answers), each)]
+        return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
 
 
 def engine(name: str, base: Base, max_tokens: int) -> Engine:
-    """The engine of a recipe: `transformers`, or `vllm`.
+    """The engine that a recipe names: `transformers` or `vllm`.
 
     Raises:
-        UserError: vLLM is asked for and can't be had, or would hold another model.
+        UserError: vLLM or its GPU is missing, or vLLM would hold other weights than the base.
     """
     if name == "transformers":
         return TransformersEngine()
@@ -215,43 +331,45 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
         raise UserError("ppo.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
     if base.spec.quantization != "nf4":
         raise UserError(
-            f"ppo.engine: 'vllm' holds its copy in nf4, model.quantization is '{base.spec.quantization}': its answers "
-            "would be another model's; use 'transformers'"
+            f"ppo.engine: 'vllm' quantises its copy to nf4, but model.quantization is '{base.spec.quantization}': "
+            "its answers would come from another model; use 'transformers'"
         )
     return VllmEngine(base, max_tokens)
 
 
-def end_ids(tokenizer, template_kwargs: dict) -> tuple[int, ...]:
-    """The ids that end an answer: the template's end of turn, and EOS."""
+def stop_ids_of(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict) -> tuple[int, ...]:
+    """The ids that end an answer: the chat template's end of turn, then EOS if it is another."""
     return tuple(dict.fromkeys([end_of_turn_id(tokenizer, template_kwargs), tokenizer.eos_token_id]))
 
 
-def with_end_of_turn(answer: list[int], ends: tuple[int, ...]) -> list[int]:
-    """An answer with the end of turn that a reward model reads its score at, whatever it ended with, if with anything.
+def with_end_of_turn(answer: list[int], stop_ids: tuple[int, ...]) -> list[int]:
+    """An answer that ends with the chat template's end of turn, where a reward model reads its score. It replaces
+    another stop id, and is appended to an answer that was cut.
 
     Args:
-        ends: as `end_ids` has them.
+        answer: token ids.
+        stop_ids: from `stop_ids_of`.
     """
-    return [*(answer[:-1] if answer[-1] in ends else answer), ends[0]]
+    return [*(answer[:-1] if answer[-1] in stop_ids else answer), stop_ids[0]]
 
 
-def text_of(tokenizer, answer: list[int]) -> str:
-    """An answer without special tokens."""
-    return tokenizer.decode(answer, skip_special_tokens=True).strip()
+def text_of(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
+    """An answer as text, without special tokens."""
+    return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
 def complete(
     base: Base, role: str, prompts: list[list[Message]], *, max_new_tokens: int, template_kwargs: dict
 ) -> list[str]:
-    """The likeliest answer (greedy decoding) of a role to each prompt, as text without special tokens.
+    """The greedy answer of a role to each prompt, as text without special tokens.
 
     Args:
-        base: with a policy, if the role is one.
+        base: holds the role's adapter.
         prompts: dialogues that end with a user's turn.
-        max_new_tokens: where an answer is cut at the latest.
+        max_new_tokens: the longest an answer may get.
         template_kwargs: the recipe's `model.chat_template_kwargs`.
     """
     ids = [encode_prompt(base.tokenizer, prompt, template_kwargs) for prompt in prompts]
-    sampling = Sampling(max_new_tokens, 0.0, end_ids(base.tokenizer, template_kwargs))
-    found = TransformersEngine().generate(base, role, ids, sampling, each=1, seed=0)
-    return [text_of(base.tokenizer, answer) for (answer,) in found]
+    sampling = Sampling(max_new_tokens, 0.0, stop_ids_of(base.tokenizer, template_kwargs))
+    answers = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0)
+    return [text_of(base.tokenizer, answer) for (answer,) in answers]

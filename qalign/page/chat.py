@@ -21,9 +21,8 @@ from qalign.data.tokenize import TokenAnswers, encode_question
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Base, Role, load
-from qalign.model.generation import end_ids, text_of, with_end_of_turn
+from qalign.model.generation import Request, Sampling, stop_ids_of, stream, text_of, uniform_draws, with_end_of_turn
 from qalign.model.logps import completion_logps
-from qalign.model.streaming import Drawing, Line, stream
 from qalign.page.colours import TokenSpan, shaded
 from qalign.page.models import BASE, ModelEntry, held_within
 from qalign.page.worker import Worker
@@ -84,7 +83,7 @@ class Chat:
         self.base, self.model = base, model
         self.contenders = {contender.name: contender for contender in contenders}
         self.max_new_tokens = max(1, model.max_length * 3 // 4)
-        self._ends = end_ids(base.tokenizer, model.chat_template_kwargs)
+        self._stop_ids = stop_ids_of(base.tokenizer, model.chat_template_kwargs)
         self._worker = Worker()
         self._loaded: dict[str, str] = {BASE: Role.BASE}  # contender's name to what the base calls it
         self.weights: dict[str, str | None] = {BASE: None}
@@ -194,24 +193,27 @@ class Chat:
 
     def _grow(self, replies: list[Reply], controls: Controls) -> Iterator[list[Reply]]:
         """The replies after each step, a new list each time."""
-        lines = [Line(self._role(reply.model), reply.prompt_ids, reply.seed) for reply in replies]
-        drawing = Drawing(controls.max_new_tokens, controls.temperature, controls.top_p, self._ends)
+        sampling = Sampling(controls.max_new_tokens, controls.temperature, self._stop_ids, controls.top_p)
+        requests = [
+            Request(self._role(r.model), r.prompt_ids, uniform_draws(r.seed, 1, sampling.max_new_tokens))
+            for r in replies
+        ]
         began = time.monotonic()
-        for step in stream(self.base, lines, drawing):
+        for step in stream(self.base, requests, sampling):
             now = time.monotonic() - began
-            for number, token in step:
-                replies[number] = self._longer(replies[number], token, now, drawing)
+            for number, _, token in step:
+                replies[number] = self._longer(replies[number], token, now, sampling)
             if all(reply.state != "growing" for reply in replies):
                 replies = self._rewarded(replies)
             yield list(replies)
 
-    def _longer(self, reply: Reply, token: int, seconds: float, drawing: Drawing) -> Reply:
+    def _longer(self, reply: Reply, token: int, seconds: float, sampling: Sampling) -> Reply:
         ids, first = (*reply.ids, token), reply.first_token_seconds or seconds
         text = text_of(self.base.tokenizer, list(ids))
         state = "growing"
-        if token in drawing.ends:
+        if token in sampling.stop_ids:
             state = "ended"
-        elif len(ids) == drawing.max_new_tokens:
+        elif len(ids) == sampling.max_new_tokens:
             state = "cut"
         else:
             text = text.rstrip("\ufffd")  # a character whose other half is to come
@@ -243,7 +245,9 @@ class Chat:
 
     def _scores(self, role: str, replies: list[Reply]) -> list[float]:
         """What a reward model gives to each answer, with its end of turn, which a cut answer lacks."""
-        rows = [TokenAnswers(reply.prompt_ids, (with_end_of_turn(list(reply.ids), self._ends),)) for reply in replies]
+        rows = [
+            TokenAnswers(reply.prompt_ids, (with_end_of_turn(list(reply.ids), self._stop_ids),)) for reply in replies
+        ]
         return self.base.answer_scores(role, rows, MicroBatchLimit(pairs=len(rows)))[:, 0].tolist()
 
     def _role(self, name: str) -> str:

@@ -11,9 +11,9 @@ import torch
 from qalign.config.recipe import Lora
 from qalign.data.tokenize import encode_prompt
 from qalign.errors import UserError
-from qalign.model import generation as rollout
+from qalign.model import generation
 from qalign.model.base import Role
-from qalign.model.generation import Sampling, TransformersEngine, complete, end_ids, engine
+from qalign.model.generation import Sampling, TransformersEngine, complete, stop_ids_of, engine
 from tests.helpers import scramble
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Why?", "What is a good first line for a book report?")]
@@ -58,7 +58,7 @@ def sampled(base, prompt: list[int], draws: torch.Tensor, sampling: Sampling) ->
                 drawn = token
                 break
         ids.append(drawn)
-        if drawn in sampling.ends:
+        if drawn in sampling.stop_ids:
             break
     return ids[len(prompt) :]
 
@@ -73,7 +73,7 @@ def test_batched_completions_are_greedy_decoding_of_the_role(base):
 
 def test_what_is_sampled_is_the_distribution_at_the_numbers_drawn(base, ids):
     sampling = Sampling(6, 0.7, (base.tokenizer.eos_token_id,))
-    found = TransformersEngine().generate(base, Role.POLICY, ids, sampling, each=2, seed=5)
+    found = TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=2, seed=5)
     generator = torch.Generator().manual_seed(5)
     draws = torch.rand(8, 6, dtype=torch.float64, generator=generator)
     expected = [sampled(base, ids[row // 2], draws[row], sampling) for row in range(8)]
@@ -85,26 +85,26 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().repeat(40_000, 1)
     draws = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for temperature, shares in ((1.0, [0.5, 0.25, 0.125, 0.125]), (0.5, [16 / 22, 4 / 22, 1 / 22, 1 / 22])):
-        found = rollout._sampled(logits, draws, temperature).bincount(minlength=4) / 40_000
+        found = generation.inverse_cdf(logits, draws, Sampling(1, temperature, ())).bincount(minlength=4) / 40_000
         assert found.tolist() == pytest.approx(shares, abs=0.01)  # 4 standard errors
 
 
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
 def test_the_outermost_numbers_give_tokens_that_are_possible(draw):
     logits = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf")]])
-    found = rollout._sampled(logits, torch.tensor([draw], dtype=torch.float64), 1.0).item()
+    found = generation.inverse_cdf(logits, torch.tensor([draw], dtype=torch.float64), Sampling(1, 1.0, ())).item()
     assert found == (1 if draw == 0 else 2)
 
 
 def test_samples_do_not_depend_on_which_share_a_batch(base, ids, monkeypatch):
     sampling = Sampling(12, 1.0, tuple(range(0, 128_256, 5)))  # a fifth of all tokens ends an answer
-    together = TransformersEngine().generate(base, Role.POLICY, ids, sampling, each=3, seed=9)
-    monkeypatch.setattr(rollout, "_prompts_at_once", lambda *_: 1)
-    assert TransformersEngine().generate(base, Role.POLICY, ids, sampling, each=3, seed=9) == together
+    together = TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9)
+    monkeypatch.setattr(generation, "_prompts_in_batch", lambda *_: 1)
+    assert TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9) == together
     lengths = {len(answer) for answers in together for answer in answers}
     assert len(lengths) > 2, "some rows left long before others"
-    monkeypatch.setattr(rollout, "COMPACT_AT", 2.0)  # nobody leaves
-    assert TransformersEngine().generate(base, Role.POLICY, ids, sampling, each=3, seed=9) == together
+    monkeypatch.setattr(generation, "COMPACT_AT", 2.0)  # nobody leaves
+    assert TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9) == together
 
 
 def test_finished_rows_leave_the_batch(base, ids):
@@ -113,7 +113,7 @@ def test_finished_rows_leave_the_batch(base, ids):
         lambda _, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
     sampling = Sampling(12, 1.0, tuple(range(0, 128_256, 5)))
-    found = TransformersEngine().generate(base, Role.POLICY, ids, sampling, each=3, seed=9)
+    found = TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9)
     hook.remove()
     assert rows[0] == (4, max(map(len, ids))), "each prompt is read once"
     sizes = [count for count, _ in rows[1:]]
@@ -125,7 +125,9 @@ def test_finished_rows_leave_the_batch(base, ids):
 
 def test_answers_stop_at_the_token_that_ends_them_and_at_the_limit(base, ids):
     ends = tuple(range(0, 128_256, 5))
-    for answers in TransformersEngine().generate(base, Role.POLICY, ids, Sampling(12, 1.0, ends), each=3, seed=1):
+    for answers in TransformersEngine().generate(
+        base, Role.POLICY, ids, Sampling(12, 1.0, ends), num_samples=3, seed=1
+    ):
         for answer in answers:
             assert 1 <= len(answer) <= 12
             assert not any(token in ends for token in answer[:-1])
@@ -134,20 +136,20 @@ def test_answers_stop_at_the_token_that_ends_them_and_at_the_limit(base, ids):
 
 @pytest.mark.parametrize("answer", [[5, 6, 3], [5, 6, 4], [5, 6]])
 def test_a_reward_model_reads_every_answer_at_its_end_of_turn(answer):
-    assert rollout.with_end_of_turn(answer, (3, 4)) == [5, 6, 3]
+    assert generation.with_end_of_turn(answer, (3, 4)) == [5, 6, 3]
 
 
 def test_sampling_leaves_the_model_as_it_was(base, ids):
     base.model.train()
     before = [(module, module.training) for module in base.model.modules()]
     flags = [p.requires_grad for p in base.model.parameters()]
-    TransformersEngine().generate(base, Role.POLICY, ids, Sampling(2, 1.0, (0,)), each=1, seed=0)
+    TransformersEngine().generate(base, Role.POLICY, ids, Sampling(2, 1.0, (0,)), num_samples=1, seed=0)
     assert all(module.training is was for module, was in before)
     assert [p.requires_grad for p in base.model.parameters()] == flags
 
 
 def test_an_answer_ends_at_the_end_of_turn_and_at_eos(base):
-    words = base.tokenizer.convert_ids_to_tokens(list(end_ids(base.tokenizer, {})))
+    words = base.tokenizer.convert_ids_to_tokens(list(stop_ids_of(base.tokenizer, {})))
     assert words == ["<|eot_id|>"], "here they are one"
 
 
@@ -179,8 +181,8 @@ def vllm(monkeypatch):
 
 
 def test_vllm_is_told_the_same(base, ids, vllm):
-    used = rollout.VllmEngine(base, max_tokens=64)
-    found = used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), each=2, seed=10)
+    used = generation.VllmEngine(base, max_tokens=64)
+    found = used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), num_samples=2, seed=10)
     assert found == [[[7, 0], [7, 1]], [[7, 2], [7, 3]], [[7, 4], [7, 5]], [[7, 6], [7, 7]]]
     assert vllm["options"]["max_lora_rank"] == 8
     assert vllm["options"]["generation_config"] == "vllm"
@@ -193,10 +195,10 @@ def test_vllm_is_told_the_same(base, ids, vllm):
     assert len(seeds) == 8
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(vllm["files"])
     first = vllm["adapter"]
-    used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), each=2, seed=10)
+    used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), num_samples=2, seed=10)
     assert vllm["adapter"][:2] != first[:2], "a new adapter needs a new name and number, or vLLM keeps the old one"
     assert seeds == {params["seed"] for params in vllm["params"]}
-    used.generate(base, Role.BASE, ids, Sampling(6, 0.7, (3, 5)), each=2, seed=11)
+    used.generate(base, Role.BASE, ids, Sampling(6, 0.7, (3, 5)), num_samples=2, seed=11)
     assert vllm["adapter"] is None
     assert not seeds & {params["seed"] for params in vllm["params"]}, "the next iteration's are others"
 
@@ -204,7 +206,7 @@ def test_vllm_is_told_the_same(base, ids, vllm):
 @pytest.mark.parametrize(("rank", "room"), [(8, 8), (24, 32), (64, 64)])
 def test_vllm_makes_room_for_the_adapters_own_rank(tiny_base, vllm, rank, room):
     tiny_base.add_adapter(Role.POLICY, Lora(r=rank))
-    rollout.VllmEngine(tiny_base, max_tokens=64)
+    generation.VllmEngine(tiny_base, max_tokens=64)
     assert vllm["options"]["max_lora_rank"] == room
 
 

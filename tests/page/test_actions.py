@@ -66,7 +66,7 @@ def test_a_failure_inside_is_told_without_its_inside(page, monkeypatch, capsys):
         raise ZeroDivisionError("secret")
 
     duel = Session(("base", "a/dpo"))
-    monkeypatch.setattr("qalign.model.streaming.nucleus", broken)
+    monkeypatch.setattr("qalign.model.generation.nucleus", broken)
     last = send(page, duel)[-1]
     assert "ZeroDivisionError" in last.status
     assert "secret" not in last.status

@@ -151,9 +151,9 @@ def test_two_hundred_at_once_queue_or_are_refused_and_the_page_serves_on(client,
 
 SLOW = """
 import time
-import qalign.model.streaming
-drawn = qalign.model.streaming.nucleus
-qalign.model.streaming.nucleus = lambda *words: (time.sleep(0.3), drawn(*words))[1]
+import qalign.model.generation
+drawn = qalign.model.generation.nucleus
+qalign.model.generation.nucleus = lambda *words: (time.sleep(0.3), drawn(*words))[1]
 """
 
 

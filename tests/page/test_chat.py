@@ -241,7 +241,7 @@ def test_failures_are_told_in_a_line(chat, capsys, monkeypatch):
     def broken(*args):
         raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr("qalign.model.streaming.nucleus", broken)
+    monkeypatch.setattr("qalign.model.generation.nucleus", broken)
     with pytest.raises(torch.OutOfMemoryError):
         last(chat, [("base", QUESTION)])
     monkeypatch.undo()
