@@ -1,215 +1,210 @@
-"""One picture of a PPO run: what the policy gained, how far it went for it, and what became of its answers."""
+"""The picture of a PPO run: what the policy gained, its distance from the reference, and how its answers changed."""
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from math import sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from qalign.reports.alarms import EvalPoint, best_look
+from qalign.reports.alarms import EvalPoint, best_point
+from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, label, picture
 
-# Okabe and Ito: told apart by colour-blind eyes too.
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#8C8C8C"
-SOLID, DASHED = ("-", 6), ("--", 3.5)  # line and marker size: a curve above another one lets it through
-FAINTEST = 0.25  # opacity of the first look; the last is opaque
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+SOLID: dict[str, Any] = {"linestyle": "-", "markersize": 6}
+DASHED: dict[str, Any] = {"linestyle": "--", "markersize": 3.5}  # a curve drawn over a solid one lets it show through
+FAINTEST = 0.25  # opacity of the first point; the last one is opaque
 STEPS, PROXY, JUDGE = "PPO iterations", "reward trained on (proxy)", "held-out judge"
-
-
-BEST_OF = "best_of/summary.json"  # in a recipe's output
+BEST_OF = "best_of/summary.json"  # in the recipe's output folder
 
 
 @dataclass(frozen=True)
 class BestOf:
-    """The best by proxy of n answers of the reference, mean over prompts: what search alone gains at that KL."""
+    """The best by proxy of n answers of the reference, mean over prompts: what sampling alone gains at that KL."""
 
     n: int
-    kl_nats: float  # `watch.best_of_n_kl`
+    kl_nats: float  # `alarms.best_of_n_kl`
     proxy: float
     judge: float | None
 
 
 def draw(
-    looks: Sequence[EvalPoint], file: str | Path, *, best_of: Sequence[BestOf] = (), alarm_steps: Sequence[int] = ()
+    points: Sequence[EvalPoint], file: Path, *, best_of: Sequence[BestOf] = (), alarm_steps: Sequence[int] = ()
 ) -> None:
-    """Write the report as a PNG of 1500 x 900 pixels; the first look is the one before training.
+    """Writes the report as a PNG of 1500 x 900 pixels; the first point is from before training.
 
     Raises:
-        ValueError: there are no looks.
+        ValueError: there are no points.
         OSError: the file can't be written.
     """
-    # Imported here, not above: a run that draws nothing need not wait for it. No pyplot: it keeps global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 9), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
-    fill(figure, looks, best_of, alarm_steps)
-    figure.savefig(file, format="png")
+    with picture(file, (15, 9), pad=0.12) as figure:
+        fill(figure, points, best_of, alarm_steps)
 
 
 def redraw(output: Path) -> Path | None:
-    """Draws the report of the PPO run in a recipe's output anew from its metrics, with best of n beside it if there is
-    one. Returns the picture; None without a run, or one that looked at no held-out prompts."""
+    """Draws the report of a recipe's PPO run again from its metrics, with best-of-n beside it if that has run.
+
+    Returns:
+        the picture's file; None if there is no run or it evaluated no held-out prompts.
+    """
     run = output / "ppo"
     if not (run / "metrics.jsonl").is_file():
         return None
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     lines = [line for line in lines if "eval_proxy" in line]
-    names = [field.name for field in fields(EvalPoint) if field.name != "step"]
-    looks = [EvalPoint(step=line["step"], **{name: line[f"eval_{name}"] for name in names}) for line in lines]
-    if not looks:
+    if not lines:
         return None
-    picture = run / "ppo_report.png"
-    draw(looks, picture, best_of=read_best_of(output), alarm_steps=[line["step"] for line in lines if line["alarms"]])
-    return picture
+    names = [field.name for field in fields(EvalPoint) if field.name != "step"]
+    points = [EvalPoint(step=line["step"], **{name: line[f"eval_{name}"] for name in names}) for line in lines]
+    file = run / "ppo_report.png"
+    draw(points, file, best_of=read_best_of(output), alarm_steps=[line["step"] for line in lines if line["alarms"]])
+    return file
 
 
 def read_best_of(output: Path) -> list[BestOf]:
-    """What `python -m qalign.best_of` found on the held-out prompts of a recipe; empty if it hasn't run."""
+    """The result of `python -m qalign.best_of` on the held-out prompts of a recipe; empty if it hasn't run."""
     file = output / BEST_OF
     held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"] if file.is_file() else []
     return [BestOf(**point) for point in held_out]
 
 
-def fill(figure, looks: Sequence[EvalPoint], best_of: Sequence[BestOf], alarm_steps: Sequence[int]) -> None:
-    """Put the six panels on an empty matplotlib `Figure`; the rest is as `draw` takes it."""
-    best = best_look(list(looks))
-    figure.suptitle(_headline(looks, best), fontsize=16)
+def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf], alarm_steps: Sequence[int]) -> None:
+    """Puts the six panels on an empty figure; the other arguments are those of `draw`."""
+    best = best_point(points)
+    figure.suptitle(_headline(points, best), fontsize=16)
     (gains, rewards, kl), (length, shares, updates) = figure.subplots(2, 3)
-    _draw_gains(gains, looks, best, best_of)
+    _draw_gains(gains, points, best, best_of)
     for axes in (rewards, kl, length, shares, updates):
         axes.axvline(best.step, color=GREY, linestyle="--", linewidth=1)
         for step in alarm_steps:
             axes.axvline(step, color=RED, linestyle=":", linewidth=1.5)
-    _draw_rewards(rewards, looks)
-    _draw_curve(kl, looks, "kl_nats", BLUE)
+    _draw_rewards(rewards, points)
+    _draw_curve(kl, points, "kl_nats", BLUE)
     kl.axhline(0, color=GREY, linewidth=1, zorder=0)
-    _label(kl, "Distance from the reference", STEPS, "KL (nats an answer)")
-    _draw_curve(length, looks, "length", BLUE)
+    label(kl, "Distance from the reference", STEPS, "KL (nats an answer)")
+    _draw_curve(length, points, "length", BLUE)
     length.set_ylim(bottom=0)
-    _label(length, "Length of the answers", STEPS, "mean length (tokens)")
-    _draw_shares(shares, looks)
-    _draw_updates(updates, looks)
-    _draw_common_legend(figure, gains, best, best_of, alarm_steps)
+    label(length, "Length of the answers", STEPS, "mean length (tokens)")
+    _draw_shares(shares, points)
+    _draw_updates(updates, points)
+
+    (star,) = gains.plot([], [], "*--", color=GREY, markersize=14, mec="black", mfc="white")
+    kinds = {f"best evaluation, step {best.step}": star}
+    if alarm_steps:
+        (kinds["alarm"],) = gains.plot([], [], ":", color=RED)
+    if best_of:
+        (kinds["best of n answers of the reference"],) = gains.plot([], [], "D--", color=GREY, markerfacecolor="white")
+    figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=len(kinds), fontsize=11, frameon=False)
 
 
 def above_start(values: Sequence[float], first: float, std: float) -> list[float]:
-    """By how many standard deviations of the first look's answers each value lies above that look's mean.
+    """Each value's distance above the mean of the first point, in standard deviations of that point's answers.
 
-    In the values' own units where those answers all scored alike.
+    In the values' own units if those answers all scored alike.
     """
     return [(value - first) / (std or 1.0) for value in values]
 
 
-def _headline(looks: Sequence[EvalPoint], best: EvalPoint) -> str:
-    first, last = looks[0], looks[-1]
-    said = [f"reward {_signed(first.proxy)} → {_signed(last.proxy)}"]
+def _headline(points: Sequence[EvalPoint], best: EvalPoint) -> str:
+    first, last = points[0], points[-1]
+    parts = [f"reward {_signed(first.proxy)} → {_signed(last.proxy)}"]
     if first.judge is not None and last.judge is not None:
-        said.append(f"judge {_signed(first.judge)} → {_signed(last.judge)}")
-    said += [f"KL {last.kl_nats:.1f} nats", f"best at step {best.step}"]
-    return f"PPO, {last.step} iteration{'' if last.step == 1 else 's'}: " + ", ".join(said)
+        parts.append(f"judge {_signed(first.judge)} → {_signed(last.judge)}")
+    parts += [f"KL {last.kl_nats:.1f} nats", f"best at step {best.step}"]
+    return f"PPO, {last.step} iteration{'' if last.step == 1 else 's'}: " + ", ".join(parts)
 
 
-def _draw_gains(axes, looks: Sequence[EvalPoint], best: EvalPoint, best_of: Sequence[BestOf]) -> None:
-    """The axes of Gao et al. 2023 (arXiv:2210.10760, fig. 1): both rewards against the root of the KL."""
-    first = looks[0]
-    for name, label, colour, marker, size in (("proxy", PROXY, BLUE, "o", 7), ("judge", JUDGE, ORANGE, "s", 5)):
-        start, std = getattr(first, name), getattr(first, f"{name}_std")
+def _draw_gains(axes: "Axes", points: Sequence[EvalPoint], best: EvalPoint, best_of: Sequence[BestOf]) -> None:
+    """Both rewards against the root of the KL (Gao et al. 2023, arXiv:2210.10760, fig. 1)."""
+    for name, words, colour, marker, size in (("proxy", PROXY, BLUE, "o", 7), ("judge", JUDGE, ORANGE, "s", 5)):
+        start, std = getattr(points[0], name), getattr(points[0], f"{name}_std")
         if start is None:
             continue
-        gone, gained = _points(looks, name, start, std)
-        axes.plot(gone, gained, color=colour, linewidth=1, alpha=0.5, zorder=2)
-        fading = [1 - (1 - FAINTEST) * before / max(1, len(gone) - 1) for before in reversed(range(len(gone)))]
-        axes.scatter(gone, gained, s=size**2, color=colour, marker=marker, alpha=fading, linewidths=0, zorder=3)
-        axes.plot([], [], f"{marker}-", color=colour, label=label if std else f"{label}, in its own units")
-        axes.plot(*_points([best], name, start, std), "*", color=colour, markersize=3 * size, mec="black", zorder=4)
-        gone, gained = _points(best_of, name, start, std)
-        axes.plot(gone, gained, "D--", color=colour, linewidth=1, markersize=size, markerfacecolor="white")
-        for one, x, y in zip(best_of, gone, gained, strict=True) if name == "proxy" else ():
+        roots, gains = _roots_and_gains(points, name, start, std)
+        axes.plot(roots, gains, color=colour, linewidth=1, alpha=0.5, zorder=2)
+        dots = axes.scatter(roots, gains, s=size**2, color=colour, marker=marker, linewidths=0, zorder=3)
+        dots.set_alpha([1 - (1 - FAINTEST) * age / max(1, len(roots) - 1) for age in reversed(range(len(roots)))])
+        axes.plot([], [], f"{marker}-", color=colour, label=words if std else f"{words}, in its own units")
+        star = _roots_and_gains([best], name, start, std)
+        axes.plot(*star, "*", color=colour, markersize=3 * size, mec="black", zorder=4)
+        roots, gains = _roots_and_gains(best_of, name, start, std)
+        axes.plot(roots, gains, "D--", color=colour, linewidth=1, markersize=size, markerfacecolor="white")
+        for one, x, y in zip(best_of, roots, gains, strict=True) if name == "proxy" else ():
             axes.annotate(f"n={one.n}", (x, y), (0, 8), textcoords="offset points", ha="center", fontsize=9)
-    reach = max(0.1, *(sqrt(max(0.0, at.kl_nats)) for at in (*looks, *best_of)))
+    reach = max(0.1, *(sqrt(max(0.0, point.kl_nats)) for point in (*points, *best_of)))
     axes.set_xlim(-0.05 * reach, 1.05 * reach)
     axes.margins(y=0.12)
     axes.axhline(0, color=GREY, linewidth=1, zorder=0)
     axes.legend(fontsize=10)
-    gain = "gain over the first look, in its\nstandard deviations over answers"
-    _label(axes, "What the distance buys (darker is later)", "√KL from the reference (√nats)", gain)
+    gain = "gain over the first evaluation, in its\nstandard deviations over answers"
+    label(axes, "What the distance buys (darker is later)", "√KL from the reference (√nats)", gain)
 
 
-def _points(
-    group: Sequence[EvalPoint | BestOf], name: str, start: float, std: float
+def _roots_and_gains(
+    points: Sequence[EvalPoint | BestOf], name: str, start: float, std: float
 ) -> tuple[list[float], list[float]]:
-    """Roots of the KL, which noise may put below 0, and gains, of those that have such a score."""
-    scored = [at for at in group if getattr(at, name) is not None]
-    return [sqrt(max(0.0, at.kl_nats)) for at in scored], above_start([getattr(at, name) for at in scored], start, std)
+    """Roots of the KL (an estimate below 0 counts as 0) and `above_start`, of the points that have this score."""
+    scored = [point for point in points if getattr(point, name) is not None]
+    gains = above_start([getattr(point, name) for point in scored], start, std)
+    return [sqrt(max(0.0, point.kl_nats)) for point in scored], gains
 
 
-def _draw_rewards(axes, looks: Sequence[EvalPoint]) -> None:
-    _draw_curve(axes, looks, "proxy", BLUE)
-    _label(axes, "Rewards as the models give them", STEPS, PROXY)
-    judged = [look for look in looks if look.judge is not None]
-    if judged:
+def _draw_rewards(axes: "Axes", points: Sequence[EvalPoint]) -> None:
+    _draw_curve(axes, points, "proxy", BLUE)
+    label(axes, "Rewards as the models give them", STEPS, PROXY)
+    if judged := [point for point in points if point.judge is not None]:
         _draw_curve(_second_scale(axes, PROXY, JUDGE), judged, "judge", ORANGE, DASHED)
 
 
-def _draw_shares(axes, looks: Sequence[EvalPoint]) -> None:
-    _draw_curve(axes, looks, "ended", BLUE, label="answers that end")
-    _draw_curve(axes, looks, "distinct", GREEN, DASHED, label="distinct-2")
-    _draw_curve(axes, looks, "repeated", PURPLE, label="lines said before")
-    axes.set_ylim(-0.03, 1.3)  # room for the legend, whatever the curves do
+def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:
+    _draw_curve(axes, points, "ended", BLUE, words="answers that end")
+    _draw_curve(axes, points, "distinct", GREEN, DASHED, words="distinct-2")
+    _draw_curve(axes, points, "repeated", PURPLE, words="repeated lines")
+    axes.set_ylim(-0.03, 1.3)  # leaves room for the legend above every curve
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter("{x:.0%}")
     axes.legend(fontsize=10, loc="upper center", ncols=2)
-    _label(axes, "Do answers end, and do they loop?", STEPS, "share")
+    label(axes, "Do answers end, and do they loop?", STEPS, "share")
 
 
-def _draw_updates(axes, looks: Sequence[EvalPoint]) -> None:
-    _draw_curve(axes, looks, "entropy", BLUE)
+def _draw_updates(axes: "Axes", points: Sequence[EvalPoint]) -> None:
+    _draw_curve(axes, points, "entropy", BLUE)
     axes.set_ylim(bottom=0)
-    _label(axes, "Entropy and clipping", STEPS, "")
+    label(axes, "Entropy and clipping", STEPS, "")
     other = _second_scale(axes, "entropy (nats a token)", "clipped ratios")
-    updated = [look for look in looks if look.step]  # before the first update there is nothing to clip
+    updated = [point for point in points if point.step]  # before the first update there is nothing to clip
     _draw_curve(other, updated, "clipped", ORANGE, DASHED)
-    other.set_ylim(0, 1.1 * max([0.01, *(look.clipped for look in updated)]))
+    other.set_ylim(0, 1.1 * max([0.01, *(point.clipped for point in updated)]))
     other.yaxis.set_major_formatter("{x:.1%}")
 
 
-def _draw_common_legend(figure, axes, best: EvalPoint, best_of: Sequence[BestOf], alarm_steps: Sequence[int]) -> None:
-    (star,) = axes.plot([], [], "*--", color=GREY, markersize=14, mec="black", mfc="white")
-    kinds = {f"best look, step {best.step}": star}
-    if alarm_steps:
-        (kinds["alarm"],) = axes.plot([], [], ":", color=RED)
-    if best_of:
-        (kinds["best of n answers of the reference"],) = axes.plot([], [], "D--", color=GREY, markerfacecolor="white")
-    figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=len(kinds), fontsize=11, frameon=False)
-
-
 def _draw_curve(
-    axes, looks: Sequence[EvalPoint], name: str, colour: str, style=SOLID, label: str | None = None
+    axes: "Axes",
+    points: Sequence[EvalPoint],
+    name: str,
+    colour: str,
+    style: dict[str, Any] = SOLID,
+    words: str | None = None,
 ) -> None:
-    steps, values = [look.step for look in looks], [getattr(look, name) for look in looks]
-    line, size = style
-    axes.plot(steps, values, marker="o", linestyle=line, color=colour, markersize=size, label=label)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    steps = [point.step for point in points]
+    axes.plot(steps, [getattr(point, name) for point in points], marker="o", color=colour, label=words, **style)
+    axes.locator_params(axis="x", integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
-    if len(looks) == 1:
+    if len(points) == 1:
         axes.set_xlim(steps[0] - 1, steps[0] + 1)
 
 
-def _second_scale(axes, left: str, right: str):
-    """Axes on the right; each scale's colour says whose it is."""
+def _second_scale(axes: "Axes", left: str, right: str) -> "Axes":
+    """A second y axis on the right; each axis has the colour of its curve."""
     other = axes.twinx()
-    for side, label, colour in ((axes, left, BLUE), (other, right, ORANGE)):
-        side.set_ylabel(label, fontsize=12, color=colour)
+    for side, words, colour in ((axes, left, BLUE), (other, right, ORANGE)):
+        side.set_ylabel(words, fontsize=12, color=colour)
         side.tick_params(axis="y", colors=colour)
     other.spines[["top", "left"]].set_visible(False)
     return other
-
-
-def _label(axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=13)
-    axes.set_xlabel(x, fontsize=12)
-    axes.set_ylabel(y, fontsize=12)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _signed(value: float) -> str:

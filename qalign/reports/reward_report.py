@@ -1,24 +1,30 @@
-"""May one trust this reward model? Figures, one line of warning and a picture, from scores of held-out pairs.
+"""Can this reward model be trusted? Figures, a warning and a picture, from its scores of held-out pairs.
 
-A reward model can look good by a trick: raters often prefer the longer answer (Singhal et al. 2023, arXiv:2310.03716;
-Dubois et al. 2024, arXiv:2404.04475), so a judge that only counts tokens may be right nearly as often. The accuracy
-therefore stands beside that judge's, and beside a coin's.
+A reward model can look good for the wrong reason: raters often prefer the longer answer (Singhal et al. 2023,
+arXiv:2310.03716; Dubois et al. 2024, arXiv:2404.04475), so a judge that only compares lengths may be as accurate. The
+report therefore compares the model's accuracy with that of such a length judge, and with a coin's.
 
-A pick counts 1 if right, 0 if wrong and one half where there is nothing to choose by: equal scores, or equal lengths.
+A pick counts 1 if right, 0 if wrong, and one half if there is nothing to choose by: equal scores or lengths.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from math import exp, isfinite, lgamma, log, pi, sqrt
+from math import isfinite, pi, sqrt
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qalign.reports.plots import BLUE, GREY, ORANGE, label, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 COIN = 0.5
-BY_CHANCE = 0.05  # a lead that luck alone gives more often than this is no lead
-Z_95 = 1.959963984540054  # 95% of a normal distribution lies within so many standard deviations
+BY_CHANCE = 0.05  # a lead is not shown if chance alone gives one as large more often than this
 MARGIN_BUCKETS = 4
 CALIBRATION_BINS = 5
-BLUE, ORANGE, GREY = "#0072B2", "#E69F00", "#8C8C8C"  # Okabe and Ito: told apart by colour-blind eyes too
+Figures = dict[str, Any]  # what `measure` returns
 
 
 @dataclass(frozen=True)
@@ -29,27 +35,27 @@ class ScoredPair:
     rejected: float
     chosen_tokens: int  # the answer's length
     rejected_tokens: int
-    margin: float | None  # what the raters' scores differ by, chosen minus rejected, where that is known
+    margin: float | None  # difference of the raters' scores, chosen minus rejected; None if unknown
 
 
-def measure(pairs: list[ScoredPair]) -> dict:
-    """All figures, ready for JSON; every `interval` is Wilson's at 95%, `[low, high]`.
+def measure(pairs: list[ScoredPair]) -> Figures:
+    """All figures, ready for JSON. Every `interval` is Wilson's at 95%, `[low, high]`.
 
     Returns:
-        `pairs`: how many. `accuracy`, `accuracy_interval`: the share in which the chosen answer scores higher.
+        `pairs`: their number. `accuracy`, `accuracy_interval`: share of pairs whose chosen answer scores higher.
         `length_accuracy`, `short_accuracy`: of a judge that always picks the longer, or the shorter answer.
-        `length_judge`: the better of these two, `{"picks": "longer" or "shorter", "accuracy"}`; `length_interval`: its.
-        `discordant`: pairs on which one does better, `{"model", "length_judge"}`. `beats_length_judge_p`: how often
-        luck alone splits them so far in its favour (a little strict: the judge chose its side on these same pairs).
-        `agreement_with_length_judge`: the share of pairs on which both pick the same answer.
+        `length_judge`: the better of the two, `{"picks": "longer" or "shorter", "accuracy"}`, with `length_interval`.
+        `discordant`: number of pairs on which one of the two does better, `{"model", "length_judge"}`.
+        `beats_length_judge_p`: p-value of the sign test on these pairs (a little too large: the length judge's side
+        was chosen on the same pairs). `agreement_with_length_judge`: share of pairs with the same pick.
         `accuracy_where_length_misleads`: `{"pairs", "accuracy", "interval"}` where that judge is wrong; None if never.
-        `by_margin`: buckets `{"from", "to", "pairs", "accuracy", "interval"}` of the margin that `margin_source` names:
-        "raters" where they gave one for every pair, else "model" (its own score difference); absolute values.
-        `calibration`: bins `{"predicted", "observed", "pairs", "interval"}`: how sure the model is of its own pick
-        (Bradley-Terry: sigmoid of the score difference), and how often that pick is right.
-        `calibration_error`: their mean distance, weighted by pairs (Guo et al. 2017, arXiv:1706.04599, eq. 3).
-        `calibration_error_by_chance`: about what a perfectly calibrated model would show on as many pairs.
-        `mean_log_loss`: in nats; ln 2 for a coin. `score_mean`, `score_std` (divided by n): over all answers.
+        `by_margin`: buckets `{"from", "to", "pairs", "accuracy", "interval"}` of the absolute margin. `margin_source`:
+        "raters" if they gave one for every pair, else "model" (its own score difference).
+        `calibration`: bins `{"predicted", "observed", "pairs", "interval"}`: the model's probability that its pick is
+        right (Bradley-Terry: sigmoid of the score difference), and how often it is right.
+        `calibration_error`: expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3).
+        `calibration_error_by_chance`: about the error of a perfectly calibrated model on as many pairs.
+        `mean_log_loss`: in nats; a coin's is ln 2. `score_mean`, `score_std` (divided by n): over all answers.
         `length_correlation`: Spearman's, of score and length over all answers; None if either never varies.
 
     Raises:
@@ -74,86 +80,80 @@ def measure(pairs: list[ScoredPair]) -> dict:
     }
 
 
-def warning(figures: dict) -> str | None:
-    """One line if the lead over a coin or the length judge may be luck (`figures` from `measure`), else None.
+def warning(figures: Figures) -> str | None:
+    """One line if the lead over a coin or over the length judge may be chance (`figures` from `measure`), else None.
 
-    Against a coin the lower end of the accuracy's interval decides. Against the length judge a test of only those pairs
-    on which the two differ: it sees leads that comparing two intervals would miss.
+    A coin is beaten if the whole interval of the accuracy lies above one half. The length judge is tested only on the
+    pairs on which the two differ: this shows leads that a comparison of two intervals would miss.
     """
     accuracy, (low, high), judge = figures["accuracy"], figures["accuracy_interval"], figures["length_judge"]
-    chance, better = figures["beats_length_judge_p"], figures["discordant"]
-    coin, length = low <= COIN, chance > BY_CHANCE or accuracy <= judge["accuracy"]
+    p_value, better = figures["beats_length_judge_p"], figures["discordant"]
+    coin, length = low <= COIN, p_value > BY_CHANCE or accuracy <= judge["accuracy"]
     if not (coin or length):
         return None
     rival = judge["accuracy"] if length else COIN  # the length judge is never worse than a coin
     rivals = " or ".join(["a coin"] * coin + ["the length judge"] * length)
     beats = "hardly beats" if accuracy > rival else "does not beat"
-    fix = "train on more or more varied pairs, on pairs of like length, or for longer"
+    fix = "train on more or more varied pairs, on pairs of similar length, or for longer"
     if high < COIN:
         fix = "check that chosen and rejected are not swapped"
-    elif sign_test(better["length_judge"], better["model"]) > BY_CHANCE:  # nor is the length judge shown to lead
-        fix += "; more held-out pairs would tell a small lead from luck"
+    elif sign_test(better["length_judge"], better["model"]) > BY_CHANCE:  # the length judge's lead isn't shown either
+        fix += "; more held-out pairs would tell a small lead from chance"
     return (
         f"the reward model {beats} {rivals}: right on {accuracy:.1%} of "
         f"{_count(figures['pairs'], 'held-out pair')} (95% interval {low:.1%} to {high:.1%}), always picking the "
-        f"{judge['picks']} answer on {judge['accuracy']:.1%} (p = {chance:.2g}), a coin on {COIN:.0%}; {fix}"
+        f"{judge['picks']} answer on {judge['accuracy']:.1%} (p = {p_value:.2g}), a coin on {COIN:.0%}; {fix}"
     )
 
 
-def draw(pairs: list[ScoredPair], figures: dict, file: Path) -> None:
-    """Write the report as a PNG of 1200 x 900 pixels; `figures` is what `measure` says of these pairs.
+def draw(pairs: list[ScoredPair], figures: Figures, file: Path) -> None:
+    """Writes the report as a PNG of 1200 x 900 pixels; `figures` are those that `measure` returns for these pairs.
 
     Raises:
         OSError: the file can't be written.
     """
-    # Imported here, not above: a run that draws nothing need not wait for it. No pyplot: it keeps global state.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 9), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.15, h_pad=0.15)
     low, high = figures["accuracy_interval"]
-    figure.suptitle(
-        f"Reward model: right on {figures['accuracy']:.1%} of {_count(figures['pairs'], 'held-out pair')} "
-        f"(95% interval {low:.1%} to {high:.1%})",
-        fontsize=16,
-    )
-    (judges, margins), (calibration, lengths) = figure.subplots(2, 2)
-    _draw_judges(judges, figures)
-    _draw_margins(margins, figures)
-    _draw_calibration(calibration, figures)
-    _draw_lengths(lengths, pairs, figures)
-    figure.savefig(file, format="png")
+    title = f"Reward model: right on {figures['accuracy']:.1%} of {_count(figures['pairs'], 'held-out pair')}"
+    with picture(file, (12, 9), pad=0.15) as figure:
+        figure.suptitle(f"{title} (95% interval {low:.1%} to {high:.1%})", fontsize=16)
+        (judges, margins), (calibration, lengths) = figure.subplots(2, 2)
+        _draw_judges(judges, figures)
+        _draw_margins(margins, figures)
+        _draw_calibration(calibration, figures)
+        _draw_lengths(lengths, pairs, figures)
 
 
 def wilson(points: np.ndarray) -> list[float]:
-    """95% interval of a share (Wilson 1927), sound for few pairs and near 0 and 1: `(pairs,)` to `[low, high]`.
+    """95% score interval of a share (Wilson 1927), sound for few pairs and near 0 and 1: `(pairs,)` to `[low, high]`.
 
-    A half point counts as half a success, which makes the interval a little too wide, never too narrow.
+    Its ends solve (p - share)² = z² p (1 - p) / pairs. SciPy has it for whole successes only; here a half point counts
+    as half a success, which makes the interval a little too wide, never too narrow.
     """
-    share, pairs = points.mean().item(), len(points)
-    centre = share + Z_95**2 / (2 * pairs)
-    reach = Z_95 * sqrt(share * (1 - share) / pairs + Z_95**2 / (4 * pairs**2))
-    low, high = ((centre + sign * reach) / (1 + Z_95**2 / pairs) for sign in (-1, 1))
+    from scipy.stats import norm  # here, as in the next two functions: SciPy takes half a second to import
+
+    share, ratio = points.mean().item(), norm.ppf(0.975) ** 2 / len(points)
+    low, high = sorted(np.roots([1 + ratio, -2 * share - ratio, share**2]).tolist())
     return [max(0.0, min(low, share)), min(1.0, max(high, share))]  # rounding may step over 0, 1 or the share
 
 
 def sign_test(wins: int, losses: int) -> float:
-    """P(at least so many wins) if each were a fair coin's: McNemar's exact test, one-sided (McNemar 1947)."""
-    tosses = wins + losses
-    log_ways = (lgamma(tosses + 1) - lgamma(k + 1) - lgamma(tosses - k + 1) for k in range(wins, tosses + 1))
-    return min(1.0, sum(exp(ways - tosses * log(2)) for ways in log_ways))
+    """P-value of at least this many wins if each were a fair coin's: McNemar's exact test, one-sided (McNemar 1947)."""
+    from scipy.stats import binomtest
+
+    return float(binomtest(wins, wins + losses, alternative="greater").pvalue) if wins or losses else 1.0
 
 
 def spearman(first: np.ndarray, second: np.ndarray) -> float | None:
     """Rank correlation of two `(values,)`, ties sharing their mean rank; None if either never varies."""
-    first, second = _ranks(first), _ranks(second)
-    if not (first.any() and second.any()):
+    from scipy.stats import spearmanr
+
+    if not (np.ptp(first) and np.ptp(second)):
         return None
-    return (first @ second / sqrt((first @ first) * (second @ second))).item()
+    return float(spearmanr(first, second).statistic)  # pyright: ignore[reportAttributeAccessIssue]: SciPy has no types
 
 
 def quantile_groups(values: np.ndarray, count: int) -> list[np.ndarray]:
-    """Row numbers of at most `count` groups, ascending and about equally large; equal values are never parted."""
+    """Row numbers of at most `count` groups, ascending and about equally large; equal values stay together."""
     order = np.argsort(values, kind="stable")
     cuts = np.flatnonzero(np.diff(values[order])) + 1
     if len(cuts):
@@ -168,8 +168,8 @@ def _check(pairs: list[ScoredPair]) -> None:
     for number, pair in enumerate(pairs, 1):
         for name, value in vars(pair).items():
             if not ((name == "margin" and value is None) or isfinite(value)):
-                fix = "give None where it is unknown" if name == "margin" else "has the training diverged?"
-                raise ValueError(f"pair {number} of {len(pairs)}: {name} is {value}, not a finite number; {fix}")
+                fix = "give None if it is unknown" if name == "margin" else "has the training diverged?"
+                raise ValueError(f"pair {number} of {len(pairs)}: {name} is {value}, expected a finite number; {fix}")
 
 
 def _count(number: int, noun: str = "pair") -> str:
@@ -180,18 +180,12 @@ def _points(lead: np.ndarray) -> np.ndarray:
     return (1 + np.sign(lead)) / 2
 
 
-def _group(points: np.ndarray) -> dict:
+def _group(points: np.ndarray) -> Figures:
     return {"pairs": len(points), "accuracy": points.mean().item(), "interval": wilson(points)}
 
 
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks less their mean."""
-    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[which] - (len(values) + 1) / 2
-
-
-def _beside_length_judge(model: np.ndarray, longer: np.ndarray) -> dict:
-    """The model's points beside those of always picking the longer answer, or the shorter one if that does better."""
+def _beside_length_judge(model: np.ndarray, longer: np.ndarray) -> Figures:
+    """Compares the model's points with those of always picking the longer answer, or the shorter if that is better."""
     picks, judge = ("longer", longer) if longer.mean() >= COIN else ("shorter", 1 - longer)
     ahead, behind = int((model > judge).sum()), int((model < judge).sum())
     misled = model[judge == 0]
@@ -207,17 +201,18 @@ def _beside_length_judge(model: np.ndarray, longer: np.ndarray) -> dict:
     }
 
 
-def _by_margin(raters: list[float | None], gap: np.ndarray, model: np.ndarray) -> dict:
-    known = None not in raters
-    margins = np.abs(np.round(raters, 6) if known else gap)  # rounded, so that 0.3 and 4.5 - 4.2 are one margin
+def _by_margin(raters: Sequence[float | None], gap: np.ndarray, model: np.ndarray) -> Figures:
+    known = [margin for margin in raters if margin is not None]
+    from_raters = len(known) == len(raters)
+    margins = np.abs(np.round(known, 6) if from_raters else gap)  # rounded, so that 0.3 and 4.5 - 4.2 are one margin
     buckets = [
         {"from": margins[rows].min().item(), "to": margins[rows].max().item(), **_group(model[rows])}
         for rows in quantile_groups(margins, MARGIN_BUCKETS)
     ]
-    return {"margin_source": "raters" if known else "model", "by_margin": buckets}
+    return {"margin_source": "raters" if from_raters else "model", "by_margin": buckets}
 
 
-def _calibration(gap: np.ndarray, model: np.ndarray) -> dict:
+def _calibration(gap: np.ndarray, model: np.ndarray) -> Figures:
     """Expected calibration error of the model's picks; `gap` is the absolute score difference."""
     sure = 1 / (1 + np.exp(-gap))
     bins, error, by_chance = [], 0.0, 0.0
@@ -225,12 +220,12 @@ def _calibration(gap: np.ndarray, model: np.ndarray) -> dict:
         predicted, right = sure[rows].mean().item(), _group(model[rows])
         bins.append({"predicted": predicted, "observed": right.pop("accuracy"), **right})
         error += len(rows) / len(gap) * abs(bins[-1]["observed"] - predicted)
-        # The mean of |N(0, s)| is s sqrt(2 / pi), and a sum of independent picks is near normal.
+        # The mean of |N(0, s)| is s sqrt(2 / pi), and a sum of independent picks is nearly normal.
         by_chance += sqrt(2 / pi * (sure[rows] * (1 - sure[rows])).sum()) / len(gap)
     return {"calibration": bins, "calibration_error": error, "calibration_error_by_chance": by_chance}
 
 
-def _draw_judges(axes, figures: dict) -> None:
+def _draw_judges(axes: "Axes", figures: Figures) -> None:
     judge, misled = figures["length_judge"], figures["accuracy_where_length_misleads"]
     shares = [figures["accuracy"], judge["accuracy"], COIN]
     intervals = [figures["accuracy_interval"], figures["length_interval"], [COIN, COIN]]
@@ -243,34 +238,34 @@ def _draw_judges(axes, figures: dict) -> None:
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter("{x:.0%}")
     note = f"where length misleads, this model: {misled['accuracy']:.1%} of {_count(misled['pairs'])}" if misled else ""
-    _label(axes, "Beside simpler judges", note, "picks that are right")
+    label(axes, "Beside simpler judges", note, "picks that are right")
 
 
-def _draw_margins(axes, figures: dict) -> None:
+def _draw_margins(axes: "Axes", figures: Figures) -> None:
     buckets = figures["by_margin"]
-    _draw_shares(axes, range(len(buckets)), [bucket["accuracy"] for bucket in buckets], buckets)
+    _draw_shares(axes, range(len(buckets)), "accuracy", buckets)
     axes.axhline(COIN, color=GREY, linestyle="--")
     by, digits = {"raters": ("raters'", ".3g"), "model": ("model's", ".2g")}[figures["margin_source"]]
     ends = ["–".join(dict.fromkeys(f"{bucket[end]:{digits}}" for end in ("from", "to"))) for bucket in buckets]
     counts = [_count(bucket["pairs"]) for bucket in buckets]
     axes.set_xticks(range(len(buckets)), [f"{end}\n{count}" for end, count in zip(ends, counts, strict=True)])
     axes.set_xlim(-0.5, len(buckets) - 0.5)
-    _label(axes, "Hard and easy pairs", f"how far apart the {by} scores are", "picks that are right")
+    label(axes, "Hard and easy pairs", f"how far apart the {by} scores are", "picks that are right")
 
 
-def _draw_calibration(axes, figures: dict) -> None:
+def _draw_calibration(axes: "Axes", figures: Figures) -> None:
     bins = figures["calibration"]
     axes.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--")
-    _draw_shares(axes, [group["predicted"] for group in bins], [group["observed"] for group in bins], bins)
+    _draw_shares(axes, [group["predicted"] for group in bins], "observed", bins)
     axes.set_xlim(0.48, 1.02)
     axes.xaxis.set_major_formatter("{x:.0%}")
     error, by_chance = figures["calibration_error"], figures["calibration_error_by_chance"]
     title = f"As right as it is sure? Off by {error:.1%} (chance alone: {by_chance:.1%})"
-    _label(axes, title, "how sure the model is of its pick", "picks that are right")
+    label(axes, title, "how sure the model is of its pick", "picks that are right")
 
 
-def _draw_lengths(axes, pairs: list[ScoredPair], figures: dict) -> None:
-    # By turns, so that neither kind hides the other.
+def _draw_lengths(axes: "Axes", pairs: list[ScoredPair], figures: Figures) -> None:
+    # Chosen and rejected alternate, so that neither hides the other.
     tokens = [length for pair in pairs for length in (pair.chosen_tokens, pair.rejected_tokens)]
     scores = [score for pair in pairs for score in (pair.chosen, pair.rejected)]
     axes.scatter(tokens, scores, s=18, alpha=0.6, linewidths=0, color=[BLUE, ORANGE] * len(pairs))
@@ -278,21 +273,14 @@ def _draw_lengths(axes, pairs: list[ScoredPair], figures: dict) -> None:
         axes.scatter([], [], s=40, color=colour, label=name)
     rho = figures["length_correlation"]
     title = f"Score against length: rank correlation {'undefined' if rho is None else f'{rho:+.2f}'}"
-    _label(axes, title, "answer's length (tokens)", "score")
-    axes.legend(fontsize=11, loc="lower right" if rho and rho > 0 else "upper right")  # where the fewest points lie
+    label(axes, title, "answer's length (tokens)", "score")
+    axes.legend(fontsize=11, loc="lower right" if rho and rho > 0 else "upper right")  # the corner with fewest points
 
 
-def _draw_shares(axes, x, shares: list[float], groups: list[dict]) -> None:
-    """Dots with their intervals, on an axis from one half to 1, or from lower where the data need it."""
+def _draw_shares(axes: "Axes", x: Sequence[float], share: str, groups: list[Figures]) -> None:
+    """Dots with their intervals, on an axis from one half to 1, or from lower if the data need it."""
     lows, highs = zip(*(group["interval"] for group in groups), strict=True)
     axes.vlines(x, lows, highs, color=BLUE, linewidth=1.5)
-    axes.plot(x, shares, "o", color=BLUE, markersize=8)
+    axes.plot(x, [group[share] for group in groups], "o", color=BLUE, markersize=8)
     axes.set_ylim(min(0.45, *lows) - 0.03, 1.03)
     axes.yaxis.set_major_formatter("{x:.0%}")
-
-
-def _label(axes, title: str, x: str, y: str) -> None:
-    axes.set_title(title, fontsize=13)
-    axes.set_xlabel(x, fontsize=12)
-    axes.set_ylabel(y, fontsize=12)
-    axes.spines[["top", "right"]].set_visible(False)
