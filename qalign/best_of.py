@@ -1,28 +1,30 @@
-"""Best of n: sample, score, keep the best. The cheap alternative to PPO, and online DPO when repeated.
+"""Best of n: sample n answers to each prompt, score them, keep the best. A cheap alternative to PPO.
 
     python -m qalign.best_of RECIPE [key=value …] [n=16] [--resume | --overwrite]
 
-It reads the recipe's `ppo` section: prompts, reward, judge, sampling, and `start_from`, which is the policy that
-samples. `<output>/best_of/` then holds `picks.jsonl` (prompt and best answer: SFT trains on it), `pairs.jsonl` (best
-against worst: DPO trains on it) and `summary.json`. To repeat, train on the pairs and sample from what came of it:
+It reads the recipe's `ppo` section: prompts, reward, judge, sampling, and `start_from`, the policy that samples. It
+writes `picks.jsonl` (prompt and best answer, for SFT), `pairs.jsonl` (best and worst answer, for DPO) and
+`summary.json` to `<output>/best_of/`. Repeated with the policy that was trained on the pairs, it is online DPO:
 
     python -m qalign.dpo RECIPE dpo.data=runs/demo/best_of/pairs.jsonl output=runs/round2
     python -m qalign.best_of RECIPE ppo.start_from=runs/round2/dpo/adapter output=runs/round2
 
-Only answers that ended by themselves are picked: a cut one would teach to stop in mid-sentence. On the held-out prompts
-it measures what n buys, for every power of 2 up to n, at which KL, and draws that into PPO's report.
+Only answers that ended with a stop token are picked: a cut one would teach a model to stop in mid-sentence. On the
+held-out prompts it measures the reward and the KL of every power of 2 up to n, and draws them into PPO's report.
 """
 
 import json
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from math import comb
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qalign.cli import exit_code, stage_parser
+from qalign.config.atomic import write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.errors import UserError
@@ -30,15 +32,20 @@ from qalign.reports import ppo_report
 from qalign.reports.alarms import best_of_n_kl
 from qalign.train.run_folder import RunFolder, print_table
 
+if TYPE_CHECKING:  # its import takes seconds
+    from qalign.rl.rollout_batch import SampledAnswers
+
 PICKS, PAIRS, SUMMARY, SETTINGS = "picks.jsonl", "pairs.jsonl", "summary.json", "recipe.json"
-ANSWERS_AT_ONCE = 64
+ANSWERS_PER_PART = 64
+
+Item = TypeVar("Item")
 
 
-def best_of(recipe: Recipe, n: int, typed: str, *, resume: bool, overwrite: bool) -> None:
+def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrite: bool) -> None:
     """Sample n answers to each prompt of a recipe's ppo section and keep the best, as data to train on."""
     from qalign.train.dataset import read_prompts
 
-    run = RunFolder(recipe, "ppo", typed)
+    run = RunFolder(recipe, "ppo", command_line)
     folder = run.path.parent / "best_of"
     settings = {"n": n} | recipe.model_dump(mode="json")
     _claim(folder, run, settings, resume=resume, overwrite=overwrite)
@@ -47,71 +54,36 @@ def best_of(recipe: Recipe, n: int, typed: str, *, resume: bool, overwrite: bool
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from tqdm.auto import tqdm
 
-    from qalign.model.lineage import adapter_hash
-    from qalign.rl.rewards import combined, open_scorers
-
-    scorers, judges = (open_scorers(recipe, key, run) for key in ("reward", "judge"))
-    sample, encode = _sampler(recipe, run, n, scorers, judges)
-    prompts, held_out, refused, counts = encode(found)
-    parts = _parts(prompts, n)
-    weights = [scorer.identity for scorer in (*scorers, *judges)] + [run.parent and adapter_hash(run.parent)]
-    done = _begin(folder, settings | {"weights": weights}, resume=resume)
-    with tqdm(total=len(prompts), desc=f"best of {n}", unit="prompt") as bar:
-        for number, some in enumerate(parts):
-            if number >= done:
-                rows = sample(some, number)
-                _keep(folder, number, rows, combined(scorers, rows)[0].tolist())
-            bar.update(len(some))
-    points = []
-    if held_out:
-        rows = [row for number, some in enumerate(_parts(held_out, n)) for row in sample(some, len(parts) + number)]
-        proxy = combined(scorers, rows)[0].tolist()
-        judge = combined(judges, rows)[0].tolist() if judges else None
-        points = curve(proxy, judge, n)
-    _finish(folder, n, points, counts, refused, typed)
-
-
-def _sampler(recipe: Recipe, run: RunFolder, n: int, scorers: list, judges: list):
-    """(from prompts and the number of their part to answered rows, from rows as read to prompts as ids)."""
     from qalign.data.collate import MicroBatchLimit
-    from qalign.model import lineage
-    from qalign.model.base import Role
-    from qalign.model.base import load as load_base
-    from qalign.model.generation import Sampling, end_ids, engine
-    from qalign.model.loading import check_reach
-    from qalign.rl.rewards import attach, load_models, sampled_answers
-    from qalign.train.dataset import encode_prompts
+    from qalign.model.lineage import adapter_hash
+    from qalign.rl.ppo_setup import set_up
+    from qalign.rl.rewards import combined
 
-    settings, model, parent = recipe.ppo, recipe.model, run.parent
-    check_reach(model)
-    base = load_base(model)
-    role = Role.BASE
-    if parent:
-        lineage.check("ppo.start_from", parent, base.lineage("ppo"))
-        base.load_adapter(Role.POLICY, parent, trainable=False)
-        role = Role.POLICY
-    micro = MicroBatchLimit(tokens=2 * model.max_length)
-    load_models([*scorers, *judges], base)
-    attach(scorers, base, Role.REWARD, micro)
-    attach(judges, base, Role.JUDGE, micro)
-    sampling = Sampling(
-        settings.max_new_tokens, settings.temperature, end_ids(base.tokenizer, model.chat_template_kwargs)
-    )
-    source = engine(settings.engine, base, model.max_length)
+    setup = set_up(run, found, trainable=False)
+    setup.scorers.attach(setup.base, MicroBatchLimit(tokens=2 * recipe.model.max_length))
+    reward, judge = setup.scorers.reward, setup.scorers.judge
 
-    def sample(prompts: list, part: int) -> list:
-        seed = recipe.seed * 1_000_003 + part
-        found = source.generate(base, role, [ids for _, ids in prompts], sampling, each=n, seed=seed)
-        return [
-            sampled_answers(base.tokenizer, prompt, ids, answers, sampling)
-            for (prompt, ids), answers in zip(prompts, found, strict=True)
-        ]
-
-    return sample, lambda found: encode_prompts(run, base.tokenizer, found)
+    hashes = [scorer.identity for scorer in (*reward, *judge)] + [run.parent and adapter_hash(run.parent)]
+    done = _begin(folder, settings | {"weights": hashes}, resume=resume)
+    parts, seed = _parts(setup.prompts, n), recipe.seed * 1_000_003
+    with tqdm(total=len(setup.prompts), desc=f"best of {n}", unit="prompt") as bar:
+        for number, prompts in enumerate(parts):
+            if number >= done:
+                rows = setup.sample(prompts, n, seed + number)
+                _write_part(folder, number, rows, combined(reward, rows)[0].tolist())
+            bar.update(len(prompts))
+    points = []
+    if setup.held_out:
+        held_out = enumerate(_parts(setup.held_out, n), start=len(parts))
+        rows = [row for number, prompts in held_out for row in setup.sample(prompts, n, seed + number)]
+        judged = combined(judge, rows)[0].tolist() if judge else None
+        points = curve(combined(reward, rows)[0].tolist(), judged, n)
+    refused = [asdict(row) for row in setup.refused]
+    _finish(folder, command_line, {"n": n, "prompts": setup.counts, "held_out": points, "refused": refused})
 
 
-def _claim(folder: Path, run: RunFolder, settings: dict, *, resume: bool, overwrite: bool) -> None:
-    """Makes sure, before anything is loaded, that this run may write here. Deletes nothing yet."""
+def _claim(folder: Path, run: RunFolder, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that this run may not write to, before anything is loaded. Deletes nothing yet."""
     run.check_inputs(folder)
     if not folder.exists():
         return
@@ -119,141 +91,133 @@ def _claim(folder: Path, run: RunFolder, settings: dict, *, resume: bool, overwr
         raise UserError(f"{folder}: holds files that are no run of best_of's; choose another `output`")
     if not (resume or overwrite):
         raise UserError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
-    if resume and not settings.items() <= _began_with(folder).items():
+    if resume and not settings.items() <= _settings_of(folder).items():
         raise UserError(f"{folder}: --resume needs the recipe and n it began with; --overwrite starts anew")
 
 
-def _began_with(folder: Path) -> dict:
+def _settings_of(folder: Path) -> dict[str, Any]:
     return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
 
 
-def _begin(folder: Path, settings: dict, *, resume: bool) -> int:
-    """Makes the folder ready: only now does `--overwrite` delete the old run. Returns how many parts are done already.
+def _begin(folder: Path, settings: dict[str, Any], *, resume: bool) -> int:
+    """Prepares the folder; only now does `--overwrite` delete the old run. Returns the number of finished parts.
 
     Args:
-        settings: the recipe's, n, and the hashes of all adapters that sample or score.
+        settings: the recipe, n, and the hashes of all adapters that sample or score.
     """
     if resume and folder.exists():
-        if _began_with(folder) != settings:
+        if _settings_of(folder) != settings:
             raise UserError(f"{folder}: the policy or a reward was trained again since this run began; use --overwrite")
-        return sum(1 for _ in _whole_parts(folder))
+        return len(list(_finished_parts(folder)))
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    (folder / SETTINGS).write_text(json.dumps(settings), encoding="utf-8")
+    (folder / "parts").mkdir(parents=True)
+    write_whole(folder / SETTINGS, json.dumps(settings))
     return 0
 
 
-def _parts(prompts: list, n: int) -> list[list]:
-    size = max(1, ANSWERS_AT_ONCE // n)
+def _parts(prompts: list[Item], n: int) -> list[list[Item]]:
+    """Prompts in groups that are sampled together and written as one file, so that a resumed run repeats them."""
+    size = max(1, ANSWERS_PER_PART // n)
     return [prompts[start : start + size] for start in range(0, len(prompts), size)]
 
 
-def _whole_parts(folder: Path):
-    """The files of the parts that were written to their end, in order."""
+def _part_file(folder: Path, number: int) -> Path:
+    return folder / "parts" / f"{number}.json"
+
+
+def _finished_parts(folder: Path) -> Iterator[Path]:
     number = 0
-    while (file := folder / "parts" / f"{number}.json").is_file():
+    while (file := _part_file(folder, number)).is_file():
         yield file
         number += 1
 
 
-def _keep(folder: Path, number: int, rows: list, scores: list[list[float]]) -> None:
-    """A part's picks and pairs, written aside and then renamed: a part is there whole or not at all."""
-    found = {"picks": [], "pairs": [], "without": 0}
+def _write_part(folder: Path, number: int, rows: "list[SampledAnswers]", scores: list[list[float]]) -> None:
+    """Writes the picks and pairs of one part."""
+    picks, pairs, without = [], [], 0
     for row, given in zip(rows, scores, strict=True):
         ended = [(score, text) for score, text, end in zip(given, row.texts, row.ended, strict=True) if end and text]
         if not ended:
-            found["without"] += 1
+            without += 1
             continue
         (best, chosen), (worst, rejected) = max(ended, key=lambda pair: pair[0]), min(ended, key=lambda pair: pair[0])
         prompt = list(row.prompt.turns)
-        found["picks"].append({"prompt": prompt, "completion": chosen, "reward": best, "where": row.prompt.where})
+        picks.append({"prompt": prompt, "completion": chosen, "reward": best, "where": row.prompt.where})
         if best > worst and chosen.strip() != rejected.strip():
             pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-            found["pairs"].append(pair | {"score_chosen": best, "score_rejected": worst, "where": row.prompt.where})
-    (folder / "parts").mkdir(exist_ok=True)
-    aside = folder / "parts" / f"{number}.part"
-    aside.write_text(json.dumps(found, ensure_ascii=False), encoding="utf-8")
-    aside.replace(aside.with_suffix(".json"))
+            pairs.append(pair | {"score_chosen": best, "score_rejected": worst, "where": row.prompt.where})
+    content = {"picks": picks, "pairs": pairs, "without": without}
+    write_whole(_part_file(folder, number), json.dumps(content, ensure_ascii=False))
 
 
-def curve(proxy: Sequence[Sequence[float]], judge: Sequence[Sequence[float]] | None, n: int) -> list[dict]:
-    """What the best of 1, 2, 4 … n answers gets, expected over which of the n were drawn.
+def curve(proxy: Sequence[Sequence[float]], judge: Sequence[Sequence[float]] | None, n: int) -> list[dict[str, Any]]:
+    """The expected scores of the best of 1, 2, 4 … n answers, over every choice of k of the n that were sampled.
 
     Args:
-        proxy: scores `(prompts, n)` that choose.
-        judge: scores of the same answers that are only looked at.
+        proxy: reward `(prompts, n)`, by which the best answer is chosen.
+        judge: scores of the judge for the same answers; None without a judge.
 
     Returns:
-        `{"n", "kl_nats", "proxy", "judge"}` each.
+        One `{"n", "kl_nats", "proxy", "judge"}` for each k.
     """
-    points = []
-    for k in sorted({2**power for power in range(n.bit_length()) if 2**power <= n} | {n}):
-        # Of all sets of k, how many have the answer of this rank as their best.
+    orders = [sorted(range(n), key=scores.__getitem__) for scores in proxy]
+
+    def expected(scores: Sequence[Sequence[float]] | None, k: int) -> float | None:
+        if scores is None:
+            return None
+        # The share of all sets of k answers whose best is the answer of this rank.
         weights = [comb(rank, k - 1) / comb(n, k) for rank in range(n)]
-        means = []
-        for other in (proxy, judge):
-            if other is None:
-                means.append(None)
-                continue
-            orders = [sorted(range(n), key=scores.__getitem__) for scores in proxy]
-            of_prompts = [
-                sum(weight * scores[answer] for weight, answer in zip(weights, order, strict=True))
-                for scores, order in zip(other, orders, strict=True)
-            ]
-            means.append(sum(of_prompts) / len(of_prompts))
-        points.append(asdict(ppo_report.BestOf(k, best_of_n_kl(k), *means)))
-    return points
+        of_prompts = [
+            sum(weight * given[answer] for weight, answer in zip(weights, order, strict=True))
+            for given, order in zip(scores, orders, strict=True)
+        ]
+        return sum(of_prompts) / len(of_prompts)
+
+    sizes = sorted({2**power for power in range(n.bit_length())} | {n})
+    return [
+        {"n": k, "kl_nats": best_of_n_kl(k), "proxy": expected(proxy, k), "judge": expected(judge, k)} for k in sizes
+    ]
 
 
-def _finish(folder: Path, n: int, points: list[dict], counts: dict, refused: list, typed: str) -> None:
-    parts = [json.loads(file.read_text(encoding="utf-8")) for file in _whole_parts(folder)]
+def _finish(folder: Path, command_line: str, facts: dict[str, Any]) -> None:
+    """Joins the parts, writes the summary, draws the report, and prints where everything is."""
+    parts = [json.loads(file.read_text(encoding="utf-8")) for file in _finished_parts(folder)]
     picks, pairs = ([row for part in parts for row in part[name]] for name in ("picks", "pairs"))
     for name, rows in ((PICKS, picks), (PAIRS, pairs)):
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / name).write_text("".join(lines), encoding="utf-8")
-    facts = {"n": n, "prompts": counts, "picks": len(picks), "pairs": len(pairs)}
-    facts |= {"prompts_without_an_ended_answer": sum(part["without"] for part in parts), "held_out": points}
-    facts["refused"] = [asdict(row) for row in refused]
-    (folder / SUMMARY).write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        write_whole(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    without = sum(part["without"] for part in parts)
+    facts |= {"picks": len(picks), "pairs": len(pairs), "prompts_without_an_ended_answer": without}
+    write_whole(folder / SUMMARY, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     picture = ppo_report.redraw(folder.parent)
-    without = facts["prompts_without_an_ended_answer"]
-    lines = [
-        ("picks", f"{len(picks)} in {folder / PICKS}"),
-        (
-            "pairs",
-            f"{len(pairs)} in {folder / PAIRS}" + (f"; {without} prompts got no answer that ended" if without else ""),
-        ),
-    ]
-    for point in points:
+    cut = f"; no answer to {without} prompts ended by itself" if without else ""
+    lines = [("picks", f"{len(picks)} in {folder / PICKS}"), ("pairs", f"{len(pairs)} in {folder / PAIRS}{cut}")]
+    for point in facts["held_out"]:
         judged = "" if point["judge"] is None else f", judge {point['judge']:+.3f}"
-        lines.append(
-            (
-                f"best of {point['n']}",
-                f"held-out reward {point['proxy']:+.3f}{judged}, KL {point['kl_nats']:.2f} nats at most",
-            )
-        )
-    lines += [("picture", f"{picture}: best of n beside PPO")] if picture else []
-    print_table("done", [*lines, ("next", f"python -m qalign.dpo {typed} dpo.data={folder / PAIRS} output=ANOTHER")])
+        scores = f"held-out reward {point['proxy']:+.3f}{judged}, KL at most {point['kl_nats']:.2f} nats"
+        lines.append((f"best of {point['n']}", scores))
+    lines += [("report", f"{picture}: best of n next to PPO")] if picture else []
+    lines.append(("next", f"python -m qalign.dpo {command_line} dpo.data={folder / PAIRS} output=ANOTHER"))
+    print_table("done", lines)
 
 
-def _number(words: list[str]) -> tuple[int, list[str]]:
-    """n, and the other words."""
+def _split_n(words: list[str]) -> tuple[int, list[str]]:
+    """(n, the overrides of the recipe)."""
     given = [word for word in words if word.startswith("n=")]
-    others = [word for word in words if not word.startswith("n=")]
     text = given[-1].removeprefix("n=") if given else "16"
     if not text.isdigit() or int(text) < 2:
         raise UserError(f"command line: n is '{text}'; expected a whole number of at least 2, such as n=16")
-    return int(text), others
+    return int(text), [word for word in words if word not in given]
 
 
-def main() -> None:
-    args = stage_parser("best_of", best_of.__doc__).parse_intermixed_args()
+def main(words: Sequence[str] | None = None) -> None:
+    """The command; `words` are the command line, `sys.argv` if None. Does not return."""
+    args = stage_parser("best_of", best_of.__doc__).parse_intermixed_args(words)
 
     def work() -> None:
-        n, overrides = _number(args.overrides)
+        n, overrides = _split_n(args.overrides)
         recipe = load(args.recipe, overrides, "ppo")
-        typed = shlex.join([args.recipe, *overrides])
-        best_of(recipe, n, typed, resume=args.resume, overwrite=args.overwrite)
+        command_line = shlex.join([args.recipe, *overrides])
+        best_of(recipe, n, command_line, resume=args.resume, overwrite=args.overwrite)
 
     sys.exit(exit_code(work))
 

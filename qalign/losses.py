@@ -1,14 +1,14 @@
-"""Pure maths of preference losses, of the reward model's, and of PPO: tensors in, tensors out, nothing raised.
+"""Pure functions of tensors: preference losses, the reward model's loss, and the maths of PPO.
 
-Of pairs, log-probs are float32 in nats, shape `(pairs, 2)`: column 0 holds the chosen answer's, column 1 the rejected
-one's, each summed over its completion tokens (end of turn included). `lengths` are those token counts, same shape.
-`policy` is log pi(y|x), `reference` is log pi_ref(y|x). Every preference loss returns `(pairs,)`.
+Preference losses take log-probs in nats, float32 `(pairs, 2)`: column 0 is the chosen answer, column 1 the rejected
+one, each summed over the tokens of the completion (end of turn included). `lengths` are these token counts, in the same
+shape. `policy` is log pi(y|x), `reference` is log pi_ref(y|x). Every preference loss returns `(pairs,)`.
 
-Of PPO, tensors are float32 `(answers, tokens)`, with `mask` True on an answer's tokens, which stand at the front; or of
-any shape where a function takes each token for itself.
+PPO's functions take float32 `(answers, tokens)`, with a `mask` that is True on the tokens of an answer, which come
+first in their row; functions of single tokens take any shape.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,7 @@ def sigmoid(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
 def ipo(policy: Tensor, reference: Tensor, lengths: Tensor, tau: float) -> Tensor:
     """IPO (Azar et al. 2023, arXiv:2310.12036, eq. 17): (h - 1/(2 tau))^2.
 
-    The log-ratios are means over tokens, as its authors confirmed they used; summed ones would let length decide.
+    The log-ratios are means over tokens, as the authors confirmed; with sums, long answers would dominate.
     """
     return (margin((policy - reference) / lengths) - 1 / (2 * tau)) ** 2
 
@@ -41,19 +41,19 @@ def hinge(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
 
 
 def robust(policy: Tensor, reference: Tensor, beta: float, label_smoothing: float) -> Tensor:
-    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409, eq. 12): unbiased where labels flip with probability eps."""
+    """Robust DPO (Chowdhury et al. 2024, arXiv:2403.00409, eq. 12): unbiased if labels flip with probability eps."""
     reward = beta * margin(policy - reference)
     eps = label_smoothing
     return (-(1 - eps) * F.logsigmoid(reward) + eps * F.logsigmoid(-reward)) / (1 - 2 * eps)
 
 
 def sigmoid_norm(policy: Tensor, reference: Tensor, lengths: Tensor, beta: float) -> Tensor:
-    """Length-normalised DPO (Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6): DPO on mean log-ratios a token."""
+    """Length-normalised DPO (Lambert et al. 2024, Tulu 3, arXiv:2411.15124, eq. 6): DPO on log-ratios per token."""
     return -F.logsigmoid(beta * margin((policy - reference) / lengths))
 
 
 def apo_zero(policy: Tensor, reference: Tensor, beta: float) -> Tensor:
-    """APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7): pushes chosen up and rejected down, each alone."""
+    """APO-zero (D'Oosterlinck et al. 2024, arXiv:2408.06266, eq. 7): raises the chosen and lowers the rejected one."""
     rewards = beta * (policy - reference)
     return 1 - torch.sigmoid(rewards[:, CHOSEN]) + torch.sigmoid(rewards[:, REJECTED])
 
@@ -64,12 +64,12 @@ def simpo(policy: Tensor, lengths: Tensor, beta: float, gamma: float) -> Tensor:
 
 
 def orpo(policy: Tensor, lengths: Tensor, lam: float) -> Tensor:
-    """ORPO (Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7): NLL of the chosen plus lambda times the odds-ratio loss.
+    """ORPO (Hong et al. 2024, arXiv:2403.07691, eq. 6 and 7): chosen NLL plus lambda times the odds-ratio loss.
 
     odds(y|x) = P / (1 - P) with P the geometric mean of the token probabilities; no reference.
     """
     mean = policy / lengths
-    below_one = mean.clamp(max=-1e-6)  # an answer that is certain in float32 has infinite odds and no gradient
+    below_one = mean.clamp(max=-1e-6)  # probability 1 in float32 has infinite odds and no gradient
     log_odds = below_one - torch.log(-torch.expm1(below_one))
     return -mean[:, CHOSEN] - lam * F.logsigmoid(margin(log_odds))
 
@@ -90,12 +90,18 @@ def preference_loss(
     gamma: float = 0.5,
     sft_weight: float = 0.0,
 ) -> Tensor:
-    """The loss of a recipe: the one named, plus `sft_weight` times the chosen answer's.
+    """The preference loss of a recipe by its name, plus `sft_weight` times the SFT loss of the chosen answer.
 
     Raises:
-        ValueError: there is no loss of this name.
+        ValueError: there is no loss of this name, or it needs a reference and gets None.
     """
     match name:
+        case "simpo":
+            loss = simpo(policy, lengths, beta, gamma)
+        case "orpo":
+            loss = orpo(policy, lengths, beta)
+        case _ if reference is None:
+            raise ValueError(f"there is no preference loss '{name}' without a reference")
         case "sigmoid":
             loss = sigmoid(policy, reference, beta)
         case "ipo":
@@ -108,59 +114,51 @@ def preference_loss(
             loss = sigmoid_norm(policy, reference, lengths, beta)
         case "apo_zero":
             loss = apo_zero(policy, reference, beta)
-        case "simpo":
-            loss = simpo(policy, lengths, beta, gamma)
-        case "orpo":
-            loss = orpo(policy, lengths, beta)
         case _:
             raise ValueError(f"there is no preference loss '{name}'")
     return loss + sft_weight * sft(policy, lengths) if sft_weight else loss
 
 
 def rewards(policy: Tensor, reference: Tensor | None, lengths: Tensor, beta: float) -> Tensor:
-    """The implicit reward a loss trains, `(pairs, 2)`: beta times the log-ratio (DPO, eq. 5), or, without a
-    reference, beta times the mean log-prob a token (SimPO, eq. 4)."""
+    """Implicit rewards `(pairs, 2)`: beta times the log-ratio (DPO, eq. 5), or, without a reference, beta times the
+    mean log-prob per token (SimPO, eq. 4)."""
     return beta * (policy / lengths if reference is None else policy - reference)
 
 
 def bradley_terry(scores: Tensor, margins: Tensor | None = None, *, centering: float = 0.0) -> Tensor:
-    """A reward model's loss on scores `(pairs, 2)`: -log sigma(r_w - r_l - m) (Ouyang et al. 2022, arXiv:2203.02155,
-    eq. 1; margins `(pairs,)` by Touvron et al. 2023, arXiv:2307.09288, eq. 2), plus centering * (r_w + r_l)^2
-    (Eisenstein et al. 2023, arXiv:2312.09244)."""
+    """Reward-model loss on scores `(pairs, 2)`: -log sigma(r_w - r_l - m) (Ouyang et al. 2022, arXiv:2203.02155, eq. 1;
+    margins `(pairs,)` as in Touvron et al. 2023, arXiv:2307.09288, eq. 2), plus centering * (r_w + r_l)^2 (Eisenstein
+    et al. 2023, arXiv:2312.09244)."""
     gap = margin(scores) if margins is None else margin(scores) - margins
     return centering * scores.sum(dim=1) ** 2 - F.logsigmoid(gap)
 
 
 def log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
-    """k1 (Schulman 2020, "Approximating KL Divergence"): log pi - log pi_ref of each sampled token, unbiased for
-    KL(pi || pi_ref). It is what PPO's reward is charged with (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)."""
+    """k1 (Schulman 2020, "Approximating KL Divergence"): log pi - log pi_ref of each sampled token, an unbiased
+    estimate of KL(pi || pi_ref). PPO's KL penalty uses it (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)."""
     return policy - reference
 
 
 def kl_k3(policy: Tensor, reference: Tensor) -> Tensor:
-    """k3 (same source): r - 1 - log r with r = pi_ref / pi. Unbiased too, never negative, and of less variance: the
-    estimate to look at."""
+    """k3 (same source): r - 1 - log r with r = pi_ref / pi. Also unbiased, never negative, with less variance."""
     back = reference - policy
     return torch.expm1(back) - back
 
 
 def token_rewards(scores: Tensor, log_ratios: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
-    """-beta (log pi - log pi_ref) at every token, plus the score `(answers,)` at the last one (Ouyang et al. 2022,
-    arXiv:2203.02155, eq. 2)."""
+    """Rewards per token: -beta (log pi - log pi_ref), plus the score `(answers,)` at the last token (Ouyang et al.
+    2022, arXiv:2203.02155, eq. 2)."""
     rewards = -kl_coefficient * log_ratios * mask
     last = mask.sum(dim=1, keepdim=True) - 1
     return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
-    """Generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438, eq. 16), 0 outside the mask:
-    A_t = delta_t + gamma lambda A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t. After an answer's end all is 0."""
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16): A_t = delta_t + gamma lambda
+    A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; everything after an answer's end is 0, and so is the padding."""
     rewards, values = rewards * mask, values * mask
-    advantages, after, value_after = (
-        torch.zeros_like(values),
-        values.new_zeros(len(values)),
-        values.new_zeros(len(values)),
-    )
+    advantages = torch.zeros_like(values)
+    after = value_after = values.new_zeros(len(values))
     for token in reversed(range(values.shape[1])):
         delta = rewards[:, token] + gamma * value_after - values[:, token]
         after = (delta + gamma * lam * after) * mask[:, token]
@@ -169,45 +167,47 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float)
 
 
 def whiten(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and variance 1 over all tokens of the batch, 0 outside the mask (Huang et al. 2023, "The N Implementation
-    Details of RLHF with PPO")."""
+    """Whitening to mean 0 and variance 1 over all tokens of the batch; 0 outside the mask (Huang et al. 2023, "The N
+    Implementation Details of RLHF with PPO")."""
     count = mask.sum()
     centred = (values - (values * mask).sum() / count) * mask
     return centred * torch.rsqrt((centred**2).sum() / count + 1e-8)
 
 
 def clipped_policy_loss(policy: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """PPO's surrogate with its sign turned (Schulman et al. 2017, arXiv:1707.06347, eq. 7): -min(r A, clip(r) A) of
-    each token, r = pi / pi_old; and where the clipped one was taken."""
+    """PPO's clipped surrogate objective as a loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7): -min(r A, clip(r) A)
+    per token, with r = pi / pi_old. Returns (the loss, a bool tensor that is True where the ratio was clipped)."""
     ratio = torch.exp(policy - old)
     free, bounded = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
     return torch.maximum(free, bounded), bounded > free
 
 
 def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Half the squared error of each token's value, or that of the value held within `clip` of the old one where it is
-    worse (Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9); and where the latter was taken."""
+    """Clipped value loss (Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9): per token, half the
+    squared error of the value, or of the value clipped to [old - clip, old + clip], whichever is larger. Returns (the
+    loss, a bool tensor that is True where the clipped value was used)."""
     bounded = old + (values - old).clamp(-clip, clip)
     free_error, bounded_error = (values - returns) ** 2, (bounded - returns) ** 2
     return 0.5 * torch.maximum(free_error, bounded_error), bounded_error > free_error
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Of the next token, in nats: `(..., vocabulary)` to `(...)`."""
+    """Entropy of the next token in nats: `(..., vocabulary)` to `(...)`."""
     logps = logits.log_softmax(dim=-1)
     return -(logps.exp() * logps).sum(dim=-1)
 
 
-class Moments(NamedTuple):
-    """Running mean and spread of scores."""
+@dataclass(frozen=True)
+class Moments:
+    """Running mean and variance of scores."""
 
     count: float = 0.0
     mean: float = 0.0
     squares: float = 0.0
-    """The sum of squared distances from the mean."""
+    """Sum of squared distances from the mean."""
 
     def updated(self, scores: Tensor) -> "Moments":
-        """With more scores `(answers,)` seen (Chan et al. 1983: exact, whatever the order and the batches)."""
+        """The moments after more scores `(answers,)` (Chan et al. 1983): exact in any order and in any batches."""
         scores = scores.double()
         count, mean = len(scores), scores.mean().item()
         total, gap = self.count + count, mean - self.mean
@@ -220,19 +220,19 @@ class Moments(NamedTuple):
 
 
 def normalised(scores: Tensor, moments: Moments, clip: float) -> Tensor:
-    """Scores in standard deviations from the running mean, held within +-clip (Zheng et al. 2023, "Secrets of RLHF",
-    arXiv:2307.04964, eq. 17)."""
+    """Scores in standard deviations from the running mean, clipped to [-clip, clip] (Zheng et al. 2023, "Secrets of
+    RLHF", arXiv:2307.04964, eq. 17)."""
     return ((scores - moments.mean) / (moments.std + 1e-8)).clamp(-clip, clip)
 
 
-def centred(scores: Tensor, each: int) -> Tensor:
-    """Scores `(answers,)` less the mean of the `each` answers to the same prompt, which stand together: the baseline of
-    GRPO (Shao et al. 2024, arXiv:2402.03300, eq. 3) without its division."""
-    groups = scores.view(-1, each)
+def centred(scores: Tensor, num_samples: int) -> Tensor:
+    """Scores `(answers,)` minus the mean score of their prompt, whose `num_samples` answers are adjacent: the
+    baseline of GRPO (Shao et al. 2024, arXiv:2402.03300, eq. 3) without the division by the standard deviation."""
+    groups = scores.view(-1, num_samples)
     return (groups - groups.mean(dim=1, keepdim=True)).flatten()
 
 
 def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
-    """The next KL coefficient (Ziegler et al. 2019, arXiv:1909.08593, eq. 3, K = 0.1): up to 2% more or less a step."""
+    """The next KL coefficient (Ziegler et al. 2019, arXiv:1909.08593, eq. 3, K = 0.1): it changes by 2% at most."""
     error = max(-0.2, min(0.2, kl / target - 1))
     return coefficient * (1 + 0.1 * error)

@@ -205,7 +205,7 @@ def test_scores_that_never_differ_normalise_to_0():
 
 
 def test_centred_scores_are_measured_from_their_prompts_mean():
-    assert losses.centred(torch.tensor([1.0, 3.0, 10.0, 40.0]), each=2).tolist() == [-1.0, 1.0, -15.0, 15.0]
+    assert losses.centred(torch.tensor([1.0, 3.0, 10.0, 40.0]), num_samples=2).tolist() == [-1.0, 1.0, -15.0, 15.0]
 
 
 @pytest.mark.parametrize(

@@ -1,90 +1,94 @@
-"""Held-out prompts while PPO runs: what reward and judge make of the answers, alarms, the best adapter, the picture."""
+"""Evaluation on held-out prompts during PPO: scores of reward and judge, alarms, the best adapter, the report."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, cast
 
-from qalign.data.prompts import Prompt
+from torch import Tensor
+
+from qalign.config.atomic import write_whole
+from qalign.config.stages import PPO
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Role
-from qalign.model.lineage import Lineage
-from qalign.reports import alarms as watch
-from qalign.reports import ppo_report
-from qalign.rl.ppo_trainer import PPOTrainer
-from qalign.rl.rewards import Scorer, combined
+from qalign.reports import alarms, ppo_report
+from qalign.rl.ppo_trainer import NEXT_STEP, PPOTrainer
+from qalign.rl.rewards import combined
 from qalign.rl.rollout_batch import RolloutBatch
 from qalign.train.run_folder import RunFolder
 
-SEED = 0  # the same draws at each look: less of a change is luck
-SHOWN = 3  # samples beside an alarm
+SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
+SAMPLES_SHOWN = 3
 
 
 class Monitor:
-    """Looks at what the policy has become.
+    """Evaluates the policy while it trains.
 
     Args:
-        run: where `samples/`, `adapter_best/` and the picture go.
-        trainer: with the policy.
-        prompts: held-out ones with their ids; without any it looks at nothing.
-        judges: what scores the answers beside the reward.
-        origin: the lineage of the adapter.
+        run: the run folder, for `samples/`, `adapter_best/` and the report.
+        trainer: holds the policy, the held-out prompts and the judge. Without held-out prompts nothing is evaluated.
 
     Attributes:
-        looks: so far.
-        alarm_steps: the iterations at which an alarm was raised.
-        warnings: the last look's, in words.
+        points: all evaluations so far.
+        alarm_steps: iterations at which an alarm was raised.
+        warnings: the alarms of the last evaluation, as sentences.
     """
 
-    def __init__(
-        self,
-        run: RunFolder,
-        trainer: PPOTrainer,
-        prompts: list[tuple[Prompt, list[int]]],
-        judges: list[Scorer],
-        origin: Lineage,
-    ):
-        self.run, self.trainer, self.prompts, self.judges, self.origin = run, trainer, prompts, judges, origin
-        self.looks: list[watch.EvalPoint] = []
+    def __init__(self, run: RunFolder, trainer: PPOTrainer):
+        self.run, self.trainer, self.settings = run, trainer, cast(PPO, run.settings)
+        self.prompts, self.judges = trainer.setup.held_out, trainer.setup.scorers.judge
+        self.best, self.picture = run.path / "adapter_best", run.path / "ppo_report.png"
+        self.points: list[alarms.EvalPoint] = []
         self.alarm_steps: list[int] = []
         self.warnings: list[str] = []
-        self._clipped: list[float] = []
+        self._clip_fractions: list[float] = []
 
     @property
     def due(self) -> bool:
-        """Whether this iteration is one to look at: the first, the last, and each `eval_every`-th."""
-        done, every = self.trainer.done, self.run.settings.eval_every
-        if not self.prompts or (self.looks and self.looks[-1].step == done):
+        """Whether to evaluate now: before training, at the end, and every `eval_every` iterations."""
+        done, every = self.trainer.done, self.settings.eval_every
+        if not self.prompts or (self.points and self.points[-1].step == done):
             return False
         return done in (0, self.trainer.iterations) or bool(every and done % every == 0)
 
-    @property
-    def best(self) -> Path:
-        """The adapter that was best by the judge, or by the reward where there is none."""
-        return self.run.path / "adapter_best"
-
     def count(self, metrics: dict[str, float]) -> None:
-        """Takes note of an iteration's updates."""
-        self._clipped.append(metrics["policy/clipfrac_avg"])
+        """Records the clip fraction of one iteration, for the next evaluation."""
+        self._clip_fractions.append(metrics["policy/clipfrac_avg"])
 
-    def look(self) -> dict[str, float]:
-        """Answers the held-out prompts; keeps the adapter if it is the best so far.
+    def evaluate(self) -> dict[str, Any]:
+        """Samples and scores answers to the held-out prompts, and keeps the adapter if it is the best so far.
 
         Returns:
-            the figures, for the metrics.
+            The figures, for the metrics.
+
+        Raises:
+            RewardFailed: a scorer fails.
+            UserError: log-probs are not finite.
         """
-        seconds = self.trainer.seconds.copy()  # a look is no part of training's
+        seconds = self.trainer.seconds.copy()  # evaluation doesn't count as training time
         rollout = self.trainer.collect(self.prompts, 1, SEED, roles=(Role.POLICY, Role.REFERENCE))
         proxy, _ = combined(self.trainer.scorers, rollout.rows)
         judge = combined(self.judges, rollout.rows)[0] if self.judges else None
         self.trainer.seconds = seconds
+        if not rollout.old_logps.isfinite().all():
+            raise UserError(f"iteration {self.trainer.done}: log-probs of held-out answers are not finite; {NEXT_STEP}")
+        self.points.append(point := self._point(rollout, proxy, judge))
+        self._clip_fractions.clear()
+        self._write_samples(rollout, proxy, judge)
+        if alarms.best_point(self.points) is point:
+            self.trainer.base.save_adapter(Role.POLICY, self.best)
+            lineage.write(self.best, self.trainer.setup.origin)
+        self.warnings = alarms.alarms(self.points, self.settings.patience)
+        if self.warnings:
+            self.alarm_steps.append(point.step)
+        best_of = ppo_report.read_best_of(self.run.path.parent)
+        ppo_report.draw(self.points, self.picture, best_of=best_of, alarm_steps=self.alarm_steps)
+        return {f"eval_{name}": value for name, value in asdict(point).items() if name != "step"}
+
+    def _point(self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None) -> alarms.EvalPoint:
         texts = [text for row in rollout.rows for text in row.texts]
-        if not rollout.old.isfinite().all():
-            raise UserError(
-                f"iteration {self.trainer.done}: log-probs of held-out answers are not finite; the last checkpoint, if "
-                "there is one, is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
-            )
-        found = watch.EvalPoint(
+        return alarms.EvalPoint(
             step=self.trainer.done,
             answers=len(texts),
             kl_nats=rollout.kl.mean().item(),
@@ -94,66 +98,49 @@ class Monitor:
             judge_std=None if judge is None else judge.std(correction=0).item(),
             length=rollout.tokens / len(texts),
             ended=rollout.ended.float().mean().item(),
-            distinct=watch.distinct_n(texts),
-            repeated=watch.repeated_lines(texts),
+            distinct=alarms.distinct_n(texts),
+            repeated=alarms.repeated_lines(texts),
             entropy=(rollout.entropies.sum() / rollout.tokens).item(),
-            clipped=sum(self._clipped) / max(1, len(self._clipped)),
+            clipped=sum(self._clip_fractions) / max(1, len(self._clip_fractions)),
         )
-        self.looks.append(found)
-        self._clipped.clear()
-        self._keep_samples(rollout, proxy.flatten().tolist(), None if judge is None else judge.flatten().tolist())
-        if watch.best_look(self.looks) is found:
-            self.trainer.base.save_adapter(Role.POLICY, self.best)
-            lineage.write(self.best, self.origin)
-        self.warnings = watch.alarms(self.looks, self.run.settings.patience)
-        if self.warnings:
-            self.alarm_steps.append(found.step)
-        self.draw()
-        return {f"eval_{name}": value for name, value in asdict(found).items() if name != "step"}
-
-    def draw(self) -> None:
-        """The picture of all looks so far."""
-        best_of = ppo_report.read_best_of(self.run.path.parent)
-        ppo_report.draw(self.looks, self.picture, best_of=best_of, alarm_steps=self.alarm_steps)
 
     @property
-    def picture(self) -> Path:
-        return self.run.path / "ppo_report.png"
-
-    def samples(self) -> list[str]:
-        """Three of the last look's answers: those that the reward likes best, where hacking shows first."""
-        with self._samples_file().open(encoding="utf-8") as lines:  # not splitlines: an answer may hold a U+2028
-            rows = sorted(map(json.loads, lines), key=lambda row: -row["reward"])[:SHOWN]
-        return [_shown(row) for row in rows]
-
     def _samples_file(self) -> Path:
         return self.run.path / "samples" / f"step-{self.trainer.done}.jsonl"
 
-    def _keep_samples(self, rollout: RolloutBatch, proxy: list[float], judge: list[float] | None) -> None:
-        file = self._samples_file()
-        file.parent.mkdir(exist_ok=True)
-        with file.open("w", encoding="utf-8") as opened:
-            for number, row in enumerate(rollout.rows):
-                line = {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[number]}
-                line |= {} if judge is None else {"judge": judge[number]}
-                line |= {"ended": row.ended[0], "where": row.prompt.where}
-                opened.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _write_samples(self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None) -> None:
+        lines = []
+        for number, row in enumerate(rollout.rows):
+            line = {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[number].item()}
+            line |= {} if judge is None else {"judge": judge[number].item()}
+            line |= {"ended": row.ended[0], "where": row.prompt.where}
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+        self._samples_file.parent.mkdir(exist_ok=True)
+        write_whole(self._samples_file, "".join(lines))
 
-    def state(self) -> dict:
+    def samples(self) -> list[str]:
+        """The last evaluation's answers with the highest reward, where reward hacking shows first, one line each."""
+        with self._samples_file.open(encoding="utf-8") as lines:  # not splitlines: an answer may hold a U+2028
+            rows = sorted(map(json.loads, lines), key=lambda row: -row["reward"])[:SAMPLES_SHOWN]
+        return [_in_one_line(row) for row in rows]
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
         return {
-            "looks": [asdict(look) for look in self.looks],
+            "looks": [asdict(point) for point in self.points],
             "alarms": self.alarm_steps,
             "warnings": self.warnings,
-            "clipped": self._clipped,
+            "clipped": self._clip_fractions,
         }
 
-    def load_state(self, state: dict) -> None:
-        self.looks = [watch.EvalPoint(**look) for look in state["looks"]]
-        self.alarm_steps, self._clipped = list(state["alarms"]), list(state["clipped"])
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
+        self.points = [alarms.EvalPoint(**point) for point in state["looks"]]
+        self.alarm_steps, self._clip_fractions = list(state["alarms"]), list(state["clipped"])
         self.warnings = list(state["warnings"])
 
 
-def _shown(row: dict) -> str:
+def _in_one_line(row: dict[str, Any]) -> str:
     question, answer = (" ".join(text.split()) for text in (row["prompt"][-1]["content"], row["completion"]))
     judged = f", judge {row['judge']:+.2f}" if "judge" in row else ""
     return f"{question[:80]!r} → {answer[:240]!r} (reward {row['reward']:+.2f}{judged})"

@@ -1,21 +1,123 @@
-"""What PPO's loop is set up with: a model without randomness, its optimiser, and the account of its memory."""
+"""The beginning that PPO and best-of-n share: one base with the policy and the scorers, the prompts, and sampling."""
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments, get_scheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalign.config.recipe import PPO
+from qalign.config.recipe import Recipe
+from qalign.config.stages import PPO
+from qalign.data.formats import Prompt, Refused
+from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError
-from qalign.model.base import Base, Role
+from qalign.model import lineage
+from qalign.model.base import Base, Role, load
+from qalign.model.generation import Engine, Sampling, engine, stop_ids_of, text_of
+from qalign.model.lineage import Lineage
+from qalign.model.loading import check_reach
+from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
+from qalign.rl.rollout_batch import SampledAnswers
+from qalign.train.dataset import encode_prompts
+from qalign.train.run_folder import RunFolder
+
+EncodedPrompt = tuple[Prompt, list[int]]  # a row with its token ids
 
 
-def prepare(base: Base, checkpointed_layers: int) -> None:
-    """No dropout: log-probs of the policy that learns must be those of the policy that sampled ("The N+ Implementation
-    Details of RLHF with PPO", Huang et al. 2024, arXiv:2403.17031). Checkpointing for the first so many layers."""
+@dataclass
+class Setup:
+    """One base with its policy and scorers, and the prompts to answer.
+
+    Attributes:
+        base: with the policy on it; scorers are put on it by `scorers.attach`.
+        origin: the lineage of an adapter that is trained here.
+        scorers: reward and judge.
+        engine, sampling: how answers are sampled.
+        prompts, held_out: rows with their token ids.
+        refused: rows that can't be used.
+        counts: numbers of rows, for the summary.
+        other_bytes: memory of scorers that are models of their own.
+    """
+
+    base: Base
+    origin: Lineage
+    scorers: Scorers
+    engine: Engine
+    sampling: Sampling
+    prompts: list[EncodedPrompt]
+    held_out: list[EncodedPrompt]
+    refused: list[Refused]
+    counts: dict[str, int]
+    other_bytes: int = 0
+
+    def sample(self, prompts: list[EncodedPrompt], num_samples: int, seed: int) -> list[SampledAnswers]:
+        """`num_samples` answers of the policy to each prompt; of the base where no policy adapter is on it."""
+        role = Role.POLICY if Role.POLICY in self.base.adapters else Role.BASE
+        ids = [prompt_ids for _, prompt_ids in prompts]
+        sampled = self.engine.generate(self.base, role, ids, self.sampling, num_samples=num_samples, seed=seed)
+        return [
+            SampledAnswers(
+                prompt,
+                TokenAnswers(prompt_ids, tuple(answers)),
+                tuple(text_of(self.base.tokenizer, answer) for answer in answers),
+                tuple(answer[-1] in self.sampling.stop_ids for answer in answers),
+            )
+            for (prompt, prompt_ids), answers in zip(prompts, sampled, strict=True)
+        ]
+
+
+def set_up(run: RunFolder, found: dict, *, trainable: bool) -> Setup:
+    """Checks the scorers, loads the base, and puts the policy on it.
+
+    Args:
+        found: the rows, as `read_prompts` returns them.
+        trainable: True for a policy that PPO trains, with a reference beside it; False for one that only samples.
+
+    Raises:
+        UserError: a scorer, the base or the starting adapter can't be loaded or doesn't fit the others.
+    """
+    recipe, settings, parent = run.recipe, cast(PPO, run.settings), run.parent
+    check_reach(recipe.model)
+    scorers = open_scorers(recipe, run)
+    base = load(recipe.model)
+    origin = base.lineage(run.stage, parent)
+    prompts, held_out, refused, counts = encode_prompts(run, base.tokenizer, found)
+    set_seed(recipe.seed)
+    if parent:
+        lineage.check("ppo.start_from", parent, origin)
+        base.load_adapter(Role.POLICY, parent, trainable=trainable)
+        if trainable:
+            base.load_reference(parent)
+    elif trainable:
+        base.add_adapter(Role.POLICY, recipe.lora)
+    stop_ids = stop_ids_of(base.tokenizer, recipe.model.chat_template_kwargs)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
+    source = engine(settings.engine, base, recipe.model.max_length)
+    other_bytes = scorers.load_models(base)
+    return Setup(base, origin, scorers, source, sampling, prompts, held_out, refused, counts, other_bytes)
+
+
+def add_value_model(base: Base, recipe: Recipe, scorers: list[Scorer]) -> None:
+    """The value model: a head on the policy's hidden states (`value: trunk`), or an adapter with a head of its own,
+    which begins as a copy of the first reward adapter if there is one."""
+    if cast(PPO, recipe.ppo).value == "trunk":
+        base.add_head(Role.VALUE)
+    elif copied := value_start(scorers):
+        base.load_adapter(Role.VALUE, str(copied.folder), trainable=True)
+    else:
+        base.add_adapter(Role.VALUE, recipe.lora.model_copy(update={"init": "default"}))
+        base.add_head(Role.VALUE)
+
+
+def make_deterministic(base: Base, checkpointed_layers: int) -> None:
+    """Turns dropout off, so that the policy that learns has the log-probs of the policy that sampled (N+ details: Huang
+    et al. 2024, arXiv:2403.17031), and recomputes the activations of the first `checkpointed_layers` layers."""
     for module in base.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -26,19 +128,21 @@ def prepare(base: Base, checkpointed_layers: int) -> None:
             layer.gradient_checkpointing = number < checkpointed_layers
 
 
-def optimiser_of(settings: PPO, weights: list[nn.Parameter], iterations: int):
-    """The optimiser, with `trainer:` having the last word.
+def make_optimizer(
+    settings: PPO, weights: list[nn.Parameter], iterations: int
+) -> tuple[Optimizer, Callable[[int], float], float]:
+    """The optimiser; values under `trainer:` override the others.
 
-    Adam's epsilon is 1e-5, not 1e-8 ("The N Implementation Details of RLHF with PPO", Huang et al. 2023).
+    Adam's epsilon is 1e-5, not 1e-8 (N details: Huang et al. 2023, "The N Implementation Details of RLHF with PPO").
 
     Returns:
-        (the optimiser, the learning rate by iteration counted from 1, the norm at which gradients are clipped: as in
-        transformers, `max_grad_norm: 0` is none).
+        (the optimiser, the learning rate as a function of the iteration counted from 1, the norm that gradients are
+        clipped to: infinite for `max_grad_norm: 0`, which turns clipping off in transformers too).
 
     Raises:
-        UserError: a value under `trainer:` that transformers refuses.
+        UserError: transformers refuses a value under `trainer:`.
     """
-    values = {
+    values: dict[str, Any] = {
         "output_dir": "unused",
         "report_to": "none",
         "learning_rate": settings.learning_rate,
@@ -54,22 +158,21 @@ def optimiser_of(settings: PPO, weights: list[nn.Parameter], iterations: int):
             optimizer,
             num_warmup_steps=math.ceil(settings.warmup_ratio * iterations),
             num_training_steps=iterations + 1,
-            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=cast(dict, args.lr_scheduler_kwargs),
         )
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"ppo.trainer: {' '.join(str(error).split())}") from None
-    (share,) = schedule.lr_lambdas
-    rate: Callable[[int], float] = lambda iteration: settings.learning_rate * share(iteration)  # noqa: E731
-    return optimizer, rate, args.max_grad_norm or math.inf
+    (share,) = cast(LambdaLR, schedule).lr_lambdas
+    return optimizer, lambda iteration: settings.learning_rate * share(iteration), args.max_grad_norm or math.inf
 
 
-def bytes_by_role(base: Base, optimizer) -> dict[str, dict[str, int]]:
-    """What each role holds: `weights`, `gradients` (while an update runs) and `optimiser`, in bytes."""
-    size = lambda tensors: sum(tensor.nbytes for tensor in tensors)  # noqa: E731
-    found = {Role.BASE: {"weights": base.held_bytes}}
+def bytes_by_role(base: Base, optimizer: Optimizer) -> dict[str, dict[str, int]]:
+    """Memory of each role in bytes: `weights`, `gradients` (held during an update only) and `optimiser`."""
+    size: Callable[[Any], int] = lambda tensors: sum(tensor.nbytes for tensor in tensors)  # noqa: E731
+    found: dict[str, dict[str, int]] = {Role.BASE: {"weights": base.held_bytes}}
     for role in base.adapters:
-        held = base.trained_weights(role).values()
-        trained = [weight for weight in held if weight.requires_grad]
-        notes = [t for w in trained for t in optimizer.state.get(w, {}).values() if torch.is_tensor(t)]
-        found[role] = {"weights": size(held), "gradients": size(trained), "optimiser": size(notes)}
+        weights = base.trained_weights(role).values()
+        trained = [weight for weight in weights if weight.requires_grad]
+        moments = [t for w in trained for t in optimizer.state.get(w, {}).values() if torch.is_tensor(t)]
+        found[role] = {"weights": size(weights), "gradients": size(trained), "optimiser": size(moments)}
     return found

@@ -1,7 +1,7 @@
-"""PPO on one base, to be read from top to bottom: collect, score, advantages, update.
+"""One PPO iteration, in the order in which it runs: collect, score, advantages, update.
 
-Sources of each detail: docs/ppo.md. All that is random is drawn from the seed and the number of the iteration, so an
-iteration depends on nothing but the state before it, and a resumed run repeats it.
+docs/ppo.md gives the source of each detail. Every random number comes from the recipe's seed and the number of the
+iteration, so an iteration depends only on the state before it, and a resumed run repeats it.
 """
 
 import math
@@ -10,82 +10,78 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import astuple
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qalign import losses
 from qalign.config.stages import PPO
-from qalign.data.collate import MicroBatchLimit
-from qalign.data.prompts import Prompt
+from qalign.data.collate import AnswerBatch, MicroBatchLimit
 from qalign.errors import UserError
-from qalign.model.base import Base, Role
-from qalign.model.generation import Engine, Sampling
+from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_entropies, state_logps
-from qalign.rl.ppo_setup import optimiser_of, prepare
-from qalign.rl.rewards import SampledAnswers, Scorer, combined, sampled_answers, value_start
-from qalign.rl.rollout_batch import RolloutBatch
+from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
+from qalign.rl.rewards import combined, value_start
+from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 
-ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)  # that read what was sampled
-# How far a log-prob may be from itself, computed again in the same way. (In 16 bits it is exact too where kernels are
-# deterministic.)
-EXACT = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+# Nats by which a log-prob may differ when computed twice. (In 16 bits too it is equal where kernels are deterministic.)
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
+NEXT_STEP = "the last checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: float32"
 
 
 class PPOTrainer:
-    """The loop's parts and their state.
+    """The steps of PPO and their state.
 
     Args:
-        base: with its roles; the policy is being played.
+        setup: the base with policy, reference, value model and scorers attached; the prompts.
         settings: the recipe's `ppo` section.
-        prompts: rows, and their ids.
-        scorers: of the reward.
-        engine: what samples.
-        sampling: how.
-        micro: how much one forward pass takes; changes memory and speed, and no number.
-        checkpointed_layers: that compute their activations again in the backward.
+        limit: bound of one forward pass; changes memory and speed, and no number.
+        checkpointed_layers: number of layers that recompute their activations in the backward pass.
         iterations: of the whole run.
-        seed: the recipe's.
+        seed: the recipe's seed.
 
     Attributes:
-        done: iterations so far.
-        kl_coefficient: as it is now.
-        moments: of all scores so far.
-        value_units: (shift, factor): the value model's guess is factor × (what its head says − shift).
-        tokens_seen: sampled so far.
+        done: number of finished iterations.
+        kl_coefficient: its current value; `kl_target` and alarms change it.
+        moments: running mean and variance of all scores.
+        value_units: (shift, factor); a value is factor × (output of the value head − shift).
+        tokens_seen: number of tokens sampled for training.
+        seconds: wall-clock time by part: rollout, scoring, update, all.
     """
 
     def __init__(
         self,
-        base: Base,
+        setup: Setup,
         settings: PPO,
-        prompts: list[tuple[Prompt, list[int]]],
-        scorers: list[Scorer],
-        engine: Engine,
-        sampling: Sampling,
-        micro: MicroBatchLimit,
+        limit: MicroBatchLimit,
         checkpointed_layers: int,
         iterations: int,
         seed: int,
     ):
-        self.base, self.settings, self.prompts, self.scorers = base, settings, prompts, scorers
-        self.engine, self.sampling, self.micro, self.seed = engine, sampling, micro, seed
-        self.done, self.tokens_seen, self.iterations = 0, 0, iterations
+        self.setup, self.base, self.scorers = setup, setup.base, setup.scorers.reward
+        self.settings, self.limit, self.iterations, self.seed = settings, limit, iterations, seed
+        self.done, self.tokens_seen = 0, 0
         self.kl_coefficient, self.moments = settings.kl_coefficient, losses.Moments()
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._checked = False
         self.value_units = 0.0, 1.0
-        self._own_values = settings.value == "adapter"
-        prepare(base, checkpointed_layers)
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._ratio_checked = False
+        self._value_adapter = settings.value == "adapter"
+        make_deterministic(self.base, checkpointed_layers)
         self.weights = {
             f"{role}/{name}": weight
             for role in (Role.POLICY, Role.VALUE)
-            for name, weight in base.trained_weights(role).items()
+            for name, weight in self.base.trained_weights(role).items()
         }
-        optimizer, self._rate, self._max_norm = optimiser_of(settings, list(self.weights.values()), iterations)
+        optimizer, self._learning_rate, self._max_norm = make_optimizer(
+            settings, list(self.weights.values()), iterations
+        )
         self.accelerator = Accelerator(
-            mixed_precision="fp16" if base.dtype == torch.float16 else "no", cpu=base.lm.device.type == "cpu"
+            mixed_precision="fp16" if self.base.dtype == torch.float16 else "no",
+            cpu=self.base.lm.device.type == "cpu",
         )
         self.optimizer = self.accelerator.prepare(optimizer)
 
@@ -93,16 +89,14 @@ class PPOTrainer:
         """One iteration: (its answers, its metrics under TRL's names).
 
         Raises:
-            UserError: the reward fails or isn't finite (nothing was changed), the loss isn't finite, or log-probs can't
-                be repeated.
+            UserError: a scorer fails (the weights are unchanged), the loss or the gradients are not finite, or
+                log-probs can't be repeated.
         """
         began = time.monotonic()
-        rollout = self.collect(self._drawn(), self.settings.samples_per_prompt, seed=self._seed(1))
+        rollout = self.collect(self._next_prompts(), self.settings.samples_per_prompt, seed=self._seed(1))
         if not self.done:
             self._check_reference(rollout)
-        metrics = self.score(rollout)
-        metrics |= self.advantages(rollout)
-        metrics |= self.update(rollout)
+        metrics = self.score(rollout) | self.advantages(rollout) | self.update(rollout)
         if self.settings.kl_target:
             self.kl_coefficient = losses.adapted_kl_coefficient(
                 self.kl_coefficient, rollout.kl.mean().item(), self.settings.kl_target
@@ -115,76 +109,72 @@ class PPOTrainer:
     # --- collect -----------------------------------------------------------------------------------------------------
 
     def collect(
-        self, prompts: list[tuple[Prompt, list[int]]], each: int, seed: int, roles: tuple[Role, ...] = ROLES
+        self,
+        prompts: list[EncodedPrompt],
+        num_samples: int,
+        seed: int,
+        roles: Sequence[Role] = (Role.POLICY, Role.REFERENCE, Role.VALUE),
     ) -> RolloutBatch:
-        """Samples answers, then computes what all roles make of them, in the micro-batches in which the first update
-        will see them: the ratio of new to old is then exactly 1 there, in 16 bits too."""
+        """Samples answers, then runs every role over them in the micro-batches of the first update. So the ratio of
+        new to old probability is exactly 1 at the first update, in 16 bits too."""
         with self._timed("rollout"):
-            found = self.engine.generate(
-                self.base, Role.POLICY, [ids for _, ids in prompts], self.sampling, each=each, seed=seed
-            )
-        rows = [
-            sampled_answers(self.base.tokenizer, prompt, ids, answers, self.sampling)
-            for (prompt, ids), answers in zip(prompts, found, strict=True)
-        ]
-        lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
-        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-        rollout = RolloutBatch(rows, mask, *(torch.zeros(mask.shape) for _ in range(4)))
+            rows = self.setup.sample(prompts, num_samples, seed)
+        rollout = RolloutBatch.empty(rows)
         with self._timed("scoring"), torch.no_grad(), self.base.packed_attention():
             parts = [micro for mini in self._mini_batches(rows, epoch=0) for micro in mini]
-            for role in roles if self._own_values else roles[:2]:
+            for role in roles:
+                if role is Role.VALUE and not self._value_adapter:
+                    continue  # read from the policy's hidden states
                 with self.base.acting_as(role) as lm:
                     for numbers, batch in self._batches(rows, parts):
-                        self._read(rollout, role, rollout.places(numbers), answer_states(lm, batch), batch.targets)
+                        self._read(rollout, role, lm, rollout.token_indices(numbers), batch)
         return rollout
 
-    def _read(self, rollout: RolloutBatch, role: Role, where, states: Tensor, targets: Tensor) -> None:
-        """Keeps what a role makes of some answers, from the hidden states before their tokens."""
-        lm, temperature = self.base.lm, self.sampling.temperature
-        if role is Role.VALUE or (role is Role.POLICY and not self._own_values):
+    def _read(self, rollout: RolloutBatch, role: Role, lm: PreTrainedModel, where: Any, batch: AnswerBatch) -> None:
+        """Fills the tensors of a rollout from one forward pass of a role."""
+        temperature, states = self.setup.sampling.temperature, answer_states(lm, batch)
+        if role is Role.VALUE or (role is Role.POLICY and not self._value_adapter):
             rollout.values[where] = self._values(states).cpu()
         if role is Role.POLICY:
-            rollout.old[where] = state_logps(lm, states, targets, temperature).cpu()
+            rollout.old_logps[where] = state_logps(lm, states, batch.targets, temperature).cpu()
             rollout.entropies[where] = state_entropies(lm, states, temperature).cpu()
         if role is Role.REFERENCE:
-            rollout.reference[where] = state_logps(lm, states, targets, temperature).cpu()
+            rollout.reference_logps[where] = state_logps(lm, states, batch.targets, temperature).cpu()
 
     # --- score -------------------------------------------------------------------------------------------------------
 
     def score(self, rollout: RolloutBatch) -> dict[str, float]:
-        """The reward of every answer, read at its true end."""
+        """The combined reward of every answer."""
         with self._timed("scoring"):
             scores, means = combined(self.scorers, rollout.rows)
         rollout.scores = scores.flatten()
-        kl, length = rollout.kl, rollout.mask.sum(dim=1).float()
-        mean = lambda values: (values * rollout.mask).sum(dim=1).mean().item()  # noqa: E731
-        k3 = losses.kl_k3(rollout.old, rollout.reference)
+        k3 = losses.kl_k3(rollout.old_logps, rollout.reference_logps)
         return {
             "objective/scores": rollout.scores.mean().item(),
             "objective/scores_std": rollout.scores.std(correction=0).item(),
             **({f"scores/{name}": value for name, value in means.items()} if len(means) > 1 else {}),
-            "objective/kl": kl.mean().item(),
-            "objective/kl_k3": mean(k3),
-            "objective/entropy": mean(rollout.entropies),
+            "objective/kl": rollout.kl.mean().item(),
+            "objective/kl_k3": (k3 * rollout.mask).sum(dim=1).mean().item(),
+            "objective/entropy": (rollout.entropies * rollout.mask).sum(dim=1).mean().item(),
             "policy/entropy_avg": (rollout.entropies.sum() / rollout.tokens).item(),
             "val/num_eos_tokens": int(rollout.ended.sum()),
-            "completions/mean_length": length.mean().item(),
+            "completions/mean_length": rollout.mask.sum(dim=1).float().mean().item(),
         }
 
     # --- advantages --------------------------------------------------------------------------------------------------
 
     def advantages(self, rollout: RolloutBatch) -> dict[str, float]:
-        """Scores and KL to rewards of tokens, rewards and values to advantages, whitened over the whole batch."""
+        """From scores and KL to rewards per token, and to advantages that are whitened over the whole batch."""
         settings, scores = self.settings, rollout.scores
         if settings.reward_scaling != "none":
             self.moments = self.moments.updated(scores)
             scores = losses.normalised(scores, self.moments, settings.reward_clip)
         scores = scores - settings.missing_eos_penalty * ~rollout.ended
         if settings.reward_scaling == "prompt":
-            scores = losses.centred(scores, rollout.each)
-        if not self.done and self._own_values:
-            self._take_over_units(rollout, scores)
-        log_ratios = losses.log_ratio(rollout.old, rollout.reference)
+            scores = losses.centred(scores, rollout.num_samples)
+        if not self.done and self._value_adapter:
+            self._fit_value_units(rollout, scores)
+        log_ratios = losses.log_ratio(rollout.old_logps, rollout.reference_logps)
         rewards = losses.token_rewards(scores, log_ratios, rollout.mask, self.kl_coefficient)
         raw = losses.gae(rewards, rollout.values, rollout.mask, settings.gamma, settings.gae_lambda)
         rollout.returns = (raw + rollout.values) * rollout.mask
@@ -198,170 +188,156 @@ class PPOTrainer:
             "kl_coefficient": self.kl_coefficient,
         }
 
-    def _take_over_units(self, rollout: RolloutBatch, scores: Tensor) -> None:
-        """A copy of the reward model speaks in the reward model's units, and before an answer's end its level means
-        nothing. Left so, every last token's advantage would carry the offset, whatever the score: the policy would
-        learn to end at once, or never. So its first guesses get the mean of what they guess at, and its spread."""
+    def _fit_value_units(self, rollout: RolloutBatch, scores: Tensor) -> None:
+        """Gives the first values the mean and the standard deviation of the scores that they predict.
+
+        The value model starts as a copy of the reward model, in the reward model's units, and before an answer's last
+        token a reward model's level means nothing. An offset would remain on the advantage of every last token,
+        whatever the score: the policy would learn to end at once, or never.
+        """
         if not (copied := value_start(self.scorers)):
             return
-        guesses = rollout.values[rollout.mask]
-        spreads = [values.std(correction=0).item() for values in (scores, guesses)]
-        known = min(spreads) > 1e-3  # where all are alike, there is no unit to learn from them
-        factor = math.copysign(spreads[0] / spreads[1] if known else 1.0, copied.weight)
-        shift = guesses.mean().item() - scores.mean().item() / factor
+        values = rollout.values[rollout.mask]
+        score_std, value_std = scores.std(correction=0).item(), values.std(correction=0).item()
+        known = min(score_std, value_std) > 1e-3  # scores that are all alike don't tell a unit
+        factor = math.copysign(score_std / value_std if known else 1.0, copied.weight)
+        shift = values.mean().item() - scores.mean().item() / factor
         self.value_units = shift, factor
         rollout.values = (rollout.values - shift) * factor * rollout.mask
 
     # --- update ------------------------------------------------------------------------------------------------------
 
     def update(self, rollout: RolloutBatch) -> dict[str, float]:
-        """Several passes over the answers in shuffled mini-batches, an optimiser step each, until the policy is too far
-        from the one that sampled."""
-        sums: dict[str, float] = defaultdict(float)
-        # One iteration's rate for all its updates; counted from 1, as a warm-up from 0 would waste its answers.
-        rate = self._rate(self.done + 1)
+        """Several passes over the answers in shuffled mini-batches, one optimiser step each. It stops before the step
+        at which KL to the policy that sampled is over `kl_stop`."""
+        totals: dict[str, float] = defaultdict(float)
+        steps, mini_batches, kl_stop = 0.0, 0, self.settings.kl_stop
+        # One learning rate per iteration, counted from 1: a warm-up that starts at 0 would waste the first answers.
+        learning_rate = self._learning_rate(self.done + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
         with self._timed("update"), self.base.packed_attention():
-            self.base.model.train()  # for the checkpointed layers; dropout is 0
+            self.base.model.train()  # checkpointing works in training mode only; dropout is 0
             for mini in self._schedule(rollout.rows):
                 found = self._gradients(rollout, mini)
                 self._check(found)
-                too_far = self.settings.kl_stop is not None and found["approxkl"] > self.settings.kl_stop
+                too_far = kl_stop is not None and found["policy/approxkl_avg"] > kl_stop
                 if not too_far:
                     norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm)
-                    self._check_finite(norm)
+                    self._check_norm(norm)
                     self.optimizer.step()
-                self.optimizer.zero_grad()  # to None: no gradient stays in memory while answers are sampled
+                self.optimizer.zero_grad()  # sets gradients to None: they take no memory while answers are sampled
                 for name, value in found.items():
-                    sums[name] += value
-                sums["steps"] += not too_far
-                sums["mini_batches"] += 1
+                    totals[name] += value
+                steps += not too_far
+                mini_batches += 1
                 if too_far:
                     break
             self.base.model.eval()
-        count = sums["mini_batches"]
-        return {
-            "loss": sums["loss"] / count,
-            "loss/policy_avg": sums["policy"] / count,
-            "loss/value_avg": sums["value"] / count,
-            "policy/approxkl_avg": sums["approxkl"] / count,
-            "policy/clipfrac_avg": sums["clipped"] / count,
-            "val/clipfrac_avg": sums["value_clipped"] / count,
-            "val/ratio": sums["ratio"] / count,
-            "optimizer_steps": sums["steps"],
-            "lr": rate,
-        }
+        means = {name: total / mini_batches for name, total in totals.items() if name != "furthest"}
+        return means | {"optimizer_steps": steps, "lr": learning_rate}
 
     def _gradients(self, rollout: RolloutBatch, mini: list[list[int]]) -> dict[str, float]:
-        """Forward and backward of one mini-batch; each loss is a mean over its tokens, whatever the micro-batches."""
-        settings, sums = self.settings, defaultdict(float)
-        tokens = len(rollout.places([number for micro in mini for number in micro])[0])
+        """Forward and backward pass of one mini-batch. Each loss is a mean over the tokens of the mini-batch, so
+        micro-batches change nothing. Returns means by metric, and the largest change of a log-prob as `furthest`."""
+        settings, found = self.settings, defaultdict(float)
+        tokens = len(rollout.token_indices([number for micro in mini for number in micro])[0])
         for numbers, batch in self._batches(rollout.rows, mini):
-            old, advantages, old_values, returns = self._of(rollout, numbers, "old", "advantages", "values", "returns")
+            old_logps, advantages = self._tokens_of(rollout, numbers, "old_logps", "advantages")
             with self.base.acting_as(Role.POLICY) as lm:
                 states = answer_states(lm, batch)
-                logps = state_logps(lm, states, batch.targets, self.sampling.temperature)
-                loss, clipped = losses.clipped_policy_loss(logps, old, advantages, settings.clip)
+                logps = state_logps(lm, states, batch.targets, self.setup.sampling.temperature)
+                loss, clipped = losses.clipped_policy_loss(logps, old_logps, advantages, settings.clip)
                 total = loss.sum() / tokens
-                if not self._own_values:
-                    total = total + self._value_loss(self._values(states.detach()), old_values, returns, tokens, sums)
+                if not self._value_adapter:
+                    total = total + self._value_loss(states.detach(), rollout, numbers, tokens, found)
                 self.accelerator.backward(total)
-            ratios = (logps.detach() - old).exp()
-            sums["policy"] += loss.detach().sum().item() / tokens
-            sums["clipped"] += clipped.sum().item() / tokens
-            sums["approxkl"] += losses.kl_k3(old, logps.detach()).sum().item() / tokens
-            sums["ratio"] += ratios.sum().item() / tokens
-            sums["furthest"] = max(sums["furthest"], (logps.detach() - old).abs().max().item())
-        if self._own_values:
-            with self.base.acting_as(Role.VALUE) as lm:  # its backward inside: checkpointed layers run again
+            change = logps.detach() - old_logps
+            found["loss/policy_avg"] += loss.detach().sum().item() / tokens
+            found["policy/approxkl_avg"] += losses.kl_k3(old_logps, logps.detach()).sum().item() / tokens
+            found["policy/clipfrac_avg"] += clipped.sum().item() / tokens
+            found["val/ratio"] += change.exp().sum().item() / tokens
+            found["furthest"] = max(found["furthest"], change.abs().max().item())
+        if self._value_adapter:
+            with self.base.acting_as(Role.VALUE) as lm:  # backward inside: checkpointed layers run again in this role
                 for numbers, batch in self._batches(rollout.rows, mini):
-                    old_values, returns = self._of(rollout, numbers, "values", "returns")
-                    values = self._values(answer_states(lm, batch))
-                    self.accelerator.backward(self._value_loss(values, old_values, returns, tokens, sums))
-        sums["loss"] = sums["policy"] + settings.value_coefficient * sums["value"]
-        return sums
+                    states = answer_states(lm, batch)
+                    self.accelerator.backward(self._value_loss(states, rollout, numbers, tokens, found))
+        found["loss"] = found["loss/policy_avg"] + settings.value_coefficient * found["loss/value_avg"]
+        return found
 
-    def _value_loss(self, values: Tensor, old: Tensor, returns: Tensor, tokens: int, sums: dict) -> Tensor:
-        loss, clipped = losses.clipped_value_loss(values, old, returns, self.settings.value_clip)
-        sums["value"] += loss.detach().sum().item() / tokens
-        sums["value_clipped"] += clipped.sum().item() / tokens
+    def _value_loss(
+        self, states: Tensor, rollout: RolloutBatch, numbers: list[int], tokens: int, found: dict[str, float]
+    ) -> Tensor:
+        """The weighted value loss of one micro-batch; adds its figures to `found`."""
+        old_values, returns = self._tokens_of(rollout, numbers, "values", "returns")
+        loss, clipped = losses.clipped_value_loss(self._values(states), old_values, returns, self.settings.value_clip)
+        found["loss/value_avg"] += loss.detach().sum().item() / tokens
+        found["val/clipfrac_avg"] += clipped.sum().item() / tokens
         return self.settings.value_coefficient * loss.sum() / tokens
 
-    # --- what these need ---------------------------------------------------------------------------------------------
+    # --- helpers -----------------------------------------------------------------------------------------------------
 
     def _values(self, states: Tensor) -> Tensor:
         shift, factor = self.value_units
         return (self.base.values(states) - shift) * factor
 
-    def _drawn(self) -> list[tuple[Prompt, list[int]]]:
-        """The prompts of this iteration: every prompt once, in an order drawn anew, before any comes again."""
-        count = self.settings.batch_size // self.settings.samples_per_prompt
+    def _next_prompts(self) -> list[EncodedPrompt]:
+        """The prompts of this iteration. Every prompt comes once, in a shuffled order, before any comes again."""
+        prompts, count = self.setup.prompts, self.settings.batch_size // self.settings.samples_per_prompt
         places = range(self.done * count, (self.done + 1) * count)
-        return [self.prompts[self._order(place // len(self.prompts))[place % len(self.prompts)]] for place in places]
+        return [prompts[_shuffled(len(prompts), self.seed + n // len(prompts))[n % len(prompts)]] for n in places]
 
-    def _order(self, time: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + time)
-        return torch.randperm(len(self.prompts), generator=generator).tolist()
-
-    def _seed(self, what: int) -> int:
-        return (self.seed * 1_000_003 + self.done) * 16 + what
+    def _seed(self, purpose: int) -> int:
+        return (self.seed * 1_000_003 + self.done) * 16 + purpose
 
     def _schedule(self, rows: list[SampledAnswers]) -> Iterator[list[list[int]]]:
         for epoch in range(self.settings.update_epochs):
             yield from self._mini_batches(rows, epoch)
 
     def _mini_batches(self, rows: list[SampledAnswers], epoch: int) -> list[list[list[int]]]:
-        """The numbers of the prompts in each mini-batch of a pass, in micro-batches."""
-        generator = torch.Generator().manual_seed(self._seed(2) + 4096 * epoch)
-        order = torch.randperm(len(rows), generator=generator).tolist()
+        """The mini-batches of one pass; each is a list of micro-batches of prompt numbers."""
+        order = _shuffled(len(rows), self._seed(2) + 4096 * epoch)
         size = math.ceil(len(order) / self.settings.mini_batches)
         numbers = {id(row.tokens): number for number, row in enumerate(rows)}
         return [
             [
                 [numbers[id(tokens)] for tokens in micro]
-                for micro in self.base.micro_batches([rows[n].tokens for n in order[start : start + size]], self.micro)
+                for micro in self.base.micro_batches([rows[n].tokens for n in order[start : start + size]], self.limit)
             ]
             for start in range(0, len(order), size)
         ]
 
-    def _batches(self, rows: list[SampledAnswers], parts: Sequence[list[int]]):
+    def _batches(
+        self, rows: list[SampledAnswers], parts: Sequence[list[int]]
+    ) -> Iterator[tuple[list[int], AnswerBatch]]:
         for numbers in parts:
             yield numbers, self.base.batch([rows[number].tokens for number in numbers])
 
-    def _of(self, rollout: RolloutBatch, numbers: list[int], *names: str) -> list[Tensor]:
-        """Tensors of a rollout, token by token as a batch of these prompts has them, on the model's device."""
-        where = rollout.places(numbers)
+    def _tokens_of(self, rollout: RolloutBatch, numbers: list[int], *names: str) -> list[Tensor]:
+        """Tensors of a rollout as `(targets,)` in the order of a batch of these prompts, on the model's device."""
+        where = rollout.token_indices(numbers)
         return [getattr(rollout, name)[where].to(self.base.lm.device) for name in names]
 
     def _check(self, found: dict[str, float]) -> None:
         if not math.isfinite(found["loss"]):
-            raise UserError(
-                f"iteration {self.done + 1}: the loss is not finite; the last checkpoint, if there is one, is "
-                "kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
-            )
-        if not self._checked and found["furthest"] > EXACT[self.base.dtype]:
-            raise UserError(
-                f"the policy's log-probs can't be repeated: {found['furthest']:.2g} nats off before the first update, "
-                "where the ratio must be 1; is there randomness in this model? Try compute_dtype: float32"
-            )
-        self._checked = True
+            raise UserError(f"iteration {self.done + 1}: the loss is not finite; {NEXT_STEP}")
+        if not self._ratio_checked:
+            self._check_equal(found["furthest"], "the policy's log-probs can't be repeated: {} before the first update")
+        self._ratio_checked = True
 
     def _check_reference(self, rollout: RolloutBatch) -> None:
-        """Before the first update the policy is the reference."""
-        furthest = (rollout.old - rollout.reference).abs().max().item()
-        if furthest > EXACT[self.base.dtype]:
-            raise UserError(
-                f"the policy is {furthest:.2g} nats a token from its reference before the first update, where KL must "
-                "be 0; is there randomness in this model? Try compute_dtype: float32"
-            )
+        furthest = (rollout.old_logps - rollout.reference_logps).abs().max().item()
+        self._check_equal(furthest, "the policy is {} from its reference before the first update, where KL must be 0")
 
-    def _check_finite(self, norm: Tensor) -> None:
-        if self.accelerator.scaler is None and not torch.isfinite(norm):
-            raise UserError(
-                f"iteration {self.done + 1}: the gradients are not finite; nothing was updated, and the last "
-                "checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: float32"
-            )
+    def _check_equal(self, nats: float, problem: str) -> None:
+        if nats > TOLERANCE[self.base.dtype]:
+            found = problem.format(f"{nats:.2g} nats a token")
+            raise UserError(f"{found}; is there randomness in this model? Try compute_dtype: float32")
+
+    def _check_norm(self, norm: Tensor | None) -> None:
+        if self.accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
+            raise UserError(f"iteration {self.done + 1}: the gradients are not finite, no step was taken; {NEXT_STEP}")
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -371,8 +347,8 @@ class PPOTrainer:
             torch.cuda.synchronize()
         self.seconds[part] += time.monotonic() - began
 
-    def state(self) -> dict:
-        """All that the next iteration depends on, for `torch.save`."""
+    def state(self) -> dict[str, Any]:
+        """Everything that the next iteration depends on, for `torch.save`."""
         scaler = self.accelerator.scaler
         return {
             "weights": {name: weight.detach().cpu() for name, weight in self.weights.items()},
@@ -381,22 +357,26 @@ class PPOTrainer:
             "done": self.done,
             "tokens_seen": self.tokens_seen,
             "kl_coefficient": self.kl_coefficient,
-            "moments": tuple(self.moments),
+            "moments": astuple(self.moments),
             "value_units": self.value_units,
             "rng": torch.get_rng_state(),
             "python_rng": random.getstate(),
         }
 
-    def load_state(self, state: dict) -> None:
-        """Goes on from what `state` gave."""
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Restores what `state` returned."""
         with torch.no_grad():
             for name, weight in self.weights.items():
                 weight.copy_(state["weights"][name])
         self.optimizer.load_state_dict(state["optimizer"])
-        if state["scaler"]:
+        if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.done, self.tokens_seen = state["done"], state["tokens_seen"]
-        self.kl_coefficient, self.moments = state["kl_coefficient"], losses.Moments(*state["moments"])
-        self.value_units = state["value_units"]
+        for name in ("done", "tokens_seen", "kl_coefficient", "value_units"):
+            setattr(self, name, state[name])
+        self.moments = losses.Moments(*state["moments"])
         torch.set_rng_state(state["rng"])
         random.setstate(state["python_rng"])
+
+
+def _shuffled(count: int, seed: int) -> list[int]:
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,63 +1,88 @@
-"""What an iteration of PPO learns from: sampled answers, and what every role makes of each of their tokens."""
+"""Sampled answers, and the tensors that one PPO iteration computes for their tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from qalign import losses
-from qalign.rl.rewards import SampledAnswers
+from qalign.data.formats import Prompt
+from qalign.data.tokenize import TokenAnswers
+
+
+@dataclass(frozen=True)
+class SampledAnswers:
+    """One prompt with the answers that were sampled for it.
+
+    Attributes:
+        prompt: the row of the data.
+        tokens: ids of the prompt and of its answers; an answer includes the stop token that ended it.
+        texts: the answers without special tokens.
+        ended: True for an answer that ended with a stop token, False for one that was cut at `max_new_tokens`.
+    """
+
+    prompt: Prompt
+    tokens: TokenAnswers
+    texts: tuple[str, ...]
+    ended: tuple[bool, ...]
 
 
 @dataclass
 class RolloutBatch:
-    """The answers of one iteration. Tensors are on the CPU, float32 `(answers, tokens)` in the order of `rows`, 0
+    """The answers of one iteration. Tensors are float32 `(answers, tokens)` on the CPU, in the order of `rows`, and 0
     outside the mask.
 
     Attributes:
         rows: prompts with their answers.
-        mask: bool, True on the answers' tokens.
-        old: log-probs of the policy that sampled, from the training forward.
-        reference: those of the reference.
-        values: of the state before each token.
-        entropies: of the distribution that each token was drawn from.
-        scores: `(answers,)`, of the reward as it came.
-        advantages, returns: made of all these.
+        mask: bool, True on the tokens of the answers.
+        old_logps: log-probs of the policy that sampled, from the training forward pass.
+        reference_logps: log-probs of the reference.
+        values: the value model's estimate before each token.
+        entropies: entropy in nats of the distribution that each token was sampled from.
+        scores: `(answers,)`, the combined reward of each answer before any scaling.
+        advantages, returns: computed from all of these by `PPOTrainer.advantages`.
     """
 
     rows: list[SampledAnswers]
     mask: Tensor
-    old: Tensor
-    reference: Tensor
+    old_logps: Tensor
+    reference_logps: Tensor
     values: Tensor
     entropies: Tensor
-    scores: Tensor | None = None
-    advantages: Tensor | None = None
-    returns: Tensor | None = None
+    scores: Tensor = field(init=False)
+    advantages: Tensor = field(init=False)
+    returns: Tensor = field(init=False)
+
+    @classmethod
+    def empty(cls, rows: list[SampledAnswers]) -> "RolloutBatch":
+        """The mask of these answers, with every other tensor still 0."""
+        lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
+        mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
+        return cls(rows, mask, *(torch.zeros(mask.shape) for _ in range(4)))
 
     @property
     def kl(self) -> Tensor:
-        """log pi - log pi_ref of each answer, in nats: `(answers,)`."""
-        return (losses.log_ratio(self.old, self.reference) * self.mask).sum(dim=1)
+        """log pi - log pi_ref of each whole answer, in nats: `(answers,)`."""
+        return (losses.log_ratio(self.old_logps, self.reference_logps) * self.mask).sum(dim=1)
 
     @property
     def tokens(self) -> int:
-        """That were sampled."""
+        """Number of sampled tokens."""
         return int(self.mask.sum())
 
     @property
-    def each(self) -> int:
-        """Answers to a prompt."""
+    def num_samples(self) -> int:
+        """Number of answers per prompt."""
         return len(self.rows[0].texts)
 
     @property
     def ended(self) -> Tensor:
-        """Whether each answer ended by itself: bool `(answers,)`."""
+        """Whether each answer ended with a stop token: bool `(answers,)`."""
         return torch.tensor([ended for row in self.rows for ended in row.ended])
 
-    def places(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The tokens of some prompts' answers, in the order in which a batch of them has its targets."""
-        answers = torch.tensor([number * self.each + k for number in numbers for k in range(self.each)])
+    def token_indices(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """(row, column) indices of the answer tokens of some prompts, in the order of `AnswerBatch.targets`."""
+        answers = torch.tensor([number * self.num_samples + k for number in numbers for k in range(self.num_samples)])
         row, column = self.mask[answers].nonzero(as_tuple=True)
         return answers[row], column
