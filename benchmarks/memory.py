@@ -72,7 +72,7 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
     import torch
 
     from qalign.model.base import Role, load, load_classifier
-    from qalign.model.memory import LiveBytes
+    from qalign.model.step_memory import LiveBytes
 
     base = load_classifier(recipe.model) if stage == "reward" else load(recipe.model)
     base.add_adapter(Role.REWARD if stage == "reward" else Role.POLICY, recipe.lora)

@@ -1,46 +1,46 @@
 """One quantised base in memory, and the adapters that make it play every role.
 
-`Base.acting_as(role)` is the only way to change which part is played.
+`Base.acting_as(role)` is the only way to change the active role.
 """
 
 import json
 import re
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.tokenize import pad_for_scores, prepare_tokenizer
 from qalign.errors import UserError
+from qalign.model.adapters import (
+    SCORE_HEAD,
+    check_output_layer,
+    new_config,
+    output_layer_taken,
+    read_adapter,
+    save_adapter,
+    start_with_loftq,
+)
 from qalign.model.attention import packed_attention, why_not_packed
-from qalign.model.heads import ScalarHead, end_scores, pair_scores
 from qalign.model.lineage import Lineage, adapter_hash, digest
-from qalign.model.loading import Form, Origin, load_weights, save_tokenizer
-from qalign.model.logps import check_head
-from qalign.model.lora_init import mend_rounding
-
-# Starts for which PEFT moves part of the base into the adapter: on the plain base they are silently wrong.
-_REBASED = ("pissa", "olora", "corda", "lora_ga")
-HEAD_TAKEN = "{}: the output layer can't have an adapter, log-probs use its frozen weight"
-HEAD = "base_model.model.score.weight"  # in the file of a sequence classifier's adapter
+from qalign.model.loading import Form, Origin, load_weights, tensor_bytes
+from qalign.model.logps import ScalarHead, check_head
 
 
 class Role(StrEnum):
-    """A part that the base can play; also the name of the adapter that plays it."""
+    """A role that the base can play; also the name of the adapter that plays it."""
 
     BASE = "base"
     POLICY = "policy"
@@ -57,23 +57,25 @@ class Base:
     """A frozen base with its adapters.
 
     Attributes:
-        lm: the language model, or the sequence classifier that a reward model is trained as; adapters are injected
-            into it.
-        model: `lm`, or the `PeftModel` around it once an adapter was added.
-        tokenizer: with one chat template, one BOS and a pad token.
+        lm: the language model, or the sequence classifier that a reward model is trained as, with the adapters in it.
+        model: `lm`, or the `PeftModel` around it once there is an adapter.
+        tokenizer: with a chat template, one BOS and a pad token.
         origin: where the weights come from.
         template: where the chat template comes from, in words.
-        dtype: what matrices are multiplied in; adapters are float32 and cast to it.
+        dtype: the dtype of matrix products; adapters are float32 and autocast to it.
         reference: what the reference is made of, in words.
-        role: the part being played.
-        role_switches: how often the part was changed.
+        role: the active role.
+        role_switches: the number of role changes so far.
     """
 
-    def __init__(self, lm: PreTrainedModel, tokenizer, origin: Origin, template: str, spec: Model):
+    def __init__(
+        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: Origin, template: str, spec: Model
+    ):
         lm.requires_grad_(False)
         lm.eval()
         self._base_parameters = lm.num_parameters()
-        self.lm, self.model = lm, lm
+        self.lm: PreTrainedModel = lm
+        self.model: PreTrainedModel | peft.PeftModel = lm
         self.tokenizer, self.origin, self.template, self.spec = tokenizer, origin, template, spec
         self.dtype = lm.dtype
         self.reference = "the base with adapters off"
@@ -84,86 +86,65 @@ class Base:
 
     @property
     def is_classifier(self) -> bool:
-        """Whether `lm` gives scores instead of words."""
+        """Whether `lm` outputs scores instead of logits of tokens."""
         return self.lm.get_output_embeddings() is None
 
     def add_adapter(self, role: str, lora: Lora) -> None:
-        """A new trainable adapter. It begins as a no-op, but for `init: loftq`."""
-        config = peft.LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=lora.targets,
-            use_rslora=lora.rslora,
-            use_dora=lora.dora,
-            init_lora_weights="gaussian" if lora.init == "gaussian" else True,
-            task_type=peft.TaskType.CAUSAL_LM,
-        )
+        """Adds a new trainable adapter. It starts as a no-op, except with `init: loftq`.
+
+        Raises:
+            UserError: its targets fit no layer, or the output layer.
+        """
         try:
-            self._attach(role, config)
+            self._attach(role, new_config(lora))
             if lora.init == "loftq":
                 original, *_ = load_weights(self.spec, form="original")
-                mend_rounding(self.model, original, role)
-        except (ValueError, re.error) as error:  # a text is a pattern
+                start_with_loftq(self.model, original, role)
+        except (ValueError, re.error) as error:  # targets given as a text are a regular expression
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
-        self._trained.add(role)
-        self._settle(role)
-        self._check_head_is_frozen("lora.targets")
+        self._settle(role, "lora.targets", trainable=True)
 
     def add_head(self, role: str) -> None:
-        """A trainable scalar head that begins at 0, for a value model without a reward model to begin from."""
+        """Adds a trainable scalar head that starts at 0, for a value model that doesn't start from a reward model."""
         head = ScalarHead(self.lm.config.get_text_config().hidden_size, self.lm.device)
         nn.init.zeros_(head.weight)
         self._heads[role] = head
 
     def load_adapter(self, role: str, folder: str, *, trainable: bool) -> None:
-        """A copy of a saved PEFT adapter, its score head included if it has one.
+        """Adds a copy of a saved PEFT adapter, with its score head if it has one.
 
         Args:
-            role: a `Role`, or the name of one more adapter that `acting_as` can switch to.
+            role: a `Role`, or the name of a further adapter that `acting_as` can switch to.
+            folder: the adapter's folder.
+            trainable: whether the copy is trained.
 
         Raises:
-            UserError: the adapter was made for another model, or is of a kind that the roles can't keep apart. Nothing
-                of it stays on the base.
+            UserError: the adapter was made for another model, or is of a kind that can't share the base. Nothing of it
+                stays on the base.
         """
         try:
             self._load(role, folder, trainable=trainable)
         except BaseException:
             self._remove(role)
             raise
-        if trainable:
-            self._trained.add(role)
-        self._settle(role)
-        self._check_head_is_frozen(folder)
+        self._settle(role, folder, trainable=trainable)
 
     def _load(self, role: str, folder: str, *, trainable: bool) -> None:
         try:
-            config = peft.PeftConfig.from_pretrained(folder)
-            if config.peft_type is None:
-                raise UserError(f"{folder}: adapter_config.json doesn't say what kind of adapter this is")
-            if config.is_prompt_learning:
-                raise UserError(f"{folder}: prompt tuning can't share a base between roles; use LoRA")
-            if getattr(config, "bias", "none") != "none":
-                raise UserError(f"{folder}: an adapter with bias '{config.bias}' changes the base itself; use 'none'")
-            init = str(getattr(config, "init_lora_weights", True))
-            if init.startswith(_REBASED):
-                raise UserError(f"{folder}: a '{init}' adapter needs a base of its own; convert it to plain LoRA")
-            config.init_lora_weights = True  # what it began as would be computed, and thrown away
-            config.inference_mode = not trainable
-            weights = peft.load_peft_weights(folder, device=str(self.lm.device))
-            if config.task_type == peft.TaskType.SEQ_CLS and HEAD not in weights:
-                raise UserError(f"{folder}: this reward adapter has lost its score head; train it again")
-            if HEAD in weights and role.partition("_")[0] not in SCORING:
+            config, weights = read_adapter(folder, trainable=trainable, device=self.lm.device)
+            if SCORE_HEAD in weights and role.partition("_")[0] not in SCORING:
                 raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
             if self.is_classifier:
-                weights.setdefault(HEAD, self.lm.score.weight)  # an SFT adapter has none
-            elif HEAD in weights:
-                self._heads[role] = _head_of(weights.pop(HEAD)).requires_grad_(trainable)
-            if any(f".{self._head_name}." in key for key in weights):  # before it is wrapped: that can't be undone
-                raise UserError(HEAD_TAKEN.format(folder))
+                weights.setdefault(SCORE_HEAD, cast(nn.Module, self.lm.score).weight)  # an SFT adapter has none
+            elif SCORE_HEAD in weights:
+                weight = weights.pop(SCORE_HEAD)
+                self._heads[role] = ScalarHead(weight.shape[1], weight.device).requires_grad_(trainable)
+                self._heads[role].weight.data = weight.float()
+            if any(f".{self._output_layer}." in key for key in weights):  # before PEFT wraps it, which can't be undone
+                raise output_layer_taken(folder)
             self._attach(role, config)
             unused = peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys
-        except torch.OutOfMemoryError:  # a RuntimeError, but no fault of the adapter's
+        except torch.OutOfMemoryError:  # a RuntimeError, but not the adapter's fault
             raise
         except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
             reason = " ".join((str(error) or repr(error)).splitlines()[:2])
@@ -172,84 +153,91 @@ class Base:
             raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
 
     def _remove(self, role: str) -> None:
-        """Takes an adapter off the base, as much of it as there is."""
+        """Takes an adapter, or the part of it that was loaded, off the base."""
         if self.role == role:
             self._switch(Role.BASE)
-        if role in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter(role)
+        if role in self._configs:
+            cast(peft.PeftModel, self.model).delete_adapter(role)
         self._heads.pop(role, None)
 
     def load_reference(self, folder: str) -> None:
-        """A frozen copy of a saved PEFT adapter as the reference; call after the policy was made."""
+        """Makes a frozen copy of a saved PEFT adapter the reference. Call it after the policy was made."""
         self.load_adapter(Role.REFERENCE, folder, trainable=False)
         self.reference = f"the base with a frozen copy of the adapter {folder}"
 
-    def _attach(self, role: str, config: peft.PeftConfig) -> None:
-        """Injects an adapter; the first one is the part being played."""
+    def _attach(self, role: str, config: peft.LoraConfig) -> None:
+        """Adds an adapter to the layers; the first adapter becomes the active role."""
         kept = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")]
         config.modules_to_save = [*kept, "score"] if self.is_classifier else kept or None
-        config.base_model_name_or_path = config.revision = None  # said when it is saved
+        config.base_model_name_or_path = config.revision = None  # set when the adapter is saved
         config.task_type = peft.TaskType.SEQ_CLS if self.is_classifier else peft.TaskType.CAUSAL_LM
-        if self.model is self.lm:
-            self.model = peft.get_peft_model(self.lm, config, adapter_name=role)
-            self.role = role
-        else:
+        if isinstance(self.model, peft.PeftModel):
             self.model.add_adapter(role, config)
+        else:
+            self.model = cast(peft.PeftModel, peft.get_peft_model(self.lm, config, adapter_name=role))
+            self.role = role
         if self.is_classifier:
-            self._heads[role] = self.lm.score
+            self._heads[role] = cast(nn.Module, self.lm.score)
 
-    def _settle(self, role: str) -> None:
-        """A new adapter in float32 (PEFT leaves what it makes in the base's dtype here and there; updates round away in
-        16 bits), and every role that is trained trainable again: PEFT freezes all adapters but the active one."""
+    def _settle(self, role: str, origin: str, *, trainable: bool) -> None:
+        """Makes a new adapter float32 (PEFT leaves some of it in the base's dtype, and updates round away in 16 bits),
+        and makes every trained role trainable again, as PEFT freezes all adapters except the active one."""
+        if trainable:
+            self._trained.add(role)
         for name, parameter in self.model.named_parameters():
             if f".{role}." in name:
                 parameter.data = parameter.data.float()
             if any(f".{trained}." in name for trained in self._trained):
                 parameter.requires_grad_(True)
+        check_output_layer(self.lm, origin)
 
     def trained_weights(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role's adapter, and of its head if it has one, by name."""
-        adapter = {
-            name: p for name, p in self.model.named_parameters() if f".{role}." in name and not self.is_classifier
-        }
-        return adapter | ({"score.weight": self._heads[role].weight} if role in self._heads else {})
+        named = () if self.is_classifier else self.model.named_parameters()
+        weights = {name: parameter for name, parameter in named if f".{role}." in name}
+        return weights | ({"score.weight": self._heads[role].weight} if role in self._heads else {})
 
     @property
     def adapters(self) -> list[str]:
-        """The roles that have an adapter or a head of their own, in the order in which they came."""
-        return list(dict.fromkeys([*getattr(self.model, "peft_config", ()), *self._heads]))
+        """The roles that have an adapter or a head of their own, in the order in which they were added."""
+        return list(dict.fromkeys([*self._configs, *self._heads]))
+
+    @property
+    def _configs(self) -> dict[str, peft.PeftConfig]:
+        return getattr(self.model, "peft_config", {})
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the base's own weights and buffers, 4-bit ones with their scales."""
-        ours = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
-        tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in ours]
-        return sum(_bytes_of(tensor) for tensor in tensors)
+        """Memory of the base's own weights and buffers, including the scales of 4-bit weights."""
+        added = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
+        tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in added]
+        return sum(tensor_bytes(tensor) for tensor in tensors)
 
     @cached_property
-    def _head_name(self) -> str | None:
-        """The output layer's name; None of a classifier."""
+    def _output_layer(self) -> str | None:
+        """The output layer's name; None for a classifier."""
         head = self.lm.get_output_embeddings()
         return next((name for name, module in self.lm.named_modules() if module is head), None)
 
-    def _check_head_is_frozen(self, origin: str) -> None:
-        if isinstance(self.lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise UserError(HEAD_TAKEN.format(origin))
-
     @contextmanager
     def acting_as(self, role: str) -> Iterator[PreTrainedModel]:
-        """Plays a role; afterwards everything is as it was: the active adapter, `requires_grad`, training modes.
+        """Plays a role. Afterwards everything is as before: the active adapter, `requires_grad`, training modes.
 
-        Only a role that is trained has dropout, and only while gradients are taken; all compute in the same precision.
+        Only a trained role has dropout, and only while gradients are enabled. All roles compute in the same dtype.
         Nestable and exception-safe. Yields the language model.
         """
         before = self.role
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         modes = [module for module in self.model.modules() if module.training]
+
+        def restore_flags() -> None:
+            for parameter, wanted in flags:
+                parameter.requires_grad_(wanted)
+
         try:
             self._switch(role)
             if role in self._trained and torch.is_grad_enabled():
-                _restore(flags)  # PEFT's switch makes all trainable that it activates
+                restore_flags()  # PEFT's switch makes everything trainable that it activates
             else:
                 self.model.eval()
                 self.model.requires_grad_(False)
@@ -257,34 +245,31 @@ class Base:
                 yield self.lm
         finally:
             self._switch(before)
-            _restore(flags)
+            restore_flags()
             for module in modes:
                 module.training = True
 
     def _switch(self, role: str) -> None:
-        if role == self.role or self.model is self.lm:
+        if role == self.role or not isinstance(self.model, peft.PeftModel):
             return
         self.role_switches += 1
-        tuner = self.model.base_model
-        if role in self.model.peft_config:
+        tuner = cast(BaseTuner, self.model.base_model)
+        if role in self._configs:
             tuner.enable_adapter_layers()
             self.model.set_adapter(role)
         else:
             tuner.disable_adapter_layers()
         self.role = role
 
-    @torch.no_grad()
-    def scores(self, role: str, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """What a reward model gives to answers: float32 `(rows,)`, from ids and mask `(rows, length)`, padded on
-        either side."""
-        with self.acting_as(role) as lm:
-            return end_scores(lm, self._heads[role], input_ids, attention_mask)
+    def pair_scores(self, role: str, rows: Sequence[AnsweredPrompt]) -> Tensor:
+        """A reward model's scores, float32 `(rows, answers each)`, of a pair the chosen one first.
 
-    def pair_scores(self, role: str, pairs: Sequence[AnsweredPrompt]) -> Tensor:
-        """What a reward model gives to the answers of pairs: float32 `(pairs, 2)`, chosen first; with gradients if they
-        are enabled and the role is trained."""
+        They have gradients if gradients are enabled and the role is trained. Call it inside `packed_attention`.
+        """
         with self.acting_as(role) as lm:
-            return pair_scores(lm, self._heads[role], self.batch(pairs, last_token="kept"))
+            batch = self.batch(rows, last_token="kept")
+            hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
+            return self._heads[role](hidden.flatten(0, 1)[batch.last_tokens]).view(batch.lengths.shape)
 
     @torch.no_grad()
     def answer_scores(
@@ -310,59 +295,50 @@ class Base:
         return found
 
     def values(self, states: Tensor) -> Tensor:
-        """What the value head makes of hidden states `(tokens, hidden)`: float32 `(tokens,)`."""
+        """The value head's output on hidden states `(tokens, hidden)`: float32 `(tokens,)`."""
         return self._heads[Role.VALUE](states)[:, 0]
 
     @cached_property
     def padding_reason(self) -> str | None:
-        """Why pairs are padded to two rows each instead of packed with their prompt shared; None if they are packed."""
+        """Why answers are padded to a row each instead of packed behind a shared prompt; None if they are packed."""
         with torch.no_grad(), self.acting_as(self.role):  # without gradients no adapter has dropout
             return why_not_packed(self.lm)
 
     @property
     def layout_in_words(self) -> str:
-        """How pairs are run, in words."""
+        """How the prompts of pairs are run, in words."""
         if self.padding_reason:
             return f"twice a pair, padded: {type(self.lm).__name__} {self.padding_reason}"
         return "once a pair, packed without padding"
 
     def batch(
-        self, pairs: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped"
+        self, rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped"
     ) -> AnswerBatch:
-        """Pairs, or prompts with answers, as tensors on the model's device, for `logps` and `heads`, inside
-        `packed_attention`."""
-        batch = pad(pairs, self.tokenizer.pad_token_id) if self.padding_reason else pack(pairs, last_token=last_token)
+        """Pairs, or prompts with answers, as tensors on the model's device, to be run inside `packed_attention`."""
+        batch = pad(rows, self.tokenizer.pad_token_id) if self.padding_reason else pack(rows, last_token=last_token)
         return batch.to(self.lm.device)
 
-    def tokens_taken(self, pair: AnsweredPrompt) -> int:
-        """What a pair takes of a forward, in tokens, padding left out but for its own rows'."""
-        return len(pair.answers) * len(pair) if self.padding_reason else packed_tokens(pair)
+    def tokens_taken(self, row: AnsweredPrompt) -> int:
+        """The number of tokens that a pair, or a prompt with its answers, adds to a forward pass."""
+        return len(row.answers) * len(row) if self.padding_reason else packed_tokens(row)
 
-    def micro_batches(self, pairs: Sequence[AnsweredPrompt], limit: MicroBatchLimit) -> list[list[AnsweredPrompt]]:
-        """Pairs in groups of like many tokens, for one forward each."""
-        return micro_batches(pairs, limit, layout="padded" if self.padding_reason else "packed")
+    def micro_batches(self, rows: Sequence[AnsweredPrompt], limit: MicroBatchLimit) -> list[list[AnsweredPrompt]]:
+        """Rows in groups of roughly equal token counts, one group for each forward pass."""
+        return micro_batches(rows, limit, layout="padded" if self.padding_reason else "packed")
 
     @contextmanager
     def packed_attention(self) -> Iterator[None]:
-        """While open, the model takes what `batch` makes. Backward belongs inside too."""
+        """Switches the model to the attention for what `batch` makes. The backward belongs inside too."""
         with nullcontext() if self.padding_reason else packed_attention(self.lm):
             yield
 
     def save_adapter(self, role: str, folder: Path) -> None:
-        """Writes an adapter into a folder as plain PEFT saves it, with the tokenizer and its chat template; each file
-        is written aside and then renamed."""
-        config = self.model.peft_config[role]
-        config.base_model_name_or_path, config.revision = self.origin.source, self.origin.hub_revision
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as aside:
-            self.model.save_pretrained(aside, selected_adapters=[role], save_embedding_layers=False)
-            saved = Path(aside) / role
-            save_tokenizer(self.tokenizer, saved)
-            for file in saved.iterdir():
-                file.replace(folder / file.name)
+        """Writes an adapter into a folder as plain PEFT saves it, with the tokenizer and its chat template; every file
+        is written whole."""
+        save_adapter(cast(peft.PeftModel, self.model), role, folder, self.tokenizer, self.origin)
 
     def lineage(self, stage: str, parent: str | None = None) -> Lineage:
-        """What an adapter that is trained here has to be used with."""
+        """The lineage of an adapter that is trained on this base, starting from the adapter folder `parent`."""
         config = json.loads((self.origin.folder / "config.json").read_text(encoding="utf-8"))
         for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
             config.pop(key, None)
@@ -385,32 +361,12 @@ class Base:
 
     @property
     def precision(self) -> str:
-        """What is computed in, and where, in words."""
+        """The dtype and device of the computation, in words."""
         return f"{str(self.dtype).removeprefix('torch.')} on {self.lm.device.type}"
 
     def count_parameters(self) -> tuple[int, int]:
-        """(those that are trained, those of the base), where two 4-bit weights in a byte count as two."""
+        """(number of trained parameters, number of the base's own); two 4-bit weights in one byte count as two."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad), self._base_parameters
-
-
-def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, wanted in flags:
-        parameter.requires_grad_(wanted)
-
-
-def _bytes_of(tensor: Tensor) -> int:
-    """Of a tensor and, if it is a 4-bit one, of its scales."""
-    state = getattr(tensor, "quant_state", None)
-    scales = [] if state is None else [state.absmax, state.code]
-    if state is not None and state.nested:
-        scales += [state.state2.absmax, state.state2.code]
-    return sum(t.numel() * t.element_size() for t in (tensor, *scales))
-
-
-def _head_of(weight: Tensor) -> ScalarHead:
-    head = ScalarHead(weight.shape[1], weight.device).requires_grad_(False)
-    head.weight.data = weight.float()
-    return head
 
 
 def load(spec: Model, form: Form = "held") -> Base:
@@ -429,16 +385,17 @@ def load(spec: Model, form: Form = "held") -> Base:
 
 def load_classifier(spec: Model, form: Form = "held") -> Base:
     """The base of a recipe as a sequence classifier with one label, for training a reward model. Its float32 head is
-    drawn from PyTorch's generator.
+    initialised from PyTorch's generator.
 
     Raises:
         UserError: it can't be found, fetched or read, or its family has no such class.
     """
     lm, tokenizer, origin = load_weights(spec, classifier=True, form=form)
-    if not isinstance(getattr(lm, "score", None), nn.Linear):
+    head = getattr(lm, "score", None)
+    if not isinstance(head, nn.Linear):
         raise UserError(f"model.base: {type(lm).__name__} has no 'score' head, so it can't be a reward model here")
     template = prepare_tokenizer(tokenizer, spec.chat_template)
     tokenizer.pad_token = pad_for_scores(tokenizer, spec.chat_template_kwargs)
     lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    lm.score = ScalarHead(lm.score.in_features, lm.device)
+    lm.score = ScalarHead(head.in_features, lm.device)
     return Base(lm, tokenizer, origin, template, spec)

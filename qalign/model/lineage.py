@@ -1,6 +1,7 @@
-"""Where an adapter comes from, kept beside its weights, so that stages which contradict each other are noticed.
+"""The lineage of an adapter: what it was trained on and from. It is saved beside the adapter's weights.
 
-An adapter on another base, or behind another chat template, loads without an error and answers nonsense.
+An adapter on another base, or behind another chat template, loads without an error and answers nonsense; comparing
+lineages turns that into an error message.
 """
 
 import hashlib
@@ -8,6 +9,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from qalign.config.atomic import write_whole
 from qalign.config.paths import absolute_path, looks_local
 from qalign.errors import UserError
 
@@ -25,23 +27,23 @@ class Lineage:
     revision: str | None
     """The hub's commit, or the digest of a `.gguf` file; None for a local folder."""
     config_hash: str
-    """Of the base's `config.json`, but for the keys that say who wrote it."""
+    """Hash of the base's `config.json` without the keys that name its writer."""
     tokenizer_hash: str
-    """Of every token and its id."""
+    """Hash of the vocabulary: every token and its id."""
     special_tokens: dict[str, str]
-    """BOS, EOS and UNK. (The pad token may differ: it is masked.)"""
+    """BOS, EOS and UNK. The pad token may differ, as it is masked."""
     template: str
     """Where the chat template comes from, in words."""
     template_hash: str
-    """Of its text and of the keywords passed to it."""
+    """Hash of the chat template and of the keywords passed to it."""
     quantization: str
-    """How the base was held."""
+    """The quantisation of the base."""
     compute_dtype: str
-    """What its matrices were multiplied in."""
+    """The dtype of its matrix products."""
     parent: str | None = None
-    """The adapter folder that it started from."""
+    """The adapter folder that training started from."""
     parent_hash: str | None = None
-    """Of that adapter's weights."""
+    """Hash of that adapter's weights."""
 
 
 def digest(content: bytes | str) -> str:
@@ -50,23 +52,23 @@ def digest(content: bytes | str) -> str:
 
 
 def adapter_hash(folder: str | Path) -> str | None:
-    """The hash of an adapter's weights; None where it has none in safetensors."""
+    """The hash of an adapter's weights; None if the folder has no safetensors file."""
     file = Path(folder) / WEIGHTS
     return digest(file.read_bytes()) if file.is_file() else None
 
 
 def write(folder: Path, lineage: Lineage) -> None:
-    """Leaves it beside the adapter's weights, with local paths from the root: it is read in other directories too."""
+    """Saves a lineage in an adapter's folder. Local paths are made absolute, so that any directory can be used later."""
     kept = asdict(lineage)
     kept |= {key: absolute_path(kept[key]) for key in ("base", "parent") if kept[key]}
-    (folder / FILE).write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / FILE, json.dumps(kept, indent=1) + "\n")
 
 
 def read(folder: str | Path) -> Lineage | None:
-    """An adapter's lineage; None for one that was made elsewhere.
+    """An adapter's lineage; None if the adapter was not made by qalign.
 
     Raises:
-        UserError: the file is there and broken.
+        UserError: the file exists and is broken.
     """
     file = Path(folder) / FILE
     if not file.is_file():
@@ -79,7 +81,8 @@ def read(folder: str | Path) -> Lineage | None:
 
 
 def check_base(key: str, folder: str | Path, base: str, revision: str | None) -> None:
-    """Compares what needs no model: the adapter's base and, where both are pinned, its revision.
+    """Compares what can be compared before the model is loaded: the adapter's base and, if the recipe pins a commit,
+    its revision.
 
     Raises:
         UserError: they differ; both sides are named.
@@ -87,49 +90,47 @@ def check_base(key: str, folder: str | Path, base: str, revision: str | None) ->
     kept = read(folder)
     if kept and not _same_base(kept.base, base):
         raise UserError(f"{key}: {folder} was trained on the base '{kept.base}', this recipe's is '{base}'")
-    commit = revision and len(revision) == 40
-    if kept and commit and kept.revision and kept.revision != revision:
+    pinned = revision if revision and len(revision) == 40 else None
+    if kept and pinned and kept.revision and kept.revision != pinned:
         raise UserError(
-            f"{key}: {folder} was trained on revision {kept.revision} of '{base}', this recipe pins {revision}"
+            f"{key}: {folder} was trained on revision {kept.revision} of '{base}', this recipe pins {pinned}"
         )
 
 
 def check(key: str, folder: str | Path, ours: Lineage) -> None:
-    """Compares an adapter with the model it is about to be put on.
+    """Compares an adapter with the model that it is about to be loaded onto.
 
     Args:
-        key: what named the adapter, for the message: `dpo.start_from`, say.
-        folder: the adapter's.
-        ours: the lineage that an adapter trained now would have.
+        key: the recipe key that names the adapter, for the message; for example `dpo.start_from`.
+        folder: the adapter's folder.
+        ours: the lineage that an adapter trained on this model would have.
 
     Raises:
-        UserError: they contradict each other; a line a contradiction, both sides named.
+        UserError: they contradict each other; one line per contradiction, with both sides.
     """
     kept = read(folder)
     if kept is None:
         return
-    lines = []
+    conflicts = []
     if not _same_base(kept.base, ours.base):
-        lines.append(f"the base '{kept.base}', this recipe's is '{ours.base}'")
+        conflicts.append(f"the base '{kept.base}', this recipe's is '{ours.base}'")
     elif kept.revision and ours.revision and kept.revision != ours.revision:
-        lines.append(f"revision {kept.revision} of '{kept.base}', this recipe uses {ours.revision}")
+        conflicts.append(f"revision {kept.revision} of '{kept.base}', this recipe uses {ours.revision}")
     elif kept.config_hash != ours.config_hash:
-        lines.append(f"'{kept.base}' with the config {kept.config_hash}, now it is {ours.config_hash}")
+        conflicts.append(f"'{kept.base}' with the config {kept.config_hash}, now it is {ours.config_hash}")
     if kept.special_tokens != ours.special_tokens:
-        lines.append(f"the special tokens {_words(kept)}, this recipe's are {_words(ours)}")
+        conflicts.append(f"the special tokens {_words(kept)}, this recipe's are {_words(ours)}")
     elif kept.tokenizer_hash != ours.tokenizer_hash:
-        lines.append(f"a tokenizer with the vocabulary {kept.tokenizer_hash}, this recipe's is {ours.tokenizer_hash}")
+        conflicts.append(f"the vocabulary {kept.tokenizer_hash}, this recipe's is {ours.tokenizer_hash}")
     if kept.template_hash != ours.template_hash:
-        lines.append(
-            f"the chat template {kept.template_hash} ({kept.template}), "
-            f"this recipe's is {ours.template_hash} ({ours.template})"
-        )
-    if lines:
-        raise UserError(*(f"{key}: {folder} was trained with {line}" for line in lines))
+        theirs, own = (f"{lineage.template_hash} ({lineage.template})" for lineage in (kept, ours))
+        conflicts.append(f"the chat template {theirs}, this recipe's is {own}")
+    if conflicts:
+        raise UserError(*(f"{key}: {folder} was trained with {conflict}" for conflict in conflicts))
 
 
 def _same_base(one: str, other: str) -> bool:
-    """A local folder may have moved; its config and tokenizer are compared too."""
+    """Whether two bases have the same name; a local folder may have moved, as its config is compared too."""
     return one == other or (looks_local(one) and looks_local(other) and Path(one).name == Path(other).name)
 
 

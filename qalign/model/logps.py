@@ -1,26 +1,50 @@
-"""Forward to per-token log-probs of the completions, without ever holding the full logits.
+"""What is computed from the backbone's hidden states: log-probs of the answers' tokens, and scores from a scalar head.
 
-The head runs over the positions that predict a completion token only, a chunk at a time.
+The language model head runs only at positions that predict a token of an answer, one chunk of positions at a time, so
+the full logits never exist in memory.
 """
 
+from typing import Any, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalign.data.collate import AnswerBatch
 from qalign.errors import UserError
 from qalign.losses import entropy
 
-# Elements of one chunk of logits: 128 MB in float32, whatever the vocabulary.
-_CHUNK_ELEMENTS = 2**25
+_CHUNK_ELEMENTS = 2**25  # of one chunk of logits: 128 MB in float32, for any vocabulary
+
+
+class ScalarHead(nn.Linear):
+    """Hidden states `(..., hidden)` to scores `(..., 1)`, computed in the dtype of its own weight, also under autocast.
+
+    Initialised with N(0, 1 / (hidden + 1)), as recommended for reward models in "The N Implementation Details of RLHF
+    with PPO" (Huang et al. 2023).
+    """
+
+    def __init__(self, hidden: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32):
+        super().__init__(hidden, 1, bias=False, device=device, dtype=dtype)
+        nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
+
+    def forward(self, input: Tensor) -> Tensor:
+        with torch.autocast(input.device.type, enabled=False):
+            return super().forward(input.to(self.weight.dtype))
+
+
+def pair_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
+    """Log-probs of the answers, summed over their tokens: float32 `(pairs, 2)` in nats, chosen first."""
+    logps = completion_logps(lm, batch)
+    return logps.new_zeros(batch.lengths.numel()).index_add(0, batch.owners, logps).view_as(batch.lengths)
 
 
 def completion_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
-    """Log-probs of every token of the answers, float32 (float64 for a float64 model) `(targets,)` in nats, in the
-    order of `batch.targets`.
+    """Log-probs of all tokens of the answers, float32 (float64 for a float64 model) `(targets,)` in nats, in the order
+    of `batch.targets`.
 
     Args:
-        lm: a causal language model, adapters injected; its head must be frozen. A packed batch needs `packed_attention`.
+        lm: a causal language model with its adapters; its head must be frozen. A packed batch needs `packed_attention`.
         batch: on the model's device.
     """
     return state_logps(lm, answer_states(lm, batch), batch.targets)
@@ -33,50 +57,49 @@ def answer_states(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
 
 
 def state_logps(lm: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probs `(targets,)` of tokens from the hidden states before them, under the distribution that sampling at this
-    temperature draws from."""
-    return _HeadLogps.apply(states, targets, lm, temperature)
+    """Log-probs `(targets,)` in nats of tokens, from the hidden states before them, under the distribution that
+    sampling at this temperature draws from."""
+    return cast(Tensor, _HeadLogps.apply(states, targets, lm, temperature))
 
 
 @torch.no_grad()
 def state_entropies(lm: PreTrainedModel, states: Tensor, temperature: float = 1.0) -> Tensor:
     """Entropies `(targets,)` of that distribution, in nats."""
-    pieces = states.split(_chunk(lm))
-    return torch.cat([entropy(head_logits(lm, piece).float() / temperature) for piece in pieces])
+    chunks = states.split(_chunk_size(lm))
+    return torch.cat([entropy(head_logits(lm, chunk).float() / temperature) for chunk in chunks])
 
 
-def _chunk(lm: PreTrainedModel) -> int:
-    return max(1, _CHUNK_ELEMENTS // lm.get_output_embeddings().weight.shape[0])
+def _chunk_size(lm: PreTrainedModel) -> int:
+    return max(1, _CHUNK_ELEMENTS // _head(lm).weight.shape[0])
 
 
-def pair_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
-    """Log-probs of the answers, summed over their tokens: float32 `(pairs, 2)` in nats, chosen first."""
-    logps = completion_logps(lm, batch)
-    return logps.new_zeros(batch.lengths.numel()).index_add(0, batch.owners, logps).view_as(batch.lengths)
+def _head(lm: PreTrainedModel) -> nn.Linear:
+    return cast(nn.Linear, lm.get_output_embeddings())
 
 
 class _HeadLogps(torch.autograd.Function):
     """log p(target) from hidden states.
 
-    Each token's log-prob has the gradient `g * (W[y] - E_p[W])` with respect to its hidden state, a scalar times a
-    direction known in the forward: two matrix products instead of the three of recomputing the logits backward.
+    The gradient of a token's log-prob with respect to its hidden state is `g * (W[y] - E_p[W])`: a scalar times a
+    direction that the forward can compute. That takes two matrix products; recomputing the logits in the backward would
+    take three.
     """
 
     @staticmethod
-    def forward(ctx, hidden: Tensor, targets: Tensor, lm: PreTrainedModel, temperature: float) -> Tensor:
-        size = _chunk(lm)
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm: PreTrainedModel, temperature: float) -> Tensor:
+        size = _chunk_size(lm)
         wants_grad = ctx.needs_input_grad[0]
         logps, directions = [], []
         for states, ids in zip(hidden.split(size), targets.split(size), strict=True):
             with torch.set_grad_enabled(wants_grad):
                 states = states.detach().requires_grad_(wants_grad)
                 logits = head_logits(lm, states)
-                # Divided in 32 bits, as where answers are drawn: in 16 a token would be off by over 0.1 nats.
+                # Divided in 32 bits, as in sampling: in 16 bits a token would be off by over 0.1 nats.
                 logits = logits if temperature == 1 else logits.float() / temperature
             weights = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
             chosen = weights.gather(1, ids[:, None])
             top = weights.amax(dim=1, keepdim=True)
-            total = weights.sub_(top).exp_().sum(dim=1, keepdim=True)  # in place: each pass over them counts
+            total = weights.sub_(top).exp_().sum(dim=1, keepdim=True)  # in place: each pass over the logits costs time
             logps.append((chosen - top - total.log())[:, 0])
             if wants_grad:
                 slope = weights.div_(-total).scatter_add_(1, ids[:, None], torch.ones_like(chosen))
@@ -86,18 +109,18 @@ class _HeadLogps(torch.autograd.Function):
         return torch.cat(logps)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):
+    def backward(ctx: Any, *grad_outputs: Tensor):
         (directions,) = ctx.saved_tensors
-        return (grad[:, None] * directions).to(directions.dtype), None, None, None
+        return (grad_outputs[0][:, None] * directions).to(directions.dtype), None, None, None
 
 
 def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `(tokens, hidden)`, with the scale and the soft cap some families put behind the head.
+    """Logits of hidden states `(tokens, hidden)`, with the scale or soft cap that some families apply after the head.
 
-    `check_head` tells whether this holds for a model.
+    `check_head` verifies for a model that these are its own logits.
     """
     config = lm.config.get_text_config()
-    logits = lm.get_output_embeddings()(hidden)
+    logits = _head(lm)(hidden)
     if scale := getattr(config, "logit_scale", None):  # Cohere
         logits = logits * scale
     if scaling := getattr(config, "logits_scaling", None):  # Granite
@@ -109,10 +132,10 @@ def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(lm: PreTrainedModel) -> None:
-    """Makes sure that hidden states and `head_logits` give the model's own logits.
+    """Checks that hidden states and `head_logits` give the model's own logits.
 
     Raises:
-        UserError: this family does something else behind its backbone, or the precision is too small for it.
+        UserError: this family computes something else after its backbone, or overflows in this dtype.
     """
     if lm.get_output_embeddings() is None:
         raise UserError(f"model.base: {type(lm).__name__} has no output layer to take log-probs from")
@@ -122,4 +145,7 @@ def check_head(lm: PreTrainedModel) -> None:
     if not own.isfinite().all():
         raise UserError(f"model.compute_dtype: {lm.dtype} overflows in this model; use float32 or bfloat16")
     if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
-        raise UserError(f"model.base: the head of {type(lm).__name__} does more than qalign knows (logits differ)")
+        raise UserError(
+            f"model.base: the logits of {type(lm).__name__} differ from its output layer applied to its hidden states, "
+            "so qalign can't compute its log-probs; use a model of another family"
+        )

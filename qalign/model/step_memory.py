@@ -1,0 +1,234 @@
+"""The memory of one training step, counted without weights or a GPU.
+
+The step runs on PyTorch's meta device, where tensors have a shape and no data, and the bytes of the tensors that are
+alive are counted. It runs the same code as training (head in chunks, checkpointing, adapters), so a change of that code
+changes the forecast. Attention, SFT's head and bitsandbytes' unpacking of weights are stood in for by their shapes.
+"""
+
+import copy
+import weakref
+from dataclasses import dataclass
+from typing import Any, cast
+
+import peft
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import (
+    AttentionInterface,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from qalign.config.recipe import Recipe
+from qalign.data.collate import AnswerBatch, pack
+from qalign.data.packing import Layout
+from qalign.data.tokenize import TokenPair
+from qalign.model.adapters import new_config
+from qalign.model.attention import BLOCK_QUERIES
+from qalign.model.logps import pair_logps
+
+
+@dataclass(frozen=True)
+class Step:
+    """Bytes that a micro-batch needs in addition to what is always in memory.
+
+    Attributes:
+        activations: kept for the backward when the last layer is done.
+        logits: the head's peak, in addition to the activations.
+        backward: the backward's peak, in addition to the activations.
+    """
+
+    activations: int
+    logits: int
+    backward: int
+
+    @property
+    def total(self) -> int:
+        return self.activations + max(self.logits, self.backward)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors that are created while it is open and are still alive.
+
+    Attributes:
+        live: bytes now.
+        peak: the largest `live` since it was opened or `peak` was set.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.live = self.peak = 0
+        self._known = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        found = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(found):
+            if not isinstance(tensor, Tensor):
+                continue
+            storage = tensor.untyped_storage()
+            if id(storage) not in given and storage not in self._known:
+                self._known.add(storage)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return found
+
+    def _freed(self, size: int) -> None:
+        self.live -= size
+
+
+class _AttentionShape(torch.autograd.Function):
+    """What attention keeps and allocates, without its maths: a fused kernel, or the blocks of `qalign.model.attention`,
+    whose backward takes 14 bytes for each query of a block and each token that it sees."""
+
+    @staticmethod
+    def forward(ctx: Any, query, key, value, seen):
+        output, logsums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        ctx.seen = seen
+        ctx.save_for_backward(query, key, value, output, logsums)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor):
+        query, key, value, _, logsums = ctx.saved_tensors
+        made = [torch.empty_like(tensor) for tensor in (query, key, value)]
+        block = (query.shape[1], BLOCK_QUERIES, ctx.seen, 14)
+        made += [torch.empty_like(logsums), query.new_empty(block, dtype=torch.uint8)]
+        return *made[:3], None
+
+
+def _fused(module, query, key, value, attention_mask, **_: Any):
+    return cast(Tensor, _AttentionShape.apply(query, key, value, 0)).transpose(1, 2).contiguous(), None
+
+
+def _blocks(module, query, key, value, attention_mask, *, layout: Layout, **_: Any):
+    seen = max(segment.first_position + segment.own[1] - segment.own[0] for segment in layout.segments)
+    return cast(Tensor, _AttentionShape.apply(query, key, value, seen)).transpose(1, 2).contiguous(), None
+
+
+_ATTENTION = {"cuda": "qalign_fused_shape", "cpu": "qalign_blocks_shape"}
+AttentionInterface.register(_ATTENTION["cuda"], _fused)
+AttentionInterface.register(_ATTENTION["cpu"], _blocks)
+
+
+class _TiledHead(torch.autograd.Function):
+    """What the head of TRL's `SFTTrainer` allocates: logits in tiles of up to 4,096 tokens by 32,768 words, and on a
+    CPU 29 bytes of temporaries for each logit of a tile (`trl.kernels.chunked_logprob`)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, vocabulary, temporaries):
+        ctx.tile = (min(hidden.shape[0], 4096), 32768)
+        ctx.temporaries = (ctx.tile[0], min(vocabulary, 32768), temporaries)
+        ctx.save_for_backward(hidden)
+        hidden.new_empty(ctx.tile)
+        return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor):
+        (hidden,) = ctx.saved_tensors
+        grad = torch.empty_like(hidden, dtype=torch.float32)
+        tiles = hidden.new_empty(ctx.tile), hidden.new_empty(ctx.temporaries, dtype=torch.uint8)
+        del tiles
+        return grad.to(hidden.dtype), None, None
+
+
+def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torch.dtype, layers: int):
+    """The base with this many layers and a stage's adapter, on the meta device, in the dtype that it computes in."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = layers
+    if getattr(text, "layer_types", None):
+        pattern = layer_pattern(config)
+        text.layer_types = [pattern[number % len(pattern)] for number in range(layers)]
+    auto, task_type = AutoModelForCausalLM, peft.TaskType.CAUSAL_LM
+    if stage == "reward":
+        auto, task_type, config.num_labels = AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS, 1
+    with torch.device("meta"):
+        lm: PreTrainedModel = auto.from_config(config, dtype=dtype)
+        peft.get_peft_model(lm, new_config(recipe.lora, task_type), autocast_adapter_dtype=False)
+        lm.to(dtype)  # pyright: ignore[reportArgumentType]  (adapters too: autocast computes with copies of them)
+        if stage == "reward":  # a ScalarHead asks for autocast, which the meta device doesn't have
+            lm.score = nn.Linear(cast(nn.Linear, lm.score).in_features, 1, bias=False)
+    return lm
+
+
+def layer_pattern(config: PretrainedConfig) -> list[str]:
+    """The kinds of layers, up to where they repeat."""
+    kinds = list(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    for length in range(1, len(kinds)):
+        if all(kind == kinds[number % length] for number, kind in enumerate(kinds)):
+            return kinds[:length]
+    return kinds
+
+
+def is_quantized(parameter: nn.Parameter, name: str, lm: PreTrainedModel) -> bool:
+    """Whether bitsandbytes quantises a weight: those of all linear layers except the head."""
+    if "lora_" in name or not name.endswith("weight"):
+        return False
+    layer = lm.get_submodule(name.rpartition(".")[0])
+    return isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings() and parameter.shape[0] > 1
+
+
+def run_step(lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, tokens: int, checkpointing: bool) -> Step:
+    """Runs one step of a stage with a micro-batch of this many tokens.
+
+    Args:
+        lm: a model that `meta_model` made; it is changed.
+        device: `cuda` or `cpu`, the device whose attention and temporaries are counted.
+    """
+    lm.train()
+    if checkpointing:
+        lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    lm.set_attn_implementation(_ATTENTION[device])
+    if device == "cpu" and lm.dtype != torch.float32:
+        for name, module in lm.named_modules():  # there PEFT casts inputs itself, as it asks for CUDA's autocast
+            if "lora_A." in name:
+                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+    for parameter in lm.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    batch = _batch(stage, tokens)
+    with LiveBytes() as counted:
+        at_head: list[int] = []
+
+        def mark(*_: Any) -> None:
+            at_head.append(counted.live)
+            counted.peak = counted.live
+
+        lm.base_model.register_forward_hook(mark)
+        loss = _loss(lm, stage, device, batch)
+        activations = at_head[0]
+        logits, counted.peak = counted.peak - activations, counted.live
+        loss.backward()
+        backward = counted.peak - activations
+    if recipe.model.quantization != "none":  # bitsandbytes unpacks the largest weight while it multiplies
+        sizes = [parameter.numel() for name, parameter in lm.named_parameters() if is_quantized(parameter, name, lm)]
+        backward += max(sizes) * lm.dtype.itemsize
+    return Step(activations, logits, backward)
+
+
+def _batch(stage: str, tokens: int) -> AnswerBatch:
+    third = tokens // 3
+    pair = TokenPair([0] * (tokens - 2 * third), [1] * third, [2] * third, "")
+    if stage == "sft":
+        pair = TokenPair([0] * tokens, [1, 2], [1, 3], "")
+    return pack([pair], last_token="kept" if stage == "reward" else "dropped").to(torch.device("meta"))
+
+
+def _loss(lm: PreTrainedModel, stage: str, device: str, batch: AnswerBatch) -> Tensor:
+    """A stage's loss, except for arithmetic on a few numbers per row. It keeps no intermediate result alive."""
+    if stage == "sft":
+        vocabulary = cast(nn.Linear, lm.get_output_embeddings()).weight.shape[0]
+        temporaries = 0 if device == "cuda" else 29
+        return cast(Tensor, _TiledHead.apply(_states(lm, batch), vocabulary, temporaries)).sum()
+    if stage == "reward":
+        return cast(nn.Linear, lm.score)(_states(lm, batch)[batch.last_tokens].float()).sum()
+    return pair_logps(lm, batch).sum()
+
+
+def _states(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
+    return lm.base_model(**batch.inputs, use_cache=False).last_hidden_state[0]
