@@ -6,13 +6,13 @@ A crash, a full disk or a power cut leaves what was there before, never half of 
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def replacing(file: Path) -> Generator[Path]:
     """Yields a path beside `file` to write to, which replaces `file` once the block has ended without an error.
 
     The path keeps the ending of `file` (`report.png` is written as `.report.123.png`), as some writers look at it.
@@ -41,7 +41,7 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path) -> Generator[Path]:
     """Yields a temporary folder that takes its final name once the block has ended without an error.
 
     Its files get the permissions of any file that the user makes. If another process made the folder meanwhile, that

@@ -1,29 +1,36 @@
-"""The files, folders and packages that a recipe points at: which are missing, and where they are."""
+"""The files, folders and packages that a recipe names: which of them are missing, and where the others are."""
 
-import ast
-import importlib.machinery
+import copy
 import importlib.util
 import os
-from collections.abc import Callable
+import symtable
+from collections.abc import Callable, Iterator
+from importlib.machinery import PathFinder
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import Any, cast
 
 from qalign.config.recipe import Recipe
-from qalign.config.stages import PPO, REWARD_RUN, SFT_RUN, Stage
+from qalign.config.stages import REWARD_RUN, SFT_RUN
 from qalign.errors import UserError, did_you_mean
 
 DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
+INSIDE = {"data": "path", "eval_data": "path", "reward": "source", "judge": "source"}  # one or a list of sections
+RUNS = {"start_from": SFT_RUN, "reward": REWARD_RUN, "judge": REWARD_RUN}  # names of the recipe's own runs
+
+Keys = dict[str, Any]  # a recipe, or a section of one, before it is checked
+Place = tuple[str | int, ...]  # the keys and list positions that lead to a value
+Problem = tuple[Place, str]
 
 
 def looks_local(path: str) -> bool:
     """Whether a `data` or `base` value names something on disk rather than a hub id such as `org/name`."""
     marked = path.startswith((".", "/", "~")) or "\\" in path or bool(PureWindowsPath(path).drive)
-    marked = marked or path.count("/") > 1  # a hub id has one at most
+    marked = marked or path.count("/") > 1  # a hub id has at most one
     return marked or path.endswith((*DATA_SUFFIXES, ".gguf")) or _exists(Path(path))
 
 
 def locate(path: str, beside: Path) -> Path | None:
-    """The file or folder meant: from the current directory, else from the recipe's own folder."""
+    """The file or folder, looked up in the current directory, then in the recipe's folder."""
     here = Path(path).expanduser()
     return next((p for p in (here, beside / here) if _exists(p)), None)
 
@@ -31,7 +38,7 @@ def locate(path: str, beside: Path) -> Path | None:
 def _exists(path: Path) -> bool:
     try:
         return path.exists()
-    except (OSError, ValueError):  # too long, or with a null in it: no path at all
+    except (OSError, ValueError):  # too long, or with a null character: not a path
         return False
 
 
@@ -48,7 +55,7 @@ def function_of(source: str) -> tuple[str, str] | None:
 
 
 def reward_adapter(source: str, beside: Path = Path()) -> Path | None:
-    """The adapter folder that a reward names, itself or by its run; None if it is no adapter on this disk."""
+    """The adapter folder of a reward source (itself or its run's); None if it is no adapter on this disk."""
     found = (_adapter(str(Path(source) / inside), beside) for inside in ("", "adapter", "reward/adapter"))
     return next(filter(None, found), None)
 
@@ -73,211 +80,189 @@ def package_file(path: str) -> Path:
         raise UserError(f"the package '{name}' is not installed; `make setup` installs the demo's, or pip install it")
     file = Path(spec.submodule_search_locations[0]) / inside
     if not file.is_file():
-        near = did_you_mean(file.name, [f.name for f in file.parent.glob("*")] if file.parent.is_dir() else [])
-        raise UserError(f"the package '{name}' holds no file '{inside}'{near}")
+        near = did_you_mean(file.name, _names_of_files(file.parent))
+        raise UserError(f"the package '{name}' has no file '{inside}'{near}")
     return file
 
 
-def missing(raw: dict, beside: Path):
-    """(place, message) of every path in the recipe that isn't there."""
-    model = raw["model"] if isinstance(raw.get("model"), dict) else {}
-    base, template = model.get("base"), model.get("chat_template")
-    if isinstance(base, str):
-        if base.startswith("package:"):
-            try:
-                package_file(base)
-            except UserError as error:
-                yield ("model", "base"), f"base: {error}"
-        elif looks_local(base) and not locate(base, beside):
-            yield ("model", "base"), f"base: there is no '{base}'"
-    if isinstance(template, str) and not locate(template, beside):
-        yield ("model", "chat_template"), f"chat_template: there is no file '{template}'"
-    for name, stage in raw.items():
-        if not isinstance(stage, dict):
-            continue
-        for key in ("data", "eval_data"):
-            value = stage.get(key)
-            for index, item in enumerate(value if isinstance(value, list) else [value]):
-                path = item.get("path") if isinstance(item, dict) else item
-                if isinstance(path, str) and looks_local(path) and not locate(path, beside):
-                    folders = [folder for folder in (Path(path).parent, (beside / path).parent) if folder.is_dir()]
-                    siblings = [file.name for folder in folders for file in folder.glob("*")]
-                    loc = (name, key, index) if isinstance(value, list) else (name, key)
-                    yield loc, f"{key}: there is no file '{path}'" + did_you_mean(Path(path).name, siblings)
-        if name == "ppo":
-            for key in ("reward", "judge"):
-                yield from _missing_rewards(key, stage.get(key), beside)
-            yield from _judged_by_itself(stage, str(raw.get("output")), beside)
-        start = stage.get("start_from")
-        if isinstance(start, str) and start != SFT_RUN and not _adapter(start, beside):
-            yield (
-                (name, "start_from"),
-                f"start_from: '{start}' is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it)",
-            )
+def _names_of_files(*folders: Path) -> list[str]:
+    return [file.name for folder in folders if folder.is_dir() for file in folder.glob("*")]
 
 
-def _named_rewards(key: str, value: Any):
-    """(place, source) of what is named under `ppo.reward` or `ppo.judge`, in any of the forms that they have."""
-    for index, item in enumerate(value if isinstance(value, list) else [value]):
-        source = item.get("source") if isinstance(item, dict) else item
-        if isinstance(source, str):
-            yield ("ppo", key, index) if isinstance(value, list) else ("ppo", key), source
+def as_keys(value: Any) -> Keys:
+    """A section of an unchecked recipe; empty if something else is in its place."""
+    return cast(Keys, value) if isinstance(value, dict) else {}
 
 
-def _missing_rewards(key: str, value: Any, beside: Path):
-    for loc, source in _named_rewards(key, value):
-        if source == REWARD_RUN:
-            continue
-        if function := function_of(source):
-            where, name = function
-            file = _function_file(where, beside)
-            if file is None:
-                kind = "file" if where.endswith(".py") else "module"
-                yield loc, f"{key}: there is no {kind} '{where}' to take the function '{name}' from"
-            elif (known := _names_in(file)) is not None and name not in known:
-                yield loc, f"{key}: {where} has no function '{name}'" + did_you_mean(name, known)
-        elif source.endswith(".py"):
-            yield loc, f"{key}: '{source}' names no function; write {source}:FUNCTION"
-        elif (looks_local(source) or _exists(beside / source)) and not reward_adapter(source, beside):
-            place = locate(source, beside)
-            if not place:
-                yield loc, f"{key}: there is no '{source}'"
-            elif not (place / "config.json").is_file():
-                yield (
-                    loc,
-                    f"{key}: '{source}' holds no finished reward run (adapter_config.json) and no model (config.json)",
-                )
+def named_paths(raw: Keys) -> Iterator[tuple[Place, str, str]]:
+    """(place, key, text) of every setting in an unchecked recipe that may name a file, in any of its forms."""
+    for name in raw:
+        settings = as_keys(raw[name])
+        keys = ("base", "chat_template") if name == "model" else ("data", "eval_data", "start_from")
+        for key in (*keys, "reward", "judge") if name == "ppo" else keys:
+            value: Any = settings.get(key)
+            is_list = isinstance(value, (list, tuple)) and key in INSIDE
+            items: list[Any] = [*value] if is_list else [value]
+            for index, item in enumerate(items):
+                place = (name, key, index) if is_list else (name, key)
+                if key in INSIDE and isinstance(item, dict):
+                    place, item = (*place, INSIDE[key]), as_keys(item).get(INSIDE[key])
+                if isinstance(item, str):
+                    yield place, key, item
 
 
-def _judged_by_itself(stage: dict, output: str, beside: Path):
-    """A judge that is the reward under another name. (Under the same one the recipe itself refuses it.)"""
+def missing(raw: Keys, beside: Path) -> Iterator[Problem]:
+    """(place, message) of every path in an unchecked recipe that doesn't exist; `beside` is the recipe's folder."""
+    for place, key, path in named_paths(raw):
+        if problem := _PROBLEMS[key](path, beside):
+            yield place, f"{key}: {problem}"
+    yield from _judge_that_is_the_reward(raw, beside)
 
-    def place(source: str) -> tuple[str, str]:
+
+def _base_problem(base: str, beside: Path) -> str | None:
+    if not base.startswith("package:"):
+        return f"there is no '{base}'" if looks_local(base) and not locate(base, beside) else None
+    try:
+        package_file(base)
+    except UserError as error:
+        return str(error)
+
+
+def _template_problem(template: str, beside: Path) -> str | None:
+    return None if locate(template, beside) else f"there is no file '{template}'"
+
+
+def _data_problem(path: str, beside: Path) -> str | None:
+    if not looks_local(path) or locate(path, beside):
+        return None
+    names = _names_of_files(Path(path).parent, (beside / path).parent)
+    return f"there is no file '{path}'" + did_you_mean(Path(path).name, names)
+
+
+def _start_problem(start: str, beside: Path) -> str | None:
+    if start != SFT_RUN and not _adapter(start, beside):
+        return f"'{start}' is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it)"
+
+
+def _reward_problem(source: str, beside: Path) -> str | None:
+    if function := function_of(source):
+        where, name = function
+        file = _function_file(where, beside)
+        if file is None:
+            kind = "file" if where.endswith(".py") else "module"
+            return f"there is no {kind} '{where}' to take the function '{name}' from"
+        known = _names_in(file)
+        return (
+            None if known is None or name in known else f"{where} has no function '{name}'" + did_you_mean(name, known)
+        )
+    if source.endswith(".py"):
+        return f"'{source}' names no function; write {source}:FUNCTION"
+    if source == REWARD_RUN or reward_adapter(source, beside) or not (looks_local(source) or _exists(beside / source)):
+        return None
+    place = locate(source, beside)
+    if place and not (place / "config.json").is_file():
+        return f"'{source}' has no finished reward run (adapter_config.json) and no model (config.json) in it"
+    return None if place else f"there is no '{source}'"
+
+
+_PROBLEMS: dict[str, Callable[[str, Path], str | None]] = {
+    "base": _base_problem, "chat_template": _template_problem, "data": _data_problem, "eval_data": _data_problem,
+    "start_from": _start_problem, "reward": _reward_problem, "judge": _reward_problem,
+}  # fmt: skip
+
+
+def _judge_that_is_the_reward(raw: Keys, beside: Path) -> Iterator[Problem]:
+    """A judge that is the reward under another name. (`PPO.conflicts` refuses one under the same name.)"""
+
+    def identity(source: str) -> tuple[str, str]:
         if function := function_of(source):
             where, name = function
             return os.path.abspath(_function_file(where, beside) or where), name
-        own = Path(output).expanduser() / REWARD_RUN / "adapter" if source == REWARD_RUN else None
+        own = Path(str(raw.get("output"))).expanduser() / REWARD_RUN / "adapter" if source == REWARD_RUN else None
         return os.path.abspath(own or reward_adapter(source, beside) or locate(source, beside) or source), ""
 
-    paid = {place(source): source for _, source in _named_rewards("reward", stage.get("reward"))}
-    for loc, source in _named_rewards("judge", stage.get("judge")):
-        if paid.get(place(source), source) != source:
-            yield loc, f"judge: '{source}' is what the policy trains on, as '{paid[place(source)]}'; name another"
+    rewards = {identity(source): source for _, key, source in named_paths(raw) if key == "reward"}
+    for place, key, source in named_paths(raw):
+        if key == "judge" and (same := rewards.get(identity(source), source)) != source:
+            yield place, f"judge: '{source}' is what the policy trains on, as '{same}'; name another"
 
 
 def _function_file(where: str, beside: Path) -> Path | None:
-    """The source of a module, or a `.py` file; looked for from the current directory, then beside the recipe."""
+    """The source of a module or the `.py` file, looked up in the current directory, then in the recipe's folder."""
     if where.endswith(".py"):
         return locate(where, beside)
     return _module_file(where) or locate(f"{where.replace('.', '/')}.py", beside)
 
 
 def _module_file(name: str) -> Path | None:
-    """Where a module comes from that Python can import; found without importing it or the packages it is in."""
-    if name.endswith(".py"):
-        return None
+    """The file of a module that Python can import; found without importing it or its parent packages."""
     top, *inside = name.split(".")
     try:
         spec = importlib.util.find_spec(top)
     except (ImportError, ValueError):
-        spec = None
-    if not inside or spec is None:
-        return Path(spec.origin) if spec and spec.origin else None
-    for folder in spec.submodule_search_locations or ():
-        place = str(Path(folder, *inside))
-        endings = ("/__init__.py", *importlib.machinery.all_suffixes())
-        if file := next(filter(_exists, (Path(place + ending) for ending in endings)), None):
-            return file
-    return None
+        return None
+    for part in inside:
+        spec = spec and PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+    return Path(spec.origin) if spec and spec.origin else None
 
 
 def _names_in(file: Path) -> set[str] | None:
-    """What a Python file binds at its top; read, not run. None where only running it would tell."""
+    """The names that a Python file defines or imports, without running it. None if only running it would tell."""
     if file.suffix != ".py":
         return None
     try:
-        waiting: list[ast.AST] = [ast.parse(file.read_text(encoding="utf-8"))]
-    except (OSError, SyntaxError, ValueError):  # what is wrong with it shows when it is imported
+        text = file.read_text(encoding="utf-8")
+        symbols = symtable.symtable(text, str(file), "exec").get_symbols()
+    except (OSError, SyntaxError, ValueError):  # reported when it is imported
         return None
-    found = set()
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            found.add(node.name)
-            continue
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            found.add(node.id)
-        elif isinstance(node, ast.alias):
-            found.add(node.asname or node.name)
-        waiting += ast.iter_child_nodes(node)
-    return None if found & {"*", "__getattr__"} else found
+    names = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    return None if "__getattr__" in names or "import *" in text else names
 
 
-def resolved(recipe: Recipe, beside: Path) -> Recipe:
-    """The recipe with every local path as it is reached from the current directory."""
+def resolved(raw: Keys, beside: Path) -> Keys:
+    """The recipe's keys with every local path as it is reached from the current directory; `beside` is its folder."""
 
-    def found(path: str) -> str:
-        place = locate(path, beside) if looks_local(path) or _exists(beside / path) else None
-        return str(place) if place else path
+    def reached(key: str, path: str) -> str:
+        found = locate(path, beside)
+        if key == "start_from":
+            found = _adapter(path, beside)
+        elif key in ("reward", "judge"):
+            if function := function_of(path):
+                file = None if _module_file(function[0]) else _function_file(function[0], beside)
+                return f"{file}:{function[1]}" if file else path
+            found = reward_adapter(path, beside) or found
+        return f"./{found}" if str(found) == RUNS.get(key) else str(found or path)  # "./": a folder with a run's name
 
-    def adapter(path: str) -> str:
-        start = str(_adapter(path, beside))
-        return f"./{start}" if start == SFT_RUN else start  # a folder of that name stays one
-
-    def reward(source: str) -> str:
-        if function := function_of(source):
-            file = None if _module_file(function[0]) else _function_file(function[0], beside)
-            return f"{file}:{function[1]}" if file else source
-        place = str(reward_adapter(source, beside) or found(source))
-        return f"./{place}" if place == REWARD_RUN else place  # a folder of that name stays one
-
-    return _placed(recipe, found, adapter, reward)
+    return _replaced(raw, reached)
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with every local path from the root, so that it means the same in any directory."""
+    """The recipe with every local path made absolute, so that it means the same in any directory."""
+
+    def from_root(key: str, path: str) -> str:
+        function = function_of(path) if key in ("reward", "judge") else None
+        if function is None:
+            return absolute_path(path)
+        where, name = function  # a module keeps its name, even beside a folder with that name
+        return f"{absolute_path(where)}:{name}" if where.endswith(".py") else path
+
     output = os.path.abspath(Path(recipe.output).expanduser())
-
-    def reward(source: str) -> str:
-        if function := function_of(source):  # a module keeps its name, even beside a folder that has it too
-            where, name = function
-            return f"{absolute_path(where)}:{name}" if where.endswith(".py") else source
-        return absolute_path(source)
-
-    return _placed(recipe, absolute_path, absolute_path, reward).model_copy(update={"output": output})
+    return Recipe.model_validate({**_replaced(recipe.model_dump(), from_root), "output": output})
 
 
 def absolute_path(path: str) -> str:
-    """A local path from the root; a hub id or a `package:` as it is."""
+    """A local path made absolute; a hub id or a `package:` file unchanged."""
     here = Path(path).expanduser()
     return os.path.abspath(here) if _exists(here) else path
 
 
-def _placed(
-    recipe: Recipe, found: Callable[[str], str], adapter: Callable[[str], str], reward: Callable[[str], str]
-) -> Recipe:
-    """The recipe with other words for its paths: those of adapters by `adapter`, of PPO's rewards by `reward`, the rest
-    by `found`."""
-
-    def sources(data):
-        return data and tuple(source.model_copy(update={"path": found(source.path)}) for source in data)
-
-    template = recipe.model.chat_template and found(recipe.model.chat_template)
-    model = recipe.model.model_copy(update={"base": found(recipe.model.base), "chat_template": template})
-    updates: dict[str, Any] = {"model": model}
-    for name in recipe.model_fields_set:
-        stage = getattr(recipe, name)
-        if isinstance(stage, Stage):
-            start = stage.start_from
-            start = adapter(start) if start and start != SFT_RUN else start
-            paths = {"data": sources(stage.data), "eval_data": sources(stage.eval_data), "start_from": start}
-            if isinstance(stage, PPO):
-                paths |= {key: _rewards(getattr(stage, key), reward) for key in ("reward", "judge")}
-            updates[name] = stage.model_copy(update=paths)
-    return recipe.model_copy(update=updates)
-
-
-def _rewards(sources, reward: Callable[[str], str]):
-    return sources and tuple(
-        s if s.source == REWARD_RUN else s.model_copy(update={"source": reward(s.source)}) for s in sources
-    )
+def _replaced(raw: Keys, replace: Callable[[str, str], str]) -> Keys:
+    """A copy in which every path is `replace(key, path)`; the names of the recipe's own runs stay."""
+    raw = copy.deepcopy(raw)
+    for place, key, path in list(named_paths(raw)):
+        if path != RUNS.get(key):
+            inside: Any = raw
+            for part in place[:-1]:
+                inside = inside[part]
+            inside[place[-1]] = replace(key, path)
+    return raw

@@ -54,7 +54,7 @@ class Lora(Section):
     r: Count = 16
     """LoRA rank r: the rank of the trained matrices. 8 saves memory; take 32 or 64 if the style to learn is far from
     the model's own."""
-    alpha: Positive = 32
+    alpha: Positive = 32.0
     """LoRA scale α: the update is multiplied by alpha / r. Keep it at twice the rank."""
     dropout: ShareBelowOne = 0.0
     """LoRA dropout: the share of the adapter's inputs set to zero during training, never for the reference. Try 0.05 if
