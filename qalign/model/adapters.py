@@ -8,8 +8,6 @@ import bitsandbytes.functional
 import peft
 import torch
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,12 +17,13 @@ from qalign.errors import UserError
 from qalign.model.loading import Origin, save_tokenizer
 
 SCORE_HEAD = "base_model.model.score.weight"  # its name in the file of a sequence classifier's adapter
+OUTPUT_LAYER_TAKEN = "{}: the output layer can't have an adapter, as log-probs use its frozen weight"
 # PEFT initialisations that move part of the base's weights into the adapter: on the unchanged base they are wrong.
 _REBASED = ("pissa", "olora", "corda", "lora_ga")
 
 
 def new_config(lora: Lora, task_type: peft.TaskType = peft.TaskType.CAUSAL_LM) -> peft.LoraConfig:
-    """PEFT's settings of a recipe's new adapter."""
+    """PEFT's config for a new adapter of a recipe."""
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT only divides by it, a float works)
@@ -40,13 +39,10 @@ def new_config(lora: Lora, task_type: peft.TaskType = peft.TaskType.CAUSAL_LM) -
 @torch.no_grad()
 def start_with_loftq(model: nn.Module, original: PreTrainedModel, adapter: str) -> None:
     """LoftQ initialisation with one step (Li et al. 2023, arXiv:2310.08659, T = 1): each layer's adapter starts as the
-    best low-rank approximation of the quantisation error, W - Q ≈ scale · B A.
+    best low-rank approximation of the quantisation error, W - Q ≈ scale · B A, where W are the weights of `original`.
+    Layers that are not in 4 bits keep LoRA's initialisation.
 
     PEFT's own `replace_lora_weights_loftq` needs CUDA, and is right only for alpha = r, as it leaves the scale out.
-
-    Args:
-        model: a PEFT model with an adapter of that name. Layers that are not in 4 bits keep LoRA's initialisation.
-        original: the same model, not quantised.
     """
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
@@ -67,12 +63,11 @@ def start_with_loftq(model: nn.Module, original: PreTrainedModel, adapter: str) 
         lora_b[:, : len(root)] = left[:, :rank] * root / module.scaling[adapter]
 
 
-def read_adapter(folder: str, *, trainable: bool, device: torch.device) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
+def read(folder: str, *, trainable: bool, device: torch.device) -> tuple[peft.LoraConfig, dict[str, Tensor]]:
     """An adapter's settings and weights from a folder that PEFT saved.
 
     Raises:
-        UserError: it is of a kind that can't share a base with other adapters.
-        Exception: what PEFT and safetensors raise for a broken folder.
+        UserError: it is of a kind that can't share a base. For a broken folder, whatever PEFT or safetensors raises.
     """
     config = peft.PeftConfig.from_pretrained(folder)
     if config.peft_type is None:
@@ -93,26 +88,8 @@ def read_adapter(folder: str, *, trainable: bool, device: torch.device) -> tuple
     return config, weights
 
 
-def check_output_layer(lm: PreTrainedModel, origin: str) -> None:
-    """Checks that no adapter is on the output layer.
-
-    Raises:
-        UserError: one is; `origin` names what put it there.
-    """
-    if isinstance(lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-        raise output_layer_taken(origin)
-
-
-def output_layer_taken(origin: str) -> UserError:
-    """The error about an adapter on the output layer."""
-    return UserError(f"{origin}: the output layer can't have an adapter, as log-probs use its frozen weight")
-
-
-def save_adapter(
-    model: peft.PeftModel, role: str, folder: Path, tokenizer: PreTrainedTokenizerBase, origin: Origin
-) -> None:
-    """Writes an adapter into a folder as plain PEFT saves it, with the tokenizer and its chat template; every file is
-    written whole."""
+def save(model: peft.PeftModel, role: str, folder: Path, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> None:
+    """Writes an adapter with the tokenizer and its chat template into a folder; every file is written whole."""
     config = cast(peft.LoraConfig, model.peft_config[role])
     config.base_model_name_or_path, config.revision = origin.source, origin.hub_revision
     folder.mkdir(parents=True, exist_ok=True)

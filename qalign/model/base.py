@@ -1,40 +1,30 @@
-"""One quantised base in memory, and the adapters that make it play every role.
+"""One quantised base in memory, and the adapters that make it play every role. Only `Base.acting_as` changes roles."""
 
-`Base.acting_as(role)` is the only way to change the active role.
-"""
-
-import json
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.tokenize import pad_for_scores, prepare_tokenizer
 from qalign.errors import UserError
-from qalign.model.adapters import (
-    SCORE_HEAD,
-    check_output_layer,
-    new_config,
-    output_layer_taken,
-    read_adapter,
-    save_adapter,
-    start_with_loftq,
-)
+from qalign.model import adapters as peft_adapters
+from qalign.model.adapters import OUTPUT_LAYER_TAKEN, SCORE_HEAD
 from qalign.model.attention import packed_attention, why_not_packed
-from qalign.model.lineage import Lineage, adapter_hash, digest
+from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, Origin, load_weights, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
 
@@ -57,27 +47,22 @@ class Base:
     """A frozen base with its adapters.
 
     Attributes:
-        lm: the language model, or the sequence classifier that a reward model is trained as, with the adapters in it.
+        lm: the language model, or a reward model's sequence classifier, with the adapters in it.
         model: `lm`, or the `PeftModel` around it once there is an adapter.
         tokenizer: with a chat template, one BOS and a pad token.
         origin: where the weights come from.
         template: where the chat template comes from, in words.
         dtype: the dtype of matrix products; adapters are float32 and autocast to it.
         reference: what the reference is made of, in words.
-        role: the active role.
-        role_switches: the number of role changes so far.
+        role, role_switches: the active role, and the number of role changes so far.
     """
 
-    def __init__(
-        self, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, origin: Origin, template: str, spec: Model
-    ):
+    def __init__(self, lm: PreTrainedModel, tokenizer: Any, origin: Origin, template: str, spec: Model):
         lm.requires_grad_(False)
         lm.eval()
-        self._base_parameters = lm.num_parameters()
-        self.lm: PreTrainedModel = lm
+        self.lm, self.dtype, self._base_parameters = lm, lm.dtype, lm.num_parameters()
         self.model: PreTrainedModel | peft.PeftModel = lm
         self.tokenizer, self.origin, self.template, self.spec = tokenizer, origin, template, spec
-        self.dtype = lm.dtype
         self.reference = "the base with adapters off"
         self.role: str = Role.BASE
         self.role_switches = 0
@@ -90,16 +75,13 @@ class Base:
         return self.lm.get_output_embeddings() is None
 
     def add_adapter(self, role: str, lora: Lora) -> None:
-        """Adds a new trainable adapter. It starts as a no-op, except with `init: loftq`.
-
-        Raises:
-            UserError: its targets fit no layer, or the output layer.
-        """
+        """Adds a new trainable adapter, which starts as a no-op except with `init: loftq`; a `UserError` if its targets
+        fit no layer, or the output layer."""
         try:
-            self._attach(role, new_config(lora))
+            self._attach(role, peft_adapters.new_config(lora))
             if lora.init == "loftq":
                 original, *_ = load_weights(self.spec, form="original")
-                start_with_loftq(self.model, original, role)
+                peft_adapters.start_with_loftq(self.model, original, role)
         except (ValueError, re.error) as error:  # targets given as a text are a regular expression
             raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
         self._settle(role, "lora.targets", trainable=True)
@@ -111,16 +93,10 @@ class Base:
         self._heads[role] = head
 
     def load_adapter(self, role: str, folder: str, *, trainable: bool) -> None:
-        """Adds a copy of a saved PEFT adapter, with its score head if it has one.
-
-        Args:
-            role: a `Role`, or the name of a further adapter that `acting_as` can switch to.
-            folder: the adapter's folder.
-            trainable: whether the copy is trained.
+        """Adds a copy of a saved PEFT adapter, with its score head if it has one, as a `Role` or under a further name.
 
         Raises:
-            UserError: the adapter was made for another model, or is of a kind that can't share the base. Nothing of it
-                stays on the base.
+            UserError: it was made for another model, or can't share the base. Nothing of it stays on the base.
         """
         try:
             self._load(role, folder, trainable=trainable)
@@ -131,17 +107,17 @@ class Base:
 
     def _load(self, role: str, folder: str, *, trainable: bool) -> None:
         try:
-            config, weights = read_adapter(folder, trainable=trainable, device=self.lm.device)
+            config, weights = peft_adapters.read(folder, trainable=trainable, device=self.lm.device)
             if SCORE_HEAD in weights and role.partition("_")[0] not in SCORING:
                 raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
             if self.is_classifier:
-                weights.setdefault(SCORE_HEAD, cast(nn.Module, self.lm.score).weight)  # an SFT adapter has none
+                weights.setdefault(SCORE_HEAD, cast(nn.Linear, self.lm.score).weight)  # an SFT adapter has none
             elif SCORE_HEAD in weights:
                 weight = weights.pop(SCORE_HEAD)
                 self._heads[role] = ScalarHead(weight.shape[1], weight.device).requires_grad_(trainable)
                 self._heads[role].weight.data = weight.float()
             if any(f".{self._output_layer}." in key for key in weights):  # before PEFT wraps it, which can't be undone
-                raise output_layer_taken(folder)
+                raise UserError(OUTPUT_LAYER_TAKEN.format(folder))
             self._attach(role, config)
             unused = peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys
         except torch.OutOfMemoryError:  # a RuntimeError, but not the adapter's fault
@@ -153,7 +129,7 @@ class Base:
             raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
 
     def _remove(self, role: str) -> None:
-        """Takes an adapter, or the part of it that was loaded, off the base."""
+        """Takes off the base what there is of an adapter."""
         if self.role == role:
             self._switch(Role.BASE)
         if role in self._configs:
@@ -161,7 +137,7 @@ class Base:
         self._heads.pop(role, None)
 
     def load_reference(self, folder: str) -> None:
-        """Makes a frozen copy of a saved PEFT adapter the reference. Call it after the policy was made."""
+        """Makes a frozen copy of a saved adapter the reference. Call it after the policy was made."""
         self.load_adapter(Role.REFERENCE, folder, trainable=False)
         self.reference = f"the base with a frozen copy of the adapter {folder}"
 
@@ -189,13 +165,16 @@ class Base:
                 parameter.data = parameter.data.float()
             if any(f".{trained}." in name for trained in self._trained):
                 parameter.requires_grad_(True)
-        check_output_layer(self.lm, origin)
+        if isinstance(self.lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            raise UserError(OUTPUT_LAYER_TAKEN.format(origin))
 
     def trained_weights(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role's adapter, and of its head if it has one, by name."""
         named = () if self.is_classifier else self.model.named_parameters()
         weights = {name: parameter for name, parameter in named if f".{role}." in name}
-        return weights | ({"score.weight": self._heads[role].weight} if role in self._heads else {})
+        if role in self._heads:
+            weights["score.weight"] = cast(nn.Parameter, self._heads[role].weight)
+        return weights
 
     @property
     def adapters(self) -> list[str]:
@@ -210,34 +189,28 @@ class Base:
     def held_bytes(self) -> int:
         """Memory of the base's own weights and buffers, including the scales of 4-bit weights."""
         added = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
-        tensors = [t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in added]
-        return sum(tensor_bytes(tensor) for tensor in tensors)
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return sum(tensor_bytes(tensor) for tensor in tensors if id(tensor) not in added)
 
     @cached_property
     def _output_layer(self) -> str | None:
-        """The output layer's name; None for a classifier."""
         head = self.lm.get_output_embeddings()
         return next((name for name, module in self.lm.named_modules() if module is head), None)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[PreTrainedModel]:
-        """Plays a role. Afterwards everything is as before: the active adapter, `requires_grad`, training modes.
+        """Plays a role and yields the language model. Afterwards everything is as before: the active adapter,
+        `requires_grad`, training modes. Nestable and exception-safe.
 
         Only a trained role has dropout, and only while gradients are enabled. All roles compute in the same dtype.
-        Nestable and exception-safe. Yields the language model.
         """
         before = self.role
         flags = [(p, p.requires_grad) for p in self.model.parameters()]
         modes = [module for module in self.model.modules() if module.training]
-
-        def restore_flags() -> None:
-            for parameter, wanted in flags:
-                parameter.requires_grad_(wanted)
-
         try:
             self._switch(role)
             if role in self._trained and torch.is_grad_enabled():
-                restore_flags()  # PEFT's switch makes everything trainable that it activates
+                _restore(flags)  # PEFT's switch makes everything trainable that it activates
             else:
                 self.model.eval()
                 self.model.requires_grad_(False)
@@ -245,7 +218,7 @@ class Base:
                 yield self.lm
         finally:
             self._switch(before)
-            restore_flags()
+            _restore(flags)
             for module in modes:
                 module.training = True
 
@@ -262,10 +235,8 @@ class Base:
         self.role = role
 
     def pair_scores(self, role: str, rows: Sequence[AnsweredPrompt]) -> Tensor:
-        """A reward model's scores, float32 `(rows, answers each)`, of a pair the chosen one first.
-
-        They have gradients if gradients are enabled and the role is trained. Call it inside `packed_attention`.
-        """
+        """A reward model's scores, float32 `(rows, answers each)`, with gradients if they are enabled and the role is
+        trained. Call it inside `packed_attention`."""
         with self.acting_as(role) as lm:
             batch = self.batch(rows, last_token="kept")
             hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
@@ -307,9 +278,8 @@ class Base:
     @property
     def layout_in_words(self) -> str:
         """How the prompts of pairs are run, in words."""
-        if self.padding_reason:
-            return f"twice a pair, padded: {type(self.lm).__name__} {self.padding_reason}"
-        return "once a pair, packed without padding"
+        reason = self.padding_reason and f"{type(self.lm).__name__} {self.padding_reason}"
+        return f"twice a pair, padded: {reason}" if reason else "once a pair, packed without padding"
 
     def batch(
         self, rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped"
@@ -333,31 +303,12 @@ class Base:
             yield
 
     def save_adapter(self, role: str, folder: Path) -> None:
-        """Writes an adapter into a folder as plain PEFT saves it, with the tokenizer and its chat template; every file
-        is written whole."""
-        save_adapter(cast(peft.PeftModel, self.model), role, folder, self.tokenizer, self.origin)
+        """Writes an adapter, the tokenizer and its chat template into a folder, as plain PEFT saves them."""
+        peft_adapters.save(cast(peft.PeftModel, self.model), role, folder, self.tokenizer, self.origin)
 
     def lineage(self, stage: str, parent: str | None = None) -> Lineage:
         """The lineage of an adapter that is trained on this base, starting from the adapter folder `parent`."""
-        config = json.loads((self.origin.folder / "config.json").read_text(encoding="utf-8"))
-        for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
-            config.pop(key, None)
-        tokenizer, spec = self.tokenizer, self.spec
-        special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
-        return Lineage(
-            stage=stage,
-            base=spec.base,
-            revision=self.origin.revision,
-            config_hash=digest(json.dumps(config, sort_keys=True)),
-            tokenizer_hash=digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
-            special_tokens={name: str(token) for name, token in special.items() if token is not None},
-            template=self.template,
-            template_hash=digest(tokenizer.get_chat_template() + json.dumps(spec.chat_template_kwargs, sort_keys=True)),
-            quantization=spec.quantization,
-            compute_dtype=str(self.dtype).removeprefix("torch."),
-            parent=parent,
-            parent_hash=parent and adapter_hash(parent),
-        )
+        return describe(self.spec, self.origin, self.tokenizer, self.template, self.dtype, stage, parent)
 
     @property
     def precision(self) -> str:
@@ -365,16 +316,17 @@ class Base:
         return f"{str(self.dtype).removeprefix('torch.')} on {self.lm.device.type}"
 
     def count_parameters(self) -> tuple[int, int]:
-        """(number of trained parameters, number of the base's own); two 4-bit weights in one byte count as two."""
+        """(trained parameters, the base's own parameters); 4-bit weights are counted one by one."""
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad), self._base_parameters
 
 
-def load(spec: Model, form: Form = "held") -> Base:
-    """The base of a recipe as a language model, ready for adapters.
+def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
+    for parameter, wanted in flags:
+        parameter.requires_grad_(wanted)
 
-    Raises:
-        UserError: it can't be found, fetched or read.
-    """
+
+def load(spec: Model, form: Form = "held") -> Base:
+    """The base of a recipe as a language model, ready for adapters; a `UserError` if it can't be found or read."""
     lm, tokenizer, origin = load_weights(spec, form=form)
     template = prepare_tokenizer(tokenizer, spec.chat_template)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -384,12 +336,8 @@ def load(spec: Model, form: Form = "held") -> Base:
 
 
 def load_classifier(spec: Model, form: Form = "held") -> Base:
-    """The base of a recipe as a sequence classifier with one label, for training a reward model. Its float32 head is
-    initialised from PyTorch's generator.
-
-    Raises:
-        UserError: it can't be found, fetched or read, or its family has no such class.
-    """
+    """The base of a recipe as a sequence classifier with one label, to train a reward model. Its float32 head is
+    initialised from PyTorch's generator. A `UserError` if it can't be read or its family has no such class."""
     lm, tokenizer, origin = load_weights(spec, classifier=True, form=form)
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear):

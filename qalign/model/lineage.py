@@ -8,10 +8,15 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from qalign.config.atomic import write_whole
 from qalign.config.paths import absolute_path, looks_local
+from qalign.config.recipe import Model
 from qalign.errors import UserError
+
+if TYPE_CHECKING:
+    from qalign.model.loading import Origin
 
 FILE = "lineage.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -22,28 +27,17 @@ class Lineage:
     """What an adapter was trained on and from. Hashes are the first 16 hex digits of SHA-256."""
 
     stage: str
-    base: str
-    """The recipe's `model.base`."""
-    revision: str | None
-    """The hub's commit, or the digest of a `.gguf` file; None for a local folder."""
-    config_hash: str
-    """Hash of the base's `config.json` without the keys that name its writer."""
-    tokenizer_hash: str
-    """Hash of the vocabulary: every token and its id."""
-    special_tokens: dict[str, str]
-    """BOS, EOS and UNK. The pad token may differ, as it is masked."""
-    template: str
-    """Where the chat template comes from, in words."""
-    template_hash: str
-    """Hash of the chat template and of the keywords passed to it."""
-    quantization: str
-    """The quantisation of the base."""
-    compute_dtype: str
-    """The dtype of its matrix products."""
-    parent: str | None = None
-    """The adapter folder that training started from."""
-    parent_hash: str | None = None
-    """Hash of that adapter's weights."""
+    base: str  # the recipe's `model.base`
+    revision: str | None  # the hub's commit, or the digest of a `.gguf` file; None for a local folder
+    config_hash: str  # of the base's `config.json` without the keys that name its writer
+    tokenizer_hash: str  # of the vocabulary: every token and its id
+    special_tokens: dict[str, str]  # BOS, EOS and UNK; the pad token may differ, as it is masked
+    template: str  # where the chat template comes from, in words
+    template_hash: str  # of the chat template and of the keywords passed to it
+    quantization: str  # of the base
+    compute_dtype: str  # of matrix products
+    parent: str | None = None  # the adapter folder that training started from
+    parent_hash: str | None = None  # of that adapter's weights
 
 
 def digest(content: bytes | str) -> str:
@@ -57,19 +51,39 @@ def adapter_hash(folder: str | Path) -> str | None:
     return digest(file.read_bytes()) if file.is_file() else None
 
 
+def describe(
+    spec: Model, origin: "Origin", tokenizer: Any, template: str, dtype: object, stage: str, parent: str | None
+) -> Lineage:
+    """The lineage of an adapter that a stage trains on this base, starting from the adapter folder `parent`."""
+    config = json.loads((origin.folder / "config.json").read_text(encoding="utf-8"))
+    for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
+        config.pop(key, None)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
+    return Lineage(
+        stage=stage,
+        base=spec.base,
+        revision=origin.revision,
+        config_hash=digest(json.dumps(config, sort_keys=True)),
+        tokenizer_hash=digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
+        special_tokens={name: str(token) for name, token in special.items() if token is not None},
+        template=template,
+        template_hash=digest(tokenizer.get_chat_template() + json.dumps(spec.chat_template_kwargs, sort_keys=True)),
+        quantization=spec.quantization,
+        compute_dtype=str(dtype).removeprefix("torch."),
+        parent=parent,
+        parent_hash=adapter_hash(parent) if parent else None,
+    )
+
+
 def write(folder: Path, lineage: Lineage) -> None:
-    """Saves a lineage in an adapter's folder. Local paths are made absolute, so that any directory can be used later."""
+    """Saves a lineage in an adapter's folder, with local paths made absolute: it is read from other directories too."""
     kept = asdict(lineage)
     kept |= {key: absolute_path(kept[key]) for key in ("base", "parent") if kept[key]}
     write_whole(folder / FILE, json.dumps(kept, indent=1) + "\n")
 
 
 def read(folder: str | Path) -> Lineage | None:
-    """An adapter's lineage; None if the adapter was not made by qalign.
-
-    Raises:
-        UserError: the file exists and is broken.
-    """
+    """An adapter's lineage; None if the adapter was not made by qalign; a `UserError` if the file is broken."""
     file = Path(folder) / FILE
     if not file.is_file():
         return None
@@ -82,19 +96,11 @@ def read(folder: str | Path) -> Lineage | None:
 
 def check_base(key: str, folder: str | Path, base: str, revision: str | None) -> None:
     """Compares what can be compared before the model is loaded: the adapter's base and, if the recipe pins a commit,
-    its revision.
-
-    Raises:
-        UserError: they differ; both sides are named.
-    """
+    its revision. Arguments and errors as for `check`."""
     kept = read(folder)
-    if kept and not _same_base(kept.base, base):
-        raise UserError(f"{key}: {folder} was trained on the base '{kept.base}', this recipe's is '{base}'")
     pinned = revision if revision and len(revision) == 40 else None
-    if kept and pinned and kept.revision and kept.revision != pinned:
-        raise UserError(
-            f"{key}: {folder} was trained on revision {kept.revision} of '{base}', this recipe pins {pinned}"
-        )
+    if kept and (conflict := _base_conflict(kept, base, pinned)):
+        raise UserError(f"{key}: {folder} was trained {conflict}")
 
 
 def check(key: str, folder: str | Path, ours: Lineage) -> None:
@@ -112,26 +118,28 @@ def check(key: str, folder: str | Path, ours: Lineage) -> None:
     if kept is None:
         return
     conflicts = []
-    if not _same_base(kept.base, ours.base):
-        conflicts.append(f"the base '{kept.base}', this recipe's is '{ours.base}'")
-    elif kept.revision and ours.revision and kept.revision != ours.revision:
-        conflicts.append(f"revision {kept.revision} of '{kept.base}', this recipe uses {ours.revision}")
+    if conflict := _base_conflict(kept, ours.base, ours.revision):
+        conflicts.append(conflict)
     elif kept.config_hash != ours.config_hash:
-        conflicts.append(f"'{kept.base}' with the config {kept.config_hash}, now it is {ours.config_hash}")
+        conflicts.append(f"on '{kept.base}' with the config {kept.config_hash}, now it is {ours.config_hash}")
     if kept.special_tokens != ours.special_tokens:
-        conflicts.append(f"the special tokens {_words(kept)}, this recipe's are {_words(ours)}")
+        conflicts.append(f"with the special tokens {_words(kept)}, this recipe's are {_words(ours)}")
     elif kept.tokenizer_hash != ours.tokenizer_hash:
-        conflicts.append(f"the vocabulary {kept.tokenizer_hash}, this recipe's is {ours.tokenizer_hash}")
+        conflicts.append(f"with the vocabulary {kept.tokenizer_hash}, this recipe's is {ours.tokenizer_hash}")
     if kept.template_hash != ours.template_hash:
         theirs, own = (f"{lineage.template_hash} ({lineage.template})" for lineage in (kept, ours))
-        conflicts.append(f"the chat template {theirs}, this recipe's is {own}")
+        conflicts.append(f"with the chat template {theirs}, this recipe's is {own}")
     if conflicts:
-        raise UserError(*(f"{key}: {folder} was trained with {conflict}" for conflict in conflicts))
+        raise UserError(*(f"{key}: {folder} was trained {conflict}" for conflict in conflicts))
 
 
-def _same_base(one: str, other: str) -> bool:
-    """Whether two bases have the same name; a local folder may have moved, as its config is compared too."""
-    return one == other or (looks_local(one) and looks_local(other) and Path(one).name == Path(other).name)
+def _base_conflict(kept: Lineage, base: str, revision: str | None) -> str | None:
+    moved = looks_local(kept.base) and looks_local(base) and Path(kept.base).name == Path(base).name
+    if kept.base != base and not moved:  # a local folder may have moved: its config is compared too
+        return f"on the base '{kept.base}', this recipe's is '{base}'"
+    if kept.revision and revision and kept.revision != revision:
+        return f"on revision {kept.revision} of '{kept.base}', this recipe uses {revision}"
+    return None
 
 
 def _words(lineage: Lineage) -> str:

@@ -47,8 +47,8 @@ class CachedReferenceLogps(ReferenceLogps):
     """Log-probs of the reference, cached in a file.
 
     The file's name is a hash of the base, quantisation, dtype, versions, reference adapter and template; inside, each
-    pair is identified by a hash of its ids. What is read is verified: with a checksum, and by computing the first cached
-    pairs that are needed once more.
+    pair is identified by a hash of its ids. What is read is verified with a checksum, and by computing once more the
+    first cached pairs that are needed.
 
     Args:
         base: with its reference.
