@@ -1,69 +1,116 @@
-"""How every command begins, ends and fails.
+"""The `qalign` command, and how every command begins, ends and fails.
 
-Imports no torch: a bad recipe or a typo on the command line answers at once.
+    qalign COMMAND …    is python -m qalign.COMMAND …
+    qalign RECIPE …     is python -m qalign RECIPE …, which runs every stage of the recipe
+
+Imports no torch, so a typing error on the command line or in the recipe is reported at once.
 """
 
 import argparse
 import errno
+import importlib
 import logging
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.data.formats import Refused
-from qalign.errors import Stopped, UserError
+from qalign.errors import Stopped, UserError, did_you_mean, out_of_memory
 from qalign.train.run_folder import RunFolder
 
+COMMANDS = {
+    "sft": "supervised fine-tuning on example dialogues",
+    "reward": "train a reward model on preference pairs",
+    "dpo": "direct preference optimisation and its family",
+    "ppo": "reinforcement learning against a reward model or function",
+    "evaluate": "measure a DPO run on held-out pairs, with answers side by side",
+    "score": "score answers with a trained reward model",
+    "best_of": "sample n answers to each prompt and keep the best, as training data",
+    "merge": "merge an adapter into its base model",
+    "fit": "forecast the memory that each stage of a recipe needs",
+    "init": "write a recipe into the current folder",
+    "page": "open the comparison page in the browser",
+}
+MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
 SHOWN_REFUSALS = 5
+NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """The console script: runs a command, or all stages of a recipe; does not return.
+
+    Args:
+        words: of the command line; those of this process if left out.
+    """
+    first, *others = [*(sys.argv[1:] if words is None else words)] or ["--help"]
+    if first in ("-h", "--help"):
+        print("usage: qalign COMMAND …, or qalign RECIPE … for every stage of a recipe\n\ncommands:")
+        print("\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items()))
+        print("\nqalign COMMAND --help lists the options of a command.")
+        sys.exit(0)
+    if first in COMMANDS:
+        importlib.import_module(MODULES.get(first, f"qalign.{first}")).main(others)
+    elif first.startswith("-") or Path(first).suffix in (".yaml", ".yml") or Path(first).is_file():
+        importlib.import_module("qalign.__main__").main([first, *others])
+    else:
+        hint = did_you_mean(first, COMMANDS) or "; `qalign --help` lists the commands, and a recipe ends with .yaml"
+        print(f"qalign: there is no command '{first}'{hint}", file=sys.stderr)
+        sys.exit(2)
+
+
+def program(name: str = "") -> str:
+    """How the user called this command, for its usage line: `qalign dpo` or `python -m qalign.dpo`."""
+    if Path(sys.argv[0]).stem == "qalign":
+        return f"qalign {name}".rstrip()
+    return f"python -m qalign.{name}".rstrip(".")
 
 
 def exit_code(work: Callable[[], None]) -> int:
-    """Runs it: 0, or 2 with a line a mistake, or 128 + the signal that stopped it."""
-    # One process, one GPU: with several visible, Trainer would split batches over them behind qalign's back.
+    """Runs `work`. Returns 0, or 2 after one printed line for each error, or 128 + the signal that stopped it."""
+    # One process uses one GPU: with several visible, Trainer would split batches over them.
     os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console that has no arrows must not stop a run
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests an optional package at import
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")  # a console without arrows must not stop a run
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests an optional package when imported
     try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")
         work()
     except UserError as error:
-        for line in error.lines:
-            print(line, file=sys.stderr)
-        return 2
+        return _failed(*error.lines)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's; torch may not even be imported
+        if type(error).__name__ != "OutOfMemoryError":  # torch's own, by name: torch may not even be imported
             raise
-        reason = str(error).partition(". ")[0]
-        print(f"out of GPU memory ({reason}). Try nf4, a smaller model or model.max_length", file=sys.stderr)
-        return 2
+        return _failed(*out_of_memory(error, "nf4, a smaller model or model.max_length").lines)
     except OSError as error:
-        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in NO_ACCESS:
             raise
-        print(f"{error.filename or 'disk'}: {error.strerror}", file=sys.stderr)
-        return 2
-    except Stopped as stop:
-        print(f"stopped by {stop}", file=sys.stderr)
-        return 128 + stop.number
-    except KeyboardInterrupt:
-        print("stopped by SIGINT", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return _failed(f"{error.filename or 'disk'}: {error.strerror}")
+    except (Stopped, KeyboardInterrupt) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        _failed(f"stopped by {signal.Signals(number).name}")
+        return 128 + number
     return 0
 
 
-def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None]) -> None:
+def _failed(*lines: str) -> int:
+    print(*lines, sep="\n", file=sys.stderr)
+    return 2
+
+
+def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words: Sequence[str] | None = None) -> None:
     """`python -m qalign.STAGE RECIPE [key=value …] [--resume | --overwrite]`; does not return."""
-    args = stage_parser(stage, train.__doc__).parse_intermixed_args()
+    args = stage_parser(stage, train.__doc__).parse_intermixed_args(words)
 
     def work() -> None:
         recipe = load(args.recipe, args.overrides, stage)
-        typed = shlex.join([args.recipe, *args.overrides])
-        run = RunFolder(recipe, stage, typed)
+        run = RunFolder(recipe, stage, shlex.join([args.recipe, *args.overrides]))
         run.claim(resume=args.resume, overwrite=args.overwrite)
         if args.resume and run.complete:
             print(f"{run.path}: this run is complete; its adapter is in {run.adapter}")
@@ -75,18 +122,26 @@ def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None]) -> Non
     sys.exit(exit_code(work))
 
 
-def report_command(name: str, stage: str, report: Callable[[Recipe], None]) -> None:
+def report_command(name: str, stage: str, report: Callable[[Recipe], None], words: Sequence[str] | None = None) -> None:
     """`python -m qalign.NAME RECIPE [key=value …]` for a report on a finished stage; does not return."""
-    args = recipe_parser(name, report.__doc__).parse_intermixed_args()
+    args = recipe_parser(name, report.__doc__).parse_intermixed_args(words)
     sys.exit(exit_code(lambda: report(load(args.recipe, args.overrides, stage))))
 
 
 def stage_parser(stage: str, doc: str | None) -> argparse.ArgumentParser:
-    """What stages understand; without a name, what all of them together do."""
+    """The options of a stage, or of the command that runs all stages if the name is empty."""
     parser = recipe_parser(stage, doc)
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--resume", action="store_true", help="go on with a run that was stopped, to the same numbers")
-    how.add_argument("--overwrite", action="store_true", help="delete the run that is there and start anew")
+    how.add_argument("--resume", action="store_true", help="continue a run that was stopped, to the same numbers")
+    how.add_argument("--overwrite", action="store_true", help="delete the existing run and start again")
+    return parser
+
+
+def recipe_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """A recipe with overrides; a command may add its own options."""
+    parser = argparse.ArgumentParser(prog=program(name), description=(doc or "").partition("\n")[0])
+    parser.add_argument("recipe", help="a recipe, such as recipes/smollm2_demo.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dpo.max_steps=20 output=runs/try")
     return parser
 
 
@@ -94,11 +149,3 @@ def print_refused(refused: Sequence[Refused]) -> None:
     """Prints the first refused rows and their reasons on stderr; the caller says how many there are."""
     for row in refused[:SHOWN_REFUSALS]:
         print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
-
-
-def recipe_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    program = ".".join(part for part in ("qalign", name) if part)
-    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=(doc or "").partition("\n")[0])
-    parser.add_argument("recipe", help="a recipe, such as recipes/smollm2_demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dpo.max_steps=20 output=runs/try")
-    return parser

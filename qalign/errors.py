@@ -1,13 +1,14 @@
-"""What ends a command early: mistakes that a user can mend, and requests to stop. Imports no torch."""
+"""What ends a command early: errors that the user can fix, and requests to stop. Imports no torch."""
 
 import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from types import FrameType
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: printed line by line without a traceback, exit code 2."""
+    """An error that the user can fix: printed line by line without a traceback, exit code 2."""
 
     def __init__(self, *lines: str):
         super().__init__("\n".join(lines))
@@ -15,14 +16,34 @@ class UserError(Exception):
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`"; did you mean 'learning_rate'?"` for the nearest of the known words, or nothing."""
+    """`"; did you mean 'learning_rate'?"` with the most similar known word; empty if none is similar."""
     close = get_close_matches(str(word), list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
+def out_of_memory(error: BaseException, fix: str, doing: str = "") -> UserError:
+    """The error for PyTorch's `OutOfMemoryError`: what was asked for, and what would take less."""
+    return UserError(f"out of GPU memory{doing} ({str(error).partition('. ')[0]}). Try {fix}")
+
+
+def not_finite(step: str, what: str, rows: Sequence[str] = ()) -> UserError:
+    """The error for a NaN or an infinity.
+
+    Args:
+        step: when, such as "step 5".
+        what: such as "the loss is".
+        rows: files and lines of the rows to blame, if they are known.
+    """
+    where = f" on {', '.join(dict.fromkeys(rows))}" if rows else ""
+    return UserError(
+        f"{step}: {what} not finite{where}; the last checkpoint, if there is one, is kept. "
+        "Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
+    )
+
+
 class Stopped(BaseException):
-    """The user or the system asked to stop; `number` is the signal. As `KeyboardInterrupt`, no `except Exception`
-    around somebody's function may swallow it."""
+    """The user or the system asked to stop; `number` is the signal. Like `KeyboardInterrupt` it is no `Exception`, so
+    that no `except Exception` in a library or in the user's own function swallows it."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -30,13 +51,14 @@ class Stopped(BaseException):
 
 
 class StopRequest:
-    """Ctrl-C and SIGTERM. While `patient`, the first one only leaves its number here, for the loop to stop cleanly."""
+    """The handler of Ctrl-C and SIGTERM. While `patient` is True, the first signal only sets `number`, and the training
+    loop stops after its step; otherwise, or at the second signal, the process stops at once."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.number: int | None = None
         self.patient = False
 
-    def __call__(self, number: int, frame) -> None:
+    def __call__(self, number: int, frame: FrameType | None) -> None:
         if not self.patient or self.number is not None:
             raise Stopped(number)
         self.number = number

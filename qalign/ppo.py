@@ -2,93 +2,55 @@
 
     python -m qalign.ppo RECIPE [key=value …] [--resume | --overwrite]
 
-Policy, reference, reward model and value model are adapters and heads on one 4-bit base. The loop itself is
-`qalign.rl.ppo_trainer`: collect, score, advantages, update. The reward is a stand-in for what is wanted, and the policy is
-paid for its faults, so held-out prompts are looked at all along (`qalign.rl.monitor`). Each detail and its source:
-docs/ppo.md.
+Policy, reference, reward model and value model are adapters and heads on one 4-bit base. `qalign.rl.ppo_trainer` holds
+one iteration: collect, score, advantages, update. A policy may learn to exploit the faults of its reward, so
+`qalign.rl.monitor` evaluates held-out prompts while it trains. docs/ppo.md gives the source of each detail.
 """
+
+from collections.abc import Sequence
+from typing import cast
 
 from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
+from qalign.config.stages import PPO
+from qalign.train.dataset import read_prompts
 from qalign.train.run_folder import RunFolder
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Teach a policy to earn a reward, held to its reference by KL, and save the adapter."""
-    from qalign.train.dataset import encode_prompts, read_prompts
+    read = read_prompts(run)
 
-    settings, parent = recipe.ppo, run.parent
-    found = read_prompts(run)
-
-    # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
-    from transformers import set_seed
-
-    from qalign.model import lineage
-    from qalign.model.base import Role, load
-    from qalign.model.generation import Sampling, end_ids, engine
-    from qalign.model.loading import check_reach
+    # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.model.memory import longest_row
     from qalign.rl.monitor import Monitor
-    from qalign.rl.ppo_loop import iterations_of, print_header, train_to_the_end
+    from qalign.rl.ppo_loop import PPOLoop, header
+    from qalign.rl.ppo_setup import add_value_model, set_up
     from qalign.rl.ppo_trainer import PPOTrainer
-    from qalign.rl.rewards import attach, load_models, open_scorers, value_start
-    from qalign.train.loop import micro_batch, plan
+    from qalign.train.loop import planned_steps
+    from qalign.train.session import Session
 
-    check_reach(recipe.model)
-    scorers, judges = (open_scorers(recipe, key, run) for key in ("reward", "judge"))
-    base = load(recipe.model)
-    origin = base.lineage(run.stage, parent)
-    questions, held_out, refused, rows = encode_prompts(run, base.tokenizer, found)
+    settings = cast(PPO, run.settings)
+    setup = set_up(run, read, trainable=True)  # the base with policy and reference
+    base, rows = setup.base, setup.rows
+    session = Session(run, base, rows)
+    session.plan(longest_row(recipe, run.stage), setup.other_bytes)
+    setup.scorers.attach(base, session.micro)
+    add_value_model(base, recipe, setup.scorers.reward)
 
-    set_seed(recipe.seed)
-    if parent:
-        lineage.check("ppo.start_from", parent, origin)
-        base.load_adapter(Role.POLICY, parent, trainable=True)
-        base.load_reference(parent)
-    else:
-        base.add_adapter(Role.POLICY, recipe.lora)
-    sampler = engine(settings.engine, base, recipe.model.max_length)
-    others = load_models([*scorers, *judges], base)
-    planned = plan(run, base, longest_row(recipe, run.stage), others)  # of what these leave
-    micro = micro_batch(settings, planned)
-    attach(scorers, base, Role.REWARD, micro)
-    attach(judges, base, Role.JUDGE, micro)
-    if settings.value == "trunk":
-        base.add_head(Role.VALUE)
-    elif copied := value_start(scorers):
-        base.load_adapter(Role.VALUE, str(copied.folder), trainable=True)
-    else:  # no reward model to begin from
-        base.add_adapter(Role.VALUE, recipe.lora.model_copy(update={"init": "default"}))
-        base.add_head(Role.VALUE)
+    session.begin()
+    iterations = planned_steps(settings, len(rows.train))
+    trainer = PPOTrainer(setup, settings, session.micro, session.planned.checkpointed_layers, iterations, recipe.seed)
+    loop = PPOLoop(run, trainer, Monitor(run, trainer))
+    session.print_header(**header(trainer, settings))
+    facts = session.to_the_end(lambda: loop.run(session.checkpoint))
+    best_of = f"python -m qalign.best_of {run.command_line} n=16"
+    session.finish(best_of, reference=base.reference, **facts | loop.report())
 
-    run.begin(refused)
-    checkpoint, _ = run.rewind()
-    ends = end_ids(base.tokenizer, recipe.model.chat_template_kwargs)
-    trainer = PPOTrainer(
-        base,
-        settings,
-        questions,
-        scorers,
-        sampler,
-        Sampling(settings.max_new_tokens, settings.temperature, ends),
-        micro,
-        planned.checkpointed_layers,
-        iterations_of(settings, len(questions)),
-        recipe.seed,
-    )
-    watcher = Monitor(run, trainer, held_out, judges, origin)
-    print_header(run, trainer, judges, f"{micro}{planned}", checkpoint, rows)
-    facts = train_to_the_end(run, trainer, watcher, checkpoint)
-    base.save_adapter(Role.POLICY, run.adapter)
-    lineage.write(run.adapter, origin)
-    run.finish(
-        f"python -m qalign.best_of {run.command_line} n=16",
-        base.origin.source,
-        reference=base.reference,
-        rows=rows,
-        **facts,
-    )
+
+def main(words: Sequence[str] | None = None) -> None:
+    stage_command("ppo", train, words)
 
 
 if __name__ == "__main__":
-    stage_command("ppo", train)
+    main()

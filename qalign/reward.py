@@ -1,13 +1,19 @@
-"""A reward model: learn from pairs to score answers (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155).
+"""A reward model: learn to score answers from pairs (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155).
 
     python -m qalign.reward RECIPE [key=value …] [--resume | --overwrite]
 
-The model is a LoRA adapter on the 4-bit base and a linear head in float32, read at the
-end of the answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whether to trust it.
+The model is a LoRA adapter on the 4-bit base and a linear head in float32; the score is read at the last token of the
+answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whether to trust the model.
 """
+
+from collections.abc import Sequence
+from typing import cast
 
 from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
+from qalign.config.stages import Reward
+from qalign.data.formats import preferences, scored_preferences
+from qalign.train.dataset import encode_rows, read_rows
 from qalign.train.run_folder import RunFolder, print_table
 
 LOADING = """\
@@ -19,100 +25,69 @@ model = AutoPeftModelForSequenceClassification.from_pretrained("{{folder}}", num
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Train a reward model on preference pairs, save it, and report whether to trust it."""
-    # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
-    from transformers import set_seed
+    settings = cast(Reward, run.settings)
+    read = read_rows(run, scored_preferences if settings.margin else preferences)
 
-    from qalign.data.formats import preferences, scored_preferences
+    # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs
-    from qalign.model import lineage
     from qalign.model.base import Role, load_classifier
-    from qalign.reports import reward_report
-    from qalign.train.callbacks import RunCallback
-    from qalign.train.dataset import read_rows
-    from qalign.train.loop import (
-        PartialCheckpointing,
-        micro_batch,
-        plan,
-        print_header,
-        train_to_the_end,
-        training_config,
-    )
     from qalign.train.pair_trainers import RewardModelTrainer
+    from qalign.train.session import Session, load_base
 
-    settings, parent = recipe.reward, run.parent
-    set_seed(recipe.seed)  # the head is drawn while loading
-    base = load_classifier(recipe.model)
-    origin = base.lineage(run.stage, parent)
-    read = scored_preferences if settings.margin else preferences
-    pairs, eval_pairs, refused, rows = read_rows(run, base.tokenizer, read, encode_pairs)
+    base = load_base(run, load_classifier)
+    pairs = encode_rows(run, base.tokenizer, read, encode_pairs)
+    session = Session(run, base, pairs, Role.REWARD)
+    session.add_adapter()
+    session.plan(max(map(base.tokens_taken, pairs.train)))
+    args, micro, callbacks = session.config(settings.batch_size), session.micro, session.begin()
+    trainer = RewardModelTrainer(base, settings, args, micro, pairs.train, pairs.held_out or None, callbacks)
 
-    set_seed(recipe.seed)
-    if parent:
-        lineage.check("reward.start_from", parent, origin)
-        base.load_adapter(Role.REWARD, parent, trainable=True)
-    else:
-        base.add_adapter(Role.REWARD, recipe.lora)
-
-    planned = plan(run, base, max(map(base.tokens_taken, pairs)))
-    micro = micro_batch(settings, planned)
-    at_once = f"{micro}{planned}"
-    args = training_config(run, base, settings.batch_size, planned.checkpointed_layers)
-    run.begin(refused)
-    checkpoint, tokens_before = run.rewind()
-    journal = RunCallback(run, tokens_before)
-    trainer = RewardModelTrainer(
-        base, settings, args, micro, pairs, eval_pairs or None, callbacks=(journal, PartialCheckpointing(planned))
-    )
+    head = f"{base.lm.config.hidden_size:,} weights, unquantised, in float32, read at the end of the answer's turn"
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
-    head = f"{base.lm.config.hidden_size:,} weights, unquantised, in float32, read at the end of the answer's turn"
-    print_header(run, base, trainer, at_once, checkpoint, rows, head=head, loss=loss, prompts=base.layout_in_words)
-    facts = train_to_the_end(trainer, run, journal, checkpoint, at_once)
-    base.save_adapter(Role.REWARD, run.adapter)
-    lineage.write(run.adapter, origin)
-
-    if eval_pairs:
-        scored = score_pairs(base, eval_pairs, micro)
-        figures = reward_report.measure(scored)
-        reward_report.draw(scored, figures, run.path / "reward_report.png")
-        facts |= {"trust": figures, "warning": reward_report.warning(figures)}
-        print_table(f"whether to trust it, on {len(scored)} held-out pairs", _lines(figures, run))
-        if facts["warning"]:
-            print(f"warning: {facts['warning']}\n", flush=True)
-    run.finish(
+    facts = session.train(trainer, head=head, loss=loss, prompts=base.layout_in_words)
+    if pairs.held_out:
+        scores = base.answer_scores(Role.REWARD, pairs.held_out, micro).tolist()
+        facts |= _report(run, pairs.held_out, scores)
+    pad = base.tokenizer.pad_token
+    session.finish(
         f"python -m qalign.score {run.path} FILE.jsonl",
-        base.origin.source,
         LOADING.format(pad=base.tokenizer.pad_token_id),
-        rows=rows,
-        pooling=f"the last token that is not {base.tokenizer.pad_token}: the end of the answer's turn",
+        pooling=f"the last token that is not {pad}: the end of the answer's turn",
         **facts,
     )
 
 
-def score_pairs(base, pairs: list, limit) -> list:
-    """The reward model's scores of `list[TokenPair]`, as `list[ScoredPair]` in the same order."""
-    from qalign.model.base import Role
-    from qalign.reports.reward_report import ScoredPair
+def _report(run: RunFolder, pairs: list, scores: list[list[float]]) -> dict:
+    """Measures, draws and prints how good the scores of held-out pairs are; returns figures for the summary."""
+    from qalign.reports import reward_report
 
-    scores = base.answer_scores(Role.REWARD, pairs, limit).tolist()
-    return [
-        ScoredPair(chosen, rejected, len(pair.chosen_ids), len(pair.rejected_ids), pair.margin)
+    scored = [
+        reward_report.ScoredPair(chosen, rejected, len(pair.chosen_ids), len(pair.rejected_ids), pair.margin)
         for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
     ]
-
-
-def _lines(figures: dict, run: RunFolder) -> list[tuple[str, str]]:
+    figures, picture = reward_report.measure(scored), run.path / "reward_report.png"
+    reward_report.draw(scored, figures, picture)
+    warning = reward_report.warning(figures)
     low, high = figures["accuracy_interval"]
     longer, shorter = figures["length_accuracy"], figures["short_accuracy"]
     correlation = figures["length_correlation"]
-    return [
-        ("accuracy", f"{figures['accuracy']:.1%} (95%: {low:.1%} to {high:.1%}); a coin has 50%"),
-        ("length judge", f"{longer:.1%} for a judge that picks the longer answer, {shorter:.1%} for the shorter"),
-        ("length", "no correlation" if correlation is None else f"correlation with the score {correlation:+.2f}"),
-        ("calibration", f"claimed and observed win rates are {figures['calibration_error']:.1%} apart on average"),
-        ("picture", str(run.path / "reward_report.png")),
-    ]
+    lines = {
+        "accuracy": f"{figures['accuracy']:.1%} (95%: {low:.1%} to {high:.1%}); a coin has 50%",
+        "length judge": f"{longer:.1%} for a judge that picks the longer answer, {shorter:.1%} for the shorter",
+        "length": "no correlation" if correlation is None else f"correlation with the score {correlation:+.2f}",
+        "calibration": f"claimed and observed win rates are {figures['calibration_error']:.1%} apart on average",
+        "picture": picture,
+    }
+    print_table(f"whether to trust it, on {len(scored)} held-out pairs", lines.items())
+    if warning:
+        print(f"warning: {warning}\n", flush=True)
+    return {"trust": figures, "warning": warning}
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    stage_command("reward", train, words)
 
 
 if __name__ == "__main__":
-    stage_command("reward", train)
+    main()

@@ -1,21 +1,23 @@
-"""What a person sees and keeps of a training loop."""
+"""Callbacks of `Trainer`: progress bar, metrics, whole checkpoints, clean stops, and checkpointing of some layers."""
 
-import json
 import math
-import os
 import sys
 import time
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalign.errors import UserError
-from qalign.train.run_folder import TOKENS_SEEN, WALL_SECONDS, RunFolder
+from qalign.errors import not_finite
+from qalign.model.memory import Plan
+from qalign.train.run_folder import RunFolder
 
 # What the bar shows of a step, by the names under which TRL's trainers log.
 SHOWN = {
+    "loss": "loss {:.4f}",
     "rewards/margins": "margin {:+.3f}",
     "rewards/accuracies": "accuracy {:.0%}",
     "margin": "margin {:+.3f}",
@@ -25,7 +27,7 @@ SHOWN = {
 
 
 class RunCallback(TrainerCallback):
-    """What a person sees and keeps of the loop: `metrics.jsonl`, the progress bar, whole checkpoints, clean stops.
+    """The progress bar, `metrics.jsonl`, whole checkpoints, and a clean stop after Ctrl-C or SIGTERM.
 
     Attributes:
         tokens_seen: by the whole run so far; trainers count from zero when they resume.
@@ -33,15 +35,15 @@ class RunCallback(TrainerCallback):
 
     def __init__(self, run: RunFolder, tokens_before: int = 0):
         self.run, self.tokens_seen, self._before = run, tokens_before, tokens_before
-        self._bar = None
+        self._bar = tqdm(disable=True)
         self._mark = (time.monotonic(), tokens_before)
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step")
         self._mark = (time.monotonic(), self._mark[1])
         self.run.stop.patient = True
 
-    def on_step_end(self, args, state, control, **_):
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
         self._bar.update(state.global_step - self._bar.n)
         if state.global_step >= state.max_steps or control.should_save:  # a checkpoint keeps no half-filled window
             control.should_log = True
@@ -49,61 +51,62 @@ class RunCallback(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
         return control
 
-    def on_pre_optimizer_step(self, args, state, control, model=None, **_):
-        """A finite loss can have gradients that are not; float16's scaler skips such steps itself."""
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ):
+        """A finite loss can have gradients that are not finite. (float16's scaler skips such steps itself.)"""
+        model: nn.Module = kwargs["model"]
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not args.fp16 and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            raise UserError(
-                f"step {state.global_step + 1}: the gradients are not finite; nothing was updated, and the last "
-                "checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: float32"
-            )
+            raise not_finite(f"step {state.global_step + 1}", "the gradients are")
 
-    def on_log(self, args, state, control, logs=None, **_):
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs and not any(name.startswith("eval_") for name in logs):
-            return  # the Trainer's closing statistics: summary.json has them
-        # The scaler's first steps overflow by design; JSON has no word for infinity.
+            return  # the Trainer's closing statistics, which summary.json has
+        # The first steps of float16's scaler overflow by design, and JSON has no infinity.
         finite = {name: value if math.isfinite(value) else None for name, value in logs.items()}
-        line = {"step": state.global_step, **finite}
+        line: dict[str, Any] = {"step": state.global_step, **finite}
         if "loss" in logs:
             now, self.tokens_seen = time.monotonic(), self._before + int(logs["num_tokens"])
             line["num_tokens"] = self.tokens_seen
             line["tokens_per_second"] = round((self.tokens_seen - self._mark[1]) / max(1e-9, now - self._mark[0]), 1)
             self._mark = (now, self.tokens_seen)
             self._bar.set_postfix_str(f"{_shown(logs)}, {line['tokens_per_second']:,.0f} tokens/s")
-        with self.run.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.run.log(line)
 
-    def on_evaluate(self, args, state, control, metrics=None, **_):
-        tqdm.write(f"step {state.global_step}: held-out {_shown(metrics, 'eval_')}")
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        tqdm.write(f"step {state.global_step}: held-out {_shown(kwargs['metrics'], 'eval_')}")
         self._mark = (time.monotonic(), self._mark[1])
 
-    def on_save(self, args, state, control, **_):
-        mark_whole(Path(args.output_dir) / f"checkpoint-{state.global_step}", self.run, self.tokens_seen)
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
+        self.run.mark_whole(state.global_step, self.tokens_seen)
 
-    def on_train_end(self, args, state, control, **_):
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
         self.run.stop.patient = False
         self._bar.close()
 
 
-def mark_whole(folder: Path, run: RunFolder, tokens_seen: int) -> None:
-    """Marks a checkpoint as whole, once all of it is on the disk: `--resume` trusts only marked ones."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb+") as opened:
-                os.fsync(opened.fileno())
-    (folder / TOKENS_SEEN).write_text(str(tokens_seen))
-    (folder / WALL_SECONDS).write_text(str(run.wall_seconds))
-    (folder / "whole").touch()
+class PartialCheckpointing(TrainerCallback):
+    """Limits gradient checkpointing to the planned number of layers; `Trainer` switches it on for all."""
+
+    def __init__(self, planned: Plan):
+        self.layers = planned.checkpointed_layers
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+        model: nn.Module = kwargs["model"]
+        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for number, layer in enumerate(layers):
+            layer.gradient_checkpointing = number < self.layers
 
 
-def _shown(logs: dict, prefix: str = "") -> str:
-    """The figures that a person wants to see of a log."""
-    found = {"loss": "loss {:.4f}"} | SHOWN
-    return ", ".join(text.format(logs[prefix + name]) for name, text in found.items() if prefix + name in logs)
+def _shown(logs: dict[str, float], prefix: str = "") -> str:
+    """The most telling of the logged numbers, in words."""
+    return ", ".join(text.format(logs[prefix + name]) for name, text in SHOWN.items() if prefix + name in logs)
 
 
 def peak_bytes() -> int:
-    """The most memory held so far: the GPU's by its allocator, else the process's resident set."""
+    """Peak memory so far: of the GPU as its allocator counts it, else the process's resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":

@@ -1,89 +1,99 @@
-"""What a stage reads: its training and held-out rows, as ids."""
+"""A stage's rows: read and checked before the base is loaded, then turned into token ids and checked again.
+
+Imports no torch, so a misspelt column is reported within seconds.
+"""
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from qalign.data.formats import LeftOut, Refused
-from qalign.data.prompts import Prompt, prompts
+from qalign.config.stages import PPO, Source
+from qalign.data.formats import LeftOut, Refused, prompts
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
 
+Reader = Callable[[tuple[Source, ...], str, int | None, int], tuple[list[Any], list[Refused]]]
+Encoder = Callable[[Any, list[Any], int, dict[str, Any]], tuple[list[Any], list[Refused]]]
+ReadRows = dict[str, tuple[list[Any], list[Refused]]]
 
-def read_rows(run: RunFolder, tokenizer, read: Callable, encode: Callable):
-    """A stage's rows as ids.
+
+class StageRows(NamedTuple):
+    """Rows as token ids."""
+
+    train: list[Any]
+    held_out: list[Any]
+    refused: list[Refused]
+    counts: dict[str, int]
+    """Numbers of rows for the header and the summary: used, held_out, refused, shortened and left_out."""
+
+
+def read_rows(run: RunFolder, read: Reader) -> ReadRows:
+    """The rows under `data` and `eval_data`, each with its refused rows.
 
     Args:
-        read: from sources to canonical rows: `rows.preferences` or `dialogues.dialogues`.
-        encode: from these to ids: `tokens.encode_pairs` or `tokens.encode_dialogues`.
-
-    Returns:
-        (for training, held out, refused rows, counts of rows for the summary). Rows that say themselves that they are
-        no pair are counted as left out, not as refused.
+        read: converts sources to rows: `preferences`, `dialogues` or `prompts`.
 
     Raises:
-        UserError: too many were refused, or none is left.
-    """
-    recipe, settings = run.recipe, run.settings
-    encoded, used, shortened, left_out = {}, {}, 0, 0
-    refused: list[Refused] = []
-    for key, sources, limit in (("data", settings.data, settings.limit), ("eval_data", settings.eval_data, None)):
-        rows, unread = read(sources or (), settings.split, limit, recipe.seed)
-        aside = [row for row in unread if isinstance(row, LeftOut)]
-        unread = [row for row in unread if not isinstance(row, LeftOut)]
-        if aside and not rows and not unread:
-            raise UserError(f"{run.stage}.{key}: none of its {len(aside)} rows is a pair; the first: {aside[0].reason}")
-        left_out += len(aside)
-        encoded[key], unfit = encode(tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
-        used[key] = len(rows) - len(unfit)
-        if key == "data":  # a long dialogue gives several sequences, and is one row
-            places = {sequence.where for sequence in encoded[key] if sequence.dropped_turns}
-            shortened = sum(row.where in places for row in rows)
-        if sources:
-            run.check_refused(f"{run.stage}.{key}", unread + unfit, used[key])
-        refused += unread + unfit
-    counts = {
-        "used": used["data"],
-        "held_out": used["eval_data"],
-        "refused": len(refused),
-        "shortened": shortened,
-    } | ({"left_out": left_out} if left_out else {})
-    return encoded["data"], encoded["eval_data"], refused, counts
-
-
-def read_prompts(run: RunFolder) -> dict[str, tuple[list[Prompt], list[Refused]]]:
-    """PPO's prompts under `data` and `eval_data`, and what was refused. It needs no model, so it comes first.
-
-    Raises:
-        UserError: too many were refused, or none is left.
+        UserError: too many rows were refused, or none is left.
     """
     settings, found = run.settings, {}
     for key, sources, limit in (("data", settings.data, settings.limit), ("eval_data", settings.eval_data, None)):
-        found[key] = prompts(sources or (), settings.split, limit, run.recipe.seed)
-        _check(run, key, *found[key])
+        rows, refused = found[key] = read(sources or (), settings.split, limit, run.recipe.seed)
+        left_out = _left_out(refused)
+        if left_out and len(left_out) == len(rows) + len(refused):
+            reason = f"none of its {len(left_out)} rows is a pair; the first: {left_out[0].reason}"
+            raise UserError(f"{run.stage}.{key}: {reason}")
+        _check(run, key, refused, len(rows))
     return found
 
 
-def encode_prompts(run: RunFolder, tokenizer, found: dict[str, tuple[list[Prompt], list[Refused]]]):
-    """The same as ids, those left out that leave no room for an answer.
+def encode_rows(
+    run: RunFolder, tokenizer: Any, found: ReadRows, encode: Encoder, max_tokens: int | None = None
+) -> StageRows:
+    """The rows of `read_rows` as token ids.
 
-    Returns:
-        (for training, held out, both `list[tuple[Prompt, list[int]]]`; refused rows; counts for the summary).
+    Args:
+        encode: converts rows to ids: `encode_pairs`, `encode_dialogues` or `encode_questions`.
+        max_tokens: the longest row; `model.max_length` if left out.
 
     Raises:
-        UserError: too many were refused, or none is left.
+        UserError: too many rows were refused, the unreadable ones included, or none is left.
     """
-    # Imported here, not above: it brings transformers, which `read_prompts` must not wait for.
+    model, encoded, used, refused, left_out, shortened = run.recipe.model, {}, {}, [], 0, 0
+    for key, (rows, unread) in found.items():
+        encoded[key], unfit = encode(tokenizer, rows, max_tokens or model.max_length, model.chat_template_kwargs)
+        used[key] = len(rows) - len(unfit)
+        _check(run, key, unread + unfit, used[key])
+        left_out += len(_left_out(unread))
+        refused += [row for row in unread + unfit if not isinstance(row, LeftOut)]
+        if key == "data":  # a long dialogue gives several sequences, and is one row
+            places = {sequence.where for sequence in encoded[key] if getattr(sequence, "dropped_turns", 0)}
+            shortened = sum(row.where in places for row in rows)
+    counts = {"used": used["data"], "held_out": used["eval_data"], "refused": len(refused)}
+    counts |= {} if isinstance(run.settings, PPO) else {"shortened": shortened}
+    counts |= {"left_out": left_out} if left_out else {}
+    return StageRows(encoded["data"], encoded["eval_data"], refused, counts)
+
+
+def read_prompts(run: RunFolder) -> ReadRows:
+    """PPO's prompts, as `read_rows` reads them."""
+    return read_rows(run, prompts)
+
+
+def encode_prompts(run: RunFolder, tokenizer: Any, found: ReadRows) -> StageRows:
+    """PPO's prompts as `(Prompt, ids)` each; those that leave no room for an answer are refused."""
+    # Imported here, not above: it imports transformers, for which `read_prompts` must not wait.
     from qalign.data.tokenize import encode_questions
 
-    model, encoded, refused = run.recipe.model, {}, []
-    room = model.max_length - run.settings.max_new_tokens
-    for key, (rows, unread) in found.items():
-        encoded[key], unfit = encode_questions(tokenizer, rows, room, model.chat_template_kwargs)
-        _check(run, key, encoded[key], unread + unfit)
-        refused += unread + unfit
-    counts = {"used": len(encoded["data"]), "held_out": len(encoded["eval_data"]), "refused": len(refused)}
-    return encoded["data"], encoded["eval_data"], refused, counts
+    return encode_rows(
+        run, tokenizer, found, encode_questions, run.recipe.model.max_length - run.settings.max_new_tokens
+    )
 
 
-def _check(run: RunFolder, key: str, rows: list, refused: list[Refused]) -> None:
+def _left_out(refused: list[Refused]) -> list[LeftOut]:
+    """Rows that say themselves that they are no pair, such as a vote for a tie: they count as left out, not refused."""
+    return [row for row in refused if isinstance(row, LeftOut)]
+
+
+def _check(run: RunFolder, key: str, refused: list[Refused], used: int) -> None:
     if getattr(run.settings, key):
-        run.check_refused(f"{run.stage}.{key}", refused, len(rows))
+        run.check_refused(f"{run.stage}.{key}", [row for row in refused if not isinstance(row, LeftOut)], used)

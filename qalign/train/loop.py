@@ -1,40 +1,34 @@
-"""A stage's settings as TRL's config, and the loop from the last checkpoint to the end."""
+"""A stage's settings as a memory plan, a micro-batch and TRL's config."""
 
 import math
-import time
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import trl
-from transformers import Trainer, TrainerCallback
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalign.config.stages import PPO, Stage
+from qalign.config.stages import PPO, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
-from qalign.errors import Stopped, UserError
+from qalign.errors import UserError
 from qalign.model.base import Base
 from qalign.model.memory import Forecast, Plan, usable_memory
-from qalign.train.callbacks import RunCallback, peak_bytes
-from qalign.train.run_folder import RunFolder, print_table
+from qalign.train.run_folder import RunFolder
 
 CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}
 
 
-def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **special):
-    """The recipe as TRL's config of the stage, in which `trainer:` has the last word.
+def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **special: Any) -> Any:
+    """The recipe as TRL's config of the stage; values under `trainer:` override all others.
 
     Args:
-        rows: how many the trainer takes at once. (Those that learn from pairs take a whole optimiser step's, and
-            split it themselves.)
-        checkpointed: how many layers are.
-        special: what only this stage's config has.
+        rows: rows that the trainer takes at once. (Trainers of pairs take a whole optimiser step's, and split it
+            themselves.)
+        checkpointed: number of layers with gradient checkpointing.
+        special: arguments that only this stage's config has.
 
     Raises:
-        UserError: a value under `trainer:` that TRL refuses.
+        UserError: TRL refuses a value under `trainer:`.
     """
-    settings = run.settings
-    on_gpu = base.lm.device.type == "cuda"
+    settings, on_gpu = run.settings, base.lm.device.type == "cuda"
     values = {
         "output_dir": str(run.checkpoints),
         "per_device_train_batch_size": rows,
@@ -62,7 +56,7 @@ def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **
         "activation_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": on_gpu,
         "remove_unused_columns": False,
-        "disable_tqdm": True,  # the RunCallback has its own bar
+        "disable_tqdm": True,  # RunCallback has its own bar
         "report_to": "none",
         "max_length": run.recipe.model.max_length,
     }
@@ -73,16 +67,20 @@ def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **
 
 
 def planned_steps(settings: Stage, rows: int) -> int:
-    """Optimiser steps of the whole run, as `Trainer` counts them."""
-    return settings.max_steps or math.ceil(math.ceil(rows / settings.batch_size) * settings.epochs)
+    """Steps of the whole run: optimiser steps, counted as `Trainer` counts them; for PPO iterations."""
+    if isinstance(settings, PPO):
+        batches = rows * settings.epochs * settings.samples_per_prompt / settings.batch_size
+    else:
+        batches = math.ceil(rows / settings.batch_size) * settings.epochs
+    return settings.max_steps or math.ceil(batches)
 
 
-def plan(run: RunFolder, base: Base, longest: int, others: int = 0) -> Plan:
-    """What `auto` comes to for this stage, this base and this device.
+def plan(run: RunFolder, base: Base, longest: int, other_bytes: int = 0) -> Plan:
+    """Resolves the `auto` settings of a stage for this base and this device.
 
     Args:
-        longest: tokens of the longest row; for a pair, of both answers with the prompt once.
-        others: bytes of models beside the base.
+        longest: tokens of the longest row; of a pair, both answers with the prompt once.
+        other_bytes: memory of models next to the base.
 
     Raises:
         UserError: not even the longest row fits.
@@ -92,9 +90,9 @@ def plan(run: RunFolder, base: Base, longest: int, others: int = 0) -> Plan:
     if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
         return Plan(size * longest, 0 if layers == "auto" else layers)
     forecast = Forecast(run.recipe, run.stage, base.lm.config, device, base.dtype)
-    memory = usable_memory(device) - (others if device == "cuda" else 0)  # a CPU's is what these left
+    memory = usable_memory(device) - (other_bytes if device == "cuda" else 0)  # on a CPU it leaves them out already
     found = forecast.plan(memory, longest if size == "auto" else size * longest)
-    if found is None and size != "auto":  # the user's choice: it may fit all the same
+    if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
         found = Plan(size * longest, forecast.layers)
     if found is None:
         needed = forecast.total(longest, forecast.layers) / 2**30
@@ -106,116 +104,18 @@ def plan(run: RunFolder, base: Base, longest: int, others: int = 0) -> Plan:
 
 
 def rows_at_once(settings: Stage) -> int | Literal["auto"]:
-    """The recipe's `micro_batch_size` in rows: of PPO in prompts, each with its answers."""
+    """The recipe's `micro_batch_size` in rows; PPO counts answers there, and its rows are prompts."""
     size = settings.micro_batch_size
     return size // settings.samples_per_prompt if isinstance(settings, PPO) and size != "auto" else size
 
 
-def micro_batch(settings: Stage, planned: Plan) -> MicroBatchLimit:
-    """What goes through the model at once, for trainers that learn from pairs and from sampled answers."""
+def micro_batch(settings: Stage, planned: Plan, longest: int) -> MicroBatchLimit:
+    """How much one forward pass takes. SFT's rows are padded to the longest one, so for `auto` it takes the largest
+    divisor of `batch_size` with which a micro-batch of the longest rows stays within the plan."""
     size = rows_at_once(settings)
-    return MicroBatchLimit(tokens=planned.tokens) if size == "auto" else MicroBatchLimit(pairs=size)
-
-
-def micro_batch_size(settings: Stage, planned: Plan, longest: int) -> int:
-    """Rows in one forward pass: the recipe's, or for `auto` the largest divisor of `batch_size` that stays within the
-    plan when the longest rows meet."""
-    if settings.micro_batch_size != "auto":
-        return settings.micro_batch_size
-    return max((size for size in divisors(settings.batch_size) if size * longest <= planned.tokens), default=1)
-
-
-class PartialCheckpointing(TrainerCallback):
-    """Leaves checkpointing to the first so many layers; `Trainer` switches it on for all."""
-
-    def __init__(self, planned: Plan):
-        self.layers = planned.checkpointed_layers
-
-    def on_train_begin(self, args, state, control, model=None, **_):
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for number, layer in enumerate(layers):
-            layer.gradient_checkpointing = number < self.layers
-
-
-def divisors(batch_size: int) -> list[int]:
-    """The micro-batch sizes that a batch size allows."""
-    return [size for size in range(1, batch_size + 1) if batch_size % size == 0]
-
-
-def print_header(
-    run: RunFolder, base: Base, trainer: Trainer, at_once: str, checkpoint: Path | None, rows: dict, **more
-) -> None:
-    """What is about to be trained, on what, against what.
-
-    Args:
-        at_once: how much goes through the model at once, in words.
-        checkpoint: where a resumed run goes on from.
-        rows: counts, by what became of them.
-        more: the stage's own lines.
-    """
-    model, settings, parent = run.recipe.model, run.settings, run.parent
-    trainable, size = base.count_parameters()
-    steps = planned_steps(settings, len(trainer.train_dataset))
-    print_table(
-        f"qalign {run.stage} → {run.path}",
-        [
-            ("model", f"{model.base} ({size / 1e6:,.0f} M parameters)"),
-            ("held in", f"{model.quantization}, computing in {base.precision}"),
-            ("chat template", base.template),
-            ("trainable", f"{trainable:,} adapter parameters ({trainable / size:.2%} of the base), in float32"
-             + (f", a copy of {parent}" if parent else "")),
-            *more.items(),
-            ("rows", ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in rows.items())),
-            ("steps", f"{steps:,}, each of {settings.batch_size} {'rows' if run.stage == 'sft' else 'pairs'}"
-             f", {at_once}"),
-            *([("resuming", checkpoint or "from the beginning: no checkpoint was written")] if run.resume else []),
-        ],
-    )  # fmt: skip
-
-
-def train_to_the_end(
-    trainer: Trainer, run: RunFolder, journal: RunCallback, checkpoint: Path | None, at_once: str
-) -> dict[str, float]:
-    """Runs the loop, from a checkpoint if there is one.
-
-    Args:
-        at_once: how much goes through the model at once, in words.
-
-    Returns:
-        `steps` and `tokens` of the whole run; of this session `resumed_from`, `train_seconds`, `tokens_per_second`
-        and `peak_bytes`.
-
-    Raises:
-        Stopped: the user or the system asked to stop; a checkpoint was written.
-        UserError: the GPU's memory is too small, or the loss is not finite.
-    """
-    began, seen = time.monotonic(), journal.tokens_seen
-    try:
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        smaller = "" if run.settings.micro_batch_size == 1 else f"{run.stage}.micro_batch_size=1, or else "
-        raise UserError(
-            f"out of GPU memory with {at_once} ({str(error).partition('. ')[0]}). "
-            f"Try {smaller}model.max_length={run.recipe.model.max_length // 2}"
-        ) from None
-    if run.stop.number is not None and trainer.state.global_step < trainer.state.max_steps:
-        print(f"stopped at step {trainer.state.global_step}; the checkpoint is {run.last_checkpoint()}")
-        print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
-        raise Stopped(run.stop.number)
-    seconds = time.monotonic() - began
-    return {
-        "steps": trainer.state.global_step,
-        "resumed_from": str(checkpoint) if checkpoint else None,
-        "train_seconds": round(seconds, 1),
-        "tokens": journal.tokens_seen,
-        "tokens_per_second": round((journal.tokens_seen - seen) / seconds, 1),
-        "peak_bytes": peak_bytes(),
-    }
-
-
-def not_finite(trainer: Trainer, rows: list[str]) -> UserError:
-    """What to say when the loss of these rows is not finite."""
-    return UserError(
-        f"step {trainer.state.global_step + 1}: the loss is not finite on {', '.join(dict.fromkeys(rows))}; the last "
-        "checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
-    )
+    if size == "auto" and not isinstance(settings, SFT):
+        return MicroBatchLimit(tokens=planned.tokens)
+    if size == "auto":
+        sizes = [size for size in range(1, settings.batch_size + 1) if settings.batch_size % size == 0]
+        size = max((size for size in sizes if size * longest <= planned.tokens), default=1)
+    return MicroBatchLimit(pairs=size)

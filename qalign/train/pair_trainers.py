@@ -1,50 +1,51 @@
-"""The trainers that learn from pairs: a policy's preferences, and a reward model's scores.
+"""The trainers that learn from pairs: a policy from preferences, and a reward model from the same.
 
-Both read an optimiser step's pairs at once and run them in micro-batches of like many tokens, packed so that what the
-two answers share is computed once. Why not TRL's `DPOTrainer` and `RewardTrainer`: docs/decisions.md. These take the
-same configs and log under the same names.
+Both take the pairs of an optimiser step at once and run them in micro-batches of roughly equal token counts, packed so
+that a shared prompt is computed once. They take TRL's configs and log under TRL's names; docs/decisions.md says why
+they are not TRL's `DPOTrainer` and `RewardTrainer`.
 """
 
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import trl
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from qalign.config.stages import DPO, REFERENCE_FREE, Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
+from qalign.errors import not_finite
 from qalign.losses import CHOSEN, REJECTED, bradley_terry, preference_loss, rewards
 from qalign.model.base import Base, Role
 from qalign.model.logps import pair_logps
 from qalign.model.reference import ReferenceLogps
-from qalign.train.loop import not_finite
 
 
 class PairTrainer(Trainer):
-    """The loop that both share: `pair_losses` is what they differ in.
+    """The loop that both share; a subclass defines `pair_losses`.
 
     Args:
         base: with a trainable adapter for the role.
-        role: the part that is trained.
-        args: TRL's config. Its batch sizes count pairs of an optimiser step, its gradient accumulation is 1.
-        micro: how much one forward pass takes; changes memory and speed, and no number.
-        train_pairs: `list[TokenPair]`.
-        eval_pairs: the same, or None.
+        role: the role that is trained.
+        args: TRL's config; its batch sizes are the pairs of an optimiser step, its gradient accumulation is 1.
+        micro: how much one forward pass takes; it changes memory and speed, and no number.
+        train_pairs: pairs to train on.
+        eval_pairs: held-out pairs, or None.
         callbacks: for `Trainer`.
     """
 
-    # The loss of a micro-batch is divided by the pairs of the whole optimiser step (`num_items_in_batch`), so
-    # 8 x 1 and 1 x 8 give one curve, the epoch's last short step included.
+    # The loss of a micro-batch is divided by the pairs of the whole optimiser step (`num_items_in_batch`), so 8 × 1 and
+    # 1 × 8 give the same curve, also in the epoch's last, shorter step.
     loss_is_scaled_for_ga = True
 
     def __init__(
         self,
         base: Base,
         role: Role,
-        args,
+        args: TrainingArguments,
         micro: MicroBatchLimit,
         train_pairs: list[TokenPair],
         eval_pairs: list[TokenPair] | None = None,
@@ -55,48 +56,50 @@ class PairTrainer(Trainer):
         super().__init__(
             model=base.model,
             args=args,
-            data_collator=list,  # the pairs themselves; tensors are made of a micro-batch at a time
+            data_collator=list,  # the pairs themselves; tensors are made for one micro-batch at a time
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             callbacks=list(callbacks),
         )
-        self.remove_callback(PrinterCallback)  # the RunCallback writes every log down
+        self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
     def pair_losses(self, pairs: list[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
-        """(loss `(pairs,)`, metrics of `(pairs,)` each under TRL's names), inside `base.packed_attention()`."""
+        """(loss `(pairs,)`, metrics `(pairs,)` by TRL's names), within `base.packed_attention()`."""
         raise NotImplementedError
 
     def train(self, *args, **kwargs):
-        with self.base.packed_attention():  # to the end: backward may compute the forward again
+        with self.base.packed_attention():  # to the end: the backward pass may recompute the forward pass
             return super().train(*args, **kwargs)
 
     def get_batch_samples(self, epoch_iterator, num_batches, device):
-        """The pairs of one optimiser step, as one batch, and how many they are."""
+        """(the pairs of one optimiser step as one batch, their number)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(map(len, batches))
 
-    def training_step(self, model, inputs: list[TokenPair], num_items_in_batch=None) -> Tensor:
-        """Forward and backward of one optimiser step, a micro-batch at a time."""
-        total = 0.0
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Forward and backward of one optimiser step, one micro-batch at a time."""
+        total = torch.zeros((), device=self.args.device)
         for pairs in self.base.micro_batches(inputs, self.micro):
             total = total + super().training_step(model, pairs, num_items_in_batch)
         return total
 
-    def compute_loss(self, model, inputs: list[TokenPair], return_outputs=False, num_items_in_batch=None) -> Tensor:
-        """Loss of one micro-batch: the sum over its pairs divided by the pairs of the optimiser step."""
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        """The loss of one micro-batch: the sum over its pairs, divided by the pairs of the optimiser step."""
         loss, metrics = self.pair_losses(inputs)
         if not torch.isfinite(loss).all():
-            raise not_finite(self, [inputs[number].where for number in (~torch.isfinite(loss)).nonzero()[:, 0]])
+            rows = [inputs[number].where for number in (~torch.isfinite(loss)).nonzero()[:, 0]]
+            raise not_finite(f"step {self.state.global_step + 1}", "the loss is", rows)
         self._count(metrics, len(loss))
-        self.tokens_seen += sum(map(_tokens, inputs)) if loss.requires_grad else 0
         total = loss.sum() / (num_items_in_batch or len(loss))
         if total.requires_grad:
+            self.tokens_seen += sum(map(_tokens, inputs))
             switches = self.base.role_switches
 
-            def same_role(grad: Tensor) -> None:  # recomputed checkpoints would run under the wrong role, silently
-                assert self.base.role_switches == switches, "the role was changed between forward and backward"
+            def check_role(grad: Tensor) -> None:
+                if self.base.role_switches != switches:  # recomputed layers would silently use another adapter
+                    raise RuntimeError("the role was changed between forward and backward")
 
-            total.register_hook(same_role)
+            total.register_hook(check_role)
         return total
 
     def _count(self, metrics: dict[str, Tensor], pairs: int) -> None:
@@ -118,9 +121,9 @@ class PairTrainer(Trainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """Means over all pairs of the held-out rows, each pair counted once whatever its batch."""
+        """Means over all held-out pairs; each pair counts once, whatever its batch."""
         kept, self._sums = self._sums, defaultdict(float)
-        self.model.eval()
+        self.base.model.eval()
         with torch.no_grad(), self.base.packed_attention():
             for inputs in self.get_eval_dataloader(eval_dataset):
                 for pairs in self.base.micro_batches(inputs, self.micro):
@@ -133,7 +136,7 @@ class PairTrainer(Trainer):
         return logs
 
     def floating_point_ops(self, inputs) -> int:
-        """Not counted: transformers' estimate knows no frozen weights."""
+        """Not counted: transformers' estimate ignores that weights are frozen."""
         return 0
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -142,15 +145,16 @@ class PairTrainer(Trainer):
 
 
 class PreferenceTrainer(PairTrainer):
-    """Trains the policy on pairs with any loss of `qalign.losses`.
+    """Trains the policy on pairs with any preference loss of `qalign.losses`.
 
     Args:
-        settings: the recipe's `dpo` section: loss, beta and so on.
-        references: where log-probs of the reference come from, for losses that need them.
-        more: as `PairTrainer`.
+        settings: the recipe's `dpo` section.
+        references: gives the reference's log-probs, for losses that need them.
     """
 
-    def __init__(self, base: Base, settings: DPO, references: ReferenceLogps, args: trl.DPOConfig, *more, **named):
+    def __init__(
+        self, base: Base, settings: DPO, references: ReferenceLogps, args: trl.DPOConfig, *more: Any, **named: Any
+    ):
         self.settings, self.references = settings, references
         super().__init__(base, Role.POLICY, args, *more, **named)
 
@@ -188,11 +192,10 @@ class RewardModelTrainer(PairTrainer):
     """Trains a reward model so that the chosen answer of a pair scores higher.
 
     Args:
-        settings: the recipe's `reward` section: margin, centering.
-        more: as `PairTrainer`.
+        settings: the recipe's `reward` section.
     """
 
-    def __init__(self, base: Base, settings: Reward, args: trl.RewardConfig, *more, **named):
+    def __init__(self, base: Base, settings: Reward, args: trl.RewardConfig, *more: Any, **named: Any):
         self.settings = settings
         super().__init__(base, Role.REWARD, args, *more, **named)
 
@@ -209,5 +212,5 @@ class RewardModelTrainer(PairTrainer):
 
 
 def _tokens(pair: TokenPair) -> int:
-    """A pair's tokens as TRL counts them, the prompt with each answer."""
+    """Tokens of a pair as TRL counts them: the prompt once with each answer."""
     return 2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids)

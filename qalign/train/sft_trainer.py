@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` on ids of qalign's."""
+"""TRL's `SFTTrainer` on qalign's token ids."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,22 +7,24 @@ from pathlib import Path
 import datasets
 import torch
 import trl
-from torch import nn
-from transformers import PrinterCallback, TrainerCallback
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from qalign.data.tokenize import IGNORED, TokenDialogue
+from qalign.errors import UserError, not_finite
 from qalign.model.base import Base, Role
-from qalign.train.loop import not_finite
 
 
 class SupervisedTrainer(trl.SFTTrainer):
-    """TRL's `SFTTrainer` on ready-made ids, with float32 adapters and checkpoints that are plain adapter folders.
+    """TRL's `SFTTrainer` on rows that are token ids already, with float32 adapters and plain adapter folders as
+    checkpoints.
 
     Args:
-        base: with a policy that is trainable.
+        base: with a trainable policy.
         args: TRL's config.
-        train_rows: `list[TokenDialogue]`.
-        eval_rows: the same, or None; never packed.
+        train_rows: rows to train on.
+        eval_rows: held-out rows, or None; never packed.
         callbacks: for `Trainer`.
     """
 
@@ -35,28 +37,28 @@ class SupervisedTrainer(trl.SFTTrainer):
         callbacks: tuple[TrainerCallback, ...] = (),
     ):
         self.base, self._places = base, {tuple(row.ids): row.where for row in train_rows}
-        columns = lambda rows: {"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]}  # noqa: E731
         with float32_kept(base.model):
             super().__init__(
                 model=base.model,
                 args=args,
-                train_dataset=datasets.Dataset.from_dict(columns(train_rows)),
-                eval_dataset=datasets.Dataset.from_dict(columns(eval_rows)) if eval_rows else None,
+                train_dataset=_columns(train_rows),
+                eval_dataset=_columns(eval_rows) if eval_rows else None,
                 processing_class=base.tokenizer,
                 callbacks=list(callbacks),
             )
-        self.remove_callback(PrinterCallback)  # the RunCallback writes every log down
+        self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss: the mean over all supervised tokens of the optimiser step."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not torch.isfinite(found[0] if return_outputs else found):
-            raise not_finite(self, [self._places.get(ids, "a held-out row") for ids in _sequences(inputs)])
+            rows = [self._places.get(ids, "a held-out row") for ids in _sequences(inputs)]
+            raise not_finite(f"step {self.state.global_step + 1}", "the loss is", rows)
         return found
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The mean over all supervised tokens of the held-out rows. (`Trainer`'s is a mean of its batches' means, so it
-        would depend on the batch size.)"""
+        """The mean over all supervised tokens of the held-out rows. (`Trainer` takes the mean of its batches' means,
+        which depends on the batch size.)"""
         self.model.eval()
         total, tokens = 0.0, 0
         with torch.no_grad(), self.accelerator.autocast():
@@ -73,13 +75,13 @@ class SupervisedTrainer(trl.SFTTrainer):
         self.base.save_adapter(Role.POLICY, Path(output_dir or self.args.output_dir))
 
     def create_model_card(self, *args, **kwargs) -> None:
-        """The run folder has its own."""
+        """Writes none: the run folder has its own."""
 
 
 @contextmanager
 def float32_kept(model: nn.Module) -> Iterator[None]:
-    """TRL's trainers cast the adapters of a quantised base to bfloat16, where small updates round away: gives each
-    trainable weight back as it was."""
+    """Keeps trainable weights as they are. (TRL casts the adapters of a quantised base to bfloat16, where small updates
+    round away.)"""
     weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     yield
     for name, parameter in model.named_parameters():
@@ -87,7 +89,34 @@ def float32_kept(model: nn.Module) -> Iterator[None]:
             parameter.data = weights[name]
 
 
-def _sequences(inputs: dict) -> Iterator[tuple[int, ...]]:
+def check_packing(lm: PreTrainedModel) -> None:
+    """Checks that dialogues packed into one row don't see each other: the logits of the second must not depend on the
+    first. Some families ignore position ids that start again (gpt-oss, Falcon, OPT), others carry a state (Mamba).
+
+    Raises:
+        UserError: they see each other, or this family can't take packed rows.
+    """
+    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
+    found, family = [], type(lm).__name__
+    for first in (range(8), range(8, 16)):
+        batch = collate([{"input_ids": [*first, *range(16, 24)], "seq_lengths": [8, 8]}])
+        inputs = {key: value.to(lm.device) if torch.is_tensor(value) else value for key, value in batch.items()}
+        del inputs["labels"]
+        try:
+            with torch.no_grad():
+                found.append(lm(**inputs, use_cache=False).logits[0, 8:].float())
+        except (TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"sft.packing: {family} can't take packed rows; set it to false ({reason})") from None
+    if (found[0] - found[1]).abs().max() > 0.01 * found[0].abs().max():  # exactly 0, but for experts and int8
+        raise UserError(f"sft.packing: in {family} packed dialogues would see each other; set it to false")
+
+
+def _columns(rows: list[TokenDialogue]) -> datasets.Dataset:
+    return datasets.Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]})
+
+
+def _sequences(inputs: dict[str, Tensor]) -> Iterator[tuple[int, ...]]:
     """The rows of a batch as ids, from padded rows or one packed row."""
     if "attention_mask" in inputs:
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):

@@ -16,7 +16,7 @@ from qalign.config.stages import STAGES
 from qalign.model import memory
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.memory import CUDA_CONTEXT, Forecast, LiveBytes, Plan, Step, kv_cache_bytes, usable_memory
-from qalign.train.loop import PartialCheckpointing
+from qalign.train.callbacks import PartialCheckpointing
 from tests.families import config as family_config
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"

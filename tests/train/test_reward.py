@@ -26,7 +26,8 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
 from qalign.data.tokenize import encode_pairs, prepare_tokenizer
 from qalign.errors import UserError
-from qalign.model.base import HEAD, Role, load, load_classifier
+from qalign.model.adapters import SCORE_HEAD
+from qalign.model.base import Role, load, load_classifier
 from qalign.model.lineage import Lineage
 from qalign.model.loading import guard_4bit, load_weights
 from qalign.reports import reward_report
@@ -144,7 +145,7 @@ def test_training_moves_adapter_and_head_and_nothing_else(recipe, monkeypatch):
     assert torch.equal(wrapper.original_module.weight, first_head)
     saved = load_file(run.adapter / ADAPTER_FILE)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    assert 1e-3 < (saved[HEAD] - first_head).abs().max() < 1
+    assert 1e-3 < (saved[SCORE_HEAD] - first_head).abs().max() < 1
     moved = [tensor for name, tensor in saved.items() if "lora_B" in name]
     assert len(moved) == 2 * 7
     assert all(tensor.abs().max() > 0 for tensor in moved)  # LoRA's B begins at zero
@@ -181,7 +182,7 @@ def test_the_loss_and_its_gradient_are_bradley_terrys(recipe, write_jsonl, start
     assert set(before) == set(after) == set(gradients)
     for name, gradient in gradients.items():
         torch.testing.assert_close(after[name], before[name] - 0.1 * gradient, rtol=1e-4, atol=1e-6, msg=name)
-    assert gradients[HEAD].norm() > 0.01
+    assert gradients[SCORE_HEAD].norm() > 0.01
     norm = math.sqrt(sum(gradient.square().sum().item() for gradient in gradients.values()))
     assert logged["grad_norm"] == pytest.approx(norm, rel=1e-4)
 
@@ -313,7 +314,7 @@ def test_a_resumed_run_gives_the_numbers_of_one_that_was_never_stopped(recipe):
         for name in ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "accuracy", "margin"):
             assert one[name] == pytest.approx(other[name], rel=1e-6, abs=1e-9), name
     one, other = (load_file(run.adapter / ADAPTER_FILE) for run in (again, whole))
-    assert HEAD in one
+    assert SCORE_HEAD in one
     torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
     trust, expected = (json.loads(run.summary.read_text())["trust"] for run in (again, whole))
     assert trust["score_mean"] == pytest.approx(expected["score_mean"], abs=1e-6)
@@ -327,7 +328,7 @@ def test_the_same_seed_gives_the_same_run_whether_or_not_the_base_is_cached(reci
     assert all(torch.equal(one[name], other[name]) for name in one)
     third = recipe("third", max_steps=1)
     Path(third).write_text(Path(third).read_text() + "seed: 43\n")
-    assert not torch.equal(load_file(run_stage(third).adapter / ADAPTER_FILE)[HEAD], one[HEAD])
+    assert not torch.equal(load_file(run_stage(third).adapter / ADAPTER_FILE)[SCORE_HEAD], one[SCORE_HEAD])
 
 
 def test_a_handful_of_pairs_is_learned(recipe):
@@ -346,10 +347,10 @@ def test_it_goes_on_from_an_sft_adapter_with_a_head_of_its_own(tmp_path, tiny_fo
     path = write_recipe(tmp_path / "runs", tiny_folder, start_from="sft", max_steps=1, learning_rate=1e-12)
     run = run_stage(path)
     before, after = (load_file(run.adapter / ADAPTER_FILE) for run in (sft, run))
-    assert set(after) - set(before) == {HEAD}
+    assert set(after) - set(before) == {SCORE_HEAD}
     for name, tensor in before.items():
         torch.testing.assert_close(after[name], tensor, rtol=0, atol=1e-9)
-    assert 0.05 < after[HEAD].std() < 0.25  # 64 draws of N(0, 1/65): 0.124
+    assert 0.05 < after[SCORE_HEAD].std() < 0.25  # 64 draws of N(0, 1/65): 0.124
     lineage = json.loads((run.adapter / "lineage.json").read_text())
     assert lineage["parent"] == str(sft.adapter)
 
@@ -381,7 +382,8 @@ def test_the_readmes_own_snippet_loads_it_with_plain_peft_to_the_same_scores(fin
     plain = names["model"].eval()
     guard_4bit(plain)
     torch.testing.assert_close(
-        plain.base_model.model.score.modules_to_save["default"].weight, load_file(finished.adapter / ADAPTER_FILE)[HEAD]
+        plain.base_model.model.score.modules_to_save["default"].weight,
+        load_file(finished.adapter / ADAPTER_FILE)[SCORE_HEAD],
     )
     base = load(finished.recipe.model)
     base.load_adapter(Role.REWARD, str(finished.adapter), trainable=False)
@@ -413,7 +415,7 @@ def test_the_readmes_own_snippet_runs_as_it_stands(finished):
 def test_an_adapter_without_its_head_is_refused_in_one_line(finished, start):
     file = Path(start) / ADAPTER_FILE
     weights = load_file(file)
-    del weights[HEAD]
+    del weights[SCORE_HEAD]
     save_file(weights, file)
     for loaded in (load, load_classifier):
         with pytest.raises(UserError) as raised:

@@ -25,7 +25,7 @@ from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogues
 from qalign.errors import Stopped, UserError
 from qalign.model import lineage
 from qalign.model.base import Base, Role, load
-from qalign.sft import check_packing
+from qalign.train.sft_trainer import check_packing
 from qalign.train.callbacks import RunCallback
 from qalign.train.run_folder import RunFolder
 from qalign.train.sft_trainer import SupervisedTrainer
