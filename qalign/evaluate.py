@@ -1,20 +1,30 @@
-"""Did it help? Held-out preferences before and after, and answers side by side.
+"""Did the training help? Preference figures on held-out pairs before and after it, and answers side by side.
 
     python -m qalign.evaluate RECIPE [key=value …]
 
-The bare base, the reference that the run was trained against (the SFT adapter, if it started from one) and the aligned
-adapter are measured on the same batches in one pass; nothing is trained.
+One pass measures the bare base, the run's reference (if the run started from an SFT adapter, that adapter) and the
+aligned adapter on the same batches. Nothing is trained.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from math import sqrt
 from textwrap import indent, wrap
+from typing import TYPE_CHECKING
 
 from qalign.cli import report_command
+from qalign.config.atomic import write_whole
 from qalign.config.recipe import Recipe
+from qalign.config.stages import DPO
+from qalign.data.formats import Preference, Refused, preferences
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder, print_table
+
+if TYPE_CHECKING:
+    from qalign.data.collate import AnsweredPrompt
+    from qalign.data.tokenize import TokenPair
+    from qalign.model.base import Base
 
 SIDE_BY_SIDE = 3
 SHOWN_REFUSALS = 5
@@ -23,86 +33,52 @@ BATCH_TOKENS = 2048
 
 
 def report(recipe: Recipe) -> None:
-    """Compare the base and the aligned model on a recipe's held-out rows."""
-    settings, model = recipe.dpo, recipe.model
-    run = RunFolder(recipe, "dpo")
+    """Compare the base and the aligned model on a recipe's held-out pairs."""
+    run, settings = RunFolder(recipe, "dpo"), recipe.dpo
     if not ((run.adapter / "adapter_config.json").is_file() and (run.path / "recipe.yaml").is_file()):
         raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
-    if not settings.eval_data:
-        raise UserError("dpo.eval_data: there are no held-out rows to measure on; add them to the recipe")
-
-    _check_trained_so(run)
+    if not (settings and settings.eval_data):
+        raise UserError("dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe")
+    _check_recipe(run)
+    rows, refused = preferences(settings.eval_data, settings.split, None, recipe.seed)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
-    from qalign.data.formats import preferences
     from qalign.data.tokenize import encode_pairs
-    from qalign.model import lineage
-    from qalign.model.base import Role, load
-    from qalign.model.generation import complete
+    from qalign.model.base import load
 
-    base = load(model)
-    rows, unread = preferences(settings.eval_data, settings.split, None, recipe.seed)
-    pairs, unfit = encode_pairs(base.tokenizer, rows, model.max_length, model.chat_template_kwargs)
-    refused = unread + unfit
-    for row in refused[:SHOWN_REFUSALS]:
-        print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
+    base = load(recipe.model)
+    pairs, unfit = encode_pairs(base.tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
+    refused += unfit
+    print_refused(refused)
     if not pairs:
         raise UserError(f"dpo.eval_data: holds no usable rows ({len(refused)} were refused)")
-    parent = run.parent
-    for key, folder in (("the run", run.adapter), ("dpo.start_from", parent)):
-        if folder:
-            lineage.check(key, folder, base.lineage("dpo"))
-    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
-    if parent:
-        base.load_reference(parent)
-
+    _load_adapters(base, run)
     figures = measure(base, pairs, settings.beta)
-    stops = ["accuracy_base", "accuracy_before", "accuracy_after"] if parent else ["accuracy_before", "accuracy_after"]
-    preferred = " → ".join(f"{figures[name]:.1%}" for name in stops)
-    ways = "base → SFT → aligned" if parent else "base → aligned"
-    print_table(
-        f"{run.adapter} on {len(pairs)} held-out pairs" + (f", {len(refused)} more were refused" if refused else ""),
-        [(name, f"{value:<24} {meaning}") for name, value, meaning in (
-            ("preferred", preferred, f"pairs whose chosen answer has the higher mean log-prob a token: {ways}"),
-            ("reward", f"{figures['reward_accuracy']:.1%}", "pairs whose implicit reward is right"),
-            ("margin", f"{figures['reward_margin']:+.2f}", "mean implicit reward, chosen minus rejected"),
-        )],
-    )  # fmt: skip
-    (run.path / "evaluation.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-
+    _print_figures(figures, run, settings, len(refused))
+    write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
     measured = {pair.where for pair in pairs}
-    rows = [row for row in rows if row.where in measured]
-    shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
-    prompts = [list(row.prompt) for row in shown]
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "template_kwargs": model.chat_template_kwargs}
-    answers = [complete(base, role, prompts, **options) for role in (Role.BASE, Role.POLICY)]
-    for row, before, after in zip(shown, *answers, strict=True):
-        print("─" * 100)
-        print(_block("prompt", row.prompt[-1]["content"]))
-        print(_block("base", before))
-        print(_block("aligned", after), flush=True)
+    _print_answers(base, [row for row in rows if row.where in measured])
 
 
-def _check_trained_so(run: RunFolder) -> None:
-    """Figures of another base or reference than the run's would be wrong, not different."""
-    for key in run.differences():
-        if key.startswith("model.") or key in ("dpo.start_from", "dpo.beta"):
-            raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
-    run.check_parent()
+def print_refused(refused: Sequence[Refused]) -> None:
+    """Prints the first refused rows with their reasons on stderr; the caller prints their number."""
+    for row in refused[:SHOWN_REFUSALS]:
+        print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
 
 
-def measure(base, pairs: list, beta: float) -> dict[str, float]:
+def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, float]:
     """Preference figures of reference and policy.
 
     Args:
         base: with a policy.
-        pairs: `list[TokenPair]`.
-        beta: scale of the implicit reward.
+        pairs: held-out pairs.
+        beta: scale of DPO's implicit reward.
 
     Returns:
-        `accuracy_base`, `accuracy_before` and `accuracy_after`, of the bare base, the reference and the policy: the
-        share of pairs whose chosen answer has the higher mean log-prob a token; `accuracy_error`: the standard error of
-        the latter; `reward_accuracy` and `reward_margin`: of DPO's implicit reward; `pairs`.
+        `accuracy_base`, `accuracy_before` and `accuracy_after`: of the bare base, the reference and the policy, the
+        share of pairs whose chosen answer has the higher mean log-prob per token. `accuracy_error`: standard error of
+        the last one. `reward_accuracy` and `reward_margin`: share of positive margins, and mean margin, of the implicit
+        reward (Rafailov et al. 2023, arXiv:2305.18290). `pairs`: their number.
     """
     import torch
     from tqdm.auto import tqdm
@@ -111,46 +87,98 @@ def measure(base, pairs: list, beta: float) -> dict[str, float]:
     from qalign.model.base import Role
     from qalign.model.logps import pair_logps
 
-    roles = [Role.BASE, Role.REFERENCE, Role.POLICY]
-    if Role.REFERENCE not in base.model.peft_config:  # the bare base is the reference
-        roles.remove(Role.BASE)
-    found: dict[Role, list] = {role: [] for role in roles}
-    reward = []
+    roles = [Role.REFERENCE, Role.POLICY]
+    if Role.REFERENCE in base.adapters:  # otherwise the reference is the bare base
+        roles.insert(0, Role.BASE)
+    margins = {name: [] for name in (*roles, "reward")}
     base.model.eval()
-    with torch.no_grad(), base.reading_pairs():
+    with torch.no_grad(), base.packed_attention():
         for some in tqdm(_batches(base, pairs), desc="measuring", unit="batch"):
             batch, logps = base.batch(some), {}
             for role in roles:
                 with base.acting_as(role) as lm:
                     logps[role] = pair_logps(lm, batch)
-                found[role].append(margin(logps[role] / batch.lengths))
-            reward.append(margin(rewards(logps[Role.POLICY], logps[Role.REFERENCE], batch.lengths, beta)))
-    bare, before, after = (torch.cat(found[role]) for role in (roles[0], Role.REFERENCE, Role.POLICY))
-    reward = torch.cat(reward)
-    share = lambda values: (values > 0).double().mean().item()  # noqa: E731
+                margins[role].append(margin(logps[role] / batch.lengths))
+            reward = rewards(logps[Role.POLICY], logps[Role.REFERENCE], batch.lengths, beta)
+            margins["reward"].append(margin(reward))
+    found = {name: torch.cat(parts) for name, parts in margins.items()}
+    shares = {name: (values > 0).double().mean().item() for name, values in found.items()}
     return {
         "pairs": len(pairs),
-        "accuracy_base": share(bare),
-        "accuracy_before": share(before),
-        "accuracy_after": share(after),
-        "accuracy_error": sqrt(share(after) * (1 - share(after)) / len(pairs)),
-        "reward_accuracy": share(reward),
-        "reward_margin": reward.mean().item(),
+        "accuracy_base": shares[roles[0]],
+        "accuracy_before": shares[Role.REFERENCE],
+        "accuracy_after": shares[Role.POLICY],
+        "accuracy_error": sqrt(shares[Role.POLICY] * (1 - shares[Role.POLICY]) / len(pairs)),
+        "reward_accuracy": shares["reward"],
+        "reward_margin": found["reward"].mean().item(),
     }
 
 
-def _batches(base, pairs: list) -> list[list]:
+def _check_recipe(run: RunFolder) -> None:
+    """With another base or reference than the run's, the figures would be wrong."""
+    for key in run.differences():
+        if key.startswith("model.") or key in ("dpo.start_from", "dpo.beta"):
+            raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
+    run.check_parent()
+
+
+def _load_adapters(base: "Base", run: RunFolder) -> None:
+    from qalign.model import lineage
+    from qalign.model.base import Role
+
+    for key, folder in (("the run", str(run.adapter)), ("dpo.start_from", run.parent)):
+        if folder:
+            lineage.check(key, folder, base.lineage("dpo"))
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    if run.parent:
+        base.load_reference(run.parent)
+
+
+def _batches(base: "Base", pairs: list["TokenPair"]) -> list[list["AnsweredPrompt"]]:
     from qalign.data.collate import MicroBatchLimit
 
-    order = sorted(pairs, key=len)  # neighbours of like length
+    order = sorted(pairs, key=len)  # pairs of similar length share a batch
     chunks = [order[start : start + 32] for start in range(0, len(order), 32)]
     return [some for chunk in chunks for some in base.micro_batches(chunk, MicroBatchLimit(tokens=BATCH_TOKENS))]
 
 
-def _block(name: str, text: str) -> str:
-    lines = [part for line in text.splitlines() or [""] for part in wrap(line, 88) or [""]]
-    return f"{name:<9} " + indent("\n".join(lines), " " * 10).strip()
+def _print_figures(figures: dict[str, float], run: RunFolder, settings: DPO, num_refused: int) -> None:
+    stops = {"accuracy_base": "base", "accuracy_before": "SFT", "accuracy_after": "aligned"}
+    if not settings.start_from:
+        stops = {"accuracy_before": "base", "accuracy_after": "aligned"}
+    preferred, models = " → ".join(f"{figures[name]:.1%}" for name in stops), " → ".join(stops.values())
+    title = f"{run.adapter} on {figures['pairs']} held-out pairs"
+    print_table(
+        title + (f", {num_refused} more were refused" if num_refused else ""),
+        [(name, f"{value:<24} {meaning}") for name, value, meaning in (
+            ("preferred", preferred, f"pairs whose chosen answer has the higher mean log-prob per token: {models}"),
+            ("reward", f"{figures['reward_accuracy']:.1%}", "pairs whose chosen answer has the higher implicit reward"),
+            ("margin", f"{figures['reward_margin']:+.2f}", "mean implicit reward, chosen minus rejected"),
+        )],
+    )  # fmt: skip
+
+
+def _print_answers(base: "Base", rows: list[Preference]) -> None:
+    """Greedy answers of the base and the aligned model to a few prompts, spread evenly over the rows."""
+    from qalign.model.base import Role
+    from qalign.model.generation import complete
+
+    shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
+    prompts = [list(row.prompt) for row in shown]
+    before, after = (
+        complete(base, role, prompts, max_new_tokens=MAX_NEW_TOKENS, template_kwargs=base.spec.chat_template_kwargs)
+        for role in (Role.BASE, Role.POLICY)
+    )
+    for row, *answers in zip(shown, before, after, strict=True):
+        print("─" * 100)
+        for name, text in zip(("prompt", "base", "aligned"), (row.prompt[-1]["content"], *answers), strict=True):
+            lines = [part for line in text.splitlines() or [""] for part in wrap(line, 88) or [""]]
+            print(f"{name:<9} " + indent("\n".join(lines), " " * 10).strip(), flush=True)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    report_command("evaluate", "dpo", report, words)
 
 
 if __name__ == "__main__":
-    report_command("evaluate", "dpo", report)
+    main()

@@ -2,15 +2,15 @@
 
     python -m qalign.merge RUN [--onto dequantized | original] [--to FOLDER]
 
-It never merges into the 4-bit weights: rounding to 4 bits again would lose most of what was learned (docs/merging.md has
-the measurements). The default is the dequantised base, which is exactly the model that was trained.
+It never merges into the 4-bit weights: rounding to 4 bits again would lose most of what was learned (measured in
+docs/merging.md). The default is the dequantised base, which is exactly the model that was trained.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qalign.cli import exit_code, program
 from qalign.config.atomic import new_folder
@@ -18,9 +18,8 @@ from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder, open_run, print_table
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from qalign.model.base import Base
+    from qalign.model.loading import Form
 
 WORDS = {
     "dequantized": "the dequantised base, exactly the model that was trained",
@@ -28,7 +27,7 @@ WORDS = {
 }
 
 
-def merge(folder: str, onto: str, to: str | None) -> None:
+def merge(folder: str, onto: "Form", to: str | None) -> None:
     """Merge a run's adapter into its base, as a plain 16-bit model folder."""
     run = open_run(folder, ("ppo", "dpo", "sft", "reward"))
     target = Path(to) if to else run.path / f"merged-{onto}"
@@ -60,7 +59,7 @@ def merge(folder: str, onto: str, to: str | None) -> None:
     )
 
 
-def _merged(run: RunFolder, onto: str) -> tuple["Base", "PreTrainedModel"]:
+def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
     """The run's base, and its 16-bit weights with the adapter added."""
     import torch
     from transformers import AutoConfig
@@ -76,7 +75,8 @@ def _merged(run: RunFolder, onto: str) -> tuple["Base", "PreTrainedModel"]:
     lineage.check(str(run.path), run.adapter, base.lineage(run.stage))
     role = Role.REWARD if is_reward else Role.POLICY
     base.load_adapter(role, str(run.adapter), trainable=False)
-    merged = _without_quantisation(base.model.merge_and_unload(safe_merge=True, adapter_names=[role]))
+    model: Any = base.model  # PEFT finds its methods at run time, so they have no types
+    merged = _without_quantisation(model.merge_and_unload(safe_merge=True, adapter_names=[role]))
     if merged.dtype == torch.float32:
         published = AutoConfig.from_pretrained(base.origin.folder).dtype
         merged = merged.to(published if published in (torch.float16, torch.bfloat16) else torch.bfloat16)
@@ -88,7 +88,7 @@ def _merged(run: RunFolder, onto: str) -> tuple["Base", "PreTrainedModel"]:
     return base, merged
 
 
-def _without_quantisation(merged: "PreTrainedModel") -> "PreTrainedModel":
+def _without_quantisation(merged: Any) -> Any:
     """The same tensors in a fresh model: transformers 5.23 can't save a model that was loaded from 4-bit files, not
     even after it is dequantised."""
     import torch

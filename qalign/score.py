@@ -16,13 +16,14 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalign.cli import exit_code, print_refused
+from qalign.cli import exit_code, program
 from qalign.config.atomic import replacing
 from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
+from qalign.evaluate import print_refused
 from qalign.train.run_folder import RunFolder, open_run
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def _scored_name(file: Path) -> Path:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m qalign.score", description=score.__doc__)
+    parser = argparse.ArgumentParser(prog=program("score"), description=score.__doc__)
     parser.add_argument("run", help="a finished reward run, such as runs/demo/reward")
     parser.add_argument("file", help="the rows to score: .jsonl, .json, .jsonl.gz, .parquet or .csv")
     parser.add_argument("--to", metavar="FILE", help="the output file (default: FILE.scored.jsonl beside the input)")

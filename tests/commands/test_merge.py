@@ -20,11 +20,12 @@ from transformers import (
 
 import qalign.model.loading
 from qalign.cli import exit_code
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import end_of_turn_id
 from qalign.errors import UserError
 from qalign.merge import main, merge
-from qalign.model.base import HEAD, Role, load
-from qalign.model.scoring import score_sequences
+from qalign.model.adapters import SCORE_HEAD
+from qalign.model.base import Role, load
 from tests.helpers import house_style
 from tests.reward_runs import run_stage, write_recipe
 
@@ -136,7 +137,7 @@ def test_nothing_of_the_four_bits_is_left(policy):
     assert not list(target.glob("adapter*"))
     card = (target / "README.md").read_text()
     assert run.recipe.model.base in card
-    assert "the dequantised base, the very model that was trained" in card
+    assert "the dequantised base, exactly the model that was trained" in card
 
 
 def test_tokenizer_template_and_end_of_turn_come_along(policy):
@@ -180,7 +181,7 @@ def test_onto_the_original_the_update_is_the_same(policy, tmp_path):
     name = "model.layers.1.mlp.up_proj.weight"
     away = (stored(target)[name].float() - stored(dequantized)[name].float()).abs().mean()
     assert away > 4e-3  # NF4's rounding, which this one hasn't
-    assert "the original 16-bit base, which the adapter has not seen" in (target / "README.md").read_text()
+    assert "the original 16-bit base, which the adapter was not trained on" in (target / "README.md").read_text()
 
 
 def test_the_dtype_of_training_is_used_whatever_this_machine_would_take(policy, tmp_path, monkeypatch):
@@ -220,7 +221,7 @@ def test_a_reward_run_becomes_a_sequence_classifier_with_the_same_scores(publish
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
     pairs = house_style(base.tokenizer, 8)
     sequences = [pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    expected = torch.tensor(score_sequences(base, sequences))
+    expected = base.answer_scores(Role.REWARD, pairs, MicroBatchLimit(pairs=4)).flatten()
     plain = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32).eval()
     assert plain.config.num_labels == 1
     tokenizer = AutoTokenizer.from_pretrained(target, padding_side="right")
@@ -233,7 +234,7 @@ def test_a_reward_run_becomes_a_sequence_classifier_with_the_same_scores(publish
     assert expected.std() > 0.5
     torch.testing.assert_close(found, expected, rtol=0, atol=0.06)
     assert (found - expected).abs().mean() < 0.02
-    head = load_file(run.adapter / "adapter_model.safetensors")[HEAD]
+    head = load_file(run.adapter / "adapter_model.safetensors")[SCORE_HEAD]
     torch.testing.assert_close(stored(target)["score.weight"].float(), head, rtol=2**-8, atol=0)
 
 
@@ -337,7 +338,7 @@ def test_the_command_itself(policy, tmp_path, monkeypatch, capsys):
     run, target = policy
     assert command(monkeypatch, str(run.path.parent), "--to", str(tmp_path / "merged")) == 0
     said = capsys.readouterr().out
-    assert "the dequantised base, the very model that was trained" in said
+    assert "the dequantised base, exactly the model that was trained" in said
     assert f'LlamaForCausalLM.from_pretrained("{tmp_path / "merged"}")' in said
     found, expected = stored(tmp_path / "merged"), stored(target)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
