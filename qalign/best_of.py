@@ -65,21 +65,21 @@ def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrit
 
     hashes = [scorer.identity for scorer in (*reward, *judge)] + [run.parent and adapter_hash(run.parent)]
     done = _begin(folder, settings | {"weights": hashes}, resume=resume)
-    parts, seed = _parts(setup.prompts, n), recipe.seed * 1_000_003
-    with tqdm(total=len(setup.prompts), desc=f"best of {n}", unit="prompt") as bar:
+    parts, seed = _parts(setup.rows.train, n), recipe.seed * 1_000_003
+    with tqdm(total=len(setup.rows.train), desc=f"best of {n}", unit="prompt") as bar:
         for number, prompts in enumerate(parts):
             if number >= done:
                 rows = setup.sample(prompts, n, seed + number)
                 _write_part(folder, number, rows, combined(reward, rows)[0].tolist())
             bar.update(len(prompts))
     points = []
-    if setup.held_out:
-        held_out = enumerate(_parts(setup.held_out, n), start=len(parts))
+    if setup.rows.held_out:
+        held_out = enumerate(_parts(setup.rows.held_out, n), start=len(parts))
         rows = [row for number, prompts in held_out for row in setup.sample(prompts, n, seed + number)]
         judged = combined(judge, rows)[0].tolist() if judge else None
         points = curve(combined(reward, rows)[0].tolist(), judged, n)
-    refused = [asdict(row) for row in setup.refused]
-    _finish(folder, command_line, {"n": n, "prompts": setup.counts, "held_out": points, "refused": refused})
+    refused = [asdict(row) for row in setup.rows.refused]
+    _finish(folder, command_line, {"n": n, "prompts": setup.rows.counts, "held_out": points, "refused": refused})
 
 
 def _claim(folder: Path, run: RunFolder, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:

@@ -95,27 +95,23 @@ def preference_loss(
     Raises:
         ValueError: there is no loss of this name, or it needs a reference and gets None.
     """
-    match name:
-        case "simpo":
-            loss = simpo(policy, lengths, beta, gamma)
-        case "orpo":
-            loss = orpo(policy, lengths, beta)
-        case _ if reference is None:
-            raise ValueError(f"there is no preference loss '{name}' without a reference")
-        case "sigmoid":
-            loss = sigmoid(policy, reference, beta)
-        case "ipo":
-            loss = ipo(policy, reference, lengths, beta)
-        case "hinge":
-            loss = hinge(policy, reference, beta)
-        case "robust":
-            loss = robust(policy, reference, beta, label_smoothing)
-        case "sigmoid_norm":
-            loss = sigmoid_norm(policy, reference, lengths, beta)
-        case "apo_zero":
-            loss = apo_zero(policy, reference, beta)
-        case _:
-            raise ValueError(f"there is no preference loss '{name}'")
+    known = {
+        "simpo": lambda: simpo(policy, lengths, beta, gamma),
+        "orpo": lambda: orpo(policy, lengths, beta),
+    }
+    if reference is not None:
+        known |= {
+            "sigmoid": lambda: sigmoid(policy, reference, beta),
+            "ipo": lambda: ipo(policy, reference, lengths, beta),
+            "hinge": lambda: hinge(policy, reference, beta),
+            "robust": lambda: robust(policy, reference, beta, label_smoothing),
+            "sigmoid_norm": lambda: sigmoid_norm(policy, reference, lengths, beta),
+            "apo_zero": lambda: apo_zero(policy, reference, beta),
+        }
+    if name not in known:
+        without = " without a reference" if reference is None else ""
+        raise ValueError(f"there is no preference loss '{name}'{without}")
+    loss = known[name]()
     return loss + sft_weight * sft(policy, lengths) if sft_weight else loss
 
 

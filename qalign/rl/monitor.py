@@ -9,11 +9,11 @@ from torch import Tensor
 
 from qalign.config.atomic import write_whole
 from qalign.config.stages import PPO
-from qalign.errors import UserError
+from qalign.errors import not_finite
 from qalign.model import lineage
 from qalign.model.base import Role
 from qalign.reports import alarms, ppo_report
-from qalign.rl.ppo_trainer import NEXT_STEP, PPOTrainer
+from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import combined
 from qalign.rl.rollout_batch import RolloutBatch
 from qalign.train.run_folder import RunFolder
@@ -37,7 +37,7 @@ class Monitor:
 
     def __init__(self, run: RunFolder, trainer: PPOTrainer):
         self.run, self.trainer, self.settings = run, trainer, cast(PPO, run.settings)
-        self.prompts, self.judges = trainer.setup.held_out, trainer.setup.scorers.judge
+        self.prompts, self.judges = trainer.setup.rows.held_out, trainer.setup.scorers.judge
         self.best, self.picture = run.path / "adapter_best", run.path / "ppo_report.png"
         self.points: list[alarms.EvalPoint] = []
         self.alarm_steps: list[int] = []
@@ -72,7 +72,7 @@ class Monitor:
         judge = combined(self.judges, rollout.rows)[0] if self.judges else None
         self.trainer.seconds = seconds
         if not rollout.old_logps.isfinite().all():
-            raise UserError(f"iteration {self.trainer.done}: log-probs of held-out answers are not finite; {NEXT_STEP}")
+            raise not_finite(f"iteration {self.trainer.done}", "log-probs of held-out answers are")
         self.points.append(point := self._point(rollout, proxy, judge))
         self._clip_fractions.clear()
         self._write_samples(rollout, proxy, judge)

@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments, get_scheduler, set_seed
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO
-from qalign.data.formats import Prompt, Refused
+from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError
 from qalign.model import lineage
@@ -24,8 +24,9 @@ from qalign.model.lineage import Lineage
 from qalign.model.loading import check_reach
 from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
-from qalign.train.dataset import encode_prompts
+from qalign.train.dataset import ReadRows, StageRows, encode_prompts
 from qalign.train.run_folder import RunFolder
+from qalign.train.session import Session
 
 EncodedPrompt = tuple[Prompt, list[int]]  # a row with its token ids
 
@@ -39,9 +40,7 @@ class Setup:
         origin: the lineage of an adapter that is trained here.
         scorers: reward and judge.
         engine, sampling: how answers are sampled.
-        prompts, held_out: rows with their token ids.
-        refused: rows that can't be used.
-        counts: numbers of rows, for the summary.
+        rows: prompts to train on and held-out prompts, each an `EncodedPrompt`.
         other_bytes: memory of scorers that are models of their own.
     """
 
@@ -50,10 +49,7 @@ class Setup:
     scorers: Scorers
     engine: Engine
     sampling: Sampling
-    prompts: list[EncodedPrompt]
-    held_out: list[EncodedPrompt]
-    refused: list[Refused]
-    counts: dict[str, int]
+    rows: StageRows
     other_bytes: int = 0
 
     def sample(self, prompts: list[EncodedPrompt], num_samples: int, seed: int) -> list[SampledAnswers]:
@@ -72,7 +68,7 @@ class Setup:
         ]
 
 
-def set_up(run: RunFolder, found: dict, *, trainable: bool) -> Setup:
+def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     """Checks the scorers, loads the base, and puts the policy on it.
 
     Args:
@@ -86,21 +82,16 @@ def set_up(run: RunFolder, found: dict, *, trainable: bool) -> Setup:
     check_reach(recipe.model)
     scorers = open_scorers(recipe, run)
     base = load(recipe.model)
-    origin = base.lineage(run.stage, parent)
-    prompts, held_out, refused, counts = encode_prompts(run, base.tokenizer, found)
-    set_seed(recipe.seed)
-    if parent:
-        lineage.check("ppo.start_from", parent, origin)
-        base.load_adapter(Role.POLICY, parent, trainable=trainable)
-        if trainable:
-            base.load_reference(parent)
-    elif trainable:
-        base.add_adapter(Role.POLICY, recipe.lora)
+    session = Session(run, base, encode_prompts(run, base.tokenizer, found))
+    if trainable:
+        session.add_adapter(reference=True)
+    elif parent:
+        lineage.check("ppo.start_from", parent, session.origin)
+        base.load_adapter(Role.POLICY, parent, trainable=False)
     stop_ids = stop_ids_of(base.tokenizer, recipe.model.chat_template_kwargs)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
     source = engine(settings.engine, base, recipe.model.max_length)
-    other_bytes = scorers.load_models(base)
-    return Setup(base, origin, scorers, source, sampling, prompts, held_out, refused, counts, other_bytes)
+    return Setup(base, session.origin, scorers, source, sampling, session.rows, scorers.load_models(base))
 
 
 def add_value_model(base: Base, recipe: Recipe, scorers: list[Scorer]) -> None:

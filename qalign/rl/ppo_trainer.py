@@ -21,16 +21,17 @@ from transformers import PreTrainedModel
 from qalign import losses
 from qalign.config.stages import PPO
 from qalign.data.collate import AnswerBatch, MicroBatchLimit
-from qalign.errors import UserError
+from qalign.errors import UserError, not_finite
 from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_entropies, state_logps
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
 from qalign.rl.rewards import combined, value_start
 from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 
+ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)
 # Nats by which a log-prob may differ when computed twice. (In 16 bits too it is equal where kernels are deterministic.)
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-NEXT_STEP = "the last checkpoint, if there is one, is kept. Try a lower learning_rate, or compute_dtype: float32"
+COUNTERS = ("done", "tokens_seen", "kl_coefficient", "value_units")  # attributes that a checkpoint keeps as they are
 
 
 class PPOTrainer:
@@ -54,13 +55,7 @@ class PPOTrainer:
     """
 
     def __init__(
-        self,
-        setup: Setup,
-        settings: PPO,
-        limit: MicroBatchLimit,
-        checkpointed_layers: int,
-        iterations: int,
-        seed: int,
+        self, setup: Setup, settings: PPO, limit: MicroBatchLimit, checkpointed_layers: int, iterations: int, seed: int
     ):
         self.setup, self.base, self.scorers = setup, setup.base, setup.scorers.reward
         self.settings, self.limit, self.iterations, self.seed = settings, limit, iterations, seed
@@ -76,13 +71,10 @@ class PPOTrainer:
             for role in (Role.POLICY, Role.VALUE)
             for name, weight in self.base.trained_weights(role).items()
         }
-        optimizer, self._learning_rate, self._max_norm = make_optimizer(
-            settings, list(self.weights.values()), iterations
-        )
-        self.accelerator = Accelerator(
-            mixed_precision="fp16" if self.base.dtype == torch.float16 else "no",
-            cpu=self.base.lm.device.type == "cpu",
-        )
+        trained = list(self.weights.values())
+        optimizer, self._learning_rate, self._max_norm = make_optimizer(settings, trained, iterations)
+        precision = "fp16" if self.base.dtype == torch.float16 else "no"
+        self.accelerator = Accelerator(mixed_precision=precision, cpu=self.base.lm.device.type == "cpu")
         self.optimizer = self.accelerator.prepare(optimizer)
 
     def iterate(self) -> tuple[RolloutBatch, dict[str, float]]:
@@ -106,14 +98,8 @@ class PPOTrainer:
         self.seconds["all"] += time.monotonic() - began
         return rollout, metrics
 
-    # --- collect -----------------------------------------------------------------------------------------------------
-
     def collect(
-        self,
-        prompts: list[EncodedPrompt],
-        num_samples: int,
-        seed: int,
-        roles: Sequence[Role] = (Role.POLICY, Role.REFERENCE, Role.VALUE),
+        self, prompts: list[EncodedPrompt], num_samples: int, seed: int, roles: Sequence[Role] = ROLES
     ) -> RolloutBatch:
         """Samples answers, then runs every role over them in the micro-batches of the first update. So the ratio of
         new to old probability is exactly 1 at the first update, in 16 bits too."""
@@ -126,7 +112,7 @@ class PPOTrainer:
                 if role is Role.VALUE and not self._value_adapter:
                     continue  # read from the policy's hidden states
                 with self.base.acting_as(role) as lm:
-                    for numbers, batch in self._batches(rows, parts):
+                    for numbers, batch in self._batches(rollout, parts):
                         self._read(rollout, role, lm, rollout.token_indices(numbers), batch)
         return rollout
 
@@ -140,8 +126,6 @@ class PPOTrainer:
             rollout.entropies[where] = state_entropies(lm, states, temperature).cpu()
         if role is Role.REFERENCE:
             rollout.reference_logps[where] = state_logps(lm, states, batch.targets, temperature).cpu()
-
-    # --- score -------------------------------------------------------------------------------------------------------
 
     def score(self, rollout: RolloutBatch) -> dict[str, float]:
         """The combined reward of every answer."""
@@ -160,8 +144,6 @@ class PPOTrainer:
             "val/num_eos_tokens": int(rollout.ended.sum()),
             "completions/mean_length": rollout.mask.sum(dim=1).float().mean().item(),
         }
-
-    # --- advantages --------------------------------------------------------------------------------------------------
 
     def advantages(self, rollout: RolloutBatch) -> dict[str, float]:
         """From scores and KL to rewards per token, and to advantages that are whitened over the whole batch."""
@@ -205,36 +187,34 @@ class PPOTrainer:
         self.value_units = shift, factor
         rollout.values = (rollout.values - shift) * factor * rollout.mask
 
-    # --- update ------------------------------------------------------------------------------------------------------
-
     def update(self, rollout: RolloutBatch) -> dict[str, float]:
         """Several passes over the answers in shuffled mini-batches, one optimiser step each. It stops before the step
         at which KL to the policy that sampled is over `kl_stop`."""
         totals: dict[str, float] = defaultdict(float)
-        steps, mini_batches, kl_stop = 0.0, 0, self.settings.kl_stop
+        steps, count, kl_stop = 0.0, 0, self.settings.kl_stop
+        passes = range(self.settings.update_epochs)
         # One learning rate per iteration, counted from 1: a warm-up that starts at 0 would waste the first answers.
         learning_rate = self._learning_rate(self.done + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with self._timed("update"), self.base.packed_attention():
             self.base.model.train()  # checkpointing works in training mode only; dropout is 0
-            for mini in self._schedule(rollout.rows):
+            for mini in (mini for epoch in passes for mini in self._mini_batches(rollout.rows, epoch)):
                 found = self._gradients(rollout, mini)
                 self._check(found)
                 too_far = kl_stop is not None and found["policy/approxkl_avg"] > kl_stop
                 if not too_far:
-                    norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm)
-                    self._check_norm(norm)
+                    self._check_norm(self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm))
                     self.optimizer.step()
                 self.optimizer.zero_grad()  # sets gradients to None: they take no memory while answers are sampled
                 for name, value in found.items():
                     totals[name] += value
                 steps += not too_far
-                mini_batches += 1
+                count += 1
                 if too_far:
                     break
             self.base.model.eval()
-        means = {name: total / mini_batches for name, total in totals.items() if name != "furthest"}
+        means = {name: total / count for name, total in totals.items() if name != "furthest"}
         return means | {"optimizer_steps": steps, "lr": learning_rate}
 
     def _gradients(self, rollout: RolloutBatch, mini: list[list[int]]) -> dict[str, float]:
@@ -242,7 +222,7 @@ class PPOTrainer:
         micro-batches change nothing. Returns means by metric, and the largest change of a log-prob as `furthest`."""
         settings, found = self.settings, defaultdict(float)
         tokens = len(rollout.token_indices([number for micro in mini for number in micro])[0])
-        for numbers, batch in self._batches(rollout.rows, mini):
+        for numbers, batch in self._batches(rollout, mini):
             old_logps, advantages = self._tokens_of(rollout, numbers, "old_logps", "advantages")
             with self.base.acting_as(Role.POLICY) as lm:
                 states = answer_states(lm, batch)
@@ -260,7 +240,7 @@ class PPOTrainer:
             found["furthest"] = max(found["furthest"], change.abs().max().item())
         if self._value_adapter:
             with self.base.acting_as(Role.VALUE) as lm:  # backward inside: checkpointed layers run again in this role
-                for numbers, batch in self._batches(rollout.rows, mini):
+                for numbers, batch in self._batches(rollout, mini):
                     states = answer_states(lm, batch)
                     self.accelerator.backward(self._value_loss(states, rollout, numbers, tokens, found))
         found["loss"] = found["loss/policy_avg"] + settings.value_coefficient * found["loss/value_avg"]
@@ -284,35 +264,25 @@ class PPOTrainer:
 
     def _next_prompts(self) -> list[EncodedPrompt]:
         """The prompts of this iteration. Every prompt comes once, in a shuffled order, before any comes again."""
-        prompts, count = self.setup.prompts, self.settings.batch_size // self.settings.samples_per_prompt
+        prompts, count = self.setup.rows.train, self.settings.batch_size // self.settings.samples_per_prompt
         places = range(self.done * count, (self.done + 1) * count)
         return [prompts[_shuffled(len(prompts), self.seed + n // len(prompts))[n % len(prompts)]] for n in places]
 
     def _seed(self, purpose: int) -> int:
         return (self.seed * 1_000_003 + self.done) * 16 + purpose
 
-    def _schedule(self, rows: list[SampledAnswers]) -> Iterator[list[list[int]]]:
-        for epoch in range(self.settings.update_epochs):
-            yield from self._mini_batches(rows, epoch)
-
     def _mini_batches(self, rows: list[SampledAnswers], epoch: int) -> list[list[list[int]]]:
         """The mini-batches of one pass; each is a list of micro-batches of prompt numbers."""
         order = _shuffled(len(rows), self._seed(2) + 4096 * epoch)
         size = math.ceil(len(order) / self.settings.mini_batches)
         numbers = {id(row.tokens): number for number, row in enumerate(rows)}
-        return [
-            [
-                [numbers[id(tokens)] for tokens in micro]
-                for micro in self.base.micro_batches([rows[n].tokens for n in order[start : start + size]], self.limit)
-            ]
-            for start in range(0, len(order), size)
-        ]
+        minis = [[rows[n].tokens for n in order[start : start + size]] for start in range(0, len(order), size)]
+        split = [self.base.micro_batches(mini, self.limit) for mini in minis]
+        return [[[numbers[id(tokens)] for tokens in micro] for micro in mini] for mini in split]
 
-    def _batches(
-        self, rows: list[SampledAnswers], parts: Sequence[list[int]]
-    ) -> Iterator[tuple[list[int], AnswerBatch]]:
+    def _batches(self, rollout: RolloutBatch, parts: list[list[int]]) -> Iterator[tuple[list[int], AnswerBatch]]:
         for numbers in parts:
-            yield numbers, self.base.batch([rows[number].tokens for number in numbers])
+            yield numbers, self.base.batch([rollout.rows[number].tokens for number in numbers])
 
     def _tokens_of(self, rollout: RolloutBatch, numbers: list[int], *names: str) -> list[Tensor]:
         """Tensors of a rollout as `(targets,)` in the order of a batch of these prompts, on the model's device."""
@@ -321,7 +291,7 @@ class PPOTrainer:
 
     def _check(self, found: dict[str, float]) -> None:
         if not math.isfinite(found["loss"]):
-            raise UserError(f"iteration {self.done + 1}: the loss is not finite; {NEXT_STEP}")
+            raise not_finite(f"iteration {self.done + 1}", "the loss is")
         if not self._ratio_checked:
             self._check_equal(found["furthest"], "the policy's log-probs can't be repeated: {} before the first update")
         self._ratio_checked = True
@@ -337,7 +307,7 @@ class PPOTrainer:
 
     def _check_norm(self, norm: Tensor | None) -> None:
         if self.accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
-            raise UserError(f"iteration {self.done + 1}: the gradients are not finite, no step was taken; {NEXT_STEP}")
+            raise not_finite(f"iteration {self.done + 1}", "the gradients are")
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:
@@ -354,11 +324,8 @@ class PPOTrainer:
             "weights": {name: weight.detach().cpu() for name, weight in self.weights.items()},
             "optimizer": self.optimizer.state_dict(),
             "scaler": scaler and scaler.state_dict(),
-            "done": self.done,
-            "tokens_seen": self.tokens_seen,
-            "kl_coefficient": self.kl_coefficient,
+            **{name: getattr(self, name) for name in COUNTERS},
             "moments": astuple(self.moments),
-            "value_units": self.value_units,
             "rng": torch.get_rng_state(),
             "python_rng": random.getstate(),
         }
@@ -371,7 +338,7 @@ class PPOTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        for name in ("done", "tokens_seen", "kl_coefficient", "value_units"):
+        for name in COUNTERS:
             setattr(self, name, state[name])
         self.moments = losses.Moments(*state["moments"])
         torch.set_rng_state(state["rng"])

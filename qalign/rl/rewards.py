@@ -12,8 +12,10 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from importlib.abc import Loader
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -46,14 +48,12 @@ class RewardFailed(UserError):
 class Scorer(ABC):
     """Gives every sampled answer a score.
 
-    Args:
-        key: `ppo.reward` or `ppo.judge`, for error messages.
-        source: the adapter folder, hub id or function, as the recipe names it.
-        weight: factor of its scores in the combined reward.
-        name: short name in figures.
-
     Attributes:
-        identity: hash of the weights that a resumed run must find unchanged; None where there is nothing to hash.
+        key: `ppo.reward` or `ppo.judge`, for error messages.
+        source: the adapter folder, hub id or function.
+        weight: factor of its scores in the combined reward.
+        name: short name for metrics.
+        identity: hash of an adapter's weights, which a resumed run must find unchanged; None for other scorers.
         bytes: memory of a model of its own.
     """
 
@@ -71,7 +71,7 @@ class Scorer(ABC):
 
     @abstractmethod
     def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
-        """Scores float32 `(prompts, num_samples)` on the CPU. Raises `UserError` naming the row that failed."""
+        """Scores float32 `(prompts, num_samples)` on the CPU; a `UserError` names the row that failed."""
 
 
 class AdapterScorer(Scorer):
@@ -108,12 +108,8 @@ class ModelScorer(Scorer):
     """A separate sequence-classification model in 4 bits, with its own tokenizer and chat template."""
 
     def load(self, base: Base) -> None:
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=base.dtype,
-        )
+        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": base.dtype}
+        config = BitsAndBytesConfig(load_in_4bit=True, **nf4)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(self.source)
             self.model = AutoModelForSequenceClassification.from_pretrained(
@@ -128,8 +124,7 @@ class ModelScorer(Scorer):
             raise UserError(f"{self.key}: '{self.source}' has no chat template, which scoring needs; add one to it")
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = pad_for_scores(self.tokenizer, {})
-        text_config = self.model.config.get_text_config()
-        if text_config.pad_token_id is None:
+        if (text_config := self.model.config.get_text_config()).pad_token_id is None:
             text_config.pad_token_id = self.tokenizer.pad_token_id
         self.bytes = self.model.get_memory_footprint()
 
@@ -151,9 +146,8 @@ class ModelScorer(Scorer):
         try:
             return self.tokenizer.apply_chat_template(turns, tokenize=False)
         except TemplateError as error:  # for example: no system turn allowed
-            raise UserError(
-                f"{self.key}: the chat template of '{self.source}' refuses {prompt.where}: {error}"
-            ) from None
+            refusal = f"the chat template of '{self.source}' refuses {prompt.where}: {error}"
+            raise UserError(f"{self.key}: {refusal}") from None
 
 
 class FunctionScorer(Scorer):
@@ -173,9 +167,8 @@ class FunctionScorer(Scorer):
         given = self._call(rows)
         owners = [row for row in rows for _ in row.texts]
         if len(given) != len(owners):
-            raise self._error(
-                f"gave {len(given)} scores for {len(owners)} answers, the first to {owners[0].prompt.where}"
-            )
+            where = owners[0].prompt.where
+            raise self._error(f"gave {len(given)} scores for {len(owners)} answers, the first to {where}")
         for score, row in zip(given, owners, strict=True):
             if not _is_number(score):
                 raise self._error(f"gave {score!r} for an answer to {row.prompt.where}; expected a finite number")
@@ -208,9 +201,8 @@ class FunctionScorer(Scorer):
             "ended": [ended for row in rows for ended in row.ended],
         }
         parameters = inspect.signature(self.function).parameters
-        if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-            return known
-        return {name: values for name, values in known.items() if name in parameters}
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return {name: values for name, values in known.items() if takes_all or name in parameters}
 
 
 @dataclass(frozen=True)
@@ -267,10 +259,8 @@ def _open(key: str, named: RewardSource, recipe: Recipe, run: RunFolder) -> Scor
     if source == REWARD_RUN:
         own = RunFolder(recipe, REWARD_RUN)
         if not own.complete:
-            raise UserError(
-                f"{key}: there is no finished reward run in {own.path}; "
-                f"run python -m qalign.reward {run.command_line} first"
-            )
+            fix = f"run python -m qalign.reward {run.command_line} first"
+            raise UserError(f"{key}: there is no finished reward run in {own.path}; {fix}")
         return AdapterScorer(key, own.adapter, weight, recipe)
     if function_of(source):
         return FunctionScorer(key, source, weight)
@@ -281,7 +271,7 @@ def _open(key: str, named: RewardSource, recipe: Recipe, run: RunFolder) -> Scor
 
 
 def combined(scorers: list[Scorer], rows: Sequence[SampledAnswers]) -> tuple[Tensor, dict[str, float]]:
-    """(the weighted sum of all scores, float32 `(prompts, num_samples)`; the mean score of each scorer by name).
+    """(The weighted sum of all scores, float32 `(prompts, num_samples)`; the mean score of each scorer by its name.)
 
     Raises:
         RewardFailed: a score is not finite, or a function fails; the row is named.
@@ -318,9 +308,8 @@ def _check_adapter(key: str, folder: Path, recipe: Recipe) -> None:
     _check_labels(key, str(folder), shape[0])
     hidden = load_config(recipe.model).get_text_config().hidden_size
     if shape[1] != hidden:
-        raise UserError(
-            f"{key}: {folder} was trained on a base of hidden size {shape[1]}, '{recipe.model.base}' has {hidden}"
-        )
+        found = f"was trained on a base of hidden size {shape[1]}, '{recipe.model.base}' has {hidden}"
+        raise UserError(f"{key}: {folder} {found}")
 
 
 def _check_labels(key: str, name: str, labels: int) -> None:
@@ -332,12 +321,10 @@ def _import_function(key: str, where: str, name: str) -> Callable[..., Any]:
     """A function of an installed module, or of a `.py` file."""
     try:
         if where.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(where).stem, where)
-            if spec is None or spec.loader is None:
-                raise ImportError(f"{where} is not a Python file")
+            spec = cast(ModuleSpec, importlib.util.spec_from_file_location(Path(where).stem, where))
             module = importlib.util.module_from_spec(spec)
             sys.modules.setdefault(spec.name, module)  # so that its own classes can be pickled
-            spec.loader.exec_module(module)
+            cast(Loader, spec.loader).exec_module(module)
         else:
             module = importlib.import_module(where)
         function = getattr(module, name)
@@ -351,8 +338,8 @@ def _import_function(key: str, where: str, name: str) -> Callable[..., Any]:
 
 def _is_number(score: Any) -> bool:
     try:
-        return not isinstance(score, str) and math.isfinite(score)
-    except (TypeError, ValueError, OverflowError):
+        return math.isfinite(score)
+    except (TypeError, ValueError, OverflowError):  # no number at all, or an integer beyond any float
         return False
 
 
