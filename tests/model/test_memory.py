@@ -1,8 +1,9 @@
-"""The forecast of a training step's memory, against bytes counted by hand, held by real tensors and alive in real steps
-of each stage's own trainer."""
+"""The forecast of a training step's memory against bytes counted by hand, bytes of real tensors, and the peak of real
+steps of each stage's own trainer."""
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import STAGES
 from qalign.model import memory
 from qalign.model.base import Role, load, load_classifier
-from qalign.model.memory import CUDA_CONTEXT, Forecast, LiveBytes, Plan, Step, kv_cache_bytes, usable_memory
+from qalign.model.memory import CUDA_CONTEXT, Forecast, Plan, kv_cache_bytes, usable_memory
+from qalign.model.step_memory import LiveBytes
 from qalign.train.callbacks import PartialCheckpointing
 from tests.families import config as family_config
 
@@ -33,23 +35,20 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-# What PPO's section has to say. Its step is forecast as DPO's, one prompt with two answers.
+# What PPO's section needs. Its step is forecast as DPO's: one prompt with two answers.
 REWARDED = {"ppo": {"reward": "rewards.py:short", "value": "trunk"}}
 STEPS = tuple(stage for stage in STAGES if stage != "ppo")
 
 
 def recipe_of(base: str = "unused", *, only: str = "", model=None, lora=None, **stage) -> Recipe:
-    return Recipe.model_validate(
-        {
-            "model": {"base": base, "compute_dtype": "float32", **(model or {})},
-            "lora": {"r": 4, "alpha": 8, **(lora or {})},
-            "output": "unused",
-            **{
-                name: {"data": "unused", **REWARDED.get(name, {}), **(stage if name == only or not only else {})}
-                for name in STAGES
-            },
-        }
-    )
+    """A recipe with all stages; `stage` goes into the section `only`, or into all."""
+    own = {name: stage if name == only or not only else {} for name in STAGES}
+    return Recipe.model_validate({
+        "model": {"base": base, "compute_dtype": "float32", **(model or {})},
+        "lora": {"r": 4, "alpha": 8, **(lora or {})},
+        "output": "unused",
+        **{name: {"data": "unused", **REWARDED.get(name, {}), **own[name]} for name in STAGES},
+    })  # fmt: skip
 
 
 def shape(name: str):
@@ -129,39 +128,26 @@ def test_live_bytes_see_what_autograd_keeps(device):
 
 
 def assert_near(forecast: Forecast, expected: int, found: int, over: float = 0.1) -> None:
-    """With all that is held: never more than 5% too little, nor more than `over` too much."""
+    """Together with base and adapters: at most 5% below what was found, at most `over` above."""
     always = forecast.fixed["base"] + forecast.fixed["adapters"]
     assert -0.05 < (expected + always) / (found + always) - 1 < over
 
 
-def over_of(stage: str) -> float:
-    """Of a block of attention all queries are counted, though a short answer has fewer. It shows in this narrow model
-    where no head outweighs it."""
-    return 0.26 if stage == "reward" else 0.1
-
-
-def base_of(stage: str, tiny_folder: str, variant) -> str:
-    """SFT's head is worth forecasting where there are as many words as in its tile."""
-    return variant(vocab_size=40_000) if stage == "sft" else tiny_folder
-
-
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["kept", "checkpointed"])
+@pytest.mark.parametrize(
+    ("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)], ids=str
+)
 @pytest.mark.parametrize("stage", STEPS)
-def test_a_step_takes_what_is_forecast(stage, checkpointing, tiny_folder, variant):
-    forecast = forecast_of(base_of(stage, tiny_folder, variant), stage)
-    for tokens, rows in [(96, 1), (96, 4), (384, 1)] + [(1023, 1)] * (stage != "sft"):
+def test_a_step_takes_what_is_forecast(stage, dtype, checkpointing, tiny_folder, variant):
+    # SFT's head is worth forecasting if the vocabulary fills one of its tiles.
+    base = variant(vocab_size=40_000) if stage == "sft" else tiny_folder
+    # The forecast counts full blocks of queries; answers shorter than one show where no head is larger.
+    over = 0.26 if stage == "reward" else 0.1
+    forecast = forecast_of(base, stage, dtype=getattr(torch, dtype), model={"compute_dtype": dtype})
+    cases = [(96, 1), (96, 4), (384, 1)] + [(1023, 1)] * (stage != "sft")
+    for tokens, rows in cases if dtype == "float32" else [(96, 4)]:
         step = forecast.step(tokens * rows, checkpointing=checkpointing)
         found = benchmark.measured(stage, forecast.recipe, tokens, rows, checkpointing)
-        assert_near(forecast, step.total + forecast.fixed["gradients"], found, over_of(stage))
-
-
-@pytest.mark.parametrize("stage", STEPS)
-def test_a_step_in_bfloat16_takes_what_is_forecast(stage, tiny_folder, variant):
-    base = base_of(stage, tiny_folder, variant)
-    forecast = forecast_of(base, stage, dtype=HALF, model={"compute_dtype": "bfloat16"})
-    step = forecast.step(4 * 96, checkpointing=False)
-    found = benchmark.measured(stage, forecast.recipe, 96, 4, False)
-    assert_near(forecast, step.total + forecast.fixed["gradients"], found, over_of(stage))
+        assert_near(forecast, step.total + forecast.fixed["gradients"], found, over)
 
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
@@ -297,7 +283,7 @@ def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
 
 
 def test_what_more_adapters_take(tiny_folder):
-    """The rank, the reference's frozen copy, autocast's 16-bit copy, and the optimiser's notes in a byte each."""
+    """The rank, the reference's frozen copy, autocast's 16-bit copy, and the optimiser's moments in a byte each."""
     count = 2 * 4 * (2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128))
     plain = forecast_of(tiny_folder).fixed
     assert plain["adapters"] == plain["gradients"] == 4 * count
@@ -365,18 +351,13 @@ def test_no_more_layers_are_checkpointed_than_there_are(tiny_folder):
     assert forecast.total(500, 7) == forecast.total(500, 2)
 
 
-@pytest.mark.parametrize(("checkpointed", "size"), [(0, 7), (32, 6)])
+@pytest.mark.parametrize(("checkpointed", "size"), [(0, 7), (32, 6), (32, 9)])  # the last one over 4,096 tokens
 def test_the_largest_fits_and_a_little_more_does_not(checkpointed, size, mistral):
     tokens = mistral.largest(size * GIB, checkpointed)
-    assert mistral.total(tokens, checkpointed) <= size * GIB
+    assert (tokens > 4096) == (size == 9)
+    assert mistral.total(tokens, checkpointed) <= size * GIB * (1 + 1e-6)
     assert mistral.total(round(tokens * 1.02) + 64, checkpointed) > size * GIB
     assert mistral.largest(4 * GIB, checkpointed) == 0
-
-
-def test_above_4096_tokens_the_largest_is_as_exact(mistral):
-    tokens = mistral.largest(9 * GIB, 32)
-    assert tokens > 4096
-    assert mistral.total(tokens, 32) == pytest.approx(9 * GIB, rel=0.01)
 
 
 def test_a_plan_takes_as_few_checkpointed_layers_as_fit(mistral):
@@ -402,26 +383,18 @@ def test_a_plan_always_takes_the_longest_row(mistral):
     assert mistral.plan(0, 1) is None
 
 
-def test_what_a_plan_says_of_its_layers():
-    assert str(Plan(4096, 0)) == ""
-    assert str(Plan(4096, 3)) == ", 3 layers checkpointed"
-
-
-def test_a_step_is_its_activations_and_the_larger_of_head_and_backward():
-    assert Step(activations=5, logits=3, backward=4).total == 9
-    assert Step(activations=5, logits=6, backward=4).total == 11
-
-
 def test_another_recipe_is_forecast_on_the_same_base(mistral):
     other = mistral.with_recipe(recipe_of(model={"quantization": "none"}))
     assert (other.stage, other.device, other.dtype, other.layers) == ("dpo", "cuda", HALF, 32)
     assert other.fixed["base"] == 7_248_023_552 * 2
 
 
-def test_usable_memory_is_part_of_what_there_is():
-    import psutil
-
-    assert GIB / 4 < usable_memory("cpu") < psutil.virtual_memory().total
+def test_usable_memory_is_what_is_free_and_what_this_process_holds(monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=8 * GIB))
+    assert usable_memory("cpu") == pytest.approx(7.6 * GIB, abs=1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 4 * GIB)
+    assert usable_memory("cuda") == pytest.approx(13.3 * GIB + CUDA_CONTEXT, abs=1)
 
 
 def test_a_kv_cache_by_hand():
