@@ -1,0 +1,74 @@
+"""What the tests of recipe files share: small recipes as text, and fixtures that load them or return their problems."""
+
+from pathlib import Path
+
+import pytest
+
+from qalign.config.load import load
+from qalign.config.recipe import Recipe
+from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward
+from qalign.errors import UserError
+
+SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
+GOOD = """\
+model:
+  base: org/model
+output: runs/x
+dpo:
+  data: pairs.jsonl
+"""
+
+
+def with_stages(**settings: str) -> str:
+    """A good recipe with all stages: `sft:` is line 4; an extra setting of a stage is two lines below its name."""
+    lines = ["model: {base: org/model}", "output: runs/x", "lora: {r: 8}"]
+    for stage in STAGES:
+        lines += [f"{stage}:", "  data: pairs.jsonl", *([f"  {settings[stage]}"] if stage in settings else [])]
+    lines += [] if settings.get("ppo", "").startswith("reward:") else ["  reward: reward"]
+    return "\n".join(lines) + "\n"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current directory, with an empty `pairs.jsonl` in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pairs.jsonl").touch()
+    return tmp_path
+
+
+@pytest.fixture
+def read(folder):
+    """Loads a recipe's text as `recipe.yaml`."""
+
+    def read(text: str, *overrides: str, stage: str | None = None) -> Recipe:
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        return load("recipe.yaml", overrides, stage)
+
+    return read
+
+
+@pytest.fixture
+def problems(read):
+    """The lines with which a recipe's text is refused."""
+
+    def problems(text: str, *overrides: str, stage: str | None = None) -> list[str]:
+        with pytest.raises(UserError) as caught:
+            read(text, *overrides, stage=stage)
+        assert all("\n" not in line for line in caught.value.lines)
+        return list(caught.value.lines)
+
+    return problems
+
+
+@pytest.fixture
+def only_problem(problems):
+    """Asserts that a text has one problem, in this line of `recipe.yaml` or on the command line, with these words."""
+
+    def only_problem(place: int | str, words: str, text: str, *overrides: str, stage: str | None = None) -> None:
+        (line,) = problems(text, *overrides, stage=stage)
+        start = f"recipe.yaml:{place}: " if isinstance(place, int) else f"{place}: "
+        assert line.startswith(start), line
+        for word in words.split(" … "):
+            assert word in line
+
+    return only_problem
