@@ -30,7 +30,7 @@ def arguments() -> argparse.Namespace:
 def timed(page, names: list[str], tokens: int, seed: int) -> tuple[float, list[float]]:
     """(seconds to the first token of all sides, seconds of each later step in which all grew). Both sides: all that the
     page does for a step but sending it; one alone, which the page never shows: the chat behind it."""
-    from qalign.page.actions import Wish
+    from qalign.page.actions import Inputs
     from qalign.page.chat import Controls
     from qalign.page.session import Session
     from qalign.page.ui import updates
@@ -44,7 +44,8 @@ def timed(page, names: list[str], tokens: int, seed: int) -> tuple[float, list[f
         return all(now > then for now, then in zip(counts, last, strict=True))
 
     if len(names) == 2:
-        for view in page.send(Session(tuple(names)), Wish(*names, controls=controls), QUESTION, "benchmark"):
+        inputs = Inputs(*names, controls=controls, prompt=QUESTION, key="benchmark")
+        for view in page.send(Session((names[0], names[1])), inputs):
             updates(view)
             if all(view.figures) and grew([int(words.split()[0]) for words in view.figures]):
                 times.append(time.perf_counter())
@@ -68,9 +69,8 @@ def main() -> None:
     from qalign.train.run_folder import versions
 
     adapter = Path(args.adapter).resolve()
-    contenders = [ModelEntry(BASE), ModelEntry("aligned", adapter, within=adapter)]
-    chat = Chat.open(contenders, Model(base=args.base, max_length=512))
-    chat.load(BASE, "aligned")
+    entries = [ModelEntry(BASE), ModelEntry("aligned", adapter, within=adapter)]
+    chat = Chat(entries, Model(base=args.base, max_length=512), [BASE, "aligned"])
     page = Page(chat, VoteFile("votes.jsonl"))
     ways = {"base alone": [BASE], "aligned alone": ["aligned"], "both": [BASE, "aligned"]}
     first, steps = ({way: [] for way in ways} for _ in range(2))

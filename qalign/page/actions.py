@@ -1,38 +1,51 @@
-"""What the page does when a person does something, without any of its widgets: `app.py` shows the `View`s made here."""
+"""What happens when a visitor does something, without any widgets: `ui.py` shows the `View`s that are made here."""
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
+from typing import Any
 
 from qalign.config.paths import looks_local
 from qalign.data.formats import Message, check_text, prompts
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
-from qalign.page.chat import Chat, Controls, Reply, explained
-from qalign.page.colours import html
+from qalign.page.chat import Chat, Controls, TokenSpan, error_text
 from qalign.page.models import ModelEntry
-from qalign.page.session import Session
+from qalign.page.session import Reply, Session
 from qalign.page.votes import Choice, Tally, VoteFile, row, tally
 
-SAMPLING = ("temperature", "top_p", "max_new_tokens")  # of what is asked for, what a vote keeps
 MAX_COMMENT = 2000  # characters
 STATES = {"ended": "", "growing": "", "cut": "cut at max tokens", "stopped": "stopped"}
+FULL_NATS = 2.0  # a difference with the strongest colour: the token is seven times as likely
+STRONGEST = 0.6  # opacity of the strongest colour; the text on it stays legible
+MORE, LESS = "37, 99, 235", "217, 119, 6"  # blue and amber: nearly all eyes can tell them apart, on white and on black
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the visitor has entered; `key` is the id of the browser session."""
+
+    first: str = ""
+    second: str = ""
+    blind: bool = False
+    differences: bool = False
+    controls: Controls = field(default_factory=Controls)
+    prompt: str = ""
+    comment: str = ""
+    key: str = ""
 
 
 @dataclass(frozen=True)
 class View:
-    """What is to be seen, left before right.
+    """What the page shows; pairs are left before right, and None leaves what is shown.
 
     Attributes:
-        titles: over the sides.
-        dialogues: turns of each.
-        figures: under each, in words.
-        busy: whether answers are growing.
-        can_vote: whether there are two answers to judge.
-        status: a message, empty if there is none.
-        prompt: what the prompt box shall hold; None leaves it.
-        tally: votes so far, in words; None leaves what is shown.
+        figures: the line under each answer.
+        busy: answers are being generated.
+        status: a message; empty if there is none.
+        prompt, comment: new contents of these text boxes.
+        tally: the votes so far, in words.
         differences: coloured tokens, as HTML that is safe to show.
     """
 
@@ -43,190 +56,193 @@ class View:
     can_vote: bool = False
     status: str = ""
     prompt: str | None = None
+    comment: str | None = None
     tally: str | None = ""
     differences: str = ""
 
 
-@dataclass(frozen=True)
-class Wish:
-    """What a person has set on the page."""
-
-    first: str
-    second: str
-    blind: bool = False
-    differences: bool = False
-    controls: Controls = field(default_factory=Controls)
-
-
 class Page:
-    """The actions of the page, on one chat and one file of votes.
+    """The actions of the page, on one chat and one file of votes. They change the visitor's session.
 
     Args:
-        search: finds the contenders there are by now.
+        search: finds the models that are available now.
     """
 
     def __init__(self, chat: Chat, votes: VoteFile, search: Callable[[], list[ModelEntry]] = list):
         self.chat, self.votes, self._search = chat, votes, search
 
     def names(self) -> list[str]:
-        """Of all contenders, runs that were finished since included."""
-        with suppress(UserError):  # one that was named is being trained again, say: those known stay
-            for contender in self._search():
-                self.chat.contenders.setdefault(contender.name, contender)
-        return list(self.chat.contenders)
+        """Names of all models, with runs that finished since the page was started."""
+        with suppress(UserError):  # a named run may just be trained again; the known ones stay
+            for entry in self._search():
+                self.chat.entries.setdefault(entry.name, entry)
+        return list(self.chat.entries)
 
     def examples(self, count: int) -> list[str]:
-        """Questions that the newest run with held-out rows on this disk was not trained on."""
-        for contender in self.chat.contenders.values():
-            recipe = contender.recipe
-            settings = recipe and next((s for s in (recipe.dpo, recipe.ppo, recipe.sft) if s and s.eval_data), None)
-            if not settings or not all(looks_local(source.path) for source in settings.eval_data):
+        """Held-out questions of the newest run whose evaluation data is on this disk."""
+        for entry in self.chat.entries.values():
+            stages = (entry.recipe.dpo, entry.recipe.ppo, entry.recipe.sft) if entry.recipe else ()
+            data, split = next(((s.eval_data, s.split) for s in stages if s and s.eval_data), ((), ""))
+            if not data or not all(looks_local(source.path) for source in data):
                 continue
-            try:
-                rows, _ = prompts(settings.eval_data, settings.split, 10 * count, 0)
-            except UserError:  # moved since
-                continue
-            return [row.turns[-1]["content"] for row in rows if len(row.turns) == 1][:count]
+            with suppress(UserError):  # the file has been moved
+                rows, _ = prompts(data, split, 10 * count, 0)
+                return [row.turns[-1]["content"] for row in rows if len(row.turns) == 1][:count]
         return []
 
-    def choose(self, duel: Session, wish: Wish, key: str) -> View:
-        """Other models, or blind or not: a new dialogue."""
-        self.chat.stop(key)
-        duel.choose(wish.first, wish.second, blind=wish.blind)
-        return self.view(duel)
+    def choose(self, session: Session, inputs: Inputs) -> View:
+        """Other models, or a change of the blind test: starts a new dialogue."""
+        self.chat.stop(inputs.key)
+        session.choose(inputs.first, inputs.second, blind=inputs.blind)
+        return self.view(session)
 
-    def send(self, duel: Session, wish: Wish, prompt: str, key: str) -> Iterator[View]:
-        """Both answers as they grow. If that fails, the question stands in the prompt box again, with the reason."""
-        duel.choose(wish.first, wish.second, blind=wish.blind)
-        asked, replies, failed = duel.ask(prompt), [], {}
-        ours = duel.round
+    def send(self, session: Session, inputs: Inputs) -> Iterator[View]:
+        """Both answers as they grow. If that fails, the question returns to the prompt box, with the reason."""
+        session.choose(inputs.first, inputs.second, blind=inputs.blind)
+        dialogues, replies = session.ask(inputs.prompt), []
+        this_round, controls = session.round, inputs.controls
+        problem: dict[str, Any] = {}
         try:
-            yield self.view(duel, busy=True, prompt="")
-            for replies in self.chat.answer(key, asked, wish.controls):
-                if duel.round != ours:  # cleared meanwhile: these answer nothing any more
+            yield self.view(session, busy=True, prompt="")
+            for replies in self.chat.answer(inputs.key, dialogues, controls):
+                if session.round != this_round:  # the dialogue was cleared meanwhile
                     break
-                yield self.view(duel, replies, busy=True)
-            if duel.round == ours:
+                yield self.view(session, replies, busy=True)
+            if session.round == this_round:
                 if not replies:
                     raise UserError("stopped before the first token")
-                duel.take(replies, {name: getattr(wish.controls, name) for name in SAMPLING})
+                kept = {name: getattr(controls, name) for name in ("temperature", "top_p", "max_new_tokens")}
+                session.add_replies(replies, kept)
         except Exception as error:
-            if duel.round == ours:
-                failed = {"status": explained(error), "prompt": prompt}
-        finally:  # also where the client left
-            if duel.round == ours and not duel.replies:
-                duel.undo()
-        # Gradio shows once more what came last, so this comes even where another action has shown it already.
-        yield self.view(duel, differences=self.differences(duel, wanted=wish.differences), **failed)
+            if session.round == this_round:
+                problem = {"status": error_text(error), "prompt": inputs.prompt}
+        finally:  # also when the client has left
+            if session.round == this_round and not session.replies:
+                session.undo()
+        # Gradio shows the last view again, so it must be right even if another action has changed the dialogue.
+        yield self.view(session, differences=self.differences(session, wanted=inputs.differences), **problem)
 
-    def retry(self, duel: Session, wish: Wish, key: str) -> Iterator[View]:
-        """The last question once more."""
-        if prompt := duel.take_back():
-            yield from self.send(duel, wish, prompt, key)
+    def retry(self, session: Session, inputs: Inputs) -> Iterator[View]:
+        """Asks the last question again."""
+        if prompt := session.remove_last():
+            yield from self.send(session, replace(inputs, prompt=prompt))
         else:
-            yield self.view(duel, status="There is nothing to retry yet.")
+            yield self.view(session, status="There is nothing to retry yet.")
 
-    def edit(self, duel: Session, key: str) -> View:
-        """The last question back in the prompt box, its answers gone."""
-        self.chat.stop(key)
-        prompt = duel.take_back()
-        return self.view(duel, prompt=prompt or None, status="" if prompt else "There is nothing to edit yet.")
+    def edit(self, session: Session, inputs: Inputs) -> View:
+        """Returns the last question to the prompt box and removes its answers."""
+        self.chat.stop(inputs.key)
+        prompt = session.remove_last()
+        return self.view(session, prompt=prompt or None, status="" if prompt else "There is nothing to edit yet.")
 
-    def clear(self, duel: Session, key: str) -> View:
-        """A new dialogue."""
-        self.chat.stop(key)
-        duel.clear()
-        return self.view(duel)
+    def clear(self, session: Session, inputs: Inputs) -> View:
+        """Starts a new dialogue."""
+        self.chat.stop(inputs.key)
+        session.clear()
+        return self.view(session)
 
-    def vote(self, duel: Session, wish: Wish, choice: Choice, comment: str) -> View:
-        """Writes a vote down, and tells who was who."""
+    def vote(self, choice: Choice, session: Session, inputs: Inputs) -> View:
+        """Saves a vote and reveals the names."""
         try:
-            check_text([comment])
-            a, b = duel.vote(choice, self.chat.weights)
+            check_text([inputs.comment])
+            a, b = session.vote()
         except (UserError, BadRow) as error:
-            return self.view(duel, status=str(error))
-        vote = row(choice, a, b, self.chat.model.base, duel.sampling, comment[:MAX_COMMENT])
+            return self.view(session, status=str(error))
+        vote = row(choice, a, b, self.chat.model.base, session.sampling, inputs.comment[:MAX_COMMENT])
         try:
             self.votes.append(vote)
         except OSError as error:
-            duel.voted = False
-            return self.view(duel, status=f"The vote could not be written: {error.strerror}.")
-        trains = f"It trains nothing: {vote['no_pair']}." if "no_pair" in vote else "It is a training pair."
-        return self.view(
-            duel, status=f"Vote kept. {trains}", differences=self.differences(duel, wanted=wish.differences)
-        )
+            session.voted = False
+            return self.view(session, status=f"The vote could not be saved: {error.strerror}.")
+        use = f"It is not a training pair: {vote['no_pair']}." if "no_pair" in vote else "It is a training pair."
+        coloured = self.differences(session, wanted=inputs.differences)
+        return self.view(session, comment="", status=f"Vote saved. {use}", differences=coloured)
 
-    def differences(self, duel: Session, *, wanted: bool) -> str:
-        """The aligned answer's tokens, coloured, as HTML; a word on why not, where there are none. Nothing if the
-        dialogue changes meanwhile."""
-        asked = duel.round
-        if not wanted or not duel.replies:
+    def differences(self, session: Session, *, wanted: bool) -> str:
+        """The coloured tokens of the aligned answer, or why there are none, as HTML; empty if the dialogue changes
+        meanwhile."""
+        this_round = session.round
+        if not wanted or not session.replies:
             return ""
-        if duel.hides:
+        if session.hides:
             return "<p>Hidden until you vote.</p>"
-        name = duel.names[duel.aligned]
-        if self.chat.contenders[name].adapter is None:
-            return "<p>Both sides are the bare base: there is no difference to show.</p>"
+        name = session.names[session.aligned]
+        if self.chat.entries[name].adapter is None:
+            return "<p>Both sides are the bare base, so there is no difference to show.</p>"
         try:
-            shown = html(self.chat.differences(duel.replies[duel.aligned]), name, "base")
+            reply = session.replies[session.aligned]
+            shown = spans_html(self.chat.token_spans(reply), len(reply.ids), name)
         except Exception as error:
-            shown = f"<p>{escape(explained(error))}</p>"
-        return shown if duel.round == asked else ""
+            shown = f"<p>{escape(error_text(error))}</p>"
+        return shown if session.round == this_round else ""
 
-    def view(self, duel: Session, replies: list[Reply] | None = None, **more) -> View:
-        """What is to be seen of a duel now.
+    def view(self, session: Session, growing: list[Reply] | None = None, **more: Any) -> View:
+        """What the page shows of a session now.
 
         Args:
-            replies: answers that are growing, not yet part of the dialogue.
+            growing: unfinished answers, which are not in the dialogues yet.
             more: other fields of `View`.
         """
-        shown = replies or duel.replies
         dialogues, figures = [], []
-        for number in duel.order:
-            growing = [{"role": "assistant", "content": replies[number].text}] if replies else []
-            dialogues.append([*duel.turns[number], *growing])
-            figures.append(figures_of(shown[number], hidden=duel.hides) if shown else "")
-        tally = None if more.get("busy") else self.tally(duel)  # it hashes weights and reads a file
-        more = {"tally": tally, "can_vote": duel.can_vote, **more}
-        return View(duel.titles, tuple(dialogues), tuple(figures), **more)
+        for number in session.order:
+            text = [{"role": "assistant", "content": growing[number].text}] if growing else []
+            dialogues.append([*session.turns[number], *text])
+            replies = growing or session.replies
+            figures.append(figures_text(replies[number], hidden=session.hides) if replies else "")
+        tally = None if more.get("busy") else self.tally(session)  # it hashes weights and reads a file
+        more = {"tally": tally, "can_vote": session.can_vote, **more}
+        return View(session.titles, tuple(dialogues), tuple(figures), **more)
 
-    def tally(self, duel: Session) -> str:
-        """The votes between these two so far, in words."""
-        ours, other = (duel.names[number] for number in (duel.aligned, 1 - duel.aligned))
-        if ours == other:
-            return "Both sides are the same model: votes between its answers train, and there is no winner to count."
-        sides = ((name, self._weights(name)) for name in (ours, other))
-        return tally_words(tally(self.votes.read(), *sides), ours, other)
-
-    def _weights(self, name: str) -> str | None:
-        """The hash of a contender's weights: those on the base, or those that would be put on it."""
-        if name in self.chat.weights:
-            return self.chat.weights[name]
-        contender = self.chat.contenders.get(name)
-        return contender and contender.weights
+    def tally(self, session: Session) -> str:
+        """The votes between the two models so far, in words."""
+        aligned, other = (session.names[number] for number in (session.aligned, 1 - session.aligned))
+        if aligned == other:
+            return "Both sides are the same model: votes still give training pairs, but there is no winner to count."
+        models = [(name, self.chat.weights_hash(name)) for name in (aligned, other)]
+        return tally_text(tally(self.votes.read(), *models), aligned, other)
 
 
-def figures_of(reply: Reply, *, hidden: bool) -> str:
-    """Length and speed of an answer; what could tell who gave it only if it isn't hidden."""
+def figures_text(reply: Reply, *, hidden: bool) -> str:
+    """Length and speed of an answer; if not hidden, also what could identify its model."""
     facts = [f"{len(reply.ids)} tokens", f"{reply.tokens_per_second:.1f} tokens/s", STATES[reply.state]]
     if not hidden and reply.state != "growing":
         facts += [f"seed {reply.seed}", "" if reply.reward is None else f"reward {reply.reward:+.2f}"]
     return " · ".join(filter(None, facts))
 
 
-def tally_words(votes: Tally, ours: str, other: str) -> str:
-    """A tally in a sentence or two."""
+def tally_text(votes: Tally, model: str, other: str) -> str:
+    """A tally in words."""
     if not votes.votes:
-        return f"No blind votes on {ours} against {other} yet."
+        return f"No blind votes between {model} and {other} yet."
     low, high = votes.interval
-    words = (
-        f"{ours} wins {votes.share:.0%} of {votes.votes} blind votes against {other} (95% interval {low:.0%} to "
-        f"{high:.0%}; {votes.wins} won, {votes.losses} lost, {votes.ties} tied, {votes.both_bad} both bad, which count "
-        "half). "
+    text = (
+        f"{model} wins {votes.win_rate:.0%} of {votes.votes} blind votes against {other} (95% interval {low:.0%} to "
+        f"{high:.0%}): {votes.wins} won, {votes.losses} lost, {votes.ties} tied, {votes.both_bad} both bad; ties and "
+        "both bad count half. "
     )
-    missing = votes.votes_missing
-    if missing is None:
-        return words + "Even so far: no number of such votes would tell them apart."
-    if missing:
-        return words + f"If votes go on like this, about {missing} more would make sure."
-    return words + f"That is sure enough: {'better' if votes.share > 0.5 else 'worse'} than even."
+    if votes.votes_missing is None:
+        return text + "The votes are even, so more votes like these would not decide it."
+    if votes.votes_missing:
+        return text + f"If votes continue like this, about {votes.votes_missing} more are needed to be sure."
+    return text + f"The interval excludes 50%: {model} is {'better' if votes.win_rate > 0.5 else 'worse'}."
+
+
+def spans_html(spans: list[TokenSpan], num_tokens: int, model: str) -> str:
+    """An answer of `model` with its tokens coloured by log π/π_ref, as HTML with a legend and the sum."""
+    legend = "".join(_span_html(nats, _signed(nats)) for nats in (-FULL_NATS, -1, 0, 1, FULL_NATS))
+    text, total = "".join(_span_html(span.nats, span.text) for span in spans), sum(span.nats for span in spans)
+    return (
+        f'<div><p class="legend">less likely {legend} more likely under {escape(model)} than under the base, in nats '
+        f'per token (log π/π_ref)</p><p class="coloured">{text}</p>'
+        f'<p class="sum">sum over {num_tokens} tokens: <b>{_signed(total)} nats</b></p></div>'
+    )
+
+
+def _span_html(nats: float, text: str) -> str:
+    opacity = min(1.0, abs(nats) / FULL_NATS) * STRONGEST
+    colour = f"rgba({MORE if nats > 0 else LESS}, {opacity:.2f})"
+    return f'<span class="token" style="background-color: {colour}" title="{_signed(nats)} nats">{escape(text)}</span>'
+
+
+def _signed(nats: float) -> str:
+    return f"{nats:+.2f}".replace("-", "−")

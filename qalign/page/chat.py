@@ -1,6 +1,6 @@
-"""Two models answering side by side on one base, streamed; what the page shows is made here.
+"""Two models that answer side by side on one base, streamed.
 
-Nothing here knows of a browser: `Chat.answer` yields replies as they grow. One thread owns the model (`qalign.page.worker`).
+Knows nothing of a browser: `Chat.answer` yields replies as they grow. One thread owns the model (`qalign.page.worker`).
 """
 
 import secrets
@@ -20,11 +20,11 @@ from qalign.data.readers import BadRow
 from qalign.data.tokenize import TokenAnswers, encode_question
 from qalign.errors import UserError
 from qalign.model import lineage
-from qalign.model.base import Base, Role, load
+from qalign.model.base import Role, load
 from qalign.model.generation import Request, Sampling, stop_ids_of, stream, text_of, uniform_draws, with_end_of_turn
 from qalign.model.logps import completion_logps
-from qalign.page.colours import TokenSpan, shaded
-from qalign.page.models import BASE, ModelEntry, held_within
+from qalign.page.models import BASE, ModelEntry, safe_adapter
+from qalign.page.session import Reply
 from qalign.page.worker import Worker
 
 MAX_CHARACTERS = 20_000  # of a prompt, and of the system prompt
@@ -34,137 +34,120 @@ MAX_SEED = 2**31 - 2
 
 @dataclass(frozen=True)
 class Controls:
-    """What both sides are sampled with. `seed`: None draws one."""
+    """Settings of both sides, as a client sent them: `Chat.answer` checks them. Without a seed, one is drawn."""
 
     temperature: float = 0.7
     top_p: float = 0.95
     max_new_tokens: int = 200
-    seed: int | None = None
+    seed: int | str | None = None
     system: str = ""
 
 
 @dataclass(frozen=True)
-class Reply:
-    """An answer, or as much of it as there is yet.
+class TokenSpan:
+    """A piece of an answer: one token, or several tokens that spell one character together. `nats` is its log π/π_ref:
+    above 0, the aligned model gives it a higher probability."""
 
-    Attributes:
-        model: the contender's name.
-        prompt: the dialogue that it answers, system turn included.
-        prompt_ids, ids: tokens of the prompt as the model saw it, and of the answer with its end of turn.
-        text: without special tokens.
-        state: `growing`, `ended` by itself, `cut` at the most tokens it may have, or `stopped`.
-        first_token_seconds: from the start of the answer to its first token.
-        tokens_per_second: since then; 0 before the second token.
-        reward: of the run's reward model, once the answer is there.
-    """
-
-    model: str
-    prompt: tuple[Message, ...]
-    prompt_ids: list[int]
-    seed: int
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    state: str = "growing"
-    first_token_seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    reward: float | None = None
+    text: str
+    nats: float
 
 
 class Chat:
-    """One base in memory, and the contenders that answer on it.
+    """One base in memory, and the models that answer on it.
 
-    Attributes:
-        contenders: by the name that the page knows them by.
-        max_new_tokens: the most that a person may ask for.
-        weights: the hash of each contender's weights, as they were when it was put on the base.
+    Args:
+        names: models whose adapters are loaded now; others are loaded at their first answer.
+
+    Raises:
+        UserError: the base or an adapter can't be loaded.
     """
 
-    def __init__(self, base: Base, contenders: Sequence[ModelEntry], model: Model):
-        self.base, self.model = base, model
-        self.contenders = {contender.name: contender for contender in contenders}
-        self.max_new_tokens = max(1, model.max_length * 3 // 4)
-        self._stop_ids = stop_ids_of(base.tokenizer, model.chat_template_kwargs)
+    def __init__(self, entries: Sequence[ModelEntry], model: Model, names: Sequence[str] = ()):
+        self.base, self.model = load(model), model
+        self.entries = {entry.name: entry for entry in entries}
+        self.max_new_tokens = max(1, model.max_length * 3 // 4)  # the most that a visitor may ask for
+        self._stop_ids = stop_ids_of(self.base.tokenizer, model.chat_template_kwargs)
         self._worker = Worker()
-        self._loaded: dict[str, str] = {BASE: Role.BASE}  # contender's name to what the base calls it
-        self.weights: dict[str, str | None] = {BASE: None}
-        self._judges: dict[Path, str | None] = {}  # a reward adapter's folder to what the base calls it
-
-    @classmethod
-    def open(cls, contenders: Sequence[ModelEntry], model: Model) -> "Chat":
-        """Loads the base.
-
-        Raises:
-            UserError: it can't be had.
-        """
-        return cls(load(model), contenders, model)
-
-    def load(self, *names: str) -> None:
-        """Puts contenders on the base now rather than at their first answer.
-
-        Raises:
-            UserError: there is no such contender, or its adapter can't be used.
-        """
+        self._roles: dict[str, str] = {BASE: Role.BASE}  # of each loaded model, by its name
+        self._hashes: dict[str, str | None] = {BASE: None}  # of each loaded model's weights, by its name
+        self._reward_roles: dict[Path, str | None] = {}  # by adapter folder; None: it could not be loaded
         self._worker.run(lambda: [self._role(name) for name in names])
+
+    def weights_hash(self, name: str) -> str | None:
+        """Hash of a model's adapter weights as they were loaded; of the files if it isn't loaded yet. None without an
+        adapter."""
+        if name in self._hashes or name not in self.entries:
+            return self._hashes.get(name)
+        return self.entries[name].weights_hash
 
     def answer(
         self, key: str, dialogues: Sequence[tuple[str, Sequence[Message]]], controls: Controls
     ) -> Iterator[list[Reply]]:
-        """Answers of all sides at once: their replies after each step, the last time with rewards.
+        """Answers on all sides at once. Yields the replies after each step; the last ones have rewards.
 
         Args:
-            key: who asks, for `stop`.
-            dialogues: each side's contender and its turns, the system turn left out; the last is the question.
+            key: the visitor, for `stop`.
+            dialogues: for each side (name of the model, turns); no system turn, the question last.
 
         Raises:
-            UserError: what was asked is out of bounds, or a contender can't be used.
+            UserError: a setting or the question is out of bounds, or a model can't be used.
+            BadRow: the text isn't valid Unicode, has special tokens, or is too long.
         """
-        controls = self._checked(controls, [turns for _, turns in dialogues])
-        seed = secrets.randbelow(MAX_SEED) if controls.seed is None else controls.seed
+        self._check(controls, [turns for _, turns in dialogues])
+        seed = secrets.randbelow(MAX_SEED) if controls.seed is None else int(controls.seed)
 
-        def pieces() -> Generator[list[Reply]]:
-            replies = [self._opened(*side, controls, seed + number) for number, side in enumerate(dialogues)]
+        def generate() -> Generator[list[Reply]]:
+            replies = [self._empty_reply(*side, controls, seed + number) for number, side in enumerate(dialogues)]
             yield from self._grow(replies, controls)
 
         last: list[Reply] = []
-        for last in self._worker.stream(key, pieces):
+        for last in self._worker.stream(key, generate):
             yield last
         if any(reply.state == "growing" for reply in last):
             yield [replace(reply, state="stopped") if reply.state == "growing" else reply for reply in last]
 
     def stop(self, key: str) -> None:
-        """Ends what a key's answers are at; they keep what they have."""
+        """Stops the answers of a visitor; the text so far is kept."""
         self._worker.stop(key)
 
-    def differences(self, reply: Reply) -> list[TokenSpan]:
-        """log π/π_ref of each token of an answer in nats: the model that gave it against the bare base, by the code
-        that training computes log-probs with.
+    def token_spans(self, reply: Reply) -> list[TokenSpan]:
+        """log π/π_ref of each token of an answer, in nats: its model against the bare base, with the packing and code
+        of training.
 
         Raises:
             UserError: the answer has no tokens.
         """
         if not reply.ids:
             raise UserError("there is no answer yet to compare")
-        return self._worker.run(lambda: self._differences(reply))
+        return self._worker.run(lambda: self._token_spans(reply))
 
     @torch.no_grad()
-    def _differences(self, reply: Reply) -> list[TokenSpan]:
+    def _token_spans(self, reply: Reply) -> list[TokenSpan]:
         batch = self.base.batch([TokenAnswers(reply.prompt_ids, (list(reply.ids),))])
         logps = []
         with self.base.packed_attention():
             for role in (Role.BASE, self._role(reply.model)):  # the reference first, as in training
                 with self.base.acting_as(role) as lm:
                     logps.append(completion_logps(lm, batch))
-        return shaded(self.base.tokenizer, list(reply.ids), (logps[1] - logps[0]).tolist())
+        nats, decode = (logps[1] - logps[0]).tolist(), self.base.tokenizer.decode
+        spans, start, before = [], 0, ""
+        for end in range(1, len(nats) + 1):
+            text = str(decode(list(reply.ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            if text.endswith("\ufffd") and end < len(nats):  # the rest of this character is in the next token
+                continue
+            spans.append(TokenSpan(text[len(before) :], sum(nats[start:end])))
+            start, before = end, text
+        return spans
 
-    def _checked(self, controls: Controls, dialogues: list[Sequence[Message]]) -> Controls:
-        """Holds what a person typed, or a crafted request sent, to its bounds."""
+    def _check(self, controls: Controls, dialogues: list[Sequence[Message]]) -> None:
+        """Refuses what is out of bounds; a crafted request may hold anything."""
         texts = [controls.system, *(turn["content"] for turns in dialogues for turn in turns if turn["role"] == "user")]
         if any(len(text) > MAX_CHARACTERS for text in texts):
-            raise UserError(f"the prompt is {max(map(len, texts)):,} characters long; {MAX_CHARACTERS:,} are the most")
+            raise UserError(f"the prompt is {max(map(len, texts)):,} characters long; at most {MAX_CHARACTERS:,} fit")
         if not all(turns and turns[-1]["content"].strip() for turns in dialogues):
             raise UserError("the prompt is empty")
         if any(sum(turn["role"] == "user" for turn in turns) > MAX_QUESTIONS for turns in dialogues):
-            raise UserError(f"the dialogue has {MAX_QUESTIONS} questions, the most it may have; clear it to go on")
+            raise UserError(f"a dialogue may have at most {MAX_QUESTIONS} questions; clear it to start a new one")
         for name, value, low, high in (
             ("temperature", controls.temperature, 0, 2),
             ("top-p", controls.top_p, 0.01, 1),
@@ -173,108 +156,93 @@ class Chat:
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
                 raise UserError(f"{name}: expected a number from {low} to {high}")
-        try:
-            check_text(texts)
-        except BadRow as reason:
-            raise UserError(str(reason)) from None
-        seed = None if controls.seed is None else int(controls.seed)
-        return replace(controls, max_new_tokens=int(controls.max_new_tokens), seed=seed)
+        check_text(texts)
 
-    def _opened(self, name: str, turns: Sequence[Message], controls: Controls, seed: int) -> Reply:
-        """A reply without a word yet, its contender on the base."""
+    def _empty_reply(self, name: str, turns: Sequence[Message], controls: Controls, seed: int) -> Reply:
+        """A reply without a token, after its model was loaded."""
         self._role(name)
-        system = [{"role": "system", "content": controls.system.strip()}] if controls.system.strip() else []
-        prompt, room = (*system, *turns), self.model.max_length - controls.max_new_tokens
-        try:
-            ids = encode_question(self.base.tokenizer, prompt, room, self.model.chat_template_kwargs)
-        except BadRow as reason:
-            raise UserError(str(reason)) from None
-        return Reply(name, prompt, ids, seed)
+        system: list[Message] = (
+            [{"role": "system", "content": controls.system.strip()}] if controls.system.strip() else []
+        )
+        prompt, room = (*system, *turns), self.model.max_length - int(controls.max_new_tokens)
+        ids = encode_question(self.base.tokenizer, prompt, room, self.model.chat_template_kwargs)
+        return Reply(name, self._hashes[name], prompt, ids, seed)
 
-    def _grow(self, replies: list[Reply], controls: Controls) -> Iterator[list[Reply]]:
-        """The replies after each step, a new list each time."""
-        sampling = Sampling(controls.max_new_tokens, controls.temperature, self._stop_ids, controls.top_p)
+    def _grow(self, replies: list[Reply], controls: Controls) -> Generator[list[Reply]]:
+        """Yields the replies after each step, a new list each time."""
+        sampling = Sampling(int(controls.max_new_tokens), controls.temperature, self._stop_ids, controls.top_p)
         requests = [
             Request(self._role(r.model), r.prompt_ids, uniform_draws(r.seed, 1, sampling.max_new_tokens))
             for r in replies
         ]
-        began = time.monotonic()
+        start = time.monotonic()
         for step in stream(self.base, requests, sampling):
-            now = time.monotonic() - began
+            seconds = time.monotonic() - start
             for number, _, token in step:
-                replies[number] = self._longer(replies[number], token, now, sampling)
+                replies[number] = self._longer(replies[number], token, seconds, sampling)
             if all(reply.state != "growing" for reply in replies):
-                replies = self._rewarded(replies)
+                replies = self._with_rewards(replies)
             yield list(replies)
 
     def _longer(self, reply: Reply, token: int, seconds: float, sampling: Sampling) -> Reply:
+        """The reply with one more token."""
         ids, first = (*reply.ids, token), reply.first_token_seconds or seconds
-        text = text_of(self.base.tokenizer, list(ids))
-        state = "growing"
+        text, state = text_of(self.base.tokenizer, list(ids)), "growing"
         if token in sampling.stop_ids:
             state = "ended"
         elif len(ids) == sampling.max_new_tokens:
             state = "cut"
         else:
-            text = text.rstrip("\ufffd")  # a character whose other half is to come
+            text = text.rstrip("\ufffd")  # the first half of a character
         speed = (len(ids) - 1) / (seconds - first) if seconds > first else 0.0
         return replace(reply, ids=ids, text=text, state=state, first_token_seconds=first, tokens_per_second=speed)
 
-    def _rewarded(self, replies: list[Reply]) -> list[Reply]:
-        """With the scores of the reward model that belongs to one of their runs, if there is one."""
-        found = (self.contenders[reply.model] for reply in replies)
-        if not (contender := next((c for c in found if c.reward), None)):
+    def _with_rewards(self, replies: list[Reply]) -> list[Reply]:
+        """The replies with scores from the first of their runs that has a reward model; unchanged if none has one."""
+        entries = [self.entries[reply.model] for reply in replies]
+        folder, within = next(((e.reward, e.within) for e in entries if e.reward), (None, None))
+        if folder is None or within is None:
             return replies
         try:
-            if not (role := self._judge(contender)):
+            if folder not in self._reward_roles:
+                role, self._reward_roles[folder] = f"{Role.REWARD}_{len(self._reward_roles) + 1}", None
+                self._load_adapter(role, folder, within)
+                self._reward_roles[folder] = role
+            if (role := self._reward_roles[folder]) is None:  # its error was printed once
                 return replies
-            rewards = self._scores(role, replies)
-            return [replace(reply, reward=reward) for reply, reward in zip(replies, rewards, strict=True)]
-        except Exception as error:  # answers are worth seeing without their scores
-            print(f"no rewards: {explained(error)}", file=sys.stderr)
+            answers = [(with_end_of_turn(list(reply.ids), self._stop_ids),) for reply in replies]
+            rows = [TokenAnswers(r.prompt_ids, answer) for r, answer in zip(replies, answers, strict=True)]
+            scores = self.base.answer_scores(role, rows, MicroBatchLimit(pairs=len(rows)))[:, 0].tolist()
+            return [replace(reply, reward=score) for reply, score in zip(replies, scores, strict=True)]
+        except Exception as error:  # answers are useful without scores
+            print(f"no rewards: {error_text(error)}", file=sys.stderr)
             return replies
 
-    def _judge(self, contender: ModelEntry) -> str | None:
-        """What the base calls the reward model of a contender's run, which is put on it if it isn't yet; None if it
-        can't be used, which is said once."""
-        if contender.reward not in self._judges:
-            role, self._judges[contender.reward] = f"{Role.REWARD}_{len(self._judges) + 1}", None
-            self._put_on(role, contender.reward, contender.within)
-            self._judges[contender.reward] = role
-        return self._judges[contender.reward]
-
-    def _scores(self, role: str, replies: list[Reply]) -> list[float]:
-        """What a reward model gives to each answer, with its end of turn, which a cut answer lacks."""
-        rows = [
-            TokenAnswers(reply.prompt_ids, (with_end_of_turn(list(reply.ids), self._stop_ids),)) for reply in replies
-        ]
-        return self.base.answer_scores(role, rows, MicroBatchLimit(pairs=len(rows)))[:, 0].tolist()
-
     def _role(self, name: str) -> str:
-        """What the base calls a contender, which is put on it if it isn't yet."""
-        if name not in self.contenders:
-            raise UserError("there is no such model; choose one of the list")
-        if name not in self._loaded:
-            role, contender = f"side_{len(self._loaded)}", self.contenders[name]
-            weights = contender.weights
-            self._put_on(role, contender.adapter, contender.within)
-            self._loaded[name], self.weights[name] = role, weights
-        return self._loaded[name]
+        """The role of a model on the base; loads its adapter at the first call."""
+        if (entry := self.entries.get(name)) is None:
+            raise UserError("there is no such model; choose one from the list")
+        if name not in self._roles and entry.adapter:
+            role, weights_hash = f"side_{len(self._roles)}", entry.weights_hash
+            self._load_adapter(role, entry.adapter, entry.within)
+            for weight in self.base.trained_weights(role).values():
+                # Autocast would round the weights like this at every token; here it is done once.
+                weight.data = weight.data.to(self.base.dtype)
+            self._roles[name], self._hashes[name] = role, weights_hash
+        return self._roles[name]
 
-    def _put_on(self, role: str, folder: Path, within: Path) -> None:
-        held_within(folder, within)  # once more: it may have changed since it was listed
+    def _load_adapter(self, role: str, folder: Path, within: Path) -> None:
+        safe_adapter(folder, within)  # again, because the files may have changed since they were listed
         lineage.check(folder.parent.name, folder, self.base.lineage("chat"))
         self.base.load_adapter(role, str(folder), trainable=False)
-        for weight in self.base.trained_weights(role).values() if role.startswith("side_") else ():
-            weight.data = weight.data.to(self.base.dtype)  # as autocast rounds it, but once instead of at every token
 
 
-def explained(error: BaseException) -> str:
-    """What a person is told when answering fails; where it is no mistake of theirs, the traceback is printed."""
-    if isinstance(error, UserError):
-        return "; ".join(error.lines)
-    words = str(error).lower()
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in words:
+def error_text(error: BaseException) -> str:
+    """What a visitor reads when answering fails. The traceback of an unexpected error is printed in the terminal."""
+    if isinstance(error, (UserError, BadRow)):
+        return str(error).replace("\n", "; ")
+    message = str(error).lower()
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in message:
         return "Out of memory. Clear the dialogue, or lower max tokens, and try again."
     traceback.print_exception(error)
-    return f"Answering failed ({type(error).__name__}). The details are in the terminal where app.py runs."
+    return f"Answering failed ({type(error).__name__}). The terminal where the page was started shows the details."

@@ -1,19 +1,20 @@
-"""Who may play a side of the page: the bare base, and adapters of finished runs.
+"""The models that the page can compare: the bare base, and adapters of finished runs.
 
-Only folders that the user named or that lie under `runs/` count, with symlinks followed first; only weights in
-safetensors. The page chooses from this list by name, never by path. Imports no torch.
+Only folders that the user named or that lie under `runs/` are loaded, after resolving symlinks, and only weights in
+safetensors. The page chooses a model by its name in this list, never by a path. Imports no torch.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qalign.config.recipe import Model, Recipe
 from qalign.errors import UserError
 from qalign.model.lineage import WEIGHTS, adapter_hash, check_base
-from qalign.train.run_folder import open_run
+from qalign.train.run_folder import RunFolder, open_run
 
 BASE = "base"
-ANSWERING = ("ppo", "dpo", "sft")  # stages whose adapters give answers, the furthest aligned first
+ANSWERING_STAGES = ("ppo", "dpo", "sft")  # their adapters generate answers; the latest stage comes first
 CONFIG = "adapter_config.json"
 
 
@@ -22,47 +23,44 @@ class ModelEntry:
     """A model that can answer.
 
     Attributes:
-        name: what the page calls it, such as `base` or `demo/dpo`.
-        adapter: its folder, with symlinks followed; None for the bare base.
-        recipe: what it was trained with; None for the base, and for an adapter made elsewhere.
-        reward: the adapter folder of the finished reward run beside it, if there is one.
-        within: the folder that nothing of these may lead out of, as it was named.
+        name: the page's name for it, such as `base` or `demo/dpo`.
+        adapter: its adapter folder with symlinks resolved; None for the bare base.
+        recipe: the recipe of its run; None for the base and for an adapter made elsewhere.
+        reward: the adapter folder of the finished reward run with the same output, if there is one.
+        within: no file of the two adapters may lie outside this folder.
     """
 
     name: str
     adapter: Path | None = None
     recipe: Recipe | None = None
     reward: Path | None = None
-    within: Path | None = None
+    within: Path = Path()
 
     @property
-    def weights(self) -> str | None:
-        """The hash of its weights; None for the base."""
+    def weights_hash(self) -> str | None:
+        """Hash of the adapter weights; None for the base."""
         return self.adapter and adapter_hash(self.adapter)
 
 
-def held_within(adapter: Path, allowed: Path) -> Path:
-    """An adapter folder as it really lies, once it is safe to load from.
-
-    Args:
-        allowed: the folder that the user named.
+def safe_adapter(adapter: Path, within: Path) -> Path:
+    """An adapter folder with symlinks resolved, once it is safe to load from.
 
     Raises:
-        UserError: it, or a file of it, leads out of `allowed`, or it has no safetensors.
+        UserError: a symlink leads out of `within`, or there are no safetensors.
     """
-    real, within = adapter.resolve(), allowed.resolve()
+    real, allowed = adapter.resolve(), within.resolve()
     for file in (real, real / CONFIG, real / WEIGHTS):
         if file != real and not file.is_file():
             hint = "; weights in other formats can run code and are not loaded" if file.name == WEIGHTS else ""
             raise UserError(f"{adapter}: has no {file.name}{hint}")
-        if not file.resolve().is_relative_to(within):
-            raise UserError(f"{adapter}: {file.name} leads out of {allowed} through a symlink")
+        if not file.resolve().is_relative_to(allowed):
+            raise UserError(f"{adapter}: {file.name} leads out of {within} through a symlink")
     return real
 
 
-def named(word: str) -> ModelEntry:
-    """What a word on the command line means: `base`, a run, an adapter in it (`runs/demo/ppo/adapter_best`), or an
-    adapter folder made elsewhere. Of a run, all of its output (`runs/demo`) counts as named.
+def named_entry(word: str) -> ModelEntry:
+    """The model that a word on the command line names: `base`, a run, one adapter of a run
+    (`runs/demo/ppo/adapter_best`), or an adapter folder made elsewhere. Naming a run allows its whole output folder.
 
     Raises:
         UserError: it is none of these, or not safe to load.
@@ -71,103 +69,99 @@ def named(word: str) -> ModelEntry:
         return ModelEntry(BASE)
     folder = Path(word).expanduser()
     if not (folder / CONFIG).is_file():
-        run = open_run(word, ANSWERING)
+        run = open_run(word, ANSWERING_STAGES)
         is_output = folder.resolve() == run.path.parent.resolve()
-        return _of_run(run, run.adapter, run.path.parent if is_output else run.path.resolve().parent)
+        return _run_entry(run, run.adapter, run.path.parent if is_output else run.path.resolve().parent)
     if not (folder.parent / "summary.json").is_file():
-        return ModelEntry(word, held_within(folder, folder), within=folder)
-    run = open_run(str(folder.parent), ANSWERING)
-    return _of_run(run, folder, run.path.resolve().parent)
+        return ModelEntry(word, safe_adapter(folder, folder), within=folder)
+    run = open_run(str(folder.parent), ANSWERING_STAGES)
+    return _run_entry(run, folder, run.path.resolve().parent)
 
 
-def found_under(runs: Path) -> list[ModelEntry]:
-    """The adapters of every finished run under a folder that may be loaded, newest first; others are passed over."""
+def run_entries(runs: Path) -> list[ModelEntry]:
+    """The finished runs under a folder whose adapters are safe to load, newest first; other folders are skipped."""
     found = []
     for summary in runs.glob("*/*/summary.json") if runs.is_dir() else ():
-        if summary.parent.name not in ANSWERING:
+        if summary.parent.name not in ANSWERING_STAGES:
             continue
         try:
-            run = open_run(str(summary.parent), ANSWERING)
-            found.append((summary.stat().st_mtime, _of_run(run, run.adapter, runs)))
+            run = open_run(str(summary.parent), ANSWERING_STAGES)
+            found.append((summary.stat().st_mtime, _run_entry(run, run.adapter, runs)))
         except (UserError, OSError):
             continue
-    return [contender for _, contender in sorted(found, key=lambda pair: -pair[0])]
+    return [entry for _, entry in sorted(found, key=lambda pair: -pair[0])]
 
 
-def _of_run(run, adapter: Path, within: Path) -> ModelEntry:
-    which = "" if adapter.name == run.adapter.name else f"/{adapter.name}"
-    name = f"{run.path.parent.resolve().name}/{run.stage}{which}"
-    return ModelEntry(name, held_within(adapter, within), run.recipe, _reward(run, within), within)
-
-
-def _reward(run, within: Path) -> Path | None:
-    """The reward adapter of the same output, if its run is finished and safe to load."""
-    beside = run.path.parent / "reward"
-    if not (beside / "summary.json").is_file():
-        return None
+def _run_entry(run: RunFolder, adapter: Path, within: Path) -> ModelEntry:
+    suffix = "" if adapter.name == run.adapter.name else f"/{adapter.name}"
+    name = f"{run.path.parent.resolve().name}/{run.stage}{suffix}"
+    safe, reward_run = safe_adapter(adapter, within), run.path.parent / "reward"
     try:
-        return held_within(beside / "adapter", within)
+        reward = safe_adapter(reward_run / "adapter", within) if (reward_run / "summary.json").is_file() else None
     except UserError:
-        return None
+        reward = None
+    return ModelEntry(name, safe, run.recipe, reward, within)
 
 
-def lineup(words: list[str], runs: Path, recipe: Recipe | None = None) -> tuple[list[ModelEntry], Model] | None:
-    """Who may play, those named first, on which base; None if there is no run yet and no recipe.
+def available_models(
+    words: list[str], runs: Path, recipe: Recipe | None = None
+) -> tuple[list[ModelEntry], Model] | None:
+    """The models to choose from, named ones first, and their base; None if there is neither a run nor a recipe.
 
-    The base is that of the first run named, else of the recipe, else of the newest run. Runs under `runs` on another
+    The base is that of the first named run, else of the recipe, else of the newest run. Runs under `runs` on another
     base are left out.
 
     Args:
-        words: the command line's, as in `named`.
+        words: models named on the command line, as in `named_entry`.
 
     Raises:
-        UserError: a word can't be used, names what another names, or is on another base than the rest.
+        UserError: a word names no usable model, the same model as another, or one on another base.
     """
-    wanted, others = [named(word) for word in words], found_under(runs)
-    if len({contender.adapter for contender in wanted}) < len(wanted):
+    named, found = [named_entry(word) for word in words], run_entries(runs)
+    if len({entry.adapter for entry in named}) < len(named):
         raise UserError(f"{' '.join(words)}: name models that differ; the page can put one of them on both sides")
-    recipes = [c.recipe for c in wanted if c.recipe] + [r for r in (recipe,) if r] + [c.recipe for c in others]
-    if not recipes:
-        if any(c.adapter for c in wanted):
-            raise UserError("an adapter made elsewhere doesn't say how to hold its base; give --recipe RECIPE too")
+    recipes = [*(entry.recipe for entry in named), recipe, *(entry.recipe for entry in found)]
+    model = next((known.model for known in recipes if known), None)
+    if model is None:
+        if any(entry.adapter for entry in named):
+            raise UserError("an adapter made elsewhere doesn't say how to load its base; give --recipe RECIPE too")
         return None
-    model = recipes[0].model
-    for contender in wanted:
-        own = contender.recipe and contender.recipe.model
-        if own and not _same_base(own, model):
+    for entry in named:
+        if entry.recipe and not _same_base(entry, model):
+            own = entry.recipe.model
             raise UserError(
-                f"{contender.name}: is on the base '{own.base}' ({own.quantization}), "
+                f"{entry.name}: is on the base '{own.base}' ({own.quantization}), "
                 f"the first is on '{model.base}' ({model.quantization}); one page holds one base"
             )
-        if contender.adapter:
-            check_base(contender.name, contender.adapter, model.base, model.revision)
-    fitting = [c for c in others if _same_base(c.recipe.model, model)]
-    return list(_distinct([*wanted, ModelEntry(BASE), *fitting])), model
+        if entry.adapter:
+            check_base(entry.name, entry.adapter, model.base, model.revision)
+    same_base = [entry for entry in found if _same_base(entry, model)]
+    return list(_distinct([*named, ModelEntry(BASE), *same_base])), model
 
 
-def _same_base(one: Model, other: Model) -> bool:
-    """Whether two recipes hold the same base in the same way, however long their rows are."""
-    return one.model_copy(update={"max_length": 0}) == other.model_copy(update={"max_length": 0})
+def _same_base(entry: ModelEntry, model: Model) -> bool:
+    """Whether a run loaded the same base in the same way; the length of its rows doesn't matter."""
+    return entry.recipe is not None and entry.recipe.model.model_copy(update={"max_length": model.max_length}) == model
 
 
-def _distinct(contenders: list[ModelEntry]):
-    """Each adapter once, under a name of its own."""
+def _distinct(entries: list[ModelEntry]) -> Iterator[ModelEntry]:
+    """Each adapter once, under a unique name."""
     folders, names = set(), set()
-    for contender in contenders:
-        if contender.adapter in folders:
+    for entry in entries:
+        if entry.adapter in folders:
             continue
-        folders.add(contender.adapter)
-        name, number = contender.name, 2
+        folders.add(entry.adapter)
+        name, number = entry.name, 2
         while name in names:
-            name, number = f"{contender.name} ({number})", number + 1
+            name, number = f"{entry.name} ({number})", number + 1
         names.add(name)
-        yield replace(contender, name=name)
+        yield replace(entry, name=name)
 
 
-def opponents(contenders: list[ModelEntry], words: list[str]) -> tuple[str, str]:
-    """The two names that the page begins with: the two named, or the base beside the one named or newest."""
-    names = [contender.name for contender in contenders]
+def default_pair(entries: list[ModelEntry], words: list[str]) -> tuple[str, str]:
+    """Names of the two models that the page starts with: the two named ones, else the base and the one that is named or
+    newest."""
+    names = [entry.name for entry in entries]
     if len(words) >= 2:
         return names[0], names[min(1, len(names) - 1)]
-    others = [name for name in names if name != BASE]
-    return BASE, others[0] if others else BASE
+    return BASE, next((name for name in names if name != BASE), BASE)

@@ -1,43 +1,40 @@
-"""What stands between the network and the page: who may reach it, and what a request may be.
+"""Who may reach the page, and which requests are answered.
 
-Gradio serves more than the page needs (uploads, a proxy, files). The guard answers only what the page itself asks for,
-from the page itself, in small requests. Imports no web framework: it is a plain ASGI middleware.
+Gradio serves more than the page needs (uploads, a proxy, files). This module lets only small requests through that the
+page itself makes. The host check is ours: Starlette's `TrustedHostMiddleware` compares names from a list, which can't
+hold every loopback address (127.0.0.0/8, ::1 in any spelling).
 """
 
 import os
-from collections.abc import Callable
 from ipaddress import ip_address
 from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import PlainTextResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qalign.errors import UserError
 
 AUTH_VARIABLE = "QALIGN_AUTH"
 MAX_BODY_BYTES = 256 * 1024
-REFUSED = (  # of Gradio's, none of which the page needs; calls go through its queue alone
+REFUSED = (  # parts of Gradio that the page doesn't need: its calls go through the queue alone
     *("/upload", "/proxy=", "/component_server", "/stream/", "/custom_component", "/deep_link", "/run-history"),
     *("/gradio_api/run/", "/gradio_api/api/", "/gradio_api/call/", "/dev/reload", "file=http"),
 )
-POLICY = "; ".join((
-    "default-src 'self'",
-    "script-src 'self' 'unsafe-inline' 'unsafe-eval'",  # Gradio's page has both
-    "style-src 'self' 'unsafe-inline'",
-    "img-src 'self' data: blob:",
-    "font-src 'self' data:",
-    "worker-src 'self' blob:",
-    "form-action 'self'",
-    "base-uri 'self'",
-    "object-src 'none'",
-    "frame-ancestors 'self'",
-))  # fmt: skip
+POLICY = (  # nothing in an answer can load anything from elsewhere; Gradio's page needs 'unsafe-inline', 'unsafe-eval'
+    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; form-action 'self'; "
+    "base-uri 'self'; object-src 'none'; frame-ancestors 'self'"
+)
 HEADERS = [
-    (b"content-security-policy", POLICY.encode()),  # nothing that an answer says can call out
+    (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 ]
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this computer can reach a host name or address."""
+    """Whether a host name or address can be reached from this computer only."""
     if host == "localhost":
         return True
     try:
@@ -47,86 +44,77 @@ def is_loopback(host: str) -> bool:
 
 
 def credentials(host: str, auth: str | None, *, share: bool) -> tuple[str, str] | None:
-    """User and password that the page asks for; None on loopback without.
+    """User name and password that the page asks for; None if it listens on loopback without a password.
 
     Args:
-        auth: `USER:PASSWORD`, if given; else `QALIGN_AUTH` counts.
+        host: the address to listen on.
+        auth: `USER:PASSWORD`; if None, the environment variable `QALIGN_AUTH` is used.
+        share: whether there is a public link.
 
     Raises:
-        UserError: others could reach the page and nobody would be asked, or the text is no pair.
+        UserError: other computers could reach the page without a password, or the text isn't `USER:PASSWORD`.
     """
-    told = auth or os.environ.get(AUTH_VARIABLE)
-    if not told:
+    auth = auth or os.environ.get(AUTH_VARIABLE)
+    if not auth:
         if share or not is_loopback(host):
-            what = "--share puts the page on the internet" if share else f"--host {host} lets other computers in"
-            raise UserError(f"{what}: give --auth USER:PASSWORD, or set {AUTH_VARIABLE}")
+            reason = "--share puts the page on the internet" if share else f"--host {host} lets other computers in"
+            raise UserError(f"{reason}: give --auth USER:PASSWORD, or set {AUTH_VARIABLE}")
         return None
-    user, colon, password = told.partition(":")
-    if not (colon and user and password):
+    user, _, password = auth.partition(":")
+    if not (user and password):
         raise UserError("--auth: expected USER:PASSWORD, with neither empty")
     return user, password
 
 
 class LocalOnlyMiddleware:
-    """ASGI middleware around the page.
+    """ASGI middleware that refuses every request but the page's own.
 
     Args:
-        app: what it guards.
-        open_to_others: whether a password is asked for, so that hosts other than loopback may be asked for the page.
+        app: the page.
+        any_host: answer to any host name, because the page asks for a password; else to loopback names only.
     """
 
-    def __init__(self, app: Callable, *, open_to_others: bool):
-        self.app, self.open_to_others = app, open_to_others
+    def __init__(self, app: ASGIApp, *, any_host: bool):
+        self.app, self.any_host = app, any_host
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await self.app(scope, receive, send)
             return
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        if refusal := self._refusal(scope, headers):
-            await _answer(send, *refusal)
-            return
-        left = MAX_BODY_BYTES
+        bytes_left = MAX_BODY_BYTES
 
-        async def counted() -> dict:
-            nonlocal left
+        async def limited_receive() -> Message:
+            nonlocal bytes_left
             message = await receive()
-            left -= len(message.get("body", b""))
-            # A body without a length of its own: whoever sends too much is hung up on.
-            return message if left >= 0 else {"type": "http.disconnect"}
+            bytes_left -= len(message.get("body", b""))
+            # A body can come without a content-length: if it is too large, the client is disconnected.
+            return message if bytes_left >= 0 else {"type": "http.disconnect"}
 
-        async def with_headers(message: dict) -> None:
-            if message["type"] == "http.response.start":
-                message = message | {"headers": [*message.get("headers", []), *HEADERS]}
+        async def send_with_headers(message: Message) -> None:
+            if message["type"].endswith("http.response.start"):
+                message = {**message, "headers": [*message.get("headers", []), *HEADERS]}
             await send(message)
 
-        await self.app(scope, counted, with_headers)
+        app = self._refusal(scope["path"], Headers(scope=scope)) or self.app
+        await app(scope, limited_receive, send_with_headers)
 
-    def _refusal(self, scope: dict, headers: dict[str, str]) -> tuple[int, str] | None:
-        """(status, why), if the request is none of the page's own."""
-        host = _name_of("//" + headers.get("host", ""))
-        if not self.open_to_others and not is_loopback(host):
-            return 403, "this page answers to localhost only"  # another site's name may lead here (DNS rebinding)
-        origin, ours = headers.get("origin"), {headers.get("host"), headers.get("x-forwarded-host")}
-        if origin is not None and origin.partition("://")[2] not in ours:
-            return 403, "another site may not use this page"
-        if any(word in scope["path"].lower() for word in REFUSED):
-            return 404, "not here"
+    def _refusal(self, path: str, headers: Headers) -> PlainTextResponse | None:
+        """The answer to a request that the page doesn't make itself."""
+        try:
+            host = urlsplit("//" + headers.get("host", "")).hostname or ""
+        except ValueError:
+            host = ""
+        if not self.any_host and not is_loopback(host):  # DNS rebinding: another site's name may resolve to this host
+            return PlainTextResponse("this page answers to localhost only", 403)
+        origin = headers.get("origin")
+        if origin is not None and origin.partition("://")[2] not in (
+            headers.get("host"),
+            headers.get("x-forwarded-host"),
+        ):
+            return PlainTextResponse("another site may not use this page", 403)
+        if any(part in path.lower() for part in REFUSED):
+            return PlainTextResponse("this page does not offer that", 404)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > MAX_BODY_BYTES:
-            return 413, f"a request may have {MAX_BODY_BYTES} bytes"
+            return PlainTextResponse(f"a request may have at most {MAX_BODY_BYTES} bytes", 413)
         return None
-
-
-def _name_of(url: str) -> str:
-    try:
-        return urlsplit(url).hostname or ""
-    except ValueError:
-        return ""
-
-
-async def _answer(send: Callable, status: int, words: str) -> None:
-    body = words.encode()
-    headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(body)).encode()), *HEADERS]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})

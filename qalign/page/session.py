@@ -1,38 +1,58 @@
-"""What one visitor has in front of them: two models, a dialogue with each, and who stands where.
-
-Pure bookkeeping: the page asks it what to show, the chat what to answer.
-"""
+"""The state of one visitor: two models, a dialogue with each, and which model is shown on which side. No model code."""
 
 import secrets
 from dataclasses import dataclass, field
+from typing import Any
 
 from qalign.data.formats import Message
 from qalign.errors import UserError
 from qalign.page.models import BASE
-from qalign.page.votes import Answer, Choice
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, finished or still growing.
+
+    Attributes:
+        model, weights: the name of its model and the hash of its adapter weights; the hash is None for the bare base.
+        prompt, prompt_ids: the dialogue that it answers, with the system turn, and its token ids as the model read it.
+        ids, text: token ids with the end of turn, and the text without special tokens.
+        state: `growing`, `ended` by itself, `cut` at the maximum length, or `stopped` by the visitor.
+        first_token_seconds, tokens_per_second: time to the first token, and the speed after it.
+        reward: score from the run's reward model, once the answer is finished.
+    """
+
+    model: str
+    weights: str | None
+    prompt: tuple[Message, ...]
+    prompt_ids: list[int]
+    seed: int
+    ids: tuple[int, ...] = ()
+    text: str = ""
+    state: str = "growing"
+    first_token_seconds: float = 0.0
+    tokens_per_second: float = 0.0
+    reward: float | None = None
 
 
 @dataclass
 class Session:
-    """Two sides. Number 0 is the first model chosen, wherever it stands.
+    """Two sides: number 0 is the first model chosen and number 1 the second, wherever they are shown.
 
     Attributes:
-        names: the contenders'.
-        blind: whether names stay hidden until the vote.
-        flipped: whether the second one stands on the left.
-        turns: each side's dialogue, the system turn left out.
-        replies: each side's last answer.
-        sampling: what these were drawn with.
-        voted: whether they have been judged.
-        round: rises whenever the dialogues change, so that an answer to what is gone can be told.
+        names, turns, replies: of each side the model's name, the dialogue without system turn, and the last answer.
+        blind: a blind test: the names stay hidden until the visitor has `voted`.
+        flipped: the second model is shown on the left.
+        sampling: the sampling settings of the replies.
+        round: a counter that rises with every change of the dialogues, so that late answers can be recognised.
     """
 
     names: tuple[str, str]
     blind: bool = False
     flipped: bool = False
     turns: tuple[list[Message], list[Message]] = field(default_factory=lambda: ([], []))
-    replies: list = field(default_factory=list)
-    sampling: dict = field(default_factory=dict)
+    replies: list[Reply] = field(default_factory=list)
+    sampling: dict[str, Any] = field(default_factory=dict)
     voted: bool = False
     round: int = 0
     _before: tuple = field(default=(([], []), [], False, False), repr=False)
@@ -44,7 +64,7 @@ class Session:
 
     @property
     def titles(self) -> tuple[str, str]:
-        """What stands over each side, left to right."""
+        """The title of each side, left to right."""
         if self.hides:
             return "A", "B"
         left, right = (self.names[number] for number in self.order)
@@ -52,12 +72,12 @@ class Session:
 
     @property
     def hides(self) -> bool:
-        """Whether anything that tells the sides apart must stay hidden."""
+        """Whether everything that identifies a model must stay hidden."""
         return self.blind and not self.voted
 
     @property
     def aligned(self) -> int:
-        """The number of the side that tallies and colours are about: the second, unless that is the bare base."""
+        """The number of the side that the tally and the colours are about: the second, unless it is the bare base."""
         return 0 if self.names[1] == BASE else 1
 
     @property
@@ -65,20 +85,23 @@ class Session:
         return self.blind and bool(self.replies) and not self.voted
 
     def clear(self) -> None:
-        """A new dialogue; in a blind test the sides are shuffled anew."""
+        """Starts a new dialogue; a blind test shuffles the sides again."""
         self.turns, self.replies, self.voted = ([], []), [], False
         self.round += 1
         self.flipped = self.blind and secrets.choice((True, False))
 
     def choose(self, first: str, second: str, *, blind: bool) -> None:
-        """Other models, or another kind of comparison: a new dialogue, unless nothing changed."""
+        """Sets the models and the kind of test; any change starts a new dialogue."""
         if ((first, second), blind) != (self.names, self.blind):
             self.names, self.blind = (first, second), blind
             self.clear()
 
     def ask(self, prompt: str) -> list[tuple[str, list[Message]]]:
-        """Puts a question to both sides: each contender with its dialogue. After a vote it begins a new one, for the
-        names are known by now."""
+        """Adds a question to both dialogues; after a vote, when the names are known, it starts new ones.
+
+        Returns:
+            (name of the model, its dialogue) of each side.
+        """
         self._before = (tuple(map(list, self.turns)), self.replies, self.voted, self.flipped)
         if self.blind and self.voted:
             self.clear()
@@ -89,19 +112,21 @@ class Session:
         return list(zip(self.names, map(list, self.turns), strict=True))
 
     def undo(self) -> None:
-        """As it was before the last question, to which there is no answer: what was to be voted on still is."""
+        """Takes back a question that got no answer; earlier answers can still be voted on."""
         self.turns, self.replies, self.voted, self.flipped = self._before
         self.round += 1
 
-    def take(self, replies: list, sampling: dict) -> None:
-        """The finished answers, as `chat.Reply`, and what they were drawn with."""
+    def add_replies(self, replies: list[Reply], sampling: dict[str, Any]) -> None:
+        """Adds the finished answers to the dialogues."""
         self.replies, self.sampling = list(replies), sampling
         for turns, reply in zip(self.turns, replies, strict=True):
             turns.append({"role": "assistant", "content": reply.text})
 
-    def take_back(self) -> str:
-        """Removes the last question with its answers, and returns it; an empty text if there is none. After a vote the
-        whole dialogue goes, for the names are known by now."""
+    def remove_last(self) -> str:
+        """Removes the last question with its answers and returns it; an empty text if there is none.
+
+        After a vote, when the names are known, the whole dialogue is removed.
+        """
         last = ""
         for turns in self.turns:
             while turns and (turn := turns.pop()):
@@ -114,19 +139,14 @@ class Session:
             self.clear()
         return last
 
-    def vote(self, choice: Choice, weights: dict[str, str | None]) -> tuple[Answer, Answer]:
-        """Marks the answers as judged, and returns A (on the left) and B.
-
-        Args:
-            weights: the hash of each contender's weights.
+    def vote(self) -> tuple[Reply, Reply]:
+        """Marks the answers as voted on and returns A (the left one) and B.
 
         Raises:
-            UserError: there is nothing to judge.
+            UserError: there are no answers to vote on.
         """
         if not self.can_vote:
             raise UserError("there are no two answers to vote on; ask something first")
         self.voted = True
-        a, b = (self.replies[number] for number in self.order)
-        return tuple(
-            Answer(r.model, weights[r.model], tuple(r.prompt), r.text, r.state == "ended", r.seed) for r in (a, b)
-        )
+        left, right = self.order
+        return self.replies[left], self.replies[right]

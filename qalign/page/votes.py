@@ -1,7 +1,7 @@
-"""Votes on two answers to one prompt: a file that only grows, a tally, and rows to train on.
+"""Votes on two answers to one prompt: an append-only file, a tally, and rows to train on.
 
-The file is itself a preference data set: `python -m qalign.dpo RECIPE dpo.data=votes.jsonl`. A vote that makes no pair
-(a tie, say) gives its reason under `no_pair` instead of a chosen and a rejected answer; training leaves it out and
+The file is a preference data set: `python -m qalign.dpo RECIPE dpo.data=votes.jsonl`. A vote that gives no preference
+pair, such as a tie, has the reason under `no_pair` instead of `chosen` and `rejected`; training leaves it out and
 counts it.
 """
 
@@ -10,21 +10,24 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 from math import floor
 from pathlib import Path
+from statistics import NormalDist
 from threading import Lock
+from typing import Any
 
 import numpy as np
 
-from qalign.data.formats import Message
-from qalign.reports.reward_report import Z_95, wilson
+from qalign.config.atomic import sync_folder
+from qalign.page.session import Reply
+from qalign.reports.reward_report import wilson
 
 
 class Choice(StrEnum):
-    """What a person may say of answers A and B."""
+    """The possible votes on answers A and B."""
 
     A = "a"
     B = "b"
@@ -32,85 +35,66 @@ class Choice(StrEnum):
     BOTH_BAD = "both_bad"
 
 
-@dataclass(frozen=True)
-class Answer:
-    """One of the two answers that a vote is about."""
-
-    model: str
-    """What the page calls the model that gave it, such as `base` or `demo/dpo`."""
-    weights: str | None
-    """The hash of its adapter's weights, as in `lineage.json`; None for the bare base."""
-    prompt: tuple[Message, ...]
-    """The dialogue that it answers, system turn included."""
-    text: str
-    ended: bool
-    """Whether it came to its own end, rather than being cut or stopped."""
-    seed: int
-
-
-def row(choice: Choice, a: Answer, b: Answer, base: str, sampling: dict, comment: str = "") -> dict:
+def row(choice: Choice, a: Reply, b: Reply, base: str, sampling: dict[str, Any], comment: str = "") -> dict[str, Any]:
     """A vote as a row of the file.
 
     Args:
-        base: what both adapters are on, as the recipe names it.
-        sampling: temperature, top-p and the like.
+        base: the base of both adapters, as the recipe names it.
+        sampling: the sampling settings, such as temperature and top-p.
     """
-    better, worse = (b, a) if choice is Choice.B else (a, b)
-    reason = _why_no_pair(choice, better, worse)
-    pair = {"no_pair": reason} if reason else {"chosen": better.text, "rejected": worse.text}
+    chosen, rejected = (b, a) if choice is Choice.B else (a, b)
+    reason = _why_no_pair(choice, chosen, rejected)
     return {
         "prompt": list(a.prompt),
-        **pair,
+        **({"no_pair": reason} if reason else {"chosen": chosen.text, "rejected": rejected.text}),
         "vote": str(choice),
         "comment": comment.strip(),
-        "a": _kept(a, b),
-        "b": _kept(b, a),
+        "a": _answer(a, b),
+        "b": _answer(b, a),
         "base": base,
         "sampling": sampling,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def _why_no_pair(choice: Choice, better: Answer, worse: Answer) -> str | None:
-    """Why there is nothing to learn from a vote, in words; None if there is."""
+def _answer(reply: Reply, other: Reply) -> dict[str, Any]:
+    """One answer of a row; with its dialogue only if the two differ."""
+    prompt = {} if reply.prompt == other.prompt else {"prompt": reply.prompt}
+    facts = {"text": reply.text, "ended": reply.state == "ended", "seed": reply.seed}
+    return {"model": reply.model, "weights": reply.weights, **prompt, **facts}
+
+
+def _why_no_pair(choice: Choice, chosen: Reply, rejected: Reply) -> str | None:
+    """Why a vote can't be trained on; None if it can."""
     if choice in (Choice.TIE, Choice.BOTH_BAD):
         return f"a vote for '{choice.replace('_', ' ')}'"
-    if better.prompt != worse.prompt:
+    if chosen.prompt != rejected.prompt:
         return "the two answers are to different dialogues"
-    if not better.ended:  # learned from, it would teach to break off
+    if chosen.state != "ended":  # training on it would teach the model to stop in mid-sentence
         return "the better answer was cut"
-    if not worse.text.strip() or not better.text.strip():
+    if not rejected.text.strip() or not chosen.text.strip():
         return "an answer is empty"
-    if better.text.strip() == worse.text.strip():
-        return "both answers are the same"
-    return None
-
-
-def _kept(answer: Answer, other: Answer) -> dict:
-    """An answer for the file; its dialogue only where that is not the row's own."""
-    kept = asdict(answer)
-    if answer.prompt == other.prompt:
-        del kept["prompt"]
-    return kept
+    return "both answers are the same" if chosen.text.strip() == rejected.text.strip() else None
 
 
 class VoteFile:
-    """An append-only file, a vote a line, on the disk before `append` returns.
+    """An append-only file with one vote a line; a vote is on the disk before `append` returns.
 
-    What a power cut left of a line that was never acknowledged is moved to a file beside it, `.torn`, when the file is
-    opened, so that every line can be read. A whole vote that only lacks its line's end gets one.
+    A power cut may leave an incomplete last line, whose vote was never acknowledged. Opening the file moves it to a
+    second file, `.torn`, so that every line can be read. A complete last vote that only lacks its newline gets one.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path).expanduser()
         self._lock = Lock()
-        self._mend()
+        if self.path.is_file():
+            self._repair()
 
-    def append(self, vote: dict) -> None:
-        """Writes a vote; all of it or, where the disk is full, nothing.
+    def append(self, vote: dict[str, Any]) -> None:
+        """Writes the whole vote or, if the disk is full, nothing.
 
         Raises:
-            OSError: the disk refuses it.
+            OSError: the vote can't be written.
         """
         line = (json.dumps(vote, ensure_ascii=False) + "\n").encode()
         with self._lock:
@@ -118,69 +102,55 @@ class VoteFile:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             opened = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
             try:
-                before = os.fstat(opened).st_size
+                size_before = os.fstat(opened).st_size
                 try:
                     if os.write(opened, line) != len(line):
                         raise OSError(errno.ENOSPC, "no space for the whole line", str(self.path))
                     os.fsync(opened)
                 except OSError:
-                    os.ftruncate(opened, before)
+                    os.ftruncate(opened, size_before)
                     raise
             finally:
                 os.close(opened)
             if is_new:
-                _sync_folder(self.path.parent)
+                sync_folder(self.path.parent)
 
-    def read(self) -> Iterator[dict]:
-        """The votes in it, oldest first; lines that are none are passed over."""
+    def read(self) -> Iterator[dict[str, Any]]:
+        """Yields the votes, oldest first; skips lines that are no votes."""
         if not self.path.is_file():
             return
-        with self.path.open(encoding="utf-8", errors="replace") as file:
+        with self.path.open("rb") as file:
             for line in file:
-                try:
-                    vote = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(vote, dict) and "vote" in vote:
+                if (vote := _parsed(line)) and "vote" in vote:
                     yield vote
 
-    def _mend(self) -> None:
-        if not self.path.is_file():
-            return
+    def _repair(self) -> None:
         content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        torn = content[whole:]
-        if _is_json(torn):
+        end = content.rfind(b"\n") + 1
+        last_line = content[end:]
+        if _parsed(last_line) is not None:
             with self.path.open("ab") as file:
                 file.write(b"\n")
-        elif torn:
-            with self.path.with_name(self.path.name + ".torn").open("ab") as beside:
-                beside.write(torn + b"\n")
-                beside.flush()
-                os.fsync(beside.fileno())
-            os.truncate(self.path, whole)
+        elif last_line:
+            with self.path.with_name(self.path.name + ".torn").open("ab") as torn:
+                torn.write(last_line + b"\n")
+                torn.flush()
+                os.fsync(torn.fileno())
+            os.truncate(self.path, end)
 
 
-def _is_json(line: bytes) -> bool:
+def _parsed(line: bytes) -> dict[str, Any] | None:
+    """A line of JSON; None if it isn't one object."""
     try:
-        return isinstance(json.loads(line), dict)
+        parsed = json.loads(line.decode(errors="replace"))
     except ValueError:
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a new file's name last; Windows can't, and needs not."""
-    if hasattr(os, "O_DIRECTORY"):
-        opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
+        return None
+    return parsed if isinstance(parsed, dict) else None
 
 
 @dataclass(frozen=True)
 class Tally:
-    """Votes between two models, seen from the first."""
+    """Numbers of votes between two models; a win is a win of the first."""
 
     wins: int
     losses: int
@@ -192,42 +162,37 @@ class Tally:
         return self.wins + self.losses + self.ties + self.both_bad
 
     @property
-    def points(self) -> np.ndarray:
-        """1 a win, 0 a loss, ½ anything else: `(votes,)`."""
-        return np.repeat([1.0, 0.0, 0.5], [self.wins, self.losses, self.ties + self.both_bad])
-
-    @property
-    def share(self) -> float:
-        """The win rate, ties of either kind counting half."""
-        return self.points.mean().item()
+    def win_rate(self) -> float:
+        """Share of votes won; ties and `both_bad` count half."""
+        return (self.wins + (self.ties + self.both_bad) / 2) / self.votes
 
     @property
     def interval(self) -> list[float]:
-        """95% interval of the win rate (Wilson 1927)."""
-        return wilson(self.points)
+        """95% confidence interval of the win rate (Wilson 1927)."""
+        return wilson(np.repeat([1.0, 0.0, 0.5], [self.wins, self.losses, self.ties + self.both_bad]))
 
     @property
     def votes_missing(self) -> int | None:
-        """How many more votes it would take for the interval to leave 50% out, if they fell as those so far did; 0 if
-        it does already, None if the win rate is even.
+        """How many more votes at the present win rate would move the interval off 50%; 0 if it is off already, None if
+        the win rate is even.
 
-        Wilson's interval of a share p of n leaves ½ out once |p − ½| > z · √(¼ / n).
+        Wilson's interval of a share p of n votes excludes ½ once |p − ½| > z · √(¼ / n).
         """
-        lead = abs(self.share - 0.5)
-        return None if lead < 1e-9 else max(0, floor(Z_95**2 / 4 / lead**2) + 1 - self.votes)
+        lead, z = abs(self.win_rate - 0.5), NormalDist().inv_cdf(0.975)
+        return None if lead < 1e-9 else max(0, floor(z**2 / 4 / lead**2) + 1 - self.votes)
 
 
-def tally(votes: Iterator[dict], first: tuple[str, str | None], second: tuple[str, str | None]) -> Tally:
-    """Counts the votes between two models, each given as (name, hash of its weights): trained again is another one."""
+def tally(votes: Iterator[dict[str, Any]], first: tuple[str, str | None], second: tuple[str, str | None]) -> Tally:
+    """Counts the votes between two models, each given as (name, hash of its weights): a retrained model starts anew."""
     counts: Counter[str] = Counter()
     for vote in votes:
-        sides = [(vote.get(side) or {}) for side in ("a", "b")]
-        names = [(side.get("model"), side.get("weights")) for side in sides]
-        if sorted(map(str, names)) != sorted(map(str, (first, second))):
+        answers = [(vote.get(side) or {}) for side in ("a", "b")]
+        models = [(answer.get("model"), answer.get("weights")) for answer in answers]
+        if sorted(map(str, models)) != sorted(map(str, (first, second))):
             continue
         choice = vote["vote"]
         if choice in ("a", "b"):
-            counts["wins" if names["ab".index(choice)] == first else "losses"] += 1
+            counts["win" if models["ab".index(choice)] == first else "loss"] += 1
         elif choice in ("tie", "both_bad"):
-            counts["ties" if choice == "tie" else choice] += 1
-    return Tally(*(counts[name] for name in ("wins", "losses", "ties", "both_bad")))
+            counts[choice] += 1
+    return Tally(*(counts[name] for name in ("win", "loss", "tie", "both_bad")))

@@ -12,7 +12,7 @@ import pytest
 from tests.chat_runs import finished_run, serving
 from tests.conftest import ROOT
 
-SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, ""]  # as `widgets.SETTINGS`
+SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, ""]  # in the order of `ui.ENTERED`, as the prompt and comment
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def events(client: httpx.Client, session: str):
 
 def ask(client: httpx.Client, session: str, prompt: str = "Why?", settings=SETTINGS) -> dict:
     """The last event of a question to both sides."""
-    assert join(client, function(client, "submit"), [None, prompt, *settings], session).status_code == 200
+    assert join(client, function(client, "submit"), [None, *settings, prompt, ""], session).status_code == 200
     return [event for event in events(client, session) if event["msg"] == "process_completed"][-1]
 
 
@@ -120,7 +120,7 @@ def test_settings_out_of_bounds_answer_nothing(client, settings):
 
 
 def test_a_megabyte_is_turned_away(client):
-    assert join(client, 0, [None, "x" * 2**20, *SETTINGS], "big").status_code == 413
+    assert join(client, 0, [None, *SETTINGS, "x" * 2**20, ""], "big").status_code == 413
 
 
 def test_another_site_and_another_name_are_turned_away(client):
@@ -135,14 +135,14 @@ def test_two_hundred_at_once_queue_or_are_refused_and_the_page_serves_on(client,
 
     def one(index: int) -> int:
         with httpx.Client(base_url=address, timeout=60) as own:
-            return join(own, number, [None, "Why?", *SETTINGS], f"many{index}").status_code
+            return join(own, number, [None, *SETTINGS, "Why?", ""], f"many{index}").status_code
 
     with ThreadPoolExecutor(40) as pool:
         found = list(pool.map(one, range(200)))
     assert set(found) <= {200, 503}
     assert 0 < found.count(200) < 100
     deadline = time.monotonic() + 60
-    while join(client, number, [None, "Why?", *SETTINGS], "afterwards").status_code != 200:
+    while join(client, number, [None, *SETTINGS, "Why?", ""], "afterwards").status_code != 200:
         assert time.monotonic() < deadline
         time.sleep(0.5)
     done = [event for event in events(client, "afterwards") if event["msg"] == "process_completed"][-1]
@@ -151,9 +151,9 @@ def test_two_hundred_at_once_queue_or_are_refused_and_the_page_serves_on(client,
 
 SLOW = """
 import time
-import qalign.model.generation
-drawn = qalign.model.generation.nucleus
-qalign.model.generation.nucleus = lambda *words: (time.sleep(0.3), drawn(*words))[1]
+from qalign.model import generation
+nucleus = generation.nucleus
+generation.nucleus = lambda *args: (time.sleep(0.3), nucleus(*args))[1]
 """
 
 
@@ -161,7 +161,7 @@ def test_who_hangs_up_stops_the_answer(runs):
     with serving("--runs", str(runs), before=SLOW) as address, httpx.Client(base_url=address, timeout=60) as client:
         number = function(client, "submit")
         for session in ("gone1", "gone2"):
-            assert join(client, number, [None, "Why?", *SETTINGS[:6], 190, 1, ""], session).status_code == 200
+            assert join(client, number, [None, *SETTINGS[:6], 190, 1, "", "Why?", ""], session).status_code == 200
             next(event for event in events(client, session) if event["msg"] == "process_generating")
         began = time.monotonic()
         assert ask(client, "next")["success"]

@@ -8,9 +8,13 @@ import os
 import shutil
 import tempfile
 import time
+from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
+from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
+from selenium.webdriver.common.keys import Keys
 
 from tests.chat_runs import finished_run, serving
 
@@ -30,11 +34,8 @@ class Browser:
 
     def __init__(self):
         if not (CHROMIUM and DRIVER):
-            if os.environ.get("QALIGN_BROWSER") == "insist":
-                pytest.fail("Chromium is missing: apt-get install chromium chromium-driver")
-            pytest.skip("Chromium is missing: apt-get install chromium chromium-driver")
-        from selenium import webdriver
-
+            give_up = pytest.fail if os.environ.get("QALIGN_BROWSER") == "insist" else pytest.skip
+            give_up("Chromium is missing: apt-get install chromium chromium-driver")
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
@@ -69,8 +70,6 @@ class Browser:
         self("#prompt textarea").send_keys(*keys)
 
     def until(self, true, seconds: float = 30):
-        from selenium.common.exceptions import WebDriverException
-
         deadline, problem = time.monotonic() + seconds, None
         while time.monotonic() < deadline:
             try:
@@ -136,8 +135,6 @@ def test_the_page_loads_and_asks_nobody_else(browser, page):
 
 
 def test_enter_sends_and_shift_enter_breaks_the_line(browser, page):
-    from selenium.webdriver.common.keys import Keys
-
     browser.open(page)
     browser.type("one", Keys.SHIFT + Keys.ENTER + Keys.NULL, "two")
     assert browser("#prompt textarea").get_attribute("value") == "one\ntwo"
@@ -150,8 +147,6 @@ def test_enter_sends_and_shift_enter_breaks_the_line(browser, page):
 
 
 def test_the_whole_page_can_be_used_by_keyboard(browser, page):
-    from selenium.webdriver.common.keys import Keys
-
     browser.open(page)
     reached = set()
     for _ in range(60):
@@ -174,7 +169,7 @@ def test_a_blind_vote_lands_in_the_file_and_names_the_sides(browser, page, votes
     browser.until(lambda: (browser("#comment textarea, #comment input").send_keys("both fine"), True)[1])
     before = len(votes.read_text().splitlines()) if votes.exists() else 0
     browser.click("#vote-tie")
-    browser.until(lambda: "Vote kept" in browser.text("#status"))
+    browser.until(lambda: "Vote saved" in browser.text("#status"))
     kept = [json.loads(line) for line in votes.read_text().splitlines()]
     assert len(kept) == before + 1
     assert (kept[-1]["vote"], kept[-1]["comment"]) == ("tie", "both fine")
@@ -271,7 +266,7 @@ def test_text_is_legible_in_light_and_dark(browser, page, dark):
     browser.type("Why?\n")
     browser.answered()
     browser.until(lambda: browser("#differences .sum"))
-    selectors = ("h1", "#left .message", "#right .message", "#prompt textarea", "#differences .shaded .shade",
+    selectors = ("h1", "#left .message", "#right .message", "#prompt textarea", "#differences .coloured .token",
                  "#differences .legend", "#retry", "#tally p")  # fmt: skip
     for selector in selectors:
         for element in browser.driver.find_elements("css selector", selector)[:40]:
@@ -281,9 +276,16 @@ def test_text_is_legible_in_light_and_dark(browser, page, dark):
     assert (sum(map(int, back.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 200) is dark
 
 
-def test_html_and_markdown_in_an_answer_stay_text(browser, runs, tmp_path):
-    forged = f"import qalign.page.chat\nqalign.chat.text_of = lambda *_: {EVIL!r}"
+@contextmanager
+def answering(runs, tmp_path, text: str):
+    """The page, with this text for every answer."""
+    forged = f"import qalign.page.chat\nqalign.page.chat.text_of = lambda *_: {text!r}"
     with serving("--runs", str(runs), "--votes", str(tmp_path / "v.jsonl"), before=forged) as address:
+        yield address
+
+
+def test_html_and_markdown_in_an_answer_stay_text(browser, runs, tmp_path):
+    with answering(runs, tmp_path, EVIL) as address:
         browser.requests()
         browser.open(address)
         browser.type(EVIL, "\n")
@@ -297,17 +299,14 @@ def test_html_and_markdown_in_an_answer_stay_text(browser, runs, tmp_path):
             assert not browser.driver.find_elements("css selector", f"{side} .message img, {side} .message script")
 
 
-CODE = "    indented\n  def f():\n        return 1  # and not a docstring"
-
-
 def test_an_answers_indentation_stays_as_it_is(browser, runs, tmp_path):
-    with serving("--runs", str(runs), "--votes", str(tmp_path / "v.jsonl"),
-                 before=f"import qalign.page.chat\nqalign.chat.text_of = lambda *_: {CODE!r}") as address:  # fmt: skip
+    code = "    indented\n  def f():\n        return 1  # and not a docstring"
+    with answering(runs, tmp_path, code) as address:
         browser.open(address)
         browser.type("Why?\n")
         browser.answered()
         seen = "return document.querySelector('#right .bot .message-content').innerText"  # as it is laid out
-        browser.until(lambda: browser.run(seen) == CODE)
+        browser.until(lambda: browser.run(seen) == code)
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +333,7 @@ def test_both_sides_of_smollm2_stream_and_the_aligned_answer_is_coloured(browser
         time.sleep(0.05)
     assert len(seen) > 5, "the answers came in one piece"
     browser.until(lambda: browser("#differences .sum"))
-    assert len(browser.driver.find_elements("css selector", "#differences .shaded .shade")) > 3
+    assert len(browser.driver.find_elements("css selector", "#differences .coloured .token")) > 3
     assert "nats" in browser.text("#differences .sum")
     assert first < 10  # what a busy machine may take; benchmarks/chat.py measures
 

@@ -7,11 +7,13 @@ import peft
 import pytest
 import torch
 
+from qalign.data.readers import BadRow
 from qalign.errors import UserError
 from qalign.model.base import Role, load
 from qalign.model.generation import complete
-from qalign.page.chat import MAX_CHARACTERS, MAX_QUESTIONS, Chat, Controls, Reply, explained
-from qalign.page.models import lineup, opponents
+from qalign.page.chat import MAX_CHARACTERS, MAX_QUESTIONS, Chat, Controls, error_text
+from qalign.page.models import available_models
+from qalign.page.session import Reply
 from tests.chat_runs import finished_run, reward_beside
 
 QUESTION = [{"role": "user", "content": "Is it too late to plant tulips in December?"}]
@@ -30,7 +32,7 @@ def runs(tiny_folder, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def chat(runs) -> Chat:
-    return Chat.open(*lineup([], runs))
+    return Chat(*available_models([], runs))
 
 
 def last(chat, sides, controls=GREEDY, key="me") -> list[Reply]:
@@ -85,18 +87,18 @@ def test_each_side_sees_its_own_history_and_the_system_prompt(chat):
 
 def test_token_differences_add_up_to_those_of_the_answer_alone(chat):
     _, reply = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
-    shades = chat.differences(reply)
+    spans = chat.token_spans(reply)
     ids = torch.tensor([[*reply.prompt_ids, *reply.ids]])
     sums = []
-    for role in (chat._loaded["a/dpo"], Role.BASE):  # full logits of one plain row
+    for role in (chat._roles["a/dpo"], Role.BASE):  # full logits of one plain row
         with torch.no_grad(), chat.base.acting_as(role) as lm:
             logps = lm(ids).logits[0, len(reply.prompt_ids) - 1 : -1].float().log_softmax(-1)
         sums.append(logps.gather(1, torch.tensor(reply.ids)[:, None]).sum().item())
     assert abs(sums[0] - sums[1]) > 1
-    assert sum(shade.nats for shade in shades) == pytest.approx(sums[0] - sums[1], abs=1e-3)
-    assert "".join(shade.text for shade in shades) == chat.base.tokenizer.decode(reply.ids)
+    assert sum(span.nats for span in spans) == pytest.approx(sums[0] - sums[1], abs=1e-3)
+    assert "".join(span.text for span in spans) == chat.base.tokenizer.decode(reply.ids)
     base_reply, _ = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
-    assert all(shade.nats == 0 for shade in chat.differences(base_reply))
+    assert all(span.nats == 0 for span in chat.token_spans(base_reply))
 
 
 def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, runs):
@@ -116,7 +118,7 @@ def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, ru
 def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder, tmp_path, capsys):
     finished_run(tmp_path / "c", tiny_folder)
     reward = reward_beside(tmp_path / "c", tiny_folder) / "adapter" / "adapter_model.safetensors"
-    chat = Chat.open(*lineup([], tmp_path))
+    chat = Chat(*available_models([], tmp_path))
     reward.write_bytes(b"broken")
     sides = [("base", QUESTION), ("c/dpo", QUESTION)]
     for _ in range(2):
@@ -139,7 +141,7 @@ def test_an_adapter_that_fails_to_load_leaves_no_trace(tiny_folder, tmp_path, mo
     """Neither half of it on the base, nor its name taken from the next one; and a full memory is no broken adapter."""
     for name in ("c", "d"):
         finished_run(tmp_path / name, tiny_folder)
-    chat, real = Chat.open(*lineup([], tmp_path)), peft.set_peft_model_state_dict
+    chat, real = Chat(*available_models([], tmp_path)), peft.set_peft_model_state_dict
     fails = iter([torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("size mismatch")])
 
     def once(*args, **keys):
@@ -180,7 +182,7 @@ def test_an_adapter_that_fails_to_load_leaves_no_trace(tiny_folder, tmp_path, mo
     ],
 )
 def test_what_is_out_of_bounds_is_refused_in_a_line(chat, turns, controls, words):
-    with pytest.raises(UserError, match=words):
+    with pytest.raises((UserError, BadRow), match=words):
         list(chat.answer("me", [("base", turns)], Controls(**{"max_new_tokens": 8, **controls})))
     assert last(chat, [("base", QUESTION)])[0].text  # and it goes on serving
 
@@ -229,11 +231,11 @@ def test_many_at_once_are_served_one_after_the_other(chat):
 
 
 def test_failures_are_told_in_a_line(chat, capsys, monkeypatch):
-    assert explained(UserError("one", "two")) == "one; two"
-    assert "lower max tokens" in explained(torch.OutOfMemoryError("CUDA out of memory"))
-    assert "lower max tokens" in explained(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB"))
+    assert error_text(UserError("one", "two")) == "one; two"
+    assert "lower max tokens" in error_text(torch.OutOfMemoryError("CUDA out of memory"))
+    assert "lower max tokens" in error_text(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB"))
     assert not capsys.readouterr().err
-    words = explained(ZeroDivisionError("secret /home/me"))
+    words = error_text(ZeroDivisionError("secret /home/me"))
     assert "ZeroDivisionError" in words
     assert "secret" not in words
     assert "secret" in capsys.readouterr().err
@@ -246,9 +248,3 @@ def test_failures_are_told_in_a_line(chat, capsys, monkeypatch):
         last(chat, [("base", QUESTION)])
     monkeypatch.undo()
     assert last(chat, [("base", QUESTION)])[0].text
-
-
-def test_the_page_begins_with_the_base_beside_the_newest_run(chat):
-    contenders = list(chat.contenders.values())
-    assert opponents(contenders, []) == ("base", "b/dpo")
-    assert opponents(contenders, ["a/dpo"])[0] == "base"

@@ -1,4 +1,4 @@
-"""What reaches the page, and what is turned away before Gradio sees it."""
+"""Which requests reach the page, and which are refused before Gradio sees them."""
 
 import asyncio
 
@@ -7,15 +7,15 @@ import pytest
 from qalign.errors import UserError
 from qalign.page.security import MAX_BODY_BYTES, LocalOnlyMiddleware, credentials, is_loopback
 
+HERE = {"host": "127.0.0.1:7860"}
+
 
 @pytest.fixture(autouse=True)
 def no_variable(monkeypatch):
     monkeypatch.delenv("QALIGN_AUTH", raising=False)
 
 
-def request(
-    headers: dict, path: str = "/config", body: bytes = b"", *, open_to_others: bool = False
-) -> tuple[int, bytes]:
+def request(headers: dict, path: str = "/config", body: bytes = b"", *, any_host: bool = False) -> tuple[int, bytes]:
     """(status, body that the page got)."""
     got, sent = bytearray(), []
 
@@ -38,20 +38,20 @@ def request(
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": "http", "path": path, "method": "POST", "headers": raw}
-    asyncio.run(LocalOnlyMiddleware(page, open_to_others=open_to_others)(scope, receive, send))
+    asyncio.run(LocalOnlyMiddleware(page, any_host=any_host)(scope, receive, send))
     names = dict(sent[0]["headers"])
     for rule in (b"default-src 'self'", b"frame-ancestors 'self'"):
         assert rule in names[b"content-security-policy"]
+    assert (names[b"x-content-type-options"], names[b"referrer-policy"]) == (b"nosniff", b"no-referrer")
     return sent[0]["status"], bytes(got)
 
 
-HERE = {"host": "127.0.0.1:7860"}
-
-
-def test_the_pages_own_requests_pass():
-    assert request(HERE, body=b"abc") == (200, b"abc")
-    assert request({**HERE, "origin": "http://127.0.0.1:7860"})[0] == 200
-    assert request({"host": "localhost:7860", "origin": "http://localhost:7860"})[0] == 200
+@pytest.mark.parametrize(
+    "host", ["127.0.0.1:7860", "localhost:7860", "LOCALHOST", "127.8.8.8", "[::1]:7860", "[0:0:0:0:0:0:0:1]"]
+)
+def test_the_pages_own_requests_pass_under_every_loopback_name(host):
+    assert request({"host": host}, body=b"abc") == (200, b"abc")
+    assert request({"host": host, "origin": f"http://{host}"})[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -61,26 +61,27 @@ def test_another_site_may_not_use_it(origin):
     assert request({**HERE, "origin": origin})[0] == 403
 
 
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "", "127.0.0.1.evil.example", "0.0.0.0"])
-def test_a_name_that_is_made_to_lead_here_is_refused(host):
+@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "", "127.0.0.1.evil.example", "0.0.0.0", "[::"])
+def test_another_name_that_resolves_to_this_computer_is_refused_without_a_password(host):
     assert request({"host": host})[0] == 403
-    assert request({"host": host}, open_to_others=True)[0] == 200
+    assert request({"host": host}, any_host=True)[0] == 200
 
 
 def test_behind_a_tunnel_its_public_name_counts():
     headers = {"host": "10.0.0.1", "x-forwarded-host": "x.gradio.live", "origin": "https://x.gradio.live"}
-    assert request(headers, open_to_others=True)[0] == 200
+    assert request(headers, any_host=True)[0] == 200
 
 
 @pytest.mark.parametrize(
     "path",
     [
-        "/gradio_api/upload",
-        "/gradio_api/proxy=http://10.0.0.1/",
-        "/gradio_api/component_server",
-        "/gradio_api/run/send",
-        "/gradio_api/file=https://example.org/",
-        "/file=HTTP://10.0.0.1/",
+        *(
+            "/gradio_api/upload",
+            "/gradio_api/proxy=http://10.0.0.1/",
+            "/gradio_api/component_server",
+            "/gradio_api/run/send",
+        ),
+        *("/gradio_api/file=https://example.org/", "/file=HTTP://10.0.0.1/"),
     ],
 )
 def test_what_the_page_does_not_need_is_not_there(path):
@@ -91,30 +92,28 @@ def test_a_request_is_small():
     assert request({**HERE, "content-length": str(2**20)})[0] == 413
     assert request({**HERE, "content-length": "-1"})[0] == 413
     assert request(HERE, body=b"x" * MAX_BODY_BYTES)[1] == b"x" * MAX_BODY_BYTES
-    assert len(request(HERE, body=b"x" * 2**20)[1]) <= MAX_BODY_BYTES  # without a length: hung up on
+    assert len(request(HERE, body=b"x" * 2**20)[1]) <= MAX_BODY_BYTES  # without a length: disconnected
 
 
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8"])
-def test_this_computer_alone_reaches_a_loopback(host):
-    assert is_loopback(host)
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.2", "::", "example.org", "localhost.example.org", ""])
-def test_others_reach_any_other_host(host):
-    assert not is_loopback(host)
+@pytest.mark.parametrize(
+    ("hosts", "expected"),
+    [
+        (["127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8"], True),
+        (["0.0.0.0", "192.168.1.2", "::", "example.org", "localhost.example.org", ""], False),
+    ],
+)
+def test_only_loopback_is_reached_from_this_computer_alone(hosts, expected):
+    assert [is_loopback(host) for host in hosts] == [expected] * len(hosts)
 
 
 def test_others_are_let_in_only_with_a_password(monkeypatch):
     assert credentials("127.0.0.1", None, share=False) is None
-    for host, share, words in (("0.0.0.0", False, "lets other computers in"), ("127.0.0.1", True, "on the internet")):
-        with pytest.raises(UserError, match=words):
+    for host, share, found in (("0.0.0.0", False, "--host 0.0.0.0"), ("127.0.0.1", True, "--share")):
+        with pytest.raises(UserError, match=f"{found}.*give --auth USER:PASSWORD"):
             credentials(host, None, share=share)
         assert credentials(host, "me:a:b", share=share) == ("me", "a:b")
+    for half in ("me", "me:", ":secret", ":"):
+        with pytest.raises(UserError, match="USER:PASSWORD"):
+            credentials("127.0.0.1", half, share=False)
     monkeypatch.setenv("QALIGN_AUTH", "you:secret")
     assert credentials("0.0.0.0", None, share=True) == ("you", "secret")
-
-
-@pytest.mark.parametrize("auth", ["me", "me:", ":secret", ":"])
-def test_half_a_password_is_none(auth):
-    with pytest.raises(UserError, match="USER:PASSWORD"):
-        credentials("127.0.0.1", auth, share=False)

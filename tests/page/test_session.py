@@ -1,92 +1,80 @@
-"""What one visitor has in front of them."""
-
-from types import SimpleNamespace
+"""The state of one visitor."""
 
 import pytest
 
 from qalign.errors import UserError
-from qalign.page.session import Session
-from qalign.page.votes import Choice
+from qalign.page.session import Reply, Session
 
-WEIGHTS = {"base": None, "demo/dpo": "ab12"}
-
-
-def reply(model: str, text: str, prompt=(), state: str = "ended"):
-    return SimpleNamespace(model=model, prompt=tuple(prompt), text=text, state=state, seed=3)
+HASHES = {"base": None, "demo/dpo": "ab12"}
 
 
-def asked(*, blind: bool = False, question: str = "Why?") -> Session:
-    duel = Session(("base", "demo/dpo"), blind=blind)
-    duel.clear()
-    turns = duel.ask(question)
-    duel.take([reply(name, f"{name} says", prompt) for name, prompt in turns], {"top_p": 1})
-    return duel
+def replies(dialogues) -> list[Reply]:
+    return [
+        Reply(name, HASHES[name], tuple(turns), [], 3, text=f"{name} says", state="ended") for name, turns in dialogues
+    ]
 
 
-def test_each_side_keeps_its_own_history():
-    duel = asked()
-    (first, left), (second, right) = duel.ask("And why?")
-    assert (first, second) == ("base", "demo/dpo")
-    assert [turn["content"] for turn in left] == ["Why?", "base says", "And why?"]
-    assert [turn["content"] for turn in right] == ["Why?", "demo/dpo says", "And why?"]
+def asked(*, blind: bool = False) -> Session:
+    session = Session(("base", "demo/dpo"), blind=blind)
+    session.clear()
+    session.add_replies(replies(session.ask("Why?")), {"top_p": 1})
+    return session
 
 
-def test_the_last_question_can_be_taken_back():
-    duel = asked()
-    duel.ask("And why?")
-    assert duel.take_back() == "And why?"
-    assert [len(turns) for turns in duel.turns] == [2, 2]
-    assert duel.take_back() == "Why?"
-    assert duel.turns == ([], [])
-    assert duel.take_back() == ""
+def test_each_side_keeps_its_own_history_and_the_last_question_can_be_removed():
+    session = asked()
+    for name, turns in session.ask("And why?"):
+        assert [turn["content"] for turn in turns] == ["Why?", f"{name} says", "And why?"]
+    assert session.remove_last() == "And why?"
+    assert [len(turns) for turns in session.turns] == [2, 2]
+    assert session.remove_last() == "Why?"
+    assert (session.turns, session.remove_last()) == (([], []), "")
 
 
-def test_without_a_blind_test_names_stand_over_their_sides_and_there_is_no_vote():
-    duel = asked()
-    assert duel.titles == ("base", "demo/dpo")
+def test_without_a_blind_test_the_names_are_shown_and_there_is_no_vote():
+    session = asked()
+    assert session.titles == ("base", "demo/dpo")
     with pytest.raises(UserError, match="ask something first"):
-        duel.vote(Choice.A, WEIGHTS)
+        session.vote()
 
 
 def test_a_blind_test_shuffles_sides_and_names_them_after_the_vote():
     seen = set()
     for _ in range(40):
-        duel = asked(blind=True)
-        assert duel.titles == ("A", "B")
-        a, b = duel.vote(Choice.A, WEIGHTS)
-        left = "demo/dpo" if duel.flipped else "base"
-        assert (a.model, a.text, a.weights) == (left, f"{left} says", WEIGHTS[left])
-        assert {a.model, b.model} == set(WEIGHTS)
-        assert duel.titles[0] == f"A: {left}"
+        session = asked(blind=True)
+        assert session.titles == ("A", "B")
+        a, b = session.vote()
+        left = "demo/dpo" if session.flipped else "base"
+        assert (a.model, a.text, a.weights) == (left, f"{left} says", HASHES[left])
+        assert {a.model, b.model} == set(HASHES)
+        assert session.titles[0] == f"A: {left}"
         seen.add(left)
-    assert seen == set(WEIGHTS)
+    assert seen == set(HASHES)
 
 
-def test_a_vote_counts_once_and_the_next_question_begins_anew_and_unnamed():
-    duel = asked(blind=True)
-    duel.vote(Choice.TIE, WEIGHTS)
+def test_a_vote_counts_once_and_the_next_question_starts_a_new_unnamed_dialogue():
+    session = asked(blind=True)
+    session.vote()
     with pytest.raises(UserError):
-        duel.vote(Choice.A, WEIGHTS)
-    turns = duel.ask("Next?")
-    assert [len(prompt) for _, prompt in turns] == [1, 1]
-    assert duel.titles == ("A", "B")
-    duel.take([reply(name, "x", prompt) for name, prompt in turns], {})
-    duel.vote(Choice.B, WEIGHTS)
-    assert duel.take_back() == "Next?"
-    assert (duel.turns, duel.hides) == (([], []), True)
+        session.vote()
+    dialogues = session.ask("Next?")
+    assert [len(turns) for _, turns in dialogues] == [1, 1]
+    assert session.titles == ("A", "B")
+    session.add_replies(replies(dialogues), {})
+    session.vote()
+    assert session.remove_last() == "Next?"
+    assert (session.turns, session.hides) == (([], []), True)
 
 
-def test_only_a_change_of_models_or_of_blindness_begins_a_new_dialogue():
-    duel = asked()
-    before = duel.round
-    duel.choose("base", "demo/dpo", blind=False)
-    assert (len(duel.turns[0]), duel.round) == (2, before)
-    duel.choose("demo/dpo", "demo/dpo", blind=False)
-    assert duel.turns == ([], [])
-    assert duel.round > before
+def test_only_a_change_of_models_or_of_blindness_starts_a_new_dialogue():
+    session = asked()
+    before = session.round
+    session.choose("base", "demo/dpo", blind=False)
+    assert (len(session.turns[0]), session.round) == (2, before)
+    session.choose("demo/dpo", "demo/dpo", blind=False)
+    assert session.turns == ([], [])
+    assert session.round > before
 
 
 def test_the_aligned_side_is_the_second_unless_that_is_the_base():
-    assert Session(("base", "x")).aligned == 1
-    assert Session(("x", "base")).aligned == 0
-    assert Session(("x", "y")).aligned == 1
+    assert [Session(names).aligned for names in (("base", "x"), ("x", "base"), ("x", "y"))] == [1, 0, 1]

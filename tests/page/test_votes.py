@@ -1,4 +1,4 @@
-"""Votes: a file that only grows and trains, and a tally worked out by hand."""
+"""Votes: an append-only file that can be trained on, and a tally worked out by hand."""
 
 import json
 import os
@@ -9,19 +9,20 @@ import pytest
 from qalign.config.stages import Source
 from qalign.data.formats import LeftOut, preferences
 from qalign.errors import UserError
-from qalign.page.votes import Answer, Choice, Tally, VoteFile, row, tally
+from qalign.page.session import Reply
+from qalign.page.votes import Choice, Tally, VoteFile, row, tally
 from tests.helpers import TRAIN, metrics, train
 
 PROMPT = ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Why “ü”?\nAnd why?"})
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 64}
 
 
-def answer(text: str, model: str = "base", *, ended: bool = True, prompt=PROMPT, weights: str | None = None) -> Answer:
-    return Answer(model, weights, prompt, text, ended, seed=7)
+def reply(text: str, model="base", *, state="ended", prompt=PROMPT, weights=None) -> Reply:
+    return Reply(model, weights, prompt, [], 7, text=text, state=state)
 
 
 def vote(choice: str, a: str = "It is.", b: str = "It isn't.", **keys) -> dict:
-    return row(Choice(choice), answer(a), answer(b, "demo/dpo", weights="ab12", **keys), "tiny", SAMPLING, " so ")
+    return row(Choice(choice), reply(a), reply(b, "demo/dpo", weights="ab12", **keys), "tiny", SAMPLING, " so ")
 
 
 def read(path):
@@ -47,23 +48,22 @@ def test_a_vote_for_one_answer_is_a_preference_row(choice, chosen, rejected, tmp
     [
         (vote("tie"), "a vote for 'tie'"),
         (vote("both_bad"), "a vote for 'both bad'"),
-        (vote("b", ended=False), "the better answer was cut"),
+        (vote("b", state="cut"), "the better answer was cut"),
         (vote("a", b=" "), "an answer is empty"),
         (vote("a", b="It is. "), "both answers are the same"),
         (vote("a", prompt=PROMPT[1:]), "the two answers are to different dialogues"),
     ],
 )
 def test_a_vote_that_makes_no_pair_is_left_out_and_says_why(kept, reason, write_jsonl):
-    pairs, refused = read(write_jsonl("votes.jsonl", [kept]))
+    pairs, (found,) = read(write_jsonl("votes.jsonl", [kept]))
     assert not pairs
-    (found,) = refused
-    assert isinstance(found, LeftOut)
-    assert found.reason == reason
+    assert (type(found), found.reason) == (LeftOut, reason)
     assert (kept["a"]["text"], kept["b"]["model"]) == ("It is.", "demo/dpo")
+    assert ("prompt" in kept["b"]) == ("different" in reason)
 
 
 def test_a_worse_answer_that_was_cut_still_makes_a_pair():
-    assert vote("a", ended=False)["rejected"] == "It isn't."
+    assert vote("a", state="stopped")["rejected"] == "It isn't."
 
 
 def test_only_a_row_without_answers_can_say_that_it_is_no_pair(write_jsonl):
@@ -73,49 +73,40 @@ def test_only_a_row_without_answers_can_say_that_it_is_no_pair(write_jsonl):
     assert [type(r).__name__ for r in refused] == ["Refused"]
 
 
-def test_votes_train_with_most_of_them_ties(recipe_file, write_jsonl, tmp_path, capsys):
+def test_votes_train_with_most_of_them_ties(recipe_file, write_jsonl, capsys):
     questions = [json.loads(line) for line in Path(TRAIN).read_text(encoding="utf-8").splitlines()[:4]]
-    asked = [({"role": "user", "content": question["prompt"]},) for question in questions]
-    rows = [
-        row(Choice.B, answer(q["rejected"], prompt=p), answer(q["chosen"], "demo/dpo", prompt=p), "tiny", SAMPLING)
-        for q, p in zip(questions, asked, strict=True)
-    ]
+    rows = []
+    for q in questions:
+        turns = ({"role": "user", "content": q["prompt"]},)
+        answers = reply(q["rejected"], prompt=turns), reply(q["chosen"], "demo/dpo", prompt=turns)
+        rows.append(row(Choice.B, *answers, "tiny", SAMPLING))
     run = train(recipe_file(data=write_jsonl("votes.jsonl", [*rows, *[vote("tie")] * 5, vote("both_bad")])))
-    assert json.loads(run.summary.read_text())["rows"] == {
-        "used": 4, "held_out": 0, "refused": 0, "shortened": 0, "left_out": 6,
-    }  # fmt: skip
-    assert "4 used, 0 held out, 0 refused, 0 shortened, 6 left out" in capsys.readouterr().out
+    counted = json.loads(run.summary.read_text())["rows"]
+    assert counted == {"used": 4, "held_out": 0, "refused": 0, "shortened": 0, "left_out": 6}
+    assert "6 left out" in capsys.readouterr().out
     assert len(metrics(run)) == 1
     assert not (run.path / "rejected_rows.jsonl").exists()
 
 
 def test_votes_that_are_all_ties_say_so(recipe_file, write_jsonl):
-    with pytest.raises(UserError, match="none of its 2 rows is a pair; the first: a vote for 'tie'"):
+    with pytest.raises(UserError, match=r"2 rows.*a vote for 'tie'"):
         train(recipe_file(data=write_jsonl("votes.jsonl", [vote("tie")] * 2)))
 
 
-def test_a_torn_last_line_is_moved_aside_and_the_next_vote_stands_alone(tmp_path):
-    path = tmp_path / "votes.jsonl"
+@pytest.mark.parametrize("torn", [True, False])
+def test_an_incomplete_last_line_is_moved_aside_and_a_missing_newline_is_added(torn, tmp_path):
+    path, aside = tmp_path / "votes.jsonl", tmp_path / "votes.jsonl.torn"
     VoteFile(path).append(vote("a"))
     whole = path.read_bytes()
-    path.write_bytes(whole + whole[: len(whole) // 2])
+    half = whole[: len(whole) // 2]
+    path.write_bytes(whole + half if torn else whole.rstrip(b"\n"))  # as a power cut, or an editor, leaves it
     file = VoteFile(path)
     file.append(vote("b"))
     assert [kept["vote"] for kept in file.read()] == ["a", "b"]
     assert path.read_bytes().startswith(whole)
-    assert (tmp_path / "votes.jsonl.torn").read_bytes() == whole[: len(whole) // 2] + b"\n"
+    assert (aside.read_bytes() if aside.exists() else b"") == (half + b"\n" if torn else b"")
     pairs, refused = read(path)
     assert (len(pairs), refused) == (2, [])
-
-
-def test_a_whole_last_vote_without_its_line_end_is_kept(tmp_path):
-    path = tmp_path / "votes.jsonl"
-    VoteFile(path).append(vote("a"))
-    path.write_bytes(path.read_bytes().rstrip(b"\n"))  # as an editor may leave it
-    file = VoteFile(path)
-    file.append(vote("b"))
-    assert [kept["vote"] for kept in file.read()] == ["a", "b"]
-    assert not (tmp_path / "votes.jsonl.torn").exists()
 
 
 def test_a_vote_is_on_the_disk_or_not_there_at_all(tmp_path, monkeypatch):
@@ -142,29 +133,22 @@ def test_a_newline_in_an_answer_stays_within_its_line(tmp_path):
     assert kept["chosen"] == "one\n\u2028two\r\nthree"
 
 
-def test_the_tally_counts_votes_between_these_two_models_only_whichever_stood_left():
+def test_the_tally_counts_votes_between_these_two_models_only_whichever_was_left():
     base, tuned, older = ("base", None), ("demo/dpo", "ab12"), ("demo/dpo", "cd34")
 
     def voted(choice: str, left: tuple, right: tuple) -> dict:
-        a, b = (answer("x", name, weights=weights) for name, weights in (left, right))
+        a, b = (reply("x", name, weights=weights) for name, weights in (left, right))
         return row(Choice(choice), a, b, "tiny", SAMPLING)
 
-    votes = [
-        voted("a", tuned, base),
-        voted("b", base, tuned),
-        voted("b", tuned, base),
-        voted("tie", base, tuned),
-        voted("both_bad", tuned, base),
-        voted("a", older, base),
-        {"vote": "a"},
-    ]
+    votes = [voted("a", tuned, base), voted("b", base, tuned), voted("b", tuned, base), voted("tie", base, tuned)]
+    votes += [voted("both_bad", tuned, base), voted("a", older, base), {"vote": "a"}]
     assert tally(iter(votes), tuned, base) == Tally(wins=2, losses=1, ties=1, both_bad=1)
     assert tally(iter(votes), base, tuned) == Tally(wins=1, losses=2, ties=1, both_bad=1)
 
 
 def test_the_tallys_figures_are_those_worked_out_by_hand():
     ten = Tally(wins=7, losses=2, ties=1, both_bad=0)
-    assert ten.share == pytest.approx(0.75)
+    assert ten.win_rate == pytest.approx(0.75)
     # Wilson: (0.75 + 1.9208/10 ± 1.96 · √(0.1875/10 + 3.8415/400)) / (1 + 3.8415/10)
     assert ten.interval == pytest.approx([0.44218, 0.91905], abs=1e-5)
     assert ten.votes_missing == 6  # 0.25 > 1.96 · √(0.25 / n) from n = 15.37 on, so 16

@@ -9,81 +9,71 @@ from qalign.page import worker
 from qalign.page.worker import Worker
 
 
-def test_everything_is_made_in_one_thread():
+def test_everything_runs_in_one_thread():
     ours, seen = Worker(), set()
 
-    def pieces():
+    def generate():
         for number in range(3):
             seen.add(threading.get_ident())
             yield number
 
-    assert list(ours.stream("a", pieces)) == [0, 1, 2]
-    assert ours.run(threading.get_ident) in seen
-    assert len(seen) == 1
+    assert list(ours.stream("a", generate)) == [0, 1, 2]
+    assert seen == {ours.run(threading.get_ident)}
     assert threading.get_ident() not in seen
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_to_the_taker_after_what_came_before():
-    def pieces():
+def test_an_exception_reaches_the_reader_after_the_items_before_it():
+    def generate():
         yield 1
         raise ValueError("no")
 
     ours, got = Worker(), []
     with pytest.raises(ValueError, match="no"):
-        got.extend(ours.stream("a", pieces))
+        got.extend(ours.stream("a", generate))
     assert got == [1]
-    assert ours.run(lambda: 5) == 5  # it serves on
+    assert ours.run(lambda: 5) == 5  # the worker goes on
 
 
-def endless(closed: threading.Event):
-    try:
-        while True:
-            yield time.monotonic()
-    finally:
-        closed.set()
-
-
-def test_a_taker_who_just_disappears_counts_as_gone_after_a_while(monkeypatch):
-    monkeypatch.setattr(worker, "PATIENCE_SECONDS", 0.2)
+@pytest.mark.parametrize("end", ["close", "stop", "ask again", "disappear"])
+def test_a_stream_ends_early(end, monkeypatch):
+    monkeypatch.setattr(worker, "READER_TIMEOUT_SECONDS", 0.2 if end == "disappear" else 30)
     ours, closed = Worker(), threading.Event()
-    abandoned = ours.stream("a", lambda: endless(closed))
-    next(abandoned)
-    assert closed.wait(5)  # nobody closed it, nobody takes anything
-    assert ours.run(lambda: 5) == 5
 
+    def endless():
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
 
-@pytest.mark.parametrize("end", ["close", "stop", "ask again"])
-def test_a_stream_can_be_ended(end):
-    ours, closed = Worker(), threading.Event()
-    running = ours.stream("a", lambda: endless(closed))
+    running = ours.stream("a", endless)
     next(running)
     if end == "close":
         running.close()
     elif end == "stop":
         ours.stop("a")
         list(running)
-    else:
-        second = ours.stream("a", lambda: (number for number in [7]))
-        assert list(second) == [7]
+    elif end == "ask again":
+        assert list(ours.stream("a", lambda: (number for number in [7]))) == [7]
     assert closed.wait(5)
+    assert ours.run(lambda: 5) == 5
     ours.stop("nobody")
 
 
-def test_who_leaves_before_their_turn_costs_nothing():
+def test_a_reader_that_leaves_before_its_turn_costs_nothing():
     ours, go, begun = Worker(), threading.Event(), []
     blocking = threading.Thread(target=ours.run, args=(lambda: go.wait(5),))
     blocking.start()
 
-    def pieces():
+    def generate():
         begun.append(1)
         yield 1
 
-    waiting = ours.stream("late", pieces)
-    taker = threading.Thread(target=lambda: list(waiting))
-    taker.start()
+    waiting = threading.Thread(target=lambda: list(ours.stream("late", generate)))
+    waiting.start()
     time.sleep(0.1)
     ours.stop("late")
     go.set()
-    taker.join(5)
+    waiting.join(5)
     blocking.join(5)
     assert not begun
