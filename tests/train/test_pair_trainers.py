@@ -185,7 +185,7 @@ def test_dropout_is_the_training_policys_alone(tiny_folder, tmp_path):
 
 def trained(
     tiny_folder, folder, pairs=8, dtype="float32", start_from=None, micro=MicroBatchLimit(pairs=1000), **values
-):  # noqa: B008
+):
     """Losses and adapter after a few steps on the tiny model."""
     torch.manual_seed(0)
     base = load(Model(base=tiny_folder, compute_dtype=dtype))

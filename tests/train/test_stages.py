@@ -1,0 +1,309 @@
+"""What is true of every stage: what a run leaves, says and changes, what it refuses, and that it resumes to the same
+numbers."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import qalign.model.base
+import qalign.rl.ppo_setup
+from qalign.config.load import load as load_recipe
+from qalign.errors import Stopped, UserError
+from qalign.model import lineage
+from qalign.model.base import load, load_classifier
+from qalign.train.run_folder import RunFolder
+from tests.conftest import ROOT
+from tests.helpers import TEST, base_digest, metrics, summary
+from tests.reward_runs import run_stage, write_recipe
+
+STAGES = ("sft", "reward", "dpo", "ppo")
+PPO_KEYS = {"samples_per_prompt": 2, "max_new_tokens": 4, "max_steps": 3, "kl_stop": None}
+# What the clock says; and TRL counts the tokens of an evaluation since the session began.
+CLOCK = ("tokens_per_second", "share/", "eval_num_tokens")
+WEIGHTS = "adapter_model.safetensors"
+HELD_OUT = {"path": TEST, "limit": 4}
+
+
+def recipe_of(folder: Path, base: str, stage: str, **keys) -> str:
+    """A recipe of any stage; PPO's reward is the length of an answer."""
+    if stage == "ppo":
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "mine.py").write_text("def length(completions):\n    return [float(len(c)) for c in completions]\n")
+        keys = {"reward": f"{folder}/mine.py:length", **PPO_KEYS, **keys}
+    return write_recipe(folder, base, stage, **keys)
+
+
+@contextlib.contextmanager
+def bases_kept():
+    """Gathers the bases that stages load meanwhile."""
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((qalign.model.base, "load"), (qalign.model.base, "load_classifier"),
+                             (qalign.rl.ppo_setup, "load")):  # fmt: skip
+            real = getattr(module, name)
+            patch.setattr(module, name, lambda spec, real=real: found.append(real(spec)) or found[-1])
+        yield found
+
+
+@pytest.fixture(scope="module")
+def sft_adapter(tiny_folder, tmp_path_factory) -> Path:
+    return run_stage(write_recipe(tmp_path_factory.mktemp("parent"), tiny_folder, "sft")).adapter
+
+
+@pytest.fixture(scope="module", params=STAGES)
+def finished(request, tiny_folder, sft_adapter, tmp_path_factory):
+    """A run of each stage that started from an adapter: (run, what it printed, the base that it left in memory)."""
+    keys = {"start_from": str(sft_adapter), "eval_data": HELD_OUT, "eval_every": 2, "save_every": 1}
+    path = recipe_of(tmp_path_factory.mktemp(request.param), tiny_folder, request.param, **keys)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), bases_kept() as bases:
+        run = run_stage(path)
+    return run, said.getvalue(), bases[0]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    run, _, _ = finished
+    assert {file.name for file in run.path.iterdir()} >= {"adapter", "recipe.yaml", "metrics.jsonl", "summary.json"}
+    assert {file.name for file in run.adapter.iterdir()} >= {
+        WEIGHTS, "adapter_config.json", "tokenizer.json", "chat_template.jinja", "README.md", "lineage.json",
+    }  # fmt: skip
+    assert load_recipe(str(run.path / "recipe.yaml")) == run.recipe
+    assert sorted(file.name for file in run.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
+    assert all((file / "whole").is_file() for file in run.checkpoints.iterdir())
+    assert not [file for file in run.path.rglob("*") if file.name.startswith(".")], "temporary files are gone"
+    facts = summary(run)
+    assert facts["steps"] == 3
+    assert {"used": 12, "held_out": 4, "refused": 0}.items() <= facts["rows"].items()
+    assert {"tokens", "tokens_per_second", "train_seconds", "wall_seconds", "peak_bytes", "versions"} <= set(facts)
+    assert facts["resumed_from"] is None
+
+
+def test_every_step_and_every_evaluation_is_logged(finished):
+    run, _, _ = finished
+    logged = metrics(run)
+    steps = [line for line in logged if "loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    evaluated = [line["step"] for line in logged if any(name.startswith("eval_") for name in line)]
+    assert evaluated == ([0, 2, 3] if run.stage == "ppo" else [2, 3])
+    assert steps[-1]["num_tokens"] == summary(run)["tokens"] > steps[0]["num_tokens"] > 0
+
+
+def test_the_header_says_what_is_trained_on_what_and_against_what(finished, sft_adapter):
+    run, said, _ = finished
+    reference = f"reference      the base with a frozen copy of the adapter {sft_adapter}"
+    assert (reference in said) == (run.stage in ("dpo", "ppo"))
+    if run.stage in ("dpo", "ppo"):
+        assert summary(run)["reference"] in reference
+    follows = {"sft": "merge", "reward": "score", "dpo": "evaluate", "ppo": "best_of"}[run.stage]
+    words = (f"qalign {run.stage} → {run.path}", "nf4, computing in float32 on cpu", f"a copy of {sft_adapter}")
+    for word in (*words, "12 used, 4 held out", "3, each of 4", "2 at a time", str(run.adapter),
+                 f"python -m qalign.{follows}"):  # fmt: skip
+        assert (word if word != "2 at a time" or run.stage != "ppo" else "1 at a time") in said, word
+
+
+def test_the_adapter_says_where_it_comes_from(finished, sft_adapter, tiny_folder):
+    run, _, base = finished
+    kept = lineage.read(run.adapter)
+    assert (kept.stage, kept.base, kept.parent) == (run.stage, tiny_folder, str(sft_adapter))
+    assert kept.parent_hash == lineage.adapter_hash(sft_adapter)
+    assert (kept.quantization, kept.compute_dtype) == ("nf4", "float32")
+    assert kept.special_tokens == {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>"}
+    lineage.check("dpo.start_from", run.adapter, base.lineage("dpo"))
+
+
+def test_training_moves_the_adapter_alone_and_in_float32(finished, sft_adapter):
+    """The base stays what it is, and so does the adapter that the run started from, on the disk and in memory."""
+    run, _, base = finished
+    loaded = (load_classifier if run.stage == "reward" else load)(run.recipe.model)
+    assert base_digest(base) == base_digest(loaded)
+    before, after = (load_file(folder / WEIGHTS) for folder in (sft_adapter, run.adapter))
+    assert {weight.dtype for weight in after.values()} == {torch.float32}
+    assert set(before) <= set(after)
+    assert all(not torch.equal(before[name], after[name]) for name in before), "every weight was trained"
+    kept = {name: tensor for name, tensor in base.model.state_dict().items() if ".reference." in name}
+    assert bool(kept) == (run.stage in ("dpo", "ppo"))
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, before[name.replace(".reference", "")]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_misspelt_column_is_reported_before_torch_is_imported(stage, tiny_folder, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"promt": "Why?", "chosne": "a", "rejectde": "b", "masseges": []}\n' * 3)
+    path = recipe_of(tmp_path / "runs", tiny_folder, stage, data=str(rows))
+    code = (
+        f"import sys, qalign.{stage} as stage\n"
+        "try: stage.main(sys.argv[1:])\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.stdout.split() == ["2", "False"], done.stderr
+    assert f"{stage}.data: 3 of 3 rows were refused" in done.stderr
+    assert f"{rows}:1: " in done.stderr
+    assert "promt" in done.stderr, "the row's own keys are named"
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_refused_rows_are_listed_and_too_many_leave_the_old_run_alone(stage, tiny_folder, tmp_path):
+    good = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
+    good |= {"prompt": "Why?", "chosen": "Because.", "rejected": "No."} if stage != "sft" else {}
+    lines = [json.dumps(good)] * 30
+    lines[6], lines[20] = (
+        '{"prompt": "cut off',
+        json.dumps({"prompt": "word " * 600, "chosen": "yes", "rejected": "no"}),
+    )
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(lines))
+    keys = {"data": str(data), "limit": None, "max_steps": 1}
+    with pytest.raises(UserError, match=rf"{stage}\.data: 2 of 30 rows were refused \(7%") as raised:
+        run_stage(recipe_of(tmp_path / "strict", tiny_folder, stage, **keys))
+    assert [line.split(": ")[0].strip() for line in raised.value.lines[1:]] == [f"{data}:7", f"{data}:21"]
+
+    path = Path(recipe_of(tmp_path / "lenient", tiny_folder, stage, **keys))
+    path.write_text(path.read_text() + "max_refused_share: 0.1\n")
+    run = run_stage(str(path))
+    listed = [json.loads(line) for line in (run.path / "rejected_rows.jsonl").read_text().splitlines()]
+    assert [row["where"] for row in listed] == [f"{data}:7", f"{data}:21"]
+    assert {"used": 28, "refused": 2}.items() <= summary(run)["rows"].items()
+
+    data.write_text("not JSON\n" * 30)
+    with pytest.raises(UserError, match=rf"{stage}\.data: 30 of 30 rows were refused"):
+        run_stage(str(path), overwrite=True)
+    assert run.complete
+    assert len((run.path / "rejected_rows.jsonl").read_text().splitlines()) == 2
+    assert len((run.path / "rejected_rows.last_try.jsonl").read_text().splitlines()) == 30
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path, monkeypatch, capsys):
+    """With dropout, so that the state of the random generators counts as well."""
+    keys = {"limit": 20, "save_every": 10, "lora": {"dropout": 0.1}, "eval_data": HELD_OUT, "eval_every": 2}
+    keys |= {"max_steps": 5} if stage == "ppo" else {}
+    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
+    path = recipe_of(tmp_path / "stopped", tiny_folder, stage, **keys)
+    log = RunFolder.log
+
+    def log_and_stop(run: RunFolder, line: dict) -> None:
+        log(run, line)
+        if line["step"] == 2 and "loss" in line:
+            run.stop(signal.SIGTERM, None)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "log", log_and_stop)
+        with pytest.raises(Stopped):
+            run_stage(path)
+    stopped = RunFolder(load_recipe(path), stage)
+    assert not stopped.complete
+    checkpoint = stopped.last_checkpoint()
+    assert checkpoint.name in ("checkpoint-2", "checkpoint-3")
+    said = capsys.readouterr().out
+    assert str(checkpoint) in said
+    assert f"python -m qalign.{stage} {path} --resume" in said
+    with pytest.raises(UserError, match="holds a run that was stopped"):
+        run_stage(path)
+    resumed = run_stage(path, resume=True)
+    assert f"resuming       {checkpoint}" in capsys.readouterr().out
+    assert summary(resumed)["resumed_from"] == str(checkpoint)
+    assert_same_run(resumed, whole)
+
+
+def assert_same_run(run: RunFolder, expected: RunFolder) -> None:
+    """The metrics without what the clock says, and the weights."""
+    one, other = metrics(run), metrics(expected)
+    assert [line["step"] for line in one] == [line["step"] for line in other]
+    for line, wanted in zip(one, other, strict=True):
+        assert line.keys() == wanted.keys()
+        for name, value in line.items():
+            if not name.startswith(CLOCK):
+                near = pytest.approx(wanted[name], rel=1e-6, abs=1e-6) if isinstance(value, float) else wanted[name]
+                assert value == near, (line["step"], name)
+    weights = (load_file(folder.adapter / WEIGHTS) for folder in (run, expected))
+    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
+
+
+def started(path: str, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"qalign.{Path(path).stem}", path, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        log = folder / "metrics.jsonl"
+        if log.exists() and len(log.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    pytest.fail(f"no step {step} within two minutes")
+
+
+@pytest.mark.parametrize(
+    ("stage", "number", "code"),
+    [
+        ("sft", signal.SIGINT, 130),
+        ("reward", signal.SIGTERM, 143),
+        ("dpo", signal.SIGINT, 130),
+        ("dpo", signal.SIGKILL, -signal.SIGKILL),
+        ("ppo", signal.SIGTERM, 143),
+    ],
+)
+def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(stage, number, code, tiny_folder, tmp_path):
+    keys = {"limit": None, "max_steps": 40, "save_every": 5}
+    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
+    path, folder = recipe_of(tmp_path / "cut", tiny_folder, stage, **keys), tmp_path / "cut" / stage
+    process = started(path)
+    wait_for_step(folder, 8, process)
+    process.send_signal(number)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == code, said
+    reached = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert 8 <= reached < 40, "the run was not stopped midway"
+    assert not (folder / "summary.json").exists()
+    if number != signal.SIGKILL:
+        assert f"checkpoint-{reached}" in said, "it was saved where it stopped"
+        assert "--resume" in said
+        assert "Traceback" not in said
+    assert_same_run(run_stage(path, resume=True), whole)
+
+    process = started(path, "--resume")
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0
+    assert "this run is complete" in said
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path):
+    keys = {"save_every": 1}
+    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
+    path = recipe_of(tmp_path / "cut", tiny_folder, stage, **keys)
+    run = run_stage(path)
+    run.summary.unlink()
+    shutil.rmtree(run.adapter)
+    newest = run.checkpoints / "checkpoint-3"
+    (newest / "whole").unlink()
+    for file in newest.glob("*.pt"):
+        file.write_bytes(b"half")
+    again = run_stage(path, resume=True)
+    assert summary(again)["resumed_from"].endswith("checkpoint-2")
+    assert_same_run(again, whole)
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+def test_evaluating_while_training_does_not_move_a_number(stage, tiny_folder, tmp_path):
+    plain = run_stage(write_recipe(tmp_path / "plain", tiny_folder, stage))
+    measured = run_stage(write_recipe(tmp_path / "measured", tiny_folder, stage, eval_data=HELD_OUT, eval_every=1))
+    one, other = (load_file(run.adapter / WEIGHTS) for run in (plain, measured))
+    assert all(torch.equal(one[name], other[name]) for name in one)
