@@ -119,20 +119,19 @@ class Chat:
         """
         if not reply.ids:
             raise UserError("there is no answer yet to compare")
-        return self._worker.run(lambda: self._token_spans(reply))
 
-    @torch.no_grad()
-    def _token_spans(self, reply: Reply) -> list[TokenSpan]:
-        batch = self.base.batch([TokenAnswers(reply.prompt_ids, (list(reply.ids),))])
-        logps = []
-        with self.base.packed_attention():
-            for role in (Role.BASE, self._role(reply.model)):  # the reference first, as in training
-                with self.base.acting_as(role) as lm:
-                    logps.append(completion_logps(lm, batch))
-        nats, decode = (logps[1] - logps[0]).tolist(), self.base.tokenizer.decode
-        spans, start, before = [], 0, ""
+        @torch.no_grad()
+        def log_ratios() -> list[float]:
+            batch, logps = self.base.batch([TokenAnswers(reply.prompt_ids, (list(reply.ids),))]), []
+            with self.base.packed_attention():
+                for role in (Role.BASE, self._role(reply.model)):  # the reference first, as in training
+                    with self.base.acting_as(role) as lm:
+                        logps.append(completion_logps(lm, batch))
+            return (logps[1] - logps[0]).tolist()
+
+        nats, spans, start, before = self._worker.run(log_ratios), [], 0, ""
         for end in range(1, len(nats) + 1):
-            text = str(decode(list(reply.ids[:end]), skip_special_tokens=False, clean_up_tokenization_spaces=False))
+            text = str(self.base.tokenizer.decode(list(reply.ids[:end]), clean_up_tokenization_spaces=False))
             if text.endswith("\ufffd") and end < len(nats):  # the rest of this character is in the next token
                 continue
             spans.append(TokenSpan(text[len(before) :], sum(nats[start:end])))

@@ -16,6 +16,7 @@ from qalign.page.models import ModelEntry, available_models, default_pair
 from qalign.page.votes import VoteFile
 
 MAX_WAITING = 24  # requests in the queue for the one model
+NOT_NEEDED = ("run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")  # parts of Gradio
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -90,13 +91,9 @@ def launch(blocks: Any, args: argparse.Namespace, auth: tuple[str, str] | None) 
             theme=THEME,
             css=CSS,
             footer_links=[],
-            run_history=False,
-            enable_monitoring=False,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
             max_file_size=1,
             state_session_capacity=500,
+            **dict.fromkeys(NOT_NEEDED, False),
         )
     except OSError as error:
         raise UserError(f"--port: {error}") from None

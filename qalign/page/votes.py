@@ -66,15 +66,15 @@ def _answer(reply: Reply, other: Reply) -> dict[str, Any]:
 
 def _why_no_pair(choice: Choice, chosen: Reply, rejected: Reply) -> str | None:
     """Why a vote can't be trained on; None if it can."""
-    if choice in (Choice.TIE, Choice.BOTH_BAD):
-        return f"a vote for '{choice.replace('_', ' ')}'"
-    if chosen.prompt != rejected.prompt:
-        return "the two answers are to different dialogues"
-    if chosen.state != "ended":  # training on it would teach the model to stop in mid-sentence
-        return "the better answer was cut"
-    if not rejected.text.strip() or not chosen.text.strip():
-        return "an answer is empty"
-    return "both answers are the same" if chosen.text.strip() == rejected.text.strip() else None
+    reasons = {
+        f"a vote for '{choice.replace('_', ' ')}'": choice in (Choice.TIE, Choice.BOTH_BAD),
+        "the two answers are to different dialogues": chosen.prompt != rejected.prompt,
+        # Training on it would teach the model to stop in mid-sentence.
+        "the better answer was cut": chosen.state != "ended",
+        "an answer is empty": not (chosen.text.strip() and rejected.text.strip()),
+        "both answers are the same": chosen.text.strip() == rejected.text.strip(),
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 class VoteFile:

@@ -17,9 +17,7 @@ SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, ""]  # in the order of `u
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("app") / "runs"
-    finished_run(folder / "a", tiny_folder)
-    return folder
+    return finished_run(tmp_path_factory.mktemp("app") / "runs" / "a", tiny_folder).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -73,15 +71,10 @@ def test_nothing_is_fetched_from_elsewhere(client):
 @pytest.mark.parametrize(
     "path",
     [
-        "/gradio_api/file=/etc/passwd",
-        "/gradio_api/file=../../../../etc/passwd",
-        "/gradio_api/file=" + str(ROOT / "pyproject.toml"),
-        "/file=/etc/passwd",
-        "/static/../../../../../../etc/passwd",
-        "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd",
-        "/gradio_api/proxy=http://127.0.0.1:1/",
-        "/gradio_api/file=http://127.0.0.1:1/",
-        "/gradio_api/file=https://example.org/",
+        *("/gradio_api/file=/etc/passwd", "/gradio_api/file=../../../../etc/passwd", "/file=/etc/passwd"),
+        *(f"/gradio_api/file={ROOT / 'pyproject.toml'}", "/static/../../../../../../etc/passwd"),
+        *("/assets/..%2f..%2f..%2f..%2fetc%2fpasswd", "/gradio_api/proxy=http://127.0.0.1:1/"),
+        *("/gradio_api/file=http://127.0.0.1:1/", "/gradio_api/file=https://example.org/"),
     ],
 )
 def test_no_file_can_be_read_and_no_other_server_reached(client, path):
@@ -102,19 +95,11 @@ def test_a_crafted_request_cannot_name_another_adapter(client, name):
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        ["base", "a/dpo", False, False, 0, 1, 10**9, 1, ""],
-        ["base", "a/dpo", False, False, "x", 1, 6, 1, ""],
-        ["base", "a/dpo", False, False, 0, -5, 6, 1, ""],
-        ["base", "a/dpo", False, False, 0, 1, 6, "soon", ""],
-        ["base", "a/dpo", False, False, 0, 1, 6, "9" * 10, ""],
-        ["base", "a/dpo", False, False, 0, 1, 6, 1, "s" * 50000],
-        ["base", "a/dpo"],
-    ],
+    ("place", "value"), [(4, "x"), (5, -5), (6, 10**9), (7, "soon"), (7, "9" * 10), (8, "s" * 50000), (2, None)]
 )
-def test_settings_out_of_bounds_answer_nothing(client, settings):
-    done = ask(client, f"bounds {str(settings)[:60]}", settings=settings)
+def test_settings_out_of_bounds_answer_nothing(client, place, value):
+    settings = SETTINGS[:2] if value is None else [*SETTINGS[:place], value, *SETTINGS[place + 1 :]]
+    done = ask(client, f"bounds {place} {str(value)[:9]}", settings=settings)
     assert "tokens/s" not in json.dumps(done)
     assert "Traceback" not in json.dumps(done)
 

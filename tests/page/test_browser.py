@@ -69,6 +69,9 @@ class Browser:
     def type(self, *keys: str) -> None:
         self("#prompt textarea").send_keys(*keys)
 
+    def prompt(self) -> str:
+        return self("#prompt textarea").get_attribute("value")
+
     def until(self, true, seconds: float = 30):
         deadline, problem = time.monotonic() + seconds, None
         while time.monotonic() < deadline:
@@ -109,9 +112,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def runs(tiny_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("browser") / "runs"
-    finished_run(folder / "a", tiny_folder)
-    return folder
+    return finished_run(tmp_path_factory.mktemp("browser") / "runs" / "a", tiny_folder).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def votes(runs):
 
 
 @pytest.fixture(scope="module")
-def page(browser, runs, votes):
+def page(runs, votes):
     with serving("--runs", str(runs), "--votes", str(votes)) as address:
         yield address
 
@@ -137,11 +138,11 @@ def test_the_page_loads_and_asks_nobody_else(browser, page):
 def test_enter_sends_and_shift_enter_breaks_the_line(browser, page):
     browser.open(page)
     browser.type("one", Keys.SHIFT + Keys.ENTER + Keys.NULL, "two")
-    assert browser("#prompt textarea").get_attribute("value") == "one\ntwo"
+    assert browser.prompt() == "one\ntwo"
     browser.type(Keys.ENTER)
     browser.answered()
     assert "one\ntwo" in browser.text("#left")
-    assert browser("#prompt textarea").get_attribute("value") == ""
+    assert browser.prompt() == ""
     for side in ("left", "right"):
         assert "tokens/s" in browser.text(f"#{side}-figures")
 
@@ -191,7 +192,6 @@ def test_a_reload_keeps_serving_even_in_the_middle_of_an_answer(browser, page):
     browser.open(page)
     browser.type("Why?\n")
     browser.until(lambda: browser.text("#left-figures"))
-    browser.driver.refresh()
     browser.open(page)
     assert not browser.text("#left-figures")
     browser.type("Why?\n")
@@ -223,7 +223,7 @@ def test_retry_edit_and_clear(browser, page):
     browser.click("#retry")
     browser.until(lambda: browser("#send").is_displayed() and browser.text("#left-figures") not in ("", first))
     browser.click("#edit")
-    browser.until(lambda: browser("#prompt textarea").get_attribute("value") == "First question")
+    browser.until(lambda: browser.prompt() == "First question")
     assert "First question" not in browser.text("#left")
     browser.type("\n")
     browser.answered()
@@ -240,8 +240,7 @@ def test_a_phone_has_no_sideways_scroll(browser, page, dark):
     for selector in ("#left", "#right", "#prompt", "#send"):
         edges = f"const b = document.querySelector('{selector}').getBoundingClientRect(); return [b.left, b.right]"
         left, right = browser.until(lambda edges=edges: browser.run(edges))
-        assert left >= 0
-        assert right <= 390
+        assert 0 <= left < right <= 390
 
 
 CONTRAST = """
@@ -324,8 +323,7 @@ def test_both_sides_of_smollm2_stream_and_the_aligned_answer_is_coloured(browser
     began = time.monotonic()
     browser.type("Is it too late to plant tulips in December?\n")
     browser.until(lambda: browser.text("#left-figures") and browser.text("#right-figures"))
-    first = time.monotonic() - began
-    print(f"first tokens seen after {first:.2f} s")
+    assert time.monotonic() - began < 10  # what a busy machine may take; benchmarks/chat.py measures
     seen = set()
     while not browser.run("return Boolean(document.querySelector('#send')?.offsetParent)"):
         seen.add(browser.run("return document.querySelector('#right').innerText.length"))
@@ -335,27 +333,19 @@ def test_both_sides_of_smollm2_stream_and_the_aligned_answer_is_coloured(browser
     browser.until(lambda: browser("#differences .sum"))
     assert len(browser.driver.find_elements("css selector", "#differences .coloured .token")) > 3
     assert "nats" in browser.text("#differences .sum")
-    assert first < 10  # what a busy machine may take; benchmarks/chat.py measures
 
 
-def test_stop_stops(browser, smollm2):
+@pytest.mark.parametrize("button", ["stop", "clear"])
+def test_a_growing_answer_can_be_stopped_or_cleared(browser, smollm2, button):
     browser.open(smollm2)
     browser.type("Tell me a very long story about a fox, with many chapters.\n")
     browser.until(lambda: browser.text("#left-figures"))
-    browser.click("#stop")
-    began = time.monotonic()
-    browser.until(lambda: "stopped" in browser.text("#left-figures") + browser.text("#right-figures"))
-    assert time.monotonic() - began < 5
+    browser.click(f"#{button}")
+    if button == "stop":
+        browser.until(lambda: "stopped" in browser.text("#left-figures") + browser.text("#right-figures"), 5)
     browser.until(lambda: browser("#send").is_displayed())
-
-
-def test_what_is_cleared_as_it_grows_stays_cleared(browser, smollm2):
-    browser.open(smollm2)
-    browser.type("Tell me a very long story about a fox, with many chapters.\n")
-    browser.until(lambda: browser.text("#left-figures"))
-    browser.click("#clear")
-    browser.until(lambda: browser("#send").is_displayed())
-    time.sleep(3)  # whatever came after it has come
-    assert browser("#send").is_displayed()
-    assert "fox" not in browser.text("#left")
-    assert not browser.text("#left-figures")
+    if button == "clear":
+        time.sleep(3)  # whatever came after it has come
+        assert browser("#send").is_displayed()
+        assert "fox" not in browser.text("#left")
+        assert not browser.text("#left-figures")

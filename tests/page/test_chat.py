@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import peft
 import pytest
@@ -17,6 +18,7 @@ from qalign.page.session import Reply
 from tests.chat_runs import finished_run, reward_beside
 
 QUESTION = [{"role": "user", "content": "Is it too late to plant tulips in December?"}]
+PAIR = [("base", QUESTION), ("a/dpo", QUESTION)]
 GREEDY = Controls(temperature=0, top_p=1.0, max_new_tokens=10, seed=1)
 
 
@@ -40,8 +42,7 @@ def last(chat, sides, controls=GREEDY, key="me") -> list[Reply]:
 
 
 def test_both_sides_answer_as_each_does_alone(chat, runs):
-    sides = [("base", QUESTION), ("a/dpo", QUESTION)]
-    steps = list(chat.answer("me", sides, GREEDY))
+    steps = list(chat.answer("me", PAIR, GREEDY))
     assert [len(reply.ids) for reply in steps[0]] == [1, 1]
     base = load(chat.model)
     base.load_adapter(Role.POLICY, str(runs / "a" / "dpo" / "adapter"), trainable=False)
@@ -64,15 +65,11 @@ def test_the_base_stays_in_memory_once_and_sides_switch_on_it(chat):
 
 
 def test_a_seed_gives_the_answer_again_and_no_seed_draws_one(chat):
-    sampled = Controls(temperature=1.0, top_p=0.9, max_new_tokens=10, seed=4)
-    sides = [("base", QUESTION), ("a/dpo", QUESTION)]
-    one, two = last(chat, sides, sampled), last(chat, sides, sampled)
-    assert [r.ids for r in one] == [r.ids for r in two]
     free = Controls(temperature=1.0, top_p=0.9, max_new_tokens=10)
-    drawn = last(chat, sides, free)
-    again = last(chat, sides, Controls(temperature=1.0, top_p=0.9, max_new_tokens=10, seed=drawn[0].seed))
-    assert drawn[0].seed != 4
+    drawn = last(chat, PAIR, free)
+    again, other = (last(chat, PAIR, replace(free, seed=drawn[0].seed + offset)) for offset in (0, 7))
     assert [r.ids for r in drawn] == [r.ids for r in again]
+    assert [r.ids for r in drawn] != [r.ids for r in other]
 
 
 def test_each_side_sees_its_own_history_and_the_system_prompt(chat):
@@ -86,7 +83,7 @@ def test_each_side_sees_its_own_history_and_the_system_prompt(chat):
 
 
 def test_token_differences_add_up_to_those_of_the_answer_alone(chat):
-    _, reply = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    _, reply = last(chat, PAIR)
     spans = chat.token_spans(reply)
     ids = torch.tensor([[*reply.prompt_ids, *reply.ids]])
     sums = []
@@ -97,12 +94,12 @@ def test_token_differences_add_up_to_those_of_the_answer_alone(chat):
     assert abs(sums[0] - sums[1]) > 1
     assert sum(span.nats for span in spans) == pytest.approx(sums[0] - sums[1], abs=1e-3)
     assert "".join(span.text for span in spans) == chat.base.tokenizer.decode(reply.ids)
-    base_reply, _ = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    base_reply, _ = last(chat, PAIR)
     assert all(span.nats == 0 for span in chat.token_spans(base_reply))
 
 
 def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, runs):
-    replies = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
+    replies = last(chat, PAIR)
     base = load(chat.model)
     base.load_adapter(Role.REWARD, str(runs / "a" / "reward" / "adapter"), trainable=False)
     end = base.tokenizer.convert_tokens_to_ids("<|eot_id|>")
@@ -120,20 +117,19 @@ def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder,
     reward = reward_beside(tmp_path / "c", tiny_folder) / "adapter" / "adapter_model.safetensors"
     chat = Chat(*available_models([], tmp_path))
     reward.write_bytes(b"broken")
-    sides = [("base", QUESTION), ("c/dpo", QUESTION)]
     for _ in range(2):
-        replies = last(chat, sides)
+        replies = last(chat, [("base", QUESTION), ("c/dpo", QUESTION)])
         assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
     assert capsys.readouterr().err.count("no rewards: ") == 1
 
 
-def test_scores_that_cannot_be_computed_cost_no_answers(chat, monkeypatch, capsys):
-    def full(*args, **keys):
-        raise torch.OutOfMemoryError("no")
+def out_of_memory(*args, **keys):
+    raise torch.OutOfMemoryError("no")
 
-    monkeypatch.setattr(chat.base, "answer_scores", full)
-    replies = last(chat, [("base", QUESTION), ("a/dpo", QUESTION)])
-    assert [(reply.state, reply.reward) for reply in replies] == [("cut", None)] * 2
+
+def test_scores_that_cannot_be_computed_cost_no_answers(chat, monkeypatch, capsys):
+    monkeypatch.setattr(chat.base, "answer_scores", out_of_memory)
+    assert [(reply.state, reply.reward) for reply in last(chat, PAIR)] == [("cut", None)] * 2
     assert "no rewards: Out of memory" in capsys.readouterr().err
 
 
@@ -193,19 +189,16 @@ def test_only_a_name_of_the_list_can_answer(chat, name):
         list(chat.answer("me", [(name, QUESTION)], GREEDY))
 
 
-def test_stop_keeps_what_there_is(chat):
-    long = Controls(temperature=0, max_new_tokens=150)
-    seen = []
-    for replies in chat.answer("me", [("base", QUESTION), ("a/dpo", QUESTION)], long):
-        seen = replies
+def test_stop_keeps_what_there_is_and_the_next_question_is_served(chat):
+    for replies in chat.answer("me", PAIR, Controls(temperature=0, max_new_tokens=150)):
         if len(replies[0].ids) == 3:
             chat.stop("me")
-    assert [reply.state for reply in seen] == ["stopped", "stopped"]
-    assert 3 <= len(seen[0].ids) < 40
+    assert [reply.state for reply in replies] == ["stopped", "stopped"]
+    assert 3 <= len(replies[0].ids) < 40
     assert last(chat, [("base", QUESTION)])[0].state == "cut"
 
 
-def test_who_leaves_stops_the_answer_and_the_next_one_is_served(chat):
+def test_a_client_that_leaves_stops_the_answer_and_the_next_one_is_served(chat):
     leaving = chat.answer("me", [("base", QUESTION)], Controls(temperature=0, max_new_tokens=190))
     next(leaving)
     leaving.close()
@@ -232,18 +225,15 @@ def test_many_at_once_are_served_one_after_the_other(chat):
 
 def test_failures_are_told_in_a_line(chat, capsys, monkeypatch):
     assert error_text(UserError("one", "two")) == "one; two"
-    assert "lower max tokens" in error_text(torch.OutOfMemoryError("CUDA out of memory"))
-    assert "lower max tokens" in error_text(RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 GB"))
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 8 GB")):
+        assert "lower max tokens" in error_text(error)
     assert not capsys.readouterr().err
-    words = error_text(ZeroDivisionError("secret /home/me"))
-    assert "ZeroDivisionError" in words
-    assert "secret" not in words
+    text = error_text(ZeroDivisionError("secret /home/me"))
+    assert "ZeroDivisionError" in text
+    assert "secret" not in text
     assert "secret" in capsys.readouterr().err
 
-    def broken(*args):
-        raise torch.OutOfMemoryError("no")
-
-    monkeypatch.setattr("qalign.model.generation.nucleus", broken)
+    monkeypatch.setattr("qalign.model.generation.nucleus", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         last(chat, [("base", QUESTION)])
     monkeypatch.undo()
