@@ -14,7 +14,8 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers, encode_prompt
 from qalign.errors import Stopped, UserError
-from qalign.model.base import HEAD, Role, load
+from qalign.model.adapters import SCORE_HEAD
+from qalign.model.base import Role, load
 from qalign.model.generation import Sampling
 from qalign.model.scoring import score_sequences
 from qalign.rl.rewards import (
@@ -152,7 +153,7 @@ def test_the_recipes_own_reward_run_must_be_there(recipe, reward_run, tmp_path):
 def test_several_are_added_up_with_their_weights(recipe, reward_run, tiny_base, rows, tmp_path):
     other = shutil.copytree(reward_run.adapter, tmp_path / "other" / "adapter")
     weights = load_file(other / "adapter_model.safetensors")
-    weights[HEAD] = -3 * weights[HEAD]
+    weights[SCORE_HEAD] = -3 * weights[SCORE_HEAD]
     save_file(weights, other / "adapter_model.safetensors")
     (tmp_path / "mine.py").write_text("def length(completions):\n    return [len(text) for text in completions]\n")
     sources = [str(reward_run.path), {"source": str(other), "weight": 0.5}, f"{tmp_path / 'mine.py'}:length"]
@@ -192,15 +193,15 @@ def test_adapters_that_do_not_fit_are_refused_before_the_model_loads(
             line = json.loads((folder / "lineage.json").read_text()) | {"base": "meta-llama/Llama-3.1-8B"}
             (folder / "lineage.json").write_text(json.dumps(line))
         case "no head":
-            save_file({name: tensor for name, tensor in weights.items() if name != HEAD}, file)
+            save_file({name: tensor for name, tensor in weights.items() if name != SCORE_HEAD}, file)
         case "causal":
             config = json.loads((folder / "adapter_config.json").read_text()) | {"task_type": "CAUSAL_LM"}
             (folder / "adapter_config.json").write_text(json.dumps(config))
         case "wide":
             (folder / "lineage.json").unlink()
-            save_file(weights | {HEAD: torch.zeros(1, 80)}, file)
+            save_file(weights | {SCORE_HEAD: torch.zeros(1, 80)}, file)
         case "labels":
-            save_file(weights | {HEAD: torch.zeros(3, 64)}, file)
+            save_file(weights | {SCORE_HEAD: torch.zeros(3, 64)}, file)
         case "torn":
             file.write_bytes(file.read_bytes()[:1000])
         case "pickle":

@@ -1,0 +1,156 @@
+"""Reward functions, runs and trainers for the tests of PPO, on the tiny model."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from qalign.config.recipe import Lora, Model
+from qalign.config.stages import PPO
+from qalign.data.collate import MicroBatchLimit
+from qalign.data.formats import Prompt
+from qalign.data.tokenize import encode_prompt
+from qalign.model.base import Role, load
+from qalign.model.generation import Sampling, TransformersEngine
+from qalign.rl.ppo_setup import Setup
+from qalign.rl.ppo_trainer import PPOTrainer
+from qalign.rl.rewards import FunctionScorer, Scorers
+from qalign.train.dataset import StageRows
+from qalign.train.run_folder import RunFolder
+from tests.conftest import ROOT
+from tests.helpers import metrics
+from tests.reward_runs import run_stage, write_recipe
+
+DATA = ROOT / "recipes" / "data"
+REWARDS = """
+def many(completion_ids):
+    return [sum(token in GOOD for token in ids) / len(ids) for ids in completion_ids]
+
+def many_too(completion_ids):
+    return many(completion_ids)
+
+def long(completion_ids):
+    return [float(len(ids)) for ids in completion_ids]
+
+def shrinking(completion_ids):
+    return [-float(len(ids)) for ids in completion_ids]
+
+def flat(completions):
+    return [1.0] * len(completions)
+
+def broken(completions, calls=[]):
+    calls.append(1)
+    return [float("nan") if len(calls) == 4 else 1.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path, tiny_folder) -> str:
+    """A file of reward functions. `many` likes half of all tokens, those that one direction of the hidden states makes
+    likelier: a model of random weights can learn that."""
+    head = load_file(Path(tiny_folder) / "model.safetensors")["lm_head.weight"]
+    good = (head[:, 0] > 0).nonzero()[:, 0].tolist()
+    (tmp_path / "mine.py").write_text(f"GOOD = set({good})\n{REWARDS}")
+    return str(tmp_path / "mine.py")
+
+
+@pytest.fixture(scope="package")
+def reward_run(tiny_folder, tmp_path_factory) -> RunFolder:
+    """A reward model on the tiny base."""
+    return run_stage(write_recipe(tmp_path_factory.mktemp("ppo_reward") / "runs", tiny_folder))
+
+
+@pytest.fixture(scope="package")
+def sft_run(tiny_folder, tmp_path_factory) -> RunFolder:
+    return run_stage(write_recipe(tmp_path_factory.mktemp("ppo_sft") / "runs", tiny_folder, "sft"))
+
+
+@pytest.fixture
+def held_out() -> list[dict]:
+    return [{"path": str(DATA / "house_style_test.jsonl"), "limit": 6}]
+
+
+@pytest.fixture
+def recipe_of(tmp_path, tiny_folder, rewards):
+    """Writes a PPO recipe for the tiny model; keyword arguments go into its ppo section."""
+
+    def write(name: str = "runs", **keys) -> str:
+        section = {
+            "data": str(DATA / "house_style_train.jsonl"), "limit": 8, "reward": f"{rewards}:many",
+            "batch_size": 8, "samples_per_prompt": 2, "micro_batch_size": 2, "max_steps": 3, "max_new_tokens": 8,
+            "learning_rate": 1e-2, "scheduler": "constant", "warmup_ratio": 0.0, "save_every": 1, "kl_stop": None,
+        }  # fmt: skip
+        recipe = {
+            "model": {"base": tiny_folder, "compute_dtype": "float32", "max_length": 256},
+            "lora": {"r": 4, "alpha": 8},
+            "output": str(tmp_path / name),
+            "ppo": section | keys,
+        }
+        (tmp_path / name).mkdir(exist_ok=True)
+        path = tmp_path / name / "ppo.yaml"
+        path.write_text(yaml.safe_dump(recipe))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture
+def trainer_of(tiny_folder, rewards, reward_run):
+    """A trainer on a fresh base, ready to iterate; keyword arguments go into its settings."""
+
+    def make(
+        dtype: str = "float32", limit: MicroBatchLimit | None = None, value: str = "trunk", layers: int = 0, **keys
+    ) -> PPOTrainer:
+        torch.manual_seed(0)
+        base = load(Model(base=tiny_folder, compute_dtype=dtype, max_length=256))
+        base.add_adapter(Role.POLICY, Lora(r=4))
+        if value == "trunk":
+            base.add_head(Role.VALUE)
+        else:
+            base.load_adapter(Role.VALUE, str(reward_run.adapter), trainable=True)
+        setup, settings = setup_of(base, f"{rewards}:many", "abcd", value=value, **keys)
+        return PPOTrainer(setup, settings, limit or MicroBatchLimit(pairs=1), layers, 10, 3)
+
+    return make
+
+
+def setup_of(base, reward: str, subjects: str, **keys) -> tuple[Setup, PPO]:
+    """A base with its prompts, a function as the reward, and settings for tests."""
+    given = {"batch_size": 8, "samples_per_prompt": 2, "max_new_tokens": 8, "learning_rate": 1e-2, "kl_stop": None}
+    given |= {"data": "unused.jsonl", "reward": "unused.py:f", "warmup_ratio": 0.0, "scheduler": "constant"}
+    settings = PPO.model_validate(given | keys)
+    turns = [{"role": "user", "content": f"Why is {subject}?"} for subject in subjects]
+    prompts = [
+        (Prompt((turn,), f"rows.jsonl:{n}", {}), encode_prompt(base.tokenizer, [turn], {}))
+        for n, turn in enumerate(turns, start=1)
+    ]
+    scorers = Scorers([FunctionScorer("ppo.reward", reward, 1.0)], [])
+    stop_ids = (base.tokenizer.eos_token_id, *range(200))  # a tenth of all tokens ends an answer
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
+    rows = StageRows(prompts, [], [], {})
+    return Setup(base, base.lineage("ppo"), scorers, TransformersEngine(), sampling, rows), settings
+
+
+def collected(trainer: PPOTrainer, seed: int = 1, *, advantages: bool = True):
+    """The rollout of one iteration, with scores and advantages."""
+    rollout = trainer.collect(trainer._next_prompts(), 2, seed)
+    if advantages:
+        trainer.score(rollout)
+        trainer.advantages(rollout)
+    return rollout
+
+
+def logged(run: RunFolder) -> list[dict]:
+    """The metrics without speeds."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("tokens_per_second/", "share/"))} for line in metrics(run)
+    ]
+
+
+def assert_alike(one: list[dict], other: list[dict], tolerance: float = 1e-6) -> None:
+    assert [line.keys() for line in one] == [line.keys() for line in other]
+    for a, b in zip(one, other, strict=True):
+        for key, value in a.items():
+            assert b[key] == (pytest.approx(value, abs=tolerance) if isinstance(value, float) else value), key

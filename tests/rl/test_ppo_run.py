@@ -1,0 +1,199 @@
+"""A whole PPO run: what it leaves, resuming to the same numbers, and one line for what is wrong."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from qalign import ppo
+from qalign.config.load import load as load_recipe
+from qalign.config.stages import PPO
+from qalign.errors import UserError
+from qalign.rl.ppo_trainer import PPOTrainer
+from qalign.train.loop import planned_steps
+from qalign.train.run_folder import RunFolder
+from tests.conftest import ROOT
+from tests.helpers import metrics, summary
+from tests.reward_runs import run_stage
+from tests.rl.conftest import assert_alike, logged
+
+
+def test_a_run_leaves_what_it_promises(recipe_of, held_out, reward_run, sft_run, rewards, capsys):
+    run = run_stage(
+        recipe_of(
+            reward=str(reward_run.path), judge=f"{rewards}:shrinking", start_from=str(sft_run.adapter),
+            eval_data=held_out, eval_every=2, value="adapter",
+        )
+    )  # fmt: skip
+    kept = summary(run)
+    assert kept["steps"] == 3
+    assert set(kept["bytes_by_role"]) == {"base", "policy", "reference", "reward", "value"}
+    assert set(kept["share_by_part"]) == {"rollout", "scoring", "update"}
+    assert 0.8 < sum(kept["share_by_part"].values()) <= 1.01
+    assert all(speed > 0 for speed in kept["tokens_per_second_by_part"].values())
+    assert kept["reference"] == f"the base with a frozen copy of the adapter {sft_run.adapter}"
+    steps = [line for line in metrics(run) if "loss" in line]
+    points = [line for line in metrics(run) if "eval_proxy" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3]
+    assert [line["step"] for line in points] == [0, 2, 3]
+    assert steps[0]["objective/kl"] == 0
+    assert (run.path / "ppo_report.png").read_bytes()[:4] == b"\x89PNG"
+    assert kept["held_out"]["best"]["step"] == max(points, key=lambda line: line["eval_judge"])["step"]
+    samples = [json.loads(line) for line in (run.path / "samples" / "step-3.jsonl").read_text().splitlines()]
+    assert len(samples) == 6
+    assert sum(row["reward"] for row in samples) / 6 == pytest.approx(points[-1]["eval_proxy"], abs=1e-5)
+    assert "judge          shrinking" in capsys.readouterr().out
+    assert not (run.checkpoints / "checkpoint-1").exists(), "two are kept"
+
+    from peft import AutoPeftModelForCausalLM
+
+    for folder in (run.adapter, run.path / "adapter_best"):
+        assert AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert json.loads((run.adapter / "lineage.json").read_text())["parent"] == str(sft_run.adapter)
+
+
+@pytest.mark.parametrize(("keys", "expected"), [({"max_steps": 7}, 7), ({"epochs": 2.0}, 3), ({"epochs": 0.1}, 1)])
+def test_iterations(keys, expected):
+    """10 prompts, 2 answers each, 16 answers in an iteration: 8 prompts each."""
+    settings = {"data": "a", "reward": "a.py:f", "batch_size": 16, "samples_per_prompt": 2, **keys}
+    assert planned_steps(PPO.model_validate(settings), 10) == expected
+
+
+# --- resuming --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["trunk", "adapter"])
+def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(value, recipe_of, held_out, reward_run, rewards):
+    keys = {
+        "eval_data": held_out, "eval_every": 2, "max_steps": 4, "value": value, "kl_target": 0.5, "save_every": 1,
+        "judge": f"{rewards}:shrinking", "reward": str(reward_run.path), "scheduler": "linear",
+    }  # fmt: skip
+    whole = run_stage(recipe_of("whole", **keys))
+    for stop in (0, 1, 3):
+        path = recipe_of("cut", **keys)
+        shutil.rmtree(Path(path).parent / "ppo", ignore_errors=True)
+        original = PPOTrainer.iterate
+
+        def dies(self, stop=stop, original=original):
+            if self.done == stop:
+                raise KeyboardInterrupt
+            return original(self)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(PPOTrainer, "iterate", dies)
+            with pytest.raises(KeyboardInterrupt):
+                run_stage(path)
+        resumed = run_stage(path, resume=True)
+        assert_alike(logged(whole), logged(resumed))
+        for name in ("samples/step-0.jsonl", "samples/step-4.jsonl"):
+            assert (whole.path / name).read_text() == (resumed.path / name).read_text()
+
+
+def started(path: str, *more: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "qalign.ppo", path, *more]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(file: Path, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while not file.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.02)
+    assert file.exists(), process.communicate()[0]
+
+
+def test_killed_in_the_middle_it_resumes_to_the_same_numbers(recipe_of):
+    whole = run_stage(recipe_of("whole", max_steps=5))
+    path = recipe_of("killed", max_steps=5)
+    folder = Path(path).parent / "ppo" / "checkpoints"
+    for checkpoint in ("checkpoint-2", "checkpoint-4"):
+        process = started(path, *(["--resume"] if checkpoint == "checkpoint-4" else []))
+        wait_for(folder / checkpoint, process)  # perhaps half written
+        process.kill()
+        process.communicate()
+    (folder / "checkpoint-99").mkdir()  # what a kill may leave
+    assert_alike(logged(whole), logged(run_stage(path, resume=True)))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_asked_to_stop_it_writes_a_checkpoint_and_says_how_to_go_on(number, code, recipe_of):
+    path = recipe_of(max_steps=500, save_every=400)
+    process = started(path)
+    wait_for(Path(path).parent / "ppo" / "checkpoints" / "checkpoint-0" / "whole", process)
+    process.send_signal(number)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == code, output
+    assert "Traceback" not in output
+    assert f"python -m qalign.ppo {path} --resume" in output
+
+
+def test_a_reward_adapter_that_was_trained_again_stops_a_resumed_run(recipe_of, reward_run, tmp_path):
+    folder = shutil.copytree(reward_run.adapter, tmp_path / "again")
+    path = recipe_of(reward=str(folder), max_steps=1)
+    run_stage(path).summary.unlink()
+    weights = load_file(folder / "adapter_model.safetensors")
+    save_file({name: tensor + 1 for name, tensor in weights.items()}, folder / "adapter_model.safetensors")
+    with pytest.raises(UserError, match=r"ppo\.reward: the adapter of again was .* --overwrite"):
+        run_stage(path, resume=True)
+
+
+# --- what is wrong is one line ---------------------------------------------------------------------------------------
+
+
+def refused(path: str, *overrides: str) -> str:
+    """The message that a run is refused with."""
+
+    def begin() -> None:
+        run = RunFolder(load_recipe(path, list(overrides), "ppo"), "ppo", path)
+        run.claim(resume=False, overwrite=False)
+        ppo.train(run.recipe, run)
+
+    with pytest.raises(UserError) as found:
+        begin()
+    return str(found.value)
+
+
+def test_what_is_wrong_is_said_before_the_model_loads(recipe_of, write_jsonl, reward_run, tmp_path, monkeypatch):
+    path = recipe_of()
+    assert "ppo.max_new_tokens: 256" in refused(path, "ppo.max_new_tokens=256")
+    monkeypatch.setattr("qalign.rl.ppo_setup.load", lambda *_: pytest.fail("the model was loaded"))
+    assert "there is no finished reward run" in refused(path, "ppo.reward=reward")
+    assert refused(path, "model.max_length=100000").startswith("model.max_length: 100000")
+    other = shutil.copytree(reward_run.adapter, tmp_path / "other")
+    kept = json.loads((other / "lineage.json").read_text())
+    (other / "lineage.json").write_text(json.dumps(kept | {"base": "org/another-model"}))
+    assert "'org/another-model'" in refused(path, f"ppo.reward={other}")
+    rows = write_jsonl("rows.jsonl", [{"messages": [{"role": "system", "content": "Be brief."}]}])
+    assert refused(path, f"ppo.data={rows}").startswith("ppo.data: 1 of 1 rows were refused")
+
+
+def test_prompts_that_leave_no_room_are_refused_by_name(recipe_of, write_jsonl):
+    rows = write_jsonl("rows.jsonl", [{"prompt": "word " * 300}, {"prompt": "Why?"}])
+    found = refused(recipe_of(data=rows))
+    assert "rows.jsonl:1" in found
+    assert "248" in found, "256 less the 8 new tokens"
+
+
+@pytest.mark.parametrize("key", ["reward", "judge"])
+def test_a_scorer_that_fails_ends_the_run_and_costs_nothing_that_was_learned(key, recipe_of, held_out, rewards):
+    """It fails at its fourth call: in the fourth iteration, or at the evaluation after the third."""
+    more = {"eval_data": held_out, "eval_every": 1} if key == "judge" else {}
+    keys = {"save_every": 100, "max_steps": 6, key: f"{rewards}:broken", **more}
+    path = recipe_of(**keys)
+    process = started(path)
+    output = process.communicate()[0]
+    assert process.returncode == 2
+    assert "Traceback" not in output
+    (line,) = [line for line in output.splitlines() if line.startswith(f"ppo.{key}")]
+    assert f"{rewards}:broken gave nan for an answer to " in line
+    assert "house_style_" in line, "the row is named"
+    assert (Path(path).parent / "ppo" / "checkpoints" / "checkpoint-3" / "whole").exists()
+    Path(rewards).write_text(Path(rewards).read_text().replace("== 4", "== 400"))
+    resumed = run_stage(path, resume=True)
+    whole = run_stage(recipe_of("whole", **(keys | {key: f"{rewards}:flat"})))
+    assert_alike(logged(whole), logged(resumed))
