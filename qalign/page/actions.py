@@ -38,27 +38,18 @@ class Inputs:
 
 @dataclass(frozen=True)
 class View:
-    """What the page shows; pairs are left before right, and None leaves what is shown.
-
-    Attributes:
-        figures: the line under each answer.
-        busy: answers are being generated.
-        status: a message; empty if there is none.
-        prompt, comment: new contents of these text boxes.
-        tally: the votes so far, in words.
-        differences: coloured tokens, as HTML that is safe to show.
-    """
+    """What the page shows; pairs are left before right, and None leaves what is shown."""
 
     titles: tuple[str, str]
     dialogues: tuple[list[Message], list[Message]]
-    figures: tuple[str, str]
-    busy: bool = False
+    figures: tuple[str, str]  # the line under each answer
+    busy: bool = False  # answers are being generated
     can_vote: bool = False
-    status: str = ""
-    prompt: str | None = None
-    comment: str | None = None
-    tally: str | None = ""
-    differences: str = ""
+    status: str = ""  # a message
+    prompt: str | None = None  # new contents of the prompt box
+    comment: str | None = None  # new contents of the comment box
+    tally: str | None = ""  # the votes so far, in words
+    differences: str = ""  # coloured tokens, as HTML that is safe to show
 
 
 class Page:

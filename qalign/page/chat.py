@@ -30,6 +30,7 @@ from qalign.page.worker import Worker
 MAX_CHARACTERS = 20_000  # of a prompt, and of the system prompt
 MAX_QUESTIONS = 50  # in a dialogue
 MAX_SEED = 2**31 - 2
+Dialogues = Sequence[tuple[str, Sequence[Message]]]  # (name of the model, turns without a system turn) of each side
 
 
 @dataclass(frozen=True)
@@ -80,14 +81,11 @@ class Chat:
             return self._hashes.get(name)
         return self.entries[name].weights_hash
 
-    def answer(
-        self, key: str, dialogues: Sequence[tuple[str, Sequence[Message]]], controls: Controls
-    ) -> Iterator[list[Reply]]:
+    def answer(self, key: str, dialogues: Dialogues, controls: Controls) -> Iterator[list[Reply]]:
         """Answers on all sides at once. Yields the replies after each step; the last ones have rewards.
 
         Args:
             key: the visitor, for `stop`.
-            dialogues: for each side (name of the model, turns); no system turn, the question last.
 
         Raises:
             UserError: a setting or the question is out of bounds, or a model can't be used.
@@ -95,13 +93,8 @@ class Chat:
         """
         self._check(controls, [turns for _, turns in dialogues])
         seed = secrets.randbelow(MAX_SEED) if controls.seed is None else int(controls.seed)
-
-        def generate() -> Generator[list[Reply]]:
-            replies = [self._empty_reply(*side, controls, seed + number) for number, side in enumerate(dialogues)]
-            yield from self._grow(replies, controls)
-
         last: list[Reply] = []
-        for last in self._worker.stream(key, generate):
+        for last in self._worker.stream(key, lambda: self._grow(dialogues, controls, seed)):
             yield last
         if any(reply.state == "growing" for reply in last):
             yield [replace(reply, state="stopped") if reply.state == "growing" else reply for reply in last]
@@ -157,23 +150,16 @@ class Chat:
                 raise UserError(f"{name}: expected a number from {low} to {high}")
         check_text(texts)
 
-    def _empty_reply(self, name: str, turns: Sequence[Message], controls: Controls, seed: int) -> Reply:
-        """A reply without a token, after its model was loaded."""
-        self._role(name)
-        system: list[Message] = (
-            [{"role": "system", "content": controls.system.strip()}] if controls.system.strip() else []
-        )
-        prompt, room = (*system, *turns), self.model.max_length - int(controls.max_new_tokens)
-        ids = encode_question(self.base.tokenizer, prompt, room, self.model.chat_template_kwargs)
-        return Reply(name, self._hashes[name], prompt, ids, seed)
-
-    def _grow(self, replies: list[Reply], controls: Controls) -> Generator[list[Reply]]:
-        """Yields the replies after each step, a new list each time."""
+    def _grow(self, dialogues: Dialogues, controls: Controls, seed: int) -> Generator[list[Reply]]:
+        """Yields the replies after each step, a new list each time. The second side's seed is one more."""
         sampling = Sampling(int(controls.max_new_tokens), controls.temperature, self._stop_ids, controls.top_p)
-        requests = [
-            Request(self._role(r.model), r.prompt_ids, uniform_draws(r.seed, 1, sampling.max_new_tokens))
-            for r in replies
-        ]
+        room, system = self.model.max_length - sampling.max_new_tokens, controls.system.strip()
+        replies, requests = [], []
+        for number, (name, turns) in enumerate(dialogues):
+            role, prompt = self._role(name), (*([{"role": "system", "content": system}] if system else []), *turns)
+            ids = encode_question(self.base.tokenizer, prompt, room, self.model.chat_template_kwargs)
+            replies.append(Reply(name, self._hashes[name], prompt, ids, seed + number))
+            requests.append(Request(role, ids, uniform_draws(seed + number, 1, sampling.max_new_tokens)))
         start = time.monotonic()
         for step in stream(self.base, requests, sampling):
             seconds = time.monotonic() - start

@@ -20,21 +20,13 @@ CONFIG = "adapter_config.json"
 
 @dataclass(frozen=True)
 class ModelEntry:
-    """A model that can answer.
+    """A model that can answer. The bare base has neither an adapter nor a recipe."""
 
-    Attributes:
-        name: the page's name for it, such as `base` or `demo/dpo`.
-        adapter: its adapter folder with symlinks resolved; None for the bare base.
-        recipe: the recipe of its run; None for the base and for an adapter made elsewhere.
-        reward: the adapter folder of the finished reward run with the same output, if there is one.
-        within: no file of the two adapters may lie outside this folder.
-    """
-
-    name: str
-    adapter: Path | None = None
-    recipe: Recipe | None = None
-    reward: Path | None = None
-    within: Path = Path()
+    name: str  # the page's name for it, such as `base` or `demo/dpo`
+    adapter: Path | None = None  # its adapter folder with symlinks resolved
+    recipe: Recipe | None = None  # of its run; None for an adapter made elsewhere
+    reward: Path | None = None  # the adapter folder of the finished reward run with the same output, if there is one
+    within: Path = Path()  # no file of the two adapters may lie outside this folder
 
     @property
     def weights_hash(self) -> str | None:
@@ -106,13 +98,10 @@ def _run_entry(run: RunFolder, adapter: Path, within: Path) -> ModelEntry:
 def available_models(
     words: list[str], runs: Path, recipe: Recipe | None = None
 ) -> tuple[list[ModelEntry], Model] | None:
-    """The models to choose from, named ones first, and their base; None if there is neither a run nor a recipe.
+    """The models to choose from, and their base; None if there is neither a run nor a recipe.
 
-    The base is that of the first named run, else of the recipe, else of the newest run. Runs under `runs` on another
-    base are left out.
-
-    Args:
-        words: models named on the command line, as in `named_entry`.
+    The models that `words` name (see `named_entry`) come first. The base is that of the first named run, else of the
+    recipe, else of the newest run. Runs under `runs` on another base are left out.
 
     Raises:
         UserError: a word names no usable model, the same model as another, or one on another base.

@@ -11,50 +11,33 @@ from qalign.page.models import BASE
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, finished or still growing.
+    """An answer, finished or still growing."""
 
-    Attributes:
-        model, weights: the name of its model and the hash of its adapter weights; the hash is None for the bare base.
-        prompt, prompt_ids: the dialogue that it answers, with the system turn, and its token ids as the model read it.
-        ids, text: token ids with the end of turn, and the text without special tokens.
-        state: `growing`, `ended` by itself, `cut` at the maximum length, or `stopped` by the visitor.
-        first_token_seconds, tokens_per_second: time to the first token, and the speed after it.
-        reward: score from the run's reward model, once the answer is finished.
-    """
-
-    model: str
-    weights: str | None
-    prompt: tuple[Message, ...]
-    prompt_ids: list[int]
+    model: str  # the page's name for its model
+    weights: str | None  # hash of the adapter weights, as in `lineage.json`; None for the bare base
+    prompt: tuple[Message, ...]  # the dialogue that it answers, with the system turn
+    prompt_ids: list[int]  # the same as the model read it, generation prompt included
     seed: int
-    ids: tuple[int, ...] = ()
-    text: str = ""
-    state: str = "growing"
+    ids: tuple[int, ...] = ()  # with the end of turn
+    text: str = ""  # without special tokens
+    state: str = "growing"  # or `ended` by itself, `cut` at the maximum length, `stopped` by the visitor
     first_token_seconds: float = 0.0
-    tokens_per_second: float = 0.0
-    reward: float | None = None
+    tokens_per_second: float = 0.0  # after the first token
+    reward: float | None = None  # from the run's reward model, once the answer is finished
 
 
 @dataclass
 class Session:
-    """Two sides: number 0 is the first model chosen and number 1 the second, wherever they are shown.
+    """Two sides: number 0 is the first model chosen and number 1 the second, wherever they are shown."""
 
-    Attributes:
-        names, turns, replies: of each side the model's name, the dialogue without system turn, and the last answer.
-        blind: a blind test: the names stay hidden until the visitor has `voted`.
-        flipped: the second model is shown on the left.
-        sampling: the sampling settings of the replies.
-        round: a counter that rises with every change of the dialogues, so that late answers can be recognised.
-    """
-
-    names: tuple[str, str]
-    blind: bool = False
-    flipped: bool = False
-    turns: tuple[list[Message], list[Message]] = field(default_factory=lambda: ([], []))
-    replies: list[Reply] = field(default_factory=list)
-    sampling: dict[str, Any] = field(default_factory=dict)
-    voted: bool = False
-    round: int = 0
+    names: tuple[str, str]  # of the two models
+    blind: bool = False  # a blind test: the names stay hidden until the vote
+    flipped: bool = False  # the second model is shown on the left
+    turns: tuple[list[Message], list[Message]] = field(default_factory=lambda: ([], []))  # without system turns
+    replies: list[Reply] = field(default_factory=list)  # the last answer of each side
+    sampling: dict[str, Any] = field(default_factory=dict)  # the sampling settings of these
+    voted: bool = False  # these have been voted on
+    round: int = 0  # rises with every change of the dialogues, so that late answers can be recognised
     _before: tuple = field(default=(([], []), [], False, False), repr=False)
 
     @property

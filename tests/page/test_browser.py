@@ -1,7 +1,5 @@
-"""The real page in a real browser: headless Chromium, driven by Selenium (`make test-browser`).
-
-Most of it on the tiny model, whose answers are noise; on SmolLM2 what is about speed and streaming.
-"""
+"""The real page in headless Chromium, driven by Selenium (`make test-browser`): on the tiny model, whose answers are noise,
+and on SmolLM2 where speed and streaming matter."""
 
 import json
 import os
