@@ -26,11 +26,7 @@ def list_recipes() -> None:
 
 
 def write_recipe(name: str, *, full: bool = False) -> None:
-    """Write a shipped recipe, and the local files that it names, into the working folder.
-
-    Args:
-        name: of the recipe, such as `mistral7b`.
-        full: write every key with its default and its meaning, not only those that the recipe sets.
+    """Writes a shipped recipe and the local files that it names into the working folder; `full`: with every key.
 
     Raises:
         UserError: there is no such recipe, or the file is already here.

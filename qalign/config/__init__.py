@@ -1,1 +1,1 @@
-"""What the user asked for: a recipe's keys, reading and checking one, and the files that it names. Imports no torch."""
+"""The recipe: its keys, loading and checking it, the files that it names, its documentation. Imports no torch."""

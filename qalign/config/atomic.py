@@ -1,6 +1,6 @@
-"""Files and folders that are written whole or not at all: aside first, then flushed to the disk, then renamed.
+"""Atomic writes of files and folders: written under a temporary name, flushed to the disk (fsync), then renamed.
 
-A crash, a full disk or a power cut leaves what was there before, never half of something new.
+After a crash, a full disk or a power cut the old content is still there, never a part of the new one.
 """
 
 import os
@@ -13,12 +13,12 @@ from pathlib import Path
 
 @contextmanager
 def replacing(file: Path) -> Generator[Path]:
-    """Yields a path beside `file` to write to, which replaces `file` once the block has ended without an error.
+    """Yields a temporary path to write to, which replaces `file` when the block ends without an error.
 
-    The path keeps the ending of `file` (`report.png` is written as `.report.123.png`), as some writers look at it.
+    It keeps the suffix of `file` (`report.png` is written as `.report.123.png`), because some writers depend on it.
 
     Raises:
-        OSError: the disk refuses it; what was there before is kept.
+        OSError: the disk refuses it; the old content is kept.
     """
     aside = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
     try:
@@ -31,21 +31,16 @@ def replacing(file: Path) -> Generator[Path]:
 
 
 def write_whole(file: Path, content: str | bytes) -> None:
-    """Replaces a file with this content; text is written as UTF-8.
-
-    Raises:
-        OSError: the disk refuses it; what was there before is kept.
-    """
+    """Atomically replaces a file's content; text is written as UTF-8. Raises OSError as `replacing` does."""
     with replacing(file) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 @contextmanager
 def new_folder(folder: Path) -> Generator[Path]:
-    """Yields a temporary folder that takes its final name once the block has ended without an error.
+    """Yields a temporary folder, which is renamed to `folder` when the block ends without an error.
 
-    Its files get the permissions of any file that the user makes. If another process made the folder meanwhile, that
-    one stays.
+    Its files get the user's default permissions. If another process creates `folder` meanwhile, that one stays.
 
     Raises:
         OSError: the disk refuses it.
@@ -54,11 +49,11 @@ def new_folder(folder: Path) -> Generator[Path]:
     around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     aside = around / folder.name
     try:
-        aside.mkdir()  # inside the other, whose permissions are its owner's alone
+        aside.mkdir()  # inside `around`, which only its owner may read
         yield aside
         for file in aside.rglob("*"):
             if file.is_file():
-                file.chmod(aside.stat().st_mode & 0o666)  # safetensors makes them its owner's alone too
+                file.chmod(aside.stat().st_mode & 0o666)  # safetensors lets only the owner read them
                 sync(file)
         try:
             aside.rename(folder)
@@ -70,13 +65,13 @@ def new_folder(folder: Path) -> Generator[Path]:
 
 
 def sync(file: Path) -> None:
-    """Waits until what was written to a file is on the disk."""
+    """Waits until a file's content is on the disk."""
     with file.open("rb+") as opened:
         os.fsync(opened.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until the names in a folder are on the disk; Windows has no such call and needs none."""
+    """Waits until the file names of a folder are on the disk. Windows has no such call and needs none."""
     if hasattr(os, "O_DIRECTORY"):
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:

@@ -25,16 +25,14 @@ class Model(Section):
     """The base model: loaded once, quantised and frozen; every role is an adapter on it."""
 
     base: str
-    """Base model: a hub id, a local folder, a `.gguf` file, or `package:NAME/FILE` for a file of an installed Python
-    package."""
+    """Base model: a hub id, a local folder, a `.gguf` file, or `package:NAME/FILE`, a file of an installed package."""
     revision: str | None = None
     """Hub revision: a branch, tag or commit. Pin a commit to get the same weights next year."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     """Weight quantisation: `nf4` is QLoRA's 4-bit format; `fp4` is as small but less exact; `int8` needs twice, `none`
     four times the memory. Take `none` only for a small model."""
     double_quant: bool = True
-    """Double quantisation: quantises the scales of nf4 and fp4 too, which saves about 0.4 bits per weight at no
-    measurable cost. Leave it on."""
+    """Double quantisation: quantises the scales of nf4 and fp4 too; saves 0.4 bits per weight at no measurable cost."""
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype: the dtype of matrix products. `auto` is bfloat16 where the device is fast at it, else float16 on
     GPUs and float32 on CPUs. Take float32 if the loss is not finite."""
@@ -44,34 +42,32 @@ class Model(Section):
     chat_template: str | None = None
     """Chat template: a Jinja file to use instead of the model's own. A model without a template gets a plain one."""
     chat_template_kwargs: dict[str, Any] = {}
-    """Chat template arguments: passed to the template, for example `{enable_thinking: false}` for Qwen3's thinking
-    models."""
+    """Chat template arguments: passed to the template, such as `{enable_thinking: false}` for Qwen3."""
 
 
 class Lora(Section):
     """The trained adapter: low-rank matrices next to the frozen weights (LoRA, arXiv:2106.09685)."""
 
     r: Count = 16
-    """LoRA rank r: the rank of the trained matrices. 8 saves memory; take 32 or 64 if the style to learn is far from
-    the model's own."""
+    """LoRA rank r: of the trained matrices. 8 saves memory; take 32 or 64 if the style to learn is far from the
+    model's."""
     alpha: Positive = 32.0
     """LoRA scale α: the update is multiplied by alpha / r. Keep it at twice the rank."""
     dropout: ShareBelowOne = 0.0
     """LoRA dropout: the share of the adapter's inputs set to zero during training, never for the reference. Try 0.05 if
     the held-out loss rises while the training loss falls."""
     targets: str | list[str] = "all-linear"
-    """LoRA target modules: `all-linear` (every linear layer except the output layer), or a list of module names.
-    `[q_proj, v_proj]` is smaller and learns less."""
+    """LoRA target modules: `all-linear` (every linear layer but the output layer), or a list of module names such as
+    `[q_proj, v_proj]`, which is smaller and learns less."""
     rslora: bool = False
-    """Rank-stabilised LoRA (arXiv:2312.03732): scales by alpha / sqrt(r) instead of alpha / r. For ranks of 64 and
+    """Rank-stabilised LoRA (arXiv:2312.03732): scales by alpha / sqrt(r) instead of alpha / r. For ranks of 64 or
     more."""
     dora: bool = False
     """DoRA (arXiv:2402.09353): learns the magnitude of each weight apart from its direction; slower, with more memory.
     Try it if r 4 or 8 learns too little and a higher rank doesn't fit."""
     init: Literal["default", "gaussian", "loftq", "pissa"] = "default"
     """LoRA initialisation: `default` and `gaussian` leave the model unchanged at first; `loftq` (arXiv:2310.08659)
-    reduces the 4-bit rounding error and needs `start_from: sft` under dpo and ppo. `pissa` is refused: it needs 16-bit
-    weights."""
+    reduces the 4-bit rounding error and needs `start_from: sft` under dpo and ppo. `pissa` is refused."""
 
     def conflicts(self) -> Iterator[str]:
         if self.init == "pissa":

@@ -93,17 +93,15 @@ class Stage(Section):
 
     data: Data
     """Training data: a hub id, a file, a folder, or a list of these with `split`, `skip`, `limit` and `weight`. Rows
-    need a prompt, a chosen and a rejected answer; other shapes are detected too."""
+    have a prompt, a chosen and a rejected answer; most layouts are detected."""
     split: str = "train"
     """Dataset split: the split of a hub dataset to train on. Local files have no splits."""
     limit: Count | None = None
     """Row limit: takes at most this many rows of each source. All rows when left out."""
     eval_data: Data | None = None
-    """Held-out data: rows to measure on, for `python -m qalign.evaluate`, `eval_every` and the stage's report. Never
-    put training rows here."""
+    """Held-out data: rows for `qalign.evaluate`, `eval_every` and the stage's report. Never put training rows here."""
     epochs: Positive = 1.0
-    """Epochs: passes over the training rows. Preference training overfits fast: use 1, or 2 to 3 for a few hundred
-    rows."""
+    """Epochs: passes over the training rows. Preference training overfits fast: 1, or 2 to 3 for a few hundred rows."""
     max_steps: Count | None = None
     """Maximum steps: stops after this many optimiser steps, whatever `epochs` says. Set 5 to try out a recipe."""
     batch_size: Count = 16
@@ -119,17 +117,14 @@ class Stage(Section):
     """Peak learning rate: reached after the warm-up. Halve it if the held-out loss rises, double it if the margin
     between chosen and rejected answers hardly grows; small models take more (1e-5 for 1B to 2B)."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
-    """Learning rate schedule: how the rate falls after the warm-up. Rarely worth changing; `constant_with_warmup` if
-    you plan to stop the run by hand."""
+    """Learning rate schedule: how the rate falls after the warm-up. Take a constant one if you stop runs by hand."""
     warmup_ratio: ShareBelowOne = 0.1
-    """Warm-up ratio: the share of all steps in which the learning rate rises from zero. Raise it if the loss jumps at
-    the start."""
+    """Warm-up ratio: the share of steps in which the rate rises from zero. Raise it if the loss jumps at the start."""
     eval_every: Count | None = None
-    """Evaluation interval: optimiser steps between two measurements of `eval_data`. No measurement during training when
-    left out."""
+    """Evaluation interval, in optimiser steps: measures `eval_data` during training; never when left out."""
     save_every: Count | None = None
-    """Checkpoint interval: optimiser steps between two checkpoints, from which `--resume` continues. Ten checkpoints a
-    run when left out. Lower it where a session may end at any time."""
+    """Checkpoint interval, in optimiser steps: what `--resume` continues from; ten checkpoints a run when left out.
+    Lower it where a session may end at any time."""
     start_from: str | None = None
     """Initial adapter: `sft` for this recipe's own SFT run, or a PEFT adapter folder; a copy of it is trained. A new
     adapter when left out, which suits a base that can already chat."""
@@ -158,9 +153,8 @@ class SFT(Stage):
     batch_size: Count = 16
     """Batch size: rows in one optimiser step; with `packing`, packed rows of `max_length` tokens."""
     packing: bool = False
-    """Sequence packing: puts several dialogues into one row of `max_length` tokens, so that no time is spent on
-    padding. They can't attend to each other. Leave it off for a few hundred short dialogues, which fill very few
-    rows."""
+    """Sequence packing: puts several dialogues, which can't attend to each other, into one row of `max_length` tokens
+    to avoid padding. Leave it off for a few hundred short dialogues, which fill very few rows."""
     neftune_alpha: Positive | None = None
     """NEFTune noise α (arXiv:2310.05914): adds noise to the embeddings during training; off when left out. 5 is usual.
     Try it with few dialogues; answers may get longer."""
@@ -170,8 +164,8 @@ class Reward(Stage):
     """A reward model: learns to give the chosen answer of each pair a higher score (Bradley-Terry)."""
 
     learning_rate: Positive = 1e-4
-    """Peak learning rate: for adapter and score head, reached after the warm-up. Halve it if the held-out loss rises,
-    double it if the accuracy stays near 0.5."""
+    """Peak learning rate: of adapter and score head. Halve it if the held-out loss rises, double it if accuracy stays
+    near 0.5."""
     margin: bool = False
     """Margin loss (Llama 2, arXiv:2307.09288): asks for a score gap as large as `score_chosen - score_rejected` of the
     row. Turn it on if your rows have ratings that you trust."""
@@ -192,14 +186,12 @@ class DPO(Stage):
     answers only get longer, `robust` if some labels are wrong, `simpo` or `orpo` to train without a reference."""
     beta: Positive = 0.1
     """KL coefficient β: how strongly the policy is held to the reference (IPO's τ, SimPO's reward scale, ORPO's λ).
-    Lower it to 0.01 if answers hardly change, raise it to 0.3 if they get worse; about 2 for simpo, 5 for
-    sigmoid_norm."""
+    Take 0.01 if answers hardly change, 0.3 if they get worse; about 2 for simpo, 5 for sigmoid_norm."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Label smoothing ε: the share of pairs that you believe to be labelled the wrong way round. Only for the loss
-    `robust`; 0.1 is usual."""
+    """Label smoothing ε: the share of pairs believed to be labelled the wrong way round. Only for `robust`; 0.1 is
+    usual."""
     gamma: NotNegative | None = None
-    """SimPO margin γ: the margin by which the chosen answer should win; 0.5 when left out. Only for the loss
-    `simpo`."""
+    """SimPO margin γ: by how much the chosen answer should win; 0.5 when left out. Only for the loss `simpo`."""
     reference: Literal["cached", "in_step"] = "cached"
     """Reference log-probs: `cached` computes them once per pair and keeps them in a file for later epochs and runs.
     `in_step` computes them in every step, which is slower; use it to check the cache."""
@@ -225,7 +217,7 @@ class PPO(Stage):
     data: Data
     """Training prompts: rows of any shape that the other stages read; answers in them are ignored."""
     eval_data: Data | None = None
-    """Held-out prompts: answered every `eval_every` iterations, and at the start and the end. Never put training rows
+    """Held-out prompts: answered at the start, every `eval_every` iterations and at the end. Never put training rows
     here."""
     epochs: Positive = 1.0
     """Epochs: how often each prompt is answered, if `max_steps` doesn't set the number of iterations."""
@@ -235,8 +227,7 @@ class PPO(Stage):
     """Rollout batch size: answers in one iteration, to `batch_size / samples_per_prompt` prompts. Must be a multiple of
     `samples_per_prompt` x `mini_batches`. A larger batch is steadier and slower."""
     samples_per_prompt: Count = 4
-    """Samples per prompt: answers to each prompt, which is read once for all of them. Fewer samples mean more
-    prompts."""
+    """Samples per prompt: answers to each prompt, which is read once for all of them. Fewer give more prompts."""
     micro_batch_size: Literal["auto"] | Count = "auto"
     """Micro-batch size: answers in one forward pass; a multiple of `samples_per_prompt` that divides a mini-batch.
     Lower it when memory runs out: no number changes."""
@@ -244,32 +235,31 @@ class PPO(Stage):
     """Peak learning rate: for policy and value model, reached after the warm-up. Halve it if KL rises sharply or
     updates often stop early (`kl_stop`), double it if the reward hardly rises."""
     reward: Rewards
-    """Reward: what PPO maximises. `reward` for this recipe's own reward run, another reward adapter, a
+    """Reward: what PPO maximises. `reward` for this recipe's reward run, another reward adapter, a
     sequence-classification model, a Python function `module:function(prompts, completions, **row)`, or a list of these
     with `weight`."""
     max_new_tokens: Count = 256
     """Maximum answer length: in tokens; longer answers are cut. Prompts must leave this much room in
     `model.max_length`. Raise it if few answers end by themselves (`eval_ended`); time and memory grow with it."""
     temperature: Positive = 1.0
-    """Sampling temperature: log-probs are those of the distribution at this temperature. Leave it at 1: lower values
-    explore less."""
+    """Sampling temperature: log-probs are those of the scaled distribution. Leave it at 1: lower values explore
+    less."""
     mini_batches: Count = 2
-    """Mini-batches: optimiser steps in one pass over an iteration's answers. More of them give more, smaller
-    updates."""
+    """Mini-batches: optimiser steps in one pass over an iteration's answers. More give more, smaller updates."""
     update_epochs: Count = 2
     """PPO epochs: passes over an iteration's answers. Lower it if updates often stop early (`kl_stop`)."""
     kl_coefficient: NotNegative = 0.05
     """KL coefficient β: the price of one nat of KL from the reference, in units of the reward. Double it if answers get
     strange, halve it if the reward hardly rises."""
     kl_target: Positive | None = None
-    """KL target, in nats per answer: the KL coefficient adapts to stay near it (Ziegler et al. 2019). The coefficient
-    is fixed when left out; 6 is usual."""
+    """KL target, in nats per answer: the KL coefficient adapts to stay near it (Ziegler et al. 2019); 6 is usual. The
+    coefficient is fixed when left out."""
     kl_stop: Positive | None = 0.1
     """KL early stopping, in nats per token: ends an iteration's updates when the policy is this far from the one that
     sampled. Lower it if the reward is unstable; null never stops."""
     clip: Positive = 0.2
-    """PPO clip range ε: a token's probability ratio (new to old policy) earns nothing beyond 1 ± ε. Lower it to 0.1 if
-    training is unstable."""
+    """PPO clip range ε: a token's probability ratio earns nothing beyond 1 ± ε. Lower it to 0.1 if training is
+    unstable."""
     value: Literal["adapter", "trunk"] = "adapter"
     """Value model: `adapter` is an adapter and head of its own, initialised from the reward model; `trunk` is only a
     head on the policy's hidden states. Take `trunk` to save memory and time."""
@@ -277,17 +267,15 @@ class PPO(Stage):
     """Value loss coefficient: the weight of the value loss next to the policy loss. Raise it if `val/explained` in
     metrics.jsonl stays near 0."""
     value_clip: Positive = 0.2
-    """Value clip range: a new value gains nothing by moving further than this from the old one. Rarely worth
-    changing."""
+    """Value clip range: a new value gains nothing beyond this distance from the old one. Rarely worth changing."""
     gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Discount factor γ: for later rewards. Leave it at 1, because the score comes at the end of an answer."""
     gae_lambda: Share = 0.95
     """GAE λ (generalised advantage estimation): 1 relies on the sampled rewards only, which is unbiased but noisy, 0 on
     the value model only. 0.9 to 1 are usual; take 1 for short runs, whose value model has learned little."""
     reward_scaling: Literal["prompt", "running", "none"] = "running"
-    """Reward scaling: `running` standardises scores by their running mean and standard deviation; `prompt` then
-    subtracts the mean of the answers to the same prompt, which learns faster from few prompts; `none` leaves scores as
-    they are."""
+    """Reward scaling: `running` standardises scores by their running mean and deviation; `prompt` then subtracts the
+    mean of the answers to the same prompt, to learn faster from few prompts; `none` leaves scores as they are."""
     reward_clip: Positive = 5.0
     """Reward clip, in standard deviations: scaled scores are limited to ± this value (not with `reward_scaling: none`).
     Lower it if a few extreme scores dominate."""
@@ -298,11 +286,11 @@ class PPO(Stage):
     """Judge: rewards that score the held-out answers and are never trained on, in the same forms as `reward`. Set one
     to detect reward hacking: the judge falls while the reward rises."""
     patience: int = Field(default=3, ge=2)
-    """Alarm patience: evaluations in a row in which the judge falls while the reward rises, before the alarm. A larger
-    value is slower and surer."""
+    """Alarm patience: evaluations in a row with falling judge and rising reward before the alarm. Larger is slower but
+    surer."""
     on_alarm: Literal["warn", "slow", "stop"] = "warn"
-    """Alarm action: `warn` prints a warning, `slow` also doubles the KL coefficient (up to 16-fold), `stop` also ends
-    the run. The best adapter so far is kept in any case."""
+    """Alarm action: `warn` prints a warning, `slow` also doubles the KL coefficient (up to 16-fold), `stop` ends the
+    run. The best adapter so far is kept in any case. Take `stop` for runs that nobody watches."""
     engine: Literal["transformers", "vllm"] = "transformers"
     """Sampling engine: `transformers` uses the base in memory; `vllm` holds a second copy of it on the same GPU. Take
     `vllm` if it is installed and the memory allows it."""

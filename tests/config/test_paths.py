@@ -212,16 +212,11 @@ def test_each_reward_of_a_list_is_found_at_its_own_line(problems, scorers):
 @pytest.mark.parametrize(
     ("source", "found"),
     [
-        ("reward", "reward"),
-        ("runs/a", "runs/a/reward/adapter"),
-        ("runs/a/reward", "runs/a/reward/adapter"),
-        ("./runs/a/reward/adapter", "runs/a/reward/adapter"),
-        ("model", "model"),
-        ("org/on-the-hub", "org/on-the-hub"),
-        ("gpt2", "gpt2"),
-        *((source, source) for source in ("json:loads", "json.decoder:JSONDecoder", "math:sqrt")),
-        ("./rewards.py:short", "rewards.py:short"),
+        *((run, "runs/a/reward/adapter") for run in ("runs/a", "runs/a/reward", "./runs/a/reward/adapter")),
+        *((source,) * 2 for source in ("reward", "model", "org/on-the-hub", "gpt2")),
+        *((source,) * 2 for source in ("json:loads", "json.decoder:JSONDecoder", "math:sqrt")),
         *((f"rewards.py:{name}",) * 2 for name in ("short", "length", "fast", "mean", "maths", "Judge")),
+        ("./rewards.py:short", "rewards.py:short"),
     ],
 )
 def test_a_reward_that_is_there_is_taken(read, scorers, source, found):
@@ -279,16 +274,11 @@ def test_a_function_that_only_importing_would_find_is_taken(read, folder, text):
 @pytest.mark.parametrize(
     ("reward", "judge"),
     [
-        ("runs/a", "runs/a/reward"),
-        ("runs/a/reward/adapter", "./runs/a"),
-        ("reward", "runs/x/reward"),  # the recipe's output is runs/x
-        ("reward", "./runs/x/reward/adapter"),
-        ("runs/x", "reward"),
-        ("rewards.py:short", "rewards:short"),
-        ("./rewards.py:short", "rewards.py:short"),
-        ("model", "./model"),
+        ("runs/a", "runs/a/reward"), ("runs/a/reward/adapter", "./runs/a"), ("model", "./model"),
+        ("rewards.py:short", "rewards:short"), ("./rewards.py:short", "rewards.py:short"),
+        ("reward", "runs/x/reward"), ("reward", "./runs/x/reward/adapter"), ("runs/x", "reward"),  # output is runs/x
     ],
-)
+)  # fmt: skip
 def test_a_judge_that_is_the_reward_under_another_name_is_refused(only_problem, scorers, reward, judge):
     make_adapter(scorers / "runs" / "x" / "reward" / "adapter")
     text = with_stages(ppo=f"reward: {reward}\n  judge: ['json:loads', '{judge}']\n  eval_data: pairs.jsonl")

@@ -24,13 +24,12 @@ def test_a_key_of_trl_is_passed_on(read):
     [
         ("dpo", "weight_deacy", "unknown key 'weight_deacy' in dpo.trainer; did you mean 'weight_decay'?"),
         ("dpo", "zzz", "unknown key 'zzz' in dpo.trainer"),
-        *((stage, "output_dir", "set it as output") for stage in STAGES),
-        *((stage, "seed", "set it as seed") for stage in STAGES),
-        *((stage, "bf16", "set it as model.compute_dtype") for stage in STAGES),
-        *((stage, "learning_rate", f"set it as {stage}.learning_rate") for stage in STAGES),
-        *((stage, "num_train_epochs", f"set it as {stage}.epochs") for stage in STAGES),
-        *((stage, "gradient_accumulation_steps", f"set it as {stage}.batch_size") for stage in STAGES),
-        *((stage, "gradient_checkpointing", f"set it as {stage}.checkpointed_layers") for stage in STAGES),
+        *((stage, key, f"set it as {instead}") for stage in STAGES for key, instead in {
+            "output_dir": "output", "seed": "seed", "bf16": "model.compute_dtype",
+            "learning_rate": f"{stage}.learning_rate", "num_train_epochs": f"{stage}.epochs",
+            "gradient_accumulation_steps": f"{stage}.batch_size",
+            "gradient_checkpointing": f"{stage}.checkpointed_layers",
+        }.items()),
         *((stage, "pad_token", "has no effect … remove it") for stage in STAGES),
         *((stage, key, "can't be used here; ") for stage in STAGES for key in REFUSED["*"]),
         ("dpo", "beta", "set it as dpo.beta"),
@@ -52,7 +51,7 @@ def test_a_key_of_trl_is_passed_on(read):
         ("ppo", "weight_deacy", "did you mean 'weight_decay'?"),
         ("ppo", "logging_steps", "unknown key … it takes the optimiser's settings: adam_beta1, … weight_decay"),
     ],
-)
+)  # fmt: skip
 def test_a_trainer_key_that_would_do_nothing_is_refused(only_problem, stage, key, words):
     line = 7 + 2 * STAGES.index(stage)
     setting = f"trainer:\n    {key}: 1\n    weight_decay: 0.1"
