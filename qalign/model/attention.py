@@ -39,18 +39,14 @@ def packed_row_attention(
     position_bias: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention function for a packed row.
+    """transformers' attention function for a packed row, whose mask is defined by the layout.
 
     Args:
         query: `(1, heads, tokens, head_dim)`, position embeddings applied.
         key, value: `(1, key_heads, tokens, head_dim)`.
-        attention_mask: None; the layout defines the mask.
 
     Returns:
-        (`(1, tokens, heads, head_dim)`, None).
-
-    Raises:
-        ValueError: the row is not packed, or the layer asks for something that is not supported.
+        (`(1, tokens, heads, head_dim)`, None). Raises a `ValueError` for rows or layers that are not supported.
     """
     if layout is None or attention_mask is not None:
         raise ValueError("this attention needs a packed batch; leave `packed_attention` for anything else")
@@ -83,8 +79,8 @@ def why_not_packed(lm: PreTrainedModel) -> str | None:
     """The reason why a model can't run packed rows, in words; None if it can.
 
     Its config is read and two packed pairs are run. Every layer must call this attention, and an answer must have the
-    hidden states that it has in a row of its own: ALiBi would fail, as it measures distances in the row instead of
-    positions, and so would state-space layers, which carry the neighbouring answer along.
+    hidden states of a row of its own. ALiBi fails, as it measures distances in the row instead of positions, and so do
+    state-space layers, which carry the neighbouring answer along.
     """
     config = lm.config.get_text_config()
     layer_types = getattr(config, "layer_types", None) or ()
@@ -120,18 +116,21 @@ def why_not_packed(lm: PreTrainedModel) -> str | None:
 
 
 class _Block(NamedTuple):
-    """Queries `start` to `end` of the packed row, which see the keys of their own segment at positions `first` to
-    `last`; `keys` are those as index ranges of the row."""
+    """Queries of one segment, and the keys that they see."""
 
-    start: int
-    end: int
-    first: int
-    last: int
-    keys: list[tuple[int, int]]
+    start: int  # of the queries, as an index of the packed row
+    size: int  # number of queries
+    first: int  # position of the first key
+    last: int  # position after the last key
+    keys: list[tuple[int, int]]  # index ranges of the packed row
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """`(heads, tokens, …)` to a view of the block's queries, `(heads, queries, …)`."""
+        return tensor[:, self.start : self.start + self.size]
 
     def queries_of(self, tensor: Tensor, groups: int) -> Tensor:
         """`(heads, tokens, dim)` to `(key_heads, groups * queries, dim)`: the heads that share a key are adjacent."""
-        return tensor[:, self.start : self.end].reshape(tensor.shape[0] // groups, groups * self.size, -1)
+        return self.rows_of(tensor).reshape(tensor.shape[0] // groups, groups * self.size, -1)
 
     def keys_of(self, tensor: Tensor) -> Tensor:
         """`(key_heads, tokens, dim)` to `(key_heads, keys, dim)`."""
@@ -144,24 +143,19 @@ class _Block(NamedTuple):
         for (start, end), part in zip(self.keys, parts, strict=True):
             total[:, start:end] += part
 
-    @property
-    def size(self) -> int:
-        """The number of queries."""
-        return self.end - self.start
-
 
 def _blocks(layout: Layout, window: int | None) -> Iterator[_Block]:
     for segment in layout.segments:
         shift = segment.first_position - segment.own[0]  # from row index to position
         for start in range(*segment.own, BLOCK_QUERIES):
-            end = min(start + BLOCK_QUERIES, segment.own[1])
-            first = max(0, start + shift - window + 1) if window else 0
-            yield _Block(start, end, first, end + shift, list(segment.row_ranges(first, end + shift)))
+            size = min(BLOCK_QUERIES, segment.own[1] - start)
+            first, last = max(0, start + shift - window + 1) if window else 0, start + shift + size
+            yield _Block(start, size, first, last, list(segment.row_ranges(first, last)))
 
 
 class _BlockAttention(torch.autograd.Function):
-    """Softmax attention, one block of queries at a time. It keeps its output and one log-sum-exp per query, and computes
-    the probabilities again in the backward (as FlashAttention does: Dao et al. 2022, arXiv:2205.14135)."""
+    """Softmax attention, one block of queries at a time. It keeps its output and a log-sum-exp per query; the backward
+    computes the probabilities again (as FlashAttention does: Dao et al. 2022, arXiv:2205.14135)."""
 
     @staticmethod
     def forward(ctx: Any, query, key, value, sinks, layout, scaling, window, softcap) -> Tensor:
@@ -179,8 +173,8 @@ class _BlockAttention(torch.autograd.Function):
                 logsum = torch.logaddexp(logsum, each.to(logsum.dtype))
                 total = (logsum - top).exp()
             found = torch.bmm(weights.to(query.dtype), block.keys_of(value)) / total.to(query.dtype)
-            output[:, block.start : block.end] = found.view(len(query), block.size, -1)
-            logsums[:, block.start : block.end] = logsum.view(len(query), block.size)
+            block.rows_of(output)[:] = found.view(len(query), block.size, -1)
+            block.rows_of(logsums)[:] = logsum.view(len(query), block.size)
         ctx.save_for_backward(query, key, value, sinks, output, logsums)
         ctx.settings = (layout, scaling, window, softcap)
         return output
@@ -207,7 +201,7 @@ class _BlockAttention(torch.autograd.Function):
             if slope is not None:
                 change = torch.where(weights > 0, change * slope, 0)
             change = change.to(query.dtype)
-            grad_query[:, block.start : block.end] = torch.bmm(change, keys).view(len(query), block.size, -1)
+            block.rows_of(grad_query)[:] = torch.bmm(change, keys).view(len(query), block.size, -1)
             block.add_to_keys(grad_key, torch.bmm(change.transpose(1, 2), queries))
         grad_sinks = None
         if sinks is not None and ctx.needs_input_grad[3]:
@@ -248,8 +242,7 @@ def _flex_runs_on(query: Tensor) -> bool:
 
 @lru_cache(maxsize=1)
 def _compiled_flex() -> Callable:
-    # Dynamic, so that a new length needs no new compilation: after eight PyTorch would run it uncompiled, and that
-    # holds all scores in memory.
+    # Dynamic, as after eight compilations for eight lengths PyTorch would run it uncompiled, with all scores in memory.
     return torch.compile(flex_attention, dynamic=True)
 
 

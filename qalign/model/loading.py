@@ -12,21 +12,10 @@ from typing import Any, Literal, cast
 import bitsandbytes
 import datasets
 import torch
-import transformers
+import transformers as tf
 from bitsandbytes.nn.modules import Linear4bit
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    GgufConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
 from transformers.utils.hub import cached_file
 
 from qalign.config.atomic import new_folder
@@ -60,24 +49,16 @@ class Origin:
         return Path(self.source) if Path(self.source).is_dir() else _hub_folder(self.source, self.hub_revision)
 
 
-def load_weights(
-    spec: Model, *, classifier: bool = False, form: Form = "held"
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Origin]:
-    """A recipe's base.
+def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") -> tuple[Any, Any, Origin]:
+    """A recipe's base: (model, its tokenizer unchanged, `Origin`); a `UserError` if it can't be found, fetched or read.
 
     Args:
         classifier: a sequence classifier with one label, its head new and not quantised, instead of a language model.
         form: `held` as the recipe says, on the best device; `dequantized`, the weights that this computes with, and
             `original`, the published ones, both in 16 bits on the CPU.
-
-    Returns:
-        (model, its tokenizer unchanged, `Origin`).
-
-    Raises:
-        UserError: it can't be found, fetched or read.
     """
     _quiet()
-    auto = AutoModelForSequenceClassification if classifier else AutoModelForCausalLM
+    auto = tf.AutoModelForSequenceClassification if classifier else tf.AutoModelForCausalLM
     options = {"num_labels": 1} if classifier else {}
     try:
         origin = _origin(spec)
@@ -89,35 +70,27 @@ def load_weights(
             lm = _held(spec, origin, auto, options, dtype or compute_dtype(spec), where)
         if form == "dequantized" and spec.quantization != "none":
             lm = lm.dequantize(dtype=lm.dtype)
-        return lm, AutoTokenizer.from_pretrained(origin.source, revision=origin.hub_revision), origin
+        return lm, tf.AutoTokenizer.from_pretrained(origin.source, revision=origin.hub_revision), origin
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.base: '{spec.base}' can't be loaded: {reason}") from None
 
 
-def load_config(spec: Model) -> PretrainedConfig:
-    """A base's config without its weights.
-
-    Raises:
-        UserError: it can't be found, fetched or read.
-    """
+def load_config(spec: Model) -> tf.PretrainedConfig:
+    """A base's config without its weights; a `UserError` if it can't be found, fetched or read."""
     _quiet()
     try:
         if file := _gguf_file(spec):
-            return AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
+            return tf.AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
         where = str(Path(spec.base).expanduser()) if looks_local(spec.base) else spec.base
-        return AutoConfig.from_pretrained(where, revision=spec.revision)
+        return tf.AutoConfig.from_pretrained(where, revision=spec.revision)
     except (OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"model.base: '{spec.base}' can't be read: {reason}") from None
 
 
 def check_reach(spec: Model) -> None:
-    """Checks, before any weight is fetched, that the base can read rows of `max_length`.
-
-    Raises:
-        UserError: its context is shorter.
-    """
+    """Checks, before any weight is fetched, that the base can read rows of `max_length`; a `UserError` if not."""
     reach = getattr(load_config(spec).get_text_config(), "max_position_embeddings", None)
     if reach and spec.max_length > reach:
         raise UserError(f"model.max_length: {spec.max_length} is beyond the {reach} tokens that '{spec.base}' can read")
@@ -125,8 +98,8 @@ def check_reach(spec: Model) -> None:
 
 def _quiet() -> None:
     """Hides progress bars and notices of other libraries, among which qalign's own lines would get lost."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    tf.logging.set_verbosity_error()
+    tf.logging.disable_progress_bar()
     datasets.disable_progress_bars()
     # PEFT still calls what transformers 5.23 renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
@@ -138,12 +111,8 @@ def device() -> torch.device:
 
 
 def compute_dtype(spec: Model) -> torch.dtype:
-    """The dtype of matrix products: the recipe's choice, or the fastest one on this device.
-
-    Raises:
-        UserError: float16 on a CPU, which is 30 times slower than float32 there.
-    """
-    if device().type == "cpu" and spec.compute_dtype == "float16":
+    """The dtype of matrix products: the recipe's choice, or the fastest one on this device."""
+    if device().type == "cpu" and spec.compute_dtype == "float16":  # 30 times slower than float32 there
         raise UserError("model.compute_dtype: float16 is very slow on a CPU; use 'auto'")
     if spec.compute_dtype != "auto":
         return DTYPES[spec.compute_dtype]
@@ -191,45 +160,42 @@ def _converted(file: Path) -> Path:
     folder = cache_folder() / f"gguf-{digest}"
     if not folder.is_dir():
         print(f"converting {file.name} once into {folder} …", flush=True)
-        where, name = str(file.parent), file.name
-        lm = AutoModelForCausalLM.from_pretrained(
-            where, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float16
-        )
-        tokenizer = AutoTokenizer.from_pretrained(where, gguf_file=name)
+        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        config = tf.GgufConfig(dequantize=True)
+        lm = tf.AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.float16)
+        tokenizer = tf.AutoTokenizer.from_pretrained(**where)
         with new_folder(folder) as aside:
             lm.save_pretrained(aside)
             save_tokenizer(tokenizer, aside)
     return folder
 
 
-def _held(
-    spec: Model, origin: Origin, auto: Any, options: dict, dtype: torch.dtype, where: torch.device
-) -> PreTrainedModel:
+def _held(spec: Model, origin: Origin, auto: Any, options: dict, dtype: torch.dtype, where: torch.device) -> Any:
     """The base as the recipe holds it; 4-bit ones come from the cache, from which they load in a tenth of the time."""
     place = {"dtype": dtype, "device_map": {"": where}}
     fresh = {"revision": origin.hub_revision, **place}
     if spec.quantization in ("none", "int8"):
-        config = BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
+        config = tf.BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
         return auto.from_pretrained(origin.source, quantization_config=config, **fresh, **options)
     settings: dict[str, Any] = {
         "bnb_4bit_quant_type": spec.quantization,
         "bnb_4bit_use_double_quant": spec.double_quant,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
     }
-    versions = [bitsandbytes.__version__, transformers.__version__]
+    versions = [bitsandbytes.__version__, tf.__version__]
     key = hashlib.sha256(json.dumps([origin.identity, settings, versions]).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{spec.quantization}-{key}"
-    config = BitsAndBytesConfig(load_in_4bit=True, **settings)
+    config = tf.BitsAndBytesConfig(load_in_4bit=True, **settings)
     lm = None
     if not folder.is_dir():
         print(f"quantising {origin.source} once into {folder} …", flush=True)
-        lm = AutoModelForCausalLM.from_pretrained(origin.source, quantization_config=config, **fresh)
+        lm = tf.AutoModelForCausalLM.from_pretrained(origin.source, quantization_config=config, **fresh)
         try:
             with new_folder(folder) as aside:  # freshly quantised and before any forward: see guard_4bit
                 lm.save_pretrained(aside)
         except OSError as error:  # a full disk: it is quantised again next time, but training can go on
             print(f"not cached: {error}", file=sys.stderr)
-    if lm is None or auto is not AutoModelForCausalLM:
+    if lm is None or auto is not tf.AutoModelForCausalLM:
         lm = None  # frees the first model before the second is loaded
         if folder.is_dir():
             lm = auto.from_pretrained(folder, **place, **options)
@@ -241,11 +207,7 @@ def _held(
 
 def guard_4bit(lm: nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights in place at the first forward without gradients on a CPU with
-    AVX512-BF16, after which all gradients would be wrong without an error.
-
-    Raises:
-        RuntimeError: it has happened already.
-    """
+    AVX512-BF16, after which all gradients would be wrong without an error. Raises if that has happened already."""
     for module in lm.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
@@ -264,7 +226,7 @@ def tensor_bytes(tensor: Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in (tensor, *scales))
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: tf.PreTrainedTokenizerBase, folder: Path) -> None:
     """Saves a tokenizer so that it gives the same ids when loaded again."""
     tokenizer.save_pretrained(folder)
     if getattr(tokenizer, "legacy", None):  # transformers 5.23 forgets it, and spaces after special tokens change

@@ -19,10 +19,7 @@ _CHUNK_ELEMENTS = 2**25  # of one chunk of logits: 128 MB in float32, for any vo
 
 class ScalarHead(nn.Linear):
     """Hidden states `(..., hidden)` to scores `(..., 1)`, computed in the dtype of its own weight, also under autocast.
-
-    Initialised with N(0, 1 / (hidden + 1)), as recommended for reward models in "The N Implementation Details of RLHF
-    with PPO" (Huang et al. 2023).
-    """
+    Initialised with N(0, 1 / (hidden + 1)) ("The N Implementation Details of RLHF with PPO", Huang et al. 2023)."""
 
     def __init__(self, hidden: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32):
         super().__init__(hidden, 1, bias=False, device=device, dtype=dtype)
@@ -41,12 +38,7 @@ def pair_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
 
 def completion_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     """Log-probs of all tokens of the answers, float32 (float64 for a float64 model) `(targets,)` in nats, in the order
-    of `batch.targets`.
-
-    Args:
-        lm: a causal language model with its adapters; its head must be frozen. A packed batch needs `packed_attention`.
-        batch: on the model's device.
-    """
+    of `batch.targets`. The head must be frozen, and a packed batch needs `packed_attention`."""
     return state_logps(lm, answer_states(lm, batch), batch.targets)
 
 
@@ -78,12 +70,9 @@ def _head(lm: PreTrainedModel) -> nn.Linear:
 
 
 class _HeadLogps(torch.autograd.Function):
-    """log p(target) from hidden states.
-
-    The gradient of a token's log-prob with respect to its hidden state is `g * (W[y] - E_p[W])`: a scalar times a
-    direction that the forward can compute. That takes two matrix products; recomputing the logits in the backward would
-    take three.
-    """
+    """log p(target) from hidden states. Its gradient with respect to a hidden state is `g * (W[y] - E_p[W])`: a scalar
+    times a direction that the forward can compute. That takes two matrix products; recomputing the logits in the
+    backward would take three."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm: PreTrainedModel, temperature: float) -> Tensor:
@@ -115,10 +104,8 @@ class _HeadLogps(torch.autograd.Function):
 
 
 def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `(tokens, hidden)`, with the scale or soft cap that some families apply after the head.
-
-    `check_head` verifies for a model that these are its own logits.
-    """
+    """Logits of hidden states `(tokens, hidden)`, with the scale or soft cap that some families apply after the head;
+    `check_head` verifies that they are the model's own."""
     config = lm.config.get_text_config()
     logits = _head(lm)(hidden)
     if scale := getattr(config, "logit_scale", None):  # Cohere
@@ -132,11 +119,8 @@ def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(lm: PreTrainedModel) -> None:
-    """Checks that hidden states and `head_logits` give the model's own logits.
-
-    Raises:
-        UserError: this family computes something else after its backbone, or overflows in this dtype.
-    """
+    """Checks that `head_logits` gives the model's own logits; a `UserError` if its family computes something else after
+    the backbone, or if it overflows in this dtype."""
     if lm.get_output_embeddings() is None:
         raise UserError(f"model.base: {type(lm).__name__} has no output layer to take log-probs from")
     ids = torch.arange(8, device=lm.device)[None]
@@ -145,7 +129,4 @@ def check_head(lm: PreTrainedModel) -> None:
     if not own.isfinite().all():
         raise UserError(f"model.compute_dtype: {lm.dtype} overflows in this model; use float32 or bfloat16")
     if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):
-        raise UserError(
-            f"model.base: the logits of {type(lm).__name__} differ from its output layer applied to its hidden states, "
-            "so qalign can't compute its log-probs; use a model of another family"
-        )
+        raise UserError(f"model.base: {type(lm).__name__} computes more than qalign knows after its last hidden states")

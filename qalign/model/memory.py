@@ -13,7 +13,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qalign.config.paths import function_of, is_own_model
-from qalign.config.recipe import PPO, Model, Recipe
+from qalign.config.recipe import Model, Recipe
+from qalign.config.stages import PPO
 from qalign.model.step_memory import Step, is_quantized, layer_pattern, meta_model, run_step
 
 CUDA_CONTEXT = 700 * 2**20  # bytes of the driver and of cuBLAS' workspaces; they differ by card and driver
@@ -31,7 +32,6 @@ class Plan:
     checkpointed_layers: int
 
     def __str__(self) -> str:
-        """The checkpointed layers, to be appended to a line about the micro-batch."""
         return f", {self.checkpointed_layers} layers checkpointed" if self.checkpointed_layers else ""
 
 
@@ -52,14 +52,7 @@ def max_length_of(recipe: Recipe, stage: str, tokens: int) -> int:
 
 
 class Forecast:
-    """The memory of one stage of a recipe.
-
-    Args:
-        recipe: with a section for the stage.
-        stage: its name.
-        config: the base's config, as transformers reads it.
-        device: `cuda` or `cpu`.
-        dtype: the dtype of matrix products.
+    """The memory of one stage of a recipe on a device, `cuda` or `cpu`, with matrix products in `dtype`.
 
     Attributes:
         fixed: bytes that are always in memory, by purpose.
@@ -111,9 +104,8 @@ class Forecast:
         key = tokens, checkpointing
         if key not in self._steps:
             few = min(self.layers, 2 * len(layer_pattern(self.config)))
-            one, other = (
-                run_step(self._model(layers), self.recipe, self.stage, self.device, *key) for layers in (few, 2 * few)
-            )
+            models = (self._model(layers) for layers in (few, 2 * few))
+            one, other = (run_step(lm, self.recipe, self.stage, self.device, *key) for lm in models)
             slope = (other.activations - one.activations) / few
             self._steps[key] = Step(int(one.activations + slope * (self.layers - few)), other.logits, other.backward)
         return self._steps[key]
@@ -134,12 +126,9 @@ class Forecast:
         return self.fixed | {"activations": int(activations)} | largest
 
     def largest(self, memory: int, checkpointed: int) -> int:
-        """The largest number of tokens that fits; 0 if none does.
-
-        Beyond one chunk of the head, the memory of a step is linear in its tokens.
-        """
+        """The largest number of tokens that fits; 0 if none does."""
         low, high = 64, 4096
-        if (at_high := self.total(high, checkpointed)) <= memory:
+        if (at_high := self.total(high, checkpointed)) <= memory:  # linear beyond one chunk of the head
             per_token = (self.total(2 * high, checkpointed) - at_high) / high
             return high + int((memory - at_high) / per_token)
         if self.total(low, checkpointed) > memory:
@@ -151,14 +140,11 @@ class Forecast:
 
     def plan(self, memory: int, longest: int) -> Plan | None:
         """A micro-batch that keeps the device busy, or at least holds the longest row, with as few checkpointed layers
-        as it needs, unless the recipe sets their number.
+        as it needs, unless the recipe sets their number. None if not even the longest row fits.
 
         Args:
             memory: bytes that may be used in all.
             longest: tokens of the longest row, or of a whole micro-batch if the recipe sets its size.
-
-        Returns:
-            None if not even the longest row fits.
         """
         wanted = max(BUSY_TOKENS[self.device], longest) if self.settings.micro_batch_size == "auto" else longest
         given = self.settings.checkpointed_layers

@@ -25,13 +25,10 @@ class ReferenceLogps:
 
     They use the same packing and code as the policy: in 16-bit another path differs by up to 1 nat, and the first DPO
     loss is then not ln 2.
-
-    Attributes:
-        computed: the number of pairs that this process has computed.
     """
 
     def __init__(self):
-        self.computed = 0
+        self.computed = 0  # the number of pairs that this process has computed
 
     def logps(self, base: Base, pairs: list[TokenPair], batch: AnswerBatch) -> Tensor:
         """Summed log-probs of the pairs that `batch` was made of: float32 `(pairs, 2)` in nats, chosen first."""
@@ -48,11 +45,7 @@ class CachedReferenceLogps(ReferenceLogps):
 
     The file's name is a hash of the base, quantisation, dtype, versions, reference adapter and template; inside, each
     pair is identified by a hash of its ids. What is read is verified with a checksum, and by computing once more the
-    first cached pairs that are needed.
-
-    Args:
-        base: with its reference.
-        adapter: the folder of the reference adapter, if it has one.
+    first cached pairs that are needed. `adapter` is the folder of the reference adapter, if it has one.
     """
 
     def __init__(self, base: Base, adapter: str | None):

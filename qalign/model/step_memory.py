@@ -1,8 +1,8 @@
-"""The memory of one training step, counted without weights or a GPU.
+"""The memory of one training step, counted without weights or a GPU: the step runs on PyTorch's meta device, where
+tensors have a shape and no data, and the bytes of the tensors that are alive are counted.
 
-The step runs on PyTorch's meta device, where tensors have a shape and no data, and the bytes of the tensors that are
-alive are counted. It runs the same code as training (head in chunks, checkpointing, adapters), so a change of that code
-changes the forecast. Attention, SFT's head and bitsandbytes' unpacking of weights are stood in for by their shapes.
+It runs the same code as training (head in chunks, checkpointing, adapters), so a change of that code changes the
+forecast. Attention, SFT's head and bitsandbytes' unpacking of weights are replaced by what they allocate.
 """
 
 import copy
@@ -12,16 +12,11 @@ from typing import Any, cast
 
 import peft
 import torch
+import transformers as tf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (
-    AttentionInterface,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, pack
@@ -34,17 +29,11 @@ from qalign.model.logps import pair_logps
 
 @dataclass(frozen=True)
 class Step:
-    """Bytes that a micro-batch needs in addition to what is always in memory.
+    """Bytes that a micro-batch needs in addition to what is always in memory."""
 
-    Attributes:
-        activations: kept for the backward when the last layer is done.
-        logits: the head's peak, in addition to the activations.
-        backward: the backward's peak, in addition to the activations.
-    """
-
-    activations: int
-    logits: int
-    backward: int
+    activations: int  # kept for the backward when the last layer is done
+    logits: int  # the head's peak, in addition to the activations
+    backward: int  # the backward's peak, in addition to the activations
 
     @property
     def total(self) -> int:
@@ -52,12 +41,8 @@ class Step:
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are created while it is open and are still alive.
-
-    Attributes:
-        live: bytes now.
-        peak: the largest `live` since it was opened or `peak` was set.
-    """
+    """Counts the bytes of all tensors that are created while it is open: `live` are the bytes of those still alive,
+    `peak` is the largest `live` since it was opened or `peak` was set."""
 
     def __init__(self):
         super().__init__()
@@ -145,9 +130,9 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
     if getattr(text, "layer_types", None):
         pattern = layer_pattern(config)
         text.layer_types = [pattern[number % len(pattern)] for number in range(layers)]
-    auto, task_type = AutoModelForCausalLM, peft.TaskType.CAUSAL_LM
+    auto, task_type = tf.AutoModelForCausalLM, peft.TaskType.CAUSAL_LM
     if stage == "reward":
-        auto, task_type, config.num_labels = AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS, 1
+        auto, task_type, config.num_labels = tf.AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS, 1
     with torch.device("meta"):
         lm: PreTrainedModel = auto.from_config(config, dtype=dtype)
         peft.get_peft_model(lm, new_config(recipe.lora, task_type), autocast_adapter_dtype=False)
@@ -175,12 +160,8 @@ def is_quantized(parameter: nn.Parameter, name: str, lm: PreTrainedModel) -> boo
 
 
 def run_step(lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, tokens: int, checkpointing: bool) -> Step:
-    """Runs one step of a stage with a micro-batch of this many tokens.
-
-    Args:
-        lm: a model that `meta_model` made; it is changed.
-        device: `cuda` or `cpu`, the device whose attention and temporaries are counted.
-    """
+    """Runs one step of a stage with this many tokens on a model that `meta_model` made, and counts what a `device`
+    (`cuda` or `cpu`) would allocate."""
     lm.train()
     if checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
@@ -220,7 +201,7 @@ def _batch(stage: str, tokens: int) -> AnswerBatch:
 
 
 def _loss(lm: PreTrainedModel, stage: str, device: str, batch: AnswerBatch) -> Tensor:
-    """A stage's loss, except for arithmetic on a few numbers per row. It keeps no intermediate result alive."""
+    """A stage's loss, up to arithmetic on a few numbers per row. It keeps no intermediate result alive."""
     if stage == "sft":
         vocabulary = cast(nn.Linear, lm.get_output_embeddings()).weight.shape[0]
         temporaries = 0 if device == "cuda" else 29
