@@ -1,4 +1,4 @@
-"""The report: figures against a count by hand, and a command that says what is missing."""
+"""`python -m qalign.evaluate`: its figures against a count pair by pair, and what it refuses."""
 
 import json
 import shutil
@@ -45,10 +45,10 @@ def test_figures_equal_a_count_pair_by_pair(base):
     assert found["accuracy_after"] == pytest.approx(after / 9)
     assert found["reward_accuracy"] == pytest.approx(right / 9)
     assert found["reward_margin"] == pytest.approx(sum(margins) / 9, rel=1e-4)
-    assert 0 < found["accuracy_after"] < 1, "a test on which every pair agrees tells nothing"
+    assert 0 < found["accuracy_after"] < 1, "if every pair agrees, the test shows nothing"
 
 
-def test_swapping_the_answers_turns_the_figures_round(base):
+def test_swapping_the_answers_mirrors_the_figures(base):
     pairs = house_style(base.tokenizer, 9)
     swapped = [type(p)(p.prompt_ids, p.rejected_ids, p.chosen_ids, p.where) for p in pairs]
     one, other = (evaluate.measure(base, rows, beta=0.5) for rows in (pairs, swapped))
@@ -78,11 +78,11 @@ def test_another_recipe_than_the_runs_is_refused(recipe_file, change):
         evaluate.report(load_recipe(recipe_file(eval_data=TEST, max_steps=1, **change)))
 
 
-def test_what_is_missing_is_one_line(recipe_file):
+def test_a_missing_adapter_or_missing_held_out_rows_are_named(recipe_file):
     with pytest.raises(UserError, match=r"there is no adapter yet; train it with python -m qalign\.dpo"):
         evaluate.report(load_recipe(recipe_file(eval_data=TEST)))
     run = train(recipe_file(max_steps=1))
-    with pytest.raises(UserError, match=r"dpo\.eval_data: there are no held-out rows"):
+    with pytest.raises(UserError, match=r"dpo\.eval_data: .+; add them to the recipe"):
         evaluate.report(run.recipe)
 
 
@@ -99,7 +99,7 @@ def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_json
     assert [line.split(": ")[1] for line in refusals] == [f"{held_out}:4", f"{held_out}:5"]
 
 
-def test_the_same_base_by_another_path_is_taken(recipe_file, tiny_folder, tmp_path, monkeypatch):
+def test_the_same_base_by_another_path_is_accepted(recipe_file, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
     shutil.copytree(tiny_folder, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
@@ -112,7 +112,7 @@ def test_the_same_base_by_another_path_is_taken(recipe_file, tiny_folder, tmp_pa
 
 
 def test_a_reference_that_was_trained_again_is_refused(recipe_file, tmp_path):
-    """Its figures would be those of an adapter that the run never saw."""
+    """The figures would be those of an adapter that the run never used."""
     parent = train(recipe_file(output="parent", max_steps=1)).adapter
     keys = {"start_from": str(parent), "max_steps": 1, "eval_data": {"path": TEST, "limit": 2}}
     run = train(recipe_file(**keys))

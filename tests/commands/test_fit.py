@@ -1,7 +1,6 @@
 """`python -m qalign.fit`: what it prints is so, what it advises fits, and it needs no weights."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -9,12 +8,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from qalign import fit
 from qalign.config.load import load
 from qalign.config.stages import STAGES
 from qalign.errors import UserError
+from qalign.model import memory
+from qalign.model.loading import load_config
 from tests.conftest import ROOT
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
@@ -32,19 +34,17 @@ CARDS = {
 @pytest.fixture(scope="module", autouse=True)
 def each_step_once():
     """The same step of the same model is run once for all tests here."""
-    from qalign.model.memory import Forecast
+    run, known = memory.run_step, {}
 
-    run, known = Forecast._run, {}
-
-    def remembered(self, *args):
-        config = self.config.to_json_string(use_diff=False)
-        key = (config, self.stage, self.device, self.dtype, str(self.recipe.lora), self.recipe.model.quantization, args)
+    def remembered(lm, recipe, stage, *args):
+        config, kind = lm.config.to_json_string(use_diff=False), type(lm).__name__
+        key = (config, kind, stage, lm.dtype, str(recipe.lora), recipe.model.quantization, args)
         if key not in known:
-            known[key] = run(self, *args)
+            known[key] = run(lm, recipe, stage, *args)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Forecast, "_run", remembered)
+        patch.setattr(memory, "run_step", remembered)
         yield
 
 
@@ -74,26 +74,17 @@ def recipe_path(tmp_path, bare) -> str:
     return str(path)
 
 
-def command(monkeypatch, *words: str) -> int:
-    """The command in this process."""
-    monkeypatch.setattr(sys, "argv", ["fit", *words])
+def command(*words: str) -> int:
+    """The exit code of the command, in this process."""
     with pytest.raises(SystemExit) as leaving:
-        fit.main()
+        fit.main(words)
     return leaving.value.code
 
 
 def forecast_of(path: str, stage: str, overrides: list[str]):
     """A stage's forecast as the command makes it for a card."""
-    import torch
-
-    from qalign.model.loading import load_config
-    from qalign.model.memory import Forecast
-
     recipe = load(path, overrides)
-    return Forecast(recipe, stage, load_config(recipe.model), "cuda", torch.bfloat16)
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
+    return memory.Forecast(recipe, stage, load_config(recipe.model), "cuda", torch.bfloat16)
 
 
 def test_words_in_any_order(recipe_path, monkeypatch):
@@ -106,13 +97,13 @@ def test_words_in_any_order(recipe_path, monkeypatch):
         [words[0], "--memory", "12GB", *words[1:]],
         [*words[:2], "--memory=12GB", words[2]],
     ):
-        assert command(monkeypatch, *order) == 0
+        assert command(*order) == 0
         recipe, given = seen.pop()
         assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo"), 300, "12GB")
 
 
 def test_every_stage_is_shown(recipe_path, monkeypatch, capsys):
-    assert command(monkeypatch, recipe_path, "--memory", "12GB", "dpo.batch_size=8") == 0
+    assert command(recipe_path, "--memory", "12GB", "dpo.batch_size=8") == 0
     said = capsys.readouterr().out
     assert "nf4, computing in float32, rows of up to 512 tokens, " in said
     assert re.findall(rf"^({'|'.join(STAGES)})$", said, flags=re.MULTILINE) == list(STAGES)
@@ -121,7 +112,7 @@ def test_every_stage_is_shown(recipe_path, monkeypatch, capsys):
 
 
 def test_without_memory_it_is_about_this_computer(recipe_path, monkeypatch, capsys):
-    assert command(monkeypatch, recipe_path, "sft=", "reward=") == 0
+    assert command(recipe_path, "sft=", "reward=") == 0
     said = capsys.readouterr().out
     assert "on cpu" in said
     assert "CUDA context" not in said
@@ -130,15 +121,15 @@ def test_without_memory_it_is_about_this_computer(recipe_path, monkeypatch, caps
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--memory", "lots"], "--memory: 'lots' is no size; write 12GB for a card with 12 GB"),
-        (["--memory", "0"], "--memory: '0' is no size"),
-        (["--memory", "12MB"], "--memory: '12MB' is no size"),
+        (["--memory", "lots"], "--memory: 'lots' is not a size; write 12GB for a card with 12 GB"),
+        (["--memory", "0"], "--memory: '0' is not a size"),
+        (["--memory", "12MB"], "--memory: '12MB' is not a size"),
         (["model.base=no/such-model", "--memory", "12GB"], "model.base: 'no/such-model' can't be read: "),
         (["model.quantization=nf5"], "quantization"),
     ],
 )
 def test_a_mistake_is_one_line(words, complaint, recipe_path, monkeypatch, capsys):
-    assert command(monkeypatch, recipe_path, *words) == 2
+    assert command(recipe_path, *words) == 2
     told = capsys.readouterr()
     assert told.out == ""
     (line,) = told.err.splitlines()
@@ -148,53 +139,39 @@ def test_a_mistake_is_one_line(words, complaint, recipe_path, monkeypatch, capsy
 @pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-family"}', "{}"])
 def test_a_config_that_cannot_be_read_is_one_line(text, recipe_path, bare, monkeypatch, capsys):
     (Path(bare) / "config.json").write_text(text)
-    assert command(monkeypatch, recipe_path, "--memory", "12GB") == 2
+    assert command(recipe_path, "--memory", "12GB") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"model.base: '{bare}' can't be read: ")
 
 
 def test_a_base_may_be_a_folder_in_the_home(recipe_path, bare, monkeypatch, capsys):
     monkeypatch.setenv("HOME", str(Path(bare).parent))
-    assert command(monkeypatch, recipe_path, "model.base=~/bare", "--memory=12", "sft=", "reward=") == 0
+    assert command(recipe_path, "model.base=~/bare", "--memory=12", "sft=", "reward=") == 0
     assert "yes: " in capsys.readouterr().out
 
 
-def test_mistakes_are_told_before_torch_is_imported(recipe_path, tmp_path):
+def test_errors_are_reported_before_torch_is_imported(recipe_path, tmp_path):
     """In a process of its own."""
     (tmp_path / "broken.yaml").write_text("model: {base: x\n")
     script = (
-        "import runpy, sys\n"
+        "import sys; from qalign import fit\n"
         "for words in (['broken.yaml'], ['recipe.yaml', '--memory', 'lots']):\n"
-        "    sys.argv = ['qalign.fit', *words]\n"
-        "    sys.modules.pop('qalign.fit', None)\n"
-        "    try:\n        runpy.run_module('qalign.fit', run_name='__main__')\n"
+        "    try:\n        fit.main(words)\n"
         "    except SystemExit as leaving:\n        print(leaving.code)\n"
         "print(sorted({'torch', 'transformers', 'trl', 'peft', 'bitsandbytes'} & set(sys.modules)))\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
-    )
-    assert done.stdout == "2\n2\n[]\n"
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "2\n2\n[]\n", done.stderr
     assert len(done.stderr.splitlines()) == 2
 
 
-@pytest.mark.parametrize("text", ["12", "12GB", "12gb", " 12 GiB ", "12G", "12.0 GB"])
-def test_sizes(text):
-    assert fit.memory_of(text) == 12 * GIB
-
-
-@pytest.mark.parametrize("text", ["", "GB", "-12GB", "12 TB", "1e3", "12 GB free", "0.0GB", "nan", "12,5"])
-def test_no_sizes(text):
-    with pytest.raises(UserError, match="is no size; write 12GB"):
-        fit.memory_of(text)
-
-
-def test_half_a_gib_is_a_size():
+def test_sizes_are_in_gib():
+    for text in ("12", "12GB", "12gb", " 12 GiB ", "12G", "12.0 GB"):
+        assert fit.memory_of(text) == 12 * GIB
     assert fit.memory_of("0.5GB") == GIB // 2
-
-
-# --- its table -------------------------------------------------------------------------------------------------------
+    for text in ("", "GB", "-12GB", "12 TB", "1e3", "12 GB free", "0.0GB", "nan", "12,5"):
+        with pytest.raises(UserError, match="is not a size; write 12GB"):
+            fit.memory_of(text)
 
 
 def test_the_bar_is_as_wide_as_the_memory():
@@ -227,9 +204,6 @@ def test_the_limit_is_within_the_bases_reach(stage, recipe_path, bare):
     forecast = forecast_of(recipe_path, stage, [])
     length = int(re.search(r"max_length ([\d,]+)$", dict(fit.lines(forecast, 500 * GIB))["limit"])[1].replace(",", ""))
     assert length == json.loads((Path(bare) / "config.json").read_text())["max_position_embeddings"]
-
-
-# --- what it advises -------------------------------------------------------------------------------------------------
 
 
 def followed(path: str, stage: str, memory: float, overrides: list[str]) -> tuple[list[str], dict]:
@@ -278,9 +252,6 @@ def test_no_setting_helps_where_the_base_is_too_large(mistral):
     assert re.fullmatch(
         r"model\.base: a smaller model; this one takes \d\.\d\d GiB of 3\.00 GiB before .*", table["change"]
     )
-
-
-# --- the shipped recipes ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(CARDS))
