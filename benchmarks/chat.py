@@ -1,9 +1,10 @@
-"""How fast does the page answer: the first token, and two sides at once beside one alone?
+"""How fast does the page answer: time to the first token, and the speed of two sides together against one alone?
 
     python benchmarks/chat.py --adapter FOLDER [--tokens 32] [--rounds 8]
 
-The ways take turns, `--rounds` each, on one loaded base; figures are medians over the rounds. `share` is the speed that
-a side keeps while the other answers too, the step alone over the step together, with the lowest and highest of a round.
+All ways run on one loaded base and take turns, `--rounds` times each. Figures are medians over the rounds. `share` is
+the speed that a side keeps while the other side answers too: the time of a step alone divided by that of a step
+together, with the lowest and the highest round.
 """
 
 import argparse
@@ -22,14 +23,14 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base", default=DEMO_BASE)
     parser.add_argument("--adapter", required=True, help="an adapter folder for that base")
-    parser.add_argument("--tokens", type=int, default=32, help="of an answer")
+    parser.add_argument("--tokens", type=int, default=32, help="length of an answer")
     parser.add_argument("--rounds", type=int, default=8)
     return parser.parse_args()
 
 
 def timed(page, names: list[str], tokens: int, seed: int) -> tuple[float, list[float]]:
-    """(seconds to the first token of all sides, seconds of each later step in which all grew). Both sides: all that the
-    page does for a step but sending it; one alone, which the page never shows: the chat behind it."""
+    """(seconds to the first token of all sides, seconds of each later step in which all sides grew). For two sides, all
+    work of the page is included except sending. One side alone is measured in the chat: the page never shows it."""
     from qalign.page.actions import Inputs
     from qalign.page.chat import Controls
     from qalign.page.session import Session
@@ -75,7 +76,7 @@ def main() -> None:
     ways = {"base alone": [BASE], "aligned alone": ["aligned"], "both": [BASE, "aligned"]}
     first, steps = ({way: [] for way in ways} for _ in range(2))
     for names in ways.values():
-        timed(page, names, 4, 1)  # what is only slow once
+        timed(page, names, 4, 1)  # warm-up
     for number in range(args.rounds):
         for way, names in ways.items():
             seconds, later = timed(page, names, args.tokens, 10 * number)

@@ -1,5 +1,5 @@
-"""The real page in headless Chromium, driven by Selenium (`make test-browser`): on the tiny model, whose answers are noise,
-and on SmolLM2 where speed and streaming matter."""
+"""The real page in headless Chromium, driven by Selenium (`make test-browser`): on the tiny model, whose answers are
+noise, and on SmolLM2 where speed and streaming matter."""
 
 import json
 import os
