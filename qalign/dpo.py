@@ -7,7 +7,7 @@ adapter off, or with a frozen copy of the adapter that the policy started from (
 weights serves both.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from qalign.cli import stage_command
@@ -47,9 +47,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session.finish(f"python -m qalign.evaluate {run.command_line}", reference=reference, **facts)
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    stage_command("dpo", train, words)
-
+main = partial(stage_command, "dpo", train)
 
 if __name__ == "__main__":
     main()

@@ -7,7 +7,7 @@ one iteration: collect, score, advantages, update. A policy may learn to exploit
 `qalign.rl.monitor` evaluates held-out prompts while it trains. docs/ppo.md gives the source of each detail.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from qalign.cli import stage_command
@@ -48,9 +48,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session.finish(best_of, reference=base.reference, **facts | loop.report())
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    stage_command("ppo", train, words)
-
+main = partial(stage_command, "ppo", train)
 
 if __name__ == "__main__":
     main()

@@ -6,7 +6,7 @@ The model is a LoRA adapter on the 4-bit base and a linear head in float32; the 
 answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whether to trust the model.
 """
 
-from collections.abc import Sequence
+from functools import partial
 from typing import cast
 
 from qalign.cli import stage_command
@@ -85,9 +85,7 @@ def _report(run: RunFolder, pairs: list, scores: list[list[float]]) -> dict:
     return {"trust": figures, "warning": warning}
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    stage_command("reward", train, words)
-
+main = partial(stage_command, "reward", train)
 
 if __name__ == "__main__":
     main()

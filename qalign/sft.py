@@ -6,8 +6,8 @@ TRL's `SFTTrainer` runs it on token ids made by qalign: only the assistant's tur
 turn, whether or not the chat template marks them. Departure from TRL: adapters stay float32 on a 4-bit base.
 """
 
-from collections.abc import Sequence
-from typing import cast
+from functools import partial
+from typing import Any, cast
 
 from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
@@ -41,7 +41,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         eval_packing=False,
         neftune_noise_alpha=settings.neftune_alpha,
     )
-    trainer = SupervisedTrainer(base, args, rows.train, rows.held_out or None, session.begin())
+    trainer: Any = SupervisedTrainer(base, args, rows.train, rows.held_out or None, session.begin())
 
     supervised = sum(label != IGNORED for row in rows.train for label in row.labels)
     packed = f"{len(rows.train):,} sequences in {len(trainer.train_dataset):,} rows" if settings.packing else "none"
@@ -53,9 +53,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session.finish([*following, f"python -m qalign.merge {run.path}"][0], supervised_tokens=supervised, **facts)
 
 
-def main(words: Sequence[str] | None = None) -> None:
-    stage_command("sft", train, words)
-
+main = partial(stage_command, "sft", train)
 
 if __name__ == "__main__":
     main()

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.errors import not_finite
@@ -38,12 +38,12 @@ class RunCallback(TrainerCallback):
         self._bar = tqdm(disable=True)
         self._mark = (time.monotonic(), tokens_before)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
+    def on_train_begin(self, args, state, control, **_):
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step")
         self._mark = (time.monotonic(), self._mark[1])
         self.run.stop.patient = True
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
+    def on_step_end(self, args, state, control, **_):
         self._bar.update(state.global_step - self._bar.n)
         if state.global_step >= state.max_steps or control.should_save:  # a checkpoint keeps no half-filled window
             control.should_log = True
@@ -51,16 +51,14 @@ class RunCallback(TrainerCallback):
             control.should_log = control.should_save = control.should_training_stop = True
         return control
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ):
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
         """A finite loss can have gradients that are not finite. (float16's scaler skips such steps itself.)"""
         model: nn.Module = kwargs["model"]
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not args.fp16 and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
             raise not_finite(f"step {state.global_step + 1}", "the gradients are")
 
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_log(self, args, state, control, **kwargs):
         logs: dict[str, float] = kwargs["logs"]
         if "loss" not in logs and not any(name.startswith("eval_") for name in logs):
             return  # the Trainer's closing statistics, which summary.json has
@@ -75,14 +73,14 @@ class RunCallback(TrainerCallback):
             self._bar.set_postfix_str(f"{_shown(logs)}, {line['tokens_per_second']:,.0f} tokens/s")
         self.run.log(line)
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_evaluate(self, args, state, control, **kwargs):
         tqdm.write(f"step {state.global_step}: held-out {_shown(kwargs['metrics'], 'eval_')}")
         self._mark = (time.monotonic(), self._mark[1])
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
+    def on_save(self, args, state, control, **_):
         self.run.mark_whole(state.global_step, self.tokens_seen)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any):
+    def on_train_end(self, args, state, control, **_):
         self.run.stop.patient = False
         self._bar.close()
 
@@ -93,7 +91,7 @@ class PartialCheckpointing(TrainerCallback):
     def __init__(self, planned: Plan):
         self.layers = planned.checkpointed_layers
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any):
+    def on_train_begin(self, args, state, control, **kwargs):
         model: nn.Module = kwargs["model"]
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for number, layer in enumerate(layers):

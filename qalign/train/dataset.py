@@ -4,7 +4,7 @@ Imports no torch, so a misspelt column is reported within seconds.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from qalign.config.stages import PPO, Source
 from qalign.data.formats import LeftOut, Refused, prompts
@@ -84,9 +84,8 @@ def encode_prompts(run: RunFolder, tokenizer: Any, found: ReadRows) -> StageRows
     # Imported here, not above: it imports transformers, for which `read_prompts` must not wait.
     from qalign.data.tokenize import encode_questions
 
-    return encode_rows(
-        run, tokenizer, found, encode_questions, run.recipe.model.max_length - run.settings.max_new_tokens
-    )
+    room = run.recipe.model.max_length - cast(PPO, run.settings).max_new_tokens
+    return encode_rows(run, tokenizer, found, encode_questions, room)
 
 
 def _left_out(refused: list[Refused]) -> list[LeftOut]:

@@ -4,7 +4,9 @@ import math
 from typing import Any, Literal
 
 import torch
-import trl
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.sft_config import SFTConfig
 
 from qalign.config.stages import PPO, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
@@ -13,15 +15,14 @@ from qalign.model.base import Base
 from qalign.model.memory import Forecast, Plan, usable_memory
 from qalign.train.run_folder import RunFolder
 
-CONFIGS = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 
 
 def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **special: Any) -> Any:
     """The recipe as TRL's config of the stage; values under `trainer:` override all others.
 
     Args:
-        rows: rows that the trainer takes at once. (Trainers of pairs take a whole optimiser step's, and split it
-            themselves.)
+        rows: rows that the trainer takes at once. (Trainers of pairs take a whole step's, and split it themselves.)
         checkpointed: number of layers with gradient checkpointing.
         special: arguments that only this stage's config has.
 

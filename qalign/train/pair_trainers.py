@@ -6,11 +6,11 @@ they are not TRL's `DPOTrainer` and `RewardTrainer`.
 """
 
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import trl
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
@@ -28,13 +28,10 @@ class PairTrainer(Trainer):
     """The loop that both share; a subclass defines `pair_losses`.
 
     Args:
-        base: with a trainable adapter for the role.
-        role: the role that is trained.
+        base: with a trainable adapter for the role that is trained.
         args: TRL's config; its batch sizes are the pairs of an optimiser step, its gradient accumulation is 1.
         micro: how much one forward pass takes; it changes memory and speed, and no number.
-        train_pairs: pairs to train on.
         eval_pairs: held-out pairs, or None.
-        callbacks: for `Trainer`.
     """
 
     # The loss of a micro-batch is divided by the pairs of the whole optimiser step (`num_items_in_batch`), so 8 × 1 and
@@ -53,17 +50,12 @@ class PairTrainer(Trainer):
     ):
         self.base, self.trained, self.micro, self.tokens_seen = base, role, micro, 0
         self._sums: dict[str, float] = defaultdict(float)
-        super().__init__(
-            model=base.model,
-            args=args,
-            data_collator=list,  # the pairs themselves; tensors are made for one micro-batch at a time
-            train_dataset=train_pairs,
-            eval_dataset=eval_pairs,
-            callbacks=list(callbacks),
-        )
+        # `list` as the collator passes pairs on as they are; tensors are made for one micro-batch at a time.
+        data: dict[str, Any] = {"data_collator": list, "train_dataset": train_pairs, "eval_dataset": eval_pairs}
+        super().__init__(base.model, args, **data, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
-    def pair_losses(self, pairs: list[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss `(pairs,)`, metrics `(pairs,)` by TRL's names), within `base.packed_attention()`."""
         raise NotImplementedError
 
@@ -76,14 +68,15 @@ class PairTrainer(Trainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(map(len, batches))
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
         """Forward and backward of one optimiser step, one micro-batch at a time."""
         total = torch.zeros((), device=self.args.device)
-        for pairs in self.base.micro_batches(inputs, self.micro):
+        micro_batches: Any = self.base.micro_batches(inputs, self.micro)
+        for pairs in micro_batches:
             total = total + super().training_step(model, pairs, num_items_in_batch)
         return total
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None) -> Tensor:
+    def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """The loss of one micro-batch: the sum over its pairs, divided by the pairs of the optimiser step."""
         loss, metrics = self.pair_losses(inputs)
         if not torch.isfinite(loss).all():
@@ -120,7 +113,7 @@ class PairTrainer(Trainer):
             logs |= self._means() | {"num_tokens": self.tokens_seen}
         super().log(logs, start_time)
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Means over all held-out pairs; each pair counts once, whatever its batch."""
         kept, self._sums = self._sums, defaultdict(float)
         self.base.model.eval()
@@ -141,26 +134,20 @@ class PairTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints hold the trained adapter alone, as a plain adapter folder: the base never changes."""
-        self.base.save_adapter(self.trained, Path(output_dir or self.args.output_dir))
+        self.base.save_adapter(self.trained, Path(output_dir or self.args.output_dir or ""))
 
 
 class PreferenceTrainer(PairTrainer):
-    """Trains the policy on pairs with any preference loss of `qalign.losses`.
+    """Trains the policy with any preference loss of `qalign.losses`; `settings` is the recipe's `dpo` section, and
+    `references` gives the reference's log-probs."""
 
-    Args:
-        settings: the recipe's `dpo` section.
-        references: gives the reference's log-probs, for losses that need them.
-    """
-
-    def __init__(
-        self, base: Base, settings: DPO, references: ReferenceLogps, args: trl.DPOConfig, *more: Any, **named: Any
-    ):
+    def __init__(self, base: Base, settings: DPO, references: ReferenceLogps, *more: Any, **named: Any):
         self.settings, self.references = settings, references
-        super().__init__(base, Role.POLICY, args, *more, **named)
+        super().__init__(base, Role.POLICY, *more, **named)
 
-    def pair_losses(self, pairs: list[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         settings, batch = self.settings, self.base.batch(pairs)
-        reference = None if settings.loss in REFERENCE_FREE else self.references.logps(self.base, pairs, batch)
+        reference = None if settings.loss in REFERENCE_FREE else self.references.logps(self.base, list(pairs), batch)
         with self.base.acting_as(Role.POLICY) as lm:
             policy = pair_logps(lm, batch)
         loss = preference_loss(
@@ -173,14 +160,15 @@ class PreferenceTrainer(PairTrainer):
             gamma=0.5 if settings.gamma is None else settings.gamma,
             sft_weight=settings.sft_weight,
         )
-        reward = rewards(policy.detach(), reference, batch.lengths, settings.beta)
+        logps = policy.detach()
+        reward = rewards(logps, reference, batch.lengths, settings.beta)
         return loss, {
             "rewards/chosen": reward[:, CHOSEN],
             "rewards/rejected": reward[:, REJECTED],
-            "rewards/accuracies": (reward[:, CHOSEN] > reward[:, REJECTED]).float(),
+            "rewards/accuracies": _right(reward),
             "rewards/margins": reward[:, CHOSEN] - reward[:, REJECTED],
-            "logps/chosen": policy.detach()[:, CHOSEN],
-            "logps/rejected": policy.detach()[:, REJECTED],
+            "logps/chosen": logps[:, CHOSEN],
+            "logps/rejected": logps[:, REJECTED],
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -189,26 +177,24 @@ class PreferenceTrainer(PairTrainer):
 
 
 class RewardModelTrainer(PairTrainer):
-    """Trains a reward model so that the chosen answer of a pair scores higher.
+    """Trains a reward model so that the chosen answer scores higher; `settings` is the recipe's `reward` section."""
 
-    Args:
-        settings: the recipe's `reward` section.
-    """
-
-    def __init__(self, base: Base, settings: Reward, args: trl.RewardConfig, *more: Any, **named: Any):
+    def __init__(self, base: Base, settings: Reward, *more: Any, **named: Any):
         self.settings = settings
-        super().__init__(base, Role.REWARD, args, *more, **named)
+        super().__init__(base, Role.REWARD, *more, **named)
 
-    def pair_losses(self, pairs: list[TokenPair]) -> tuple[Tensor, dict[str, Tensor]]:
+    def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         scores = self.base.pair_scores(Role.REWARD, pairs)
         margins = torch.tensor([pair.margin for pair in pairs]).to(scores) if self.settings.margin else None
         loss = bradley_terry(scores, margins, centering=self.settings.centering)
         found = scores.detach()
-        return loss, {
-            "mean_reward": found.mean(dim=1),
-            "accuracy": (found[:, CHOSEN] > found[:, REJECTED]).float(),
-            "margin": found[:, CHOSEN] - found[:, REJECTED],
-        }
+        margin = found[:, CHOSEN] - found[:, REJECTED]
+        return loss, {"mean_reward": found.mean(dim=1), "accuracy": _right(found), "margin": margin}
+
+
+def _right(values: Tensor) -> Tensor:
+    """`(pairs,)`: 1 where the chosen answer has the higher value of `(pairs, 2)`, else 0."""
+    return (values[:, CHOSEN] > values[:, REJECTED]).float()
 
 
 def _tokens(pair: TokenPair) -> int:

@@ -16,11 +16,7 @@ from qalign.errors import UserError
 
 
 def read_recipe(file: Path) -> Recipe:
-    """The recipe of a finished run. (`config.load.load` would check that its data is still there.)
-
-    Raises:
-        UserError: the file can't be read, or doesn't fit this version of qalign.
-    """
+    """The recipe of a finished run, or a `UserError`. (`load` would check that its data is still there.)"""
     try:
         return Recipe.model_validate(parse(file)[0])
     except ValidationError as error:
@@ -32,14 +28,8 @@ def read_recipe(file: Path) -> Recipe:
 
 
 def differences(file: Path, recipe: Recipe, stage: str) -> dict[str, tuple[object, object]]:
-    """Compares a recipe with the kept one; `output` and the sections of other stages don't count.
-
-    Returns:
-        for each dotted key that differs: (its value then, its value now).
-
-    Raises:
-        UserError: the kept recipe can't be read.
-    """
+    """The dotted keys of a recipe that differ from the kept one, each with (value then, value now), or a `UserError`.
+    `output` and the sections of other stages don't count."""
     kept = {}
     with suppress(UserError):
         kept, _ = parse(file)

@@ -60,9 +60,8 @@ class RunFolder:
     """`<output>/<stage>/` and the files in it.
 
     Attributes:
-        path: the folder; it holds `adapter`, `checkpoints`, `metrics` and `summary`.
         command_line: recipe and overrides as the user typed them, for hints on what to type next.
-        stop: the pending request to stop, if any.
+        stop: the request to stop, if there was one.
         resume: True if this session continues the run that is there.
     """
 
@@ -91,11 +90,8 @@ class RunFolder:
 
     @property
     def parent(self) -> str | None:
-        """The adapter folder that `start_from` names; `start_from: sft` is the SFT run of the same output.
-
-        Raises:
-            UserError: that SFT run isn't finished, or the adapter was trained on another base.
-        """
+        """The adapter folder that `start_from` names, with `sft` the SFT run of the same output; a `UserError` if that
+        run isn't finished, or the adapter was trained on another base."""
         key, start = f"{self.stage}.start_from", self.settings.start_from
         if start == SFT_RUN:
             sft = RunFolder(self.recipe, SFT_RUN)
@@ -107,10 +103,8 @@ class RunFolder:
             lineage.check_base(key, start, self.recipe.model.base, self.recipe.model.revision)
         return start
 
-    # --- before anything is loaded -----------------------------------------------------------------------------------
-
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Checks that this session may write here. Deletes nothing yet.
+        """Checks that this session may write here, and deletes nothing yet.
 
         Raises:
             UserError: the folder holds another run or other files, or the run can't be resumed with this recipe.
@@ -133,11 +127,7 @@ class RunFolder:
         self.check_parent()
 
     def check_inputs(self, folder: Path) -> None:
-        """Checks that no input of the stage lies in a folder that will be written to.
-
-        Raises:
-            UserError: one does.
-        """
+        """Raises a `UserError` if something that the stage reads lies in a folder that will be written to."""
         for key, used in self._inputs():
             if Path(used).resolve().is_relative_to(folder.resolve()):
                 raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
@@ -153,11 +143,7 @@ class RunFolder:
             yield from ((f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ())
 
     def check_parent(self) -> None:
-        """Checks that the adapter that the run started from is unchanged.
-
-        Raises:
-            UserError: it was trained again since.
-        """
+        """Raises a `UserError` if the adapter that the run started from was trained again since."""
         parent, mark, kept = self.parent, self.path / PARENT, lineage.read(self.adapter)
         was = mark.read_text(encoding="utf-8") if mark.is_file() else kept and kept.parent_hash
         if parent and was and was != (now := lineage.adapter_hash(parent)):
@@ -165,11 +151,7 @@ class RunFolder:
             raise UserError(f"{self.path}: started from an adapter {was}, but {parent} is {now} now; {fix}")
 
     def differences(self) -> dict[str, tuple[object, object]]:
-        """Keys of the recipe that the existing run began with other values for: (the value then, the value now).
-
-        Raises:
-            UserError: the recipe of the existing run can't be read.
-        """
+        """What `recipe_diff.differences` finds between the recipe that the existing run began with and this one."""
         return recipe_diff.differences(self.path / "recipe.yaml", self.recipe, self.stage)
 
     def changes(self) -> str:
@@ -177,11 +159,8 @@ class RunFolder:
         return ", ".join(f"{key} is {new!r}, was {old!r}" for key, (old, new) in self.differences().items())
 
     def check_refused(self, key: str, refused: list[Refused], used: int) -> None:
-        """Stops before training if the rows under a key of the recipe are not what the user thinks they are.
-
-        Raises:
-            UserError: more rows were refused than `max_refused_share` allows, or none is left.
-        """
+        """Raises a `UserError` if more rows under a key of the recipe were refused than `max_refused_share` allows, or
+        none is left: the data is then not what the user thinks it is."""
         share = len(refused) / max(1, used + len(refused))
         if used and share <= self.recipe.max_refused_share:
             return
@@ -200,8 +179,6 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
             write_whole(self.path / name, "".join(lines))
-
-    # --- while training ----------------------------------------------------------------------------------------------
 
     def begin(self, refused: list[Refused]) -> None:
         """Prepares the folder for training: only now does `--overwrite` delete the old run."""
@@ -251,30 +228,21 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    # --- at the end --------------------------------------------------------------------------------------------------
-
     def finish(self, next_command: str, base: str, loading: str = LOADING, **facts: Any) -> None:
-        """Writes the adapter's model card and `summary.json`, which marks the run as complete, and prints what to do
-        next.
+        """Writes the model card and `summary.json`, which marks the run as complete, and prints what to type next.
 
         Args:
-            next_command: what the user may want to type now.
             base: folder or hub id of the 16-bit base.
             loading: Python code that loads the adapter without qalign, with `{folder}` in it.
             facts: for the summary; `tokens_per_second` and `peak_bytes` at least.
         """
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
         cells = ((name, " ".join(str(value).split()).replace("|", r"\|")) for name, value in recipe_diff.flat(facts))
-        card = MODEL_CARD.format(
-            base=base,
-            stage=self.stage,
-            name=self.path.parent.name,
-            model=self.recipe.model.base,
-            versions=", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-            table="\n".join(f"| {name} | {text} |" for name, text in cells if not name.startswith("versions.")),
-            loading=loading.format(folder=self.adapter),
-        )
-        write_whole(self.adapter / "README.md", card)
+        table = "\n".join(f"| {name} | {text} |" for name, text in cells if not name.startswith("versions."))
+        made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
+        card = {"base": base, "stage": self.stage, "name": self.path.parent.name, "model": self.recipe.model.base}
+        card |= {"versions": made_with, "table": table, "loading": loading.format(folder=self.adapter)}
+        write_whole(self.adapter / "README.md", MODEL_CARD.format(**card))
         write_whole(self.summary, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"
         print_table("done", [("adapter", self.adapter), ("speed", speed), ("next", next_command)])

@@ -3,49 +3,41 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
-import trl
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from trl.trainer.sft_config import SFTConfig
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from qalign.data.tokenize import IGNORED, TokenDialogue
 from qalign.errors import UserError, not_finite
 from qalign.model.base import Base, Role
 
 
-class SupervisedTrainer(trl.SFTTrainer):
+class SupervisedTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on rows that are token ids already, with float32 adapters and plain adapter folders as
     checkpoints.
 
     Args:
         base: with a trainable policy.
-        args: TRL's config.
-        train_rows: rows to train on.
         eval_rows: held-out rows, or None; never packed.
-        callbacks: for `Trainer`.
     """
 
     def __init__(
         self,
         base: Base,
-        args: trl.SFTConfig,
+        args: SFTConfig,
         train_rows: list[TokenDialogue],
         eval_rows: list[TokenDialogue] | None,
         callbacks: tuple[TrainerCallback, ...] = (),
     ):
         self.base, self._places = base, {tuple(row.ids): row.where for row in train_rows}
         with float32_kept(base.model):
-            super().__init__(
-                model=base.model,
-                args=args,
-                train_dataset=_columns(train_rows),
-                eval_dataset=_columns(eval_rows) if eval_rows else None,
-                processing_class=base.tokenizer,
-                callbacks=list(callbacks),
-            )
+            data: dict[str, Any] = {"train_dataset": _columns(train_rows), "eval_dataset": _columns(eval_rows)}
+            super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -56,15 +48,15 @@ class SupervisedTrainer(trl.SFTTrainer):
             raise not_finite(f"step {self.state.global_step + 1}", "the loss is", rows)
         return found
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The mean over all supervised tokens of the held-out rows. (`Trainer` takes the mean of its batches' means,
         which depends on the batch size.)"""
-        self.model.eval()
+        self.base.model.eval()
         total, tokens = 0.0, 0
         with torch.no_grad(), self.accelerator.autocast():
             for inputs in self.get_eval_dataloader(eval_dataset):
                 tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
-                total += self.compute_loss(self.model, inputs, num_items_in_batch=1).item()
+                total += self.compute_loss(self.base.model, inputs, num_items_in_batch=1).item()
         logs = {f"{metric_key_prefix}_loss": total / max(1, tokens)}
         self.log(logs)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
@@ -72,7 +64,7 @@ class SupervisedTrainer(trl.SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints hold the adapter alone, as a plain adapter folder."""
-        self.base.save_adapter(Role.POLICY, Path(output_dir or self.args.output_dir))
+        self.base.save_adapter(Role.POLICY, Path(output_dir or self.args.output_dir or ""))
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes none: the run folder has its own."""
@@ -112,7 +104,9 @@ def check_packing(lm: PreTrainedModel) -> None:
         raise UserError(f"sft.packing: in {family} packed dialogues would see each other; set it to false")
 
 
-def _columns(rows: list[TokenDialogue]) -> datasets.Dataset:
+def _columns(rows: list[TokenDialogue] | None) -> datasets.Dataset | None:
+    if not rows:
+        return None
     return datasets.Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]})
 
 

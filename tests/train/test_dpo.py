@@ -6,7 +6,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-import qalign.model.memory
 from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
 from qalign.model.base import Role, load
@@ -73,17 +72,6 @@ def test_every_loss_trains(recipe_file, loss):
     lines = metrics(run)
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"] + 0.01
     assert summary(run)["reference"].startswith("none" if loss in ("simpo", "orpo") else "the base")
-
-
-def test_micro_batches_by_tokens_give_the_curve_of_those_by_pairs(recipe_file, capsys, monkeypatch):
-    monkeypatch.setitem(qalign.model.memory.BUSY_TOKENS, "cpu", 400)  # two or three pairs
-    by_pairs = train(recipe_file("pairs.yaml", output="pairs", limit=10, micro_batch_size=2))
-    by_tokens = train(recipe_file("tokens.yaml", output="tokens", limit=10, micro_batch_size="auto"))
-    assert "up to 400 tokens at a time" in capsys.readouterr().out
-    assert [line["step"] for line in metrics(by_pairs)] == [1, 2, 3]
-    for one, other in zip(metrics(by_tokens), metrics(by_pairs), strict=True):
-        for name in ("loss", "grad_norm", "rewards/margins", "num_tokens"):
-            assert one[name] == pytest.approx(other[name], rel=1e-4, abs=1e-5), name
 
 
 def test_a_family_that_cannot_share_prompts_says_so_and_trains(recipe_file, tmp_path, capsys):

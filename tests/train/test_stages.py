@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import qalign.model.base
+import qalign.model.memory
 import qalign.rl.ppo_setup
 from qalign.config.load import load as load_recipe
 from qalign.errors import Stopped, UserError
@@ -32,6 +33,13 @@ PPO_KEYS = {"samples_per_prompt": 2, "max_new_tokens": 4, "max_steps": 3, "kl_st
 # What the clock says; and TRL counts the tokens of an evaluation since the session began.
 CLOCK = ("tokens_per_second", "share/", "eval_num_tokens")
 WEIGHTS = "adapter_model.safetensors"
+NAMES = {
+    "sft": {"loss", "grad_norm", "learning_rate", "mean_token_accuracy", "epoch"},
+    "reward": {"loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_reward", "epoch"},
+    "dpo": {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
+        "loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected", "epoch"},
+    "ppo": {"objective/kl", "objective/scores", "objective/rlhf_reward", "policy/approxkl_avg", "loss/value_avg", "lr"},
+}  # fmt: skip
 HELD_OUT = {"path": TEST, "limit": 4}
 
 
@@ -96,6 +104,7 @@ def test_every_step_and_every_evaluation_is_logged(finished):
     assert [line["step"] for line in steps] == [1, 2, 3]
     evaluated = [line["step"] for line in logged if any(name.startswith("eval_") for name in line)]
     assert evaluated == ([0, 2, 3] if run.stage == "ppo" else [2, 3])
+    assert NAMES[run.stage] <= set(steps[0]), "dashboards for TRL go on working"
     assert steps[-1]["num_tokens"] == summary(run)["tokens"] > steps[0]["num_tokens"] > 0
 
 
@@ -299,6 +308,25 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path
     again = run_stage(path, resume=True)
     assert summary(again)["resumed_from"].endswith("checkpoint-2")
     assert_same_run(again, whole)
+
+
+@pytest.mark.parametrize(("stage", "keys"), [("reward", {"centering": 0.05}), ("dpo", {})])
+def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_path, monkeypatch, capsys):
+    """Seven pairs in steps of four: the last step of each epoch has three, in any number of parts."""
+    monkeypatch.setitem(qalign.model.memory.BUSY_TOKENS, "cpu", 400)  # `auto`: two or three pairs
+    keys |= {"limit": 7, "epochs": 2, "learning_rate": 1e-3}
+    ways = (4, 2, 1, "auto")
+    runs = [run_stage(write_recipe(tmp_path / f"{n}", tiny_folder, stage, micro_batch_size=n, **keys)) for n in ways]
+    assert "up to 400 tokens at a time" in capsys.readouterr().out
+    first, *others = (metrics(run) for run in runs)
+    assert [line["step"] for line in first] == [1, 2, 3, 4]
+    for lines in others:
+        for line, expected in zip(lines, first, strict=True):
+            for name in set(line) - {"tokens_per_second"}:
+                assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
+    adapter, *adapters = (load_file(run.adapter / WEIGHTS) for run in runs)
+    for weights in adapters:
+        torch.testing.assert_close(weights, adapter, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])

@@ -1,0 +1,168 @@
+"""The beginning and the end that all stages share: adapter, plan, run folder, header, loop, saved adapter."""
+
+import time
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from transformers import Trainer, TrainerCallback, set_seed
+
+from qalign.config.recipe import Model
+from qalign.config.stages import PPO
+from qalign.data.collate import MicroBatchLimit
+from qalign.errors import Stopped, out_of_memory
+from qalign.model import lineage
+from qalign.model.base import Base, Role
+from qalign.model.memory import Plan
+from qalign.train.callbacks import PartialCheckpointing, RunCallback, peak_bytes
+from qalign.train.dataset import StageRows
+from qalign.train.loop import micro_batch, plan, planned_steps, training_config
+from qalign.train.run_folder import LOADING, RunFolder, print_table
+
+
+def load_base(run: RunFolder, load: Callable[[Model], Base]) -> Base:
+    """The recipe's base model; the seed is set first, because a reward model's head is drawn while it loads."""
+    set_seed(run.recipe.seed)
+    return load(run.recipe.model)
+
+
+class Session:
+    """What one process does of a stage: its methods are called in this order.
+
+    Args:
+        run: the run folder, claimed.
+        role: the role that is trained.
+
+    Attributes:
+        origin: the lineage of the adapter that is trained.
+        micro: how much goes through the model at once.
+        checkpoint: where this session continues; None at the beginning of a run.
+    """
+
+    planned: Plan
+    micro: MicroBatchLimit
+    checkpoint: Path | None
+
+    def __init__(self, run: RunFolder, base: Base, rows: StageRows, role: Role = Role.POLICY):
+        self.run, self.base, self.rows, self.role = run, base, rows, role
+        self.origin = base.lineage(run.stage, run.parent)
+
+    def add_adapter(self, *, reference: bool = False) -> None:
+        """Adds the adapter to train: new, or a copy of the one that `start_from` names.
+
+        Args:
+            reference: True keeps a frozen copy of that adapter as the reference. (A new adapter needs none: its
+                reference is the base with adapters off.)
+
+        Raises:
+            UserError: the adapter was trained with another base, tokenizer or chat template.
+        """
+        set_seed(self.run.recipe.seed)
+        if parent := self.run.parent:
+            lineage.check(f"{self.run.stage}.start_from", parent, self.origin)
+            self.base.load_adapter(self.role, parent, trainable=True)
+            if reference:
+                self.base.load_reference(parent)
+        else:
+            self.base.add_adapter(self.role, self.run.recipe.lora)
+
+    def plan(self, longest: int, other_bytes: int = 0) -> None:
+        """Finds out how much fits in memory at once, as `loop.plan` says."""
+        self.planned = plan(self.run, self.base, longest, other_bytes)
+        self.micro = micro_batch(self.run.settings, self.planned, longest)
+
+    def config(self, rows: int, **special: Any) -> Any:
+        """TRL's config of the stage, as `loop.training_config` says."""
+        return training_config(self.run, self.base, rows, self.planned.checkpointed_layers, **special)
+
+    def begin(self) -> tuple[TrainerCallback, ...]:
+        """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""
+        self.run.begin(self.rows.refused)
+        self.checkpoint, self.tokens_before = self.run.rewind()
+        self.callback = RunCallback(self.run, self.tokens_before)
+        return self.callback, PartialCheckpointing(self.planned)
+
+    def print_header(self, steps: str, trainable: str | None = None, **more: str) -> None:
+        """Prints what is about to be trained, on what, and against what.
+
+        Args:
+            steps: the number of steps and the size of each, in words.
+            trainable: the weights that are trained, in words; those of the adapter if left out.
+            more: the stage's own lines.
+        """
+        run, base, model = self.run, self.base, self.run.recipe.model
+        weights, size = base.count_parameters()
+        trainable = trainable or f"{weights:,} adapter parameters ({weights / size:.2%} of the base)"
+        lines = {
+            "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
+            "held in": f"{model.quantization}, computing in {base.precision}",
+            "chat template": base.template,
+            "trainable": f"{trainable}, in float32" + (f", a copy of {run.parent}" if run.parent else ""),
+            **more,
+            "rows": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.rows.counts.items()),
+            "steps": f"{steps}, {self.micro}{self.planned}",
+        }
+        if run.resume:
+            lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
+        print_table(f"qalign {run.stage} → {run.path}", lines.items())
+
+    def train(self, trainer: Trainer, **more: str) -> dict[str, Any]:
+        """Prints the header, with `more` lines of the stage, and runs `Trainer` as `to_the_end` says."""
+
+        def loop() -> tuple[int, int, int]:
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            return trainer.state.global_step, trainer.state.max_steps, self.callback.tokens_seen
+
+        settings, unit = self.run.settings, "rows" if self.run.stage == "sft" else "pairs"
+        steps = planned_steps(settings, len(cast(Sized, trainer.train_dataset)))
+        self.print_header(f"{steps:,}, each of {settings.batch_size} {unit}", **more)
+        return self.to_the_end(loop)
+
+    def to_the_end(self, loop: Callable[[], tuple[int, int, int]]) -> dict[str, Any]:
+        """Runs a training loop from the checkpoint to the end and saves the adapter.
+
+        Args:
+            loop: trains, and returns steps done, steps planned, and tokens seen, of the whole run.
+
+        Returns:
+            Facts for the summary: `steps` and `tokens` of the whole run, the others of this session.
+
+        Raises:
+            Stopped: the user or the system asked to stop; a checkpoint was written.
+            UserError: the GPU's memory is too small, or a number is not finite.
+        """
+        run, began = self.run, time.monotonic()
+        try:
+            done, planned, tokens = loop()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, _smaller(run), f" with {self.micro}{self.planned}") from None
+        if run.stop.number is not None and done < planned:
+            print(f"stopped after step {done}; the checkpoint is {run.last_checkpoint()}")
+            print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
+            raise Stopped(run.stop.number)
+        seconds = time.monotonic() - began
+        self.base.save_adapter(self.role, run.adapter)
+        lineage.write(run.adapter, self.origin)
+        return {
+            "steps": done,
+            "resumed_from": str(self.checkpoint) if self.checkpoint else None,
+            "train_seconds": round(seconds, 1),
+            "tokens": tokens,
+            "tokens_per_second": round((tokens - self.tokens_before) / seconds, 1),
+            "peak_bytes": peak_bytes(),
+        }
+
+    def finish(self, next_command: str, loading: str = LOADING, **facts: Any) -> None:
+        """Completes the run folder, as `RunFolder.finish` says."""
+        self.run.finish(next_command, self.base.origin.source, loading, rows=self.rows.counts, **facts)
+
+
+def _smaller(run: RunFolder) -> str:
+    """Settings that take less memory."""
+    settings = run.settings
+    if isinstance(settings, PPO):
+        micro, new_tokens = settings.samples_per_prompt, settings.max_new_tokens // 2
+        return f"ppo.micro_batch_size={micro}, ppo.value=trunk, or ppo.max_new_tokens={new_tokens}"
+    one = "" if settings.micro_batch_size == 1 else f"{run.stage}.micro_batch_size=1, or else "
+    return f"{one}model.max_length={run.recipe.model.max_length // 2}"
