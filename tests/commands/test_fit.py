@@ -102,7 +102,7 @@ def test_words_in_any_order(recipe_path, monkeypatch):
         assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo"), 300, "12GB")
 
 
-def test_every_stage_is_shown(recipe_path, monkeypatch, capsys):
+def test_every_stage_is_shown(recipe_path, capsys):
     assert command(recipe_path, "--memory", "12GB", "dpo.batch_size=8") == 0
     said = capsys.readouterr().out
     assert "nf4, computing in float32, rows of up to 512 tokens, " in said
@@ -111,7 +111,7 @@ def test_every_stage_is_shown(recipe_path, monkeypatch, capsys):
     assert "of 11.40 GiB" in said  # 95% of it
 
 
-def test_without_memory_it_is_about_this_computer(recipe_path, monkeypatch, capsys):
+def test_without_memory_it_is_about_this_computer(recipe_path, capsys):
     assert command(recipe_path, "sft=", "reward=") == 0
     said = capsys.readouterr().out
     assert "on cpu" in said
@@ -128,7 +128,7 @@ def test_without_memory_it_is_about_this_computer(recipe_path, monkeypatch, caps
         (["model.quantization=nf5"], "quantization"),
     ],
 )
-def test_a_mistake_is_one_line(words, complaint, recipe_path, monkeypatch, capsys):
+def test_a_mistake_is_one_line(words, complaint, recipe_path, capsys):
     assert command(recipe_path, *words) == 2
     told = capsys.readouterr()
     assert told.out == ""
@@ -137,7 +137,7 @@ def test_a_mistake_is_one_line(words, complaint, recipe_path, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-family"}', "{}"])
-def test_a_config_that_cannot_be_read_is_one_line(text, recipe_path, bare, monkeypatch, capsys):
+def test_a_config_that_cannot_be_read_is_one_line(text, recipe_path, bare, capsys):
     (Path(bare) / "config.json").write_text(text)
     assert command(recipe_path, "--memory", "12GB") == 2
     (line,) = capsys.readouterr().err.splitlines()
