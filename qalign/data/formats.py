@@ -1,19 +1,22 @@
 """Any data set in, canonical rows out: preferences, dialogues to imitate, prompts to answer.
 
-The shape of each row is detected (`qalign.data.shapes`). A row that can't be used is refused with its place and the reason.
+The shape of each row is detected (`qalign.data.shapes`). Each `canonical…` function raises a `BadRow` if the shape is
+unknown or a part is missing, empty or out of order; `collect` lists such rows as refused, with place and reason.
 """
 
 import math
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from qalign.config.stages import Source
 from qalign.data.readers import BadRow, NoPair, read
-from qalign.data.shapes import Message, Shape, as_turns, detect, opening_turns, split_prompt
+from qalign.data.shapes import Message, RawRow, Shape, Turns, as_turns, detect, opening_turns, split_prompt
 
 Row = TypeVar("Row")
+Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the others
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Preference:
     chosen: str
     rejected: str
     where: str
-    """File and line (or row number) that it came from."""
+    """Its place: file and line, or row number."""
     margin: float | None = None
     """`score_chosen` − `score_rejected`, where the row has both as finite numbers."""
 
@@ -39,7 +42,6 @@ class Dialogue:
     first_trained: int
     """The loss covers the assistant's turns from this index on; earlier turns are context."""
     where: str
-    """File and line (or row number) that it came from."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,6 @@ class PlainText:
 
     text: str
     where: str
-    """File and line (or row number) that it came from."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,6 @@ class Prompt:
     turns: tuple[Message, ...]
     """A system turn first, if there is one; a user's turn last."""
     where: str
-    """File and line (or row number) that it came from."""
     columns: dict[str, Any]
     """The row's other columns too, as they came and without nulls, for functions that score answers."""
 
@@ -76,53 +76,15 @@ class LeftOut(Refused):
     """A valid row that holds no preference, such as a vote for a tie."""
 
 
-def preferences(
-    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
-) -> tuple[list[Preference], list[Refused]]:
-    """Preference rows of every source; see `collect`."""
-    return collect(sources, split, limit, seed, canonical)
-
-
-def scored_preferences(
-    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
-) -> tuple[list[Preference], list[Refused]]:
-    """As `preferences`, but a row without a score of each answer is refused."""
-
-    def scored(raw: Any, where: str) -> Preference:
-        row = canonical(raw, where)
-        if row.margin is None:
-            raise BadRow("no score_chosen and score_rejected as numbers, which `margin: true` needs")
-        return row
-
-    return collect(sources, split, limit, seed, scored)
-
-
-def dialogues(
-    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
-) -> tuple[list[Dialogue | PlainText], list[Refused]]:
-    """Dialogues and plain texts of every source; see `collect`."""
-    return collect(sources, split, limit, seed, canonical_dialogue)
-
-
-def prompts(
-    sources: tuple[Source, ...], split: str, limit: int | None, seed: int
-) -> tuple[list[Prompt], list[Refused]]:
-    """Prompts of every source; see `collect`."""
-    return collect(sources, split, limit, seed, canonical_prompt)
-
-
 def collect(
     sources: tuple[Source, ...], split: str, limit: int | None, seed: int, convert: Callable[[Any, str], Row]
-) -> tuple[list[Row], list[Refused]]:
+) -> Read[Row]:
     """Reads the rows of every source into one form.
 
     Args:
         split, limit: the stage's, for sources that don't set their own.
         seed: decides which rows a fractional `weight` takes.
         convert: makes a row from a raw row and its place; a `BadRow` that it raises refuses the row.
-
-    Returns:
-        (rows, refused), in the order of the files. A row that holds no preference is refused as `LeftOut`.
 
     Raises:
         UserError: a file or data set can't be read at all.
@@ -148,19 +110,13 @@ def collect(
 
 
 def canonical(raw: Any, where: str) -> Preference:
-    """One row of any known shape as a `Preference`.
-
-    Raises:
-        BadRow: the shape is unknown, or a part is missing, empty or out of order; `NoPair` if the row says that it
-            holds no preference.
-    """
+    """One row of any known shape as a `Preference`; raises `NoPair` if the row says that it holds none."""
     shape = detect(raw)
     _check_no_pair(shape)
     if shape.chosen is None or shape.rejected is None:
         missing = "chosen" if shape.chosen is None else "rejected"
-        raise BadRow(f"no '{missing}' answer: a preference row needs both; this one has {shape.keys}")
-    opening = opening_turns(shape.row, shape.opening)
-    prompt, *answers = split_prompt(opening, shape.chosen, shape.rejected)
+        raise BadRow(f"no '{missing}' answer: a preference row needs chosen and rejected; this one has {shape.keys}")
+    prompt, *answers = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.rejected)
     _check_order(prompt, "the prompt", "user")
     chosen, rejected = (_answer(turns, name) for turns, name in zip(answers, ("chosen", "rejected"), strict=True))
     check_text([*(turn["content"] for turn in prompt), chosen, rejected])
@@ -169,7 +125,15 @@ def canonical(raw: Any, where: str) -> Preference:
     return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row))
 
 
-def _answer(turns: list[Message], name: str) -> str:
+def scored(raw: Any, where: str) -> Preference:
+    """As `canonical`, but both answers must have a score."""
+    row = canonical(raw, where)
+    if row.margin is None:
+        raise BadRow("no score_chosen and score_rejected as numbers, which `margin: true` needs")
+    return row
+
+
+def _answer(turns: Turns, name: str) -> str:
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         found = " → ".join(turn["role"] for turn in turns) or "nothing"
         raise BadRow(f"{name}: expected one assistant turn after the prompt, found {found}")
@@ -178,8 +142,8 @@ def _answer(turns: list[Message], name: str) -> str:
     return turns[0]["content"]
 
 
-def _margin(row: dict[str, Any]) -> float | None:
-    scores = row.get("score_chosen"), row.get("score_rejected")
+def _margin(row: RawRow) -> float | None:
+    scores: list[Any] = [row.get("score_chosen"), row.get("score_rejected")]
     if not all(type(score) in (int, float) for score in scores):  # not isinstance: True is an int too, but no score
         return None
     try:
@@ -192,19 +156,15 @@ def _margin(row: dict[str, Any]) -> float | None:
 def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     """One row of any known shape as a `Dialogue` or a `PlainText`.
 
-    Of a preference row the chosen answer is trained on, whatever the rejected one is like; the assistant's earlier turns
-    are context, since HH-RLHF's were picked to be bad.
-
-    Raises:
-        BadRow: the shape is unknown, a part is missing, empty or out of order, or the row's label is false; `NoPair` as
-            in `canonical`.
+    Of a preference row the chosen answer is trained on, whatever the rejected one is like; the assistant's earlier
+    turns are context, since HH-RLHF's were picked to be bad. Raises `NoPair` as `canonical` does.
     """
     shape = detect(raw)
     _check_no_pair(shape)
     _check_system(shape.row)
     if shape.is_ranked:
         if shape.chosen is None:
-            raise BadRow(f"no 'chosen' answer to learn from; this row has {shape.keys}")
+            raise BadRow(f"no 'chosen' answer to imitate; this row has {shape.keys}")
         prompt, answer, _ = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.chosen)
         turns, first_trained = prompt + answer, len(prompt)
     elif shape.imitated:
@@ -218,15 +178,15 @@ def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     return Dialogue(tuple(turns), first_trained, where)
 
 
-def _imitated(row: dict[str, Any], before: str | None, answer: str) -> tuple[list[Message], int]:
-    """(turns, index of the first one that is trained on): everything but what stands under `prompt`."""
+def _imitated(row: RawRow, before: str | None, answer: str) -> tuple[Turns, int]:
+    """(turns, index of the first one that is trained on): all but the turns under `prompt`."""
     if answer == "text":
         return as_turns(row[answer], answer), 0
     if before is None and not isinstance(row[answer], list):
         raise BadRow(f"{answer}: expected a list of turns, found {type(row[answer]).__name__}")
     label = row.get("label")
     if label is False or (isinstance(label, str) and label.strip().lower() == "false"):  # a CSV has only texts
-        raise BadRow("label is false: an answer not to learn from")
+        raise BadRow("label is false: the answer is marked as not to be imitated")
     opening = opening_turns(row, before)
     return opening + as_turns(row[answer], answer, "assistant"), len(opening) if before == "prompt" else 0
 
@@ -247,26 +207,18 @@ def _plain_text(shape: Shape) -> str:
 
 
 def scorable(raw: Any, where: str) -> Preference | Dialogue:
-    """One row with an answer to score: a `Preference` if it has both ranked answers, else a `Dialogue`.
-
-    Raises:
-        BadRow: as `canonical` and `canonical_dialogue`, or the row is plain text.
-    """
+    """One row with an answer to score: a `Preference` if it has both ranked answers, else a `Dialogue`."""
     shape = detect(raw)
     if shape.chosen is not None and shape.rejected is not None:
         return canonical(raw, where)
     row = canonical_dialogue(raw, where)
     if isinstance(row, PlainText):
-        raise BadRow("plain text: expected a dialogue, whose last answer could be scored")
+        raise BadRow("plain text: expected a dialogue with an answer to score")
     return row
 
 
 def canonical_prompt(raw: Any, where: str) -> Prompt:
-    """One row of any known shape as a `Prompt`: the dialogue up to its last answer, which is left out.
-
-    Raises:
-        BadRow: the shape is unknown, or the row has no user's turn to answer.
-    """
+    """One row of any known shape as a `Prompt`: the dialogue up to its last answer, which is left out."""
     shape = detect(raw)
     _check_system(shape.row)
     turns = opening_turns(shape.row, shape.opening)
@@ -293,14 +245,13 @@ def _check_no_pair(shape: Shape) -> None:
         raise NoPair(shape.row["no_pair"])
 
 
-def _check_system(row: dict[str, Any]) -> None:
+def _check_system(row: RawRow) -> None:
     if not isinstance(row.get("system", ""), str):
         raise BadRow(f"system: expected a text, found {type(row['system']).__name__}")
 
 
-def _check_order(turns: list[Message], name: str, last: str) -> None:
-    """Requires a system turn at most first, then user and assistant alternating, no empty turn, and `last` as the last
-    role. `name` stands for the turns in error messages, such as "the prompt"."""
+def _check_order(turns: Turns, name: str, last: str) -> None:
+    """User and assistant must alternate after a system turn, if any, end with `last`, and no turn may be empty."""
     spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
     if not spoken:
         raise BadRow(f"{name} is empty")
@@ -315,12 +266,18 @@ def _check_order(turns: list[Message], name: str, last: str) -> None:
 
 
 def check_text(texts: Iterable[str]) -> None:
-    """Requires valid Unicode: JSON can spell half a character (a lone surrogate), which no tokenizer takes.
-
-    Raises:
-        BadRow: a text holds one.
-    """
+    """Requires valid Unicode: JSON can spell half a character (a lone surrogate), which raises a `BadRow`."""
     try:
         "".join(texts).encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
+
+
+preferences = partial(collect, convert=canonical)
+"""(sources, split, limit, seed) to preferences and refused rows, as `collect` reads them."""
+scored_preferences = partial(collect, convert=scored)
+"""As `preferences`; a row without a score of each answer is refused."""
+dialogues = partial(collect, convert=canonical_dialogue)
+"""As `preferences`, to dialogues and plain texts for supervised fine-tuning."""
+prompts = partial(collect, convert=canonical_prompt)
+"""As `preferences`, to prompts."""

@@ -1,6 +1,6 @@
 """The layout of a packed row, `[prompt | answer | answer | prompt | answer …]`: prefixes with their branches.
 
-A token of a prefix sees that prefix up to itself; a token of a branch sees its whole prefix and the branch up to itself.
+A token of a prefix sees the prefix up to itself; a token of a branch sees its whole prefix and the branch up to itself.
 """
 
 from collections.abc import Iterator
@@ -80,11 +80,8 @@ class Layout:
 
         Its blocks are found one row of blocks at a time: all at once would take a hundred times the mask's memory.
         """
-        if window not in self._masks:
-            self._masks[window] = self._block_mask(window, device)
-        return self._masks[window]
-
-    def _block_mask(self, window: int | None, device: torch.device) -> "BlockMask":
+        if window in self._masks:
+            return self._masks[window]
         from torch.nn.attention.flex_attention import BlockMask  # takes a second, and CPUs don't need it
 
         group, branch, position = (tensor.to(device) for tensor in (*self._numbers(), self.positions()[0]))
@@ -103,9 +100,10 @@ class Layout:
             seen = torch.nn.functional.pad(seen, (0, count * _BLOCK - self.tokens)).view(len(queries), count, _BLOCK)
             some[row], every[row] = seen.any(dim=2).any(dim=0), seen.all(dim=2).all(dim=0) & (len(queries) == _BLOCK)
         partial, full = (_listed(blocks) for blocks in (some & ~every, every))
-        return BlockMask.from_kv_blocks(
+        self._masks[window] = BlockMask.from_kv_blocks(
             *partial, *full, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(self.tokens, self.tokens)
         )
+        return self._masks[window]
 
     def _numbers(self) -> tuple[Tensor, Tensor]:
         """The group of each token and its branch within the group, 0 for the prefix; int32 `(tokens,)` each."""

@@ -1,12 +1,13 @@
-"""Raw rows out of files, folders and hub data sets, each with the place it came from."""
+"""Raw rows out of files, folders and hub data sets, each with its place (file and line, or row number)."""
 
 import csv
 import gzip
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from qalign.config.paths import looks_local
 from qalign.config.stages import Source
@@ -18,14 +19,14 @@ class BadRow(Exception):
 
 
 class NoPair(BadRow):
-    """Why a row says of itself that it has no chosen and rejected answer; nothing is wrong with it."""
+    """Why a row holds no chosen and rejected answer, as the row itself says; nothing is wrong with it."""
 
 
 def read(source: Source, split: str) -> Iterator[tuple[str, Any]]:
     """(place, row) of a file, a folder or a hub data set; a row that can't be parsed comes as a `BadRow`."""
     path = Path(source.path).expanduser()
     if not looks_local(source.path) or path.is_dir():
-        yield from _dataset(source.path, split)
+        yield from _numbered(f"{source.path}[{split}]", _dataset(source.path, split))
         return
     readers = {
         ".jsonl": _json_lines,
@@ -43,6 +44,10 @@ def read(source: Source, split: str) -> Iterator[tuple[str, Any]]:
         yield from reader(path)
     except (OSError, EOFError, RecursionError, ValueError, zlib.error, csv.Error) as error:
         raise UserError(f"{path}: can't be read: {error}") from None
+
+
+def _numbered(place: str, rows: Iterable[Any]) -> Iterator[tuple[str, Any]]:
+    return ((f"{place}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
@@ -64,12 +69,12 @@ def _parsed(line: str) -> Any:
 
 def _json_array(path: Path) -> Iterator[tuple[str, Any]]:
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows: Any = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path}: expected a list of rows, found {type(rows).__name__}; one row a line is .jsonl")
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
+    return _numbered(str(path), cast("list[Any]", rows))
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -81,29 +86,25 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    import pyarrow.parquet
-
+    pyarrow: Any = import_module("pyarrow")  # it has no types
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        return _numbered(str(path), import_module("pyarrow.parquet").read_table(path).to_pylist())
     except pyarrow.ArrowException as error:
         raise UserError(f"{path}: can't be read: {error}") from None
-    yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, start=1))
 
 
-def _dataset(name: str, split: str) -> Iterator[tuple[str, Any]]:
-    """A hub id or a local folder, through `datasets`."""
-    import datasets
-
+def _dataset(name: str, split: str) -> Iterable[Any]:
+    """The rows of a hub id or a local folder, through `datasets`."""
+    datasets: Any = import_module("datasets")  # it has no types
     try:
-        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
-            data = datasets.load_from_disk(name)
-            if isinstance(data, datasets.DatasetDict):
-                if split not in data:
-                    raise ValueError(f"it has no such split; its splits: {', '.join(data)}")
-                data = data[split]
-        else:
-            data = datasets.load_dataset(name, split=split)
+        if not any((Path(name) / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
+            return datasets.load_dataset(name, split=split)
+        data = datasets.load_from_disk(name)
+        if isinstance(data, datasets.DatasetDict):
+            if split not in data:
+                raise ValueError(f"it has no such split; its splits: {', '.join(data)}")
+            return data[split]
+        return data
     except Exception as error:  # the hub, the network, the split, the files: its message says which
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name}: the data set can't be loaded (split '{split}'): {reason}") from None
-    yield from ((f"{name}[{split}], row {number}", row) for number, row in enumerate(data, start=1))

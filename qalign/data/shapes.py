@@ -1,19 +1,20 @@
-"""Detects which keys of a raw row hold what: the turns before the answers, the ranked answers, what is imitated.
+"""Detects which keys of a raw row hold what; `qalign.data.formats` makes preferences, dialogues and prompts from it.
 
-Preferences, dialogues and prompts (`qalign.data.formats`) are all made from this one detection. Known shapes: TRL's (plain
-or conversational, prompt explicit or shared by the answers), HH-RLHF transcripts, UltraFeedback binarized, OpenAI messages
-and preferences, sharegpt, alpaca, KTO (rows with a label), MT-bench questions, plain text.
+Known shapes: TRL's (plain or conversational, prompt explicit or shared by the answers), HH-RLHF transcripts,
+UltraFeedback binarized, OpenAI messages and preferences, sharegpt, alpaca, KTO (a label), MT-bench, plain text.
 """
 
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeGuard
 
 from qalign.data.readers import BadRow
 
 Message = dict[str, str]
 """One turn of a dialogue, `{"role", "content"}`; the role is system, user or assistant."""
+Turns = list[Message]
+RawRow = dict[str, Any]
 
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -29,17 +30,17 @@ _IMITATED = (
 
 @dataclass(frozen=True)
 class Shape:
-    """A raw row and the keys of its parts. The parts are parsed only by the form of row that needs them."""
+    """A raw row and the keys of its parts. A part is parsed only when it is needed."""
 
-    row: dict[str, Any]
+    row: RawRow
     """The row without its nulls, with which Parquet and `datasets` fill the columns that only other rows have."""
     chosen: Any
     """The preferred answer as it came; None if the row has none."""
     rejected: Any
     opening: str | None
-    """The key of the dialogue before the answers, if there is one. (Chosen and rejected may share a prompt instead.)"""
+    """The key of the dialogue before the answers; None if there is none (ranked answers may share a prompt)."""
     imitated: tuple[str | None, str] | None
-    """In a row without ranked answers: the keys of the turns before (or None) and of the answer or whole dialogue."""
+    """In a row without ranked answers: the keys of the turns before, if any, and of the answer or whole dialogue."""
 
     @property
     def is_ranked(self) -> bool:
@@ -52,36 +53,32 @@ class Shape:
 
 
 def detect(raw: Any) -> Shape:
-    """The shape of one raw row.
-
-    Raises:
-        BadRow: the row is not an object with keys.
-    """
-    if not isinstance(raw, dict):
-        raise BadRow(f"not an object with keys but {type(raw).__name__}")
-    row = {key: value for key, value in cast("dict[str, Any]", raw).items() if value is not None}
+    """The shape of one raw row; a `BadRow` if it isn't an object with keys."""
+    if not _is_object(raw):
+        raise BadRow(f"expected an object with keys, found {type(raw).__name__}")
+    row = {key: value for key, value in raw.items() if value is not None}
     chosen, rejected = _ranked(row)
     is_ranked = chosen is not None or rejected is not None
     imitated = None if is_ranked else next(_imitated(row), None)
     return Shape(row, chosen, rejected, _opening_key(row, is_ranked), imitated)
 
 
-def _ranked(row: Mapping[str, Any]) -> tuple[Any, Any]:
+def _ranked(row: RawRow) -> tuple[Any, Any]:
     """(chosen, rejected) as they came; None for an answer that the row doesn't have."""
     if "preferred_output" in row:  # OpenAI's preference format
         return row["preferred_output"], row.get("non_preferred_output")
     both = row.get("output") if "instruction" in row and "prompt" not in row else None  # alpaca ranking
-    chosen, rejected = cast("list[Any]", both) if isinstance(both, list) and len(both) == 2 else (None, None)
+    chosen, rejected = both if _is_list(both) and len(both) == 2 else (None, None)
     return row.get("chosen", chosen), row.get("rejected", rejected)
 
 
-def _imitated(row: Mapping[str, Any]) -> Iterator[tuple[str | None, str]]:
+def _imitated(row: RawRow) -> Iterator[tuple[str | None, str]]:
     yield from ((before, answer) for before, answer in _IMITATED if answer in row and (before is None or before in row))
     if is_transcript(row.get("text")):  # last: alpaca's first edition has the whole row in 'text' too, in a template
         yield None, "text"
 
 
-def _opening_key(row: Mapping[str, Any], is_ranked: bool) -> str | None:
+def _opening_key(row: RawRow, is_ranked: bool) -> str | None:
     if "preferred_output" in row:
         return "input"
     # Some alpaca editions have a 'prompt' too: the row in a template, its output included.
@@ -94,24 +91,20 @@ def _opening_key(row: Mapping[str, Any], is_ranked: bool) -> str | None:
     return next((key for key in keys if key in row), None)
 
 
-def opening_turns(row: Mapping[str, Any], key: str | None) -> list[Message]:
-    """The dialogue that `key` holds, with the `system` column before it; the system turn alone (or none) without a key.
-
-    Raises:
-        BadRow: the key holds something else.
-    """
+def opening_turns(row: RawRow, key: str | None) -> Turns:
+    """The dialogue under `key`, if any, after the `system` column's turn, if any; a `BadRow` if it is no dialogue."""
     if key == "input":
         opening = row.get("input")
-        return as_turns(cast("dict[str, Any]", opening).get("messages") if isinstance(opening, dict) else opening, key)
+        return as_turns(opening.get("messages") if _is_object(opening) else opening, key)
     text = row.get("system")
-    system: list[Message] = [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
+    system: Turns = [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
     if key is None:
         return system
     if key == "instruction":
         return [*system, *_instruction(row)]
     if key == "turns":  # MT-bench: the second question is about the answer to the first
         questions = row[key]
-        if not isinstance(questions, list) or not questions or not isinstance(questions[0], str):
+        if not _is_list(questions) or not questions or not isinstance(questions[0], str):
             raise BadRow("turns: expected a list of the user's texts")
         return [*system, {"role": "user", "content": questions[0]}]
     turns = as_turns(row[key], key)
@@ -120,28 +113,24 @@ def opening_turns(row: Mapping[str, Any], key: str | None) -> list[Message]:
     return system + turns
 
 
-def _instruction(row: Mapping[str, Any]) -> Iterator[Message]:
+def _instruction(row: RawRow) -> Iterator[Message]:
     """Alpaca's `history`, a list of [question, answer], then its `instruction` with its `input`."""
     parts = [row.get(key, "") for key in ("instruction", "input")]
     if not all(isinstance(part, str) for part in parts):
         raise BadRow("instruction and input: expected texts")
-    pairs: Any = row.get("history", [])
-    for pair in pairs if isinstance(pairs, list) else [pairs]:
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+    pairs = row.get("history", [])
+    for pair in pairs if _is_list(pairs) else [pairs]:
+        if not _is_list(pair, tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow("history: expected a list of [question, answer] texts")
         yield {"role": "user", "content": pair[0]}
         yield {"role": "assistant", "content": pair[1]}
     yield {"role": "user", "content": "\n".join(part for part in parts if part.strip())}
 
 
-def split_prompt(
-    opening: list[Message], chosen: Any, rejected: Any
-) -> tuple[list[Message], list[Message], list[Message]]:
-    """(prompt, chosen, rejected) as turns. Answers lose the prompt that they repeat; without an `opening`, the prompt is
-    what both answers begin with (a text compared with itself: all but its last turn).
+def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Turns, Turns]:
+    """(prompt, chosen, rejected) as turns; a `BadRow` if there is no prompt. Answers lose the prompt that they repeat.
 
-    Raises:
-        BadRow: there is no prompt, or an answer is neither a text nor turns.
+    Without an `opening`, the prompt is what both answers begin with: of an answer given twice, all but its last turn.
     """
     if not opening and isinstance(chosen, str) and isinstance(rejected, str):
         if "\n\nHuman:" not in chosen:
@@ -163,24 +152,18 @@ def split_prompt(
     return prompt, chosen[shared:], rejected[shared:]
 
 
-def as_turns(value: Any, name: str, role: str = "user") -> list[Message]:
-    """A text, one turn or a list of turns, as `{"role", "content"}` each.
+def as_turns(value: Any, name: str, role: str = "user") -> Turns:
+    """A text (perhaps an HH transcript), one turn or a list of turns, as turns; a `BadRow` if it is none of these.
 
-    Args:
-        value: a text may be an HH transcript.
-        name: the key that holds it, for error messages.
-        role: the role of a plain text.
-
-    Raises:
-        BadRow: the value is none of these, or a turn has an unknown role or no text.
+    `name` is the key that holds the value, for error messages; `role` is the role of a plain text.
     """
     if isinstance(value, str):
         return _transcript(value) if is_transcript(value) else [{"role": role, "content": value}]
-    turns: list[Message] = []
-    for turn in [value] if isinstance(value, dict) else value if isinstance(value, list) else [None]:
-        if not isinstance(turn, dict):
+    turns: Turns = []
+    for item in value if _is_list(value) else [value]:
+        if not _is_object(item):
             raise BadRow(f"{name}: expected a text or turns, found {type(value).__name__}")
-        turn = {key: item for key, item in turn.items() if item is not None}
+        turn = {key: part for key, part in item.items() if part is not None}
         speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
         if not isinstance(speaker, str) or speaker not in _ROLES:
             raise BadRow(f"{name}: unknown role {reprlib.repr(speaker)}; known: {', '.join(_ROLES)}")
@@ -191,17 +174,25 @@ def as_turns(value: Any, name: str, role: str = "user") -> list[Message]:
 
 
 def is_transcript(text: Any) -> bool:
+    """Whether a value is an HH-RLHF transcript: `\\n\\nHuman: … \\n\\nAssistant: …`."""
     return isinstance(text, str) and text.startswith("\n\nHuman:")
 
 
-def _transcript(text: str) -> list[Message]:
-    """The turns of an HH-RLHF transcript: `\\n\\nHuman: … \\n\\nAssistant: …`."""
+def _transcript(text: str) -> Turns:
     before, *spoken = text.split("\n\nHuman:")
     if before.strip():
-        raise BadRow("the transcript begins with text that nobody speaks")
-    turns: list[Message] = []
+        raise BadRow("the transcript has text before its first 'Human:' turn")
+    turns: Turns = []
     for human in spoken:
         said, *replies = human.split("\n\nAssistant:")
         turns.append({"role": "user", "content": said.strip()})
         turns += ({"role": "assistant", "content": reply.strip()} for reply in replies)
     return turns
+
+
+def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def _is_list(value: Any, *kinds: type) -> TypeGuard[list[Any]]:
+    return isinstance(value, (list, *kinds))

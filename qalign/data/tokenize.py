@@ -1,41 +1,44 @@
-"""Chat template to ids, with the completion's span known to the token.
+"""Chat template to token ids, with the span of each completion exact to the token.
 
-A model is trained on what it will see: the prompt's ids are the template's own, generation prompt included, with one
-BOS; the supervised ids are exactly the answer and its end of turn.
+A model is trained on what it sees at inference: the prompt's ids are the template's own, generation prompt included,
+with one BOS; the supervised ids are exactly the answer and its end of turn.
+
+Each function that encodes one row raises a `BadRow` if the row doesn't fit, if it spells a special token, or if the
+template can't render it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 from jinja2 import TemplateError
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from qalign.data.formats import Dialogue, Message, PlainText, Preference, Prompt, Refused
+from qalign.data.formats import Dialogue, Message, PlainText, Preference, Prompt, Read, Refused
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
+
+Row = TypeVar("Row", bound=Preference | Dialogue | PlainText | Prompt)
+Encoded = TypeVar("Encoded")
+Tokenizer = Any  # transformers' PreTrainedTokenizerBase; its own type hints are too loose to check against
+Kwargs = dict[str, Any]  # `model.chat_template_kwargs`
 
 PLAIN_TEMPLATE = """\
 {%- for message in messages %}
 {{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + eos_token + '\\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
-"""For base models without a chat template: Zephyr's layout, which needs no new tokens (an untrained embedding in a
-frozen base would never be learned)."""
+"""For base models without a chat template: Zephyr's, which needs no new tokens (an untrained embedding in a frozen base
+would never be learned)."""
 
-
-class TooLong(BadRow):
-    """A row doesn't fit, even without its oldest turns."""
-
-
-IGNORED = -100  # the label of a token that is not supervised, as PyTorch's cross entropy has it
+IGNORED = -100  # the label of tokens outside the loss, as PyTorch's cross entropy has it
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """A preference row as ids; the prompt is stored once."""
+    """A preference as token ids."""
 
     prompt_ids: list[int]
     chosen_ids: list[int]
@@ -49,25 +52,25 @@ class TokenPair:
         return self.chosen_ids, self.rejected_ids
 
     def __len__(self) -> int:
-        """The longer of the two sequences, in tokens."""
+        """The length of the longer sequence, in tokens."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
 
 @dataclass(frozen=True)
 class TokenAnswers:
-    """A prompt and the answers that were sampled to it, as ids; the prompt is stored once."""
+    """A prompt and its sampled answers as token ids."""
 
     prompt_ids: list[int]
     answers: tuple[list[int], ...]
 
     def __len__(self) -> int:
-        """The longest of the sequences, in tokens."""
+        """The length of the longest sequence, in tokens."""
         return len(self.prompt_ids) + max(map(len, self.answers))
 
 
 @dataclass(frozen=True)
 class TokenDialogue:
-    """A sequence to learn from; `labels` are its ids where they are supervised and `IGNORED` elsewhere."""
+    """A sequence for supervised fine-tuning; `labels` are its ids where they are supervised, `IGNORED` elsewhere."""
 
     ids: list[int]
     labels: list[int]
@@ -78,17 +81,17 @@ class TokenDialogue:
         return len(self.ids)
 
 
-def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template_file: str | None = None) -> str:
-    """Gives a tokenizer one chat template with one BOS, and a pad token, in place.
+def prepare_tokenizer(tokenizer: Tokenizer, template_file: str | None = None) -> str:
+    """Gives a tokenizer a chat template that writes one BOS, and a pad token, in place.
 
-    Where the tokenizer puts a BOS before plain text but the template writes none (Zephyr), the template is made to
-    write it: then training, qalign, vLLM and plain transformers all see the same ids.
+    If the tokenizer puts a BOS before plain text and the template writes none (Zephyr), the template is changed to
+    write it, so that training, qalign, vLLM and plain transformers all see the same ids.
 
     Returns:
         Which template this is, in words.
 
     Raises:
-        UserError: the template file is missing or no valid template.
+        UserError: the template file is missing or isn't a valid template.
     """
     if tokenizer.eos_token is None:
         raise UserError("the tokenizer has no end-of-sequence token, so no answer would ever end")
@@ -113,81 +116,64 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template_file: str | N
     return words
 
 
-def encode_pairs(tokenizer, rows: list[Preference], max_length: int, template_kwargs: dict):
-    """Rows as ids.
-
-    Returns:
-        (pairs, refused): `list[TokenPair]` and `list[Refused]`.
-    """
-    pairs, refused = [], []
+def _encode_all(rows: list[Row], encode: Callable[[Row], Encoded]) -> Read[Encoded]:
+    encoded: list[Encoded] = []
+    refused: list[Refused] = []
     for row in tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000):
         try:
-            pairs.append(encode_pair(tokenizer, row, max_length, template_kwargs))
+            encoded.append(encode(row))
         except BadRow as reason:
             refused.append(Refused(row.where, str(reason)))
-    return pairs, refused
+    return encoded, refused
 
 
-def encode_pair(tokenizer, row: Preference, max_length: int, template_kwargs: dict) -> TokenPair:
-    """One row as ids; the oldest turns are dropped until it fits, an answer is never cut.
+def encode_pairs(
+    tokenizer: Tokenizer, rows: list[Preference], max_length: int, template_kwargs: Kwargs
+) -> Read[TokenPair]:
+    return _encode_all(rows, lambda row: encode_pair(tokenizer, row, max_length, template_kwargs))
 
-    Raises:
-        BadRow: the row doesn't fit `max_length`, or the template can't render it.
-    """
-    _refuse_special(tokenizer, [*row.prompt, {"content": row.chosen}, {"content": row.rejected}])
+
+def encode_dialogues(
+    tokenizer: Tokenizer, rows: list[Dialogue | PlainText], max_length: int, template_kwargs: Kwargs
+) -> Read[TokenDialogue]:
+    """Token sequences and refused rows; a long row gives several sequences."""
+
+    def encode(row: Dialogue | PlainText) -> list[TokenDialogue]:
+        if isinstance(row, PlainText):
+            return encode_text(tokenizer, row, max_length)
+        return encode_dialogue(tokenizer, row, max_length, template_kwargs)
+
+    encoded, refused = _encode_all(rows, encode)
+    return [sequence for sequences in encoded for sequence in sequences], refused
+
+
+def encode_questions(
+    tokenizer: Tokenizer, rows: list[Prompt], room: int, template_kwargs: Kwargs
+) -> Read[tuple[Prompt, list[int]]]:
+    """Each prompt with its ids, and the refused rows."""
+    return _encode_all(rows, lambda row: (row, encode_question(tokenizer, row.turns, room, template_kwargs)))
+
+
+def encode_pair(tokenizer: Tokenizer, row: Preference, max_length: int, template_kwargs: Kwargs) -> TokenPair:
+    """A preference as ids. The oldest turns are dropped until both sequences fit; an answer is never cut."""
     answers = (row.chosen, row.rejected)
+    _refuse_special(tokenizer, (*(turn["content"] for turn in row.prompt), *answers))
     prompt_ids, (chosen, rejected), dropped = _fitted(tokenizer, row.prompt, answers, max_length, template_kwargs)
     return TokenPair(prompt_ids, chosen, rejected, row.where, dropped, row.margin)
 
 
-def _fitted(tokenizer, prompt: Sequence[Message], answers: tuple[str, ...], max_length: int, template_kwargs: dict):
-    """(prompt ids, ids of each answer, how many of the oldest turns were dropped to make them fit)."""
-    turns = list(prompt)
-    while True:
-        prompt_ids, completions = _encode(tokenizer, turns, answers, template_kwargs)
-        longest = max(map(len, completions), default=0)
-        if len(prompt_ids) + longest <= max_length:
-            return prompt_ids, completions, len(prompt) - len(turns)
-        first = 1 if turns[0]["role"] == "system" else 0
-        if len(turns) - first < 3:  # only the last question is left
-            break
-        del turns[first : first + 2]
-    if len(prompt_ids) >= max_length:
-        raise TooLong(f"the prompt fills max_length: {len(prompt_ids)} of {max_length} tokens")
-    raise TooLong(f"prompt and answer are {len(prompt_ids)} + {longest} tokens, over max_length {max_length}")
+def encode_dialogue(
+    tokenizer: Tokenizer, row: Dialogue, max_length: int, template_kwargs: Kwargs
+) -> list[TokenDialogue]:
+    """A dialogue as ids. Exactly its assistant turns are supervised, each with its end of turn, in the ids that the
+    model would see and give at inference.
 
-
-def encode_dialogues(tokenizer, rows: list[Dialogue | PlainText], max_length: int, template_kwargs: dict):
-    """Rows as ids; a long row gives several sequences.
-
-    Returns:
-        (sequences, refused): `list[TokenDialogue]` and `list[Refused]`.
-    """
-    sequences, refused = [], []
-    for row in tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000):
-        try:
-            if isinstance(row, PlainText):
-                sequences += encode_text(tokenizer, row, max_length)
-            else:
-                sequences += encode_dialogue(tokenizer, row, max_length, template_kwargs)
-        except BadRow as reason:
-            refused.append(Refused(row.where, str(reason)))
-    return sequences, refused
-
-
-def encode_dialogue(tokenizer, row: Dialogue, max_length: int, template_kwargs: dict) -> list[TokenDialogue]:
-    """One dialogue as ids. Supervised are exactly its assistant turns, each with its end of turn, in the very ids that
-    the model would see and give at inference.
-
-    A turn goes into the sequence of the turn before where the template renders it as its continuation and it fits;
-    else (Qwen3 leaves the thoughts of earlier turns out) it begins a sequence of its own, with as many of the oldest
-    turns dropped as it takes. Generation markers in a template are not needed and not used.
-
-    Raises:
-        BadRow: a turn doesn't fit `max_length` even without those before, or the template can't render it.
+    A turn extends the sequence of the turn before it if the template renders it as a continuation and it fits.
+    Otherwise (Qwen3 leaves out the thoughts of earlier turns) it starts a new sequence, with as many of the oldest
+    turns dropped as needed. Generation markers in a template are neither needed nor used.
     """
     turns = list(row.turns)
-    _refuse_special(tokenizer, turns)
+    _refuse_special(tokenizer, (turn["content"] for turn in turns))
     sequences: list[TokenDialogue] = []
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant" or number < row.first_trained:
@@ -198,39 +184,30 @@ def encode_dialogue(tokenizer, row: Dialogue, max_length: int, template_kwargs: 
             )
         except BadRow as reason:
             raise BadRow(f"turn {number + 1}: {reason}") from None
-        before = sequences[-1] if sequences else None
-        if before and prompt_ids[: len(before)] == before.ids:
+        kept: list[int] = []
+        if sequences and prompt_ids[: len(sequences[-1])] == sequences[-1].ids:
+            before = sequences.pop()
             kept, dropped = before.labels, before.dropped_turns
-            sequences.pop()
-        else:
-            kept = []
-        ids = prompt_ids + answer_ids
         labels = [*kept, *[IGNORED] * (len(prompt_ids) - len(kept)), *answer_ids]
-        sequences.append(TokenDialogue(ids, labels, row.where, dropped))
+        sequences.append(TokenDialogue(prompt_ids + answer_ids, labels, row.where, dropped))
     return sequences
 
 
-def encode_answer(tokenizer, row: Dialogue, max_length: int, template_kwargs: dict) -> list[int]:
-    """A dialogue as ids up to the end of its last turn, as a reward model reads it.
+def encode_answer(tokenizer: Tokenizer, row: Dialogue, max_length: int, template_kwargs: Kwargs) -> list[int]:
+    """A dialogue as ids up to its last end of turn, as a reward model reads it."""
+    texts = [turn["content"] for turn in row.turns]
+    _refuse_special(tokenizer, texts)
+    prompt_ids, (answer_ids,), _ = _fitted(tokenizer, row.turns[:-1], (texts[-1],), max_length, template_kwargs)
+    return prompt_ids + answer_ids
 
-    Raises:
-        BadRow: as `encode_pair`.
+
+def encode_text(tokenizer: Tokenizer, row: PlainText, max_length: int) -> list[TokenDialogue]:
+    """A plain text as ids with an EOS at its end, in pieces of at most `max_length` tokens.
+
+    Each piece begins with the last token of the piece before it, so every token but the first is supervised once: the
+    first token of a sequence is predicted from nothing.
     """
-    _refuse_special(tokenizer, list(row.turns))
-    *prompt, answer = row.turns
-    prompt_ids, (ids,), _ = _fitted(tokenizer, prompt, (answer["content"],), max_length, template_kwargs)
-    return prompt_ids + ids
-
-
-def encode_text(tokenizer, row: PlainText, max_length: int) -> list[TokenDialogue]:
-    """A plain text as ids, with EOS at its end; a long one in pieces of `max_length`, each of which begins with the
-    last token of the one before. So all of its tokens but the first are supervised, each once: the token at the start
-    of a sequence is predicted from nothing.
-
-    Raises:
-        BadRow: the tokenizer makes nothing of the text, or it spells out a special token.
-    """
-    _refuse_special(tokenizer, [{"content": row.text}])
+    _refuse_special(tokenizer, [row.text])
     ids = [*tokenizer(row.text).input_ids, tokenizer.eos_token_id]
     if ids[-2:-1] == [tokenizer.eos_token_id]:  # some tokenizers add one themselves
         ids.pop()
@@ -240,45 +217,18 @@ def encode_text(tokenizer, row: PlainText, max_length: int) -> list[TokenDialogu
     return [TokenDialogue(piece, [IGNORED, *piece[1:]], row.where) for piece in pieces]
 
 
-def encode_questions(tokenizer, rows: list[Prompt], room: int, template_kwargs: dict):
-    """Prompts as ids.
-
-    Returns:
-        (questions, refused): `list[tuple[Prompt, list[int]]]` and `list[Refused]`.
-    """
-    questions, refused = [], []
-    for row in tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000):
-        try:
-            questions.append((row, encode_question(tokenizer, row.turns, room, template_kwargs)))
-        except BadRow as reason:
-            refused.append(Refused(row.where, str(reason)))
-    return questions, refused
+def encode_question(tokenizer: Tokenizer, prompt: Sequence[Message], room: int, template_kwargs: Kwargs) -> list[int]:
+    """A prompt as ids; the oldest turns are dropped until it has at most `room` tokens."""
+    _refuse_special(tokenizer, (turn["content"] for turn in prompt))
+    return _fitted(tokenizer, prompt, (), room, template_kwargs)[0]
 
 
-def encode_question(tokenizer, prompt: Sequence[Message], room: int, template_kwargs: dict) -> list[int]:
-    """A prompt as ids, its oldest turns dropped until it leaves room for an answer.
-
-    Args:
-        room: for the prompt, in tokens.
-
-    Raises:
-        BadRow: the last question alone is longer, or the template can't render it.
-    """
-    _refuse_special(tokenizer, list(prompt))
-    try:
-        return _fitted(tokenizer, prompt, (), room, template_kwargs)[0]
-    except TooLong:
-        shortest = [turn for turn in prompt[:1] if turn["role"] == "system"] + [prompt[-1]]
-        length = len(encode_prompt(tokenizer, shortest, template_kwargs))
-        raise BadRow(f"the prompt is {length} tokens; max_length less max_new_tokens leaves {room}") from None
-
-
-def encode_prompt(tokenizer, prompt: list[Message], template_kwargs: dict) -> list[int]:
-    """Ids of a dialogue up to where the assistant begins to answer."""
+def encode_prompt(tokenizer: Tokenizer, prompt: Sequence[Message], template_kwargs: Kwargs) -> list[int]:
+    """The ids of a dialogue up to where the assistant begins to answer."""
     return _ids(tokenizer, _render(tokenizer, prompt, template_kwargs, add_generation_prompt=True))
 
 
-def end_of_turn_id(tokenizer, template_kwargs: dict) -> int:
+def end_of_turn_id(tokenizer: Tokenizer, template_kwargs: Kwargs) -> int:
     """The id with which the template ends an assistant's turn; a `UserError` if it can't render one."""
     try:
         _, ((*_, last),) = _encode(tokenizer, [{"role": "user", "content": "a"}], ("b",), template_kwargs)
@@ -287,22 +237,46 @@ def end_of_turn_id(tokenizer, template_kwargs: dict) -> int:
     return last
 
 
-def pad_for_scores(tokenizer, template_kwargs: dict) -> str:
+def pad_for_scores(tokenizer: Tokenizer, template_kwargs: Kwargs) -> str:
     """A pad token that no rendered dialogue ends with.
 
-    Sequence classifiers read the score at the last token that is no pad token. With the usual pad = EOS that would be
-    the one before the end of turn, so whether an answer ended would never count.
+    Sequence classifiers read the score at the last token that isn't padding. With the usual pad = EOS that would be the
+    token before the end of turn, so whether an answer ended would never count.
     """
     end = end_of_turn_id(tokenizer, template_kwargs)
     ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids, 0, 1)
     return tokenizer.convert_ids_to_tokens(next(token for token in ids if token not in (None, end)))
 
 
-def _encode(tokenizer, prompt: list[Message], answers: tuple[str, ...], template_kwargs: dict):
-    """(prompt ids, one list of completion ids an answer)."""
+def _fitted(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answers: Sequence[str], max_length: int, template_kwargs: Kwargs
+) -> tuple[list[int], list[list[int]], int]:
+    """(prompt ids, ids of each answer, number of the oldest turns that were dropped to make them fit)."""
+    turns = list(prompt)
+    while True:
+        prompt_ids, completions = _encode(tokenizer, turns, answers, template_kwargs)
+        longest = max(map(len, completions), default=0)
+        if len(prompt_ids) + longest <= max_length:
+            return prompt_ids, completions, len(prompt) - len(turns)
+        first = 1 if turns[0]["role"] == "system" else 0
+        if len(turns) - first < 3:  # only the last question is left
+            break
+        del turns[first : first + 2]
+    length = len(prompt_ids)
+    if not answers:
+        raise BadRow(f"the prompt is {length} tokens; max_length less max_new_tokens leaves {max_length}")
+    if length >= max_length:
+        raise BadRow(f"the prompt fills max_length: {length} of {max_length} tokens")
+    raise BadRow(f"prompt and answer are {length} + {longest} tokens, over max_length {max_length}")
+
+
+def _encode(
+    tokenizer: Tokenizer, prompt: Sequence[Message], answers: Sequence[str], template_kwargs: Kwargs
+) -> tuple[list[int], list[list[int]]]:
+    """(prompt ids, one list of completion ids per answer)."""
     prompt_text = _render(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
     prompt_ids = _ids(tokenizer, prompt_text)
-    completions = []
+    completions: list[list[int]] = []
     for answer in answers:
         turns = [*prompt, {"role": "assistant", "content": answer}]
         text = _render(tokenizer, turns, template_kwargs, add_generation_prompt=False)
@@ -311,8 +285,8 @@ def _encode(tokenizer, prompt: list[Message], answers: tuple[str, ...], template
         text = _through_end_of_turn(tokenizer, text)
         ids = _ids(tokenizer, text)
         if ids[: len(prompt_ids)] != prompt_ids:
-            # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those. After
-            # a special token no tokenizer takes the text for the start of a sentence, which would get a space.
+            # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those. The
+            # rest is encoded after a special token, because at the start of a text some tokenizers add a space.
             rest = _ids(tokenizer, tokenizer.eos_token + text[len(prompt_text) :])[1:]
             if tokenizer.decode(prompt_ids + rest) != tokenizer.decode(ids):
                 raise BadRow("tokens merge across the border of prompt and answer, and can't be told apart")
@@ -321,38 +295,41 @@ def _encode(tokenizer, prompt: list[Message], answers: tuple[str, ...], template
     return prompt_ids, completions
 
 
-def _through_end_of_turn(tokenizer, text: str) -> str:
+def _through_end_of_turn(tokenizer: Tokenizer, text: str) -> str:
     """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
     special = _special(tokenizer)
     body, end = text.rstrip(), None
-    while body.endswith(special):  # from the back, until the first of the tokens that close the turn
+    while body.endswith(special):  # backwards, up to the first of the tokens that close the turn
         end = len(body)
         body = body.removesuffix(max(filter(body.endswith, special), key=len)).rstrip()
     return text[:end] if end else body + tokenizer.eos_token
 
 
 @lru_cache(maxsize=4)
-def _special(tokenizer) -> tuple[str, ...]:
-    """Special tokens as text; EOS counts as one even where it isn't marked."""
+def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens as text; EOS counts as one even if it isn't marked as special."""
     marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return tuple(sorted({tokenizer.eos_token, *marked}))
 
 
-def _refuse_special(tokenizer, turns: list[Message]) -> None:
-    """A turn that spells out a special token would be read as one: a forged end of turn."""
+def _refuse_special(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+    """A text that spells a special token would be read as one: a forged end of turn."""
+    texts = list(texts)
     for token in _special(tokenizer):
-        if any(token in turn["content"] for turn in turns):
+        if any(token in text for text in texts):
             raise BadRow(f"the text contains the model's special token {token}")
 
 
-def _render(tokenizer, turns: list[Message], template_kwargs: dict, *, add_generation_prompt: bool) -> str:
+def _render(
+    tokenizer: Tokenizer, turns: Sequence[Message], template_kwargs: Kwargs, *, add_generation_prompt: bool
+) -> str:
     try:
         return tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
+            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
         )
     except (ValueError, TypeError, TemplateError) as error:
         raise BadRow(f"the chat template refuses it: {error}") from None
 
 
-def _ids(tokenizer, text: str) -> list[int]:
+def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids

@@ -1,28 +1,18 @@
-"""Dialogues and plain texts to ids: what is supervised is each answer and its end of turn, to the token.
+"""Dialogues as token ids: supervised are each answer and its end of turn, to the token.
 
-Expected ids are put together from stretches of text and the special tokens' ids (`tests.data.test_tokenize` says how), or come
-from transformers' own assistant mask.
+Expected ids are put together as `tests.data.chat_families` says, or come from transformers' own assistant mask.
 """
 
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import pairwise
 
 import pytest
-import tokenizers
 
 from qalign.config.stages import Source
-from qalign.data.formats import Dialogue, PlainText, Refused, dialogues
+from qalign.data.formats import Dialogue, dialogues
 from qalign.data.readers import BadRow
-from qalign.data.tokenize import (
-    IGNORED,
-    TokenDialogue,
-    encode_dialogue,
-    encode_dialogues,
-    encode_text,
-    prepare_tokenizer,
-)
-from tests.data.test_tokenize import (
+from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogue, encode_dialogues, prepare_tokenizer
+from tests.data.chat_families import (
     CHATML_TEMPLATE,
     FAMILIES,
     HELLO,
@@ -31,10 +21,11 @@ from tests.data.test_tokenize import (
     Turns,
     chatml_tokenizer,
     decoded,
-    fixture_tokenizer,
     llama3_prompt,
+    messages,
     phi3_tokenizer,
     plain,
+    templated,
 )
 
 NO, WELL, FINE = ("assistant", "No"), ("user", "Are you well?"), ("assistant", "I am fine.")
@@ -47,12 +38,9 @@ def family(request) -> Family:
     return FAMILIES[request.param]
 
 
-def dialogue(turns: Turns, first_trained: int = 0, where: str = "rows.jsonl:1") -> Dialogue:
-    return Dialogue(tuple({"role": role, "content": text} for role, text in turns), first_trained, where)
-
-
 def encode(tokenizer, turns: Turns, first_trained: int = 0, max_length: int = 10_000, **template_kwargs):
-    return encode_dialogue(tokenizer, dialogue(turns, first_trained), max_length, template_kwargs)
+    row = Dialogue(messages(turns), first_trained, "rows.jsonl:1")
+    return encode_dialogue(tokenizer, row, max_length, template_kwargs)
 
 
 def spans(sequence: TokenDialogue) -> list[tuple[int, int]]:
@@ -162,7 +150,6 @@ def test_in_chatml_the_newline_after_an_end_of_turn_is_not_learned():
 def test_what_a_template_writes_after_the_last_turn_alone_does_not_part_the_turns():
     """Phi-3 writes an EOS behind the whole dialogue."""
     tokenizer = phi3_tokenizer()
-    prepare_tokenizer(tokenizer)
     end, user, assistant = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|assistant|>"])
     newline = plain("llama3", "\n")
 
@@ -178,12 +165,10 @@ def test_what_a_template_writes_after_the_last_turn_alone_does_not_part_the_turn
 
 def test_a_template_without_an_end_of_turn_gives_a_sequence_a_turn():
     """The EOS that each answer is taught to end with never stands in a history."""
-    tokenizer = fixture_tokenizer("llama3")
-    tokenizer.chat_template = (
+    tokenizer = templated(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
         "{{ 'assistant:' if add_generation_prompt }}"
     )
-    prepare_tokenizer(tokenizer)
 
     first, second = encode(tokenizer, TALK)
 
@@ -230,8 +215,7 @@ def test_generation_markers_change_nothing_and_mark_the_same_tokens(inside, turn
         + MARKED[inside]
         + "{% else %}{{ " + content + "{% endif %}",
     )  # fmt: skip
-    messages = [{"role": role, "content": text} for role, text in turns]
-    theirs = marked.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = marked.apply_chat_template(list(messages(turns)), return_dict=True, return_assistant_tokens_mask=True)
     learned = theirs["assistant_masks"]
     if inside == "the answer alone":
         learned = [now or (before and token == 2007) for token, before, now in
@@ -291,8 +275,7 @@ def test_where_thoughts_are_left_out_of_the_history_each_answer_is_seen_as_at_in
     assert (second.ids, second.labels) == labelled(
         ([*history, *BEGUN], "seen"), ([*plain("llama3", "<think>\nOh.\n</think>\n\nWhy?"), 2007], "learned")
     )
-    prompt = [{"role": role, "content": text} for role, text in THOUGHT[:3]]
-    asked = thinker.apply_chat_template(prompt, add_generation_prompt=True, return_dict=False)
+    asked = thinker.apply_chat_template(list(messages(THOUGHT[:3])), add_generation_prompt=True, return_dict=False)
     assert second.ids[: len(asked)] == asked
 
 
@@ -369,100 +352,6 @@ def test_an_exchange_that_does_not_fit_alone_is_refused_and_never_cut():
     with pytest.raises(BadRow) as caught:
         encode(tokenizer, TALK, max_length=question)
     assert str(caught.value).startswith("turn 4: the prompt fills max_length: ")
-
-
-def test_refused_dialogues_keep_their_places_and_the_rest_their_order():
-    rows = [
-        dialogue([HELLO, FINE], where="a.jsonl:1"),
-        dialogue([("user", "x" * 500), FINE], where="a.jsonl:2"),
-        PlainText("Hello there", "b.jsonl:1"),
-        dialogue([HELLO, ("assistant", "<|eot_id|>")], where="b.jsonl:2"),
-        PlainText("a<|eot_id|>b", "b.jsonl:3"),
-        dialogue([HELLO, NO], where="b.jsonl:4"),
-    ]
-
-    sequences, refused = encode_dialogues(FAMILIES["llama3"].prepared(), rows, 40, {})
-
-    assert [sequence.where for sequence in sequences] == ["a.jsonl:1", "b.jsonl:1", "b.jsonl:4"]
-    assert [bad.where for bad in refused] == ["a.jsonl:2", "b.jsonl:2", "b.jsonl:3"]
-    assert refused[1:] == [
-        Refused(where, "the text contains the model's special token <|eot_id|>") for where in ("b.jsonl:2", "b.jsonl:3")
-    ]
-
-
-@pytest.mark.parametrize("number", [0, 1, 2, 3])
-def test_a_forged_end_of_turn_is_refused_in_any_turn(number):
-    turns = [(role, text + "<|eot_id|>" * (place == number)) for place, (role, text) in enumerate(TALK)]
-    with pytest.raises(BadRow, match=r"^the text contains the model's special token <\|eot_id\|>$"):
-        encode(FAMILIES["llama3"].prepared(), turns, first_trained=3)
-
-
-# --- plain text ------------------------------------------------------------------------------------------------------
-
-PLAIN_ENDS = {"llama3": ([2000], 2005), "chatml": ([], 2007), "zephyr": ([1], 2), "mistral": ([1], 2)}
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_plain_text_begins_with_the_bos_and_ends_with_the_eos(name):
-    bos, eos = PLAIN_ENDS[name]
-    text = "It rained.\n\nThen it stopped."
-    vocabulary = {"chatml": "llama3", "mistral": "mistral_v03"}.get(name, name)
-
-    (sequence,) = encode_text(FAMILIES[name].prepared(), PlainText(text, "texts.jsonl:7"), 1000)
-
-    assert sequence.ids == [*bos, *plain(vocabulary, text), eos]
-    assert sequence.labels == [IGNORED, *sequence.ids[1:]]  # nothing stands before the first that it could follow from
-    assert (sequence.where, sequence.dropped_turns) == ("texts.jsonl:7", 0)
-
-
-def test_a_tokenizer_that_adds_an_eos_itself_gives_one():
-    tokenizer = fixture_tokenizer("llama3")
-    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single="<|begin_of_text|> $A <|eot_id|>",
-        special_tokens=[("<|begin_of_text|>", 2000), ("<|eot_id|>", 2005)],
-    )
-
-    (sequence,) = encode_text(tokenizer, PlainText("Hello there", "w"), 1000)
-
-    assert sequence.ids == [2000, *plain("llama3", "Hello there"), 2005]
-
-
-@pytest.mark.parametrize("end", ["", " <|eot_id|>"], ids=["no EOS", "an EOS of its own"])
-def test_a_text_that_gives_no_tokens_is_refused(end):
-    """Some tokenizers drop characters that they don't know, and not all begin with a BOS."""
-    tokenizer = fixture_tokenizer("llama3")
-    tokenizer.backend_tokenizer.normalizer = tokenizers.normalizers.Replace("\u200b", "")
-    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=f"$A{end}", special_tokens=[("<|eot_id|>", 2005)]
-    )
-    rows = [PlainText("\u200b", "a.jsonl:1"), PlainText("Hello there", "a.jsonl:2")]
-
-    sequences, refused = encode_dialogues(tokenizer, rows, 1000, {})
-
-    assert [sequence.ids for sequence in sequences] == [[*plain("llama3", "Hello there"), 2005]]
-    assert refused == [Refused("a.jsonl:1", "the text gives no tokens")]
-
-
-@pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 46, 47])
-def test_of_a_long_text_every_token_is_learned_once_and_follows_the_one_before_it(length):
-    """The last token, the EOS, is never alone: at the start of a sequence nothing predicts it."""
-    text, tokenizer = "a" + " a" * (length - 3) if length > 2 else "", FAMILIES["llama3"].prepared()
-    whole = [2000, *plain("llama3", text), 2005]
-    assert len(whole) == length
-
-    pieces = encode_text(tokenizer, PlainText(text, "w"), 16)
-
-    followed = [(before, label) for piece in pieces for before, label in zip(piece.ids, piece.labels[1:], strict=False)]
-    assert followed == list(pairwise(whole))
-    assert all(piece.labels[0] == IGNORED for piece in pieces)
-    assert all(len(piece) == 16 for piece in pieces[:-1])
-    assert 2 <= len(pieces[-1]) <= 16
-
-
-def test_a_plain_text_that_spells_a_special_token_is_refused(family):
-    for token in family.special:
-        with pytest.raises(BadRow, match=r"^the text contains the model's special token"):
-            encode_text(family.prepared(), PlainText(f"one {token} two", "w"), 1000)
 
 
 # --- real rows -------------------------------------------------------------------------------------------------------

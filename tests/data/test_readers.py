@@ -1,0 +1,300 @@
+"""Files of every kind, folders and data sets: each row knows its place, and what can't be read is said in one line."""
+
+import csv
+import gzip
+import json
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qalign.config.stages import Source
+from qalign.data.formats import Dialogue, PlainText, Refused, dialogues, preferences, prompts
+from qalign.errors import UserError
+from tests.conftest import ROOT
+from tests.data.shapes import ALL, ASKED, RANKED, TALKED, YES, user
+
+ROWS = [{"prompt": f"Question {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in (1, 2, 3)]
+LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
+
+
+def read(path, split="train", limit=None, into=preferences):
+    return into((Source(path=str(path)),), split, limit, 0)
+
+
+def chosen(rows) -> list[str]:
+    return [row.chosen for row in rows]
+
+
+def write_csv(path):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "chosen", "rejected"])
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def write_parquet(path, rows=ROWS):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+KINDS = {
+    "rows.json": (lambda path: path.write_text(json.dumps(ROWS, indent=1)), ", row 1|, row 2|, row 3"),
+    "rows.jsonl": (lambda path: path.write_text(LINES), ":1|:2|:3"),
+    "rows.jsonl.gz": (lambda path: path.write_bytes(gzip.compress(LINES.encode())), ":1|:2|:3"),
+    "rows.csv": (write_csv, ":2|:3|:4"),  # the first line names the columns
+    "rows.parquet": (write_parquet, ", row 1|, row 2|, row 3"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file_is_read_in_order_and_each_row_knows_its_place(tmp_path, name):
+    path, (write, places) = tmp_path / name, KINDS[name]
+    write(path)
+
+    rows, refused = read(path)
+
+    assert refused == []
+    assert [row.where for row in rows] == [f"{path}{place}" for place in places.split("|")]
+    assert [row.prompt for row in rows] == [(user(f"Question {n}?"),) for n in (1, 2, 3)]
+    assert [(row.chosen, row.rejected) for row in rows] == [(f"good {n}", f"bad {n}") for n in (1, 2, 3)]
+
+
+def test_rows_of_all_shapes_may_stand_in_one_file(write_jsonl):
+    path = write_jsonl("mixed.jsonl", list(ALL.values()))
+
+    asked, refused = read(path, into=prompts)
+    learned, _ = read(path, into=dialogues)
+    ranked, _ = read(path)
+
+    assert refused == []
+    assert [row.where for row in asked] == [f"{path}:{number}" for number in range(1, len(ALL) + 1)]
+    assert [list(row.prompt) for row in ranked] == [prompt for prompt, _ in RANKED.values()]
+    assert len(ranked) < len(learned) < len(asked)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_dialogues_texts_and_labels_may_stand_in_one_file(tmp_path, kind):
+    """Parquet gives every row every column, null where the row has none."""
+    answered = [*TALKED, YES]
+    raw = [{"messages": answered, "label": True}, {"messages": answered, "label": False}, {"text": "Once."}]
+    path = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in raw))
+    else:
+        write_parquet(path, [{key: row.get(key) for key in ("messages", "label", "text")} for row in raw])
+
+    rows, refused = read(path, into=dialogues)
+
+    place = f"{path}:" if kind == "jsonl" else f"{path}, row "
+    assert rows == [Dialogue(tuple(answered), 0, f"{place}1"), PlainText("Once.", f"{place}3")]
+    assert [row.where for row in refused] == [f"{place}2"]
+
+
+def test_turns_and_columns_survive_parquet(tmp_path):
+    turns = {"chosen": [*TALKED, YES], "rejected": [*TALKED, {"role": "assistant", "content": "No"}], "answer": 4}
+    write_parquet(tmp_path / "rows.parquet", [turns])
+
+    (row,), _ = read(tmp_path / "rows.parquet")
+    (asked,), _ = read(tmp_path / "rows.parquet", into=prompts)
+
+    assert (row.prompt, row.chosen, row.rejected) == (tuple(TALKED), "Yes", "No")
+    assert (asked.turns, asked.columns) == (tuple(TALKED), turns)
+
+
+def test_invalid_json_is_refused_at_its_own_line(write_jsonl):
+    good = [{"prompt": f"{n}?", "chosen": "Yes", "rejected": "No"} for n in range(1, 1001)]
+    lines = [*good[:730], '{"prompt": "731?", "chosen": "Yes", "rejected": }', *good[731:]]
+    path = write_jsonl("rows.jsonl", lines)
+
+    rows, refused = read(path)
+
+    assert refused == [Refused(f"{path}:731", "not valid JSON: Expecting value at column 49")]
+    assert [row.where for row in rows] == [f"{path}:{n}" for n in range(1, 1001) if n != 731]
+
+
+def test_blank_lines_count_as_lines_but_are_no_rows(write_jsonl):
+    path = write_jsonl("rows.jsonl", [ROWS[0], "", "  ", "[]", ROWS[1]])
+
+    rows, refused = read(path)
+
+    assert [row.where for row in rows] == [f"{path}:1", f"{path}:5"]
+    assert [row.where for row in refused] == [f"{path}:4"]
+
+
+def test_a_line_separator_within_a_text_ends_no_line(write_jsonl):
+    path = write_jsonl("rows.jsonl", [json.dumps(ROWS[0] | {"chosen": "a\u2028b\u0085c"}, ensure_ascii=False), ROWS[1]])
+
+    rows, refused = read(path)
+
+    assert refused == []
+    assert [(row.where, row.chosen) for row in rows] == [(f"{path}:1", "a\u2028b\u0085c"), (f"{path}:2", "good 2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("windows.jsonl", LINES.replace("\n", "\r\n").encode()),
+        ("mark.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
+        ("mark.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
+    ],
+    ids=["lines as on Windows", "byte order mark, .jsonl", "byte order mark, .json"],
+)
+def test_line_ends_and_a_byte_order_mark_are_no_part_of_a_row(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+
+    rows, refused = read(tmp_path / name)
+
+    assert (chosen(rows), refused) == (["good 1", "good 2", "good 3"], [])
+
+
+def test_a_csv_from_a_spreadsheet(tmp_path):
+    """A byte order mark, lines within a field, and rows that are short or blank."""
+    path = tmp_path / "rows.csv"
+    lines = ["prompt,chosen,rejected", '"Why?', 'Really?","Yes, sir",No', "How?,,No", "", "Who?,Me", ""]
+    path.write_bytes(b"\xef\xbb\xbf" + "\r\n".join(lines).encode())
+
+    (row,), refused = read(path)
+
+    assert (row.prompt, row.chosen, row.rejected) == ((user("Why?\r\nReally?"),), "Yes, sir", "No")
+    assert [bad.where for bad in refused] == [f"{path}:4", f"{path}:6"]
+    assert "chosen" in refused[0].reason
+    assert "rejected" in refused[1].reason
+
+
+def test_a_csv_of_labelled_answers(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,completion,label\nWhy?,Yes,True\nWhy?,No,False\n")
+
+    rows, refused = read(tmp_path / "rows.csv", into=dialogues)
+
+    assert rows == [Dialogue((*ASKED, YES), 1, f"{tmp_path}/rows.csv:2")]
+    assert [row.where for row in refused] == [f"{tmp_path}/rows.csv:3"]
+
+
+BROKEN = {
+    "a bad line": ("rows.json", b'[{"prompt": "Why?"},\n{"prompt": ]\n', ":2: not valid JSON: Expecting value"),
+    "a long number": ("rows.json", b"[" + b"1" * 5000 + b"]", ": can't be read: "),
+    "one object": (
+        "rows.json",
+        b'{"prompt": "Why?"}',
+        ": expected a list of rows, found dict; one row a line is .jsonl",
+    ),
+    "Latin-1": ("rows.jsonl", b'{"prompt": "\xe9"}\n', ": can't be read: 'utf-8' codec can't decode byte 0xe9 "),
+    "no gzip": ("rows.jsonl.gz", b'{"prompt": "Why?"}\n', ": can't be read: Not a gzipped file"),
+    "half a gzip": (
+        "rows.jsonl.gz",
+        gzip.compress(b"{}\n" * 999, mtime=0)[:-12],
+        ": can't be read: Compressed file ended",
+    ),
+    "no parquet": ("rows.parquet", b"PAR1 and nothing else", ": can't be read: "),
+    "another kind": ("rows.txt", b"Why?", ": expected a file that ends in .jsonl, .jsonl.gz, .json, .csv, .parquet"),
+    "no file": ("gone.jsonl", None, ": there is no such file"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "complaint"), BROKEN.values(), ids=BROKEN.keys())
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, complaint):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(UserError) as caught:
+        read(path)
+
+    (line,) = caught.value.lines
+    assert line.startswith(f"{path}{complaint}")
+    assert "\n" not in line
+
+
+def test_a_number_too_long_for_python_refuses_its_row_alone(write_jsonl):
+    long = '{"prompt": "?", "chosen": "Yes", "rejected": "No", "id": ' + "1" * 5000 + "}"
+    path = write_jsonl("rows.jsonl", [ROWS[0], long])
+
+    rows, (refused,) = read(path)
+
+    assert len(rows) == 1
+    assert refused.where == f"{path}:2"
+    assert "a number too long" in refused.reason
+
+
+def test_an_empty_file_has_no_rows(tmp_path):
+    (tmp_path / "rows.jsonl").touch()
+
+    assert read(tmp_path / "rows.jsonl") == ([], [])
+
+
+def test_the_demos_questions_are_all_used():
+    rows, refused = read(ROOT / "recipes" / "data" / "house_style_train.jsonl", into=prompts)
+
+    assert (len(rows), refused) == (300, [])
+    assert [[turn["content"] for turn in row.turns] for row in rows] == [[row.columns["prompt"]] for row in rows]
+
+
+# --- folders and data sets -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quiet_datasets(tmp_path, monkeypatch):
+    """`datasets` without progress bars, its cache in `tmp_path`, the hub switched off."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    datasets.disable_progress_bars()
+    yield
+    datasets.enable_progress_bars()
+
+
+@pytest.fixture
+def saved(tmp_path, quiet_datasets):
+    """A data set saved to disk: rows 1 and 2 to train, row 3 to test."""
+    whole = datasets.Dataset.from_list(ROWS)
+    datasets.DatasetDict({"train": whole.select([0, 1]), "test": whole.select([2])}).save_to_disk(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_a_data_set_saved_to_disk(tmp_path, quiet_datasets):
+    folder = tmp_path / "saved"
+    datasets.Dataset.from_list(ROWS).save_to_disk(folder)
+
+    rows, refused = read(folder)
+
+    assert refused == []
+    assert [(row.where, row.chosen) for row in rows] == [(f"{folder}[train], row {n}", f"good {n}") for n in (1, 2, 3)]
+
+
+def test_data_sets_saved_to_disk_are_chosen_by_split(saved):
+    assert chosen(read(saved)[0]) == ["good 1", "good 2"]
+    assert chosen(read(saved, split="test")[0]) == ["good 3"]
+    assert chosen(read(saved, limit=1)[0]) == ["good 1"]
+    with pytest.raises(UserError, match=r"saved: the data set can't be loaded \(split 'validation'\).*train, test"):
+        read(saved, split="validation")
+
+
+def test_a_source_has_a_split_of_its_own(saved):
+    rows, _ = preferences((Source(path=str(saved), split="test"), Source(path=str(saved))), "train", None, 0)
+
+    assert chosen(rows) == ["good 3", "good 1", "good 2"]
+
+
+def test_a_folder_of_jsonl_files_is_read_by_split(tmp_path, quiet_datasets):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(LINES)
+    (folder / "test.jsonl").write_text(json.dumps(ROWS[1]) + "\n")
+
+    rows, refused = read(folder)
+    held_out, _ = read(folder, split="test")
+
+    assert (chosen(rows), refused) == (["good 1", "good 2", "good 3"], [])
+    assert [(row.where, row.chosen) for row in held_out] == [(f"{folder}[test], row 1", "good 2")]
+
+
+@pytest.mark.parametrize("name", ["no-such-org/no-such-data", "no-such-data"])
+def test_a_hub_data_set_out_of_reach_is_one_line(name, quiet_datasets):
+    with pytest.raises(UserError) as caught:
+        read(name, split="train_prefs")
+
+    (line,) = caught.value.lines
+    assert line.startswith(f"{name}: the data set can't be loaded (split 'train_prefs'): ")
+    assert "\n" not in line

@@ -1,0 +1,218 @@
+"""Rows that can't be used are refused, and the reason names the key, the turn or what was expected."""
+
+import json
+
+import pytest
+
+from qalign.data.formats import canonical, canonical_dialogue, canonical_prompt, scorable
+from qalign.data.readers import BadRow, NoPair
+from tests.data.shapes import (
+    ASKED,
+    BRIEFED,
+    LISTED,
+    NO,
+    SAME,
+    SHAREGPT,
+    TALKED,
+    TEXTS,
+    TRANSCRIPT,
+    YES,
+    assistant,
+    gpt,
+    human,
+    system,
+    transcripts,
+    user,
+)
+
+EVERY = (canonical, canonical_dialogue, canonical_prompt)
+ANSWERED, TOOL = [*ASKED, YES], {"role": "tool", "content": "5"}
+HI, HELLO, BRIEF = user("Hi"), assistant("Hello"), system("Be brief.")
+EMPTY = "the prompt is empty, and chosen and rejected do not share one"
+NEEDED = "messages, conversations, prompt + completion (or response), instruction + output, chosen"
+QUESTIONS = "turns: expected a list of the user's texts"
+
+
+def test_of_a_row_that_is_no_object_the_type_is_named():
+    for convert in (*EVERY, scorable):
+        for raw, found in ((["Why?", "Yes", "No"], "list"), (None, "NoneType"), ("Why?", "str"), (5, "int")):
+            with pytest.raises(BadRow, match=f"^expected an object with keys, found {found}$"):
+                convert(raw, "")
+
+
+# Each row with (part of) the reason; "…" stands for any text between.
+# fmt: off
+ALIKE = [  # refused alike in every form
+    ({"prompt": [{"role": "x" * 9999, "content": "Why?"}], **TEXTS}, "prompt: unknown role 'xxxxxxxxxxxx...x"),
+    ({"prompt": [{"role": ["user"], "content": "Why?"}], **TEXTS}, "prompt: unknown role ['user']; known: human"),
+    ({"prompt": [HI, TOOL, user("Why?")], **TEXTS}, "prompt: unknown role 'tool'; known: human, user, gpt, assistant"),
+    ({"conversations": [{"from": "observation", "value": "5"}], **SHAREGPT}, "conversations: unknown role 'obs"),
+    ({"prompt": [{"role": "user"}], **TEXTS}, "prompt: a turn's content is NoneType"),
+    ({"prompt": [user([{"type": "text", "text": "Why?"}])], **TEXTS}, "prompt: a turn's content is list"),
+    ({"prompt": 5, **TEXTS}, "prompt: expected a text or turns, found int"),
+    ({"prompt": ["Why?", "And?"], **TEXTS}, "prompt: expected a text or turns, found list"),
+    (SAME | {"chosen": 5}, "chosen: expected a text or turns, found int"),
+    (TEXTS, "no prompt: expected a 'prompt', 'conversations' or 'messages' key"),
+    ({"question": "Why?", **TEXTS}, "no prompt: expected a 'prompt', 'conversations' or 'messages' key"),
+    ({"conversations": [], **SHAREGPT}, EMPTY),
+    ({"prompt": [BRIEF], **TEXTS}, EMPTY),
+    ({"instruction": 5, **TEXTS}, "instruction and input: expected texts"),
+    ({"instruction": "Why?", "input": 5, **TEXTS}, "instruction and input: expected texts"),
+    ({"instruction": "Why?", "history": [["Hi"]], **TEXTS}, "history: expected a list of [question, answer]"),
+    ({"instruction": "Why?", "history": ["Hi"], **TEXTS}, "history: expected a list of [question, answer]"),
+    (transcripts("Rules.\n\nHuman: Why?"), "text before its first 'Human:'"),
+    ({"prompt": " ", **TEXTS}, "turn 1 of the prompt is empty"),
+    ({"prompt": [HI, assistant(""), user("Why?")], **TEXTS}, "turn 2 of the prompt is empty"),
+    ({"prompt": [HELLO, *ASKED], **TEXTS}, "turn 1 of the prompt is the assistant's, expected the user's"),
+    ({"prompt": [HI, *ASKED], **TEXTS}, "turn 2 of the prompt is the user's, expected the assistant's"),
+    ({"prompt": [BRIEF, HI, *ASKED], **TEXTS}, "turn 2 of the prompt is the user's, expected the assistant's"),
+    ({"prompt": [HI, BRIEF, *ASKED], **TEXTS}, "turn 2 of the prompt is the system's, expected the assistant's"),
+    ({"prompt": "Why\ud800?", **TEXTS}, "not valid Unicode…'\\ud800'"),
+]
+PREFERENCES = [
+    ({}, "no 'chosen' answer…this one has no keys"),
+    ({"pro\nmpt": "Why?", "\ud800": 1, "réponse": "Yes"}, "no 'chosen' answer…has 'pro\\nmpt', '\\ud800', réponse"),
+    ({"prompt": "Why?", "rejected": "No"}, "no 'chosen' answer…this one has prompt, rejected"),
+    ({"prompt": "Why?", "chosen": "Yes"}, "no 'rejected' answer…this one has prompt, chosen"),
+    (SAME | {"rejected": None}, "no 'rejected' answer…this one has prompt, chosen"),
+    ({"instruction": "Why?", "input": "", "output": "Yes"}, "no 'chosen' answer…has instruction, input, output"),
+    ({"instruction": "Why?", "output": ["Yes", "No", "Maybe"]}, "no 'chosen' answer…this one has instruction, output"),
+    ({"messages": ANSWERED, "label": True}, "no 'chosen' answer…this one has messages, label"),
+    ({"input": {"messages": ASKED}, "preferred_output": [YES]}, "no 'rejected' answer"),
+    ({"input": {"messages": ASKED}, "non_preferred_output": [NO]}, "no 'chosen' answer"),
+    (SAME | {"chosen": " \n"}, "chosen: the answer is empty"),
+    (SAME | {"rejected": ""}, "rejected: the answer is empty"),
+    (SAME | {"rejected": "Yes"}, "chosen and rejected are the same answer"),
+    (SAME | {"rejected": " Yes\n"}, "chosen and rejected are the same answer"),
+    ({"chosen": [*TALKED, YES], "rejected": [*TALKED, YES]}, "chosen and rejected are the same answer"),
+    (SAME | {"rejected": ["No"]}, "rejected: expected a text or turns, found list"),
+    ({"prompt": ASKED, "chosen": [], "rejected": []}, "chosen: expected one assistant turn…nothing"),
+    ({"conversations": [human("Why?")], "chosen": gpt("Yes"), "rejected": human("No")}, "rejected: expected one…user"),
+    ({"prompt": ASKED, "chosen": [YES, *ASKED, YES], "rejected": "No"}, "chosen: …assistant → user → assistant"),
+    ({"chosen": [*ANSWERED, user("Oh"), YES], "rejected": ANSWERED}, "chosen: expected…assistant → user → assistant"),
+    ({"prompt": "Why?", "chosen": [HI, YES], "rejected": [HI, NO]}, "chosen: expected one…user → assistant"),
+    ({"chosen": "\n\nHuman: Why?\n\nAssistant: Well\n\nAssistant: Yes", "rejected": "\n\nHuman: Why?\n\nAssistant: No"},
+     "chosen: expected one assistant turn…assistant → assistant"),
+    ({"chosen": "\n\nHuman: Why?\n\nAssistant: Yes", "rejected": "\n\nHuman: How?\n\nAssistant: No"}, EMPTY),
+    ({"prompt": [HI, HELLO], **TEXTS}, "the prompt ends with the assistant's turn, expected the user's"),
+    (SAME | {"chosen": "\ud800"}, "not valid Unicode…'\\ud800'"),
+]
+DIALOGUES = [
+    ({}, f"this row has no keys; expected {NEEDED}"),
+    ({"question": "Why?", "answer": "Yes"}, f"this row has question, answer; expected {NEEDED}"),
+    ({"a\nb": 1, "\ud800": 2, "größe": 3}, f"this row has 'a\\nb', '\\ud800', größe; expected {NEEDED}"),
+    ({"prompt": "Why?"}, f"this row has prompt; expected {NEEDED}"),
+    ({"completion": "Yes"}, f"this row has completion; expected {NEEDED}"),
+    ({"instruction": "Why?"}, f"this row has instruction; expected {NEEDED}"),
+    ({"instruction": "Why?", "response": "Yes"}, f"this row has instruction, response; expected {NEEDED}"),
+    ({"messages": None, "text": None}, f"this row has no keys; expected {NEEDED}"),
+    ({"rejected": "No", "messages": ANSWERED}, "no 'chosen' answer…this row has rejected, messages"),
+    (SAME | {"chosen": " "}, "turn 2 of the dialogue is empty"),
+    (SAME | {"chosen": user("Yes")}, "turn 2 of the dialogue is the user's, expected the assistant's"),
+    ({"prompt": [HI, HELLO], "chosen": ANSWERED}, "the prompt ends with the assistant's turn, expected the user's"),
+    ({"messages": []}, "the dialogue is empty"),
+    ({"conversations": [BRIEF]}, "the dialogue is empty"),
+    ({"messages": ASKED}, "the dialogue ends with the user's turn, expected the assistant's"),
+    ({"conversations": LISTED}, "the dialogue ends with the user's turn, expected the assistant's"),
+    ({"messages": [HELLO, *ANSWERED]}, "turn 1 of the dialogue is the assistant's, expected the user's"),
+    ({"messages": [HELLO]}, "turn 1 of the dialogue is the assistant's, expected the user's"),
+    ({"messages": [HI, *ANSWERED]}, "turn 2 of the dialogue is the user's, expected the assistant's"),
+    ({"messages": [*ANSWERED, YES]}, "turn 3 of the dialogue is the assistant's, expected the user's"),
+    ({"messages": [*ASKED, BRIEF, YES]}, "turn 2 of the dialogue is the system's, expected the assistant's"),
+    ({"system": "Be kind.", "messages": [*BRIEFED, YES]}, "turn 1 of the dialogue is the system's, expected"),
+    ({"messages": [HI, assistant(""), *ANSWERED]}, "turn 2 of the dialogue is empty"),
+    ({"messages": [user(" "), YES]}, "turn 1 of the dialogue is empty"),
+    ({"messages": [*ASKED, TOOL, YES]}, "messages: unknown role 'tool'"),
+    ({"conversations": [human("Why?"), {"from": "function_call", "value": "{}"}]}, "conversations: unknown role 'func"),
+    ({"messages": [*ASKED, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, "messages: a turn's content"),
+    ({"messages": json.dumps(ANSWERED)}, "messages: expected a list of turns, found str"),
+    ({"conversations": gpt("Yes")}, "conversations: expected a list of turns, found dict"),
+    ({"messages": ["Why?", "Yes"]}, "messages: expected a text or turns, found list"),
+    ({"system": ["Be brief."], "messages": ANSWERED}, "system: expected a text, found list"),
+    ({"instruction": "Why?", "input": "", "output": ""}, "turn 2 of the dialogue is empty"),
+    ({"instruction": "", "input": " ", "output": "Yes"}, "turn 1 of the dialogue is empty"),
+    ({"instruction": "Why?", "output": 5}, "output: expected a text or turns, found int"),
+    ({"instruction": "Why?", "output": ["Yes", "No", "Maybe"]}, "output: expected a text or turns, found list"),
+    ({"instruction": "Why?", "output": "Yes", "history": [["Hi"]]}, "history: expected a list of [question, answer]"),
+    ({"instruction": "Why?", "output": "Yes", "history": [["Hi", ""]]}, "turn 2 of the dialogue is empty"),
+    ({"prompt": "", "completion": "Yes"}, "turn 1 of the prompt is empty"),
+    ({"prompt": [], "completion": "Yes"}, "turn 1 of the dialogue is the assistant's, expected the user's"),
+    ({"prompt": [BRIEF], "completion": "Yes"}, "the prompt is empty"),
+    ({"prompt": ANSWERED, "completion": [HI, YES]}, "the prompt ends with the assistant's turn, expected the user's"),
+    ({"prompt": "Why?", "completion": ""}, "turn 2 of the dialogue is empty"),
+    ({"prompt": ASKED, "completion": []}, "the dialogue ends with the user's turn, expected the assistant's"),
+    ({"prompt": "Why?", "completion": ANSWERED}, "turn 2 of the dialogue is the user's, expected the assistant's"),
+    ({"prompt": "Why?", "completion": [YES, HI]}, "the dialogue ends with the user's turn, expected the assistant's"),
+    ({"prompt": "Why?", "completion": True}, "completion: expected a text or turns, found bool"),
+    ({"messages": ANSWERED, "label": False}, "label is false"),
+    ({"conversations": [human("Why?"), gpt("Yes")], "label": False}, "label is false"),
+    ({"instruction": "Why?", "output": "Yes", "label": False}, "label is false"),
+    ({"prompt": "Why?", "completion": "Yes", "label": "False"}, "label is false"),  # out of a CSV
+    ({"prompt": "Why?", "completion": "Yes", "label": "FALSE"}, "label is false"),
+    ({"text": " \n"}, "the text is empty"),
+    ({"text": ["Once"]}, "text: expected a text, found list"),
+    ({"text": TRANSCRIPT + "\n\nAssistant:"}, "turn 4 of the dialogue is empty"),
+    ({"text": TRANSCRIPT}, "the dialogue ends with the user's turn, expected the assistant's"),
+    ({"messages": [*ASKED, assistant("\ud83d")]}, "not valid Unicode…'\\ud83d'"),
+    ({"text": "Once\ud83d"}, "not valid Unicode…'\\ud83d'"),
+]
+PROMPTS = [
+    ({}, "no user's turn to answer…has no keys; expected prompt, messages, conversations, instruction, turns"),
+    ({"prompt": None, "q": "Why?"}, "no user's turn to answer…has q; expected prompt"),
+    ({"text": "Once upon a time."}, "no user's turn to answer…has text; expected prompt"),
+    ({"text": "Hm.\n\nHuman: Why?"}, "no user's turn to answer…has text; expected prompt"),
+    ({"text": 5}, "no user's turn to answer…has text; expected prompt"),
+    ({"system": "Be brief."}, "no user's turn to answer…has system; expected prompt"),
+    ({"messages": []}, "no user's turn to answer…has messages; expected prompt"),
+    ({"messages": [HELLO]}, "no user's turn to answer…has messages; expected prompt"),
+    ({"messages": [BRIEF]}, "no user's turn to answer…has messages; expected prompt"),
+    ({"prompt": ""}, "turn 1 of the prompt is empty"),
+    ({"instruction": "", "input": " ", "output": "Yes"}, "turn 1 of the prompt is empty"),
+    ({"text": "\n\nHuman: \n\nAssistant: Hello"}, "turn 1 of the prompt is empty"),
+    ({"turns": [""]}, "turn 1 of the prompt is empty"),
+    ({"messages": [*ASKED, BRIEF]}, "turn 2 of the prompt is the system's, expected the assistant's"),
+    ({"messages": BRIEFED, "system": "Be long."}, "turn 1 of the prompt is the system's, expected the user's"),
+    ({"messages": [*ANSWERED, NO]}, "the prompt ends with the assistant's turn, expected the user's"),
+    ({"messages": [*ASKED, TOOL]}, "messages: unknown role 'tool'"),
+    ({"conversations": "Why?", "system": ["Be brief."]}, "system: expected a text, found list"),
+    ({"instruction": ["Why?"]}, "instruction and input: expected texts"),
+    ({"turns": "Why?"}, QUESTIONS), ({"turns": []}, QUESTIONS), ({"turns": ASKED}, QUESTIONS),
+    ({"chosen": [YES]}, EMPTY),
+]
+SCORABLE = [
+    ({"text": "Once."}, "plain text: expected a dialogue"),
+    (SAME | {"rejected": "Yes"}, "chosen and rejected are the same answer"),
+    (SAME | {"rejected": ""}, "rejected: the answer is empty"),
+    ({"messages": ASKED}, "the dialogue ends with the user's turn, expected the assistant's"),
+    ({"question": "Why?"}, "this row has question; expected messages"),
+]
+# fmt: on
+CASES = [(convert, *case) for convert in EVERY for case in ALIKE]
+for one, cases in (
+    (canonical, PREFERENCES),
+    (canonical_dialogue, DIALOGUES),
+    (canonical_prompt, PROMPTS),
+    (scorable, SCORABLE),
+):
+    CASES += [(one, *case) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("convert", "raw", "reason"), CASES, ids=[f"{n} {c[0].__name__} {c[2][:60]!a}" for n, c in enumerate(CASES)]
+)
+def test_a_row_is_refused_with_the_reason(convert, raw, reason):
+    with pytest.raises(BadRow) as caught:
+        convert(raw, "")
+    rest = str(caught.value)
+    for part in reason.split("…"):
+        assert part in rest
+        rest = rest.partition(part)[2]
+
+
+def test_a_row_that_says_that_it_holds_no_preference_is_left_out_unless_it_has_answers():
+    tie = {"prompt": "Why?", "no_pair": "a tie"}
+    for convert in (canonical, canonical_dialogue):
+        with pytest.raises(NoPair, match=r"^a tie$"):
+            convert(tie, "")
+    assert canonical_prompt(tie, "").turns == tuple(ASKED)
+    assert canonical(SAME | {"no_pair": "a tie"}, "").chosen == "Yes"

@@ -1,0 +1,231 @@
+"""A row of every known shape becomes a preference, a dialogue or plain text, and a prompt."""
+
+import json
+
+import pytest
+
+from qalign.data.formats import (
+    Dialogue,
+    PlainText,
+    Preference,
+    Prompt,
+    canonical,
+    canonical_dialogue,
+    canonical_prompt,
+    scorable,
+)
+from qalign.data.readers import BadRow
+from tests.data.shapes import (
+    ALL,
+    ASKED,
+    COLUMNS,
+    DIALOGUES,
+    FIRST_QUESTION,
+    NO,
+    PROMPTS,
+    RANKED,
+    SAME,
+    YES,
+    assistant,
+    opened,
+    user,
+    variants,
+)
+
+ranked = pytest.mark.parametrize(("prompt", "raw"), RANKED.values(), ids=RANKED.keys())
+dialogues = pytest.mark.parametrize(("turns", "first_trained", "raw"), DIALOGUES.values(), ids=DIALOGUES.keys())
+NULLS = dict.fromkeys(COLUMNS)  # Parquet files and `datasets` give every row every column
+
+
+def prompted(raw) -> list:
+    return list(canonical_prompt(raw, "").turns)
+
+
+@ranked
+def test_a_ranked_row_in_every_form(prompt, raw):
+    where, margin = "rows.jsonl:3", canonical(raw, "").margin
+    preference = Preference(tuple(prompt), "Yes", "No", where, margin)
+    dialogue = Dialogue((*prompt, YES), len(prompt), where)
+
+    for row in (raw, NULLS | raw):
+        assert canonical(row, where) == scorable(row, where) == preference
+        assert canonical_dialogue(row, where) == dialogue  # earlier answers are context
+        assert prompted(row) == prompt
+
+
+@pytest.mark.parametrize("other", [None, "", "Yes", 5, {"role": "tool"}, [], [user("Me")]], ids=repr)
+@ranked
+def test_the_rejected_answer_does_not_matter_for_imitation(prompt, raw, other):
+    side = "non_preferred_output" if "preferred_output" in raw else "rejected"
+    changed = {"output": [raw["output"][0], other]} if "output" in raw else {side: other}
+
+    assert canonical_dialogue(raw | changed, "") == Dialogue((*prompt, YES), len(prompt), "")
+
+
+@dialogues
+def test_a_dialogue_to_imitate_or_to_score(turns, first_trained, raw):
+    for row in (raw, NULLS | raw):
+        assert canonical_dialogue(row, "a:3") == scorable(row, "a:3") == Dialogue(tuple(turns), first_trained, "a:3")
+
+
+@pytest.mark.parametrize(("name", "turns"), [(name, turns) for name, (turns, *_) in DIALOGUES.items()])
+def test_the_prompt_of_a_dialogue_ends_with_its_last_question_or_where_the_row_says(name, turns):
+    assert prompted(DIALOGUES[name][2]) == (turns[:1] if name in FIRST_QUESTION else turns[:-1])
+
+
+@pytest.mark.parametrize(("prompt", "raw"), PROMPTS.values(), ids=PROMPTS.keys())
+def test_a_prompt(prompt, raw):
+    assert canonical_prompt(raw, "rows.jsonl:3") == Prompt(tuple(prompt), "rows.jsonl:3", raw)
+    assert prompted(NULLS | raw) == prompt
+
+
+def test_the_answer_is_in_no_prompt():
+    secret = "the answer that must be found"
+    for raw in ALL.values():
+        told = json.loads(json.dumps(raw).replace('"Yes"', f'"{secret}"').replace(": Yes", f": {secret}"))
+        assert secret not in str(prompted(told))
+
+
+def test_of_a_row_with_many_keys_the_most_telling_is_imitated():
+    everything = {
+        "text": "\n\nHuman: Why?\n\nAssistant: text",
+        "instruction": "Why?",
+        "output": "instruction",
+        "prompt": "Why?",
+        "completion": "completion",
+        "messages": [*ASKED, assistant("messages")],
+        "chosen": [*ASKED, assistant("chosen")],
+    }
+
+    for key in ("chosen", "messages", "completion", "instruction", "text"):
+        assert canonical_dialogue(everything, "").turns[-1]["content"] == key
+        del everything[key]
+
+
+@pytest.mark.parametrize("text", ["Once.", " Once\n\na time. ", "Human: Hi\n\nAssistant: Hello", "\n\nAssistant: 5"])
+def test_plain_text_is_kept_as_it_is(text):
+    assert canonical_dialogue({"text": text, "id": 7, "label": False}, "a.txt:1") == PlainText(text, "a.txt:1")
+
+
+def test_a_row_keeps_its_columns_for_functions_that_score():
+    raw = {"prompt": "2 + 2?", "answer": 4, "tags": ["sum"], "source": None, "chosen": [assistant("4")]}
+
+    assert canonical_prompt(raw, "sums.jsonl:1").columns == {key: raw[key] for key in raw if key != "source"}
+
+
+# --- white space -----------------------------------------------------------------------------------------------------
+
+
+def test_texts_keep_their_white_space_and_lines():
+    raw = {"prompt": " Why?\n\nReally? \n", "chosen": " Yes,\n\nof course.\n", "rejected": "No "}
+    asked = (user(" Why?\n\nReally? \n"),)
+
+    assert canonical(raw, "") == Preference(asked, " Yes,\n\nof course.\n", "No ", "")
+    assert canonical_dialogue(raw, "").turns == (*asked, assistant(" Yes,\n\nof course.\n"))
+    assert canonical_prompt(raw, "").turns == asked
+    assert prompted({"prompt": "Why?\n\nAssistant: Yes"}) == [user("Why?\n\nAssistant: Yes")]  # no transcript
+
+
+def test_a_transcript_loses_the_white_space_around_its_turns_and_none_within():
+    opening = "\n\nHuman:  Why?\nReally? \n\nAssistant:"
+
+    row = canonical({"chosen": opening + " Yes.\n\nOf course. ", "rejected": opening + " No"}, "")
+
+    assert row == Preference((user("Why?\nReally?"),), "Yes.\n\nOf course.", "No", "")
+
+
+def test_answers_may_begin_alike():
+    """Only whole turns are shared: the prompt never takes the beginning of an answer."""
+    raw = {"chosen": [*ASKED, assistant("Yes, sir")], "rejected": [*ASKED, assistant("Yes, madam")]}
+
+    assert canonical(raw, "") == Preference(tuple(ASKED), "Yes, sir", "Yes, madam", "")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": None, "conversations": [{"from": "human", "value": "Why?"}], "chosen": "Yes", "rejected": "No"},
+        {"prompt": None, "instruction": "Why?", "input": None, "chosen": "Yes", "rejected": "No"},
+        {"preferred_output": None, "prompt": "Why?", "rejected": "No", "chosen": "Yes"},
+        {"prompt": [{"role": None, "from": "human", "content": "Why?"}], "chosen": "Yes", "rejected": "No"},
+        {"prompt": "Why?", "messages": [*ASKED, YES], **opened(ASKED)},
+    ],
+    ids=["no prompt", "no input", "no preferred output", "no role", "messages repeat the chosen answer"],
+)
+def test_columns_that_say_nothing_new_do_not_matter(raw):
+    assert canonical(raw, "here") == Preference((user("Why?"),), "Yes", "No", "here")
+
+
+# --- margin ----------------------------------------------------------------------------------------------------------
+
+NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**400  # all three can stand in a JSON file
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "margin"),
+    [
+        (8.0, 4.5, 3.5),
+        (8, 3, 5.0),
+        (9, 8.5, 0.5),
+        (2.0, 3.25, -1.25),  # a judge's scores may go against the choice
+        (4, 4, 0.0),
+        (0, -1.5, 1.5),
+        (None, None, None),
+        (None, 4.5, None),
+        (8.0, None, None),
+        ("8.0", 4.5, None),
+        (8.0, "4.5", None),
+        (True, 0, None),
+        (1, False, None),
+        ([8.0], 4.5, None),
+        (NAN, 4.5, None),
+        (8.0, NAN, None),
+        (INFINITY, 4.5, None),
+        (8.0, -INFINITY, None),
+        (INFINITY, INFINITY, None),
+        (HUGE, 4.5, None),
+        (8.0, HUGE, None),
+        (1.7e308, -1.7e308, None),  # each is finite, their difference is not
+    ],
+)
+def test_the_margin_is_the_difference_of_two_finite_scores(chosen, rejected, margin):
+    row = canonical(SAME | {"score_chosen": chosen, "score_rejected": rejected}, "here")
+
+    assert row == Preference((user("Why?"),), "Yes", "No", "here", margin)
+    assert type(row.margin) is type(margin)
+
+
+# --- any JSON value anywhere -----------------------------------------------------------------------------------------
+
+
+def outcome(convert, raw):
+    """What a row is read as; None if it is refused, which must be in one line that can be printed."""
+    try:
+        row = convert(raw, "here")
+    except BadRow as refusal:
+        reason = str(refusal)
+        assert reason.isprintable()
+        assert 0 < len(reason) < 400
+        return None
+    if isinstance(row, PlainText):
+        assert row.text.encode("utf-8").strip()
+        return row
+    turns = (*row.prompt, assistant(row.chosen)) if isinstance(row, Preference) else row.turns
+    turns = (*turns, NO) if isinstance(row, Prompt) else turns
+    roles = [turn["role"] for turn in turns]
+    spoken = roles[1:] if roles[0] == "system" else roles
+    assert spoken == ["user", "assistant"] * (len(spoken) // 2) != []
+    for turn in turns:
+        assert turn.keys() == {"role", "content"}
+        turn["content"].encode("utf-8")
+        assert turn["content"].strip() or turn["role"] == "system"
+    if isinstance(row, Dialogue):
+        assert 0 <= row.first_trained < len(turns)
+    return row
+
+
+@pytest.mark.parametrize("raw", ALL.values(), ids=ALL.keys())
+def test_any_json_value_anywhere_is_read_soundly_or_refused_in_one_line(raw):
+    for converts in ((canonical, canonical_dialogue, scorable), (canonical_prompt,)):
+        read_as = {bool(outcome(convert, odd)) for odd in variants(raw) for convert in converts}
+        assert read_as == {True, False}  # or this test would be one of refusals only

@@ -1,0 +1,219 @@
+"""Tokenizers are given one template, one BOS and a pad token; real ids agree with mistral-common's."""
+
+import pytest
+
+from qalign.config.stages import Source
+from qalign.data.formats import Preference, preferences
+from qalign.data.tokenize import (
+    encode_pair,
+    encode_pairs,
+    encode_prompt,
+    end_of_turn_id,
+    pad_for_scores,
+    prepare_tokenizer,
+)
+from qalign.errors import UserError
+from tests.data.chat_families import (
+    FAMILIES,
+    HELLO,
+    chatml_tokenizer,
+    fixture_tokenizer,
+    messages,
+    plain,
+    templated,
+    zephyr_prompt,
+)
+
+TALK = [HELLO, ("assistant", "Good day."), ("user", "Are you well?")]
+
+
+def encode(tokenizer, *prompt, chosen: str = "Yes", rejected: str = "No"):
+    return encode_pair(tokenizer, Preference(messages(prompt), chosen, rejected, "w"), 10_000, {})
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_there_is_exactly_one_bos_and_it_comes_first(name):
+    tokenizer = FAMILIES[name].tokenizer()
+
+    assert prepare_tokenizer(tokenizer) == FAMILIES[name].template
+
+    ids = encode(tokenizer, *TALK).prompt_ids
+    assert ids[0] == tokenizer.bos_token_id
+    if name == "chatml":  # its "BOS" opens every turn, as the template says
+        assert ids.count(tokenizer.bos_token_id) == 5
+        assert ids[1] != tokenizer.bos_token_id
+    else:
+        assert ids.count(tokenizer.bos_token_id) == 1
+
+
+def test_a_tokenizer_that_is_prepared_twice_still_has_one_bos():
+    tokenizer = FAMILIES["zephyr"].prepared()
+
+    assert prepare_tokenizer(tokenizer) == "the model's own"
+    assert encode(tokenizer, HELLO).prompt_ids == zephyr_prompt([HELLO])
+
+
+def test_a_bos_that_nothing_writes_is_not_made_up():
+    tokenizer = chatml_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
+
+    assert prepare_tokenizer(tokenizer) == "the model's own"
+    assert encode_prompt(tokenizer, messages([HELLO]), {}) == [*plain("llama3", "user: Hello there"), 2007]
+
+
+@pytest.mark.parametrize(("name", "pad"), [("llama3", 2005), ("zephyr", 2), ("mistral", 2), ("chatml", 2007)])
+def test_a_tokenizer_without_a_pad_token_pads_with_eos(name, pad):
+    assert FAMILIES[name].prepared().pad_token_id == pad
+
+
+def test_a_pad_token_of_its_own_is_kept():
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.pad_token = "<|finetune_right_pad_id|>"
+
+    prepare_tokenizer(tokenizer)
+
+    assert tokenizer.pad_token_id == 2002
+
+
+def test_a_base_model_without_a_template_gets_a_plain_one():
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.chat_template = None
+
+    words = prepare_tokenizer(tokenizer)
+
+    pair = encode(tokenizer, ("system", "Be brief."), HELLO, chosen=" I am fine.\n")
+    assert words == "qalign's plain one, as the model has none, with the BOS it left out"
+    assert pair.prompt_ids == [
+        2000,
+        *plain("llama3", "<|system|>\nBe brief."), 2005,
+        *plain("llama3", "\n<|user|>\nHello there"), 2005,
+        *plain("llama3", "\n<|assistant|>\n"),
+    ]  # fmt: skip
+    assert pair.chosen_ids == [*plain("llama3", "I am fine."), 2005]
+
+
+def test_a_template_from_a_file_replaces_the_models_own(tmp_path):
+    file = tmp_path / "mine.jinja"
+    file.write_text(
+        "{{ bos_token }}{% for m in messages %}{{ '# ' + m.role + '\\n' + m.content + eos_token }}{% endfor %}"
+        "{{ '# assistant\\n' if add_generation_prompt }}"
+    )
+    tokenizer = fixture_tokenizer("llama3")
+
+    assert prepare_tokenizer(tokenizer, str(file)) == str(file)
+
+    pair = encode(tokenizer, HELLO, chosen="I am fine.")
+    assert pair.prompt_ids == [2000, *plain("llama3", "# user\nHello there"), 2005, *plain("llama3", "# assistant\n")]
+    assert pair.chosen_ids == [*plain("llama3", "I am fine."), 2005]
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for %}", "{{ messages", "{{ 1 / 0 }}", "{{ nothing.at_all }}", "{{ raise_exception('no') }}", None]
+)
+def test_a_broken_or_missing_template_file_is_one_line(tmp_path, template):
+    file = tmp_path / "broken.jinja"
+    if template:
+        file.write_text(template)
+
+    with pytest.raises(UserError) as caught:
+        prepare_tokenizer(fixture_tokenizer("llama3"), str(file))
+
+    (line,) = caught.value.lines
+    assert str(file) in line
+    assert ("can't be used: " if template else "model.chat_template") in line
+    assert "\n" not in line
+
+
+@pytest.mark.parametrize(
+    ("template", "template_kwargs", "reason"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}", {},
+         "renders a prompt differently once it is answered"),
+        (None, {"tokenize": True}, "multiple values for keyword argument 'tokenize'"),
+    ],
+)  # fmt: skip
+def test_a_template_whose_end_of_turn_cannot_be_found_is_the_users_to_mend(template, template_kwargs, reason):
+    """Reward models ask for it while they load, before any row could be refused."""
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.chat_template = template or tokenizer.chat_template
+    with pytest.raises(UserError, match=rf"^model.chat_template: no end of turn can be found: .*{reason}"):
+        pad_for_scores(tokenizer, template_kwargs)
+
+
+def test_a_tokenizer_without_eos_is_one_line():
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no end-of-sequence token"):
+        prepare_tokenizer(tokenizer)
+
+
+def test_an_added_token_that_is_not_special_may_be_written():
+    """Qwen3's `<think>` is one."""
+    tokenizer = templated(fixture_tokenizer("llama3").chat_template)
+    tokenizer.add_tokens(["<think>", "</think>"])
+    think, done = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+
+    pair = encode(tokenizer, HELLO, chosen="<think>So</think>Yes", rejected="Yes</think>")
+
+    assert pair.chosen_ids == [think, *plain("llama3", "So"), done, *plain("llama3", "Yes"), 2005]
+    assert pair.rejected_ids == [*plain("llama3", "Yes"), done, 2005]
+
+
+# --- Mistral's own tokenizer -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mistral_common():
+    """(transformers' tokenizer with Mistral v0.3's true vocabulary, prepared; ids of a chat by mistral-common)."""
+    pytest.importorskip("mistral_common")
+    from mistral_common.protocol.instruct.request import ChatCompletionRequest
+    from mistral_common.protocol.instruct.validator import ValidationMode
+    from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+    from sentencepiece import SentencePieceProcessor
+    from transformers import AddedToken, LlamaTokenizer
+    from transformers.tokenization_utils_base import generate_merges
+
+    model = str(MistralTokenizer._data_path() / "mistral_instruct_tokenizer_240323.model.v3")
+    pieces = SentencePieceProcessor(model_file=model)
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
+    scores = {piece: pieces.get_score(i) for piece, i in vocab.items()}
+    control = [AddedToken(p, special=True, normalized=False) for p, i in vocab.items() if pieces.is_control(i)]
+    tokenizer = LlamaTokenizer(
+        vocab=vocab,
+        merges=generate_merges(vocab, scores),
+        legacy=False,
+        add_bos_token=True,
+        extra_special_tokens=control,
+    )
+    tokenizer.chat_template = fixture_tokenizer("mistral_v03").chat_template
+    prepare_tokenizer(tokenizer)
+    own = MistralTokenizer.from_file(model, mode=ValidationMode.finetuning)
+
+    def chat_ids(prompt, answer: str) -> list[int]:
+        messages = [*prompt, {"role": "assistant", "content": answer}]
+        return own.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
+
+    return tokenizer, chat_ids
+
+
+def test_mistrals_vocabulary_gives_the_published_ids(mistral_common):
+    tokenizer, _ = mistral_common
+
+    pair = encode(tokenizer, ("user", "Hello, how are you?"), chosen="Fine, and you?")
+
+    assert pair.prompt_ids == [1, 3, 23325, 29493, 1678, 1228, 1136, 29572, 4]
+    assert pair.chosen_ids == [24873, 29493, 1072, 1136, 29572, 2]
+    assert end_of_turn_id(tokenizer, {}) == 2
+
+
+def test_real_rows_have_the_ids_that_mistral_common_gives_them(mistral_common, shared_data):
+    tokenizer, chat_ids = mistral_common
+    rows, _ = preferences((Source(path=str(shared_data / "hh_harmless.jsonl.gz"), limit=200),), "train", None, 0)
+
+    pairs, refused = encode_pairs(tokenizer, rows, 100_000, {})
+
+    assert refused == []
+    for pref, pair in zip(rows, pairs, strict=True):
+        assert pair.prompt_ids + pair.chosen_ids == chat_ids(pref.prompt, pref.chosen)
+        assert pair.prompt_ids + pair.rejected_ids == chat_ids(pref.prompt, pref.rejected)
+        assert pair.chosen_ids.count(2) == pair.rejected_ids.count(2) == 1
