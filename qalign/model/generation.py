@@ -1,4 +1,4 @@
-"""Sampling completions from a role: one decoding loop, whose tokens are streamed or collected, and vLLM beside it.
+"""Sampling completions from a role: one decoding loop, streamed or collected, and vLLM as another engine.
 
 Inverse-CDF sampling: every (answer, position) has its own uniform number, drawn before decoding. So the tokens depend
 on the seed and the model, but not on which answers share a batch or when others end. A resumed run repeats them.
@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from random import shuffle
-from typing import Protocol
+from typing import Any, cast
 
 import peft
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
@@ -42,8 +43,7 @@ class Sampling:
         temperature: the logits are divided by it; 0 decodes greedily.
         stop_ids: ids that end an answer; the answer includes the one that ended it.
         top_p: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens that together have
-            this probability are sampled. 1 is the whole distribution: log-probs at this temperature are then those of
-            the distribution that was sampled.
+            this probability are sampled. 1, the whole distribution, is for those who need its log-probs.
     """
 
     max_new_tokens: int
@@ -78,13 +78,8 @@ def uniform_draws(seed: int, num_samples: int, max_new_tokens: int) -> Tensor:
 
 
 def inverse_cdf(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """The first token of each row, in the vocabulary's order, whose cumulative probability exceeds the row's uniform
-    number: int64 `(rows,)`. `top_p` is ignored.
-
-    Args:
-        logits: `(rows, vocabulary)`.
-        draws: float64 `(rows,)` in [0, 1).
-    """
+    """The first token of each row, in the vocabulary's order, whose cumulative probability exceeds the row's draw:
+    int64 `(rows,)`, from logits `(rows, vocabulary)` and draws float64 `(rows,)` in [0, 1). It ignores `top_p`."""
     if not sampling.temperature:
         return logits.argmax(dim=-1)
     cumulative = (logits.float() / sampling.temperature).softmax(dim=-1).double().cumsum(dim=-1)
@@ -93,39 +88,31 @@ def inverse_cdf(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
 
 
 def nucleus(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
-    """Like `inverse_cdf`, but the tokens are sorted by probability, likeliest first, and only the `top_p` nucleus of
-    them is sampled.
-
-    Raises:
-        UserError: a row of logits has NaN, or no finite maximum.
-    """
+    """Like `inverse_cdf`, but in the order of probability, likeliest first, and within the `top_p` nucleus only."""
     if not logits.amax(dim=-1).isfinite().all():  # a token that is ruled out may have -inf
         raise UserError(
-            f"model.compute_dtype: the model gives no numbers in {str(logits.dtype).removeprefix('torch.')} on "
-            f"{logits.device.type}: its range is too small, or an adapter is broken; another dtype may help"
+            f"the model gives no numbers in {str(logits.dtype).removeprefix('torch.')} on {logits.device.type}: the "
+            "range of this dtype is too small, or an adapter is broken; try another model.compute_dtype"
         )
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
     probabilities = (logits.float() / sampling.temperature).softmax(dim=-1).double()
     descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
     cumulative = descending.cumsum(dim=-1)
-    kept = (cumulative - descending < sampling.top_p).sum(dim=-1, keepdim=True)  # the likeliest one always is
-    mass = cumulative.gather(1, kept - 1)
-    place = torch.searchsorted(cumulative, draws[:, None] * mass, right=True)
-    return order.gather(1, torch.minimum(place, kept - 1))[:, 0]
+    last = (cumulative - descending < sampling.top_p).sum(dim=-1, keepdim=True) - 1  # the likeliest token always stays
+    place = torch.searchsorted(cumulative, draws[:, None] * cumulative.gather(1, last), right=True)
+    return order.gather(1, torch.minimum(place, last))[:, 0]
 
 
 def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: Choose | None = None) -> Iterator[Step]:
-    """Decodes the answers to all requests token by token, and yields the new tokens after each step.
+    """Decodes the answers to all requests token by token, and yields the new tokens after each step. An answer is
+    complete with one of `stop_ids`, or with `max_new_tokens` tokens.
 
     Roles whose adapters PEFT can mix in one batch are decoded together: a 4-bit base spends most of a step on unpacking
     its weights, so two roles take little longer than one. Other roles (DoRA) take turns.
 
-    An answer is complete with one of `stop_ids`, or with `max_new_tokens` tokens. While the iterator is suspended, the
-    base stays in its role and gradients are off: exhaust it in one thread, or close it.
-
-    Args:
-        choose: samples the next tokens; `nucleus` if left out.
+    While the iterator is suspended, the base stays in its role and gradients are off: exhaust it in one thread, or
+    close it. `choose` samples the next tokens; it is `nucleus` if left out.
     """
     turns = deque((batch, _decode(base, batch, sampling, choose or nucleus)) for batch in _batches(base, requests))
     while turns:
@@ -154,15 +141,15 @@ def _batches(base: Base, requests: Sequence[Request]) -> list[dict[int, Request]
 def _decode(base: Base, batch: dict[int, Request], sampling: Sampling, choose: Choose) -> Iterator[Step]:
     """Decodes one batch. Complete answers leave it once they are `COMPACT_AT` of its rows."""
     rows = [(number, sample) for number, request in batch.items() for sample in range(len(request.draws))]
-    draws = torch.cat([request.draws for request in batch.values()]).to(base.lm.device)
-    context, tokens = _Context(base, list(batch.values())), None
     running, stop_ids = set(rows), frozenset(sampling.stop_ids)
+    draws = torch.cat([request.draws for request in batch.values()]).to(base.lm.device)
+    inputs = _prompt_inputs(base, list(batch.values()))
+    model = base.model if "adapter_names" in inputs else base.lm
     for length in range(sampling.max_new_tokens):
-        logits = context.logits(tokens)
+        logits = model(**inputs).logits[:, -1]
         if len(logits) < len(rows):  # a prompt is read once for all its answers
             prompt_rows = [place for place, request in enumerate(batch.values()) for _ in request.draws]
-            logits = logits[prompt_rows]
-            context.select(prompt_rows)
+            logits, inputs = logits[prompt_rows], _select(inputs, prompt_rows)
         tokens = choose(logits, draws[:, length], sampling)
         step = [(*row, token) for row, token in zip(rows, tokens.tolist(), strict=True)]
         yield [grown for grown in step if grown[:2] in running]
@@ -171,76 +158,51 @@ def _decode(base: Base, batch: dict[int, Request], sampling: Sampling, choose: C
             return
         if len(running) <= (1 - COMPACT_AT) * len(rows):
             kept = [place for place, row in enumerate(rows) if row in running]
-            rows, draws, tokens = [rows[place] for place in kept], draws[kept], tokens[kept]
-            context.select(kept)
+            rows, draws, tokens, inputs = [rows[k] for k in kept], draws[kept], tokens[kept], _select(inputs, kept)
+        inputs["input_ids"], inputs["position_ids"] = tokens[:, None], inputs["position_ids"][:, -1:] + 1
+        inputs["attention_mask"] = pad(inputs["attention_mask"], (0, 1), value=1)
 
 
-class _Context:
-    """What the model has read of every row of a batch. The rows are padded on the left, so that all answers begin in
-    the same column."""
-
-    def __init__(self, base: Base, requests: Sequence[Request]):
-        self._base = base
-        self._roles = [request.role for request in requests]
-        self._is_mixed = len(set(self._roles)) > 1
-        prompts = [torch.tensor(request.prompt_ids, device=base.lm.device) for request in requests]
-        self._ids = pad_sequence(prompts, True, base.tokenizer.pad_token_id, padding_side="left")
-        self._mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, padding_side="left")
-        self._positions = (self._mask.cumsum(dim=1) - 1).clamp(min=0)
-        self._cache = DynamicCache(config=base.lm.config)
-
-    def select(self, rows: list[int]) -> None:
-        """Keeps these rows only, in this order; a row may be named several times."""
-        self._cache.batch_select_indices(torch.tensor(rows, device=self._mask.device))
-        self._mask, self._positions = self._mask[rows], self._positions[rows]
-        self._roles = [self._roles[row] for row in rows]
-
-    def logits(self, tokens: Tensor | None = None) -> Tensor:
-        """The model's own logits `(rows, vocabulary)` after one more token of each row, `(rows,)`; after the prompts if
-        it is left out."""
-        if tokens is not None:
-            self._ids, self._positions = tokens[:, None], self._positions[:, -1:] + 1
-            self._mask = torch.cat([self._mask, self._mask.new_ones(len(tokens), 1)], dim=1)
-        model, mixing = self._base.lm, {}
-        if self._is_mixed:  # the PEFT model tells every layer which adapter each row has
-            adapters = [role if role in self._base.adapters else "__base__" for role in self._roles]
-            model, mixing = self._base.model, {"adapter_names": adapters}
-        return model(
-            input_ids=self._ids,
-            attention_mask=self._mask,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **mixing,
-        ).logits[:, -1]
+def _prompt_inputs(base: Base, requests: Sequence[Request]) -> dict[str, Any]:
+    """What the model reads first. Prompts are padded on the left, so that all answers begin in the same column."""
+    prompts = [torch.tensor(request.prompt_ids, device=base.lm.device) for request in requests]
+    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, padding_side="left")
+    adapters = [request.role if request.role in base.adapters else "__base__" for request in requests]
+    return {
+        "input_ids": pad_sequence(prompts, True, base.tokenizer.pad_token_id, padding_side="left"),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        "past_key_values": DynamicCache(config=base.lm.config),
+        "use_cache": True,
+        # An index instead of 1, which gives the head a strided slice: 80 times slower in bfloat16 on a CPU.
+        "logits_to_keep": mask.new_tensor([-1]),
+    } | ({"adapter_names": adapters} if len(set(adapters)) > 1 else {})  # PEFT's, one for each row
 
 
-class Engine(Protocol):
-    """What samples answers for PPO, best-of-n and the evaluations."""
+def _select(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Keeps these rows of the inputs and of their KV cache, in this order; a row may be named several times."""
+    inputs["past_key_values"].batch_select_indices(torch.tensor(rows, device=inputs["attention_mask"].device))
+    names = {"adapter_names": [inputs["adapter_names"][row] for row in rows]} if "adapter_names" in inputs else {}
+    return inputs | {name: inputs[name][rows] for name in ("attention_mask", "position_ids")} | names
+
+
+class TransformersEngine:
+    """Collects what `stream` decodes on the base in memory, in batches of prompts of similar length."""
 
     def generate(
         self, base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling, *, num_samples: int, seed: int
     ) -> list[list[list[int]]]:
-        """Samples `num_samples` answers to every prompt: token ids, with the stop id if the answer ended by itself.
-
-        Args:
-            prompts: token ids, generation prompt included.
-            seed: fixes every token; the same seed and prompts give the same answers.
-        """
-        ...
-
-
-class TransformersEngine(Engine):
-    """Collects `stream` on the base in memory, in batches of prompts of similar length. It samples the whole
-    distribution in the vocabulary's order (`inverse_cdf`)."""
-
-    def generate(self, base, role, prompts, sampling, *, num_samples, seed):
+        """`num_samples` answers to every prompt, as token ids with the stop id if an answer ended by itself. Prompts
+        are token ids with the generation prompt. The same seed, role and prompts give the same answers."""
         draws = uniform_draws(seed, len(prompts) * num_samples, sampling.max_new_tokens).split(num_samples)
         requests = [Request(role, ids, drawn) for ids, drawn in zip(prompts, draws, strict=True)]
         answers: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        size = _prompts_in_batch(base, max(map(len, prompts)) + sampling.max_new_tokens, num_samples)
+        device = base.lm.device.type
+        free = usable_memory(device) - (torch.cuda.memory_allocated() if device == "cuda" else 0)
+        max_tokens = max(map(len, prompts)) + sampling.max_new_tokens
+        prompt_bytes = kv_cache_bytes(base.lm.config, max_tokens, base.dtype.itemsize) * num_samples
+        size = max(1, int(CACHE_SHARE * free) // prompt_bytes)
         choose = inverse_cdf if sampling.top_p >= 1 else nucleus
         with torch.no_grad(), base.acting_as(role):
             for start in range(0, len(order), size):
@@ -251,26 +213,17 @@ class TransformersEngine(Engine):
         return answers
 
 
-def _prompts_in_batch(base: Base, max_tokens: int, num_samples: int) -> int:
-    """How many prompts of `max_tokens` tokens, answer included, fit into the memory for the KV cache."""
-    device = base.lm.device.type
-    prompt_bytes = kv_cache_bytes(base.lm.config, max_tokens, base.dtype.itemsize) * num_samples
-    allocated = torch.cuda.memory_allocated() if device == "cuda" else 0
-    return max(1, int(CACHE_SHARE * (usable_memory(device) - allocated)) // prompt_bytes)
-
-
-class VllmEngine(Engine):
-    """vLLM on the same GPU: faster sampling, but vLLM holds a second copy of the base in 4 bits. Each call saves the
+class VllmEngine:
+    """vLLM on the same GPU: faster sampling, but vLLM loads a second copy of the base in 4 bits. Each call saves the
     role's adapter to a temporary folder, from which vLLM loads it.
 
     Args:
-        base: vLLM loads the same weights, from the folder or hub id that they come from.
         max_tokens: the most tokens of a prompt and its answer together.
         memory_share: share of the GPU's memory for vLLM's copy and its KV cache.
     """
 
     def __init__(self, base: Base, max_tokens: int, memory_share: float = VLLM_SHARE):
-        import vllm
+        import vllm  # pyright: ignore[reportMissingImports]: optional, needs a GPU
 
         self._calls = 0
         ranks = [config.r for config in getattr(base.model, "peft_config", {}).values()]
@@ -287,13 +240,15 @@ class VllmEngine(Engine):
             generation_config="vllm",  # not the model's own, which may end answers at other ids
         )
 
-    def generate(self, base, role, prompts, sampling, *, num_samples, seed):
-        import vllm
-        from vllm.lora.request import LoRARequest
+    def generate(
+        self, base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling, *, num_samples: int, seed: int
+    ) -> list[list[list[int]]]:
+        """As `TransformersEngine.generate`; the tokens differ from its."""
+        import vllm  # pyright: ignore[reportMissingImports]
+        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         self._calls += 1
-        # One request for each answer: vLLM would give the answers of one request consecutive seeds, and they would
-        # meet those of the next request.
+        # Every answer has its own request: vLLM gives the answers of one request consecutive seeds.
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(prompts) * num_samples,), generator=generator).tolist()
         params = [
@@ -319,12 +274,12 @@ class VllmEngine(Engine):
         return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
 
 
-def engine(name: str, base: Base, max_tokens: int) -> Engine:
-    """The engine that a recipe names: `transformers` or `vllm`.
+Engine = TransformersEngine | VllmEngine
 
-    Raises:
-        UserError: vLLM or its GPU is missing, or vLLM would hold other weights than the base.
-    """
+
+def engine(name: str, base: Base, max_tokens: int) -> Engine:
+    """The engine that a recipe names: `transformers` or `vllm`. Raises `UserError` if vLLM or its GPU is missing, or if
+    vLLM would hold other weights than the base."""
     if name == "transformers":
         return TransformersEngine()
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
@@ -339,17 +294,12 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
 
 def stop_ids_of(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict) -> tuple[int, ...]:
     """The ids that end an answer: the chat template's end of turn, then EOS if it is another."""
-    return tuple(dict.fromkeys([end_of_turn_id(tokenizer, template_kwargs), tokenizer.eos_token_id]))
+    return tuple(dict.fromkeys([end_of_turn_id(tokenizer, template_kwargs), cast("int", tokenizer.eos_token_id)]))
 
 
 def with_end_of_turn(answer: list[int], stop_ids: tuple[int, ...]) -> list[int]:
-    """An answer that ends with the chat template's end of turn, where a reward model reads its score. It replaces
-    another stop id, and is appended to an answer that was cut.
-
-    Args:
-        answer: token ids.
-        stop_ids: from `stop_ids_of`.
-    """
+    """An answer with the chat template's end of turn as its last id, where a reward model reads its score: it replaces
+    another of the `stop_ids_of`, and is appended to an answer that was cut."""
     return [*(answer[:-1] if answer[-1] in stop_ids else answer), stop_ids[0]]
 
 
@@ -361,14 +311,8 @@ def text_of(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
 def complete(
     base: Base, role: str, prompts: list[list[Message]], *, max_new_tokens: int, template_kwargs: dict
 ) -> list[str]:
-    """The greedy answer of a role to each prompt, as text without special tokens.
-
-    Args:
-        base: holds the role's adapter.
-        prompts: dialogues that end with a user's turn.
-        max_new_tokens: the longest an answer may get.
-        template_kwargs: the recipe's `model.chat_template_kwargs`.
-    """
+    """The greedy answer of a role to each prompt, as text without special tokens. A prompt is a dialogue that ends with
+    a user's turn; `template_kwargs` are the recipe's `model.chat_template_kwargs`."""
     ids = [encode_prompt(base.tokenizer, prompt, template_kwargs) for prompt in prompts]
     sampling = Sampling(max_new_tokens, 0.0, stop_ids_of(base.tokenizer, template_kwargs))
     answers = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0)

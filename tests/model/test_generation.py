@@ -13,7 +13,7 @@ from qalign.data.tokenize import encode_prompt
 from qalign.errors import UserError
 from qalign.model import generation
 from qalign.model.base import Role
-from qalign.model.generation import Sampling, TransformersEngine, complete, stop_ids_of, engine
+from qalign.model.generation import Sampling, TransformersEngine, complete, engine, stop_ids_of
 from tests.helpers import scramble
 
 PROMPTS = [[{"role": "user", "content": text}] for text in ("Why?", "What is a good first line for a book report?")]
@@ -99,7 +99,7 @@ def test_the_outermost_numbers_give_tokens_that_are_possible(draw):
 def test_samples_do_not_depend_on_which_share_a_batch(base, ids, monkeypatch):
     sampling = Sampling(12, 1.0, tuple(range(0, 128_256, 5)))  # a fifth of all tokens ends an answer
     together = TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9)
-    monkeypatch.setattr(generation, "_prompts_in_batch", lambda *_: 1)
+    monkeypatch.setattr(generation, "CACHE_SHARE", 0.0)  # one prompt at a time
     assert TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9) == together
     lengths = {len(answer) for answers in together for answer in answers}
     assert len(lengths) > 2, "some rows left long before others"
