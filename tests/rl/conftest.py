@@ -11,12 +11,13 @@ from qalign.config.recipe import Lora, Model
 from qalign.config.stages import PPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import encode_prompt
+from qalign.data.tokenize import TokenAnswers, encode_prompt
 from qalign.model.base import Role, load
 from qalign.model.generation import Sampling, TransformersEngine
 from qalign.rl.ppo_setup import Setup
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import FunctionScorer, Scorers
+from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.dataset import StageRows
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
@@ -24,6 +25,7 @@ from tests.helpers import metrics
 from tests.reward_runs import run_stage, write_recipe
 
 DATA = ROOT / "recipes" / "data"
+TEXTS = [("Why?", ("Because.", "It depends on what you mean by that.")), ("Name a river.", ("The Elbe.", "Elbe"))]
 REWARDS = """
 def many(completion_ids):
     return [sum(token in GOOD for token in ids) / len(ids) for ids in completion_ids]
@@ -154,3 +156,21 @@ def assert_alike(one: list[dict], other: list[dict], tolerance: float = 1e-6) ->
     for a, b in zip(one, other, strict=True):
         for key, value in a.items():
             assert b[key] == (pytest.approx(value, abs=tolerance) if isinstance(value, float) else value), key
+
+
+def answers(tokenizer, texts=TEXTS, **columns) -> list[SampledAnswers]:
+    """Prompts with texts as if they had been sampled; each ends by itself."""
+    rows = []
+    for number, (question, found) in enumerate(texts, start=1):
+        turns = ({"role": "user", "content": question},)
+        ids = encode_prompt(tokenizer, list(turns), {})
+        end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+        sampled = [[*tokenizer(text, add_special_tokens=False).input_ids, end] for text in found]
+        prompt = Prompt(turns, f"rows.jsonl:{number}", {name: values[number - 1] for name, values in columns.items()})
+        rows.append(SampledAnswers(prompt, TokenAnswers(ids, tuple(sampled)), tuple(found), (True,) * len(found)))
+    return rows
+
+
+@pytest.fixture
+def rows(tiny_base) -> list[SampledAnswers]:
+    return answers(tiny_base.tokenizer)
