@@ -20,11 +20,9 @@ try:
 except ImportError:
     fast = None
 
-
 def short(completions):
     inside = 1
     return [1.0 / len(text) for text in completions]
-
 
 class Judge:
     def within(self): ...
@@ -286,14 +284,10 @@ def test_a_judge_that_is_the_reward_under_another_name_is_refused(only_problem, 
     only_problem(13, f"judge: '{judge}' is what the policy trains on, as '{reward}'", text)
 
 
-@pytest.mark.parametrize(
-    ("reward", "judge"),
-    [("rewards.py:short", "rewards.py:length"), ("reward", "runs/a/reward"), ("org/model", "org/other")],
-)
-def test_a_judge_of_its_own_is_taken(read, scorers, reward, judge):
-    recipe = read(with_stages(ppo=f"reward: {reward}\n  judge: {judge}\n  eval_data: pairs.jsonl"))
-
-    assert len(recipe.ppo.judge) == 1
+def test_a_judge_of_its_own_is_taken(read, scorers):
+    for reward, judge in (("rewards.py:short", "rewards.py:length"), ("reward", "runs/a/reward"), ("m/one", "m/two")):
+        recipe = read(with_stages(ppo=f"reward: {reward}\n  judge: {judge}\n  eval_data: pairs.jsonl"))
+        assert len(recipe.ppo.judge) == 1
 
 
 def test_what_a_run_keeps_means_the_same_in_any_directory(read, folder):

@@ -18,7 +18,6 @@ from qalign.config.docs import REFERENCE, SCHEMA, reference, schema
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import STAGES, Stage
-from qalign.data.formats import canonical
 from qalign.model.base import Base, Role
 from qalign.model.memory import Forecast
 from tests.conftest import FIXTURES, ROOT
@@ -294,21 +293,6 @@ def test_no_question_of_the_demo_is_both_trained_on_and_measured(name, recipe):
 
     assert len(questions("data")) > 400
     assert not questions("data") & questions("eval_data")
-
-
-def test_rows_of_ultrafeedback_are_understood():
-    """Its columns, `messages` (the prompt and the chosen answer once more) included; the text is ours."""
-    question = {"role": "user", "content": "Name a prime."}
-    good, bad = {"role": "assistant", "content": "7"}, {"role": "assistant", "content": "9"}
-    row = {
-        "prompt": "Name a prime.", "prompt_id": "0" * 64, "chosen": [question, good], "rejected": [question, bad],
-        "messages": [question, good], "score_chosen": 8.5, "score_rejected": 3.0,
-    }  # fmt: skip
-
-    found = canonical(row, "row 1")
-
-    assert (found.prompt, found.chosen, found.rejected) == ((question,), "7", "9")
-    assert found.margin == 5.5  # for `margin: true`
 
 
 # --- one step --------------------------------------------------------------------------------------------------------

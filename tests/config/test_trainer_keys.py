@@ -8,15 +8,9 @@ import yaml
 from qalign.config.recipe import Lora, Model, Recipe
 from qalign.config.stages import STAGES
 from qalign.config.trainer_keys import OWNED, REFUSED, WITHOUT_EFFECT, trainer_keys
-from tests.config.conftest import GOOD, SECTIONS, with_stages
+from tests.config.conftest import SECTIONS, with_stages
 
 WITH_TRL = ("sft", "reward", "dpo")  # PPO's loop is qalign's own
-
-
-def test_a_key_of_trl_is_passed_on(read):
-    recipe = read(GOOD + "  trainer: {optim: paged_adamw_8bit, weight_decay: 0.01}\n")
-
-    assert recipe.dpo.trainer == {"optim": "paged_adamw_8bit", "weight_decay": 0.01}
 
 
 @pytest.mark.parametrize(
