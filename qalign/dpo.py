@@ -26,8 +26,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.data.tokenize import encode_pairs
     from qalign.model.base import load
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+    from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import PreferenceTrainer
-    from qalign.train.session import Session, load_base
 
     settings, base = cast(DPO, run.settings), load_base(run, load)
     pairs = encode_rows(run, base.tokenizer, read, encode_pairs)

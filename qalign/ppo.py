@@ -27,8 +27,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.rl.ppo_loop import PPOLoop, header
     from qalign.rl.ppo_setup import add_value_model, set_up
     from qalign.rl.ppo_trainer import PPOTrainer
-    from qalign.train.loop import planned_steps
-    from qalign.train.session import Session
+    from qalign.train.loop import Session, planned_steps
 
     settings = cast(PPO, run.settings)
     setup = set_up(run, read, trainable=True)  # the base with policy and reference

@@ -31,8 +31,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs
     from qalign.model.base import Role, load_classifier
+    from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import RewardModelTrainer
-    from qalign.train.session import Session, load_base
 
     base = load_base(run, load_classifier)
     pairs = encode_rows(run, base.tokenizer, read, encode_pairs)

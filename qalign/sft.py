@@ -24,7 +24,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import IGNORED, encode_dialogues
     from qalign.model.base import load
-    from qalign.train.session import Session, load_base
+    from qalign.train.loop import Session, load_base
     from qalign.train.sft_trainer import SupervisedTrainer, check_packing
 
     settings, base = cast(SFT, run.settings), load_base(run, load)

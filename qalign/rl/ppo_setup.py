@@ -25,8 +25,8 @@ from qalign.model.loading import check_reach
 from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.dataset import ReadRows, StageRows, encode_prompts
+from qalign.train.loop import Session
 from qalign.train.run_folder import RunFolder
-from qalign.train.session import Session
 
 EncodedPrompt = tuple[Prompt, list[int]]  # a row with its token ids
 

@@ -1,70 +1,241 @@
-"""A stage's settings as a memory plan, a micro-batch and TRL's config."""
+"""The beginning and the end that all stages share: adapter, plan, run folder, header, loop, saved adapter."""
 
 import math
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Sized
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
+from transformers import Trainer, TrainerCallback, set_seed
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
+from qalign.config.recipe import Model
 from qalign.config.stages import PPO, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
-from qalign.errors import UserError
-from qalign.model.base import Base
+from qalign.errors import Stopped, UserError, out_of_memory
+from qalign.model import lineage
+from qalign.model.base import Base, Role
 from qalign.model.memory import Forecast, Plan, usable_memory
-from qalign.train.run_folder import RunFolder
+from qalign.train.callbacks import PartialCheckpointing, RunCallback, peak_bytes
+from qalign.train.dataset import StageRows
+from qalign.train.run_folder import LOADING, RunFolder, print_table
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 
 
-def training_config(run: RunFolder, base: Base, rows: int, checkpointed: int, **special: Any) -> Any:
-    """The recipe as TRL's config of the stage; values under `trainer:` override all others.
+def load_base(run: RunFolder, load: Callable[[Model], Base]) -> Base:
+    """The recipe's base model; the seed is set first, because a reward model's head is drawn while it loads."""
+    set_seed(run.recipe.seed)
+    return load(run.recipe.model)
+
+
+class Session:
+    """What one process does of a stage: its methods are called in this order.
 
     Args:
-        rows: rows that the trainer takes at once. (Trainers of pairs take a whole step's, and split it themselves.)
-        checkpointed: number of layers with gradient checkpointing.
-        special: arguments that only this stage's config has.
+        run: the run folder, claimed.
+        role: the role that is trained.
 
-    Raises:
-        UserError: TRL refuses a value under `trainer:`.
+    Attributes:
+        origin: the lineage of the adapter that is trained.
+        micro: how much goes through the model at once.
+        checkpoint: where this session continues; None at the beginning of a run.
     """
-    settings, on_gpu = run.settings, base.lm.device.type == "cuda"
-    values = {
-        "output_dir": str(run.checkpoints),
-        "per_device_train_batch_size": rows,
-        "per_device_eval_batch_size": rows,
-        "gradient_accumulation_steps": settings.batch_size // rows,
-        "num_train_epochs": settings.epochs,
-        "max_steps": settings.max_steps or -1,
-        "learning_rate": settings.learning_rate,
-        "lr_scheduler_type": settings.scheduler,
-        "warmup_steps": settings.warmup_ratio,
-        "logging_steps": 1,
-        "logging_first_step": True,
-        "logging_nan_inf_filter": False,
-        "eval_strategy": "steps" if settings.eval_data and settings.eval_every else "no",
-        "eval_steps": settings.eval_every,
-        "prediction_loss_only": True,
-        "save_strategy": "steps",
-        "save_steps": settings.save_every or 0.1,
-        "save_total_limit": 2,
-        "seed": run.recipe.seed,
-        "bf16": base.dtype == torch.bfloat16,
-        "fp16": base.dtype == torch.float16,
-        "use_cpu": not on_gpu,
-        "activation_checkpointing": checkpointed > 0,
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
-        "dataloader_pin_memory": on_gpu,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,  # RunCallback has its own bar
-        "report_to": "none",
-        "max_length": run.recipe.model.max_length,
-    }
-    try:
-        return CONFIGS[run.stage](**values | special | settings.trainer)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{run.stage}.trainer: {' '.join(str(error).split())}") from None
+
+    planned: Plan
+    micro: MicroBatchLimit
+    checkpoint: Path | None
+
+    def __init__(self, run: RunFolder, base: Base, rows: StageRows, role: Role = Role.POLICY):
+        self.run, self.base, self.rows, self.role = run, base, rows, role
+        self.origin = base.lineage(run.stage, run.parent)
+
+    def add_adapter(self, *, reference: bool = False) -> None:
+        """Adds the adapter to train: new, or a copy of the one that `start_from` names.
+
+        Args:
+            reference: True keeps a frozen copy of that adapter as the reference. (A new adapter needs none: its
+                reference is the base with adapters off.)
+
+        Raises:
+            UserError: the adapter was trained with another base, tokenizer or chat template.
+        """
+        set_seed(self.run.recipe.seed)
+        if parent := self.run.parent:
+            lineage.check(f"{self.run.stage}.start_from", parent, self.origin)
+            self.base.load_adapter(self.role, parent, trainable=True)
+            if reference:
+                self.base.load_reference(parent)
+        else:
+            self.base.add_adapter(self.role, self.run.recipe.lora)
+
+    def plan(self, longest: int, other_bytes: int = 0) -> None:
+        """Resolves the `auto` settings of the stage for this base and this device.
+
+        Args:
+            longest: tokens of the longest row; of a pair, both answers with the prompt once.
+            other_bytes: memory of models next to the base.
+
+        Raises:
+            UserError: not even the longest row fits.
+        """
+        run, settings, device = self.run, self.run.settings, self.base.lm.device.type
+        size, layers = rows_at_once(settings), settings.checkpointed_layers
+        if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
+            found = Plan(size * longest, 0 if layers == "auto" else layers)
+        else:
+            forecast = Forecast(run.recipe, run.stage, self.base.lm.config, device, self.base.dtype)
+            memory = usable_memory(device) - (other_bytes if device == "cuda" else 0)  # a CPU's leaves them out already
+            found = forecast.plan(memory, longest if size == "auto" else size * longest)
+            if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
+                found = Plan(size * longest, forecast.layers)
+            if found is None:
+                needed = f"{forecast.total(longest, forecast.layers) / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
+                row, fit = f"the longest row ({longest:,} tokens)", f"python -m qalign.fit {run.command_line}"
+                raise UserError(f"{run.stage}: {row} would take {needed} there are; {fit} says what would fit")
+        self.planned, self.micro = found, micro_batch(settings, found, longest)
+
+    def config(self, rows: int, **special: Any) -> Any:
+        """The recipe as TRL's config of the stage; values under `trainer:` override all others.
+
+        Args:
+            rows: rows that the trainer takes at once. (Trainers of pairs take a whole step's, and split it themselves.)
+            special: arguments that only this stage's config has.
+
+        Raises:
+            UserError: TRL refuses a value under `trainer:`.
+        """
+        run, base, settings = self.run, self.base, self.run.settings
+        on_gpu = base.lm.device.type == "cuda"
+        values = {
+            "output_dir": str(run.checkpoints),
+            "per_device_train_batch_size": rows,
+            "per_device_eval_batch_size": rows,
+            "gradient_accumulation_steps": settings.batch_size // rows,
+            "num_train_epochs": settings.epochs,
+            "max_steps": settings.max_steps or -1,
+            "learning_rate": settings.learning_rate,
+            "lr_scheduler_type": settings.scheduler,
+            "warmup_steps": settings.warmup_ratio,
+            "logging_steps": 1,
+            "logging_first_step": True,
+            "logging_nan_inf_filter": False,
+            "eval_strategy": "steps" if settings.eval_data and settings.eval_every else "no",
+            "eval_steps": settings.eval_every,
+            "prediction_loss_only": True,
+            "save_strategy": "steps",
+            "save_steps": settings.save_every or 0.1,
+            "save_total_limit": 2,
+            "seed": run.recipe.seed,
+            "bf16": base.dtype == torch.bfloat16,
+            "fp16": base.dtype == torch.float16,
+            "use_cpu": not on_gpu,
+            "activation_checkpointing": self.planned.checkpointed_layers > 0,
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+            "dataloader_pin_memory": on_gpu,
+            "remove_unused_columns": False,
+            "disable_tqdm": True,  # RunCallback has its own bar
+            "report_to": "none",
+            "max_length": run.recipe.model.max_length,
+        }
+        try:
+            return CONFIGS[run.stage](**values | special | settings.trainer)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{run.stage}.trainer: {' '.join(str(error).split())}") from None
+
+    def begin(self) -> tuple[TrainerCallback, ...]:
+        """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""
+        self.run.begin(self.rows.refused)
+        self.checkpoint, self.tokens_before = self.run.rewind()
+        self.callback = RunCallback(self.run, self.tokens_before)
+        return self.callback, PartialCheckpointing(self.planned)
+
+    def print_header(self, steps: str, trainable: str | None = None, **more: str) -> None:
+        """Prints what is about to be trained, on what, and against what.
+
+        Args:
+            steps: the number of steps and the size of each, in words.
+            trainable: the weights that are trained, in words; those of the adapter if left out.
+            more: the stage's own lines.
+        """
+        run, base, model = self.run, self.base, self.run.recipe.model
+        weights, size = base.count_parameters()
+        trainable = trainable or f"{weights:,} adapter parameters ({weights / size:.2%} of the base)"
+        lines = {
+            "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
+            "held in": f"{model.quantization}, computing in {base.precision}",
+            "chat template": base.template,
+            "trainable": f"{trainable}, in float32" + (f", a copy of {run.parent}" if run.parent else ""),
+            **more,
+            "rows": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.rows.counts.items()),
+            "steps": f"{steps}, {self.micro}{self.planned}",
+        }
+        if run.resume:
+            lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
+        print_table(f"qalign {run.stage} → {run.path}", lines.items())
+
+    def train(self, trainer: Trainer, **more: str) -> dict[str, Any]:
+        """Prints the header, with `more` lines of the stage, and runs `Trainer` as `to_the_end` says."""
+
+        def loop() -> tuple[int, int, int]:
+            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            return trainer.state.global_step, trainer.state.max_steps, self.callback.tokens_seen
+
+        settings, unit = self.run.settings, "rows" if self.run.stage == "sft" else "pairs"
+        steps = planned_steps(settings, len(cast(Sized, trainer.train_dataset)))
+        self.print_header(f"{steps:,}, each of {settings.batch_size} {unit}", **more)
+        return self.to_the_end(loop)
+
+    def to_the_end(self, loop: Callable[[], tuple[int, int, int]]) -> dict[str, Any]:
+        """Runs a training loop from the checkpoint to the end and saves the adapter.
+
+        Args:
+            loop: trains, and returns steps done, steps planned, and tokens seen, of the whole run.
+
+        Returns:
+            Facts for the summary: `steps` and `tokens` of the whole run, the others of this session.
+
+        Raises:
+            Stopped: the user or the system asked to stop; a checkpoint was written.
+            UserError: the GPU's memory is too small, or a number is not finite.
+        """
+        run, began = self.run, time.monotonic()
+        try:
+            done, planned, tokens = loop()
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(error, _smaller(run), f" with {self.micro}{self.planned}") from None
+        if run.stop.number is not None and done < planned:
+            print(f"stopped after step {done}; the checkpoint is {run.last_checkpoint()}")
+            print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
+            raise Stopped(run.stop.number)
+        seconds = time.monotonic() - began
+        self.base.save_adapter(self.role, run.adapter)
+        lineage.write(run.adapter, self.origin)
+        return {
+            "steps": done,
+            "resumed_from": str(self.checkpoint) if self.checkpoint else None,
+            "train_seconds": round(seconds, 1),
+            "tokens": tokens,
+            "tokens_per_second": round((tokens - self.tokens_before) / seconds, 1),
+            "peak_bytes": peak_bytes(),
+        }
+
+    def finish(self, next_command: str, loading: str = LOADING, **facts: Any) -> None:
+        """Completes the run folder, as `RunFolder.finish` says."""
+        self.run.finish(next_command, self.base.origin.source, loading, rows=self.rows.counts, **facts)
+
+
+def _smaller(run: RunFolder) -> str:
+    """Settings that take less memory."""
+    settings = run.settings
+    if isinstance(settings, PPO):
+        micro, new_tokens = settings.samples_per_prompt, settings.max_new_tokens // 2
+        return f"ppo.micro_batch_size={micro}, ppo.value=trunk, or ppo.max_new_tokens={new_tokens}"
+    one = "" if settings.micro_batch_size == 1 else f"{run.stage}.micro_batch_size=1, or else "
+    return f"{one}model.max_length={run.recipe.model.max_length // 2}"
 
 
 def planned_steps(settings: Stage, rows: int) -> int:
@@ -74,34 +245,6 @@ def planned_steps(settings: Stage, rows: int) -> int:
     else:
         batches = math.ceil(rows / settings.batch_size) * settings.epochs
     return settings.max_steps or math.ceil(batches)
-
-
-def plan(run: RunFolder, base: Base, longest: int, other_bytes: int = 0) -> Plan:
-    """Resolves the `auto` settings of a stage for this base and this device.
-
-    Args:
-        longest: tokens of the longest row; of a pair, both answers with the prompt once.
-        other_bytes: memory of models next to the base.
-
-    Raises:
-        UserError: not even the longest row fits.
-    """
-    settings, device = run.settings, base.lm.device.type
-    size, layers = rows_at_once(settings), settings.checkpointed_layers
-    if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
-        return Plan(size * longest, 0 if layers == "auto" else layers)
-    forecast = Forecast(run.recipe, run.stage, base.lm.config, device, base.dtype)
-    memory = usable_memory(device) - (other_bytes if device == "cuda" else 0)  # on a CPU it leaves them out already
-    found = forecast.plan(memory, longest if size == "auto" else size * longest)
-    if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
-        found = Plan(size * longest, forecast.layers)
-    if found is None:
-        needed = forecast.total(longest, forecast.layers) / 2**30
-        raise UserError(
-            f"{run.stage}: the longest row ({longest:,} tokens) would take {needed:.1f} GiB of the "
-            f"{memory / 2**30:.1f} GiB there are; python -m qalign.fit {run.command_line} says what would fit"
-        )
-    return found
 
 
 def rows_at_once(settings: Stage) -> int | Literal["auto"]:

@@ -13,8 +13,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite
 from qalign.model.memory import Plan
 from qalign.train.callbacks import RunCallback
-from qalign.train.loop import micro_batch, planned_steps
-from qalign.train.session import Session
+from qalign.train.loop import Session, micro_batch, planned_steps
 from tests.helpers import TRAIN, dpo_config, metrics
 from tests.reward_runs import run_stage, write_recipe
 
