@@ -2,10 +2,10 @@
 
     python benchmarks/ppo_demo.py --seeds 1 2 3
 
-`short` is a function (at most two sentences that end); `reward model` is the demo's own, watched by a judge that was
-trained on other rows with another seed. The first begins at the bare base, whose answers seldom end, the second at the
-SFT model. SFT, reward model and judge are trained first if they are not there. Writes the table,
-`benchmarks/results/ppo_demo.md`, and the picture, `docs/ppo_demo.png`.
+`short` is a function that rewards answers of at most two sentences that end. `reward model` is the demo's own, with a
+judge that was trained on other rows with another seed. The first run starts from the base, whose answers rarely end,
+the second from the SFT model. SFT, reward model and judge are trained first if they are missing. Writes the table
+`benchmarks/results/ppo_demo.md` and the figure `docs/ppo_demo.png`.
 """
 
 import argparse
@@ -31,7 +31,7 @@ FIRST = [
     f"qalign.reward {RECIPE} output={RUNS}",
     f"qalign.reward {RECIPE} output={RUNS}/judge seed=7 reward.data.skip=150",
 ]
-# Nothing need judge short answers: the function is what is wanted.
+# `short` has no judge: its function is exactly what is wanted.
 KINDS = {
     "short": "ppo.start_from=null ppo.batch_size=16 ppo.samples_per_prompt=4 ppo.gae_lambda=0.95 "
     "ppo.reward=recipes/rewards.py:short ppo.judge=null ppo.value=trunk "
@@ -54,11 +54,11 @@ def output(kind: str, seed: int) -> str:
 
 
 def read(kind: str, seed: int) -> tuple[list[dict], list[dict], dict]:
-    """(iterations, looks, summary) of a run."""
+    """(iterations, evaluations, summary) of a run."""
     folder = ROOT / output(kind, seed) / "ppo"
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    looks = [line for line in lines if "eval_proxy" in line]
-    return [line for line in lines if "loss" in line], looks, json.loads((folder / "summary.json").read_text())
+    points = [line for line in lines if "eval_proxy" in line]
+    return [line for line in lines if "loss" in line], points, json.loads((folder / "summary.json").read_text())
 
 
 def draw(seeds: list[int], file: Path) -> None:
@@ -80,13 +80,13 @@ def draw(seeds: list[int], file: Path) -> None:
             steps, _, _ = read(kind, seed)
             x = [line["step"] for line in steps]
             axes.plot(x, [line["objective/scores"] for line in steps], color=colour, label=f"seed {seed}")
-        _, looks, _ = read("reward model", seed)
-        x, first = [line["step"] for line in looks], looks[0]
+        _, points, _ = read("reward model", seed)
+        x, first = [line["step"] for line in points], points[0]
         for name, style in (("proxy", "-"), ("judge", ":")):
-            gains = [(look[f"eval_{name}"] - first[f"eval_{name}"]) / first[f"eval_{name}_std"] for look in looks]
+            gains = [(point[f"eval_{name}"] - first[f"eval_{name}"]) / first[f"eval_{name}_std"] for point in points]
             panels[2].plot(x, gains, style, color=colour, marker="o", label=f"seed {seed}" if style == "-" else None)
     panels[2].axhline(1, color="#8C8C8C", linestyle="--", linewidth=1)
-    panels[2].set_ylabel("gain, in deviations of the reference's scores")
+    panels[2].set_ylabel("gain, in standard deviations of the reference's scores")
     panels[0].set_ylabel("mean reward")
     for axes in panels:
         axes.legend(fontsize=9, frameon=False, loc="upper left")
@@ -101,9 +101,9 @@ def table(seeds: list[int]) -> list[str]:
     ]
     for kind in KINDS:
         for seed in seeds:
-            steps, looks, summary = read(kind, seed)
+            steps, points, summary = read(kind, seed)
             scores = [line["objective/scores"] for line in steps]
-            first, last = looks[0], looks[-1]
+            first, last = points[0], points[-1]
             judge = "none"
             if first["eval_judge"] is not None:
                 gain = (last["eval_judge"] - first["eval_judge"]) / first["eval_judge_std"]
@@ -123,9 +123,9 @@ def table(seeds: list[int]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--at-once", type=int, default=1, help="runs beside each other, which share the threads")
-    parser.add_argument("--only", choices=KINDS, help="one kind of reward")
-    parser.add_argument("--report", action="store_true", help="only write the report of runs that are there")
+    parser.add_argument("--at-once", type=int, default=1, help="runs at the same time, which share the threads")
+    parser.add_argument("--only", choices=KINDS, help="run one kind of reward only")
+    parser.add_argument("--report", action="store_true", help="only write the report, from existing runs")
     args = parser.parse_args()
     threads = max(1, torch.get_num_threads() // args.at_once)
     if not args.report:

@@ -152,3 +152,5 @@ def test_reference_free_reward_is_the_mean_log_prob():
 def test_unknown_loss_is_an_error():
     with pytest.raises(ValueError, match="there is no preference loss 'dpo'"):
         total("dpo", POLICY, REFERENCE, LENGTHS)
+    with pytest.raises(ValueError, match="'sigmoid' without a reference"):
+        total("sigmoid", POLICY, None, LENGTHS)

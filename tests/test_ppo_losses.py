@@ -136,8 +136,8 @@ def test_whitening_equal_values_gives_0():
     [
         (1.0, 2.0, -2.0, False),
         (1.1, 2.0, -2.2, False),
-        (1.5, 2.0, -2.4, True),  # no profit beyond 1.2
-        (0.5, 2.0, -1.0, False),  # but the way back is free
+        (1.5, 2.0, -2.4, True),  # no gain beyond a ratio of 1.2
+        (0.5, 2.0, -1.0, False),  # the other direction is not clipped
         (0.5, -2.0, 1.6, True),
         (1.5, -2.0, 3.0, False),
     ],
@@ -161,8 +161,8 @@ def test_the_first_gradient_is_the_policy_gradient():
     ("value", "old", "target", "loss", "clipped"),
     [
         (1.0, 1.0, 2.0, 0.5, False),
-        (1.5, 1.0, 2.0, 0.5 * 0.8**2, True),  # held at 1.2, which is worse
-        (0.0, 1.0, 2.0, 0.5 * 2.0**2, False),  # held at 0.8, which would be better
+        (1.5, 1.0, 2.0, 0.5 * 0.8**2, True),  # clipped to 1.2, which is worse
+        (0.0, 1.0, 2.0, 0.5 * 2.0**2, False),  # clipped to 0.8, which would be better
         (1.1, 1.0, 2.0, 0.5 * 0.9**2, False),
     ],
 )
