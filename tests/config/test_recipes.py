@@ -252,9 +252,11 @@ def test_hub_recipes_use_the_splits_made_for_each_stage(name, stage, settings):
 def test_the_number_of_steps_in_a_comment_is_right(name, stage, settings):
     (section,) = re.findall(rf"^{stage}:(.+?)(?:\n\n|\Z)", text_of(name), re.MULTILINE | re.DOTALL)
     rows = settings.batch_size // getattr(settings, "samples_per_prompt", 1)
-    for number in re.findall(r"(\d+) (?:optimiser steps|iterations)", section):
+    numbers = re.findall(r"(\d+) (?:optimiser steps|iterations)", section)
+
+    assert numbers or stage == "sft" or (name, stage) == (DEMO, "ppo")
+    for number in numbers:
         assert int(number) == math.ceil(settings.limit / rows) * settings.epochs
-    assert ("optimiser steps" in section) == (stage != "sft" and stage != "ppo") or "In optimiser steps" in section
 
 
 def test_a_base_that_never_learned_to_chat_goes_through_sft_first(name, recipe):
