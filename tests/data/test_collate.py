@@ -33,7 +33,7 @@ def test_a_packed_batch_to_the_number():
     assert batch.attention_mask is None
 
 
-def test_a_packed_batch_with_its_ends_to_the_number():
+def test_a_packed_batch_with_its_last_tokens_to_the_number():
     batch = pack([FIRST, SECOND], last_token="kept")
     assert batch.input_ids.tolist() == [[11, 12, 21, 22, 2, 31, 2, 13, 23, 2, 33, 34, 35, 36, 2]]
     assert batch.layout.groups == ((2, (3, 2)), (1, (2, 5)))
@@ -62,7 +62,7 @@ def test_one_token_answers_add_nothing_to_the_row():
 @pytest.mark.parametrize("last_token", ["dropped", "kept"])
 @pytest.mark.parametrize("seed", range(5))
 def test_whoever_follows_a_packed_row_reads_the_pairs(last_token, seed):
-    """Trunk and branch, read one after the other, are a sequence; its predictors stand right before their targets."""
+    """Prefix and branch, read one after the other, are a sequence; its predictors stand right before their targets."""
     pairs = random_pairs(seed)
     batch = pack(pairs, last_token=last_token)
     row, cut = batch.input_ids[0].tolist(), -1 if last_token == "dropped" else None
@@ -79,11 +79,6 @@ def test_whoever_follows_a_packed_row_reads_the_pairs(last_token, seed):
             assert batch.position_ids[0, places].tolist() == list(range(len(places)))
             number += 1
     assert batch.layout.tokens == len(row)
-
-
-def test_pairs_keep_their_order():
-    assert pack([SECOND, FIRST]).input_ids.tolist() == [[13, 23, 33, 34, 35, 36, 11, 12, 21, 22, 31]]
-    assert pack([SECOND, FIRST]).lengths.tolist() == [[2, 5], [3, 2]]
 
 
 # --- padded ----------------------------------------------------------------------------------------------------------
@@ -149,12 +144,6 @@ def test_every_tensor_holds_int64_and_moves_along(batch):
 def test_a_model_is_called_with_what_it_knows():
     assert set(pack([FIRST]).inputs) == {"input_ids", "position_ids", "layout"}
     assert set(pad([FIRST], 0).inputs) == {"input_ids", "attention_mask"}
-
-
-def test_the_pairs_are_left_as_they_were():
-    pack([FIRST, SECOND])
-    pad([FIRST, SECOND], 0)
-    assert TokenPair([11, 12], [21, 22, 2], [31, 2], "rows.jsonl:1") == FIRST
 
 
 # --- micro-batches ---------------------------------------------------------------------------------------------------

@@ -50,13 +50,13 @@ def spans(sequence: TokenDialogue) -> list[tuple[int, int]]:
     return list(zip(edges[::2], edges[1::2], strict=True))
 
 
-def labelled(*pieces: tuple[list[int], str]) -> tuple[list[int], list[int]]:
-    """(ids, labels) of a sequence written down piece by piece, each "seen" or "learned"."""
+def assert_pieces(sequence: TokenDialogue, *pieces: tuple[list[int], str]) -> None:
+    """Compares a sequence with one that is written down piece by piece, each "seen" or "learned"."""
     ids, labels = [], []
     for piece, kind in pieces:
         ids += piece
         labels += piece if kind == "learned" else [IGNORED] * len(piece)
-    return ids, labels
+    assert (sequence.ids, sequence.labels) == (ids, labels)
 
 
 def said(family: Family, tokenizer, turn: tuple[str, str]) -> list[int]:
@@ -67,27 +67,20 @@ def said(family: Family, tokenizer, turn: tuple[str, str]) -> list[int]:
 # --- what is supervised ----------------------------------------------------------------------------------------------
 
 
-def test_of_one_exchange_the_answer_and_its_end_of_turn_are_supervised(family):
-    tokenizer = family.prepared()
-
-    (sequence,) = encode(tokenizer, [HELLO, FINE])
-
-    prompt = family.prompt_ids([HELLO])
-    assert (sequence.ids, sequence.labels) == labelled((prompt, "seen"), (said(family, tokenizer, FINE), "learned"))
-    assert (sequence.where, sequence.dropped_turns) == ("rows.jsonl:1", 0)
-    assert len(sequence) == len(prompt) + 7
-
-
-def test_of_several_exchanges_each_answer_and_its_end_of_turn_are_supervised(family):
+@pytest.mark.parametrize("first_trained", [0, 2, 3])
+def test_each_answer_from_the_first_trained_on_is_supervised_with_its_end_of_turn(family, first_trained):
+    """From the second question (2) or from the answer to it (3): the same."""
     tokenizer = family.prepared()
     no, fine = said(family, tokenizer, NO), said(family, tokenizer, FINE)
     first, whole = family.prompt_ids([HELLO]), family.prompt_ids([HELLO, NO, WELL])
 
-    (sequence,) = encode(tokenizer, TALK)
+    (single,), (sequence,) = encode(tokenizer, [HELLO, FINE]), encode(tokenizer, TALK, first_trained)
 
+    assert_pieces(single, (first, "seen"), (fine, "learned"))
+    assert (single.where, single.dropped_turns, len(single)) == ("rows.jsonl:1", 0, len(first) + 7)
     between = whole[len(first) + len(no) :]
-    assert (sequence.ids, sequence.labels) == labelled(
-        (first, "seen"), (no, "learned"), (between, "seen"), (fine, "learned")
+    assert_pieces(
+        sequence, (first, "seen"), (no, "seen" if first_trained else "learned"), (between, "seen"), (fine, "learned")
     )
     assert sequence.ids == whole + fine  # the very ids that the model sees when it is asked, and those that it gives
 
@@ -105,48 +98,6 @@ def test_a_system_turn_is_seen_and_not_learned(name):
     assert spans(sequence) == [(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)]
 
 
-def test_turns_before_the_first_trained_one_are_seen_and_not_learned(family):
-    tokenizer = family.prepared()
-
-    for first_trained in (2, 3):  # from the question or from the answer to it: the same
-        (sequence,) = encode(tokenizer, TALK, first_trained)
-
-        assert (sequence.ids, sequence.labels) == labelled(
-            (family.prompt_ids([HELLO, NO, WELL]), "seen"), (said(family, tokenizer, FINE), "learned")
-        )
-
-
-def test_in_llama_3s_layout_the_ids_are_these():
-    """All of it written out once."""
-    (sequence,) = encode(FAMILIES["llama3"].prepared(), TALK)
-
-    two_newlines = plain("llama3", "\n\n")
-    user, assistant = ([2003, *plain("llama3", role), 2004, *two_newlines] for role in ("user", "assistant"))
-    assert (sequence.ids, sequence.labels) == labelled(
-        ([2000], "seen"),
-        ([*user, *plain("llama3", "Hello there"), 2005], "seen"),
-        (assistant, "seen"),
-        ([*plain("llama3", "No"), 2005], "learned"),
-        ([*user, *plain("llama3", "Are you well?"), 2005], "seen"),
-        (assistant, "seen"),
-        ([*plain("llama3", "I am fine."), 2005], "learned"),
-    )
-
-
-def test_in_chatml_the_newline_after_an_end_of_turn_is_not_learned():
-    (sequence,) = encode(FAMILIES["chatml"].prepared(), [SYSTEM, *TALK])
-
-    newline = plain("llama3", "\n")
-    asked = [2006, *plain("llama3", "system\nBe brief."), 2007, *newline, 2006, *plain("llama3", "user\nHello there")]
-    begun = [2007, *newline, 2006, *plain("llama3", "assistant\n")]
-    assert (sequence.ids, sequence.labels) == labelled(
-        (asked + begun, "seen"),
-        ([*plain("llama3", "No"), 2007], "learned"),
-        ([*newline, 2006, *plain("llama3", "user\nAre you well?"), *begun], "seen"),
-        ([*plain("llama3", "I am fine."), 2007], "learned"),
-    )
-
-
 def test_what_a_template_writes_after_the_last_turn_alone_does_not_part_the_turns():
     """Phi-3 writes an EOS behind the whole dialogue."""
     tokenizer = phi3_tokenizer()
@@ -155,7 +106,8 @@ def test_what_a_template_writes_after_the_last_turn_alone_does_not_part_the_turn
 
     (sequence,) = encode(tokenizer, TALK)
 
-    assert (sequence.ids, sequence.labels) == labelled(
+    assert_pieces(
+        sequence,
         ([2000, user, *plain("llama3", "\nHello there"), end, *newline, assistant, *newline], "seen"),
         ([*plain("llama3", "No"), end], "learned"),
         ([*newline, user, *plain("llama3", "\nAre you well?"), end, *newline, assistant, *newline], "seen"),
@@ -173,11 +125,9 @@ def test_a_template_without_an_end_of_turn_gives_a_sequence_a_turn():
     first, second = encode(tokenizer, TALK)
 
     asked = [2000, *plain("llama3", "user: Hello there\nassistant:")]
-    assert (first.ids, first.labels) == labelled((asked, "seen"), ([*plain("llama3", " No"), 2005], "learned"))
+    assert_pieces(first, (asked, "seen"), ([*plain("llama3", " No"), 2005], "learned"))
     again = [2000, *plain("llama3", "user: Hello there\nassistant: No\nuser: Are you well?\nassistant:")]
-    assert (second.ids, second.labels) == labelled(
-        (again, "seen"), ([*plain("llama3", " I am fine."), 2005], "learned")
-    )
+    assert_pieces(second, (again, "seen"), ([*plain("llama3", " I am fine."), 2005], "learned"))
 
 
 def test_an_answer_whose_tokens_merge_with_the_prompts_in_a_history_is_learned_as_it_is_given():
@@ -190,7 +140,7 @@ def test_an_answer_whose_tokens_merge_with_the_prompts_in_a_history_is_learned_a
     first, second = encode(tokenizer, [SYSTEM, HELLO, ("assistant", "\nNo"), WELL, FINE])
 
     asked = FAMILIES["chatml"].prompt_ids([SYSTEM, HELLO])
-    assert (first.ids, first.labels) == labelled((asked, "seen"), ([*newline, *plain("llama3", "No"), 2007], "learned"))
+    assert_pieces(first, (asked, "seen"), ([*newline, *plain("llama3", "No"), 2007], "learned"))
     assert second.ids[: len(asked) + 2] == [*asked[:-1], *two_newlines, *plain("llama3", "No"), 2007]
     assert spans(second) == [(len(second) - 7, len(second))]
 
@@ -267,22 +217,18 @@ THOUGHT = [HELLO, ("assistant", "<think>\nHm.\n</think>\n\nNo"), WELL, ("assista
 def test_where_thoughts_are_left_out_of_the_history_each_answer_is_seen_as_at_inference(thinker):
     first, second = encode(thinker, THOUGHT)
 
-    assert (first.ids, first.labels) == labelled(
+    assert_pieces(
+        first,
         ([*chatml("user", "Hello there"), *BEGUN], "seen"),
         ([*plain("llama3", "<think>\nHm.\n</think>\n\nNo"), 2007], "learned"),
     )
     history = [*chatml("user", "Hello there"), *chatml("assistant", "No"), *chatml("user", "Are you well?")]
-    assert (second.ids, second.labels) == labelled(
-        ([*history, *BEGUN], "seen"), ([*plain("llama3", "<think>\nOh.\n</think>\n\nWhy?"), 2007], "learned")
+    assert_pieces(
+        second, ([*history, *BEGUN], "seen"), ([*plain("llama3", "<think>\nOh.\n</think>\n\nWhy?"), 2007], "learned")
     )
     asked = thinker.apply_chat_template(list(messages(THOUGHT[:3])), add_generation_prompt=True, return_dict=False)
     assert second.ids[: len(asked)] == asked
-
-
-def test_a_turn_that_is_not_trained_gets_no_sequence_of_its_own(thinker):
-    (sequence,) = encode(thinker, THOUGHT, first_trained=3)
-
-    assert [sequence] == encode(thinker, THOUGHT)[1:]
+    assert encode(thinker, THOUGHT, first_trained=3) == [second]  # no sequence for a turn that isn't trained
 
 
 def test_the_empty_thoughts_that_a_template_adds_are_learned_where_they_are_not_part_of_the_prompt(thinker):
@@ -293,9 +239,9 @@ def test_the_empty_thoughts_that_a_template_adds_are_learned_where_they_are_not_
     *_, without = encode(thinker, TALK, enable_thinking=False)
 
     whole = [*plain("llama3", empty + fine), 2007]
-    assert (second.ids, second.labels) == labelled((history, "seen"), (whole, "learned"))
+    assert_pieces(second, (history, "seen"), (whole, "learned"))
     given = [*history[:-1], *plain("llama3", "\n" + empty)]  # the prompt's last newline and the empty thoughts
-    assert (without.ids, without.labels) == labelled((given, "seen"), ([*plain("llama3", fine), 2007], "learned"))
+    assert_pieces(without, (given, "seen"), ([*plain("llama3", fine), 2007], "learned"))
 
 
 # --- length ----------------------------------------------------------------------------------------------------------
@@ -315,11 +261,9 @@ def test_a_turn_that_does_not_fit_goes_into_a_sequence_of_its_own(first):
     assert (len(whole), whole.dropped_turns, len(spans(whole))) == (most, 0, 3)
 
     before, after = encode(tokenizer, [*first, *LONG, YES], max_length=most - 1)
-    assert (before.ids, before.labels) == labelled(
-        (to_b, "seen"), (b, "learned"), (to_d[len(to_b) + len(b) :], "seen"), (d, "learned")
-    )
+    assert_pieces(before, (to_b, "seen"), (b, "learned"), (to_d[len(to_b) + len(b) :], "seen"), (d, "learned"))
     kept = llama3_prompt([*first, *LONG[2:]])
-    assert (after.ids, after.labels) == labelled((kept, "seen"), (yes, "learned"))
+    assert_pieces(after, (kept, "seen"), (yes, "learned"))
     assert (before.dropped_turns, after.dropped_turns) == (0, 2)
 
 
@@ -333,9 +277,7 @@ def test_a_sequence_with_a_shortened_history_takes_further_turns():
     assert (len(first), first.dropped_turns) == (most, 0)
     to_d, to_yes = llama3_prompt(turns[2:3]), llama3_prompt(turns[2:5])
     d, yes = ([*plain("llama3", text), 2005] for text in ("D", "Yes"))
-    assert (second.ids, second.labels) == labelled(
-        (to_d, "seen"), (d, "learned"), (to_yes[len(to_d) + len(d) :], "seen"), (yes, "learned")
-    )
+    assert_pieces(second, (to_d, "seen"), (d, "learned"), (to_yes[len(to_d) + len(d) :], "seen"), (yes, "learned"))
     assert second.dropped_turns == 2
 
 
@@ -346,12 +288,10 @@ def test_an_exchange_that_does_not_fit_alone_is_refused_and_never_cut():
     *_, last = encode(tokenizer, TALK, max_length=question + 7)
     assert len(last) == question + 7
 
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRow, match=f"^turn 4: .* {question} . 7 tokens, over max_length {question + 6}$"):
         encode(tokenizer, TALK, max_length=question + 6)
-    assert str(caught.value) == f"turn 4: prompt and answer are {question} + 7 tokens, over max_length {question + 6}"
-    with pytest.raises(BadRow) as caught:
+    with pytest.raises(BadRow, match=r"^turn 4: the prompt fills max_length: "):
         encode(tokenizer, TALK, max_length=question)
-    assert str(caught.value).startswith("turn 4: the prompt fills max_length: ")
 
 
 # --- real rows -------------------------------------------------------------------------------------------------------

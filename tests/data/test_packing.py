@@ -61,7 +61,7 @@ def test_positions_of_a_branch_go_on_where_its_trunk_ends():
         (0, 6, [(10, 13), (20, 23)]),
     ],
 )
-def test_a_path_finds_positions_in_the_row(start, end, places):
+def test_a_segment_finds_positions_in_the_row(start, end, places):
     segment = Segment(prefix=(10, 13), own=(20, 23))
     assert segment.first_position == 3
     assert list(segment.row_ranges(start, end)) == places
@@ -76,7 +76,7 @@ def test_the_mask_of_flex_attention_is_the_rule(groups, window):
     assert torch.equal(mask.mask_mod(0, 0, place[:, None], place[None, :]), sees(groups, window))
 
 
-def test_paths_see_what_the_rule_lets_them_see():
+def test_segments_see_what_the_rule_lets_them_see():
     layout, expected = Layout(GROUPS), sees(GROUPS)
     found = torch.zeros_like(expected)
     for segment in layout.segments:

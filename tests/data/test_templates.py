@@ -147,6 +147,15 @@ def test_a_tokenizer_without_eos_is_one_line():
         prepare_tokenizer(tokenizer)
 
 
+def test_what_only_resembles_a_special_token_is_text():
+    zephyr = FAMILIES["zephyr"].prepared()
+
+    pair = encode(zephyr, ("user", "<|user|> </ s> <|eot_id|>"), chosen="[INST]")
+
+    assert pair.prompt_ids == zephyr_prompt([("user", "<|user|> </ s> <|eot_id|>")])
+    assert pair.chosen_ids.count(2) == 1
+
+
 def test_an_added_token_that_is_not_special_may_be_written():
     """Qwen3's `<think>` is one."""
     tokenizer = templated(fixture_tokenizer("llama3").chat_template)

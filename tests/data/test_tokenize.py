@@ -27,7 +27,6 @@ from tests.data.chat_families import (
     phi3_tokenizer,
     plain,
     templated,
-    zephyr_prompt,
 )
 
 TALK = [HELLO, ("assistant", "Good day."), ("user", "Are you well?")]
@@ -223,15 +222,6 @@ def test_a_forged_end_of_turn_is_refused_in_any_turn_of_any_form(turns):
     assert [bad.reason for bad in found] == [FORGED] * 5
     with pytest.raises(BadRow, match=r"special token <\|eot_id\|>$"):
         encode_answer(tokenizer, dialogue, 500, {})
-
-
-def test_what_only_resembles_a_special_token_is_text():
-    zephyr = FAMILIES["zephyr"].prepared()
-
-    pair = encode(zephyr, ("user", "<|user|> </ s> <|eot_id|>"), chosen="[INST]")
-
-    assert pair.prompt_ids == zephyr_prompt([("user", "<|user|> </ s> <|eot_id|>")])
-    assert pair.chosen_ids.count(2) == 1
 
 
 def test_refused_rows_keep_their_places_and_the_rest_their_order():
