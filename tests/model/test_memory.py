@@ -17,7 +17,6 @@ from qalign.config.stages import STAGES
 from qalign.model import memory
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.memory import CUDA_CONTEXT, Forecast, Plan, kv_cache_bytes, usable_memory
-from qalign.model.step_memory import LiveBytes
 from qalign.train.callbacks import PartialCheckpointing
 from tests.families import config as family_config
 
@@ -83,48 +82,6 @@ def variant(tmp_path_factory, tiny_folder):
         return made[key]
 
     return make
-
-
-# --- counting --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_live_bytes_are_those_of_storages(device):
-    outside = torch.zeros(1000, device=device)
-    with LiveBytes() as counted:
-        first = torch.zeros(100, device=device)
-        assert counted.live == 400
-        view = first[10:].view(9, 10)
-        first.add_(1)
-        outside[:10].mul_(2)
-        assert counted.live == 400  # neither a view nor work in place takes more
-        wide = first.double()
-        assert (counted.live, counted.peak) == (1200, 1200)
-        del wide
-        assert (counted.live, counted.peak) == (400, 1200)
-        del first
-        assert counted.live == 400  # the view holds all of it
-        del view
-        assert (counted.live, counted.peak) == (0, 1200)
-        parts = torch.zeros(6, device=device, dtype=torch.int8).split(2)
-        assert (len(parts), counted.live) == (3, 6)
-
-
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_live_bytes_see_what_autograd_keeps(device):
-    weight = torch.zeros(100, device=device, requires_grad=True)
-    with LiveBytes() as counted:
-        loss = (weight.exp() * 2).sum()
-        assert counted.live == 400 + 4  # exp keeps its result; the product is gone, its sum is there
-        loss.backward()
-        del loss
-        assert counted.live == 400  # the gradient
-        assert counted.peak >= 400 + 400 + 4
-        weight.grad = None
-        assert counted.live == 0
-
-
-# --- a step ----------------------------------------------------------------------------------------------------------
 
 
 def assert_near(forecast: Forecast, expected: int, found: int, over: float = 0.1) -> None:
@@ -204,9 +161,6 @@ def test_the_config_given_stays_as_it_was():
     before = config.to_dict()
     forecast_of(config).step(96, checkpointing=True)
     assert config.to_dict() == before
-
-
-# --- what is always there --------------------------------------------------------------------------------------------
 
 
 def held(base) -> int:
@@ -330,9 +284,6 @@ def test_a_large_base_is_forecast_in_no_time_and_without_weights(name, size):
     assert made.largest < 2**20
     # Between layers 4,096 x 4,096 hidden states in bfloat16 each, 32 times; and little more.
     assert 1 <= step.activations / (32 * 4096 * 4096 * 2) < 1.15
-
-
-# --- what fits -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("stage", "device"), [("sft", "cpu"), ("reward", "cuda"), ("dpo", "cpu")])

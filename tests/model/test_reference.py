@@ -1,8 +1,8 @@
-"""Log-probs of the reference: computed once a pair and kept, never taken on trust."""
+"""Log-probs of the reference: computed once per pair and cached; what is read from the cache is verified."""
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 
 import qalign.model.reference
 from qalign.config.recipe import Lora, Model
@@ -95,29 +95,24 @@ def test_each_pair_is_computed_once(base, pairs):
     torch.testing.assert_close(more, ask(ReferenceLogps(), base, pairs), rtol=1e-6, atol=0)
 
 
-def test_equal_pairs_of_other_rows_are_one_pair(base, pairs):
+FIRST = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [8, 10]}
+
+
+@pytest.mark.parametrize(
+    ("change", "computed"),
+    [
+        ({"where": "another.jsonl:9", "margin": 2.0}, 1),
+        ({"prompt_ids": [5, 6, 4]}, 2),
+        ({"chosen_ids": [8, 4]}, 2),
+        ({"rejected_ids": [8, 4]}, 2),
+        ({"prompt_ids": [5, 6], "chosen_ids": [7, 8, 9], "rejected_ids": [7, 8, 10]}, 2),  # another border
+    ],
+)
+def test_pairs_are_one_if_all_their_ids_are_equal(base, change, computed):
     references = CachedReferenceLogps(base, None)
-    ask(references, base, pairs[:1])
-    twin = TokenPair(pairs[0].prompt_ids, pairs[0].chosen_ids, pairs[0].rejected_ids, "another.jsonl:9", margin=2.0)
-    ask(references, base, [twin])
-    assert references.computed == 1
-
-
-@pytest.mark.parametrize("part", ["prompt_ids", "chosen_ids", "rejected_ids"])
-def test_pairs_that_differ_in_one_token_are_two(base, pairs, part):
-    references = CachedReferenceLogps(base, None)
-    ask(references, base, pairs[:1])
-    ids = {name: getattr(pairs[0], name) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
-    ask(references, base, [TokenPair(**ids | {part: [*ids[part][:-1], 5]}, where="rows.jsonl:1")])
-    assert references.computed == 2
-
-
-def test_a_token_that_moves_from_prompt_to_answer_makes_another_pair(base):
-    """The same sequences, another border."""
-    references = CachedReferenceLogps(base, None)
-    ask(references, base, [TokenPair([5, 6, 7], [8, 9], [8, 10], "one")])
-    ask(references, base, [TokenPair([5, 6], [7, 8, 9], [7, 8, 10], "other")])
-    assert references.computed == 2
+    ask(references, base, [TokenPair(**FIRST, where="one")])
+    ask(references, base, [TokenPair(**FIRST | {"where": "other"} | change)])
+    assert references.computed == computed
 
 
 def test_a_second_run_computes_its_first_batch_once_more_and_nothing_else(base, pairs):
@@ -128,18 +123,6 @@ def test_a_second_run_computes_its_first_batch_once_more_and_nothing_else(base, 
     written = second.file.stat().st_mtime_ns
     second.save()
     assert second.file.stat().st_mtime_ns == written, "there was nothing to save"
-
-
-def test_a_second_epoch_and_a_second_run_compute_nothing_new(tiny_folder, tmp_path):
-    base = adapted(tiny_folder)
-    pairs = house_style(base.tokenizer, 6)
-    first = CachedReferenceLogps(base, None)
-    losses(base, tmp_path / "one", first, pairs, num_train_epochs=3)
-    assert first.computed == 6
-    base = adapted(tiny_folder)
-    second = CachedReferenceLogps(base, None)
-    losses(base, tmp_path / "two", second, pairs, num_train_epochs=3)
-    assert second.computed == 3  # the first micro-batch, to verify the file
 
 
 def test_cached_and_in_step_give_the_same_curve_to_the_bit(tiny_folder, tmp_path):
@@ -174,9 +157,6 @@ def test_the_first_loss_is_ln_2_to_the_bit(tiny_folder, tmp_path, dtype, micro):
         assert loss == LN_2
         first = len(base.micro_batches(pairs, micro)[0])
         assert references.computed == (first if number else 6)
-
-
-# --- the file --------------------------------------------------------------------------------------------------------
 
 
 def test_files_of_other_references_are_others(tiny_folder, tmp_path):
@@ -229,64 +209,50 @@ def test_runs_add_to_one_file(base, pairs):
     torch.testing.assert_close(found, ask(ReferenceLogps(), base, pairs), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("kept", [0, 10, 200, -1])
-def test_a_file_that_was_cut_short_is_noticed(base, pairs, capsys, kept):
+def flipped(content: bytes, place: int) -> bytes:
+    damaged = bytearray(content)
+    damaged[place] ^= 1
+    return bytes(damaged)
+
+
+DAMAGE = {
+    **{f"cut at {kept}": lambda content, kept=kept: content[:kept] for kept in (0, 10, 200, -1)},
+    # Of the log-probs, and of the digests.
+    **{f"flipped at {place}": lambda content, place=place: flipped(content, place) for place in (-1, -30, -200)},
+    "something else": lambda content: save({"weights": torch.zeros(3)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_a_damaged_file_is_noticed_and_mended(base, pairs, capsys, damage):
     first, references = asked_and_saved(base, pairs)
     content = references.file.read_bytes()
-    references.file.write_bytes(content[:kept])
+    references.file.write_bytes(damage(content))
     again = CachedReferenceLogps(base, None)
     assert f"note: {references.file} is damaged" in capsys.readouterr().out
     assert torch.equal(ask(again, base, pairs), first)
     assert again.computed == len(pairs)
     again.save()
-    assert references.file.read_bytes() == content, "and mended"
+    assert references.file.read_bytes() == content
 
 
-@pytest.mark.parametrize("place", [-1, -30, -200])  # of the log-probs, of the digests
-def test_a_flipped_bit_is_noticed(base, pairs, capsys, place):
-    first, references = asked_and_saved(base, pairs)
-    content = bytearray(references.file.read_bytes())
-    content[place] ^= 1
-    references.file.write_bytes(content)
-    again = CachedReferenceLogps(base, None)
-    assert "is damaged" in capsys.readouterr().out
-    assert torch.equal(ask(again, base, pairs), first)
-
-
-def test_a_file_of_something_else_is_noticed(base, pairs, capsys):
-    first, references = asked_and_saved(base, pairs)
-    save_file({"weights": torch.zeros(3)}, references.file)
-    assert torch.equal(ask(CachedReferenceLogps(base, None), base, pairs), first)
-    assert "is damaged" in capsys.readouterr().out
-
-
+@pytest.mark.parametrize("others_first", [False, True])  # then the second batch is the first that holds cached pairs
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_whole_files_with_other_numbers_are_noticed(tiny_folder, capsys, dtype):
-    """As a library would give them that computes otherwise: the checksum is right, the numbers aren't."""
+def test_whole_files_with_other_numbers_are_noticed(tiny_folder, capsys, dtype, others_first):
+    """As a library would write them that computes otherwise: the checksum is right, the numbers aren't."""
     base = adapted(tiny_folder, dtype)
     pairs = house_style(base.tokenizer, 6)
-    first, references = asked_and_saved(base, pairs)
+    first, references = asked_and_saved(base, pairs[:3])
     tensors = load_file(references.file)
     tensors["logps"] += 0.02 * tensors["logps"].abs()
     save_file(tensors, references.file, metadata={"checksum": qalign.model.reference._checksum(tensors)})
     again = CachedReferenceLogps(base, None)
-    found = torch.cat([ask(again, base, some) for some in (pairs[:2], pairs[2:])])
-    assert f"note: {references.file} holds other log-probs than the reference gives" in capsys.readouterr().out
-    torch.testing.assert_close(found, first, rtol=1e-6 if dtype == "float32" else 1e-2, atol=0)
-
-
-def test_a_run_of_other_pairs_first_still_verifies(base, pairs, capsys):
-    """The first batch holds none of the kept pairs, the second one does."""
-    _, references = asked_and_saved(base, pairs[:3])
-    tensors = load_file(references.file)
-    tensors["logps"] += 1
-    save_file(tensors, references.file, metadata={"checksum": qalign.model.reference._checksum(tensors)})
-    again = CachedReferenceLogps(base, None)
-    ask(again, base, pairs[3:])
-    assert "other log-probs" not in capsys.readouterr().out
+    if others_first:
+        ask(again, base, pairs[3:])
+    assert not capsys.readouterr().out
     found = ask(again, base, pairs[:3])
-    assert "other log-probs" in capsys.readouterr().out
-    torch.testing.assert_close(found, ask(ReferenceLogps(), base, pairs[:3]), rtol=1e-6, atol=0)
+    assert f"note: {references.file} differs" in capsys.readouterr().out
+    torch.testing.assert_close(found, first, rtol=1e-6 if dtype == "float32" else 1e-2, atol=0)
 
 
 def test_killed_while_saving_the_old_file_is_whole(base, pairs, monkeypatch):
@@ -315,9 +281,6 @@ def test_nothing_is_written_before_it_is_saved(base, pairs, cache):
     assert not cache.exists()
     references.save()
     assert [file.name for file in cache.iterdir()] == [references.file.name]
-
-
-# --- the command -----------------------------------------------------------------------------------------------------
 
 
 def curve(run) -> list[float]:
