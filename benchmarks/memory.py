@@ -1,10 +1,11 @@
-"""Is the forecast of `qalign.fit` right? A training step of every stage, forecast and measured, over length and batch.
+"""Is the forecast of `qalign.fit` right? One training step per stage, row length and batch size, forecast and measured.
 
     python benchmarks/memory.py [--base …] [--stages sft reward dpo] [--tokens 96 384 1024] [--rows 1 4]
 
-On a GPU the measure is `torch.cuda.max_memory_allocated`; on a CPU the bytes of all tensors alive at once, counted by
-PyTorch's dispatcher. Both include what is there all the time: base, adapters, gradients. The optimiser's two moments
-appear after the first step and are left out on both sides. Pairs are random ids: a third prompt, a third each answer.
+On a GPU the measurement is `torch.cuda.max_memory_allocated`; on a CPU PyTorch's dispatcher counts the bytes of all
+tensors that are alive at once. Both include what is always in memory: base, adapters, gradients. The optimiser's two
+moments are allocated after the first step, so both sides leave them out. Pairs are random ids, one third each for the
+prompt and the two answers.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""What becomes of an SFT adapter's learning when it is merged, five ways, on SmolLM2-135M.
+"""Does an SFT adapter keep what it learned when it is merged? Five ways to merge, on SmolLM2-135M.
 
     python benchmarks/merging.py RUN FILE [--rows N] [--to TABLE.md]
 
-RUN is an SFT run (`python -m qalign.sft recipes/smollm2_demo.yaml sft.data=FILE …`), FILE rows that it was trained on
-or like them. Measured in the precision of training: perplexity on the assistant's turns, and the mean
-KL(unmerged || merged) of the next-token distributions there, in nats.
+RUN is an SFT run (`python -m qalign.sft recipes/smollm2_demo.yaml sft.data=FILE …`), FILE its training rows or similar
+ones. Measured in the precision of training, on the assistant's turns: the perplexity, and the mean
+KL(unmerged || merged) of the next-token distributions in nats.
 """
 
 import argparse

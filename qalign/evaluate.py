@@ -22,7 +22,6 @@ from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
-    from qalign.data.collate import AnsweredPrompt
     from qalign.data.tokenize import TokenPair
     from qalign.model.base import Base
 
@@ -30,6 +29,7 @@ SIDE_BY_SIDE = 3
 SHOWN_REFUSALS = 5
 MAX_NEW_TOKENS = 80
 BATCH_TOKENS = 2048
+CHUNK = 32  # pairs that are packed together
 
 
 def report(recipe: Recipe) -> None:
@@ -39,20 +39,27 @@ def report(recipe: Recipe) -> None:
         raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
     if not (settings and settings.eval_data):
         raise UserError("dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe")
-    _check_recipe(run)
+    for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
+        if key.startswith("model.") or key in ("dpo.start_from", "dpo.beta"):
+            raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
+    run.check_parent()
     rows, refused = preferences(settings.eval_data, settings.split, None, recipe.seed)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign.data.tokenize import encode_pairs
-    from qalign.model.base import load
+    from qalign.model import lineage
+    from qalign.model.base import Role, load
 
     base = load(recipe.model)
     pairs, unfit = encode_pairs(base.tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
     refused += unfit
-    print_refused(refused)
-    if not pairs:
-        raise UserError(f"dpo.eval_data: holds no usable rows ({len(refused)} were refused)")
-    _load_adapters(base, run)
+    check_usable("dpo.eval_data", len(pairs), refused)
+    for key, folder in (("the run", str(run.adapter)), ("dpo.start_from", run.parent)):
+        if folder:
+            lineage.check(key, folder, base.lineage("dpo"))
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    if run.parent:
+        base.load_reference(run.parent)
     figures = measure(base, pairs, settings.beta)
     _print_figures(figures, run, settings, len(refused))
     write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
@@ -60,10 +67,12 @@ def report(recipe: Recipe) -> None:
     _print_answers(base, [row for row in rows if row.where in measured])
 
 
-def print_refused(refused: Sequence[Refused]) -> None:
-    """Prints the first refused rows with their reasons on stderr; the caller prints their number."""
+def check_usable(source: str, used: int, refused: Sequence[Refused]) -> None:
+    """Prints the first refused rows with their reasons on stderr. Raises a `UserError` if no row is usable."""
     for row in refused[:SHOWN_REFUSALS]:
         print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
+    if not used:
+        raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused)")
 
 
 def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, float]:
@@ -83,6 +92,7 @@ def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, fl
     import torch
     from tqdm.auto import tqdm
 
+    from qalign.data.collate import MicroBatchLimit
     from qalign.losses import margin, rewards
     from qalign.model.base import Role
     from qalign.model.logps import pair_logps
@@ -91,9 +101,12 @@ def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, fl
     if Role.REFERENCE in base.adapters:  # otherwise the reference is the bare base
         roles.insert(0, Role.BASE)
     margins = {name: [] for name in (*roles, "reward")}
+    order, limit = sorted(pairs, key=len), MicroBatchLimit(tokens=BATCH_TOKENS)  # similar lengths share a batch
+    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
+    batches = [some for chunk in chunks for some in base.micro_batches(chunk, limit)]
     base.model.eval()
     with torch.no_grad(), base.packed_attention():
-        for some in tqdm(_batches(base, pairs), desc="measuring", unit="batch"):
+        for some in tqdm(batches, desc="measuring", unit="batch"):
             batch, logps = base.batch(some), {}
             for role in roles:
                 with base.acting_as(role) as lm:
@@ -112,34 +125,6 @@ def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, fl
         "reward_accuracy": shares["reward"],
         "reward_margin": found["reward"].mean().item(),
     }
-
-
-def _check_recipe(run: RunFolder) -> None:
-    """With another base or reference than the run's, the figures would be wrong."""
-    for key in run.differences():
-        if key.startswith("model.") or key in ("dpo.start_from", "dpo.beta"):
-            raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
-    run.check_parent()
-
-
-def _load_adapters(base: "Base", run: RunFolder) -> None:
-    from qalign.model import lineage
-    from qalign.model.base import Role
-
-    for key, folder in (("the run", str(run.adapter)), ("dpo.start_from", run.parent)):
-        if folder:
-            lineage.check(key, folder, base.lineage("dpo"))
-    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
-    if run.parent:
-        base.load_reference(run.parent)
-
-
-def _batches(base: "Base", pairs: list["TokenPair"]) -> list[list["AnsweredPrompt"]]:
-    from qalign.data.collate import MicroBatchLimit
-
-    order = sorted(pairs, key=len)  # pairs of similar length share a batch
-    chunks = [order[start : start + 32] for start in range(0, len(order), 32)]
-    return [some for chunk in chunks for some in base.micro_batches(chunk, MicroBatchLimit(tokens=BATCH_TOKENS))]
 
 
 def _print_figures(figures: dict[str, float], run: RunFolder, settings: DPO, num_refused: int) -> None:

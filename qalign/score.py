@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
-from qalign.evaluate import print_refused
+from qalign.evaluate import check_usable
 from qalign.train.run_folder import RunFolder, open_run
 
 if TYPE_CHECKING:
@@ -56,10 +55,8 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
     rows, tokens, unfit = _encoded(base, run, read)
     refused += unfit
-    print_refused(refused)
-    if not rows:
-        raise UserError(f"{file}: holds no rows that can be scored ({len(refused)} were refused)")
-    scores = answer_scores(base, tokens)
+    check_usable(file, len(rows), refused)
+    scores = _scores(base, tokens)
     with replacing(target) as aside, aside.open("w", encoding="utf-8") as opened:
         for (raw, _, names), found in zip(rows, scores, strict=True):
             found = [round(score, 6) for score in found]
@@ -74,10 +71,8 @@ def _parsed(raw: dict, where: str, column: str) -> Read:
     row = scorable(raw, where)
     pair = isinstance(row, Preference)
     names = [f"{column}_{side}" for side in ("chosen", "rejected", "margin")] if pair else [column]
-    if taken := next((name for name in names if name in raw), None):
-        raise UserError(
-            f"{where}: has a column '{taken}' already; name others with --column, or remove it from the rows"
-        )
+    if taken := [name for name in names if name in raw]:
+        raise UserError(f"{where}: has a column '{taken[0]}' already; name others with --column, or remove it")
     return raw, row, names
 
 
@@ -102,25 +97,19 @@ def _encoded(
     return rows, tokens, refused
 
 
-def answer_scores(base: "Base", rows: Sequence["AnsweredPrompt"]) -> list[list[float]]:
-    """The reward adapter's score of each answer of each row, in the given order.
-
-    The rows may have one or two answers. They are packed as in training; two answers share their prompt.
-
-    Raises:
-        UserError: a score is not finite.
-    """
+def _scores(base: "Base", rows: Sequence["AnsweredPrompt"]) -> list[list[float]]:
+    """The reward adapter's score of each answer of each row, packed as in training: two answers share their prompt."""
     from tqdm.auto import tqdm
 
     from qalign.data.collate import MicroBatchLimit
     from qalign.model.base import Role
 
     limit = MicroBatchLimit(tokens=2 * base.spec.max_length)
-    order = sorted(range(len(rows)), key=lambda number: (len(rows[number].answers), len(rows[number])))
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     found: dict[int, list[float]] = {}
     with tqdm(total=len(rows), desc="scoring", unit="row") as bar:
-        for _, group in groupby(order, key=lambda number: len(rows[number].answers)):
-            numbers = list(group)
+        for num_answers in (1, 2):
+            numbers = [number for number in order if len(rows[number].answers) == num_answers]
             for start in range(0, len(numbers), ROWS_AT_ONCE):
                 some = numbers[start : start + ROWS_AT_ONCE]
                 scores = base.answer_scores(Role.REWARD, [rows[number] for number in some], limit)

@@ -5,15 +5,16 @@ quality that it stands for peaks and then falls (Gao et al. 2023, arXiv:2210.107
 scores the same answers. Three symptoms of a gamed reward are measured as well: longer answers (Singhal et al. 2023,
 arXiv:2310.03716), answers that repeat themselves, and answers that never end.
 
-The mean of few answers is noisy, so a rise or fall is measured in standard errors of the difference of two evaluation
-points, as if their answers were independent. The prompts are the same, so the true error is a little smaller: an alarm
-comes late rather than falsely.
+A rise or fall is measured in standard errors of the difference of two evaluation points, as if their answers were
+independent. The prompts are the same, so the true error is a little smaller: an alarm comes late rather than falsely.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf, isfinite, log, sqrt
+
+from qalign.reports.plots import counted
 
 # Every evaluation may raise a false alarm. Among runs of 20 evaluations at patience 3 in which the proxy rises and the
 # judge truly stays the same, over 80% raise one at one standard error, about 25% at two, 1 to 4% at three (tested).
@@ -66,9 +67,8 @@ class EvalPoint:
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Distinct n-grams divided by all n-grams of words (Li et al. 2016, arXiv:1510.03055) per text, then the mean.
 
-    Per text, because it must show an answer that loops: over all texts together it would also fall when answers open
-    alike or become more. Words are separated by white space. Texts of fewer than n words are left out; 1.0 if none is
-    left. Longer texts score a little lower by nature.
+    Per text, to show an answer that loops: over all texts together it would also fall when answers open alike. Texts of
+    fewer than n words are left out; 1.0 if none is left. Longer texts score a little lower by nature.
     """
     shares = []
     for text in texts:
@@ -153,10 +153,10 @@ def _judge_falls(points: Sequence[EvalPoint], patience: int) -> str | None:
         falls += 1
     start = points[-falls - 1]
     if falls >= patience and _errors(start, last) < -SURE_ERRORS and last.proxy > start.proxy:
-        peak, how = start, f"fell at {_count(falls, 'evaluation')} in a row"
+        peak, how = start, f"fell at {counted(falls, 'evaluation')} in a row"
     # The best point can't be among the recent ones: it is not below itself.
     elif all(_errors(best, point) < -SURE_ERRORS for point in points[-patience:]) and last.proxy > best.proxy:
-        peak, how = best, f"was below its best at {_count(patience, 'evaluation')} in a row"
+        peak, how = best, f"was below its best at {counted(patience, 'evaluation')} in a row"
     else:
         return None
     return (
@@ -240,7 +240,3 @@ def _sentences(text: str) -> list[str]:
 
 def _change(before: float, after: float, digits: str = ".4g") -> str:
     return f"{before:{digits}} → {after:{digits}}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

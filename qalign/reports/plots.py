@@ -38,3 +38,8 @@ def label(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=12)
     axes.set_ylabel(y, fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def counted(number: int, noun: str) -> str:
+    """`1 pair` or `2,000 pairs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -8,13 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalign.reports.alarms import EvalPoint, best_point
-from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, label, picture
+from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, counted, label, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-SOLID: dict[str, Any] = {"linestyle": "-", "markersize": 6}
 DASHED: dict[str, Any] = {"linestyle": "--", "markersize": 3.5}  # a curve drawn over a solid one lets it show through
 FAINTEST = 0.25  # opacity of the first point; the last one is opaque
 STEPS, PROXY, JUDGE = "PPO iterations", "reward trained on (proxy)", "held-out judge"
@@ -46,10 +45,7 @@ def draw(
 
 def redraw(output: Path) -> Path | None:
     """Draws the report of a recipe's PPO run again from its metrics, with best-of-n beside it if that has run.
-
-    Returns:
-        the picture's file; None if there is no run or it evaluated no held-out prompts.
-    """
+    Returns the picture's file; None if there is no run or it evaluated no held-out prompts."""
     run = output / "ppo"
     if not (run / "metrics.jsonl").is_file():
         return None
@@ -101,10 +97,8 @@ def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf
 
 
 def above_start(values: Sequence[float], first: float, std: float) -> list[float]:
-    """Each value's distance above the mean of the first point, in standard deviations of that point's answers.
-
-    In the values' own units if those answers all scored alike.
-    """
+    """How far each value is above the mean of the first point, in standard deviations of that point's answers; in the
+    values' own units if those answers all scored alike."""
     return [(value - first) / (std or 1.0) for value in values]
 
 
@@ -114,7 +108,7 @@ def _headline(points: Sequence[EvalPoint], best: EvalPoint) -> str:
     if first.judge is not None and last.judge is not None:
         parts.append(f"judge {_signed(first.judge)} → {_signed(last.judge)}")
     parts += [f"KL {last.kl_nats:.1f} nats", f"best at step {best.step}"]
-    return f"PPO, {last.step} iteration{'' if last.step == 1 else 's'}: " + ", ".join(parts)
+    return f"PPO, {counted(last.step, 'iteration')}: " + ", ".join(parts)
 
 
 def _draw_gains(axes: "Axes", points: Sequence[EvalPoint], best: EvalPoint, best_of: Sequence[BestOf]) -> None:
@@ -156,13 +150,13 @@ def _draw_rewards(axes: "Axes", points: Sequence[EvalPoint]) -> None:
     _draw_curve(axes, points, "proxy", BLUE)
     label(axes, "Rewards as the models give them", STEPS, PROXY)
     if judged := [point for point in points if point.judge is not None]:
-        _draw_curve(_second_scale(axes, PROXY, JUDGE), judged, "judge", ORANGE, DASHED)
+        _draw_curve(_second_scale(axes, PROXY, JUDGE), judged, "judge", ORANGE, **DASHED)
 
 
 def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:
-    _draw_curve(axes, points, "ended", BLUE, words="answers that end")
-    _draw_curve(axes, points, "distinct", GREEN, DASHED, words="distinct-2")
-    _draw_curve(axes, points, "repeated", PURPLE, words="repeated lines")
+    _draw_curve(axes, points, "ended", BLUE, label="answers that end")
+    _draw_curve(axes, points, "distinct", GREEN, label="distinct-2", **DASHED)
+    _draw_curve(axes, points, "repeated", PURPLE, label="repeated lines")
     axes.set_ylim(-0.03, 1.3)  # leaves room for the legend above every curve
     axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.yaxis.set_major_formatter("{x:.0%}")
@@ -176,21 +170,14 @@ def _draw_updates(axes: "Axes", points: Sequence[EvalPoint]) -> None:
     label(axes, "Entropy and clipping", STEPS, "")
     other = _second_scale(axes, "entropy (nats a token)", "clipped ratios")
     updated = [point for point in points if point.step]  # before the first update there is nothing to clip
-    _draw_curve(other, updated, "clipped", ORANGE, DASHED)
+    _draw_curve(other, updated, "clipped", ORANGE, **DASHED)
     other.set_ylim(0, 1.1 * max([0.01, *(point.clipped for point in updated)]))
     other.yaxis.set_major_formatter("{x:.1%}")
 
 
-def _draw_curve(
-    axes: "Axes",
-    points: Sequence[EvalPoint],
-    name: str,
-    colour: str,
-    style: dict[str, Any] = SOLID,
-    words: str | None = None,
-) -> None:
+def _draw_curve(axes: "Axes", points: Sequence[EvalPoint], name: str, colour: str, **style: Any) -> None:
     steps = [point.step for point in points]
-    axes.plot(steps, [getattr(point, name) for point in points], marker="o", color=colour, label=words, **style)
+    axes.plot(steps, [getattr(point, name) for point in points], marker="o", color=colour, **style)
     axes.locator_params(axis="x", integer=True)
     axes.ticklabel_format(axis="y", useOffset=False)
     if len(points) == 1:

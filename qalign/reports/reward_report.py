@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from qalign.reports.plots import BLUE, GREY, ORANGE, label, picture
+from qalign.reports.plots import BLUE, GREY, ORANGE, counted, label, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -101,7 +101,7 @@ def warning(figures: Figures) -> str | None:
         fix += "; more held-out pairs would tell a small lead from chance"
     return (
         f"the reward model {beats} {rivals}: right on {accuracy:.1%} of "
-        f"{_count(figures['pairs'], 'held-out pair')} (95% interval {low:.1%} to {high:.1%}), always picking the "
+        f"{counted(figures['pairs'], 'held-out pair')} (95% interval {low:.1%} to {high:.1%}), always picking the "
         f"{judge['picks']} answer on {judge['accuracy']:.1%} (p = {p_value:.2g}), a coin on {COIN:.0%}; {fix}"
     )
 
@@ -113,7 +113,7 @@ def draw(pairs: list[ScoredPair], figures: Figures, file: Path) -> None:
         OSError: the file can't be written.
     """
     low, high = figures["accuracy_interval"]
-    title = f"Reward model: right on {figures['accuracy']:.1%} of {_count(figures['pairs'], 'held-out pair')}"
+    title = f"Reward model: right on {figures['accuracy']:.1%} of {counted(figures['pairs'], 'held-out pair')}"
     with picture(file, (12, 9), pad=0.15) as figure:
         figure.suptitle(f"{title} (95% interval {low:.1%} to {high:.1%})", fontsize=16)
         (judges, margins), (calibration, lengths) = figure.subplots(2, 2)
@@ -167,13 +167,9 @@ def _check(pairs: list[ScoredPair]) -> None:
         raise ValueError("there are no scored pairs to report on; give at least one")
     for number, pair in enumerate(pairs, 1):
         for name, value in vars(pair).items():
-            if not ((name == "margin" and value is None) or isfinite(value)):
-                fix = "give None if it is unknown" if name == "margin" else "has the training diverged?"
-                raise ValueError(f"pair {number} of {len(pairs)}: {name} is {value}, expected a finite number; {fix}")
-
-
-def _count(number: int, noun: str = "pair") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+            if value is not None and not isfinite(value):
+                where = f"pair {number} of {len(pairs)}"
+                raise ValueError(f"{where}: {name} is {value}, expected a finite number; has the training diverged?")
 
 
 def _points(lead: np.ndarray) -> np.ndarray:
@@ -237,7 +233,11 @@ def _draw_judges(axes: "Axes", figures: Figures) -> None:
     axes.set_ylim(0, 1.12)
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter("{x:.0%}")
-    note = f"where length misleads, this model: {misled['accuracy']:.1%} of {_count(misled['pairs'])}" if misled else ""
+    note = (
+        f"where length misleads, this model: {misled['accuracy']:.1%} of {counted(misled['pairs'], 'pair')}"
+        if misled
+        else ""
+    )
     label(axes, "Beside simpler judges", note, "picks that are right")
 
 
@@ -247,7 +247,7 @@ def _draw_margins(axes: "Axes", figures: Figures) -> None:
     axes.axhline(COIN, color=GREY, linestyle="--")
     by, digits = {"raters": ("raters'", ".3g"), "model": ("model's", ".2g")}[figures["margin_source"]]
     ends = ["–".join(dict.fromkeys(f"{bucket[end]:{digits}}" for end in ("from", "to"))) for bucket in buckets]
-    counts = [_count(bucket["pairs"]) for bucket in buckets]
+    counts = [counted(bucket["pairs"], "pair") for bucket in buckets]
     axes.set_xticks(range(len(buckets)), [f"{end}\n{count}" for end, count in zip(ends, counts, strict=True)])
     axes.set_xlim(-0.5, len(buckets) - 0.5)
     label(axes, "Hard and easy pairs", f"how far apart the {by} scores are", "picks that are right")

@@ -216,7 +216,7 @@ def test_a_column_that_a_row_has_already_is_never_replaced(run, write_jsonl, tmp
         with pytest.raises(UserError) as raised:
             score(str(run.path), file, None, None)
     assert raised.value.lines == (
-        f"{file}:2: has a column '{column}' already; name others with --column, or remove it from the rows",
+        f"{file}:2: has a column '{column}' already; name others with --column, or remove it",
     )
     assert {path.name for path in tmp_path.iterdir()} == {"rows.jsonl"}
 
@@ -229,7 +229,7 @@ def test_a_column_that_a_row_has_already_is_never_replaced(run, write_jsonl, tmp
 
 def test_nothing_to_score_is_one_line_and_leaves_no_file(run, write_jsonl, tmp_path, monkeypatch):
     file = write_jsonl("texts.jsonl", [{"text": "plain"}, {"text": "text"}])
-    with pytest.raises(UserError, match=r"holds no rows that can be scored \(2 were refused\)"):
+    with pytest.raises(UserError, match=r"holds no usable rows \(2 were refused\)"):
         score(str(run.path), file, None, None)
     monkeypatch.setattr("qalign.model.base.load", lambda model: pytest.fail("the base was loaded in vain"))
     with pytest.raises(UserError, match="there is no such file"):
