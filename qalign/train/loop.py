@@ -168,7 +168,7 @@ class Session:
             "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
             "held in": f"{model.quantization}, computing in {base.precision}",
             "chat template": base.template,
-            "trainable": f"{trainable}, in float32" + (f", a copy of {run.parent}" if run.parent else ""),
+            "trainable": f"{trainable}, in float32" + (f", starting from {run.parent}" if run.parent else ""),
             **more,
             "rows": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.rows.counts.items()),
             "steps": f"{steps}, {self.micro}{self.planned}",

@@ -5,25 +5,28 @@ Imports no torch, so a folder that is taken or a missing parent is reported at o
 
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import shutil
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from qalign import __version__
 from qalign.config.atomic import sync, write_whole
-from qalign.config.load import dump
+from qalign.config.load import dump, parse
 from qalign.config.paths import absolute
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.data.formats import Refused
 from qalign.errors import StopRequest, UserError, did_you_mean
 from qalign.model import lineage
-from qalign.train import recipe_diff
 
 REFUSED = "rejected_rows.jsonl"
 LAST_TRY = "rejected_rows.last_try.jsonl"  # refused rows of a failed start, next to the finished run that it left alone
@@ -151,8 +154,24 @@ class RunFolder:
             raise UserError(f"{self.path}: started from an adapter {was}, but {parent} is {now} now; {fix}")
 
     def differences(self) -> dict[str, tuple[object, object]]:
-        """What `recipe_diff.differences` finds between the recipe that the existing run began with and this one."""
-        return recipe_diff.differences(self.path / "recipe.yaml", self.recipe, self.stage)
+        """The dotted keys of this recipe that differ from the one that the existing run began with, each with (value
+        then, value now), or a `UserError`. `output` and the sections of other stages don't count."""
+        kept, file = {}, self.path / "recipe.yaml"
+        with suppress(UserError):
+            kept, _ = parse(file)
+        if not kept:
+            raise UserError(f"{file}: the recipe that this run began with can't be read; --overwrite starts again")
+        with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
+            kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it
+        given = self.recipe.model_dump(mode="json")
+        others = {*STAGES, "output"} - {self.stage}
+        old, new = (dict(_flat({key: r[key] for key in r if key not in others})) for r in (kept, given))
+        outputs = str(kept.get("output", "")) or ".", str(self.path.parent)
+        return {
+            key: (old.get(key, "not there"), new.get(key, "gone"))
+            for key in {**old, **new}
+            if not _same(old.get(key), new.get(key), outputs)
+        }
 
     def changes(self) -> str:
         """`differences` as text, empty if there are none."""
@@ -237,7 +256,7 @@ class RunFolder:
             facts: for the summary; `tokens_per_second` and `peak_bytes` at least.
         """
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
-        cells = ((name, " ".join(str(value).split()).replace("|", r"\|")) for name, value in recipe_diff.flat(facts))
+        cells = ((name, " ".join(str(value).split()).replace("|", r"\|")) for name, value in _flat(facts))
         table = "\n".join(f"| {name} | {text} |" for name, text in cells if not name.startswith("versions."))
         made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
         card = {"base": base, "stage": self.stage, "name": self.path.parent.name, "model": self.recipe.model.base}
@@ -267,15 +286,51 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
         near = "" if given.is_dir() else did_you_mean(given.name, siblings)
         hint = near or f"; train one with python -m qalign.{stages[0]} RECIPE"
         raise UserError(f"{folder}: there is no finished {' or '.join(stages)} run{hint}")
-    recipe = recipe_diff.read_recipe(place / "recipe.yaml")
+    recipe = _read_recipe(place / "recipe.yaml")
     if place.name not in stages:
         raise UserError(f"{folder}: is a run of {place.name}, expected one of {', '.join(stages)}")
     return RunFolder(recipe.model_copy(update={"output": str(place.parent)}), place.name)
 
 
+def _read_recipe(file: Path) -> Recipe:
+    """The recipe of a finished run, or a `UserError`. (`load` would check that its data is still there.)"""
+    try:
+        return Recipe.model_validate(parse(file)[0])
+    except ValidationError as error:
+        first = error.errors()[0]
+        reason = f"{'.'.join(map(str, first['loc'])) or 'recipe'}: {first['msg']}"
+    except (OSError, UserError) as error:
+        reason = str(error)
+    raise UserError(f"{file}: the recipe that this run was trained with can't be read: {reason}")
+
+
 def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _flat(section: dict[Any, Any], above: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys of a recipe, or of a summary, with their values."""
+    for key, value in section.items():
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{above}{key}.")
+        else:
+            yield f"{above}{key}", value
+
+
+def _same(old: object, new: object, outputs: tuple[str, str]) -> bool:
+    """Whether two values of a recipe are equal. Two paths are equal if they lead to the same file, or, where a project
+    was moved together with its runs, if they are the same relative to the recipe's output then and now."""
+    if old == new or SFT_RUN in (old, new) or not (isinstance(old, str) and isinstance(new, str)):
+        return old == new
+    if os.path.realpath(old) == os.path.realpath(new):
+        return True
+    try:
+        return os.path.relpath(old, outputs[0]) == os.path.relpath(new, outputs[1])
+    except ValueError:  # two drives of Windows
+        return False
 
 
 def versions() -> dict[str, str]:

@@ -115,7 +115,7 @@ def test_the_header_says_what_is_trained_on_what_and_against_what(finished, sft_
     if run.stage in ("dpo", "ppo"):
         assert summary(run)["reference"] in reference
     follows = {"sft": "merge", "reward": "score", "dpo": "evaluate", "ppo": "best_of"}[run.stage]
-    words = (f"qalign {run.stage} → {run.path}", "nf4, computing in float32 on cpu", f"a copy of {sft_adapter}")
+    words = (f"qalign {run.stage} → {run.path}", "nf4, computing in float32 on cpu", f"starting from {sft_adapter}")
     for word in (*words, "12 used, 4 held out", "3, each of 4", "2 at a time", str(run.adapter),
                  f"python -m qalign.{follows}"):  # fmt: skip
         assert (word if word != "2 at a time" or run.stage != "ppo" else "1 at a time") in said, word
