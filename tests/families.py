@@ -1,5 +1,5 @@
-"""Tiny random models of many families, pairs with every awkward shape, and log-probs of each answer on its own: no
-padding, no packing, full logits, eager attention. Nothing of qalign's is in that, so it says what is right."""
+"""Tiny random models of many families, pairs of every awkward shape, and log-probs of each answer in a row of its own:
+no padding, no packing, full logits, eager attention. That uses no code of qalign, so it gives the expected values."""
 
 import torch
 import transformers as tf
@@ -20,7 +20,7 @@ def _small(vocabulary: int) -> dict:
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 _TURNS = {"layer_types": ["sliding_attention", "full_attention"]}
 
-# Those that can be given packed rows. Windows are shorter than the rows.
+# Families that can run packed rows. Sliding windows are shorter than the rows.
 SERVED = {
     "llama": lambda s: tf.LlamaConfig(**s),
     "mistral": lambda s: tf.MistralConfig(**s, sliding_window=7),
@@ -37,7 +37,7 @@ SERVED = {
     "gpt-neox": lambda s: tf.GPTNeoXConfig(**_without_groups(s)),
 }
 
-# Those that can't, and why, in the words of `why_not_packed`.
+# Families that can't, and the reason that `why_not_packed` gives.
 UNSERVED = {
     "falcon": (lambda s: tf.FalconConfig(**_without_groups(s), alibi=True), "AttentionInterface in 0 of 2 layers"),
     "mpt": (
@@ -77,7 +77,7 @@ def config(name: str, vocabulary: int = VOCABULARY):
 
 
 def precision(name: str) -> torch.dtype:
-    """What a family can be computed in: gpt-oss' experts know no float64."""
+    """The widest dtype that a family computes in: gpt-oss' experts don't support float64."""
     return torch.float32 if name == "gpt-oss" else torch.float64
 
 

@@ -1,5 +1,5 @@
-"""Packed rows against each answer run alone: the same log-probs, loss and gradients for every family that is served,
-and the others named and run the padded way."""
+"""Packed rows give the log-probs, loss and gradients of each answer in a row of its own, for every family that can run
+them; the other families are recognised."""
 
 from itertools import product
 

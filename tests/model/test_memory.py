@@ -294,12 +294,7 @@ def test_more_tokens_take_more_and_checkpointing_takes_less(stage, device, tiny_
     for one in [*table, *map(list, zip(*table, strict=True))]:
         assert one == sorted(set(one))
     assert sum(forecast.parts(500, 6).values()) == table[1][1]
-
-
-def test_no_more_layers_are_checkpointed_than_there_are(tiny_folder):
-    """A recipe may ask for 40 of a base with 32."""
-    forecast = forecast_of(tiny_folder)
-    assert forecast.total(500, 7) == forecast.total(500, 2)
+    assert forecast.total(500, 40) == forecast.total(500, 12)  # a recipe may ask for more layers than there are
 
 
 @pytest.mark.parametrize(("checkpointed", "size"), [(0, 7), (32, 6), (32, 9)])  # the last one over 4,096 tokens
@@ -332,12 +327,6 @@ def test_a_plan_always_takes_the_longest_row(mistral):
     assert mistral.plan(6 * GIB, small + 1) is None
     assert mistral.plan(4 * GIB, 1) is None
     assert mistral.plan(0, 1) is None
-
-
-def test_another_recipe_is_forecast_on_the_same_base(mistral):
-    other = mistral.with_recipe(recipe_of(model={"quantization": "none"}))
-    assert (other.stage, other.device, other.dtype, other.layers) == ("dpo", "cuda", HALF, 32)
-    assert other.fixed["base"] == 7_248_023_552 * 2
 
 
 def test_usable_memory_is_what_is_free_and_what_this_process_holds(monkeypatch):
