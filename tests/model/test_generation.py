@@ -1,4 +1,4 @@
-"""Completions of a role: what decoding token by token gives row by row, in batches too; and exact sampling."""
+"""Answers equal decoding one row at a time from full forward passes, of one role and of several; what vLLM is told."""
 
 import importlib.util
 import sys
@@ -13,109 +13,103 @@ from qalign.data.tokenize import encode_prompt
 from qalign.errors import UserError
 from qalign.model import generation
 from qalign.model.base import Role
-from qalign.model.generation import Sampling, TransformersEngine, complete, engine, stop_ids_of
+from qalign.model.generation import Request, Sampling, TransformersEngine, stream, uniform_draws
 from tests.helpers import scramble
 
-PROMPTS = [[{"role": "user", "content": text}] for text in ("Why?", "What is a good first line for a book report?")]
+TEXTS = ("Why?", "What is a good first line for a book report?", "Name three rivers, please.", "Why?")
+TOKENS = 20
+PROMPTS = [[{"role": "user", "content": text}] for text in TEXTS]
+FIFTH = tuple(range(0, 128_256, 5))  # a fifth of all tokens ends an answer
 
 
 @pytest.fixture
 def base(tiny_base):
-    tiny_base.add_adapter(Role.POLICY, Lora(r=4))
-    scramble(tiny_base)
-    tiny_base.model.eval()
+    """Three adapters that do something, next to the bare base. PEFT can't mix the third, a DoRA, with others."""
+    for name, scale in ((Role.POLICY, 0.3), ("two", 0.2), ("dora", 0.3)):
+        tiny_base.add_adapter(name, Lora(r=4, alpha=8, dora=name == "dora"))
+        scramble(tiny_base, name, scale)
     return tiny_base
 
 
 @pytest.fixture
 def ids(base) -> list[list[int]]:
-    texts = ["Why?", "What is a good first line for a book report?", "Name three rivers, please.", "Why?"]
-    return [encode_prompt(base.tokenizer, [{"role": "user", "content": text}], {}) for text in texts]
+    return [encode_prompt(base.tokenizer, prompt, {}) for prompt in PROMPTS]
 
 
-def greedy(base, role: Role, prompt: list, tokens: int) -> str:
-    """One token after the other from the full forward, without cache or padding."""
-    ids = encode_prompt(base.tokenizer, prompt, {})
-    start = len(ids)
-    for _ in range(tokens):
-        with torch.no_grad(), base.acting_as(role) as lm:
-            ids.append(lm(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-        if ids[-1] == base.tokenizer.eos_token_id:
-            break
-    return base.tokenizer.decode(ids[start:], skip_special_tokens=True).strip()
-
-
-def sampled(base, prompt: list[int], draws: torch.Tensor, sampling: Sampling) -> list[int]:
-    """The same with the inverse of the cumulative distribution, written out."""
+def one_by_one(base, role: Role, prompt: list[int], sampling: Sampling, draws: torch.Tensor) -> list[int]:
+    """One token after the other from the full forward pass, without cache or padding; the inverse CDF written out."""
     ids = list(prompt)
     for draw in draws.tolist():
-        with torch.no_grad(), base.acting_as(Role.POLICY) as lm:
+        with torch.no_grad(), base.acting_as(role) as lm:
             logits = lm(input_ids=torch.tensor([ids])).logits[0, -1].double()
-        total, drawn = 0.0, None
-        for token, share in enumerate((logits / sampling.temperature).softmax(-1).tolist()):
-            total += share
-            if total > draw:
-                drawn = token
-                break
-        ids.append(drawn)
-        if drawn in sampling.stop_ids:
+        if sampling.temperature:
+            cumulative = (logits / sampling.temperature).softmax(-1).cumsum(0).tolist()
+            ids.append(next(token for token, total in enumerate(cumulative) if total > draw))
+        else:
+            ids.append(int(logits.argmax()))
+        if ids[-1] in sampling.stop_ids:
             break
     return ids[len(prompt) :]
 
 
-def test_batched_completions_are_greedy_decoding_of_the_role(base):
-    answers = {}
+def sample(base, ids, sampling: Sampling, num_samples: int = 3, seed: int = 9, role: str = "policy"):
+    return TransformersEngine().generate(base, role, ids, sampling, num_samples=num_samples, seed=seed)
+
+
+def test_batched_completions_are_greedy_decoding_of_the_role(base, ids):
+    how, found = Sampling(8, 0.0, (base.tokenizer.eos_token_id,)), {}
     for role in (Role.BASE, Role.POLICY, Role.REFERENCE):
-        answers[role] = complete(base, role, PROMPTS, max_new_tokens=8, template_kwargs={})
-        assert answers[role] == [greedy(base, role, prompt, 8) for prompt in PROMPTS]
-    assert answers[Role.POLICY] != answers[Role.REFERENCE]
+        found[role] = generation.complete(base, role, PROMPTS, max_new_tokens=8, template_kwargs={})
+        alone = [one_by_one(base, role, prompt, how, torch.zeros(8)) for prompt in ids]
+        assert found[role] == [generation.text_of(base.tokenizer, answer) for answer in alone]
+    assert found[Role.POLICY] != found[Role.REFERENCE]
 
 
-def test_what_is_sampled_is_the_distribution_at_the_numbers_drawn(base, ids):
-    sampling = Sampling(6, 0.7, (base.tokenizer.eos_token_id,))
-    found = TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=2, seed=5)
-    generator = torch.Generator().manual_seed(5)
-    draws = torch.rand(8, 6, dtype=torch.float64, generator=generator)
-    expected = [sampled(base, ids[row // 2], draws[row], sampling) for row in range(8)]
-    assert [answer for answers in found for answer in answers] == expected
-    assert len({tuple(answer) for answers in found for answer in answers}) > 4, "answers to one prompt differ"
+def test_what_is_sampled_is_the_inverse_cdf_at_the_draws_of_the_seed(base, ids):
+    how = Sampling(6, 0.7, FIFTH)
+    found = [answer for answers in sample(base, ids, how, 2, seed=5) for answer in answers]
+    draws = torch.rand(8, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    assert found == [one_by_one(base, Role.POLICY, ids[row // 2], how, draws[row]) for row in range(8)]
+    assert len(set(map(tuple, found))) > 4, "answers to one prompt differ"
+    assert len(set(map(len, found))) > 2, "some end by themselves, before the limit"
 
 
-def test_tokens_are_drawn_as_often_as_they_are_likely():
-    logits = torch.tensor([0.5, 0.25, 0.125, 0.125]).log().repeat(40_000, 1)
-    draws = torch.rand(40_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    for temperature, shares in ((1.0, [0.5, 0.25, 0.125, 0.125]), (0.5, [16 / 22, 4 / 22, 1 / 22, 1 / 22])):
-        found = generation.inverse_cdf(logits, draws, Sampling(1, temperature, ())).bincount(minlength=4) / 40_000
-        assert found.tolist() == pytest.approx(shares, abs=0.01)  # 4 standard errors
+@pytest.mark.parametrize("choose", [generation.inverse_cdf, generation.nucleus])
+@pytest.mark.parametrize(("temperature", "shares"), [(1.0, [2 / 16, 8 / 16, 4 / 16, 2 / 16]),
+                                                     (0.5, [1 / 22, 16 / 22, 4 / 22, 1 / 22])])  # fmt: skip
+def test_tokens_are_sampled_as_often_as_they_are_likely(choose, temperature, shares):
+    logits = torch.tensor([0.125, 0.5, 0.25, 0.125]).log().repeat(40_000, 1)
+    found = choose(logits, uniform_draws(0, 1, 40_000)[0], Sampling(1, temperature, ())).bincount(minlength=4) / 40_000
+    assert found.tolist() == pytest.approx(shares, abs=0.01)  # 4 standard errors
 
 
+@pytest.mark.parametrize("choose", [generation.inverse_cdf, generation.nucleus])
 @pytest.mark.parametrize("draw", [0.0, 1 - 2**-53])
-def test_the_outermost_numbers_give_tokens_that_are_possible(draw):
-    logits = torch.tensor([[float("-inf"), 1.0, 2.0, float("-inf")]])
-    found = generation.inverse_cdf(logits, torch.tensor([draw], dtype=torch.float64), Sampling(1, 1.0, ())).item()
+def test_the_outermost_draws_give_tokens_that_are_possible(choose, draw):
+    logits = torch.tensor([[float("-inf"), 2.0, 1.0, float("-inf")]])
+    found = choose(logits, torch.tensor([draw], dtype=torch.float64), Sampling(1, 1.0, ())).item()
     assert found == (1 if draw == 0 else 2)
 
 
-def test_samples_do_not_depend_on_which_share_a_batch(base, ids, monkeypatch):
-    sampling = Sampling(12, 1.0, tuple(range(0, 128_256, 5)))  # a fifth of all tokens ends an answer
-    together = TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9)
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_samples_do_not_depend_on_which_answers_share_a_batch(base, ids, monkeypatch, top_p):
+    how = Sampling(12, 1.0, FIFTH, top_p)
+    together = sample(base, ids, how)
+    assert len({len(answer) for answers in together for answer in answers}) > 2, "some rows left long before others"
     monkeypatch.setattr(generation, "CACHE_SHARE", 0.0)  # one prompt at a time
-    assert TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9) == together
-    lengths = {len(answer) for answers in together for answer in answers}
-    assert len(lengths) > 2, "some rows left long before others"
+    assert sample(base, ids, how) == together
     monkeypatch.setattr(generation, "COMPACT_AT", 2.0)  # nobody leaves
-    assert TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9) == together
+    assert sample(base, ids, how) == together
 
 
-def test_finished_rows_leave_the_batch(base, ids):
+def test_a_prompt_is_read_once_and_complete_answers_leave_the_batch(base, ids):
     rows = []
     hook = base.lm.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
-    sampling = Sampling(12, 1.0, tuple(range(0, 128_256, 5)))
-    found = TransformersEngine().generate(base, Role.POLICY, ids, sampling, num_samples=3, seed=9)
+    found = sample(base, ids, Sampling(12, 1.0, FIFTH))
     hook.remove()
-    assert rows[0] == (4, max(map(len, ids))), "each prompt is read once"
+    assert rows[0] == (4, max(map(len, ids)))
     sizes = [count for count, _ in rows[1:]]
     running = [sum(len(answer) > token for answers in found for answer in answers) for token in range(1, 12)]
     assert sizes == sorted(sizes, reverse=True)
@@ -123,43 +117,120 @@ def test_finished_rows_leave_the_batch(base, ids):
     assert sizes[-1] < 12
 
 
-def test_answers_stop_at_the_token_that_ends_them_and_at_the_limit(base, ids):
-    ends = tuple(range(0, 128_256, 5))
-    for answers in TransformersEngine().generate(
-        base, Role.POLICY, ids, Sampling(12, 1.0, ends), num_samples=3, seed=1
-    ):
-        for answer in answers:
-            assert 1 <= len(answer) <= 12
-            assert not any(token in ends for token in answer[:-1])
-            assert answer[-1] in ends or len(answer) == 12
+def test_a_reward_model_reads_every_answer_at_its_end_of_turn(base):
+    stop_ids = generation.stop_ids_of(base.tokenizer, {})
+    assert base.tokenizer.convert_ids_to_tokens(list(stop_ids)) == ["<|eot_id|>"], "EOS and the end of turn are one"
+    assert [generation.with_end_of_turn(a, (3, 4)) for a in ([5, 6, 3], [5, 6, 4], [5, 6])] == [[5, 6, 3]] * 3
 
 
-@pytest.mark.parametrize("answer", [[5, 6, 3], [5, 6, 4], [5, 6]])
-def test_a_reward_model_reads_every_answer_at_its_end_of_turn(answer):
-    assert generation.with_end_of_turn(answer, (3, 4)) == [5, 6, 3]
+def sampling(base, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:
+    return Sampling(TOKENS, temperature, generation.stop_ids_of(base.tokenizer, {}), top_p)
 
 
-def test_sampling_leaves_the_model_as_it_was(base, ids):
+def request(base, role: str, text: str = "Why?", seed: int = 0, num_samples: int = 1) -> Request:
+    ids = encode_prompt(base.tokenizer, [{"role": "user", "content": text}], {})
+    return Request(role, ids, uniform_draws(seed, num_samples, TOKENS))
+
+
+def answers(base, requests, how) -> list[list[int]]:
+    """All answers, request by request."""
+    found = {(number, k): [] for number, wanted in enumerate(requests) for k in range(len(wanted.draws))}
+    for step in stream(base, requests, how):
+        for number, sample, token in step:
+            found[number, sample].append(token)
+    return list(found.values())
+
+
+def alone(base, wanted: Request) -> list[int]:
+    return sample(base, [wanted.prompt_ids], sampling(base), num_samples=1, role=wanted.role)[0][0]
+
+
+@pytest.mark.parametrize(
+    "roles", ["base policy", "policy two", "two two", "base base", "policy base", "dora base", "base reference"]
+)
+def test_two_roles_at_once_say_what_each_says_alone(base, roles):
+    requests = [request(base, role, text) for role, text in zip(roles.split(), TEXTS[:2], strict=True)]
+    assert answers(base, requests, sampling(base)) == [alone(base, wanted) for wanted in requests]
+
+
+def test_every_adapter_gives_another_answer(base):
+    found = answers(base, [request(base, role) for role in ("base", "policy", "two", "dora")], sampling(base))
+    assert len(set(map(tuple, found))) == 4
+
+
+def test_adapters_that_cannot_share_a_batch_take_turns(base):
+    requests = [request(base, role) for role in ("dora", "base")]
+    steps = [[number for number, *_ in step] for step in stream(base, requests, sampling(base))]
+    assert {len(step) for step in steps} == {1}
+    assert {number for step in steps[:10] for number in step} == {0, 1}
+    first = {next(stream(base, requests, sampling(base)))[0][0] for _ in range(20)}
+    assert first == {0, 1}, "in a blind test, the order would tell which one is the base"
+
+
+def test_a_seed_gives_the_same_answer_whatever_is_decoded_beside_it(base):
+    how = sampling(base, temperature=1.0, top_p=0.9)
+    one, other = request(base, "policy", TEXTS[1], seed=5), request(base, "base", seed=6)
+    both = answers(base, [one, other], how)
+    assert answers(base, [one], how)[0] == both[0] == answers(base, [other, one], how)[1]
+    assert answers(base, [request(base, "policy", TEXTS[1], seed=7)], how)[0] != both[0]
+    several = answers(base, [request(base, "base", seed=6, num_samples=2), one], how)
+    assert [several[0], several[2]] == [both[1], both[0]]
+    assert several[1] != several[0], "two answers to one prompt have draws of their own"
+
+
+def test_an_answer_that_ends_leaves_and_the_other_goes_on_as_before(base):
+    one, other = request(base, "policy"), request(base, "base", TEXTS[1])
+    expected, third = alone(base, one), alone(base, other)[2]
+    assert third not in expected
+    found = answers(base, [one, other], Sampling(TOKENS, 0.0, (third,)))
+    assert len(found[1]) == 3
+    assert found[0] == expected
+
+
+def test_the_model_is_as_it_was_after_a_stream_that_is_closed_half_way(base):
     base.model.train()
-    before = [(module, module.training) for module in base.model.modules()]
-    flags = [p.requires_grad for p in base.model.parameters()]
-    TransformersEngine().generate(base, Role.POLICY, ids, Sampling(2, 1.0, (0,)), num_samples=1, seed=0)
-    assert all(module.training is was for module, was in before)
+    modes, flags = ([m.training for m in base.model.modules()], [p.requires_grad for p in base.model.parameters()])
+    streaming, role = stream(base, [request(base, "two")], sampling(base)), base.role
+    next(streaming)
+    assert base.role == "two"
+    streaming.close()
+    assert (base.role, [m.training for m in base.model.modules()]) == (role, modes)
     assert [p.requires_grad for p in base.model.parameters()] == flags
 
 
-def test_an_answer_ends_at_the_end_of_turn_and_at_eos(base):
-    words = base.tokenizer.convert_ids_to_tokens(list(stop_ids_of(base.tokenizer, {})))
-    assert words == ["<|eot_id|>"], "here they are one"
+def test_without_an_adapter_the_bare_base_answers(tiny_base):
+    ids = answers(tiny_base, [request(tiny_base, Role.BASE), request(tiny_base, Role.REFERENCE)], sampling(tiny_base))
+    assert ids[0] == ids[1] != []
 
 
-# --- vLLM, which no CPU has: what it would be told -------------------------------------------------------------------
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_logits_that_are_not_finite_are_reported(base, temperature, monkeypatch):
+    """They may be out of float16's range; an index made from them would stop a GPU for good."""
+    monkeypatch.setattr(base.lm.lm_head, "forward", lambda hidden: torch.full((*hidden.shape[:2], 2048), torch.nan))
+    with pytest.raises(UserError, match=r"float32 on cpu: .*model\.compute_dtype"):
+        answers(base, [request(base, "policy")], sampling(base, temperature))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_p", "expected"),
+    [
+        # 0.5 alone is short of 0.6, with 0.3 it is enough: 0.5 / 0.8 = 0.625 is where one ends and the other begins.
+        (1.0, 0.6, [1, 1, 2, 2, 2]),
+        (1.0, 0.5, [1, 1, 1, 1, 1]),
+        (1.0, 1.0, [1, 2, 2, 3, 3]),
+        *[(temperature, 0.95, [1, 1, 1, 1, 1]) for temperature in (0.0, 1e-320, 1e-30, 1e-6)],
+    ],
+)
+def test_the_nucleus_is_as_worked_out_by_hand(temperature, top_p, expected):
+    logits = torch.tensor([0.1, 0.5, 0.3, 0.1]).log().repeat(5, 1)
+    draws = torch.tensor([0.0, 0.62, 0.63, 0.99, 0.999999], dtype=torch.float64)
+    assert generation.nucleus(logits, draws, Sampling(1, temperature, (), top_p)).tolist() == expected
 
 
 @pytest.fixture
 def vllm(monkeypatch):
-    """A stand-in that keeps what it is called with."""
-    module, told = types.ModuleType("vllm"), {}
+    """A stand-in, as no CPU has vLLM: it keeps what it is called with."""
+    module, request, told = types.ModuleType("vllm"), types.ModuleType("vllm.lora.request"), {}
 
     class LLM:
         def __init__(self, **options):
@@ -167,57 +238,48 @@ def vllm(monkeypatch):
 
         def generate(self, prompts, params, *, lora_request, use_tqdm):
             told.update(prompts=prompts, params=params, adapter=lora_request)
-            told["files"] = lora_request and sorted(file.name for file in Path(lora_request[2]).iterdir())
+            told["files"] = lora_request and {file.name for file in Path(lora_request[2]).iterdir()}
             answers = (types.SimpleNamespace(token_ids=(7, number)) for number in range(len(params)))
             return [types.SimpleNamespace(outputs=[answer]) for answer in answers]
 
-    module.LLM, module.SamplingParams = LLM, lambda **options: options
-    request = types.ModuleType("vllm.lora.request")
-    request.LoRARequest = lambda *args: args
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    monkeypatch.setitem(sys.modules, "vllm.lora", types.ModuleType("vllm.lora"))
-    monkeypatch.setitem(sys.modules, "vllm.lora.request", request)
+    module.LLM, module.SamplingParams, request.LoRARequest = LLM, lambda **options: options, lambda *args: args
+    for name, stub in (("vllm", module), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):
+        monkeypatch.setitem(sys.modules, name, stub)
     return told
 
 
 def test_vllm_is_told_the_same(base, ids, vllm):
-    used = generation.VllmEngine(base, max_tokens=64)
-    found = used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), num_samples=2, seed=10)
+    used, how = generation.VllmEngine(base, max_tokens=64), Sampling(6, 0.7, (3, 5))
+    found = used.generate(base, Role.POLICY, ids, how, num_samples=2, seed=10)
     assert found == [[[7, 0], [7, 1]], [[7, 2], [7, 3]], [[7, 4], [7, 5]], [[7, 6], [7, 7]]]
-    assert vllm["options"]["max_lora_rank"] == 8
-    assert vllm["options"]["generation_config"] == "vllm"
-    assert vllm["options"]["quantization"] == "bitsandbytes"
-    assert vllm["options"]["max_model_len"] == 64
+    options = {"generation_config": "vllm", "quantization": "bitsandbytes", "max_model_len": 64}
     assert [prompt["prompt_token_ids"] for prompt in vllm["prompts"]] == [x for x in ids for _ in range(2)]
     expected = {"max_tokens": 6, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3, 5]}
     assert all(params.items() >= expected.items() for params in vllm["params"])
+    assert vllm["options"].items() >= options.items()
     seeds = {params["seed"] for params in vllm["params"]}
     assert len(seeds) == 8
-    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(vllm["files"])
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= vllm["files"]
     first = vllm["adapter"]
-    used.generate(base, Role.POLICY, ids, Sampling(6, 0.7, (3, 5)), num_samples=2, seed=10)
-    assert vllm["adapter"][:2] != first[:2], "a new adapter needs a new name and number, or vLLM keeps the old one"
+    used.generate(base, Role.POLICY, ids, how, num_samples=2, seed=10)
+    assert all(now != then for now, then in zip(vllm["adapter"], first, strict=True)), "or vLLM keeps the old adapter"
     assert seeds == {params["seed"] for params in vllm["params"]}
-    used.generate(base, Role.BASE, ids, Sampling(6, 0.7, (3, 5)), num_samples=2, seed=11)
+    used.generate(base, Role.BASE, ids, how, num_samples=2, seed=11)
     assert vllm["adapter"] is None
-    assert not seeds & {params["seed"] for params in vllm["params"]}, "the next iteration's are others"
+    assert not seeds & {params["seed"] for params in vllm["params"]}, "another seed, other answers"
 
 
-@pytest.mark.parametrize(("rank", "room"), [(8, 8), (24, 32), (64, 64)])
+@pytest.mark.parametrize(("rank", "room"), [(4, 8), (8, 8), (24, 32), (64, 64)])
 def test_vllm_makes_room_for_the_adapters_own_rank(tiny_base, vllm, rank, room):
     tiny_base.add_adapter(Role.POLICY, Lora(r=rank))
     generation.VllmEngine(tiny_base, max_tokens=64)
     assert vllm["options"]["max_lora_rank"] == room
 
 
-def test_vllm_would_answer_for_another_model_unless_the_base_is_in_nf4(base, vllm, monkeypatch):
+@pytest.mark.parametrize(("device", "problem"), [("cpu", "needs a GPU"), ("cuda", r"model\.quantization is 'none'")])
+def test_vllm_needs_a_gpu_and_a_base_in_nf4(base, vllm, monkeypatch, device, problem):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    base.lm = types.SimpleNamespace(device=torch.device("cuda"))
+    base.lm = types.SimpleNamespace(device=torch.device(device))
     base.spec = base.spec.model_copy(update={"quantization": "none"})
-    with pytest.raises(UserError, match=r"model\.quantization is 'none'"):
-        engine("vllm", base, 64)
-
-
-def test_vllm_needs_a_gpu(base):
-    with pytest.raises(UserError, match=r"ppo\.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'"):
-        engine("vllm", base, 64)
+    with pytest.raises(UserError, match=rf"ppo\.engine: .*{problem}.*use 'transformers'"):
+        generation.engine("vllm", base, 64)
