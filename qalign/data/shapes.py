@@ -40,7 +40,7 @@ class Shape:
     opening: str | None
     """The key of the dialogue before the answers; None if there is none (ranked answers may share a prompt)."""
     imitated: tuple[str | None, str] | None
-    """In a row without ranked answers: the keys of the turns before, if any, and of the answer or whole dialogue."""
+    """The keys of the turns before, if any, and of the answer or whole dialogue; for rows without ranked answers."""
 
     @property
     def is_ranked(self) -> bool:
@@ -59,8 +59,7 @@ def detect(raw: Any) -> Shape:
     row = {key: value for key, value in raw.items() if value is not None}
     chosen, rejected = _ranked(row)
     is_ranked = chosen is not None or rejected is not None
-    imitated = None if is_ranked else next(_imitated(row), None)
-    return Shape(row, chosen, rejected, _opening_key(row, is_ranked), imitated)
+    return Shape(row, chosen, rejected, _opening_key(row, is_ranked), next(_imitated(row), None))
 
 
 def _ranked(row: RawRow) -> tuple[Any, Any]:

@@ -79,6 +79,10 @@ RANKED = {  # name: (prompt, row); the answers are Yes and No
     "alpaca ranking, a longer history": (
         [user("A"), assistant("B"), user("C"), assistant("D"), user("Why?")],
         {"instruction": "Why?", "history": [["A", "B"], ["C", "D"]], "output": ["Yes", "No"]}),
+    "alpaca ranking, all of it in 'prompt' and 'output' too": (
+        ASKED, {"instruction": "How?", "output": "Yes", **SAME, "turns": 2, "text": "\n\nHuman: How?"}),
+    "ranked answers that share a prompt, with 'turns' and 'text' too": (
+        ASKED, opened(ASKED) | {"turns": ["How?"], "text": "\n\nHuman: How?"}),
     "OpenAI preference": (
         TALKED, {"input": {"messages": TALKED, "tools": []}, "preferred_output": [YES], "non_preferred_output": [NO]}),
     "OpenAI messages with chosen and rejected": (BRIEFED, {"messages": BRIEFED, "chosen": YES, "rejected": NO}),

@@ -158,6 +158,7 @@ def test_a_csv_from_a_spreadsheet(tmp_path):
 
     (row,), refused = read(path)
 
+    assert row.where == f"{path}:2"
     assert (row.prompt, row.chosen, row.rejected) == ((user("Why?\r\nReally?"),), "Yes, sir", "No")
     assert [bad.where for bad in refused] == [f"{path}:4", f"{path}:6"]
     assert "chosen" in refused[0].reason

@@ -170,6 +170,7 @@ PROMPTS = [
     ({"instruction": "", "input": " ", "output": "Yes"}, "turn 1 of the prompt is empty"),
     ({"text": "\n\nHuman: \n\nAssistant: Hello"}, "turn 1 of the prompt is empty"),
     ({"turns": [""]}, "turn 1 of the prompt is empty"),
+    ({"text": TRANSCRIPT + "\n\nAssistant: Yes\n\nAssistant:"}, "the prompt ends with the assistant's turn"),
     ({"messages": [*ASKED, BRIEF]}, "turn 2 of the prompt is the system's, expected the assistant's"),
     ({"messages": BRIEFED, "system": "Be long."}, "turn 1 of the prompt is the system's, expected the user's"),
     ({"messages": [*ANSWERED, NO]}, "the prompt ends with the assistant's turn, expected the user's"),

@@ -25,6 +25,7 @@ from tests.data.shapes import (
     PROMPTS,
     RANKED,
     SAME,
+    TALKED,
     YES,
     assistant,
     opened,
@@ -57,7 +58,8 @@ def test_a_ranked_row_in_every_form(prompt, raw):
 @ranked
 def test_the_rejected_answer_does_not_matter_for_imitation(prompt, raw, other):
     side = "non_preferred_output" if "preferred_output" in raw else "rejected"
-    changed = {"output": [raw["output"][0], other]} if "output" in raw else {side: other}
+    ranking = isinstance(raw.get("output"), list)
+    changed = {"output": [raw["output"][0], other]} if ranking else {side: other}
 
     assert canonical_dialogue(raw | changed, "") == Dialogue((*prompt, YES), len(prompt), "")
 
@@ -77,6 +79,11 @@ def test_the_prompt_of_a_dialogue_ends_with_its_last_question_or_where_the_row_s
 def test_a_prompt(prompt, raw):
     assert canonical_prompt(raw, "rows.jsonl:3") == Prompt(tuple(prompt), "rows.jsonl:3", raw)
     assert prompted(NULLS | raw) == prompt
+
+
+def test_a_history_of_tuples_is_one_of_lists():
+    """pyarrow gives the items of a map as tuples."""
+    assert prompted({"instruction": "Why?", "history": [("Hi", "Hello")]}) == TALKED
 
 
 def test_the_answer_is_in_no_prompt():

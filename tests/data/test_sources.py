@@ -3,7 +3,7 @@
 import pytest
 
 from qalign.config.stages import Source
-from qalign.data.formats import preferences
+from qalign.data.formats import LeftOut, Refused, preferences
 
 
 def row(number: int) -> dict:
@@ -74,9 +74,9 @@ def test_a_weight_of_two_and_a_half_takes_every_row_twice_and_half_of_them_thric
 
 def test_refused_rows_of_all_sources_are_listed_once_and_in_order(write_jsonl):
     first = write_jsonl("first.jsonl", ["{", row(1)])
-    second = write_jsonl("second.jsonl", [row(2), {"prompt": "Why?", "chosen": "Yes"}])
+    second = write_jsonl("second.jsonl", [row(2), {"prompt": "Why?", "no_pair": "a tie"}])
 
     rows, refused = read(Source(path=first, weight=3.0), Source(path=second))
 
     assert [row.where for row in rows] == [f"{first}:2"] * 3 + [f"{second}:1"]
-    assert [row.where for row in refused] == [f"{first}:1", f"{second}:2"]
+    assert [(type(row), row.where) for row in refused] == [(Refused, f"{first}:1"), (LeftOut, f"{second}:2")]
