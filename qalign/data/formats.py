@@ -46,7 +46,7 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class PlainText:
-    """A text without roles; the loss covers every token of it."""
+    """A text without roles; the loss covers every token but the first."""
 
     text: str
     where: str
