@@ -11,7 +11,8 @@ import qalign
 
 PACKAGE = Path(qalign.__file__).parent
 LIGHT = ["cli", "sft", "reward", "dpo", "ppo", "__main__", "evaluate", "fit", "score", "merge", "best_of", "init"]
-LIGHT += ["data.formats", "model.lineage", "train.run_folder", "page.models", "page.session", "page.votes"]
+LIGHT += ["data.formats", "model.lineage", "train.run_folder", "train.dataset"]
+LIGHT += ["page.launch", "page.models", "page.session", "page.votes"]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
