@@ -34,6 +34,8 @@ SERVED = {
     "phi3": lambda s: tf.Phi3Config(**s, sliding_window=9),
     "olmo2": lambda s: tf.Olmo2Config(**s),
     "gpt-oss": lambda s: tf.GptOssConfig(**s, **_EXPERTS, head_dim=8, sliding_window=6),
+    "cohere": lambda s: tf.CohereConfig(**s, logit_scale=0.25),
+    "granite": lambda s: tf.GraniteConfig(**s, logits_scaling=4.0),
     "gpt-neox": lambda s: tf.GPTNeoXConfig(**_without_groups(s)),
 }
 

@@ -43,16 +43,11 @@ def packed(lm, pairs: list[TokenPair], last_token: str = "dropped") -> torch.Ten
     return logps.pair_logps(lm, pack(pairs, last_token=last_token))
 
 
-def losses(policy: torch.Tensor, around: torch.Tensor) -> torch.Tensor:
-    """DPO against a reference close to the policy: none of the losses is flat, so every gradient counts."""
-    noise = torch.randn(around.shape, generator=torch.Generator().manual_seed(1))
-    return preference_loss("sigmoid", policy, around + noise, torch.ones_like(policy), beta=0.5)
-
-
 def outcome(lm, found: torch.Tensor, around: torch.Tensor):
-    """(log-probs, loss, gradients by parameter)."""
+    """(log-probs, loss, gradients by parameter) of DPO with a reference close to the policy, where no loss is flat."""
     lm.zero_grad()
-    loss = losses(found, around).mean()
+    noise = torch.randn(around.shape, generator=torch.Generator().manual_seed(1))
+    loss = preference_loss("sigmoid", found, around + noise, torch.ones_like(found), beta=0.5).mean()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
     assert len(gradients) > 10
@@ -93,7 +88,7 @@ def formula(query, key, value, sinks, groups, window, softcap, scaling) -> torch
     return scores.softmax(-1) @ value
 
 
-@pytest.mark.parametrize("block", [2, 128])
+@pytest.mark.parametrize("block", [1, 2, 3, 128])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_layer_is_the_formula(monkeypatch, kind, block):
     monkeypatch.setattr(attention, "BLOCK_QUERIES", block)
@@ -140,36 +135,18 @@ def test_probabilities_are_kept_wide_in_16_bits():
     torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=1e-2)
 
 
+@pytest.mark.parametrize("kind", ["random", "real"])
 @pytest.mark.parametrize("name", SERVED)
-def test_random_pairs_give_the_numbers_of_each_answer_alone(name):
-    lm, pairs = family(name), random_pairs()
+def test_packed_pairs_give_the_numbers_of_each_answer_alone(name, kind, real_pairs):
+    """Real pairs have more tokens than a block of queries, so windows and prompts cross its edge."""
+    assert max(len(pair.rejected_ids) for pair in real_pairs) > attention.BLOCK_QUERIES
+    vocabulary, pairs = (VOCABULARY, random_pairs()) if kind == "random" else (2006, real_pairs)
+    lm = family(name, vocabulary)
     apart = alone(lm, pairs)
     expected = outcome(lm, apart, apart.detach())
     with packed_attention(lm):
         for last_token in ("dropped", "kept"):
             assert_same(outcome(lm, packed(lm, pairs, last_token), apart.detach()), expected, rel(name))
-
-
-@pytest.mark.parametrize("name", SERVED)
-def test_real_pairs_give_the_numbers_of_each_answer_alone(name, real_pairs):
-    """Of more tokens than a block of queries has, so windows and prompts reach over its edge."""
-    assert max(len(pair.rejected_ids) for pair in real_pairs) > attention.BLOCK_QUERIES
-    lm = family(name, vocabulary=2006)
-    apart = alone(lm, real_pairs)
-    expected = outcome(lm, apart, apart.detach())
-    with packed_attention(lm):
-        assert_same(outcome(lm, packed(lm, real_pairs), apart.detach()), expected, rel(name))
-
-
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "gpt-oss"])
-def test_the_size_of_a_block_changes_nothing(monkeypatch, name):
-    lm, pairs = family(name), random_pairs(1)
-    apart = alone(lm, pairs)
-    expected = outcome(lm, apart, apart.detach())
-    for size in (1, 3, 5):
-        monkeypatch.setattr(attention, "BLOCK_QUERIES", size)
-        with packed_attention(lm):
-            assert_same(outcome(lm, packed(lm, pairs), apart.detach()), expected, rel(name))
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -200,31 +177,6 @@ def test_flex_attention_gives_the_same_numbers(monkeypatch, name):
     assert len(used) == 2
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
-def test_neither_order_nor_company_nor_the_side_of_an_answer_changes_its_number(name):
-    lm, pairs = family(name), random_pairs()
-    first = pairs[1]
-    other = TokenPair(first.prompt_ids, first.chosen_ids[:2] + first.chosen_ids[3:] + [9], first.rejected_ids, "other")
-    swapped = [TokenPair(pair.prompt_ids, pair.rejected_ids, pair.chosen_ids, pair.where) for pair in pairs]
-    with torch.no_grad(), packed_attention(lm):
-        together = packed(lm, pairs)
-        single = torch.cat([packed(lm, [pair]) for pair in pairs])
-        for same in (packed(lm, pairs[::-1]).flip(0), single, packed(lm, swapped).flip(1)):
-            torch.testing.assert_close(same, together, rtol=1e-6, atol=0)
-        moved = (together - packed(lm, [pairs[0], other, *pairs[2:]])).abs() > 1e-9
-    assert moved.nonzero().tolist() == [[1, 0]], "a changed answer of the same length moves its own number alone"
-
-
-def test_windows_count_positions_and_not_places():
-    """A rejected answer stands far from its prompt in the row, and sees as much of it as the chosen one does."""
-    lm = family("mistral")
-    prompt, answer = list(range(3, 12)), [20, 21, 22, 23]
-    near = TokenPair(prompt, answer, [30] * 3, "near")
-    far = TokenPair(prompt, [30] * 40, answer, "far")
-    with torch.no_grad(), packed_attention(lm):
-        torch.testing.assert_close(packed(lm, [far])[0, 1], packed(lm, [near])[0, 0], rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [*product(SERVED, [torch.float32, torch.bfloat16]), *product(UNSERVED, [torch.float32])],
@@ -237,40 +189,32 @@ def test_families_that_are_served_are_told_from_the_others(name, dtype):
     assert lm.config._attn_implementation == before
 
 
-def test_dropout_in_attention_is_seen_in_the_settings():
-    lm = family("llama")
-    lm.config.attention_dropout = 0.1
-    assert why_not_packed(lm) == "has dropout in its attention"
-
-
-def test_a_model_that_keeps_its_window_to_itself_is_noticed():
-    """Longer than the pairs that are tried, so no number tells."""
-    lm = family("llama")
-    lm.config.sliding_window = 512  # and no layer asks for it
-    assert why_not_packed(lm) == "doesn't pass its sliding window on"
-
-
-def test_a_model_that_counts_places_is_noticed():
+def ignores_positions(lm) -> None:
     """As ALiBi does: the position ids that it is given don't reach its attention."""
-    lm = family("llama", spread=0.1)
     real = lm.base_model.forward
-
-    def forward(*args, position_ids=None, **more):
-        return real(*args, **more)
-
-    lm.base_model.forward = forward
-    assert why_not_packed(lm) == "gives an answer other hidden states than it has in a row of its own"
+    lm.base_model.forward = lambda *args, position_ids=None, **more: real(*args, **more)
 
 
-def test_a_model_in_which_neighbours_are_seen_is_noticed():
-    """As a state-space layer lets them be: what stands before in the row is carried along."""
+def sees_neighbours(lm) -> None:
+    """As a state-space layer does: what stands before in the row is carried along."""
+    lm.base_model.layers[1].mlp.register_forward_hook(lambda _, inputs, output: output + 0.2 * output.cumsum(dim=1))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda lm: setattr(lm.config, "attention_dropout", 0.1), "has dropout in its attention"),
+        # No layer asks for the window, which is longer than the pairs that are tried, so no number tells.
+        (lambda lm: setattr(lm.config, "sliding_window", 512), "doesn't pass its sliding window on"),
+        (ignores_positions, "gives an answer other hidden states than it has in a row of its own"),
+        (sees_neighbours, "gives an answer other hidden states than it has in a row of its own"),
+    ],
+    ids=["dropout", "window", "positions", "neighbours"],
+)
+def test_a_model_that_would_go_wrong_in_a_packed_row_is_noticed(change, reason):
     lm = family("llama", spread=0.1)
-
-    def carry(module, inputs, output):
-        return output + 0.2 * output.cumsum(dim=1)
-
-    lm.base_model.layers[1].mlp.register_forward_hook(carry)
-    assert why_not_packed(lm) == "gives an answer other hidden states than it has in a row of its own"
+    change(lm)
+    assert why_not_packed(lm) == reason
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])

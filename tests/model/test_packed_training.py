@@ -5,9 +5,8 @@ import torch
 from transformers import AutoTokenizer
 
 from qalign.config.recipe import DPO, Lora, Model
-from qalign.data.collate import MicroBatchLimit, pad
+from qalign.data.collate import MicroBatchLimit
 from qalign.losses import preference_loss
-from qalign.model import logps
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer
@@ -67,9 +66,3 @@ def test_dropout_of_an_adapter_says_nothing_against_packed_rows(tiny_folder):
     assert any(modes)
     assert base.padding_reason is None
     assert [module.training for module in base.model.modules()] == modes
-
-
-@pytest.mark.parametrize("name", ["falcon", "stablelm"])
-def test_padding_gives_the_numbers_of_each_answer_alone(name):
-    lm, pairs = family(name), random_pairs()
-    torch.testing.assert_close(logps.pair_logps(lm, pad(pairs, 0)), alone(lm, pairs), rtol=1e-6, atol=0)
