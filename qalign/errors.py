@@ -41,6 +41,14 @@ def not_finite(step: str, what: str, rows: Sequence[str] = ()) -> UserError:
     )
 
 
+def scores_not_finite(precision: str) -> UserError:
+    """The error for scores of a reward model that are NaN or infinite; `precision` says what they were computed in."""
+    return UserError(
+        f"model.compute_dtype: the reward model's scores are not finite, computed in {precision}; use bfloat16 or "
+        "float32, or train it again with a lower learning_rate"
+    )
+
+
 class Stopped(BaseException):
     """The user or the system asked to stop; `number` is the signal. Like `KeyboardInterrupt` it is no `Exception`, so
     that no `except Exception` in a library or in the user's own function swallows it."""

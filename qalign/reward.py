@@ -13,6 +13,7 @@ from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import Reward
 from qalign.data.formats import preferences, scored_preferences
+from qalign.errors import scores_not_finite
 from qalign.train.dataset import encode_rows, read_rows
 from qalign.train.run_folder import RunFolder, print_table
 
@@ -47,8 +48,10 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
     facts = session.train(trainer, head=head, loss=loss, prompts=base.layout_in_words)
     if pairs.held_out:
-        scores = base.answer_scores(Role.REWARD, pairs.held_out, micro).tolist()
-        facts |= _report(run, pairs.held_out, scores)
+        scores = base.answer_scores(Role.REWARD, pairs.held_out, micro)
+        if not scores.isfinite().all():
+            raise scores_not_finite(base.precision)
+        facts |= _report(run, pairs.held_out, scores.tolist())
     pad = base.tokenizer.pad_token
     session.finish(
         f"python -m qalign.score {run.path} FILE.jsonl",

@@ -9,7 +9,6 @@ their columns; an existing column is never replaced.
 
 import argparse
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,15 +20,13 @@ from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
-from qalign.errors import UserError
+from qalign.errors import UserError, scores_not_finite
 from qalign.evaluate import check_usable
 from qalign.train.run_folder import RunFolder, open_run
 
 if TYPE_CHECKING:
     from qalign.data.collate import AnsweredPrompt
     from qalign.model.base import Base
-
-ROWS_AT_ONCE = 64  # are packed together: the time that packing takes grows faster than the number of rows
 
 Read = tuple[dict, Preference | Dialogue, list[str]]  # a row of the file, its parsed form, the columns that it gets
 
@@ -99,27 +96,18 @@ def _encoded(
 
 def _scores(base: "Base", rows: Sequence["AnsweredPrompt"]) -> list[list[float]]:
     """The reward adapter's score of each answer of each row, packed as in training: two answers share their prompt."""
-    from tqdm.auto import tqdm
-
     from qalign.data.collate import MicroBatchLimit
     from qalign.model.base import Role
 
     limit = MicroBatchLimit(tokens=2 * base.spec.max_length)
-    order = sorted(range(len(rows)), key=lambda number: len(rows[number]))
     found: dict[int, list[float]] = {}
-    with tqdm(total=len(rows), desc="scoring", unit="row") as bar:
-        for num_answers in (1, 2):
-            numbers = [number for number in order if len(rows[number].answers) == num_answers]
-            for start in range(0, len(numbers), ROWS_AT_ONCE):
-                some = numbers[start : start + ROWS_AT_ONCE]
-                scores = base.answer_scores(Role.REWARD, [rows[number] for number in some], limit)
-                found.update(zip(some, scores.tolist(), strict=True))
-                bar.update(len(some))
-    if not all(math.isfinite(score) for scores in found.values() for score in scores):
-        raise UserError(
-            f"model.compute_dtype: the reward model's scores are not finite, computed in {base.precision}; use "
-            "bfloat16 or float32, or train it again with a lower learning_rate"
-        )
+    for num_answers in (1, 2):
+        if numbers := [number for number, row in enumerate(rows) if len(row.answers) == num_answers]:
+            some = [rows[number] for number in numbers]
+            scores = base.answer_scores(Role.REWARD, some, limit, progress=True)
+            if not scores.isfinite().all():
+                raise scores_not_finite(base.precision)
+            found.update(zip(numbers, scores.tolist(), strict=True))
     return [found[number] for number in range(len(rows))]
 
 

@@ -28,6 +28,8 @@ from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, Origin, load_weights, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
 
+ROWS_PACKED_TOGETHER = 64  # by `answer_scores`
+
 
 class Role(StrEnum):
     """A role that the base can play; also the name of the adapter that plays it."""
@@ -259,10 +261,13 @@ class Base:
         """
         numbers = {id(row): number for number, row in enumerate(rows)}
         found = torch.zeros(len(rows), len(rows[0].answers))
+        # Packing takes longer than linear in the number of rows, so many rows are packed in groups of similar length.
+        order = sorted(rows, key=len) if len(rows) > ROWS_PACKED_TOGETHER else rows
         with self.packed_attention(), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
-            for some in self.micro_batches(rows, limit):
-                found[[numbers[id(row)] for row in some]] = self.pair_scores(role, some).cpu()
-                bar.update(len(some))
+            for start in range(0, len(order), ROWS_PACKED_TOGETHER):
+                for some in self.micro_batches(order[start : start + ROWS_PACKED_TOGETHER], limit):
+                    found[[numbers[id(row)] for row in some]] = self.pair_scores(role, some).cpu()
+                    bar.update(len(some))
         return found
 
     def values(self, states: Tensor) -> Tensor:

@@ -243,3 +243,13 @@ def test_reward_and_policy_may_adapt_different_layers(spec, adapter):
     pairs = pairs_of(base.tokenizer)
     assert torch.equal(scores(base, pairs), scores(with_reward(spec, adapter), pairs))
     assert torch.equal(logits(base), alone)
+
+
+def test_many_rows_are_packed_in_groups_and_keep_their_order(spec, adapter, monkeypatch):
+    base = with_reward(spec, adapter)
+    pairs = pairs_of(base.tokenizer, 9)
+    together = scores(base, pairs)
+
+    monkeypatch.setattr("qalign.model.base.ROWS_PACKED_TOGETHER", 2)
+
+    torch.testing.assert_close(scores(base, pairs), together)
