@@ -4,13 +4,14 @@ A pair has two answers, the chosen one first; a prompt for PPO has as many answe
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import chain, takewhile
 from math import ceil, inf
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qalign.data.packing import Layout
 from qalign.data.tokenize import TokenAnswers, TokenPair
@@ -21,30 +22,18 @@ Row = TypeVar("Row", bound=AnsweredPrompt)
 
 @dataclass(frozen=True)
 class AnswerBatch:
-    """Answers as tensors, numbered prompt by prompt, and in a pair chosen before rejected.
+    """Answers as int64 tensors, numbered prompt by prompt, and in a pair chosen before rejected."""
 
-    Attributes:
-        input_ids: int64 `(rows, length)`.
-        predictors: int64 `(targets,)`, for each token of an answer the index in the flattened `(rows * length)` whose
-            hidden state predicts it. Ids are shifted here and nowhere else.
-        targets: int64 `(targets,)`, the ids of these tokens.
-        owners: int64 `(targets,)`, the number of the answer that each token belongs to.
-        last_tokens: int64 `(answers,)`, the flattened index of the last token in `input_ids` of each answer.
-        lengths: int64 `(prompts, answers per prompt)`, tokens of each answer, end of turn included; `(pairs, 2)`.
-        position_ids: int64 `(1, length)`, of a packed batch.
-        layout: of a packed batch.
-        attention_mask: int64 `(rows, length)`, of a padded batch; 1 on tokens.
-    """
-
-    input_ids: Tensor
-    predictors: Tensor
-    targets: Tensor
-    owners: Tensor
-    last_tokens: Tensor
-    lengths: Tensor
-    position_ids: Tensor | None = None
-    layout: Layout | None = None
-    attention_mask: Tensor | None = None
+    input_ids: Tensor  # (rows, length)
+    # (targets,), for each token of an answer the index in the flattened (rows * length) whose hidden state predicts it:
+    predictors: Tensor  # ids are shifted here and nowhere else
+    targets: Tensor  # (targets,), the ids of these tokens
+    owners: Tensor  # (targets,), the number of the answer that each token belongs to
+    last_tokens: Tensor  # (answers,), the flattened index of the last token in input_ids of each answer
+    lengths: Tensor  # (prompts, answers per prompt), tokens of each answer, end of turn included; (pairs, 2)
+    position_ids: Tensor | None = None  # (1, length), of a packed batch
+    layout: Layout | None = None  # of a packed batch
+    attention_mask: Tensor | None = None  # (rows, length), of a padded batch; 1 on tokens
 
     @property
     def inputs(self) -> dict[str, Any]:
@@ -53,7 +42,7 @@ class AnswerBatch:
         return {name: getattr(self, name) for name in names}
 
     def to(self, device: torch.device) -> "AnswerBatch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if torch.is_tensor(getattr(self, f.name))}
+        tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
 
@@ -84,14 +73,11 @@ def pack(rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept
 
 def pad(rows: Sequence[AnsweredPrompt], pad_token_id: int) -> AnswerBatch:
     """A row for each answer, padded on the right: for models that `pack` can't serve."""
-    sequences = [row.prompt_ids + answer for row in rows for answer in row.answers]
-    longest = max(map(len, sequences))
-    input_ids = torch.full((len(sequences), longest), pad_token_id)
-    attention_mask = torch.zeros_like(input_ids)
-    for number, sequence in enumerate(sequences):
-        input_ids[number, : len(sequence)] = torch.tensor(sequence)
-        attention_mask[number, : len(sequence)] = 1
-    indices = [range(number * longest, number * longest + len(s)) for number, s in enumerate(sequences)]
+    sequences = [torch.tensor(row.prompt_ids + answer) for row in rows for answer in row.answers]
+    input_ids = pad_sequence(sequences, batch_first=True, padding_value=pad_token_id)
+    attention_mask = pad_sequence([torch.ones_like(ids) for ids in sequences], batch_first=True)
+    starts = range(0, input_ids.numel(), input_ids.shape[1])
+    indices = [range(start, start + len(ids)) for start, ids in zip(starts, sequences, strict=True)]
     return _batch(rows, input_ids, indices, attention_mask=attention_mask)
 
 
@@ -99,22 +85,17 @@ def _batch(
     rows: Sequence[AnsweredPrompt], input_ids: Tensor, indices: Sequence[Sequence[int]], **of_layout: Any
 ) -> AnswerBatch:
     """`indices`: for each answer, where its sequence (prompt, then answer) stands in the flattened `input_ids`."""
-    predictors: list[int] = []
-    targets: list[int] = []
-    owners: list[int] = []
-    answers = [(len(row.prompt_ids), answer) for row in rows for answer in row.answers]
-    for number, ((prompt_length, answer), own) in enumerate(zip(answers, indices, strict=True)):
-        first = prompt_length - 1  # the prompt's last token predicts the answer's first
-        predictors += own[first : first + len(answer)]
-        targets += answer
-        owners += [number] * len(answer)
+    lengths = torch.tensor([[len(answer) for answer in row.answers] for row in rows])
+    # The prompt's last token predicts the answer's first.
+    answers = [(len(row.prompt_ids) - 1, answer) for row in rows for answer in row.answers]
+    predictors = [own[first : first + len(answer)] for (first, answer), own in zip(answers, indices, strict=True)]
     return AnswerBatch(
         input_ids=input_ids,
-        predictors=torch.tensor(predictors),
-        targets=torch.tensor(targets),
-        owners=torch.tensor(owners),
+        predictors=torch.tensor([*chain.from_iterable(predictors)]),
+        targets=torch.tensor([token for _, answer in answers for token in answer]),
+        owners=torch.arange(len(answers)).repeat_interleave(lengths.flatten()),
         last_tokens=torch.tensor([own[-1] for own in indices]),
-        lengths=torch.tensor([[len(answer) for answer in row.answers] for row in rows]),
+        lengths=lengths,
         **of_layout,
     )
 

@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any, TypeVar
 
 from qalign.config.stages import Source
@@ -23,24 +24,19 @@ Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the other
 class Preference:
     """One prompt with two answers, the first preferred."""
 
-    prompt: tuple[Message, ...]
-    """The dialogue so far: a system turn first, if there is one; a user's turn last."""
+    prompt: tuple[Message, ...]  # a system turn first, if there is one; a user's turn last
     chosen: str
     rejected: str
-    where: str
-    """Its place: file and line, or row number."""
-    margin: float | None = None
-    """`score_chosen` − `score_rejected`, where the row has both as finite numbers."""
+    where: str  # its place: file and line, or row number
+    margin: float | None = None  # score_chosen − score_rejected, where the row has both as finite numbers
 
 
 @dataclass(frozen=True)
 class Dialogue:
     """A dialogue that ends with an assistant's turn, for supervised fine-tuning."""
 
-    turns: tuple[Message, ...]
-    """A system turn first, if there is one; then user and assistant alternate."""
-    first_trained: int
-    """The loss covers the assistant's turns from this index on; earlier turns are context."""
+    turns: tuple[Message, ...]  # a system turn first, if there is one; then user and assistant alternate
+    first_trained: int  # the loss covers the assistant's turns from this index on; earlier turns are context
     where: str
 
 
@@ -56,11 +52,9 @@ class PlainText:
 class Prompt:
     """A dialogue that waits for an answer."""
 
-    turns: tuple[Message, ...]
-    """A system turn first, if there is one; a user's turn last."""
+    turns: tuple[Message, ...]  # a system turn first, if there is one; a user's turn last
     where: str
-    columns: dict[str, Any]
-    """The row's other columns too, as they came and without nulls, for functions that score answers."""
+    columns: dict[str, Any]  # the whole row as it came, without nulls, for functions that score answers
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,9 @@ def collect(
     refused: list[Refused] = []
     for source in sources:
         taken: list[Row] = []
-        for count, (where, raw) in enumerate(read(source, source.split or split), start=1 - source.skip):
-            if count < 1:
-                continue
-            if count > (source.limit or limit or count):
-                break
+        wanted = source.limit or limit
+        end = source.skip + wanted if wanted else None
+        for where, raw in islice(read(source, source.split or split), source.skip, end):
             try:
                 if isinstance(raw, BadRow):
                     raise raw
@@ -273,11 +265,8 @@ def check_text(texts: Iterable[str]) -> None:
         raise BadRow(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
 
 
+# (sources, split, limit, seed) to rows and refused rows, as `collect` reads them.
 preferences = partial(collect, convert=canonical)
-"""(sources, split, limit, seed) to preferences and refused rows, as `collect` reads them."""
 scored_preferences = partial(collect, convert=scored)
-"""As `preferences`; a row without a score of each answer is refused."""
 dialogues = partial(collect, convert=canonical_dialogue)
-"""As `preferences`, to dialogues and plain texts for supervised fine-tuning."""
 prompts = partial(collect, convert=canonical_prompt)
-"""As `preferences`, to prompts."""

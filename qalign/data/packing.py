@@ -42,18 +42,12 @@ class Segment:
 
 @dataclass
 class Layout:
-    """Groups of one prefix and its branches, packed one after the other into one row without padding.
+    """Groups of one prefix and its branches, packed one after the other into one row without padding."""
 
-    Attributes:
-        groups: (length of the prefix, lengths of its branches), in tokens; any of them may be 0.
-        segments: in the order in which they stand in the row.
-        starts: for each group, the row indices at which its prefix and each of its branches start.
-        windows: the sliding window that each layer asked for in its forward, in tokens; None for full attention.
-    """
-
-    groups: tuple[tuple[int, tuple[int, ...]], ...]
-    segments: list[Segment] = field(init=False, repr=False)
-    starts: list[list[int]] = field(init=False, repr=False)
+    groups: tuple[tuple[int, tuple[int, ...]], ...]  # (length of the prefix, lengths of its branches); may be 0
+    segments: list[Segment] = field(init=False, repr=False)  # in the order in which they stand in the row
+    starts: list[list[int]] = field(init=False, repr=False)  # row indices of a group's prefix and branches
+    # The sliding window that each layer asked for in its forward, in tokens; None for full attention.
     windows: list[int | None] = field(init=False, repr=False, default_factory=list[int | None])
     _masks: "dict[int | None, BlockMask]" = field(init=False, repr=False, default_factory=dict)
 
@@ -84,7 +78,11 @@ class Layout:
             return self._masks[window]
         from torch.nn.attention.flex_attention import BlockMask  # takes a second, and CPUs don't need it
 
-        group, branch, position = (tensor.to(device) for tensor in (*self._numbers(), self.positions()[0]))
+        group, branch = torch.zeros(2, self.tokens, dtype=torch.int32)  # of each token; the prefix is branch 0
+        for number, starts in enumerate(self.starts):
+            for which, start in enumerate(starts):
+                group[start:], branch[start:] = number, which
+        group, branch, position = (tensor.to(device) for tensor in (group, branch, self.positions()[0]))
 
         def sees(_batch: Tensor | int, _head: Tensor | int, query: Tensor, key: Tensor) -> Tensor:
             seen = (group[query] == group[key]) & (query >= key)
@@ -104,14 +102,6 @@ class Layout:
             *partial, *full, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(self.tokens, self.tokens)
         )
         return self._masks[window]
-
-    def _numbers(self) -> tuple[Tensor, Tensor]:
-        """The group of each token and its branch within the group, 0 for the prefix; int32 `(tokens,)` each."""
-        group, branch = torch.zeros(2, self.tokens, dtype=torch.int32)
-        for number, starts in enumerate(self.starts):
-            for which, start in enumerate(starts):
-                group[start:], branch[start:] = number, which
-        return group, branch
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,15 +32,11 @@ _IMITATED = (
 class Shape:
     """A raw row and the keys of its parts. A part is parsed only when it is needed."""
 
-    row: RawRow
-    """The row without its nulls, with which Parquet and `datasets` fill the columns that only other rows have."""
-    chosen: Any
-    """The preferred answer as it came; None if the row has none."""
+    row: RawRow  # without nulls, with which Parquet and `datasets` fill the columns that only other rows have
+    chosen: Any  # the preferred answer as it came; None if the row has none
     rejected: Any
-    opening: str | None
-    """The key of the dialogue before the answers; None if there is none (ranked answers may share a prompt)."""
-    imitated: tuple[str | None, str] | None
-    """The keys of the turns before, if any, and of the answer or whole dialogue; for rows without ranked answers."""
+    opening: str | None  # key of the dialogue before the answers; None if there is none (ranked answers may share one)
+    imitated: tuple[str | None, str] | None  # keys of the turns before, if any, and of the answer or whole dialogue
 
     @property
     def is_ranked(self) -> bool:
@@ -143,11 +139,10 @@ def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Tur
     if not asked and not shared:
         raise BadRow("the prompt is empty, and chosen and rejected do not share one")
     repeated = chosen[:shared]
-    spoken = [turn for turn in repeated if turn["role"] != "system"]
-    if asked and not (repeated and spoken[: len(asked)] == asked):
+    if [turn for turn in repeated if turn["role"] != "system"][: len(asked)] != asked:
         return opening, chosen, rejected
     system = [turn for turn in opening if turn["role"] == "system"]
-    prompt = repeated if repeated and repeated[0]["role"] == "system" else [*system, *repeated]
+    prompt = repeated if repeated and repeated[0]["role"] == "system" else system + repeated
     return prompt, chosen[shared:], rejected[shared:]
 
 

@@ -1,10 +1,8 @@
 """Chat template to token ids, with the span of each completion exact to the token.
 
 A model is trained on what it sees at inference: the prompt's ids are the template's own, generation prompt included,
-with one BOS; the supervised ids are exactly the answer and its end of turn.
-
-Each function that encodes one row raises a `BadRow` if the row doesn't fit, if it spells a special token, or if the
-template can't render it.
+with one BOS; the supervised ids are exactly the answer and its end of turn. Each function that encodes one row raises a
+`BadRow` if the row doesn't fit, spells a special token, or can't be rendered.
 """
 
 from collections.abc import Callable, Iterable, Sequence

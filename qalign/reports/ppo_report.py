@@ -33,11 +33,9 @@ class BestOf:
 def draw(
     points: Sequence[EvalPoint], file: Path, *, best_of: Sequence[BestOf] = (), alarm_steps: Sequence[int] = ()
 ) -> None:
-    """Writes the report as a PNG of 1500 x 900 pixels; the first point is from before training.
+    """Writes the report as a PNG of 1500 x 900 pixels; a `ValueError` if there are no points.
 
-    Raises:
-        ValueError: there are no points.
-        OSError: the file can't be written.
+    The first point is from before training. The file is written as `picture` does.
     """
     with picture(file, (15, 9), pad=0.12) as figure:
         fill(figure, points, best_of, alarm_steps)
@@ -77,7 +75,10 @@ def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf
         axes.axvline(best.step, color=GREY, linestyle="--", linewidth=1)
         for step in alarm_steps:
             axes.axvline(step, color=RED, linestyle=":", linewidth=1.5)
-    _draw_rewards(rewards, points)
+    _draw_curve(rewards, points, "proxy", BLUE)
+    label(rewards, "Rewards as the models give them", STEPS, PROXY)
+    if judged := [point for point in points if point.judge is not None]:
+        _draw_curve(_second_scale(rewards, PROXY, JUDGE), judged, "judge", ORANGE, **DASHED)
     _draw_curve(kl, points, "kl_nats", BLUE)
     kl.axhline(0, color=GREY, linewidth=1, zorder=0)
     label(kl, "Distance from the reference", STEPS, "KL (nats an answer)")
@@ -94,12 +95,6 @@ def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf
     if best_of:
         (kinds["best of n answers of the reference"],) = gains.plot([], [], "D--", color=GREY, markerfacecolor="white")
     figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=len(kinds), fontsize=11, frameon=False)
-
-
-def above_start(values: Sequence[float], first: float, std: float) -> list[float]:
-    """How far each value is above the mean of the first point, in standard deviations of that point's answers; in the
-    values' own units if those answers all scored alike."""
-    return [(value - first) / (std or 1.0) for value in values]
 
 
 def _headline(points: Sequence[EvalPoint], best: EvalPoint) -> str:
@@ -140,17 +135,11 @@ def _draw_gains(axes: "Axes", points: Sequence[EvalPoint], best: EvalPoint, best
 def _roots_and_gains(
     points: Sequence[EvalPoint | BestOf], name: str, start: float, std: float
 ) -> tuple[list[float], list[float]]:
-    """Roots of the KL (an estimate below 0 counts as 0) and `above_start`, of the points that have this score."""
+    """Of the points that have this score: the root of the KL (an estimate below 0 counts as 0), and the gain over
+    `start` in units of `std`; in the score's own units if that is 0."""
     scored = [point for point in points if getattr(point, name) is not None]
-    gains = above_start([getattr(point, name) for point in scored], start, std)
+    gains = [(getattr(point, name) - start) / (std or 1.0) for point in scored]
     return [sqrt(max(0.0, point.kl_nats)) for point in scored], gains
-
-
-def _draw_rewards(axes: "Axes", points: Sequence[EvalPoint]) -> None:
-    _draw_curve(axes, points, "proxy", BLUE)
-    label(axes, "Rewards as the models give them", STEPS, PROXY)
-    if judged := [point for point in points if point.judge is not None]:
-        _draw_curve(_second_scale(axes, PROXY, JUDGE), judged, "judge", ORANGE, **DASHED)
 
 
 def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:

@@ -107,11 +107,7 @@ def warning(figures: Figures) -> str | None:
 
 
 def draw(pairs: list[ScoredPair], figures: Figures, file: Path) -> None:
-    """Writes the report as a PNG of 1200 x 900 pixels; `figures` are those that `measure` returns for these pairs.
-
-    Raises:
-        OSError: the file can't be written.
-    """
+    """Writes the report as a PNG of 1200 x 900 pixels; `figures` are those that `measure` returns for these pairs."""
     low, high = figures["accuracy_interval"]
     title = f"Reward model: right on {figures['accuracy']:.1%} of {counted(figures['pairs'], 'held-out pair')}"
     with picture(file, (12, 9), pad=0.15) as figure:
@@ -234,11 +230,9 @@ def _draw_judges(axes: "Axes", figures: Figures) -> None:
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter("{x:.0%}")
     note = (
-        f"where length misleads, this model: {misled['accuracy']:.1%} of {counted(misled['pairs'], 'pair')}"
-        if misled
-        else ""
+        misled and f"where length misleads, this model: {misled['accuracy']:.1%} of {counted(misled['pairs'], 'pair')}"
     )
-    label(axes, "Beside simpler judges", note, "picks that are right")
+    label(axes, "Beside simpler judges", note or "", "picks that are right")
 
 
 def _draw_margins(axes: "Axes", figures: Figures) -> None:

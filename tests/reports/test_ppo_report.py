@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from qalign.reports.alarms import EvalPoint, best_of_n_kl
 from qalign.reports.plots import BLUE, ORANGE, RED
-from qalign.reports.ppo_report import BestOf, above_start, draw, fill
+from qalign.reports.ppo_report import BestOf, draw, fill
 
 START = EvalPoint(
     step=0, answers=8, kl_nats=-0.01, proxy=1.0, proxy_std=2.0, judge=50.0, judge_std=4.0, length=40.0, ended=0.9,
@@ -44,11 +44,6 @@ def curves(axes, colour: str, marker: str) -> list[list[tuple[float, float]]]:
 
 def upright(axes, style: str) -> list[float]:
     return [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == style and line.get_marker() == "None"]
-
-
-def test_gains_by_hand():
-    assert above_start([1.0, 3.0, 0.0], 1.0, 2.0) == [0.0, 1.0, -0.5]
-    assert above_start([1.0, 3.0], 1.0, 0.0) == [0.0, 2.0]
 
 
 def test_both_rewards_are_drawn_against_the_root_of_the_kl():
