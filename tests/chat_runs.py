@@ -8,10 +8,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.request import urlopen
 
+import httpx
 import yaml
 
 from qalign.config.load import dump
@@ -21,7 +21,6 @@ from qalign.model.base import Base, Role, load
 from qalign.model.lineage import write
 from tests.conftest import ROOT
 from tests.helpers import TEST, scramble
-from tests.reward_runs import run_stage, write_recipe
 
 DATA = str(ROOT / "recipes" / "data" / "house_style_train.jsonl")
 
@@ -48,28 +47,22 @@ def finished_run(output: Path, tiny: str, stage: str = "dpo", scale: float = 0.2
     return folder
 
 
-def reward_beside(output: Path, tiny: str) -> Path:
-    """A reward run of the same output, trained for a few steps."""
-    return run_stage(write_recipe(output, tiny)).path
-
-
 @contextmanager
 def serving(*options: str, before: str = "") -> Iterator[str]:
-    """`python app.py` in a process of its own: its address.
-
-    Args:
-        before: Python that runs first.
-    """
+    """The address of `python app.py` in its own process, which runs the Python in `before` first."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
     words = [sys.executable, "-c", f"{before}\nimport app\napp.main()", *options, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
         try:
-            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
-            while not _answers(address):
+            while True:
+                with suppress(httpx.TransportError):
+                    httpx.get(address, timeout=5)
+                    break
                 if process.poll() is not None or time.monotonic() > deadline:
                     log.seek(0)
                     raise AssertionError(log.read().decode())
@@ -78,11 +71,3 @@ def serving(*options: str, before: str = "") -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(30)
-
-
-def _answers(address: str) -> bool:
-    try:
-        with urlopen(address, timeout=5):
-            return True
-    except OSError:
-        return False

@@ -8,12 +8,11 @@ import sys
 import tarfile
 
 import pytest
-import yaml
 
+from qalign.config.load import dump, load
 from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-STEPS = {"max_steps": 1, "limit": 8, "batch_size": 4, "micro_batch_size": 2}
 
 
 def code(notebook) -> str:
@@ -44,14 +43,12 @@ def test_the_three_notebooks_are_there_and_in_the_readme():
 def environment(tmp_path_factory):
     """The demo recipe cut to one step a stage, and where its runs go."""
     folder = tmp_path_factory.mktemp("notebooks")
-    recipe = yaml.safe_load((ROOT / "recipes" / "smollm2_demo.yaml").read_text(encoding="utf-8"))
-    for stage in ("sft", "dpo"):
-        recipe[stage] |= STEPS
-        recipe[stage]["data"] = str(ROOT / "recipes" / recipe[stage]["data"])
-        recipe[stage]["eval_data"] = [{"path": str(ROOT / "recipes" / recipe[stage]["eval_data"]), "limit": 4}]
-    del recipe["reward"]
-    recipe = {key: value for key, value in recipe.items() if key != "ppo"}
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    words = ["reward=", "ppo="]
+    for stage, held_out in (("sft", "house_style_dialogues_test"), ("dpo", "house_style_test")):
+        words += [f"{stage}.{key}" for key in ("max_steps=1", "limit=8", "batch_size=4", "micro_batch_size=2")]
+        words.append(f"{stage}.eval_data={{path: {ROOT}/recipes/data/{held_out}.jsonl, limit: 4}}")
+    recipe = load(str(ROOT / "recipes" / "smollm2_demo.yaml"), words)
+    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     return {
         "QALIGN_RECIPE": str(folder / "recipe.yaml"),
         "QALIGN_OUTPUT": str(folder / "quickstart"),

@@ -57,16 +57,10 @@ def test_k3_is_never_negative_and_exact_near_zero():
 
 
 def test_token_rewards_by_hand():
+    """The last token has the score; each token pays for its KL of (0.5, -1, 0) and (-1, 0.25)."""
     found = losses.token_rewards(torch.tensor([2.0, -1.0]), losses.log_ratio(POLICY, REFERENCE), MASK, 0.1)
     expected = [[-0.05, 0.1, 0.0 + 2.0], [0.1, -0.025 - 1.0, 0.0]]
     assert torch.allclose(found, torch.tensor(expected, dtype=torch.float64))
-
-
-def test_their_sum_is_the_score_less_the_cost_of_kl():
-    scores = torch.tensor([2.0, -1.0], dtype=torch.float64)
-    found = losses.token_rewards(scores, losses.log_ratio(POLICY, REFERENCE), MASK, 0.1).sum(dim=1)
-    kl = torch.tensor([0.5 - 1.0 + 0.0, -1.0 + 0.25], dtype=torch.float64)
-    assert torch.allclose(found, scores - 0.1 * kl)
 
 
 # --- advantages ------------------------------------------------------------------------------------------------------
@@ -81,7 +75,7 @@ def test_gae_by_hand():
     assert torch.allclose(found, expected)
 
 
-@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.9, 0.5), (0.99, 1.0), (1.0, 1.0), (0.9, 0.0)])
 def test_gae_is_the_discounted_sum_of_errors(gamma, lam):
     """The definition (eq. 16) term by term, one answer after the other."""
     rewards, values, mask = random_batch(1)
@@ -93,19 +87,6 @@ def test_gae_is_the_discounted_sum_of_errors(gamma, lam):
             expected = sum((gamma * lam) ** (k - t) * errors[k] for k in range(t, length))
             assert found[row, t].item() == pytest.approx(expected, rel=1e-12, abs=1e-12)
         assert not found[row, length:].any()
-
-
-def test_with_gamma_and_lambda_1_it_is_reward_to_go_minus_value():
-    rewards, values, mask = random_batch(2)
-    to_go = (rewards * mask).flip(1).cumsum(1).flip(1)
-    assert torch.allclose(losses.gae(rewards, values, mask, 1.0, 1.0), (to_go - values) * mask)
-
-
-def test_with_lambda_0_it_is_the_error_of_one_step():
-    rewards, values, mask = random_batch(3)
-    inside = values * mask
-    following = torch.cat([inside[:, 1:], torch.zeros(5, 1, dtype=torch.float64)], dim=1)
-    assert torch.allclose(losses.gae(rewards, values, mask, 0.9, 0.0), (rewards + 0.9 * following - values) * mask)
 
 
 def test_what_stands_in_the_padding_changes_nothing():
@@ -122,10 +103,7 @@ def test_whitened_is_mean_0_and_variance_1_over_all_tokens():
     assert not found[~mask].any()
     order = values[mask].argsort()
     assert torch.equal(found[mask].argsort(), order), "the larger value stays the larger"
-
-
-def test_whitening_equal_values_gives_0():
-    assert not losses.whiten(torch.full((2, 3), 7.0), MASK).any()
+    assert not losses.whiten(torch.full((2, 3), 7.0), MASK).any(), "equal values have no variance"
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -197,11 +175,8 @@ def test_normalised_scores_by_hand():
     moments = losses.Moments(count=4, mean=2.0, squares=16.0)  # a deviation of 2
     found = losses.normalised(torch.tensor([2.0, 4.0, 0.0, 50.0, -50.0]), moments, clip=3.0)
     assert found.tolist() == pytest.approx([0.0, 1.0, -1.0, 3.0, -3.0])
-
-
-def test_scores_that_never_differ_normalise_to_0():
-    scores = torch.full((4,), 3.0)
-    assert losses.normalised(scores, losses.Moments().updated(scores), clip=5.0).tolist() == [0.0] * 4
+    alike = torch.full((4,), 3.0)
+    assert losses.normalised(alike, losses.Moments().updated(alike), clip=5.0).tolist() == [0.0] * 4
 
 
 def test_centred_scores_are_measured_from_their_prompts_mean():

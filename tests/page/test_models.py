@@ -11,6 +11,7 @@ import torch
 
 from qalign.config.load import load
 from qalign.errors import UserError
+from qalign.model.lineage import WEIGHTS
 from qalign.page.models import BASE, available_models, default_pair, named_entry, run_entries, safe_adapter
 from tests.chat_runs import finished_run
 
@@ -40,10 +41,9 @@ def available(words, runs, recipe=None) -> list[str]:
     return [entry.name for entry in available_models([str(word) for word in words], runs, recipe)[0]]
 
 
-def refused(path, reason: str) -> bool:
+def assert_refused(path, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         named_entry(str(path))
-    return True
 
 
 def test_finished_runs_are_found_newest_first(runs, made):
@@ -68,7 +68,7 @@ def test_without_a_run_there_is_no_model(tmp_path):
     assert available_models([BASE], tmp_path) is None
 
 
-def test_named_models_come_first_and_each_once(runs, made):
+def test_named_models_come_first_each_once_and_are_the_pair_that_the_page_starts_with(runs, made):
     entries, model = available_models([str(made), str(runs / "demo" / "dpo")], runs)
     assert [entry.name for entry in entries] == ["demo/dpo", "demo/dpo (2)", BASE]
     assert model == entries[0].recipe.model
@@ -76,10 +76,6 @@ def test_named_models_come_first_and_each_once(runs, made):
     for words in ([runs / "demo", runs / "demo" / "dpo"], [BASE, BASE]):
         with pytest.raises(UserError, match="name models that differ"):
             available(words, runs)
-
-
-def test_the_page_starts_with_the_named_pair_or_with_the_base_and_the_newest_run(runs, made):
-    entries, _ = available_models([str(made), str(runs / "demo" / "dpo")], runs)
     assert default_pair(entries, ["x", "y"]) == ("demo/dpo", "demo/dpo (2)")
     assert default_pair(entries, ["x"]) == default_pair(entries, []) == (BASE, "demo/dpo")
     entries, _ = available_models([BASE, str(runs / "demo")], runs)
@@ -112,30 +108,32 @@ def test_another_adapter_of_a_run_can_be_named(runs, adapter):
 
 @pytest.mark.parametrize("word", ["../../../etc", "/etc/passwd", "nowhere", "recipes"])
 def test_a_word_that_is_no_run_is_a_users_mistake(word):
-    assert refused(word, "no finished")
+    assert_refused(word, "no finished")
 
 
 def test_a_pickle_is_never_loaded(runs, adapter):
-    (adapter / "adapter_model.safetensors").unlink()
+    (adapter / WEIGHTS).unlink()
     torch.save({}, adapter / "adapter_model.bin")
     assert found(runs) == []
-    assert refused(adapter.parent, "can run code and are not loaded")
+    assert_refused(adapter.parent, "can run code and are not loaded")
 
 
 def test_a_symlink_out_of_the_folder_is_not_followed(runs, made, adapter):
-    (entry,) = run_entries(runs)
-    shutil.rmtree(adapter)
+    adapter.rename(runs / "kept")
+    adapter.symlink_to(runs / "kept")
+    (entry,) = run_entries(runs)  # within the folder, it is
+    adapter.unlink()
     adapter.symlink_to(made / "adapter")
     assert found(runs) == []
-    assert refused(adapter.parent, "leads out of")
+    assert_refused(adapter.parent, "leads out of")
     with pytest.raises(UserError, match="leads out of"):  # checked again when it is loaded
         safe_adapter(entry.adapter, entry.within)
 
     adapter.unlink()
     shutil.copytree(made / "adapter", adapter)
     assert found(runs) == ["demo/dpo"]
-    (adapter / "adapter_model.safetensors").unlink()
-    (adapter / "adapter_model.safetensors").symlink_to(made / "adapter" / "adapter_model.safetensors")
+    (adapter / WEIGHTS).unlink()
+    (adapter / WEIGHTS).symlink_to(made / "adapter" / WEIGHTS)
     assert found(runs) == []
 
     shutil.rmtree(runs / "demo")
@@ -160,11 +158,5 @@ def test_a_run_that_is_a_symlink_can_be_named_itself(runs, tmp_path):
     dpo.rename(tmp_path / "dpo")
     dpo.symlink_to(tmp_path / "dpo")
     assert named_entry(str(dpo)).name == "demo/dpo"
-    assert refused(runs / "demo", "leads out of")
+    assert_refused(runs / "demo", "leads out of")
     assert found(runs) == []
-
-
-def test_a_symlink_within_the_folder_is_fine(runs, adapter):
-    adapter.rename(runs / "kept")
-    adapter.symlink_to(runs / "kept")
-    assert found(runs) == ["demo/dpo"]

@@ -9,9 +9,7 @@ HASHES = {"base": None, "demo/dpo": "ab12"}
 
 
 def replies(dialogues) -> list[Reply]:
-    return [
-        Reply(name, HASHES[name], tuple(turns), [], 3, text=f"{name} says", state="ended") for name, turns in dialogues
-    ]
+    return [Reply(name, HASHES[name], tuple(turns), [], 3, text=f"{name} says") for name, turns in dialogues]
 
 
 def asked(*, blind: bool = False) -> Session:
@@ -23,19 +21,15 @@ def asked(*, blind: bool = False) -> Session:
 
 def test_each_side_keeps_its_own_history_and_the_last_question_can_be_removed():
     session = asked()
+    assert session.titles == ("base", "demo/dpo")
+    with pytest.raises(UserError, match="ask something first"):
+        session.vote()  # only in a blind test
     for name, turns in session.ask("And why?"):
         assert [turn["content"] for turn in turns] == ["Why?", f"{name} says", "And why?"]
     assert session.remove_last() == "And why?"
     assert [len(turns) for turns in session.turns] == [2, 2]
     assert session.remove_last() == "Why?"
     assert (session.turns, session.remove_last()) == (([], []), "")
-
-
-def test_without_a_blind_test_the_names_are_shown_and_there_is_no_vote():
-    session = asked()
-    assert session.titles == ("base", "demo/dpo")
-    with pytest.raises(UserError, match="ask something first"):
-        session.vote()
 
 
 def test_a_blind_test_shuffles_sides_and_names_them_after_the_vote():

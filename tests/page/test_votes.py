@@ -1,8 +1,6 @@
 """Votes: an append-only file that can be trained on, and a tally worked out by hand."""
 
-import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -11,9 +9,10 @@ from qalign.data.formats import LeftOut, preferences
 from qalign.errors import UserError
 from qalign.page.session import Reply
 from qalign.page.votes import Choice, Tally, VoteFile, row, tally
-from tests.helpers import TRAIN, metrics, train
+from tests.helpers import metrics, summary, train
 
 PROMPT = ({"role": "system", "content": "Be short."}, {"role": "user", "content": "Why “ü”?\nAnd why?"})
+LINES = "It is\n\u2028so\r\nand so."
 SAMPLING = {"temperature": 0.7, "top_p": 0.95, "max_new_tokens": 64}
 
 
@@ -21,24 +20,25 @@ def reply(text: str, model="base", *, state="ended", prompt=PROMPT, weights=None
     return Reply(model, weights, prompt, [], 7, text=text, state=state)
 
 
-def vote(choice: str, a: str = "It is.", b: str = "It isn't.", **keys) -> dict:
-    return row(Choice(choice), reply(a), reply(b, "demo/dpo", weights="ab12", **keys), "tiny", SAMPLING, " so ")
+def vote(choice: str, a: str = "It is.", b: str = "It isn't.", **right) -> dict:
+    return row(Choice(choice), reply(a), reply(b, "demo/dpo", weights="ab12", **right), "tiny", SAMPLING, " so ")
 
 
 def read(path):
     return preferences((Source(path=str(path)),), "train", None, 0)
 
 
-@pytest.mark.parametrize(("choice", "chosen", "rejected"), [("a", "It is.", "It isn't."), ("b", "It isn't.", "It is.")])
-def test_a_vote_for_one_answer_is_a_preference_row(choice, chosen, rejected, tmp_path):
+@pytest.mark.parametrize(("choice", "chosen", "rejected"), [("a", LINES, "It isn't."), ("b", "It isn't.", LINES)])
+def test_a_vote_for_one_answer_is_one_preference_row(choice, chosen, rejected, tmp_path):
     file = VoteFile(tmp_path / "new" / "votes.jsonl")
-    file.append(vote(choice))
+    file.append(vote(choice, LINES))
+    assert file.path.read_bytes().count(b"\n") == 1
     (pair,), refused = read(file.path)
     assert (pair.chosen, pair.rejected, pair.prompt) == (chosen, rejected, PROMPT)
     assert not refused
     (kept,) = file.read()
     assert kept["comment"] == "so"
-    assert kept["a"] == {"model": "base", "weights": None, "text": "It is.", "ended": True, "seed": 7}
+    assert kept["a"] == {"model": "base", "weights": None, "text": LINES, "ended": True, "seed": 7}
     assert kept["b"]["weights"] == "ab12"
     assert (kept["base"], kept["sampling"], kept["vote"]) == ("tiny", SAMPLING, choice)
 
@@ -74,23 +74,15 @@ def test_only_a_row_without_answers_can_say_that_it_is_no_pair(write_jsonl):
 
 
 def test_votes_train_with_most_of_them_ties(recipe_file, write_jsonl, capsys):
-    questions = [json.loads(line) for line in Path(TRAIN).read_text(encoding="utf-8").splitlines()[:4]]
-    rows = []
-    for q in questions:
-        turns = ({"role": "user", "content": q["prompt"]},)
-        answers = reply(q["rejected"], prompt=turns), reply(q["chosen"], "demo/dpo", prompt=turns)
-        rows.append(row(Choice.B, *answers, "tiny", SAMPLING))
+    rows = [vote("b", f"It is {number}.") for number in range(4)]
     run = train(recipe_file(data=write_jsonl("votes.jsonl", [*rows, *[vote("tie")] * 5, vote("both_bad")])))
-    counted = json.loads(run.summary.read_text())["rows"]
+    counted = summary(run)["rows"]
     assert counted == {"used": 4, "held_out": 0, "refused": 0, "shortened": 0, "left_out": 6}
     assert "6 left out" in capsys.readouterr().out
     assert len(metrics(run)) == 1
     assert not (run.path / "rejected_rows.jsonl").exists()
-
-
-def test_votes_that_are_all_ties_say_so(recipe_file, write_jsonl):
     with pytest.raises(UserError, match=r"2 rows.*a vote for 'tie'"):
-        train(recipe_file(data=write_jsonl("votes.jsonl", [vote("tie")] * 2)))
+        train(recipe_file(output="ties", data=write_jsonl("votes.jsonl", [vote("tie")] * 2)))
 
 
 @pytest.mark.parametrize("torn", [True, False])
@@ -123,14 +115,6 @@ def test_a_vote_is_on_the_disk_or_not_there_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         file.append(vote("b"))
     assert file.path.read_bytes() == before
-
-
-def test_a_newline_in_an_answer_stays_within_its_line(tmp_path):
-    file = VoteFile(tmp_path / "votes.jsonl")
-    file.append(vote("a", "one\n\u2028two\r\nthree"))
-    assert file.path.read_bytes().count(b"\n") == 1
-    (kept,) = file.read()
-    assert kept["chosen"] == "one\n\u2028two\r\nthree"
 
 
 def test_the_tally_counts_votes_between_these_two_models_only_whichever_was_left():

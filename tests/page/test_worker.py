@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -61,19 +62,12 @@ def test_a_stream_ends_early(end, monkeypatch):
 
 
 def test_a_reader_that_leaves_before_its_turn_costs_nothing():
-    ours, go, begun = Worker(), threading.Event(), []
-    blocking = threading.Thread(target=ours.run, args=(lambda: go.wait(5),))
-    blocking.start()
-
-    def generate():
-        begun.append(1)
-        yield 1
-
-    waiting = threading.Thread(target=lambda: list(ours.stream("late", generate)))
-    waiting.start()
-    time.sleep(0.1)
-    ours.stop("late")
-    go.set()
-    waiting.join(5)
-    blocking.join(5)
-    assert not begun
+    ours, begun, go = Worker(), threading.Event(), threading.Event()
+    with ThreadPoolExecutor() as readers:
+        readers.submit(ours.run, lambda: begun.set() or go.wait(5))
+        assert begun.wait(5)
+        waiting = readers.submit(list, ours.stream("late", lambda: pytest.fail("it began")))
+        time.sleep(0.1)
+        ours.stop("late")
+        go.set()
+        assert waiting.result(5) == []

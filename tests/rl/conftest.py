@@ -1,10 +1,10 @@
 """Reward functions, runs and trainers for the tests of PPO, on the tiny model."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from qalign.config.recipe import Lora, Model
@@ -20,12 +20,14 @@ from qalign.rl.rewards import FunctionScorer, Scorers
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.dataset import StageRows
 from qalign.train.run_folder import RunFolder
-from tests.conftest import ROOT
-from tests.helpers import metrics
+from tests.helpers import TEST, metrics
 from tests.reward_runs import run_stage, write_recipe
 
-DATA = ROOT / "recipes" / "data"
 TEXTS = [("Why?", ("Because.", "It depends on what you mean by that.")), ("Name a river.", ("The Elbe.", "Elbe"))]
+SECTION = {
+    "batch_size": 8, "samples_per_prompt": 2, "max_new_tokens": 8, "learning_rate": 1e-2,
+    "scheduler": "constant", "warmup_ratio": 0.0, "kl_stop": None,
+}  # fmt: skip
 REWARDS = """
 def many(completion_ids):
     return [sum(token in GOOD for token in ids) / len(ids) for ids in completion_ids]
@@ -71,7 +73,7 @@ def sft_run(tiny_folder, tmp_path_factory) -> RunFolder:
 
 @pytest.fixture
 def held_out() -> list[dict]:
-    return [{"path": str(DATA / "house_style_test.jsonl"), "limit": 6}]
+    return [{"path": TEST, "limit": 6}]
 
 
 @pytest.fixture
@@ -79,21 +81,14 @@ def recipe_of(tmp_path, tiny_folder, rewards):
     """Writes a PPO recipe for the tiny model; keyword arguments go into its ppo section."""
 
     def write(name: str = "runs", **keys) -> str:
-        section = {
-            "data": str(DATA / "house_style_train.jsonl"), "limit": 8, "reward": f"{rewards}:many",
-            "batch_size": 8, "samples_per_prompt": 2, "micro_batch_size": 2, "max_steps": 3, "max_new_tokens": 8,
-            "learning_rate": 1e-2, "scheduler": "constant", "warmup_ratio": 0.0, "save_every": 1, "kl_stop": None,
-        }  # fmt: skip
-        recipe = {
-            "model": {"base": tiny_folder, "compute_dtype": "float32", "max_length": 256},
-            "lora": {"r": 4, "alpha": 8},
-            "output": str(tmp_path / name),
-            "ppo": section | keys,
+        section = SECTION | {
+            "limit": 8,
+            "reward": f"{rewards}:many",
+            "micro_batch_size": 2,
+            "max_steps": 3,
+            "save_every": 1,
         }
-        (tmp_path / name).mkdir(exist_ok=True)
-        path = tmp_path / name / "ppo.yaml"
-        path.write_text(yaml.safe_dump(recipe))
-        return str(path)
+        return write_recipe(tmp_path / name, tiny_folder, "ppo", model={"max_length": 256}, **section | keys)
 
     return write
 
@@ -112,27 +107,21 @@ def trainer_of(tiny_folder, rewards, reward_run):
             base.add_head(Role.VALUE)
         else:
             base.load_adapter(Role.VALUE, str(reward_run.adapter), trainable=True)
-        setup, settings = setup_of(base, f"{rewards}:many", "abcd", value=value, **keys)
+        given = {"data": "unused.jsonl", "reward": "unused.py:f", "value": value}
+        settings = PPO.model_validate(SECTION | given | keys)
+        turns = [{"role": "user", "content": f"Why is {subject}?"} for subject in "abcd"]
+        prompts = [
+            (Prompt((turn,), f"rows.jsonl:{n}", {}), encode_prompt(base.tokenizer, [turn], {}))
+            for n, turn in enumerate(turns, start=1)
+        ]
+        scorers = Scorers([FunctionScorer("ppo.reward", f"{rewards}:many", 1.0)], [])
+        stop_ids = (base.tokenizer.eos_token_id, *range(200))  # a tenth of all tokens ends an answer
+        sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
+        rows = StageRows(prompts, [], [], {})
+        setup = Setup(base, base.lineage("ppo"), scorers, TransformersEngine(), sampling, rows)
         return PPOTrainer(setup, settings, limit or MicroBatchLimit(pairs=1), layers, 10, 3)
 
     return make
-
-
-def setup_of(base, reward: str, subjects: str, **keys) -> tuple[Setup, PPO]:
-    """A base with its prompts, a function as the reward, and settings for tests."""
-    given = {"batch_size": 8, "samples_per_prompt": 2, "max_new_tokens": 8, "learning_rate": 1e-2, "kl_stop": None}
-    given |= {"data": "unused.jsonl", "reward": "unused.py:f", "warmup_ratio": 0.0, "scheduler": "constant"}
-    settings = PPO.model_validate(given | keys)
-    turns = [{"role": "user", "content": f"Why is {subject}?"} for subject in subjects]
-    prompts = [
-        (Prompt((turn,), f"rows.jsonl:{n}", {}), encode_prompt(base.tokenizer, [turn], {}))
-        for n, turn in enumerate(turns, start=1)
-    ]
-    scorers = Scorers([FunctionScorer("ppo.reward", reward, 1.0)], [])
-    stop_ids = (base.tokenizer.eos_token_id, *range(200))  # a tenth of all tokens ends an answer
-    sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
-    rows = StageRows(prompts, [], [], {})
-    return Setup(base, base.lineage("ppo"), scorers, TransformersEngine(), sampling, rows), settings
 
 
 def collected(trainer: PPOTrainer, seed: int = 1, *, advantages: bool = True):
@@ -149,6 +138,11 @@ def logged(run: RunFolder) -> list[dict]:
     return [
         {k: v for k, v in line.items() if not k.startswith(("tokens_per_second/", "share/"))} for line in metrics(run)
     ]
+
+
+def change_json(file: Path, **values) -> None:
+    """Sets some keys of a file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def assert_alike(one: list[dict], other: list[dict], tolerance: float = 1e-6) -> None:

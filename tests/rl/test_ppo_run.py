@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -11,17 +10,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from qalign import ppo
 from qalign.config.load import load as load_recipe
 from qalign.config.stages import PPO
 from qalign.errors import UserError
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.train.loop import planned_steps
-from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
-from tests.helpers import metrics, summary
+from tests.helpers import metrics, summary, train_recipe
 from tests.reward_runs import run_stage
-from tests.rl.conftest import assert_alike, logged
+from tests.rl.conftest import assert_alike, change_json, logged
 
 
 def test_a_run_leaves_what_it_promises(recipe_of, held_out, reward_run, sft_run, rewards, capsys):
@@ -100,36 +97,19 @@ def started(path: str, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(file: Path, process: subprocess.Popen) -> None:
-    until = time.monotonic() + 120
-    while not file.exists() and process.poll() is None and time.monotonic() < until:
-        time.sleep(0.02)
-    assert file.exists(), process.communicate()[0]
-
-
 def test_killed_in_the_middle_it_resumes_to_the_same_numbers(recipe_of):
     whole = run_stage(recipe_of("whole", max_steps=5))
     path = recipe_of("killed", max_steps=5)
     folder = Path(path).parent / "ppo" / "checkpoints"
     for checkpoint in ("checkpoint-2", "checkpoint-4"):
         process = started(path, *(["--resume"] if checkpoint == "checkpoint-4" else []))
-        wait_for(folder / checkpoint, process)  # perhaps half written
+        while not (folder / checkpoint).exists():  # once it does, it may be half written
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.02)
         process.kill()
         process.communicate()
     (folder / "checkpoint-99").mkdir()  # what a kill may leave
     assert_alike(logged(whole), logged(run_stage(path, resume=True)))
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_asked_to_stop_it_writes_a_checkpoint_and_says_how_to_go_on(number, code, recipe_of):
-    path = recipe_of(max_steps=500, save_every=400)
-    process = started(path)
-    wait_for(Path(path).parent / "ppo" / "checkpoints" / "checkpoint-0" / "whole", process)
-    process.send_signal(number)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == code, output
-    assert "Traceback" not in output
-    assert f"python -m qalign.ppo {path} --resume" in output
 
 
 def test_a_reward_adapter_that_was_trained_again_stops_a_resumed_run(recipe_of, reward_run, tmp_path):
@@ -147,14 +127,8 @@ def test_a_reward_adapter_that_was_trained_again_stops_a_resumed_run(recipe_of, 
 
 def refused(path: str, *overrides: str) -> str:
     """The message that a run is refused with."""
-
-    def begin() -> None:
-        run = RunFolder(load_recipe(path, list(overrides), "ppo"), "ppo", path)
-        run.claim(resume=False, overwrite=False)
-        ppo.train(run.recipe, run)
-
     with pytest.raises(UserError) as found:
-        begin()
+        train_recipe(load_recipe(path, overrides, "ppo"), path, stage="ppo")
     return str(found.value)
 
 
@@ -165,8 +139,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(recipe_of, write_jsonl, re
     assert "there is no finished reward run" in refused(path, "ppo.reward=reward")
     assert refused(path, "model.max_length=100000").startswith("model.max_length: 100000")
     other = shutil.copytree(reward_run.adapter, tmp_path / "other")
-    kept = json.loads((other / "lineage.json").read_text())
-    (other / "lineage.json").write_text(json.dumps(kept | {"base": "org/another-model"}))
+    change_json(other / "lineage.json", base="org/another-model")
     assert "'org/another-model'" in refused(path, f"ppo.reward={other}")
     rows = write_jsonl("rows.jsonl", [{"messages": [{"role": "system", "content": "Be brief."}]}])
     assert refused(path, f"ppo.data={rows}").startswith("ppo.data: 1 of 1 rows were refused")

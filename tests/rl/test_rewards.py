@@ -1,6 +1,5 @@
 """What scores answers: adapters, models of their own and functions, alone and together; and what is refused."""
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -21,31 +20,30 @@ from qalign.train.run_folder import RunFolder
 from tests.conftest import FIXTURES, ROOT
 from tests.helpers import scramble
 from tests.reward_runs import plain_reward_model, plain_score
-from tests.rl.conftest import answers
+from tests.rl.conftest import answers, change_json
 
 LIMIT = MicroBatchLimit(pairs=2)
 
 
 @pytest.fixture
-def recipe(tiny_folder, tmp_path):
-    def make(reward, **more) -> Recipe:
+def opened(tiny_folder, tmp_path):
+    """The scorers of a reward, not loaded."""
+
+    def make(reward, **more) -> Scorers:
         ppo = {"data": "unused.jsonl", "reward": reward, "max_new_tokens": 16, **more}
         model = {"base": tiny_folder, "compute_dtype": "float32", "max_length": 256}
-        return Recipe.model_validate({"model": model, "output": str(tmp_path / "runs"), "ppo": ppo})
+        recipe = Recipe.model_validate({"model": model, "output": str(tmp_path / "runs"), "ppo": ppo})
+        return open_scorers(recipe, RunFolder(recipe, "ppo", "my.yaml"))
 
     return make
 
 
-def opened(recipe: Recipe) -> Scorers:
-    return open_scorers(recipe, RunFolder(recipe, "ppo", "my.yaml"))
-
-
 @pytest.fixture
-def attached(recipe, tiny_base):
+def attached(opened, tiny_base):
     """The scorers of a reward, loaded and attached to the tiny base."""
 
     def make(reward, **more) -> Scorers:
-        scorers = opened(recipe(reward, **more))
+        scorers = opened(reward, **more)
         scorers.load_models(tiny_base)
         scorers.attach(tiny_base, LIMIT)
         return scorers
@@ -88,20 +86,20 @@ def test_an_answer_that_was_cut_or_ended_with_eos_is_read_at_an_end_of_turn(
     assert torch.allclose(scorer.scores(other), scorer.scores(rows), atol=1e-5)
 
 
-def test_rewards_of_one_name_are_told_apart(recipe, reward_run, tmp_path):
+def test_rewards_of_one_name_are_told_apart(opened, reward_run, tmp_path):
     for place in ("a", "b", "judge"):
         shutil.copytree(reward_run.path, tmp_path / place / "demo" / "reward")
     sources = [str(tmp_path / place / "demo" / "reward") for place in ("a", "b", "judge")]
-    scorers = opened(recipe(sources[:2], judge=sources[2], eval_data="unused.jsonl"))
+    scorers = opened(sources[:2], judge=sources[2], eval_data="unused.jsonl")
     assert len({scorer.name for scorer in scorers.reward}) == 2
     assert [judge.name for judge in scorers.judge] == ["demo"]
 
 
-def test_the_recipes_own_reward_run_must_be_there(recipe, reward_run, tmp_path):
+def test_the_recipes_own_reward_run_must_be_there(opened, reward_run, tmp_path):
     with pytest.raises(UserError, match=r"^ppo\.reward: .*runs/reward; run python -m qalign\.reward my\.yaml first$"):
-        opened(recipe("reward"))
+        opened("reward")
     shutil.copytree(reward_run.path, tmp_path / "runs" / "reward")
-    (scorer,) = opened(recipe("reward")).reward
+    (scorer,) = opened("reward").reward
     assert scorer.folder == tmp_path / "runs" / "reward" / "adapter"
 
 
@@ -136,19 +134,17 @@ def test_several_are_added_up_with_their_weights(attached, reward_run, tiny_base
         ("pickle", "is no adapter in safetensors"),
     ],
 )
-def test_adapters_that_do_not_fit_are_refused_before_the_model_loads(spoil, message, recipe, reward_run, tmp_path):
+def test_adapters_that_do_not_fit_are_refused_before_the_model_loads(spoil, message, opened, reward_run, tmp_path):
     folder = shutil.copytree(reward_run.adapter, tmp_path / "spoilt")
     file = folder / "adapter_model.safetensors"
     weights = load_file(file)
     match spoil:
         case "another base":
-            line = json.loads((folder / "lineage.json").read_text()) | {"base": "meta-llama/Llama-3.1-8B"}
-            (folder / "lineage.json").write_text(json.dumps(line))
+            change_json(folder / "lineage.json", base="meta-llama/Llama-3.1-8B")
         case "no head":
             save_file({name: tensor for name, tensor in weights.items() if name != SCORE_HEAD}, file)
         case "causal":
-            config = json.loads((folder / "adapter_config.json").read_text()) | {"task_type": "CAUSAL_LM"}
-            (folder / "adapter_config.json").write_text(json.dumps(config))
+            change_json(folder / "adapter_config.json", task_type="CAUSAL_LM")
         case "wide":
             (folder / "lineage.json").unlink()
             save_file(weights | {SCORE_HEAD: torch.zeros(1, 80)}, file)
@@ -159,7 +155,7 @@ def test_adapters_that_do_not_fit_are_refused_before_the_model_loads(spoil, mess
         case "pickle":
             file.unlink()
             torch.save(weights, folder / "adapter_model.bin")
-    assert_refused(lambda: opened(recipe(str(folder))), message)
+    assert_refused(lambda: opened(str(folder)), message)
 
 
 def assert_refused(work, message: str) -> None:
@@ -223,18 +219,13 @@ def test_a_function_that_fails_names_the_row(body, message, function, rows):
     assert_refused(lambda: scorer.scores(rows), message)
 
 
-def test_a_function_does_not_swallow_the_users_stop(function, rows):
+def test_tensors_and_numbers_of_numpy_are_numbers_and_the_users_stop_is_no_error(function, rows):
+    numbers = "[numpy.float32(1.5), torch.tensor(2.0), True, numpy.int64(4)]"
+    scorer = function(f"import numpy, torch\ndef score(completions):\n    return {numbers}\n")
+    assert scorer.scores(rows).tolist() == [[1.5, 2.0], [1.0, 4.0]]
     scorer = function("from qalign.errors import Stopped\ndef score(completions):\n    raise Stopped(2)\n")
     with pytest.raises(Stopped):
         scorer.scores(rows)
-
-
-def test_tensors_and_numbers_of_numpy_are_numbers(function, rows):
-    scorer = function(
-        "import numpy, torch\n"
-        "def score(completions):\n    return [numpy.float32(1.5), torch.tensor(2.0), True, numpy.int64(4)]\n"
-    )
-    assert scorer.scores(rows).tolist() == [[1.5, 2.0], [1.0, 4.0]]
 
 
 @pytest.mark.parametrize(
@@ -300,8 +291,7 @@ def test_a_classifier_without_a_pad_token_reads_the_end(attached, classifier, ro
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = None
     tokenizer.save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    change_json(folder / "config.json", pad_token_id=None)
     (scorer,), (other,) = (attached(str(source)).reward for source in (folder, classifier))
     assert scorer.tokenizer.pad_token_id != scorer.tokenizer.eos_token_id
     assert torch.allclose(scorer.scores(rows), other.scores(rows), atol=1e-5)
