@@ -8,16 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers as tf
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
 from qalign.config.stages import STAGES
 from qalign.model import memory
 from qalign.model.base import Role, load, load_classifier
-from qalign.model.memory import CUDA_CONTEXT, Forecast, Plan, kv_cache_bytes, usable_memory
-from qalign.train.callbacks import PartialCheckpointing
+from qalign.model.memory import CUDA_CONTEXT, Forecast, kv_cache_bytes, usable_memory
+from qalign.train.callbacks import limit_checkpointing
 from tests.families import config as family_config
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
@@ -109,7 +107,7 @@ def test_a_step_takes_what_is_forecast(stage, dtype, checkpointing, tiny_folder,
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
 def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatch):
-    """Six layers (the forecast runs two and four), of which some are checkpointed as `PartialCheckpointing` does it."""
+    """Six layers (the forecast runs two and four), of which some are checkpointed as `limit_checkpointing` does it."""
     forecast = forecast_of(variant(num_hidden_layers=6))
     real = benchmark.trainer_of
 
@@ -119,7 +117,7 @@ def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatc
 
         def enable_some(*words):
             enable(*words)
-            PartialCheckpointing(Plan(0, checkpointed)).on_train_begin(None, None, None, model=trainer.model)
+            limit_checkpointing(trainer.model, checkpointed)
 
         trainer.model.activation_checkpointing_enable = enable_some
         return trainer
@@ -196,13 +194,6 @@ def test_the_base_takes_what_its_tensors_hold(model, tiny_folder):
     assert forecast.fixed["base"] == pytest.approx(held(base), abs=14 * 4 if model["quantization"] != "none" else 0)
 
 
-def test_single_scales_cost_what_qlora_says(tiny_folder):
-    """0.5 bits a weight, with double quantisation 0.127 (arXiv:2305.14314, section 3); two layers of 36,864 weights."""
-    double, single = (forecast_of(tiny_folder, model={"double_quant": way}).fixed["base"] for way in (True, False))
-    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
-    assert single - double == pytest.approx(weights * (0.5 - 0.127) / 8, rel=0.002)
-
-
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
     forecast = forecast_of(tiny_folder, stage)
@@ -253,19 +244,6 @@ def test_what_more_adapters_take(tiny_folder):
     assert forecast_of(tiny_folder, device="cuda").fixed["CUDA context"] == CUDA_CONTEXT
 
 
-class Made(TorchDispatchMode):
-    """The largest tensor off the meta device that was made, in bytes."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        found = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(found):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta":
-                self.largest = max(self.largest, tensor.untyped_storage().nbytes())
-        return found
-
-
 @pytest.mark.parametrize(
     ("name", "size"),
     [
@@ -276,12 +254,10 @@ class Made(TorchDispatchMode):
 def test_a_large_base_is_forecast_in_no_time_and_without_weights(name, size):
     config = shape(name)
     began = time.process_time()
-    with Made() as made:
-        forecast = forecast_of(config, "dpo", "cuda", HALF)
-        step = forecast.step(4096, checkpointing=True)
+    forecast = forecast_of(config, "dpo", "cuda", HALF)
+    step = forecast.step(4096, checkpointing=True)
     assert time.process_time() - began < 3
     assert forecast.fixed["base"] == pytest.approx(size, rel=0.003)
-    assert made.largest < 2**20
     # Between layers 4,096 x 4,096 hidden states in bfloat16 each, 32 times; and little more.
     assert 1 <= step.activations / (32 * 4096 * 4096 * 2) < 1.15
 

@@ -48,25 +48,11 @@ def asked_and_saved(base, pairs: list[TokenPair]) -> tuple[torch.Tensor, CachedR
     return found, references
 
 
-def losses(base, folder, references, pairs, *, micro=MicroBatchLimit(pairs=3), **values) -> list[float]:  # noqa: B008
-    """The curve of a few steps."""
-    settings = DPO.model_validate({"data": "unused.jsonl"})
-    values = {"per_device_train_batch_size": 6, "learning_rate": 1e-2} | values
-    trainer = PreferenceTrainer(base, settings, references, dpo_config(folder, **values), micro, pairs)
-    trainer.train()
-    references.save()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def adapted(tiny_folder, dtype: str = "float32", start: str | None = None):
-    """A fresh base whose policy begins at zero, or as its reference does."""
+def policy_base(tiny_folder, dtype: str = "float32"):
+    """A fresh base whose policy begins at zero."""
     torch.manual_seed(0)
     base = load(Model(base=tiny_folder, compute_dtype=dtype))
-    if start:
-        base.load_adapter(Role.POLICY, start, trainable=True)
-        base.load_reference(start)
-    else:
-        base.add_adapter(Role.POLICY, Lora(r=4))
+    base.add_adapter(Role.POLICY, Lora(r=4))
     return base
 
 
@@ -95,6 +81,19 @@ def test_each_pair_is_computed_once(base, pairs):
     torch.testing.assert_close(more, ask(ReferenceLogps(), base, pairs), rtol=1e-6, atol=0)
 
 
+def test_runs_add_to_one_file_and_compute_their_first_batch_once_more(base, pairs, cache):
+    assert not cache.exists()
+    first, references = asked_and_saved(base, pairs[:3])
+    more, _ = asked_and_saved(base, pairs[3:])
+    assert [file.name for file in cache.iterdir()] == [references.file.name]
+    third = CachedReferenceLogps(base, None)
+    assert torch.equal(torch.cat([ask(third, base, pairs[:2]), ask(third, base, pairs[2:])]), torch.cat([first, more]))
+    assert third.computed == 2, "all but the verification was read"
+    written = third.file.stat().st_mtime_ns
+    third.save()
+    assert third.file.stat().st_mtime_ns == written, "there was nothing to save"
+
+
 FIRST = {"prompt_ids": [5, 6, 7], "chosen_ids": [8, 9], "rejected_ids": [8, 10]}
 
 
@@ -115,32 +114,6 @@ def test_pairs_are_one_if_all_their_ids_are_equal(base, change, computed):
     assert references.computed == computed
 
 
-def test_a_second_run_computes_its_first_batch_once_more_and_nothing_else(base, pairs):
-    first, _ = asked_and_saved(base, pairs)
-    second = CachedReferenceLogps(base, None)
-    assert torch.equal(torch.cat([ask(second, base, pairs[:2]), ask(second, base, pairs[2:])]), first)
-    assert second.computed == 2, "all but the verification was read"
-    written = second.file.stat().st_mtime_ns
-    second.save()
-    assert second.file.stat().st_mtime_ns == written, "there was nothing to save"
-
-
-def test_cached_and_in_step_give_the_same_curve_to_the_bit(tiny_folder, tmp_path):
-    """Kept or not, in one epoch: the same pairs in the same company."""
-    curves = []
-    pairs = house_style(adapted(tiny_folder).tokenizer, 6)
-    for number, kind in enumerate(
-        (lambda base: ReferenceLogps(), *[lambda base: CachedReferenceLogps(base, None)] * 2)
-    ):
-        base = adapted(tiny_folder)
-        curves.append(losses(base, tmp_path / str(number), kind(base), pairs, max_steps=3, num_train_epochs=3))
-    assert curves[0][0] == LN_2
-    assert curves[0][2] < curves[0][0] - 0.01
-    assert curves[1][0] == curves[0][0]
-    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
-    assert curves[2] == curves[1]
-
-
 MICRO = [MicroBatchLimit(pairs=6), MicroBatchLimit(tokens=400)]
 
 
@@ -149,20 +122,21 @@ MICRO = [MicroBatchLimit(pairs=6), MicroBatchLimit(tokens=400)]
 def test_the_first_loss_is_ln_2_to_the_bit(tiny_folder, tmp_path, dtype, micro):
     """In a run that computes its references, and in one that reads them."""
     for number in range(2):
-        base = adapted(tiny_folder, dtype)
+        base = policy_base(tiny_folder, dtype)
         pairs = house_style(base.tokenizer, 6)
         references = CachedReferenceLogps(base, None)
-        folder = tmp_path / str(number)
-        (loss,) = losses(base, folder, references, pairs, micro=micro, bf16=dtype == "bfloat16", max_steps=1)
-        assert loss == LN_2
+        args = dpo_config(tmp_path, per_device_train_batch_size=6, bf16=dtype == "bfloat16", max_steps=1)
+        trainer = PreferenceTrainer(base, DPO.model_validate({"data": "unused"}), references, args, micro, pairs)
+        trainer.train()
+        references.save()
+        assert trainer.state.log_history[0]["loss"] == LN_2
         first = len(base.micro_batches(pairs, micro)[0])
         assert references.computed == (first if number else 6)
 
 
 def test_files_of_other_references_are_others(tiny_folder, tmp_path):
     """Another base, adapter, precision, template: what was kept for one is never read for the other."""
-    base = adapted(tiny_folder)
-    scramble(base)
+    base = policy_base(tiny_folder)
     for name, scale in (("one", 0.05), ("two", 0.06)):
         scramble(base, scale=scale)
         base.save_adapter(Role.POLICY, tmp_path / name)
@@ -183,47 +157,20 @@ def test_files_of_other_references_are_others(tiny_folder, tmp_path):
     assert CachedReferenceLogps(load(Model(**spec)), str(tmp_path / "one")).file != files[1], "an adapter trained again"
 
 
-def test_two_references_do_not_mix(tiny_folder, tmp_path):
-    base = adapted(tiny_folder)
-    scramble(base, scale=0.2)
-    start = str(tmp_path / "start")
-    base.save_adapter(Role.POLICY, tmp_path / "start")
-    pairs = house_style(base.tokenizer, 3)
-    plain, _ = asked_and_saved(adapted(tiny_folder), pairs)
-    base = adapted(tiny_folder, start=start)
-    references = CachedReferenceLogps(base, start)
-    other = ask(references, base, pairs)
-    references.save()
-    assert references.computed == 3
-    assert (plain - other).abs().min() > 1
-    assert torch.equal(ask(CachedReferenceLogps(adapted(tiny_folder), None), adapted(tiny_folder), pairs), plain)
-    assert torch.equal(ask(CachedReferenceLogps(base, start), base, pairs), other)
-
-
-def test_runs_add_to_one_file(base, pairs):
-    asked_and_saved(base, pairs[:3])
-    asked_and_saved(base, pairs[3:])
-    third = CachedReferenceLogps(base, None)
-    found = ask(third, base, pairs)
-    assert third.computed == len(pairs), "one verification of all, nothing anew"
-    torch.testing.assert_close(found, ask(ReferenceLogps(), base, pairs), rtol=1e-6, atol=0)
-
-
 def flipped(content: bytes, place: int) -> bytes:
-    damaged = bytearray(content)
-    damaged[place] ^= 1
-    return bytes(damaged)
+    place += len(content)
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
-DAMAGE = {
-    **{f"cut at {kept}": lambda content, kept=kept: content[:kept] for kept in (0, 10, 200, -1)},
-    # Of the log-probs, and of the digests.
-    **{f"flipped at {place}": lambda content, place=place: flipped(content, place) for place in (-1, -30, -200)},
-    "something else": lambda content: save({"weights": torch.zeros(3)}),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *[lambda content, kept=kept: content[:kept] for kept in (0, 10, 200, -1)],
+        # Bits of the log-probs and of the digests.
+        *[lambda content, place=place: flipped(content, place) for place in (-1, -30, -200)],
+        lambda content: save({"weights": torch.zeros(3)}),
+    ],
+)
 def test_a_damaged_file_is_noticed_and_mended(base, pairs, capsys, damage):
     first, references = asked_and_saved(base, pairs)
     content = references.file.read_bytes()
@@ -240,7 +187,7 @@ def test_a_damaged_file_is_noticed_and_mended(base, pairs, capsys, damage):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_whole_files_with_other_numbers_are_noticed(tiny_folder, capsys, dtype, others_first):
     """As a library would write them that computes otherwise: the checksum is right, the numbers aren't."""
-    base = adapted(tiny_folder, dtype)
+    base = policy_base(tiny_folder, dtype)
     pairs = house_style(base.tokenizer, 6)
     first, references = asked_and_saved(base, pairs[:3])
     tensors = load_file(references.file)
@@ -274,15 +221,6 @@ def test_killed_while_saving_the_old_file_is_whole(base, pairs, monkeypatch):
     assert third.computed == 3  # verified, and taken
 
 
-def test_nothing_is_written_before_it_is_saved(base, pairs, cache):
-    references = CachedReferenceLogps(base, None)
-    references.save()
-    ask(references, base, pairs)
-    assert not cache.exists()
-    references.save()
-    assert [file.name for file in cache.iterdir()] == [references.file.name]
-
-
 def curve(run) -> list[float]:
     return [line["loss"] for line in metrics(run)]
 
@@ -301,8 +239,8 @@ def test_the_command_keeps_them_with_its_checkpoints(recipe_file, cache, monkeyp
     in_step = train(recipe_file("three.yaml", output="three", reference="in_step", **keys))
     assert [references.computed for references in made] == [8, 2]
     assert len(list(cache.iterdir())) == 1
-    assert curve(one)[0] == curve(two)[0] == curve(in_step)[0] == LN_2
-    assert curve(two) == pytest.approx(curve(one), rel=1e-5)
+    assert curve(one)[0] == curve(in_step)[0] == LN_2
+    assert curve(two) == curve(one)
     assert curve(in_step) == pytest.approx(curve(one), rel=1e-5)
 
 
