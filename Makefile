@@ -24,7 +24,7 @@ lock: setup  ## write requirements.lock anew, after a change of requirements.txt
 	$(BIN)/python .ci/lock.py
 
 docs: setup  ## write the recipe's reference and its schema anew, after a change of a recipe key
-	$(BIN)/python -m qalign.config.docs
+	$(BIN)/python docs/make_recipe.py
 
 demo: setup  ## align the small embedded model, then show what changed (about 5 minutes on 2 CPU cores)
 	@echo "== teaching SmolLM2-135M 200 dialogues into runs/demo/sft (an older demo run is replaced)"

@@ -5,14 +5,18 @@ python -m qalign.init [NAME] [--full]     # without NAME: lists the recipes
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
+
+from pydantic.fields import FieldInfo
 
 from qalign.cli import exit_code
 from qalign.config.atomic import write_whole
-from qalign.config.docs import with_every_key
-from qalign.config.load import parse
-from qalign.config.paths import named_paths
+from qalign.config.load import flow, parse, sections_in
+from qalign.config.paths import Keys, as_keys, named_paths
+from qalign.config.recipe import Recipe
 from qalign.errors import UserError, did_you_mean
 
 PACKAGE = Path(__file__).parent
@@ -47,6 +51,29 @@ def write_recipe(name: str, *, full: bool = False) -> None:
             print(f"wrote {path}")
     write_whole(target, text.replace(f"recipes/{target}", str(target)))
     print(f"wrote {target}; change it, then train: python -m qalign {target}")
+
+
+def with_every_key(file: Path) -> str:
+    """A recipe file's text with every key and its docstring as a comment; the values that the file sets stay."""
+    raw, text = parse(file)[0], file.read_text(encoding="utf-8")
+    lines = [*takewhile(lambda line: line.startswith("#"), text.splitlines())]
+    for key, field in Recipe.model_fields.items():
+        section = next(sections_in(field.annotation), None)
+        if section is None:
+            lines += ["", *_commented(key, field, raw)]
+            continue
+        lines += ["", *_comment(section.__doc__), f"{key}:"]
+        for inner, inner_field in section.model_fields.items():
+            lines += [f"  {line}" for line in _commented(inner, inner_field, as_keys(raw.get(key)))]
+    return "\n".join(lines) + "\n"
+
+
+def _commented(key: str, field: FieldInfo, values: Keys) -> list[str]:
+    return [*_comment(field.description), f"{key}: {flow(values.get(key, field.default))}"]
+
+
+def _comment(docstring: str | None) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(" ".join((docstring or "").split()), 110, break_on_hyphens=False)]
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -49,7 +49,11 @@ def load(path: str, overrides: Sequence[str] = (), stage: str | None = None) -> 
         raise UserError(f"{path}: there is no such recipe{near}")
     raw, lines = parse(file)
     overridden = _apply(raw, overrides)
-    found = [(place, _set_twice(place, at)) for place, at in lines.items() if len(at) > 1]
+    found: list[Problem] = [  # of a key that is set twice, YAML would silently use the last value
+        (place, f"'{place[-1]}' is set more than once, in lines {', '.join(map(str, at))}; keep one")
+        for place, at in lines.items()
+        if len(at) > 1
+    ]
     try:
         Recipe.model_validate(raw)
     except ValidationError as error:
@@ -117,11 +121,6 @@ def _lines(node: yaml.Node | None, place: Place = ()) -> Iterator[tuple[Place, i
         for index, value in enumerate(node.value):
             yield (*place, index), value.start_mark.line + 1
             yield from _lines(value, (*place, index))
-
-
-def _set_twice(place: Place, lines: list[int]) -> str:
-    """The message about a key that is set more than once, of which YAML would silently use the last."""
-    return f"'{place[-1]}' is set more than once, in lines {', '.join(map(str, lines))}; keep one"
 
 
 def _apply(raw: Keys, overrides: Sequence[str]) -> set[Place]:

@@ -5,7 +5,7 @@ import importlib.util
 import os
 import symtable
 from collections.abc import Callable, Iterator
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path, PureWindowsPath
 from typing import Any, cast
 
@@ -43,6 +43,7 @@ def _exists(path: Path) -> bool:
 
 
 def _adapter(path: str, beside: Path) -> Path | None:
+    """The PEFT adapter folder at a path."""
     config = locate(str(Path(path) / "adapter_config.json"), beside)
     return config and config.parent
 
@@ -72,10 +73,7 @@ def package_file(path: str) -> Path:
         UserError: the package is not installed, or has no such file.
     """
     name, _, inside = path.removeprefix("package:").partition("/")
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # a dotted name whose parent is missing
-        spec = None
+    spec = _module(name)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(f"the package '{name}' is not installed; `make setup` installs the demo's, or pip install it")
     file = Path(spec.submodule_search_locations[0]) / inside
@@ -114,34 +112,27 @@ def named_paths(raw: Keys) -> Iterator[tuple[Place, str, str]]:
 def missing(raw: Keys, beside: Path) -> Iterator[Problem]:
     """(place, message) of every path in an unchecked recipe that doesn't exist; `beside` is the recipe's folder."""
     for place, key, path in named_paths(raw):
-        if problem := _PROBLEMS[key](path, beside):
+        problem = _reward_problem(path, beside) if key in ("reward", "judge") else _path_problem(key, path, beside)
+        if problem:
             yield place, f"{key}: {problem}"
     yield from _judge_that_is_the_reward(raw, beside)
 
 
-def _base_problem(base: str, beside: Path) -> str | None:
-    if not base.startswith("package:"):
-        return f"there is no '{base}'" if looks_local(base) and not locate(base, beside) else None
-    try:
-        package_file(base)
-    except UserError as error:
-        return str(error)
-
-
-def _template_problem(template: str, beside: Path) -> str | None:
-    return None if locate(template, beside) else f"there is no file '{template}'"
-
-
-def _data_problem(path: str, beside: Path) -> str | None:
-    if not looks_local(path) or locate(path, beside):
+def _path_problem(key: str, path: str, beside: Path) -> str | None:
+    if key == "base" and path.startswith("package:"):
+        try:
+            package_file(path)
+        except UserError as error:
+            return str(error)
         return None
-    names = _names_of_files(Path(path).parent, (beside / path).parent)
-    return f"there is no file '{path}'" + did_you_mean(Path(path).name, names)
-
-
-def _start_problem(start: str, beside: Path) -> str | None:
-    if start != SFT_RUN and not _adapter(start, beside):
-        return f"'{start}' is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it)"
+    if key == "start_from":
+        if path == SFT_RUN or _adapter(path, beside):
+            return None
+        return f"'{path}' is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it)"
+    if locate(path, beside) or not (looks_local(path) or key == "chat_template"):
+        return None
+    near = did_you_mean(Path(path).name, _names_of_files(Path(path).parent, (beside / path).parent))
+    return f"there is no '{path}'" if key == "base" else f"there is no file '{path}'{near}"
 
 
 def _reward_problem(source: str, beside: Path) -> str | None:
@@ -152,9 +143,9 @@ def _reward_problem(source: str, beside: Path) -> str | None:
             kind = "file" if where.endswith(".py") else "module"
             return f"there is no {kind} '{where}' to take the function '{name}' from"
         known = _names_in(file)
-        return (
-            None if known is None or name in known else f"{where} has no function '{name}'" + did_you_mean(name, known)
-        )
+        if known is None or name in known:
+            return None
+        return f"{where} has no function '{name}'{did_you_mean(name, known)}"
     if source.endswith(".py"):
         return f"'{source}' names no function; write {source}:FUNCTION"
     if source == REWARD_RUN or reward_adapter(source, beside) or not (looks_local(source) or _exists(beside / source)):
@@ -163,12 +154,6 @@ def _reward_problem(source: str, beside: Path) -> str | None:
     if place and not (place / "config.json").is_file():
         return f"'{source}' has no finished reward run (adapter_config.json) and no model (config.json) in it"
     return None if place else f"there is no '{source}'"
-
-
-_PROBLEMS: dict[str, Callable[[str, Path], str | None]] = {
-    "base": _base_problem, "chat_template": _template_problem, "data": _data_problem, "eval_data": _data_problem,
-    "start_from": _start_problem, "reward": _reward_problem, "judge": _reward_problem,
-}  # fmt: skip
 
 
 def _judge_that_is_the_reward(raw: Keys, beside: Path) -> Iterator[Problem]:
@@ -194,8 +179,8 @@ def _function_file(where: str, beside: Path) -> Path | None:
     return _module_file(where) or locate(f"{where.replace('.', '/')}.py", beside)
 
 
-def _module_file(name: str) -> Path | None:
-    """The file of a module that Python can import; found without importing it or its parent packages."""
+def _module(name: str) -> ModuleSpec | None:
+    """What Python would import under this name; found without importing it or its parent packages."""
     top, *inside = name.split(".")
     try:
         spec = importlib.util.find_spec(top)
@@ -203,6 +188,11 @@ def _module_file(name: str) -> Path | None:
         return None
     for part in inside:
         spec = spec and PathFinder.find_spec(part, list(spec.submodule_search_locations or ()))
+    return spec
+
+
+def _module_file(name: str) -> Path | None:
+    spec = _module(name)
     return Path(spec.origin) if spec and spec.origin else None
 
 

@@ -1,7 +1,7 @@
 """The recipe's sections for data and for the stages SFT, reward, DPO and PPO; `qalign.config.recipe` has the rest.
 
 The docstring under each key begins with the field's own term. Editors show it (`recipes/recipe.schema.json`), and
-`docs/recipe.md` lists it: after a change run `python -m qalign.config.docs`.
+`docs/recipe.md` lists it: after a change run `make docs` (`python docs/make_recipe.py`).
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,7 @@ class Section(BaseModel):
     """A part of the recipe: unknown keys and converted types are errors, and it is immutable."""
 
     model_config = ConfigDict(
-        extra="forbid",
-        frozen=True,
-        strict=True,
-        str_min_length=1,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
+        extra="forbid", frozen=True, strict=True, str_min_length=1, allow_inf_nan=False, use_attribute_docstrings=True
     )
 
     def conflicts(self) -> Iterator[str]:

@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from dataclasses import dataclass
+import runpy
 from pathlib import Path
+from typing import NamedTuple
 
 import jsonschema
 import pytest
@@ -14,7 +15,6 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 from trl import DPOConfig, RewardConfig, SFTConfig
 
-from qalign.config.docs import REFERENCE, SCHEMA, reference, schema
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import STAGES, Stage
@@ -25,65 +25,32 @@ from tests.helpers import metrics, train_recipe
 
 NAMES = ["llama31_8b", "mistral7b", "qwen3_4b", "smollm2_1.7b", "smollm2_demo"]
 DEMO = "smollm2_demo"
+SCHEMA = ROOT / "recipes" / "recipe.schema.json"
 HUB = sorted({*NAMES} - {DEMO})
 ULTRAFEEDBACK, ULTRACHAT = "HuggingFaceH4/ultrafeedback_binarized", "HuggingFaceH4/ultrachat_200k"
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A base's sizes, worked out by hand from its published config.
+class Shape(NamedTuple):
+    """What is worked out by hand from a base's published config."""
 
-    Attributes:
-        fixture: folder in `fixtures/configs`.
-        parameters: of the whole base, tied weights once.
-        linear: weights of the linear layers in all blocks, which are quantised.
-        per_rank: adapter weights per rank: inputs plus outputs of the linear layers, over all blocks.
-        card: memory of the recipe's GPU, in GB, and how many layers `auto` checkpoints on it; None for the demo.
-    """
-
-    fixture: str
-    parameters: int
-    linear: int
-    per_rank: int
-    card: tuple[int, int] | None = None
+    fixture: str  # folder in `fixtures/configs`
+    per_rank: (
+        int  # adapter weights per rank: blocks x inputs plus outputs of the layers (q and o, k and v, gate up down)
+    )
+    card: tuple[int, int] | None = None  # the recipe's GPU in GB, and how many layers `auto` checkpoints on it
 
 
-# Each product is blocks x (q and o, k and v, gate up down).
 SHAPES = {
-    "mistral7b": Shape(
-        "Mistral-7B-v0.3",
-        parameters=7_248_023_552,
-        linear=32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336),
-        per_rank=32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)),
-        card=(12, 31),
+    "mistral7b": Shape("Mistral-7B-v0.3", 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)), (12, 31)),
+    # The raw base has the shapes of the Instruct model.
+    "llama31_8b": Shape("Llama-3.1-8B", 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)), (12, 32)),
+    "qwen3_4b": Shape(  # 32 heads of 128: wider than the hidden states
+        "Qwen3-4B-Instruct-2507", 36 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)), (8, 35)
     ),
-    "llama31_8b": Shape(
-        "Llama-3.1-8B",  # the raw base and the Instruct model have the same shapes
-        parameters=8_030_261_248,
-        linear=32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336),
-        per_rank=32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)),
-        card=(12, 32),
+    "smollm2_1.7b": Shape(  # as many key heads as query heads
+        "SmolLM2-1.7B-Instruct", 24 * (4 * (2048 + 2048) + 3 * (2048 + 8192)), (15, 11)
     ),
-    "qwen3_4b": Shape(
-        "Qwen3-4B-Instruct-2507",  # 32 heads of 128: wider than the hidden states
-        parameters=4_022_468_096,
-        linear=36 * (2 * 2560 * 4096 + 2 * 2560 * 1024 + 3 * 2560 * 9728),
-        per_rank=36 * (2 * (2560 + 4096) + 2 * (2560 + 1024) + 3 * (2560 + 9728)),
-        card=(8, 35),
-    ),
-    "smollm2_1.7b": Shape(
-        "SmolLM2-1.7B-Instruct",  # as many key heads as query heads
-        parameters=1_711_376_384,
-        linear=24 * (4 * 2048 * 2048 + 3 * 2048 * 8192),
-        per_rank=24 * (4 * (2048 + 2048) + 3 * (2048 + 8192)),
-        card=(15, 11),
-    ),
-    "smollm2_demo": Shape(
-        "SmolLM2-135M-Instruct",
-        parameters=134_515_008,
-        linear=30 * (2 * 576 * 576 + 2 * 576 * 192 + 3 * 576 * 1536),
-        per_rank=30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536)),
-    ),
+    "smollm2_demo": Shape("SmolLM2-135M-Instruct", 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))),
 }
 
 
@@ -141,11 +108,12 @@ def test_the_header_gives_a_command_that_works(name):
 
 
 def test_the_generated_files_are_current():
-    fix = "run .venv/bin/python -m qalign.config.docs"
+    current = runpy.run_path(str(ROOT / "docs" / "make_recipe.py"))["generated"]()
 
-    assert SCHEMA.read_text(encoding="utf-8") == schema(), fix
-    assert REFERENCE.read_text(encoding="utf-8") == reference(), fix
-    assert reference().count("\n| `") > 90  # a row for every key
+    assert sorted(current) == [ROOT / "docs" / "recipe.md", SCHEMA]
+    for file, content in current.items():
+        assert file.read_text(encoding="utf-8") == content, "run `make docs` (python docs/make_recipe.py)"
+    assert current[ROOT / "docs" / "recipe.md"].count("\n| `") > 90  # a row for every key
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +135,9 @@ def test_editors_find_no_mistake_in_a_recipe(name, validator):
         ("dpo", "bata", 0.1, False), ("dpo", "beta", "0.1", False), ("model", "quantization", "nf5", False),
         ("lora", "r", 0, False), ("sft", "neftune_alpha", 0, False), ("reward", "beta", 0.1, False),
         ("ppo", "reward", [], False), ("ppo", "reward", None, False), ("ppo", "judge", 5, False),
+        *((stage, "data", data, False) for stage in STAGES for data in ([], "", None, 5)),
+        *((stage, "eval_data", data, True) for stage in STAGES
+          for data in (None, "a.jsonl", {"path": "a.jsonl"}, ["a.jsonl", {"path": "org/b"}])),
         ("ppo", "reward", {"source": "reward", "wieght": 2.0}, False), ("ppo", "on_alarm", "shout", False),
         ("ppo", "judge", "runs/other/reward", True), ("ppo", "judge", {"source": "m:f", "weight": -0.5}, True),
         ("ppo", "reward", ["reward", {"source": "org/model", "weight": 2}], True), ("dpo", "beta", 0.5, True),
@@ -191,17 +162,14 @@ def base(name) -> Base:
 
 
 def test_the_adapter_fits_the_base(name, recipe, base):
-    shape = SHAPES[name]
-    linear = {place: layer for place, layer in base.lm.named_modules() if isinstance(layer, nn.Linear)}
-    assert base.lm.num_parameters() == shape.parameters
-    assert sum(layer.weight.numel() for place, layer in linear.items() if place != "lm_head") == shape.linear
+    linear = {place for place, layer in base.lm.named_modules() if isinstance(layer, nn.Linear)}
 
     with torch.device("meta"):
         base.add_adapter(Role.POLICY, recipe.lora)
 
-    assert base.count_parameters()[0] == recipe.lora.r * shape.per_rank
+    assert base.count_parameters()[0] == recipe.lora.r * SHAPES[name].per_rank
     adapted = {place.removesuffix(".lora_A") for place, _ in base.lm.named_modules() if place.endswith(".lora_A")}
-    assert adapted == linear.keys() - {"lm_head"}
+    assert adapted == linear - {"lm_head"}
     assert {p.dtype for p in base.model.parameters() if p.requires_grad} == {torch.float32}
 
 
