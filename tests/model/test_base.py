@@ -18,39 +18,15 @@ from qalign.model.base import Role, load
 from qalign.model.loading import cache_folder, guard_4bit, save_tokenizer
 from tests.conftest import FIXTURES
 from tests.helpers import digest, scramble
-
-IDS = torch.arange(20, 60).view(2, 20)
-
-
-def logits(base, role=Role.POLICY) -> torch.Tensor:
-    base.model.eval()
-    with torch.no_grad(), base.acting_as(role) as lm:
-        return lm(input_ids=IDS).logits
-
-
-@pytest.fixture
-def spec(tiny_folder):
-    return Model(base=tiny_folder, compute_dtype="float32")
+from tests.model.conftest import IDS, gradient, logits, state
 
 
 @pytest.fixture
 def adapter_folder(spec, tmp_path):
     """A PEFT adapter made with plain PEFT, as a user would bring it."""
-    lm = load(spec).lm
-    model = peft.get_peft_model(lm, peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))
-    generator = torch.Generator().manual_seed(5)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-    model.save_pretrained(tmp_path / "start")
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(load(spec).lm, config).save_pretrained(tmp_path / "start")
     return str(tmp_path / "start")
-
-
-def test_base_is_four_bit_and_frozen(tiny_base):
-    linears = [m for m in tiny_base.lm.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    assert len(linears) == 2 * 7
-    assert all(module.weight.quant_state.quant_type == "nf4" for module in linears)
-    assert not any(parameter.requires_grad for parameter in tiny_base.lm.parameters())
 
 
 def test_reference_with_adapters_off_is_the_base_alone_to_the_bit(spec, tiny_base):
@@ -92,16 +68,6 @@ def test_reference_has_no_dropout_and_the_training_policy_does(spec, adapter_fol
             assert torch.equal(lm(input_ids=IDS).logits, lm(input_ids=IDS).logits)
     with base.acting_as(Role.POLICY) as lm:
         assert not torch.equal(lm(input_ids=IDS).logits, lm(input_ids=IDS).logits)
-
-
-def state(base):
-    """What a change of role may disturb."""
-    return (
-        base.role,
-        [parameter.requires_grad for parameter in base.model.parameters()],
-        [module.training for module in base.model.modules()],
-        base.model.active_adapter,
-    )
 
 
 @pytest.mark.parametrize("from_adapter", [False, True])
@@ -170,7 +136,7 @@ def test_one_copy_of_the_base_in_memory(spec, adapter_folder):
         logits(base, role)
     gc.collect()
     weights = [t for t in gc.get_objects() if isinstance(t, bnb.nn.Params4bit) and id(t) not in others]
-    assert len(weights) == 2 * 7
+    assert [weight.quant_state.quant_type for weight in weights] == ["nf4"] * (2 * 7)
     lora = sum(p.numel() for n, p in base.model.named_parameters() if "lora_" in n)
     assert sum(p.numel() for p in base.model.parameters()) == one_copy + lora
     assert lora == 2 * sum(p.numel() for p in load_file(f"{adapter_folder}/adapter_model.safetensors").values())
@@ -180,6 +146,7 @@ def test_bitsandbytes_does_not_repack_the_weights(tiny_base):
     """On a CPU with AVX512-BF16 the first eval forward without gradients would repack them and spoil all gradients."""
     tiny_base.add_adapter(Role.POLICY, Lora(r=4))
     before = digest(tiny_base)
+    tiny_base.model.train()
     first = gradient(tiny_base)
     logits(tiny_base, Role.REFERENCE)
     logits(tiny_base)
@@ -188,14 +155,8 @@ def test_bitsandbytes_does_not_repack_the_weights(tiny_base):
         if isinstance(module, bnb.nn.Linear4bit):
             assert not getattr(module.weight.quant_state, "packing_format_for_cpu", False)
             assert module.support_avx512bf16_for_cpu is False
+    tiny_base.model.train()
     assert torch.equal(gradient(tiny_base), first)
-
-
-def gradient(base) -> torch.Tensor:
-    base.model.train()
-    base.model.zero_grad()
-    base.lm(input_ids=IDS, labels=IDS).loss.backward()
-    return torch.cat([p.grad.flatten() for n, p in base.model.named_parameters() if ".lora_B." in n])
 
 
 def test_repacked_weights_are_refused(tiny_base):

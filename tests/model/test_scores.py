@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import MicroBatchLimit
@@ -11,15 +11,11 @@ from qalign.data.tokenize import TokenPair, end_of_turn_id
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.logps import ScalarHead
 from tests.conftest import FIXTURES
+from tests.families import family
 from tests.helpers import house_style, scramble
+from tests.model.conftest import IDS, gradient, logits, state
 
-IDS = torch.arange(20, 60).view(2, 20)
 LORA = Lora(r=4, alpha=8)
-
-
-@pytest.fixture
-def spec(tiny_folder):
-    return Model(base=tiny_folder, compute_dtype="float32")
 
 
 def reward_classifier(spec):
@@ -53,11 +49,6 @@ def pairs_of(tokenizer, count: int = 4) -> list[TokenPair]:
 
 def scores(base, pairs: list[TokenPair], at_once: int = 4) -> torch.Tensor:
     return base.answer_scores(Role.REWARD, pairs, MicroBatchLimit(pairs=at_once))
-
-
-def logits(base, role=Role.POLICY) -> torch.Tensor:
-    with torch.no_grad(), base.acting_as(role) as lm:
-        return lm(input_ids=IDS).logits
 
 
 def test_a_fresh_head_is_small_and_computes_in_its_own_precision():
@@ -98,12 +89,7 @@ def test_the_score_is_read_at_the_end_of_turn_also_where_that_pads(spec, adapter
 def test_transformers_own_pooling_reads_the_same_token(tmp_path, name):
     """The classifier's pad token is chosen for it; with the tokenizer's usual pad = end of turn it reads another."""
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / name)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.1,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    family("llama", len(tokenizer), spread=0.1, dtype=torch.float32).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     base = reward_classifier(Model(base=str(tmp_path), compute_dtype="float32", quantization="none"))
     pairs = pairs_of(base.tokenizer)
@@ -162,12 +148,13 @@ def test_bfloat16_moves_scores_by_its_rounding_and_no_more(spec, adapter):
     torch.testing.assert_close(alone, found, rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("lora", [LORA, Lora(r=2, targets=["q_proj"])])  # the reward model adapts all kinds of layers
 @pytest.mark.parametrize("reward_first", [False, True])
-def test_the_roles_on_one_base_do_not_disturb_each_other(spec, adapter, tmp_path, reward_first):
+def test_the_roles_on_one_base_do_not_disturb_each_other(spec, adapter, tmp_path, reward_first, lora):
     """Policy, reference and reward model: each is to the bit what it is alone."""
     trained, alone = load(spec), load(spec)
     base_logits = logits(alone, Role.BASE)
-    trained.add_adapter(Role.POLICY, LORA)
+    trained.add_adapter(Role.POLICY, lora)
     scramble(trained)
     trained.save_adapter(Role.POLICY, tmp_path)
     alone.load_adapter(Role.POLICY, str(tmp_path), trainable=True)
@@ -199,25 +186,11 @@ def test_scoring_leaves_everything_as_it_was_also_amid_training(spec, adapter):
     base.model.train()
     base.model.base_model.model.model.layers[0].eval()  # an unusual mix of modes must come back too
     next(p for n, p in base.model.named_parameters() if ".lora_A.policy." in n).requires_grad_(False)
-
-    def state():
-        return (
-            base.role,
-            base.model.active_adapter,
-            [parameter.requires_grad for parameter in base.model.parameters()],
-            [module.training for module in base.model.modules()],
-        )
-
-    def gradient() -> torch.Tensor:
-        base.model.zero_grad()
-        base.lm(input_ids=IDS, labels=IDS).loss.backward()
-        return torch.cat([p.grad.flatten() for n, p in base.model.named_parameters() if ".lora_B.policy." in n])
-
-    before, first = state(), gradient()
+    before, first = state(base), gradient(base)
     assert not scores(base, pairs_of(base.tokenizer)).requires_grad
-    assert state() == before
+    assert state(base) == before
     assert first.norm() > 0
-    assert torch.equal(gradient(), first)
+    assert torch.equal(gradient(base), first)
     assert not any(p.grad is not None for n, p in base.model.named_parameters() if ".reward." in n)
 
 
@@ -231,18 +204,6 @@ def test_a_scoring_role_has_no_dropout(spec):
     with torch.no_grad():
         one, other = (classifier.lm(input_ids=IDS).logits for _ in range(2))
     assert not torch.equal(one, other)  # in training it has
-
-
-def test_reward_and_policy_may_adapt_different_layers(spec, adapter):
-    """The policy adapts one kind of layer here, the reward model all of them."""
-    base = load(spec)
-    base.add_adapter(Role.POLICY, Lora(r=2, targets=["q_proj"]))
-    scramble(base)
-    alone = logits(base)
-    base.load_adapter(Role.REWARD, adapter, trainable=False)
-    pairs = pairs_of(base.tokenizer)
-    assert torch.equal(scores(base, pairs), scores(with_reward(spec, adapter), pairs))
-    assert torch.equal(logits(base), alone)
 
 
 def test_many_rows_are_packed_in_groups_and_keep_their_order(spec, adapter, monkeypatch):

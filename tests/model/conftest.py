@@ -1,0 +1,37 @@
+"""What the tests of roles on one base have in common: the tiny model, logits of a role, and what a role may disturb."""
+
+import pytest
+import torch
+
+from qalign.config.recipe import Model
+from qalign.model.base import Role
+
+IDS = torch.arange(20, 60).view(2, 20)
+
+
+@pytest.fixture
+def spec(tiny_folder):
+    return Model(base=tiny_folder, compute_dtype="float32")
+
+
+def logits(base, role=Role.POLICY) -> torch.Tensor:
+    base.model.eval()
+    with torch.no_grad(), base.acting_as(role) as lm:
+        return lm(input_ids=IDS).logits
+
+
+def state(base):
+    """What a change of role may disturb."""
+    return (
+        base.role,
+        [parameter.requires_grad for parameter in base.model.parameters()],
+        [module.training for module in base.model.modules()],
+        base.model.active_adapter,
+    )
+
+
+def gradient(base) -> torch.Tensor:
+    """The policy's, in training mode."""
+    base.model.zero_grad()
+    base.lm(input_ids=IDS, labels=IDS).loss.backward()
+    return torch.cat([p.grad.flatten() for n, p in base.model.named_parameters() if ".lora_B.policy." in n])
