@@ -53,11 +53,8 @@ class View:
 
 
 class Page:
-    """The actions of the page, on one chat and one file of votes. They change the visitor's session.
-
-    Args:
-        search: finds the models that are available now.
-    """
+    """The actions of the page, on one chat and one file of votes. They change the visitor's session. `search` finds the
+    models that are available now."""
 
     def __init__(self, chat: Chat, votes: VoteFile, search: Callable[[], list[ModelEntry]] = list):
         self.chat, self.votes, self._search = chat, votes, search
@@ -74,11 +71,10 @@ class Page:
         for entry in self.chat.entries.values():
             stages = (entry.recipe.dpo, entry.recipe.ppo, entry.recipe.sft) if entry.recipe else ()
             data, split = next(((s.eval_data, s.split) for s in stages if s and s.eval_data), ((), ""))
-            if not data or not all(looks_local(source.path) for source in data):
-                continue
-            with suppress(UserError):  # the file has been moved
-                rows, _ = prompts(data, split, 10 * count, 0)
-                return [row.turns[-1]["content"] for row in rows if len(row.turns) == 1][:count]
+            if data and all(looks_local(source.path) for source in data):
+                with suppress(UserError):  # the file has been moved
+                    rows, _ = prompts(data, split, 10 * count, 0)
+                    return [row.turns[-1]["content"] for row in rows if len(row.turns) == 1][:count]
         return []
 
     def choose(self, session: Session, inputs: Inputs) -> View:
@@ -157,28 +153,21 @@ class Page:
             return ""
         if session.hides:
             return "<p>Hidden until you vote.</p>"
-        name = session.names[session.aligned]
-        if self.chat.entries[name].adapter is None:
+        reply = session.replies[session.aligned]
+        if self.chat.entries[reply.model].adapter is None:
             return "<p>Both sides are the bare base, so there is no difference to show.</p>"
         try:
-            reply = session.replies[session.aligned]
-            shown = spans_html(self.chat.token_spans(reply), len(reply.ids), name)
+            shown = spans_html(self.chat.token_spans(reply), len(reply.ids), reply.model)
         except Exception as error:
             shown = f"<p>{escape(error_text(error))}</p>"
         return shown if session.round == this_round else ""
 
     def view(self, session: Session, growing: list[Reply] | None = None, **more: Any) -> View:
-        """What the page shows of a session now.
-
-        Args:
-            growing: unfinished answers, which are not in the dialogues yet.
-            more: other fields of `View`.
-        """
-        dialogues, figures = [], []
+        """What the page shows of a session now. `growing` answers aren't in its dialogues yet; `more`: fields of `View`."""
+        dialogues, figures, replies = [], [], growing or session.replies
         for number in session.order:
             text = [{"role": "assistant", "content": growing[number].text}] if growing else []
             dialogues.append([*session.turns[number], *text])
-            replies = growing or session.replies
             figures.append(figures_text(replies[number], hidden=session.hides) if replies else "")
         tally = None if more.get("busy") else self.tally(session)  # it hashes weights and reads a file
         more = {"tally": tally, "can_vote": session.can_vote, **more}

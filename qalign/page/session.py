@@ -32,18 +32,13 @@ class Session:
 
     names: tuple[str, str]  # of the two models
     blind: bool = False  # a blind test: the names stay hidden until the vote
-    flipped: bool = False  # the second model is shown on the left
+    order: tuple[int, int] = (0, 1)  # the numbers of the sides, left to right
     turns: tuple[list[Message], list[Message]] = field(default_factory=lambda: ([], []))  # without system turns
     replies: list[Reply] = field(default_factory=list)  # the last answer of each side
     sampling: dict[str, Any] = field(default_factory=dict)  # the sampling settings of these
     voted: bool = False  # these have been voted on
     round: int = 0  # rises with every change of the dialogues, so that late answers can be recognised
-    _before: tuple = field(default=(([], []), [], False, False), repr=False)
-
-    @property
-    def order(self) -> tuple[int, int]:
-        """The numbers of the sides, left to right."""
-        return (1, 0) if self.flipped else (0, 1)
+    _before: tuple[Any, ...] = ()  # the dialogues before the last question
 
     @property
     def titles(self) -> tuple[str, str]:
@@ -65,27 +60,24 @@ class Session:
 
     @property
     def can_vote(self) -> bool:
-        return self.blind and bool(self.replies) and not self.voted
+        return self.hides and bool(self.replies)
 
     def clear(self) -> None:
         """Starts a new dialogue; a blind test shuffles the sides again."""
         self.turns, self.replies, self.voted = ([], []), [], False
         self.round += 1
-        self.flipped = self.blind and secrets.choice((True, False))
+        self.order = secrets.choice(((0, 1), (1, 0))) if self.blind else (0, 1)
 
     def choose(self, first: str, second: str, *, blind: bool) -> None:
-        """Sets the models and the kind of test; any change starts a new dialogue."""
+        """Sets the models and the kind of test. Any change starts a new dialogue."""
         if ((first, second), blind) != (self.names, self.blind):
             self.names, self.blind = (first, second), blind
             self.clear()
 
     def ask(self, prompt: str) -> list[tuple[str, list[Message]]]:
-        """Adds a question to both dialogues; after a vote, when the names are known, it starts new ones.
-
-        Returns:
-            (name of the model, its dialogue) of each side.
-        """
-        self._before = (tuple(map(list, self.turns)), self.replies, self.voted, self.flipped)
+        """Adds a question to both dialogues; after a vote, when the names are known, it starts new ones. Returns (name of
+        the model, its dialogue) of each side."""
+        self._before = (tuple(map(list, self.turns)), self.replies, self.voted, self.order)
         if self.blind and self.voted:
             self.clear()
         self.replies = []
@@ -96,7 +88,7 @@ class Session:
 
     def undo(self) -> None:
         """Takes back a question that got no answer; earlier answers can still be voted on."""
-        self.turns, self.replies, self.voted, self.flipped = self._before
+        self.turns, self.replies, self.voted, self.order = self._before
         self.round += 1
 
     def add_replies(self, replies: list[Reply], sampling: dict[str, Any]) -> None:
@@ -106,13 +98,11 @@ class Session:
             turns.append({"role": "assistant", "content": reply.text})
 
     def remove_last(self) -> str:
-        """Removes the last question with its answers and returns it; an empty text if there is none.
-
-        After a vote, when the names are known, the whole dialogue is removed.
-        """
+        """Removes the last question with its answers and returns it; an empty text if there is none. After a vote, when
+        the names are known, the whole dialogue is removed."""
         last = ""
         for turns in self.turns:
-            while turns and (turn := turns.pop()):
+            while turns and (turn := turns.pop()):  # without an answer while it grows
                 if turn["role"] == "user":
                     last = turn["content"]
                     break
@@ -123,13 +113,9 @@ class Session:
         return last
 
     def vote(self) -> tuple[Reply, Reply]:
-        """Marks the answers as voted on and returns A (the left one) and B.
-
-        Raises:
-            UserError: there are no answers to vote on.
-        """
+        """Marks the answers as voted on and returns A (the left one) and B; a `UserError` if there are none."""
         if not self.can_vote:
             raise UserError("there are no two answers to vote on; ask something first")
         self.voted = True
-        left, right = self.order
-        return self.replies[left], self.replies[right]
+        left, right = (self.replies[number] for number in self.order)
+        return left, right

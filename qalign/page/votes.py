@@ -36,12 +36,7 @@ class Choice(StrEnum):
 
 
 def row(choice: Choice, a: Reply, b: Reply, base: str, sampling: dict[str, Any], comment: str = "") -> dict[str, Any]:
-    """A vote as a row of the file.
-
-    Args:
-        base: the base of both adapters, as the recipe names it.
-        sampling: the sampling settings, such as temperature and top-p.
-    """
+    """A vote as a row of the file; `base` is named as in the recipe, `sampling` has settings such as the temperature."""
     chosen, rejected = (b, a) if choice is Choice.B else (a, b)
     reason = _why_no_pair(choice, chosen, rejected)
     return {
@@ -91,38 +86,27 @@ class VoteFile:
             self._repair()
 
     def append(self, vote: dict[str, Any]) -> None:
-        """Writes the whole vote or, if the disk is full, nothing.
-
-        Raises:
-            OSError: the vote can't be written.
-        """
+        """Writes the whole vote or, with an OSError (such as a full disk), nothing."""
         line = (json.dumps(vote, ensure_ascii=False) + "\n").encode()
         with self._lock:
             is_new = not self.path.exists()
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            opened = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-            try:
-                size_before = os.fstat(opened).st_size
+            with open(self.path, "ab", buffering=0, opener=lambda path, flags: os.open(path, flags, 0o600)) as file:
+                size_before = file.tell()
                 try:
-                    if os.write(opened, line) != len(line):
+                    if os.write(file.fileno(), line) != len(line):
                         raise OSError(errno.ENOSPC, "no space for the whole line", str(self.path))
-                    os.fsync(opened)
+                    os.fsync(file.fileno())
                 except OSError:
-                    os.ftruncate(opened, size_before)
+                    file.truncate(size_before)
                     raise
-            finally:
-                os.close(opened)
             if is_new:
                 sync_folder(self.path.parent)
 
     def read(self) -> Iterator[dict[str, Any]]:
         """Yields the votes, oldest first; skips lines that are no votes."""
-        if not self.path.is_file():
-            return
-        with self.path.open("rb") as file:
-            for line in file:
-                if (vote := _parsed(line)) and "vote" in vote:
-                    yield vote
+        lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
+        yield from (vote for line in lines if (vote := _parsed(line)) and "vote" in vote)
 
     def _repair(self) -> None:
         content = self.path.read_bytes()

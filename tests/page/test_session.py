@@ -38,7 +38,7 @@ def test_a_blind_test_shuffles_sides_and_names_them_after_the_vote():
         session = asked(blind=True)
         assert session.titles == ("A", "B")
         a, b = session.vote()
-        left = "demo/dpo" if session.flipped else "base"
+        left = session.names[session.order[0]]
         assert (a.model, a.text, a.weights) == (left, f"{left} says", HASHES[left])
         assert {a.model, b.model} == set(HASHES)
         assert session.titles[0] == f"A: {left}"
