@@ -69,22 +69,18 @@ def phi3_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-# --- by hand: ids and text of a dialogue up to the answer, and of the answer -----------------------------------------
+# --- by hand: ids of a dialogue up to the answer ---------------------------------------------------------------------
 
 Turns = list[tuple[str, str]]
+ZEPHYR_CUE = "\n<|assistant|>\n"
 
 
 def llama3_prompt(turns: Turns) -> list[int]:
     ids = [2000]
     for role, text in [*turns, ("assistant", None)]:
         ids += [2003, *plain("llama3", role), 2004]
-        ids += plain("llama3", "\n\n") if text is None else [*plain("llama3", "\n\n" + text), 2005]
+        ids += plain("llama3", "\n\n") if text is None else [*plain("llama3", "\n\n" + text.strip()), 2005]
     return ids
-
-
-def llama3_text(turns: Turns) -> str:
-    said = [f"<|start_header_id|>{role}<|end_header_id|>\n\n{text.strip()}<|eot_id|>" for role, text in turns]
-    return "<|begin_of_text|>" + "".join(said) + "<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def chatml_turns(turns: Turns) -> Turns:
@@ -98,33 +94,19 @@ def chatml_prompt(turns: Turns) -> list[int]:
     return [*ids, 2006, *plain("llama3", "assistant\n")]
 
 
-def chatml_text(turns: Turns) -> str:
-    said = [f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in chatml_turns(turns)]
-    return "".join(said) + "<|im_start|>assistant\n"
-
-
 def zephyr_prompt(turns: Turns) -> list[int]:
     ids, before = [1], ""
     for role, text in turns:
         ids += [*plain("zephyr", f"{before}<|{role}|>\n{text}"), 2]
         before = "\n"
-    return ids + plain("zephyr", "\n<|assistant|>\n")
-
-
-def zephyr_text(turns: Turns) -> str:
-    return "<s>" + "".join(f"<|{role}|>\n{text}</s>\n" for role, text in turns) + "<|assistant|>\n"
+    return ids + plain("zephyr", ZEPHYR_CUE)
 
 
 def mistral_prompt(turns: Turns) -> list[int]:
     ids = [1]
     for role, text in turns:  # Mistral puts a "▁" before every stretch of text, as the tokenizer does at the start
-        ids += [3, *plain("mistral_v03", text), 4] if role == "user" else [*plain("mistral_v03", text), 2]
+        ids += [3, *plain("mistral_v03", text), 4] if role == "user" else [*plain("mistral_v03", text.strip()), 2]
     return ids
-
-
-def mistral_text(turns: Turns) -> str:
-    said = [f"[INST] {text}[/INST]" if role == "user" else f" {text.strip()}</s>" for role, text in turns]
-    return "<s>" + "".join(said)
 
 
 @dataclass(frozen=True)
@@ -133,18 +115,13 @@ class Family:
 
     tokenizer: Callable[[], PreTrainedTokenizerBase]
     prompt_ids: Callable[[Turns], list[int]]
-    prompt_text: Callable[[Turns], str]
+    answer_ids: Callable[[str], list[int]]  # end of turn included
     end: str
     end_id: int
     fine: list[str]
-    no: list[str]
-    """The tokens of "I am fine." and "No" where an answer begins."""
-    trims: bool
-    """Whether the template trims an answer."""
-    special: tuple[str, ...]
-    """Special tokens that real rows might spell out."""
+    no: list[str]  # the tokens of "I am fine." and "No" where an answer begins
+    special: tuple[str, ...]  # special tokens that real rows might spell out
     takes_system: bool = True
-    answer_prefix: str = ""
     template: str = "the model's own"
 
     def prepared(self) -> PreTrainedTokenizerBase:
@@ -157,49 +134,44 @@ FAMILIES = {
     "llama3": Family(
         tokenizer=lambda: fixture_tokenizer("llama3"),
         prompt_ids=llama3_prompt,
-        prompt_text=llama3_text,
+        answer_ids=lambda text: [*plain("llama3", text.strip()), 2005],
         end="<|eot_id|>",
         end_id=2005,
         fine=["I", "Ġa", "m", "Ġf", "ine", "."],
         no=["No"],
-        trims=True,
         special=("<|eot_id|>", "<|begin_of_text|>", "<|end_of_text|>"),
     ),
     "chatml": Family(
         tokenizer=chatml_tokenizer,
         prompt_ids=chatml_prompt,
-        prompt_text=chatml_text,
+        answer_ids=lambda text: [*plain("llama3", text), 2007],
         end="<|im_end|>",
         end_id=2007,
         fine=["I", "Ġa", "m", "Ġf", "ine", "."],
         no=["No"],
-        trims=False,
         special=("<|im_start|>", "<|im_end|>", "<|endoftext|>"),
     ),
     "zephyr": Family(
         tokenizer=lambda: fixture_tokenizer("zephyr"),
         prompt_ids=zephyr_prompt,
-        prompt_text=zephyr_text,
+        answer_ids=lambda text: [*plain("zephyr", ZEPHYR_CUE + text)[len(plain("zephyr", ZEPHYR_CUE)) :], 2],
         end="</s>",
         end_id=2,
         fine=["I", "▁a", "m", "▁f", "ine", "."],
         no=["N", "o"],
-        trims=False,
         special=("<s>", "</s>", "<unk>"),
         template="the model's own, with the BOS it left out",
     ),
     "mistral": Family(
         tokenizer=lambda: fixture_tokenizer("mistral_v03"),
         prompt_ids=mistral_prompt,
-        prompt_text=mistral_text,
+        answer_ids=lambda text: [*plain("mistral_v03", text.strip()), 2],
         end="</s>",
         end_id=2,
         fine=["▁I", "▁a", "m", "▁f", "ine", "."],
         no=["▁N", "o"],
-        trims=True,
         special=("<s>", "</s>", "<unk>", "[INST]", "[/INST]"),
         takes_system=False,
-        answer_prefix=" ",
     ),
 }
 
@@ -217,10 +189,3 @@ def templated(template: str, name: str = "llama3") -> PreTrainedTokenizerBase:
     tokenizer.chat_template = template
     prepare_tokenizer(tokenizer)
     return tokenizer
-
-
-def decoded(family: Family, tokenizer, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-    if family is FAMILIES["zephyr"]:  # Llama marks where each stretch begins, which is decoded as a space
-        text = text.replace("<s> ", "<s>").replace("</s> ", "</s>")
-    return text

@@ -3,7 +3,6 @@
 Expected ids are put together as `tests.data.chat_families` says, or come from transformers' own assistant mask.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -20,7 +19,6 @@ from tests.data.chat_families import (
     Family,
     Turns,
     chatml_tokenizer,
-    decoded,
     llama3_prompt,
     messages,
     phi3_tokenizer,
@@ -59,11 +57,6 @@ def assert_pieces(sequence: TokenDialogue, *pieces: tuple[list[int], str]) -> No
     assert (sequence.ids, sequence.labels) == (ids, labels)
 
 
-def said(family: Family, tokenizer, turn: tuple[str, str]) -> list[int]:
-    """The ids of one of the two answers above with its end of turn, from the tokens written down for the family."""
-    return tokenizer.convert_tokens_to_ids([*{NO: family.no, FINE: family.fine}[turn], family.end])
-
-
 # --- what is supervised ----------------------------------------------------------------------------------------------
 
 
@@ -71,7 +64,7 @@ def said(family: Family, tokenizer, turn: tuple[str, str]) -> list[int]:
 def test_each_answer_from_the_first_trained_on_is_supervised_with_its_end_of_turn(family, first_trained):
     """From the second question (2) or from the answer to it (3): the same."""
     tokenizer = family.prepared()
-    no, fine = said(family, tokenizer, NO), said(family, tokenizer, FINE)
+    no, fine = family.answer_ids("No"), family.answer_ids("I am fine.")
     first, whole = family.prompt_ids([HELLO]), family.prompt_ids([HELLO, NO, WELL])
 
     (single,), (sequence,) = encode(tokenizer, [HELLO, FINE]), encode(tokenizer, TALK, first_trained)
@@ -93,7 +86,7 @@ def test_a_system_turn_is_seen_and_not_learned(name):
     (sequence,) = encode(tokenizer, [SYSTEM, *TALK])
 
     prompts = [family.prompt_ids([SYSTEM, HELLO]), family.prompt_ids([SYSTEM, HELLO, NO, WELL])]
-    answers = [said(family, tokenizer, NO), said(family, tokenizer, FINE)]
+    answers = [family.answer_ids("No"), family.answer_ids("I am fine.")]
     assert sequence.ids == prompts[1] + answers[1]
     assert spans(sequence) == [(len(p), len(p) + len(a)) for p, a in zip(prompts, answers, strict=True)]
 
@@ -297,15 +290,6 @@ def test_an_exchange_that_does_not_fit_alone_is_refused_and_never_cut():
 # --- real rows -------------------------------------------------------------------------------------------------------
 
 
-def learned_texts(family: Family, tokenizer, sequences: list[TokenDialogue]) -> Iterator[str]:
-    """The supervised stretches as text, end of turn included."""
-    for sequence in sequences:
-        for begin, end in spans(sequence):
-            before, through = (decoded(family, tokenizer, sequence.ids[:cut]) for cut in (begin, end))
-            assert through.startswith(before)
-            yield through.removeprefix(before)
-
-
 def check(family: Family, rows: list[Dialogue], max_length: int) -> tuple[int, int]:
     """Properties of real rows; returns how many had one sequence, and how many several."""
     tokenizer = family.prepared()
@@ -321,8 +305,8 @@ def check(family: Family, rows: list[Dialogue], max_length: int) -> tuple[int, i
             assert len(part) == len(part.ids) == len(part.labels) <= max_length
             assert all(label in (IGNORED, token) for label, token in zip(part.labels, part.ids, strict=True))
         answers = [turn["content"] for turn in row.turns[row.first_trained :] if turn["role"] == "assistant"]
-        expected = [family.answer_prefix + (text.strip() if family.trims else text) + family.end for text in answers]
-        assert list(learned_texts(family, tokenizer, parts)) == (expected if parts else [])
+        learned = [part.ids[begin:end] for part in parts for begin, end in spans(part)]
+        assert learned == (list(map(family.answer_ids, answers)) if parts else [])
     return sum(len(parts) == 1 for parts in found.values()), sum(len(parts) > 1 for parts in found.values())
 
 

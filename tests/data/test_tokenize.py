@@ -20,7 +20,6 @@ from tests.data.chat_families import (
     HELLO,
     LONG,
     Family,
-    decoded,
     fixture_tokenizer,
     llama3_prompt,
     messages,
@@ -30,6 +29,7 @@ from tests.data.chat_families import (
 )
 
 TALK = [HELLO, ("assistant", "Good day."), ("user", "Are you well?")]
+SYSTEM = ("system", "Be brief.")
 FORGED = "the text contains the model's special token <|eot_id|>"
 
 
@@ -49,8 +49,10 @@ def encode(tokenizer, *prompt, max_length: int = 10_000, template_kwargs=None, *
 # --- what is supervised ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("turns", [[HELLO], TALK], ids=["one turn", "three turns"])
+@pytest.mark.parametrize("turns", [[HELLO], TALK, [SYSTEM, *TALK]], ids=["one turn", "three turns", "system"])
 def test_the_prompt_is_the_templates_and_the_completion_the_answer_and_its_end_of_turn(family, turns):
+    if turns[0] == SYSTEM and not family.takes_system:
+        return
     tokenizer = family.prepared()
 
     pair = encode(tokenizer, *turns, chosen="I am fine.", rejected="No")
@@ -76,33 +78,11 @@ def test_the_ids_to_sample_from_and_to_score_are_those_that_are_trained_on(famil
     assert others == pair.prompt_ids
 
 
-@pytest.mark.parametrize("name", ["llama3", "chatml", "zephyr"])
-def test_a_system_prompt_comes_first(name):
-    family, turns = FAMILIES[name], [("system", "Be brief."), *TALK]
-
-    pair = encode(family.prepared(), *turns, chosen="I am fine.")
-
-    assert pair.prompt_ids == family.prompt_ids(turns)
-    assert pair.chosen_ids[-1] == family.end_id
-
-
-def test_an_answer_keeps_the_white_space_that_its_template_keeps():
-    chatml, zephyr = FAMILIES["chatml"].prepared(), FAMILIES["zephyr"].prepared()
-    answer = "  Yes:\n\n  1. no \n"
-
-    assert encode(chatml, HELLO, chosen=answer).chosen_ids == [*plain("llama3", answer), 2007]
-    whole = plain("zephyr", "\n<|assistant|>\n" + answer)
-    assert encode(zephyr, HELLO, chosen=answer).chosen_ids == [*whole[len(plain("zephyr", "\n<|assistant|>\n")) :], 2]
-    for trimming in (FAMILIES["llama3"].prepared(), FAMILIES["mistral"].prepared()):
-        assert encode(trimming, HELLO, chosen="\n I am.\n\n") == encode(trimming, HELLO, chosen="I am.")
-
-
-def test_the_end_of_turn_is_supervised_once_and_nothing_after_it(family):
-    tokenizer = family.prepared()
-
-    for answer in ("I am fine.", "Fine\n\n- one\n- two", "1, 2, 3 …", "ß 漢字 🙂"):
-        ids = encode(tokenizer, *TALK, chosen=answer).chosen_ids
-        assert ids.index(family.end_id) == len(ids) - 1
+@pytest.mark.parametrize(
+    "answer", ["I am fine.", "Fine\n\n- one\n- two", "1, 2, 3 …", "ß 漢字 🙂", "  Yes:\n\n  1. no \n"]
+)
+def test_an_answer_keeps_its_characters_and_the_white_space_that_its_template_keeps(family, answer):
+    assert encode(family.prepared(), *TALK, chosen=answer).chosen_ids == family.answer_ids(answer)
 
 
 def test_tokens_do_not_merge_across_the_border():
@@ -305,20 +285,14 @@ def spells_special(family: Family, pref: Preference) -> bool:
     return any(token in text for token in family.special for text in texts)
 
 
-def test_real_rows_decode_to_the_rendered_dialogue_up_to_the_end_of_turn(family, real_rows):
-    tokenizer = family.prepared()
-
-    pairs, refused = encode_pairs(tokenizer, real_rows, 100_000, {})
+def test_real_rows_have_the_ids_that_are_put_together_by_hand(family, real_rows):
+    pairs, refused = encode_pairs(family.prepared(), real_rows, 100_000, {})
 
     assert [bad.where for bad in refused] == [pref.where for pref in real_rows if spells_special(family, pref)]
     used = [pref for pref in real_rows if not spells_special(family, pref)]
     for pref, pair in zip(used, pairs, strict=True):
-        prompt = family.prompt_text(spoken(pref.prompt))
-        assert decoded(family, tokenizer, pair.prompt_ids) == prompt
-        for answer, ids in ((pref.chosen, pair.chosen_ids), (pref.rejected, pair.rejected_ids)):
-            said = family.answer_prefix + (answer.strip() if family.trims else answer)
-            assert decoded(family, tokenizer, pair.prompt_ids + ids) == prompt + said + family.end
-            assert ids.index(family.end_id) == len(ids) - 1
+        assert pair.prompt_ids == family.prompt_ids(spoken(pref.prompt))
+        assert pair.answers == (family.answer_ids(pref.chosen), family.answer_ids(pref.rejected))
 
 
 def test_real_rows_fit_and_their_answers_are_whole(family, real_rows):
@@ -338,5 +312,5 @@ def test_real_rows_fit_and_their_answers_are_whole(family, real_rows):
         assert (pair.dropped_turns == 0) == (len(full) <= most)
         kept = turns[:1] if turns[0][0] == "system" else []
         left = [*kept, *turns[len(kept) + pair.dropped_turns :]]
-        assert decoded(family, tokenizer, pair.prompt_ids) == family.prompt_text(left)
+        assert pair.prompt_ids == family.prompt_ids(left)
         assert encode_question(tokenizer, asked[pair.where], len(pair.prompt_ids), {}) == pair.prompt_ids
