@@ -27,9 +27,11 @@ from qalign.cli import exit_code, stage_parser
 from qalign.config.atomic import write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
+from qalign.data.formats import prompts
 from qalign.errors import UserError
 from qalign.reports import ppo_report
 from qalign.reports.alarms import best_of_n_kl
+from qalign.train.dataset import read_rows
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -43,13 +45,11 @@ Item = TypeVar("Item")
 
 def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrite: bool) -> None:
     """Sample n answers to each prompt of a recipe's ppo section and keep the best, as data to train on."""
-    from qalign.train.dataset import read_prompts
-
     run = RunFolder(recipe, "ppo", command_line)
     folder = run.path.parent / "best_of"
     settings = {"n": n} | recipe.model_dump(mode="json")
     _claim(folder, run, settings, resume=resume, overwrite=overwrite)
-    found = read_prompts(run)
+    found = read_rows(run, prompts)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from tqdm.auto import tqdm
@@ -67,15 +67,15 @@ def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrit
     done = _begin(folder, settings | {"weights": hashes}, resume=resume)
     parts, seed = _parts(setup.rows.train, n), recipe.seed * 1_000_003
     with tqdm(total=len(setup.rows.train), desc=f"best of {n}", unit="prompt") as bar:
-        for number, prompts in enumerate(parts):
+        for number, group in enumerate(parts):
             if number >= done:
-                rows = setup.sample(prompts, n, seed + number)
+                rows = setup.sample(group, n, seed + number)
                 _write_part(folder, number, rows, combined(reward, rows)[0].tolist())
-            bar.update(len(prompts))
+            bar.update(len(group))
     points = []
     if setup.rows.held_out:
         held_out = enumerate(_parts(setup.rows.held_out, n), start=len(parts))
-        rows = [row for number, prompts in held_out for row in setup.sample(prompts, n, seed + number)]
+        rows = [row for number, group in held_out for row in setup.sample(group, n, seed + number)]
         judged = combined(judge, rows)[0].tolist() if judge else None
         points = curve(combined(reward, rows)[0].tolist(), judged, n)
     refused = [asdict(row) for row in setup.rows.refused]

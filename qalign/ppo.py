@@ -13,13 +13,14 @@ from typing import cast
 from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO
-from qalign.train.dataset import read_prompts
+from qalign.data.formats import prompts
+from qalign.train.dataset import read_rows
 from qalign.train.run_folder import RunFolder
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Teach a policy to earn a reward, held to its reference by KL, and save the adapter."""
-    read = read_prompts(run)
+    read = read_rows(run, prompts)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.model.memory import longest_row

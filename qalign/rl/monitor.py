@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor
@@ -30,7 +29,6 @@ class Monitor:
         trainer: holds the policy, the held-out prompts and the judge. Without held-out prompts nothing is evaluated.
 
     Attributes:
-        points: all evaluations so far.
         alarm_steps: iterations at which an alarm was raised.
         warnings: the alarms of the last evaluation, as sentences.
     """
@@ -42,7 +40,8 @@ class Monitor:
         self.points: list[alarms.EvalPoint] = []
         self.alarm_steps: list[int] = []
         self.warnings: list[str] = []
-        self._clip_fractions: list[float] = []
+        self.clip_fractions: list[float] = []  # of the iterations since the last evaluation
+        self._samples: list[dict[str, Any]] = []
 
     @property
     def due(self) -> bool:
@@ -52,20 +51,9 @@ class Monitor:
             return False
         return done in (0, self.trainer.iterations) or bool(every and done % every == 0)
 
-    def count(self, metrics: dict[str, float]) -> None:
-        """Records the clip fraction of one iteration, for the next evaluation."""
-        self._clip_fractions.append(metrics["policy/clipfrac_avg"])
-
     def evaluate(self) -> dict[str, Any]:
-        """Samples and scores answers to the held-out prompts, and keeps the adapter if it is the best so far.
-
-        Returns:
-            The figures, for the metrics.
-
-        Raises:
-            RewardFailed: a scorer fails.
-            UserError: log-probs are not finite.
-        """
+        """Samples and scores answers to the held-out prompts, and keeps the adapter if it is the best so far. Returns
+        the figures for the metrics; raises a `UserError` if a scorer fails or log-probs are not finite."""
         seconds = self.trainer.seconds.copy()  # evaluation doesn't count as training time
         rollout = self.trainer.collect(self.prompts, 1, SEED, roles=(Role.POLICY, Role.REFERENCE))
         proxy, _ = combined(self.trainer.scorers, rollout.rows)
@@ -74,7 +62,7 @@ class Monitor:
         if not rollout.old_logps.isfinite().all():
             raise not_finite(f"iteration {self.trainer.done}", "log-probs of held-out answers are")
         self.points.append(point := self._point(rollout, proxy, judge))
-        self._clip_fractions.clear()
+        self.clip_fractions.clear()
         self._write_samples(rollout, proxy, judge)
         if alarms.best_point(self.points) is point:
             self.trainer.base.save_adapter(Role.POLICY, self.best)
@@ -101,28 +89,28 @@ class Monitor:
             distinct=alarms.distinct_n(texts),
             repeated=alarms.repeated_lines(texts),
             entropy=(rollout.entropies.sum() / rollout.tokens).item(),
-            clipped=sum(self._clip_fractions) / max(1, len(self._clip_fractions)),
+            clipped=sum(self.clip_fractions) / max(1, len(self.clip_fractions)),
         )
 
-    @property
-    def _samples_file(self) -> Path:
-        return self.run.path / "samples" / f"step-{self.trainer.done}.jsonl"
-
     def _write_samples(self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None) -> None:
-        lines = []
-        for number, row in enumerate(rollout.rows):
-            line = {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[number].item()}
-            line |= {} if judge is None else {"judge": judge[number].item()}
-            line |= {"ended": row.ended[0], "where": row.prompt.where}
-            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-        self._samples_file.parent.mkdir(exist_ok=True)
-        write_whole(self._samples_file, "".join(lines))
+        self._samples = [
+            {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[number].item()}
+            | ({} if judge is None else {"judge": judge[number].item()})
+            | {"ended": row.ended[0], "where": row.prompt.where}
+            for number, row in enumerate(rollout.rows)
+        ]
+        file = self.run.path / "samples" / f"step-{self.trainer.done}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._samples))
 
     def samples(self) -> list[str]:
         """The last evaluation's answers with the highest reward, where reward hacking shows first, one line each."""
-        with self._samples_file.open(encoding="utf-8") as lines:  # not splitlines: an answer may hold a U+2028
-            rows = sorted(map(json.loads, lines), key=lambda row: -row["reward"])[:SAMPLES_SHOWN]
-        return [_in_one_line(row) for row in rows]
+        lines = []
+        for row in sorted(self._samples, key=lambda row: -row["reward"])[:SAMPLES_SHOWN]:
+            question, answer = (" ".join(text.split()) for text in (row["prompt"][-1]["content"], row["completion"]))
+            judged = f", judge {row['judge']:+.2f}" if "judge" in row else ""
+            lines.append(f"{question[:80]!r} → {answer[:240]!r} (reward {row['reward']:+.2f}{judged})")
+        return lines
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
@@ -130,17 +118,11 @@ class Monitor:
             "looks": [asdict(point) for point in self.points],
             "alarms": self.alarm_steps,
             "warnings": self.warnings,
-            "clipped": self._clip_fractions,
+            "clipped": self.clip_fractions,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what `state` returned."""
         self.points = [alarms.EvalPoint(**point) for point in state["looks"]]
-        self.alarm_steps, self._clip_fractions = list(state["alarms"]), list(state["clipped"])
+        self.alarm_steps, self.clip_fractions = list(state["alarms"]), list(state["clipped"])
         self.warnings = list(state["warnings"])
-
-
-def _in_one_line(row: dict[str, Any]) -> str:
-    question, answer = (" ".join(text.split()) for text in (row["prompt"][-1]["content"], row["completion"]))
-    judged = f", judge {row['judge']:+.2f}" if "judge" in row else ""
-    return f"{question[:80]!r} → {answer[:240]!r} (reward {row['reward']:+.2f}{judged})"

@@ -27,13 +27,7 @@ MIB = 2**20
 
 
 class PPOLoop:
-    """PPO's training loop.
-
-    Args:
-        run: the run folder, begun.
-        trainer: holds the policy and does the iterations.
-        monitor: evaluates it on held-out prompts.
-    """
+    """PPO's training loop, in a run folder that was begun."""
 
     def __init__(self, run: RunFolder, trainer: PPOTrainer, monitor: Monitor):
         self.run_folder, self.trainer, self.monitor, self.settings = run, trainer, monitor, cast(PPO, run.settings)
@@ -46,21 +40,30 @@ class PPOLoop:
         Returns:
             Iterations done, iterations planned (after an alarm with `on_alarm: stop`, those done), and tokens sampled
             by the whole run.
-
-        Raises:
-            UserError: a scorer fails, or a number is not finite. The last checkpoint is kept.
         """
         run, trainer, monitor = self.run_folder, self.trainer, self.monitor
         if checkpoint:
             self._load(checkpoint)
-        every = self.settings.save_every or math.ceil(trainer.iterations / 10)
         run.stop.patient = True
         # Killed between the alarm's checkpoint and the summary, it must not train on.
         self.alarmed = self.settings.on_alarm == "stop" and trainer.done in monitor.alarm_steps
+        try:
+            self._run(resumed=checkpoint is not None)
+        except RewardFailed:  # keeps what was learned: the state is still that after the last iteration
+            last = run.last_checkpoint()
+            if last is None or step_of(last) != trainer.done:
+                self._save()
+            raise
+        run.stop.patient = False
+        return trainer.done, trainer.done if self.alarmed else trainer.iterations, trainer.tokens_seen
+
+    def _run(self, *, resumed: bool) -> None:
+        run, trainer, monitor = self.run_folder, self.trainer, self.monitor
+        every = self.settings.save_every or math.ceil(trainer.iterations / 10)
         with tqdm(total=trainer.iterations, initial=trainer.done, desc="ppo", unit="iteration") as bar:
             if monitor.due:  # at the beginning, or where a judge failed
                 self._evaluate()
-            if not checkpoint:
+            if not resumed:
                 self._save()
             while trainer.done < trainer.iterations and not self.alarmed:
                 line = self._iterate()
@@ -73,18 +76,12 @@ class PPOLoop:
                     self._save()
                 if stopped:
                     break
-        run.stop.patient = False
-        return trainer.done, trainer.done if self.alarmed else trainer.iterations, trainer.tokens_seen
 
     def _iterate(self) -> dict[str, Any]:
         """One iteration; returns the line that it wrote to the metrics."""
         trainer, before = self.trainer, dict(self.trainer.seconds)
-        try:
-            rollout, metrics = trainer.iterate()
-        except RewardFailed:
-            self._save_before_failing()
-            raise
-        self.monitor.count(metrics)
+        rollout, metrics = trainer.iterate()
+        self.monitor.clip_fractions.append(metrics["policy/clipfrac_avg"])
         spent = {part: trainer.seconds[part] - before.get(part, 0.0) for part in (*PARTS, "all")}
         line = {"step": trainer.done, **metrics, "episode": trainer.done * self.settings.batch_size}
         line |= {f"tokens_per_second/{part}": rollout.tokens / max(1e-9, spent[part]) for part in PARTS}
@@ -96,11 +93,7 @@ class PPOLoop:
     def _evaluate(self) -> None:
         """Evaluates the held-out prompts and does what `on_alarm` says."""
         trainer, monitor = self.trainer, self.monitor
-        try:
-            figures = monitor.evaluate()
-        except RewardFailed:
-            self._save_before_failing()
-            raise
+        figures = monitor.evaluate()
         judged = f", judge {figures['eval_judge']:+.3f}" if figures["eval_judge"] is not None else ""
         kl, length, ended = (figures[f"eval_{name}"] for name in ("kl_nats", "length", "ended"))
         scores = f"held-out reward {figures['eval_proxy']:+.3f}{judged}"
@@ -136,12 +129,6 @@ class PPOLoop:
         torch.save(state, folder / STATE)
         self.run_folder.mark_whole(self.trainer.done, self.trainer.tokens_seen)
         rotate_checkpoints(str(self.run_folder.checkpoints), CHECKPOINTS_KEPT)
-
-    def _save_before_failing(self) -> None:
-        """Keeps what was learned when a scorer fails: the state is still that after the last iteration."""
-        last = self.run_folder.last_checkpoint()
-        if last is None or step_of(last) != self.trainer.done:
-            self._save()
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)

@@ -10,12 +10,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.tokenize import TokenAnswers, encode_questions
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Base, Role, load
@@ -24,7 +23,8 @@ from qalign.model.lineage import Lineage
 from qalign.model.loading import check_reach
 from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
-from qalign.train.dataset import ReadRows, StageRows, encode_prompts
+from qalign.train.callbacks import limit_checkpointing
+from qalign.train.dataset import ReadRows, StageRows, encode_rows
 from qalign.train.loop import Session
 from qalign.train.run_folder import RunFolder
 
@@ -38,8 +38,6 @@ class Setup:
     Attributes:
         base: with the policy on it; scorers are put on it by `scorers.attach`.
         origin: the lineage of an adapter that is trained here.
-        scorers: reward and judge.
-        engine, sampling: how answers are sampled.
         rows: prompts to train on and held-out prompts, each an `EncodedPrompt`.
         other_bytes: memory of scorers that are models of their own.
     """
@@ -72,7 +70,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     """Checks the scorers, loads the base, and puts the policy on it.
 
     Args:
-        found: the rows, as `read_prompts` returns them.
+        found: the prompts as `read_rows` returns them; those that leave no room for an answer are refused.
         trainable: True for a policy that PPO trains, with a reference beside it; False for one that only samples.
 
     Raises:
@@ -82,7 +80,8 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     check_reach(recipe.model)
     scorers = open_scorers(recipe, run)
     base = load(recipe.model)
-    session = Session(run, base, encode_prompts(run, base.tokenizer, found))
+    room = recipe.model.max_length - settings.max_new_tokens
+    session = Session(run, base, encode_rows(run, base.tokenizer, found, encode_questions, room))
     if trainable:
         session.add_adapter(reference=True)
     elif parent:
@@ -114,9 +113,7 @@ def make_deterministic(base: Base, checkpointed_layers: int) -> None:
             module.p = 0.0
     if checkpointed_layers:
         base.lm.activation_checkpointing_enable({"use_reentrant": False})
-        layers = [module for module in base.lm.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for number, layer in enumerate(layers):
-            layer.gradient_checkpointing = number < checkpointed_layers
+        limit_checkpointing(base.lm, checkpointed_layers)
 
 
 def make_optimizer(

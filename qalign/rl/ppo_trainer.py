@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -26,7 +26,7 @@ from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_entropies, state_logps
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
 from qalign.rl.rewards import combined, value_start
-from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
+from qalign.rl.rollout_batch import Indices, RolloutBatch, SampledAnswers
 
 ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)
 # Nats by which a log-prob may differ when computed twice. (In 16 bits too it is equal where kernels are deterministic.)
@@ -39,18 +39,15 @@ class PPOTrainer:
 
     Args:
         setup: the base with policy, reference, value model and scorers attached; the prompts.
-        settings: the recipe's `ppo` section.
         limit: bound of one forward pass; changes memory and speed, and no number.
         checkpointed_layers: number of layers that recompute their activations in the backward pass.
         iterations: of the whole run.
-        seed: the recipe's seed.
 
     Attributes:
         done: number of finished iterations.
         kl_coefficient: its current value; `kl_target` and alarms change it.
         moments: running mean and variance of all scores.
         value_units: (shift, factor); a value is factor × (output of the value head − shift).
-        tokens_seen: number of tokens sampled for training.
         seconds: wall-clock time by part: rollout, scoring, update, all.
     """
 
@@ -60,11 +57,9 @@ class PPOTrainer:
         self.setup, self.base, self.scorers = setup, setup.base, setup.scorers.reward
         self.settings, self.limit, self.iterations, self.seed = settings, limit, iterations, seed
         self.done, self.tokens_seen = 0, 0
-        self.kl_coefficient, self.moments = settings.kl_coefficient, losses.Moments()
-        self.value_units = 0.0, 1.0
+        self.kl_coefficient, self.moments, self.value_units = settings.kl_coefficient, losses.Moments(), (0.0, 1.0)
         self.seconds: dict[str, float] = defaultdict(float)
-        self._ratio_checked = False
-        self._value_adapter = settings.value == "adapter"
+        self._ratio_checked, self._value_adapter = False, settings.value == "adapter"
         make_deterministic(self.base, checkpointed_layers)
         self.weights = {
             f"{role}/{name}": weight
@@ -78,16 +73,14 @@ class PPOTrainer:
         self.optimizer = self.accelerator.prepare(optimizer)
 
     def iterate(self) -> tuple[RolloutBatch, dict[str, float]]:
-        """One iteration: (its answers, its metrics under TRL's names).
-
-        Raises:
-            UserError: a scorer fails (the weights are unchanged), the loss or the gradients are not finite, or
-                log-probs can't be repeated.
-        """
+        """One iteration: (its answers, its metrics under TRL's names). Raises a `UserError` if a scorer fails (the
+        weights are unchanged), the loss or the gradients are not finite, or log-probs can't be repeated."""
         began = time.monotonic()
         rollout = self.collect(self._next_prompts(), self.settings.samples_per_prompt, seed=self._seed(1))
         if not self.done:
-            self._check_reference(rollout)
+            furthest = (rollout.old_logps - rollout.reference_logps).abs().max().item()
+            problem = "the policy is {} from its reference before the first update, where KL must be 0"
+            self._check_equal(furthest, problem)
         metrics = self.score(rollout) | self.advantages(rollout) | self.update(rollout)
         if self.settings.kl_target:
             self.kl_coefficient = losses.adapted_kl_coefficient(
@@ -112,11 +105,11 @@ class PPOTrainer:
                 if role is Role.VALUE and not self._value_adapter:
                     continue  # read from the policy's hidden states
                 with self.base.acting_as(role) as lm:
-                    for numbers, batch in self._batches(rollout, parts):
-                        self._read(rollout, role, lm, rollout.token_indices(numbers), batch)
+                    for where, batch in self._batches(rollout, parts):
+                        self._read(rollout, role, lm, where, batch)
         return rollout
 
-    def _read(self, rollout: RolloutBatch, role: Role, lm: PreTrainedModel, where: Any, batch: AnswerBatch) -> None:
+    def _read(self, rollout: RolloutBatch, role: Role, lm: PreTrainedModel, where: Indices, batch: AnswerBatch) -> None:
         """Fills the tensors of a rollout from one forward pass of a role."""
         temperature, states = self.setup.sampling.temperature, answer_states(lm, batch)
         if role is Role.VALUE or (role is Role.POLICY and not self._value_adapter):
@@ -191,8 +184,7 @@ class PPOTrainer:
         """Several passes over the answers in shuffled mini-batches, one optimiser step each. It stops before the step
         at which KL to the policy that sampled is over `kl_stop`."""
         totals: dict[str, float] = defaultdict(float)
-        steps, count, kl_stop = 0.0, 0, self.settings.kl_stop
-        passes = range(self.settings.update_epochs)
+        steps, count, kl_stop, passes = 0.0, 0, self.settings.kl_stop, range(self.settings.update_epochs)
         # One learning rate per iteration, counted from 1: a warm-up that starts at 0 would waste the first answers.
         learning_rate = self._learning_rate(self.done + 1)
         for group in self.optimizer.param_groups:
@@ -202,15 +194,17 @@ class PPOTrainer:
             for mini in (mini for epoch in passes for mini in self._mini_batches(rollout.rows, epoch)):
                 found = self._gradients(rollout, mini)
                 self._check(found)
-                too_far = kl_stop is not None and found["policy/approxkl_avg"] > kl_stop
-                if not too_far:
-                    self._check_norm(self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm))
-                    self.optimizer.step()
-                self.optimizer.zero_grad()  # sets gradients to None: they take no memory while answers are sampled
                 for name, value in found.items():
                     totals[name] += value
-                steps += not too_far
                 count += 1
+                too_far = kl_stop is not None and found["policy/approxkl_avg"] > kl_stop
+                if not too_far:
+                    norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm)
+                    if self.accelerator.scaler is None and not cast(Tensor, norm).isfinite():
+                        raise not_finite(f"iteration {self.done + 1}", "the gradients are")
+                    self.optimizer.step()
+                    steps += 1
+                self.optimizer.zero_grad()  # sets gradients to None: they take no memory while answers are sampled
                 if too_far:
                     break
             self.base.model.eval()
@@ -222,15 +216,15 @@ class PPOTrainer:
         micro-batches change nothing. Returns means by metric, and the largest change of a log-prob as `furthest`."""
         settings, found = self.settings, defaultdict(float)
         tokens = len(rollout.token_indices([number for micro in mini for number in micro])[0])
-        for numbers, batch in self._batches(rollout, mini):
-            old_logps, advantages = self._tokens_of(rollout, numbers, "old_logps", "advantages")
+        for where, batch in self._batches(rollout, mini):
+            old_logps, advantages = self._tokens_of(where, rollout.old_logps, rollout.advantages)
             with self.base.acting_as(Role.POLICY) as lm:
                 states = answer_states(lm, batch)
                 logps = state_logps(lm, states, batch.targets, self.setup.sampling.temperature)
                 loss, clipped = losses.clipped_policy_loss(logps, old_logps, advantages, settings.clip)
                 total = loss.sum() / tokens
                 if not self._value_adapter:
-                    total = total + self._value_loss(states.detach(), rollout, numbers, tokens, found)
+                    total = total + self._value_loss(states.detach(), rollout, where, tokens, found)
                 self.accelerator.backward(total)
             change = logps.detach() - old_logps
             found["loss/policy_avg"] += loss.detach().sum().item() / tokens
@@ -240,17 +234,17 @@ class PPOTrainer:
             found["furthest"] = max(found["furthest"], change.abs().max().item())
         if self._value_adapter:
             with self.base.acting_as(Role.VALUE) as lm:  # backward inside: checkpointed layers run again in this role
-                for numbers, batch in self._batches(rollout, mini):
+                for where, batch in self._batches(rollout, mini):
                     states = answer_states(lm, batch)
-                    self.accelerator.backward(self._value_loss(states, rollout, numbers, tokens, found))
+                    self.accelerator.backward(self._value_loss(states, rollout, where, tokens, found))
         found["loss"] = found["loss/policy_avg"] + settings.value_coefficient * found["loss/value_avg"]
         return found
 
     def _value_loss(
-        self, states: Tensor, rollout: RolloutBatch, numbers: list[int], tokens: int, found: dict[str, float]
+        self, states: Tensor, rollout: RolloutBatch, where: Indices, tokens: int, found: dict[str, float]
     ) -> Tensor:
         """The weighted value loss of one micro-batch; adds its figures to `found`."""
-        old_values, returns = self._tokens_of(rollout, numbers, "values", "returns")
+        old_values, returns = self._tokens_of(where, rollout.values, rollout.returns)
         loss, clipped = losses.clipped_value_loss(self._values(states), old_values, returns, self.settings.value_clip)
         found["loss/value_avg"] += loss.detach().sum().item() / tokens
         found["val/clipfrac_avg"] += clipped.sum().item() / tokens
@@ -280,14 +274,14 @@ class PPOTrainer:
         split = [self.base.micro_batches(mini, self.limit) for mini in minis]
         return [[[numbers[id(tokens)] for tokens in micro] for micro in mini] for mini in split]
 
-    def _batches(self, rollout: RolloutBatch, parts: list[list[int]]) -> Iterator[tuple[list[int], AnswerBatch]]:
+    def _batches(self, rollout: RolloutBatch, parts: list[list[int]]) -> Iterator[tuple[Indices, AnswerBatch]]:
+        """The batch of each micro-batch, and where its answer tokens stand in the tensors of the rollout."""
         for numbers in parts:
-            yield numbers, self.base.batch([rollout.rows[number].tokens for number in numbers])
+            batch = self.base.batch([rollout.rows[number].tokens for number in numbers])
+            yield rollout.token_indices(numbers), batch
 
-    def _tokens_of(self, rollout: RolloutBatch, numbers: list[int], *names: str) -> list[Tensor]:
-        """Tensors of a rollout as `(targets,)` in the order of a batch of these prompts, on the model's device."""
-        where = rollout.token_indices(numbers)
-        return [getattr(rollout, name)[where].to(self.base.lm.device) for name in names]
+    def _tokens_of(self, where: Indices, *tensors: Tensor) -> list[Tensor]:
+        return [tensor[where].to(self.base.lm.device) for tensor in tensors]
 
     def _check(self, found: dict[str, float]) -> None:
         if not math.isfinite(found["loss"]):
@@ -296,18 +290,10 @@ class PPOTrainer:
             self._check_equal(found["furthest"], "the policy's log-probs can't be repeated: {} before the first update")
         self._ratio_checked = True
 
-    def _check_reference(self, rollout: RolloutBatch) -> None:
-        furthest = (rollout.old_logps - rollout.reference_logps).abs().max().item()
-        self._check_equal(furthest, "the policy is {} from its reference before the first update, where KL must be 0")
-
     def _check_equal(self, nats: float, problem: str) -> None:
         if nats > TOLERANCE[self.base.dtype]:
             found = problem.format(f"{nats:.2g} nats a token")
             raise UserError(f"{found}; is there randomness in this model? Try compute_dtype: float32")
-
-    def _check_norm(self, norm: Tensor | None) -> None:
-        if self.accelerator.scaler is None and norm is not None and not torch.isfinite(norm):
-            raise not_finite(f"iteration {self.done + 1}", "the gradients are")
 
     @contextmanager
     def _timed(self, part: str) -> Iterator[None]:

@@ -10,13 +10,14 @@ from qalign import losses
 from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers
 
+Indices = tuple[Tensor, Tensor]  # (row, column) of tokens in the tensors of a rollout
+
 
 @dataclass(frozen=True)
 class SampledAnswers:
     """One prompt with the answers that were sampled for it.
 
     Attributes:
-        prompt: the row of the data.
         tokens: ids of the prompt and of its answers; an answer includes the stop token that ended it.
         texts: the answers without special tokens.
         ended: True for an answer that ended with a stop token, False for one that was cut at `max_new_tokens`.
@@ -34,7 +35,6 @@ class RolloutBatch:
     outside the mask.
 
     Attributes:
-        rows: prompts with their answers.
         mask: bool, True on the tokens of the answers.
         old_logps: log-probs of the policy that sampled, from the training forward pass.
         reference_logps: log-probs of the reference.
@@ -73,7 +73,6 @@ class RolloutBatch:
 
     @property
     def num_samples(self) -> int:
-        """Number of answers per prompt."""
         return len(self.rows[0].texts)
 
     @property
@@ -81,8 +80,8 @@ class RolloutBatch:
         """Whether each answer ended with a stop token: bool `(answers,)`."""
         return torch.tensor([ended for row in self.rows for ended in row.ended])
 
-    def token_indices(self, numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """(row, column) indices of the answer tokens of some prompts, in the order of `AnswerBatch.targets`."""
+    def token_indices(self, numbers: Sequence[int]) -> Indices:
+        """The answer tokens of some prompts, in the order of `AnswerBatch.targets`."""
         answers = torch.tensor([number * self.num_samples + k for number in numbers for k in range(self.num_samples)])
         row, column = self.mask[answers].nonzero(as_tuple=True)
         return answers[row], column

@@ -12,7 +12,6 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.errors import not_finite
-from qalign.model.memory import Plan
 from qalign.train.run_folder import RunFolder
 
 # What the bar shows of a step, by the names under which TRL's trainers log.
@@ -27,18 +26,20 @@ SHOWN = {
 
 
 class RunCallback(TrainerCallback):
-    """The progress bar, `metrics.jsonl`, whole checkpoints, and a clean stop after Ctrl-C or SIGTERM.
+    """The progress bar, `metrics.jsonl`, whole checkpoints, a clean stop, and checkpointing of the planned layers.
 
     Attributes:
         tokens_seen: by the whole run so far; trainers count from zero when they resume.
     """
 
-    def __init__(self, run: RunFolder, tokens_before: int = 0):
+    def __init__(self, run: RunFolder, tokens_before: int = 0, checkpointed_layers: int = 0):
         self.run, self.tokens_seen, self._before = run, tokens_before, tokens_before
+        self._checkpointed_layers = checkpointed_layers
         self._bar = tqdm(disable=True)
         self._mark = (time.monotonic(), tokens_before)
 
-    def on_train_begin(self, args, state, control, **_):
+    def on_train_begin(self, args, state, control, **kwargs):
+        limit_checkpointing(kwargs["model"], self._checkpointed_layers)
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step")
         self._mark = (time.monotonic(), self._mark[1])
         self.run.stop.patient = True
@@ -85,17 +86,11 @@ class RunCallback(TrainerCallback):
         self._bar.close()
 
 
-class PartialCheckpointing(TrainerCallback):
-    """Limits gradient checkpointing to the planned number of layers; `Trainer` switches it on for all."""
-
-    def __init__(self, planned: Plan):
-        self.layers = planned.checkpointed_layers
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        model: nn.Module = kwargs["model"]
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for number, layer in enumerate(layers):
-            layer.gradient_checkpointing = number < self.layers
+def limit_checkpointing(model: nn.Module, planned: int) -> None:
+    """Limits gradient checkpointing to the first `planned` layers; `Trainer` switches it on for all."""
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for number, layer in enumerate(layers):
+        layer.gradient_checkpointing = number < planned
 
 
 def _shown(logs: dict[str, float], prefix: str = "") -> str:

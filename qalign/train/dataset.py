@@ -4,10 +4,10 @@ Imports no torch, so a misspelt column is reported within seconds.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from qalign.config.stages import PPO, Source
-from qalign.data.formats import LeftOut, Refused, prompts
+from qalign.data.formats import LeftOut, Refused
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
 
@@ -72,20 +72,6 @@ def encode_rows(
     counts |= {} if isinstance(run.settings, PPO) else {"shortened": shortened}
     counts |= {"left_out": left_out} if left_out else {}
     return StageRows(encoded["data"], encoded["eval_data"], refused, counts)
-
-
-def read_prompts(run: RunFolder) -> ReadRows:
-    """PPO's prompts, as `read_rows` reads them."""
-    return read_rows(run, prompts)
-
-
-def encode_prompts(run: RunFolder, tokenizer: Any, found: ReadRows) -> StageRows:
-    """PPO's prompts as `(Prompt, ids)` each; those that leave no room for an answer are refused."""
-    # Imported here, not above: it imports transformers, for which `read_prompts` must not wait.
-    from qalign.data.tokenize import encode_questions
-
-    room = run.recipe.model.max_length - cast(PPO, run.settings).max_new_tokens
-    return encode_rows(run, tokenizer, found, encode_questions, room)
 
 
 def _left_out(refused: list[Refused]) -> list[LeftOut]:

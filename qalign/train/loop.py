@@ -19,7 +19,7 @@ from qalign.errors import Stopped, UserError, out_of_memory
 from qalign.model import lineage
 from qalign.model.base import Base, Role
 from qalign.model.memory import Forecast, Plan, usable_memory
-from qalign.train.callbacks import PartialCheckpointing, RunCallback, peak_bytes
+from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.dataset import StageRows
 from qalign.train.run_folder import LOADING, RunFolder, print_table
 
@@ -150,8 +150,8 @@ class Session:
         """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""
         self.run.begin(self.rows.refused)
         self.checkpoint, self.tokens_before = self.run.rewind()
-        self.callback = RunCallback(self.run, self.tokens_before)
-        return self.callback, PartialCheckpointing(self.planned)
+        self.callback = RunCallback(self.run, self.tokens_before, self.planned.checkpointed_layers)
+        return (self.callback,)
 
     def print_header(self, steps: str, trainable: str | None = None, **more: str) -> None:
         """Prints what is about to be trained, on what, and against what.
