@@ -1,11 +1,11 @@
-"""Recipes of any stage for the tiny model, runs, and a plain copy of a reward model that knows nothing of qalign."""
+"""Recipes of any stage for the tiny model, runs, and what they trained as transformers and PEFT alone load it."""
 
 import math
 from pathlib import Path
 
 import torch
 import yaml
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForSequenceClassification, BitsAndBytesConfig
 
 from qalign.config.load import load
@@ -45,6 +45,13 @@ def quantised(dtype: torch.dtype = torch.float32) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def plain_policy(adapter: Path) -> PeftModel:
+    """A policy adapter on its base in float32, by transformers and PEFT alone."""
+    lm = AutoPeftModelForCausalLM.from_pretrained(adapter, quantization_config=quantised(), dtype=torch.float32)
+    guard_4bit(lm)
+    return lm.eval()
 
 
 def plain_reward_model(base: str, adapter: Path, *, trainable: bool = False) -> PeftModel:

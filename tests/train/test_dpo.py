@@ -1,6 +1,5 @@
 """The DPO stage on a tiny model, where it differs from the other stages (`test_stages.py`)."""
 
-import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -8,12 +7,9 @@ from transformers import AutoTokenizer
 
 from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
-from qalign.model.base import Role, load
-from qalign.model.loading import guard_4bit
 from tests.conftest import FIXTURES, ROOT
 from tests.families import family
 from tests.helpers import TEST, metrics, summary, train, train_recipe
-from tests.reward_runs import quantised
 
 LN_2 = 0.6931472
 
@@ -48,21 +44,6 @@ def test_the_first_loss_is_ln_2_from_a_new_adapter_and_from_a_trained_one(recipe
     for run, words in ((first, "the base with adapters off"), (second, str(first.adapter))):
         assert metrics(run)[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
         assert summary(run)["reference"].endswith(words)
-
-
-def test_the_adapter_loads_with_plain_peft_and_gives_the_same_logits(recipe_file):
-    run = train(recipe_file(max_steps=4))
-    base = load(run.recipe.model)
-    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
-    ids = torch.arange(30, 60)[None]
-    with torch.no_grad(), base.acting_as(Role.POLICY) as lm:
-        expected = lm(input_ids=ids).logits
-    plain = peft.AutoPeftModelForCausalLM.from_pretrained(
-        run.adapter, quantization_config=quantised(), dtype=torch.float32
-    )
-    guard_4bit(plain)
-    with torch.no_grad():
-        assert torch.equal(plain.eval()(input_ids=ids).logits, expected)
 
 
 @pytest.mark.parametrize("loss", ["ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"])

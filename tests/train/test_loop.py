@@ -2,12 +2,15 @@
 
 import json
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+import qalign.train.sft_trainer
 from qalign.config.stages import DPO, PPO, SFT
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite
@@ -103,8 +106,15 @@ def test_a_resumed_run_counts_its_tokens_on():
     assert json.loads(json.dumps(line, allow_nan=False))["grad_norm"] is None
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
-def test_checkpointing_one_layer_of_two_changes_no_number(stage, tmp_path, tiny_folder, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("stage", "dtype"), [("sft", "float32"), ("reward", "float32"), ("dpo", "float32"), ("dpo", "bfloat16")]
+)
+def test_checkpointing_one_layer_of_two_changes_no_number(stage, dtype, tmp_path, tiny_folder, monkeypatch, capsys):
+    """In bfloat16 this is a GPU's default path: autocast, and recomputation after the role's context was left. There
+    the policy starts from an adapter, so a frozen copy of it could be recomputed by mistake."""
+    keys: dict = {"model": {"compute_dtype": dtype}}
+    if dtype == "bfloat16":
+        keys["start_from"] = str(run_stage(write_recipe(tmp_path / "parent", tiny_folder, "sft", **keys)).adapter)
     forward, calls = LlamaAttention.forward, []
 
     def counted(layer, *args, **kwargs):
@@ -117,7 +127,7 @@ def test_checkpointing_one_layer_of_two_changes_no_number(stage, tmp_path, tiny_
     for layers in (0, 1):
         calls.clear()
         # No report on held-out pairs and no checkpoints: three steps and nothing else.
-        run = run_stage(write_recipe(tmp_path / str(layers), tiny_folder, stage, checkpointed_layers=layers))
+        run = run_stage(write_recipe(tmp_path / str(layers), tiny_folder, stage, checkpointed_layers=layers, **keys))
         assert calls.count(1) >= 3
         assert calls.count(0) == (1 + layers) * calls.count(1)  # a checkpointed layer runs again backward
         assert (", 1 layers checkpointed" in capsys.readouterr().out) == (layers == 1)
@@ -127,3 +137,25 @@ def test_checkpointing_one_layer_of_two_changes_no_number(stage, tmp_path, tiny_
     for one, other in zip(*curves, strict=True):
         for name in names & set(one):
             assert one[name] == pytest.approx(other[name], rel=1e-6, abs=1e-6), name
+
+
+@pytest.mark.parametrize(
+    ("stage", "kept"),
+    [("sft", True), ("reward", True), ("dpo", True), pytest.param("sft", False, id="with TRL's cast")],
+)
+def test_updates_too_small_for_bfloat16_survive_on_a_bfloat16_base(stage, kept, tmp_path, tiny_folder, monkeypatch):
+    """TRL casts the adapters of a quantised base to bfloat16, where updates of 1e-5 round away. The last case shows
+    that they would; it fails the day TRL casts no more."""
+    if not kept:
+        monkeypatch.setattr(qalign.train.sft_trainer, "float32_kept", nullcontext)
+    keys = {"lora": {"dora": True}, "model": {"compute_dtype": "bfloat16"}}
+    first = run_stage(write_recipe(tmp_path / "first", tiny_folder, stage, **keys))
+    keys |= {"scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 1e-5, "max_steps": 1}
+    second = run_stage(write_recipe(tmp_path / "second", tiny_folder, stage, start_from=str(first.adapter), **keys))
+    before, after = (load_file(run.adapter / "adapter_model.safetensors") for run in (first, second))
+    assert ({tensor.dtype for tensor in after.values()} == {torch.float32}) or not kept
+    kinds = ["lora_A", "lora_B"] + ["magnitude"] * kept + ["score"] * (stage == "reward")  # TRL casts no magnitudes
+    for kind in kinds:
+        changes = torch.cat([(after[name] - before[name]).abs().flatten() for name in after if kind in name])
+        share = ((changes > 5e-6) & (changes < 1.5e-5)).float().mean()  # Adam's first step is the learning rate
+        assert share > 0.99 if kept else share < 0.2, kind

@@ -5,6 +5,7 @@ import math
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from qalign.model.base import Role, load
 from qalign.score import score
 from tests.conftest import ROOT
 from tests.helpers import house_style
-from tests.reward_runs import DATA, SHORT, run_stage, write_recipe
+from tests.reward_runs import DATA, SHORT, write_recipe
 
 
 @pytest.fixture(scope="module")
@@ -123,38 +124,16 @@ def test_a_stage_that_fails_stops_the_chain_with_its_code(tiny_folder, tmp_path,
     assert "there is no finished SFT run" in capfd.readouterr().err
 
 
-def test_another_stages_section_may_change_before_a_run_is_resumed(tiny_folder, tmp_path):
-    """A stage's run belongs to its own section: work on `dpo:` must not throw away a finished `sft:`."""
-    run = run_stage(write_recipe(tmp_path, tiny_folder, "sft"))
-    recipe = yaml.safe_load((tmp_path / "sft.yaml").read_text())
-    recipe["dpo"] = {"data": str(DATA / "house_style_train.jsonl"), **SHORT}
-    path = tmp_path / "both.yaml"
-    path.write_text(yaml.safe_dump(recipe))
-    run.recipe = load_recipe(str(path))
-    assert run.changes() == ""
-    run.recipe = load_recipe(str(path), ["sft.epochs=2"])
-    assert run.changes() == "sft.epochs is 2.0, was 1.0"
-
-
 def test_what_is_complete_is_skipped_from_another_folder_too(tiny_folder, tmp_path, monkeypatch, capfd):
     """Base and rows are named as seen from the recipe, and the commands that take a run find the base from anywhere."""
     place = tmp_path / "project"
     shutil.copytree(tiny_folder, place / "model")
-    for stage, file in (("sft", "house_style_dialogues_train.jsonl"), ("reward", "house_style_train.jsonl")):
-        shutil.copy(DATA / file, place / f"{stage}.jsonl")
-    short = SHORT | {"max_steps": 1}
-    (place / "recipe.yaml").write_text(yaml.safe_dump({
-        "model": {"base": "model", "compute_dtype": "float32", "max_length": 512},
-        "lora": {"r": 4},
-        "output": str(tmp_path / "runs"),
-        "sft": {"data": "sft.jsonl", **short},
-        "reward": {"data": "reward.jsonl", "start_from": "sft", **short},
-    }))  # fmt: skip
-    monkeypatch.chdir(place)
-    run_all("recipe.yaml", [], [])
-    capfd.readouterr()
-    monkeypatch.chdir(tmp_path)
-    run_all("project/recipe.yaml", [], [])
-    assert capfd.readouterr().out.count("complete, skipped") == 2
-    score("runs/reward", str(place / "reward.jsonl"), "scored.jsonl", 2)
+    shutil.copy(DATA / "house_style_train.jsonl", place / "rows.jsonl")
+    path = Path(write_recipe(place, "model", data="rows.jsonl", max_steps=1)).rename(place / "recipe.yaml")
+    path.write_text(path.read_text().replace(str(place), str(tmp_path / "runs")))
+    for folder, file, skipped in ((place, "recipe.yaml", 0), (tmp_path, "project/recipe.yaml", 1)):
+        monkeypatch.chdir(folder)
+        run_all(file, [], [])
+        assert capfd.readouterr().out.count("complete, skipped") == skipped
+    score("runs/reward", str(place / "rows.jsonl"), "scored.jsonl", 2)
     assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 2

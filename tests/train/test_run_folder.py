@@ -55,31 +55,21 @@ def write_checkpoint(run: runs.RunFolder, step: int, *, whole: bool = True, toke
     return place
 
 
-def test_a_new_folder_is_free(recipe):
+def test_a_taken_folder_is_refused_and_overwrite_deletes_only_when_training_begins(recipe):
     run = folder(recipe)
     run.claim(**FRESH)
-    assert not run.path.exists()
-    run.begin([])
-    assert (run.path / "recipe.yaml").is_file()
-
-
-def test_a_taken_folder_is_refused_and_nothing_is_lost(recipe):
+    assert not run.path.exists(), "a new folder is free, and made only when training begins"
     begun(recipe)
     with pytest.raises(UserError, match=r"holds a run that was stopped; --resume .*, --overwrite"):
-        folder(recipe).claim(**FRESH)
+        run.claim(**FRESH)
     finished(recipe)
     with pytest.raises(UserError, match="holds a complete run"):
-        folder(recipe).claim(**FRESH)
-    assert folder(recipe).complete
-
-
-def test_overwrite_deletes_only_when_training_begins(recipe):
-    finished(recipe)
-    again = folder(recipe)
-    again.claim(**OVERWRITE)
-    assert again.complete
-    again.begin([])
-    assert not again.complete
+        run.claim(**FRESH)
+    run.claim(**OVERWRITE)
+    assert run.complete
+    run.begin([])
+    assert not run.complete
+    assert (run.path / "recipe.yaml").is_file()
 
 
 @pytest.mark.parametrize("name", ["thesis.doc", ".git"])
@@ -96,9 +86,8 @@ def test_files_that_are_no_run_are_never_deleted(recipe, name):
 @pytest.mark.parametrize("key", ["dpo.start_from", "dpo.data", "dpo.eval_data", "model.base"])
 def test_overwrite_never_deletes_what_the_run_reads(recipe, key):
     inside = str(folder(recipe).path / "adapter")
-    values = {"start_from": inside, "data": (Source(path=f"{inside}/rows.jsonl"),), "base": inside}
     section, name = key.split(".")
-    value = values.get(name, values["data"])
+    value = (Source(path=f"{inside}/rows.jsonl"),) if name.endswith("data") else inside
     changed = getattr(recipe, section).model_copy(update={name: value})
     run = runs.RunFolder(recipe.model_copy(update={section: changed}), "dpo")
     with pytest.raises(UserError, match=rf"{key}: .* lies in the folder that this run writes to"):
@@ -116,28 +105,26 @@ def test_an_output_that_is_a_file_is_one_line(recipe, tmp_path):
         folder(recipe).claim(**FRESH)
 
 
-def test_resume_needs_the_same_recipe(recipe):
+def test_resume_needs_the_same_recipe_but_for_the_sections_of_other_stages(recipe, tmp_path):
+    """A stage's run belongs to its own section: work on `dpo:` must not throw away a finished `sft:`."""
     begun(recipe)
     folder(recipe).claim(**RESUME)
+    folder(load(str(tmp_path / "recipe.yaml"), [f"sft.data={tmp_path / 'pairs.jsonl'}"])).claim(**RESUME)
     with pytest.raises(UserError, match=r"--resume needs the recipe .*: dpo\.beta is 0\.7, was 0\.1"):
         folder(recipe, beta=0.7).claim(**RESUME)
 
 
-def test_a_key_that_the_run_is_older_than_is_no_change_at_its_default(recipe):
+def test_a_key_that_the_run_is_older_than_is_no_change_at_its_default_and_one_that_is_gone_since_is(recipe):
     run = begun(recipe)
-    kept = yaml.safe_load((run.path / "recipe.yaml").read_text())
+    file = run.path / "recipe.yaml"
+    kept = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(kept | {"lottery": True}))
+    assert run.changes() == "lottery is 'gone', was True"
     del kept["dpo"]["reference"], kept["dpo"]["data"][0]["weight"], kept["lora"], kept["seed"]
-    (run.path / "recipe.yaml").write_text(yaml.safe_dump(kept))
+    file.write_text(yaml.safe_dump(kept))
     assert run.changes() == ""
     changes = folder(recipe.model_copy(update={"seed": 7}), reference="in_step").differences()
     assert changes == {"dpo.reference": ("cached", "in_step"), "seed": (42, 7)}
-
-
-def test_a_key_that_is_gone_since_is_a_change(recipe):
-    run = begun(recipe)
-    with (run.path / "recipe.yaml").open("a") as kept:
-        kept.write("lottery: true\n")
-    assert run.changes() == "lottery is 'gone', was True"
 
 
 @pytest.fixture
@@ -168,6 +155,10 @@ def test_the_same_files_are_no_change_from_whatever_folder_they_are_named(projec
         again = folder(load(recipe, [f"output={project}/runs"]))
         assert again.changes() == ""
         again.claim(**RESUME)
+    monkeypatch.chdir(project)
+    (run.path / "recipe.yaml").write_text(dump(run.recipe))  # as older versions wrote it: with relative paths
+    assert run.changes() == ""
+    assert folder(load(str(project / "recipe.yaml"))).changes() == ""
 
 
 def test_other_files_of_the_same_names_are_a_change(project, tmp_path, monkeypatch):
@@ -185,13 +176,6 @@ def test_a_project_may_be_moved_with_its_runs(project, tmp_path, monkeypatch):
     monkeypatch.chdir(project.rename(tmp_path / "moved"))
     assert folder(load("recipe.yaml")).changes() == ""
     assert "dpo.data.0.path" in folder(load("recipe.yaml", ["dpo.data=held.jsonl"])).differences()
-
-
-def test_a_recipe_with_relative_paths_is_still_the_same(project):
-    run = begun(load("recipe.yaml"))
-    (run.path / "recipe.yaml").write_text(dump(run.recipe))
-    assert run.changes() == ""
-    assert folder(load(str(project / "recipe.yaml"))).changes() == ""
 
 
 @pytest.mark.parametrize("content", [b"", b"- a\n", b"model: [\n", b"\xff"])

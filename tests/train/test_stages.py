@@ -22,11 +22,11 @@ import qalign.rl.ppo_setup
 from qalign.config.load import load as load_recipe
 from qalign.errors import Stopped, UserError
 from qalign.model import lineage
-from qalign.model.base import load, load_classifier
+from qalign.model.base import Role, load, load_classifier
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
 from tests.helpers import TEST, base_digest, metrics, summary
-from tests.reward_runs import run_stage, write_recipe
+from tests.reward_runs import plain_policy, run_stage, write_recipe
 
 STAGES = ("sft", "reward", "dpo", "ppo")
 PPO_KEYS = {"samples_per_prompt": 2, "max_new_tokens": 4, "max_steps": 3, "kl_stop": None}
@@ -146,6 +146,19 @@ def test_training_moves_the_adapter_alone_and_in_float32(finished, sft_adapter):
         assert torch.equal(tensor, before[name.replace(".reference", "")]), name
 
 
+def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished):
+    run, _, base = finished
+    if run.stage == "reward":
+        pytest.skip("test_reward.py compares its scores")
+    ids = torch.arange(30, 60)[None]
+    base.model.eval()
+    with torch.no_grad():
+        plain = plain_policy(run.adapter)(input_ids=ids).logits
+        for role in (Role.POLICY, Role.BASE):
+            with base.acting_as(role) as lm:
+                assert torch.equal(lm(input_ids=ids).logits, plain) == (role is Role.POLICY)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_misspelt_column_is_reported_before_torch_is_imported(stage, tiny_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
@@ -169,10 +182,8 @@ def test_refused_rows_are_listed_and_too_many_leave_the_old_run_alone(stage, tin
     good = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
     good |= {"prompt": "Why?", "chosen": "Because.", "rejected": "No."} if stage != "sft" else {}
     lines = [json.dumps(good)] * 30
-    lines[6], lines[20] = (
-        '{"prompt": "cut off',
-        json.dumps({"prompt": "word " * 600, "chosen": "yes", "rejected": "no"}),
-    )
+    lines[6] = '{"prompt": "cut off'
+    lines[20] = json.dumps({"prompt": "word " * 600, "chosen": "yes", "rejected": "no"})
     data = tmp_path / "rows.jsonl"
     data.write_text("\n".join(lines))
     keys = {"data": str(data), "limit": None, "max_steps": 1}
@@ -295,9 +306,8 @@ def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(stage,
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path):
-    keys = {"save_every": 1}
-    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
-    path = recipe_of(tmp_path / "cut", tiny_folder, stage, **keys)
+    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, save_every=1))
+    path = recipe_of(tmp_path / "cut", tiny_folder, stage, save_every=1)
     run = run_stage(path)
     run.summary.unlink()
     shutil.rmtree(run.adapter)
@@ -310,19 +320,21 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path
     assert_same_run(again, whole)
 
 
-@pytest.mark.parametrize(("stage", "keys"), [("reward", {"centering": 0.05}), ("dpo", {})])
+@pytest.mark.parametrize(("stage", "keys"), [("sft", {}), ("reward", {"centering": 0.05}), ("dpo", {})])
 def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_path, monkeypatch, capsys):
-    """Seven pairs in steps of four: the last step of each epoch has three, in any number of parts."""
+    """Seven rows in steps of four: the last step of each epoch has three, in any number of parts."""
     monkeypatch.setitem(qalign.model.memory.BUSY_TOKENS, "cpu", 400)  # `auto`: two or three pairs
     keys |= {"limit": 7, "epochs": 2, "learning_rate": 1e-3}
     ways = (4, 2, 1, "auto")
     runs = [run_stage(write_recipe(tmp_path / f"{n}", tiny_folder, stage, micro_batch_size=n, **keys)) for n in ways]
-    assert "up to 400 tokens at a time" in capsys.readouterr().out
+    assert ("up to 400 tokens at a time" in capsys.readouterr().out) == (stage != "sft")
+    # TRL averages two of its figures over micro-batches, and counts a short step as a whole one's share of an epoch.
+    unlike = {"tokens_per_second"} | ({"entropy", "mean_token_accuracy", "epoch"} if stage == "sft" else set())
     first, *others = (metrics(run) for run in runs)
     assert [line["step"] for line in first] == [1, 2, 3, 4]
     for lines in others:
         for line, expected in zip(lines, first, strict=True):
-            for name in set(line) - {"tokens_per_second"}:
+            for name in set(line) - unlike:
                 assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-5), name
     adapter, *adapters = (load_file(run.adapter / WEIGHTS) for run in runs)
     for weights in adapters:
@@ -331,7 +343,7 @@ def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_pat
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
 def test_evaluating_while_training_does_not_move_a_number(stage, tiny_folder, tmp_path):
-    plain = run_stage(write_recipe(tmp_path / "plain", tiny_folder, stage))
-    measured = run_stage(write_recipe(tmp_path / "measured", tiny_folder, stage, eval_data=HELD_OUT, eval_every=1))
-    one, other = (load_file(run.adapter / WEIGHTS) for run in (plain, measured))
+    ways = {"plain": {}, "measured": {"eval_data": HELD_OUT, "eval_every": 1}}
+    runs = [run_stage(write_recipe(tmp_path / name, tiny_folder, stage, **keys)) for name, keys in ways.items()]
+    one, other = (load_file(run.adapter / WEIGHTS) for run in runs)
     assert all(torch.equal(one[name], other[name]) for name in one)
