@@ -13,17 +13,18 @@ Only answers that ended with a stop token are picked: a cut one would teach a mo
 held-out prompts it measures the reward and the KL of every power of 2 up to n, and draws them into PPO's report.
 """
 
+import argparse
 import json
 import shlex
 import shutil
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import count, takewhile
 from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qalign.cli import exit_code, stage_parser
+from qalign.cli import run_parsed, stage_parser
 from qalign.config.atomic import write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
@@ -101,14 +102,11 @@ def _settings_of(folder: Path) -> dict[str, Any]:
 
 def _begin(folder: Path, settings: dict[str, Any], *, resume: bool) -> int:
     """Prepares the folder; only now does `--overwrite` delete the old run. Returns the number of finished parts.
-
-    Args:
-        settings: the recipe, n, and the hashes of all adapters that sample or score.
-    """
+    `settings` are the recipe, n, and the hashes of all adapters that sample or score."""
     if resume and folder.exists():
         if _settings_of(folder) != settings:
             raise UserError(f"{folder}: the policy or a reward was trained again since this run began; use --overwrite")
-        return len(list(_finished_parts(folder)))
+        return len(_finished_parts(folder))
     shutil.rmtree(folder, ignore_errors=True)
     (folder / "parts").mkdir(parents=True)
     write_whole(folder / SETTINGS, json.dumps(settings))
@@ -125,11 +123,8 @@ def _part_file(folder: Path, number: int) -> Path:
     return folder / "parts" / f"{number}.json"
 
 
-def _finished_parts(folder: Path) -> Iterator[Path]:
-    number = 0
-    while (file := _part_file(folder, number)).is_file():
-        yield file
-        number += 1
+def _finished_parts(folder: Path) -> list[Path]:
+    return list(takewhile(Path.is_file, (_part_file(folder, number) for number in count())))
 
 
 def _write_part(folder: Path, number: int, rows: "list[SampledAnswers]", scores: list[list[float]]) -> None:
@@ -156,9 +151,6 @@ def curve(proxy: Sequence[Sequence[float]], judge: Sequence[Sequence[float]] | N
     Args:
         proxy: reward `(prompts, n)`, by which the best answer is chosen.
         judge: scores of the judge for the same answers; None without a judge.
-
-    Returns:
-        One `{"n", "kl_nats", "proxy", "judge"}` for each k.
     """
     orders = [sorted(range(n), key=scores.__getitem__) for scores in proxy]
 
@@ -210,16 +202,14 @@ def _split_n(words: list[str]) -> tuple[int, list[str]]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """The command; `words` are the command line, `sys.argv` if None. Does not return."""
-    args = stage_parser("best_of", best_of.__doc__).parse_intermixed_args(words)
 
-    def work() -> None:
+    def work(args: argparse.Namespace) -> None:
         n, overrides = _split_n(args.overrides)
         recipe = load(args.recipe, overrides, "ppo")
         command_line = shlex.join([args.recipe, *overrides])
         best_of(recipe, n, command_line, resume=args.resume, overwrite=args.overwrite)
 
-    sys.exit(exit_code(work))
+    run_parsed(stage_parser("best_of", best_of.__doc__), work, words)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from pathlib import Path
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.data.formats import Refused
 from qalign.errors import Stopped, UserError, did_you_mean, out_of_memory
 from qalign.train.run_folder import RunFolder
 
@@ -37,7 +36,6 @@ COMMANDS = {
     "page": "open the comparison page in the browser",
 }
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
-SHOWN_REFUSALS = 5
 NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
 
 
@@ -106,9 +104,8 @@ def _failed(*lines: str) -> int:
 
 def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words: Sequence[str] | None = None) -> None:
     """`python -m qalign.STAGE RECIPE [key=value …] [--resume | --overwrite]`; does not return."""
-    args = stage_parser(stage, train.__doc__).parse_intermixed_args(words)
 
-    def work() -> None:
+    def work(args: argparse.Namespace) -> None:
         recipe = load(args.recipe, args.overrides, stage)
         run = RunFolder(recipe, stage, shlex.join([args.recipe, *args.overrides]))
         run.claim(resume=args.resume, overwrite=args.overwrite)
@@ -119,13 +116,21 @@ def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words:
             signal.signal(number, run.stop)
         train(recipe, run)
 
-    sys.exit(exit_code(work))
+    run_parsed(stage_parser(stage, train.__doc__), work, words)
 
 
 def report_command(name: str, stage: str, report: Callable[[Recipe], None], words: Sequence[str] | None = None) -> None:
     """`python -m qalign.NAME RECIPE [key=value …]` for a report on a finished stage; does not return."""
-    args = recipe_parser(name, report.__doc__).parse_intermixed_args(words)
-    sys.exit(exit_code(lambda: report(load(args.recipe, args.overrides, stage))))
+    parser = recipe_parser(name, report.__doc__)
+    run_parsed(parser, lambda args: report(load(args.recipe, args.overrides, stage)), words)
+
+
+def run_parsed(
+    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], words: Sequence[str] | None
+) -> None:
+    """Parses the command line, runs `work` on it, and exits with its code."""
+    args = parser.parse_intermixed_args(words)
+    sys.exit(exit_code(lambda: work(args)))
 
 
 def stage_parser(stage: str, doc: str | None) -> argparse.ArgumentParser:
@@ -143,9 +148,3 @@ def recipe_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("recipe", help="a recipe, such as recipes/smollm2_demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dpo.max_steps=20 output=runs/try")
     return parser
-
-
-def print_refused(refused: Sequence[Refused]) -> None:
-    """Prints the first refused rows and their reasons on stderr; the caller says how many there are."""
-    for row in refused[:SHOWN_REFUSALS]:
-        print(f"refused: {row.where}: {row.reason}", file=sys.stderr)

@@ -27,13 +27,8 @@ def out_of_memory(error: BaseException, fix: str, doing: str = "") -> UserError:
 
 
 def not_finite(step: str, what: str, rows: Sequence[str] = ()) -> UserError:
-    """The error for a NaN or an infinity.
-
-    Args:
-        step: when, such as "step 5".
-        what: such as "the loss is".
-        rows: files and lines of the rows to blame, if they are known.
-    """
+    """The error for a NaN or an infinity, such as `not_finite("step 5", "the loss is", ["rows.jsonl:3"])`. `rows` are
+    the rows to blame, if they are known."""
     where = f" on {', '.join(dict.fromkeys(rows))}" if rows else ""
     return UserError(
         f"{step}: {what} not finite{where}; the last checkpoint, if there is one, is kept. "

@@ -76,12 +76,7 @@ def check_usable(source: str, used: int, refused: Sequence[Refused]) -> None:
 
 
 def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, float]:
-    """Preference figures of reference and policy.
-
-    Args:
-        base: with a policy.
-        pairs: held-out pairs.
-        beta: scale of DPO's implicit reward.
+    """Preference figures of reference and policy on held-out pairs; `beta` scales DPO's implicit reward.
 
     Returns:
         `accuracy_base`, `accuracy_before` and `accuracy_after`: of the bare base, the reference and the policy, the
@@ -132,15 +127,14 @@ def _print_figures(figures: dict[str, float], run: RunFolder, settings: DPO, num
     if not settings.start_from:
         stops = {"accuracy_before": "base", "accuracy_after": "aligned"}
     preferred, models = " → ".join(f"{figures[name]:.1%}" for name in stops), " → ".join(stops.values())
-    title = f"{run.adapter} on {figures['pairs']} held-out pairs"
-    print_table(
-        title + (f", {num_refused} more were refused" if num_refused else ""),
-        [(name, f"{value:<24} {meaning}") for name, value, meaning in (
-            ("preferred", preferred, f"pairs whose chosen answer has the higher mean log-prob per token: {models}"),
-            ("reward", f"{figures['reward_accuracy']:.1%}", "pairs whose chosen answer has the higher implicit reward"),
-            ("margin", f"{figures['reward_margin']:+.2f}", "mean implicit reward, chosen minus rejected"),
-        )],
-    )  # fmt: skip
+    reward, margin = f"{figures['reward_accuracy']:.1%}", f"{figures['reward_margin']:+.2f}"
+    refused = f", {num_refused} more were refused" if num_refused else ""
+    lines = {
+        "preferred": f"{preferred:<24} pairs whose chosen answer has the higher mean log-prob per token: {models}",
+        "reward": f"{reward:<24} pairs whose chosen answer has the higher implicit reward",
+        "margin": f"{margin:<24} mean implicit reward, chosen minus rejected",
+    }
+    print_table(f"{run.adapter} on {figures['pairs']} held-out pairs{refused}", lines.items())
 
 
 def _print_answers(base: "Base", rows: list[Preference]) -> None:

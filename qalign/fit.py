@@ -7,11 +7,10 @@ that are alive (`qalign.model.memory`). It assumes the longest row that the reci
 """
 
 import re
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from qalign.cli import exit_code, recipe_parser
+from qalign.cli import recipe_parser, run_parsed
 from qalign.config.load import load
 from qalign.config.paths import is_own_model
 from qalign.config.recipe import Recipe
@@ -124,11 +123,7 @@ def bar(parts: dict[str, int], memory: int) -> str:
 
 
 def memory_of(text: str) -> int:
-    """`12GB`, `12 GiB` or `12` in bytes. A card labelled in GB has GiB, so both mean 2^30.
-
-    Raises:
-        UserError: the text is not a size.
-    """
+    """`12GB`, `12 GiB` or `12` in bytes, or a `UserError`. A card labelled in GB has GiB, so both mean 2^30."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:[gG](?:i?[bB])?)?\s*", text)
     if not match or not float(match[1]):
         raise UserError(f"--memory: '{text}' is not a size; write 12GB for a card with 12 GB")
@@ -142,8 +137,7 @@ def gib(size: float) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     parser = recipe_parser("fit", report.__doc__)
     parser.add_argument("--memory", help="of the card, such as 12GB (default: this computer's own)")
-    args = parser.parse_intermixed_args(words)
-    sys.exit(exit_code(lambda: report(load(args.recipe, args.overrides), args.memory)))
+    run_parsed(parser, lambda args: report(load(args.recipe, args.overrides), args.memory), words)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,11 @@ docs/merging.md). The default is the dequantised base, which is exactly the mode
 """
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalign.cli import exit_code, program
+from qalign.cli import program, run_parsed
 from qalign.config.atomic import new_folder
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder, open_run, print_table
@@ -49,14 +48,12 @@ def merge(folder: str, onto: "Form", to: str | None) -> None:
         save_tokenizer(base.tokenizer, aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
     size = sum(file.stat().st_size for file in target.iterdir())
-    print_table(
-        f"merged {run.path}",
-        [
-            ("onto", WORDS[onto]),
-            ("model", f"{target} ({size / 1e9:,.2f} GB, {str(merged.dtype).removeprefix('torch.')})"),
-            ("load it with", f'{type(merged).__name__}.from_pretrained("{target}")'),
-        ],
-    )
+    lines = {
+        "onto": WORDS[onto],
+        "model": f"{target} ({size / 1e9:,.2f} GB, {str(merged.dtype).removeprefix('torch.')})",
+        "load it with": f'{type(merged).__name__}.from_pretrained("{target}")',
+    }
+    print_table(f"merged {run.path}", lines.items())
 
 
 def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
@@ -119,8 +116,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("run", help="a finished run, such as runs/demo/dpo")
     parser.add_argument("--onto", choices=WORDS, default="dequantized", help="which 16-bit base (default: dequantized)")
     parser.add_argument("--to", metavar="FOLDER", help="the output folder (default: inside the run)")
-    args = parser.parse_args(words)
-    sys.exit(exit_code(lambda: merge(args.run, args.onto, args.to)))
+    run_parsed(parser, lambda args: merge(args.run, args.onto, args.to), words)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,11 @@ their columns; an existing column is never replaced.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalign.cli import exit_code, program
+from qalign.cli import program, run_parsed
 from qalign.config.atomic import replacing
 from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
@@ -136,8 +135,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--column", metavar="NAME", default="reward", help="name of the new column or columns (default: reward)"
     )
-    args = parser.parse_args(words)
-    sys.exit(exit_code(lambda: score(args.run, args.file, args.to, args.limit, args.column)))
+    run_parsed(parser, lambda args: score(args.run, args.file, args.to, args.limit, args.column), words)
 
 
 if __name__ == "__main__":
