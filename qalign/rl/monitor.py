@@ -22,24 +22,16 @@ SAMPLES_SHOWN = 3
 
 
 class Monitor:
-    """Evaluates the policy while it trains.
-
-    Args:
-        run: the run folder, for `samples/`, `adapter_best/` and the report.
-        trainer: holds the policy, the held-out prompts and the judge. Without held-out prompts nothing is evaluated.
-
-    Attributes:
-        alarm_steps: iterations at which an alarm was raised.
-        warnings: the alarms of the last evaluation, as sentences.
-    """
+    """Evaluates the policy while it trains, if there are held-out prompts, and writes `samples/`, `adapter_best/` and
+    the report into the run folder."""
 
     def __init__(self, run: RunFolder, trainer: PPOTrainer):
         self.run, self.trainer, self.settings = run, trainer, cast(PPO, run.settings)
         self.prompts, self.judges = trainer.setup.rows.held_out, trainer.setup.scorers.judge
         self.best, self.picture = run.path / "adapter_best", run.path / "ppo_report.png"
         self.points: list[alarms.EvalPoint] = []
-        self.alarm_steps: list[int] = []
-        self.warnings: list[str] = []
+        self.alarm_steps: list[int] = []  # iterations at which an alarm was raised
+        self.warnings: list[str] = []  # the alarms of the last evaluation
         self.clip_fractions: list[float] = []  # of the iterations since the last evaluation
         self._samples: list[dict[str, Any]] = []
 

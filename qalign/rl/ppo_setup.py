@@ -33,22 +33,15 @@ EncodedPrompt = tuple[Prompt, list[int]]  # a row with its token ids
 
 @dataclass
 class Setup:
-    """One base with its policy and scorers, and the prompts to answer.
+    """One base with its policy and scorers, and the prompts to answer."""
 
-    Attributes:
-        base: with the policy on it; scorers are put on it by `scorers.attach`.
-        origin: the lineage of an adapter that is trained here.
-        rows: prompts to train on and held-out prompts, each an `EncodedPrompt`.
-        other_bytes: memory of scorers that are models of their own.
-    """
-
-    base: Base
-    origin: Lineage
+    base: Base  # with the policy on it; scorers are put on it by `scorers.attach`
+    origin: Lineage  # of an adapter that is trained here
     scorers: Scorers
     engine: Engine
     sampling: Sampling
-    rows: StageRows
-    other_bytes: int = 0
+    rows: StageRows  # `EncodedPrompt`s
+    other_bytes: int = 0  # of scorers that are models of their own
 
     def sample(self, prompts: list[EncodedPrompt], num_samples: int, seed: int) -> list[SampledAnswers]:
         """`num_samples` answers of the policy to each prompt; of the base where no policy adapter is on it."""
@@ -119,16 +112,12 @@ def make_deterministic(base: Base, checkpointed_layers: int) -> None:
 def make_optimizer(
     settings: PPO, weights: list[nn.Parameter], iterations: int
 ) -> tuple[Optimizer, Callable[[int], float], float]:
-    """The optimiser; values under `trainer:` override the others.
-
-    Adam's epsilon is 1e-5, not 1e-8 (N details: Huang et al. 2023, "The N Implementation Details of RLHF with PPO").
+    """The optimiser; values under `trainer:` override the others. Adam's epsilon is 1e-5, not 1e-8 (Huang et al. 2023,
+    "The N Implementation Details of RLHF with PPO").
 
     Returns:
         (the optimiser, the learning rate as a function of the iteration counted from 1, the norm that gradients are
         clipped to: infinite for `max_grad_norm: 0`, which turns clipping off in transformers too).
-
-    Raises:
-        UserError: transformers refuses a value under `trainer:`.
     """
     values: dict[str, Any] = {
         "output_dir": "unused",

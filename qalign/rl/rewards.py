@@ -50,8 +50,6 @@ class Scorer(ABC):
 
     Attributes:
         key: `ppo.reward` or `ppo.judge`, for error messages.
-        source: the adapter folder, hub id or function.
-        weight: factor of its scores in the combined reward.
         name: short name for metrics.
         identity: hash of an adapter's weights, which a resumed run must find unchanged; None for other scorers.
         bytes: memory of a model of its own.
@@ -207,15 +205,12 @@ class FunctionScorer(Scorer):
 
 @dataclass(frozen=True)
 class Scorers:
-    """The scorers of a recipe.
-
-    Attributes:
-        reward: PPO trains on the weighted sum of their scores.
-        judge: PPO never trains on their scores; they show whether the reward is hacked.
-    """
+    """The scorers of a recipe."""
 
     reward: list[Scorer]
+    """PPO trains on the weighted sum of their scores."""
     judge: list[Scorer]
+    """PPO never trains on their scores; they show whether the reward is hacked."""
 
     def load_models(self, base: Base) -> int:
         """Loads the scorers that are models of their own. Returns their memory in bytes."""
@@ -224,12 +219,7 @@ class Scorers:
         return sum(scorer.bytes for scorer in (*self.reward, *self.judge))
 
     def attach(self, base: Base, limit: MicroBatchLimit) -> None:
-        """Puts the adapters on the base: the first reward adapter as the role `reward`, others as `reward_2` and so on;
-        judges likewise.
-
-        Raises:
-            UserError: an adapter can't be loaded or doesn't fit the base.
-        """
+        """Puts the adapters on the base, in the roles `reward`, `reward_2` and so on, `judge`, `judge_2` and so on."""
         for role, scorers in ((Role.REWARD, self.reward), (Role.JUDGE, self.judge)):
             for number, scorer in enumerate(scorers, start=1):
                 scorer.attach(base, role if number == 1 else f"{role}_{number}", limit)
@@ -241,17 +231,15 @@ def open_scorers(recipe: Recipe, run: RunFolder) -> Scorers:
     Raises:
         UserError: a scorer can't be found or imported, doesn't fit the base, or has no finished reward run.
     """
-    return Scorers(_opened("reward", recipe, run), _opened("judge", recipe, run))
-
-
-def _opened(key: str, recipe: Recipe, run: RunFolder) -> list[Scorer]:
-    sources: Sequence[RewardSource] = getattr(recipe.ppo, key) or ()
-    scorers = [_open(f"ppo.{key}", source, recipe, run) for source in sources]
-    names = [scorer.name for scorer in scorers]
-    for number, (scorer, source) in enumerate(zip(scorers, sources, strict=True), start=1):
-        if names.count(scorer.name) > 1:
-            scorer.name = f"{number}: {source.source}"
-    return scorers
+    found: dict[str, list[Scorer]] = {}
+    for key in ("reward", "judge"):
+        sources: Sequence[RewardSource] = getattr(recipe.ppo, key) or ()
+        scorers = found[key] = [_open(f"ppo.{key}", source, recipe, run) for source in sources]
+        names = [scorer.name for scorer in scorers]
+        for number, scorer in enumerate(scorers, start=1):
+            if names.count(scorer.name) > 1:
+                scorer.name = f"{number}: {sources[number - 1].source}"
+    return Scorers(**found)
 
 
 def _open(key: str, named: RewardSource, recipe: Recipe, run: RunFolder) -> Scorer:

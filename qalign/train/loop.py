@@ -35,33 +35,25 @@ def load_base(run: RunFolder, load: Callable[[Model], Base]) -> Base:
 class Session:
     """What one process does of a stage: its methods are called in this order.
 
-    Args:
-        run: the run folder, claimed.
-        role: the role that is trained.
-
     Attributes:
         origin: the lineage of the adapter that is trained.
-        micro: how much goes through the model at once.
-        checkpoint: where this session continues; None at the beginning of a run.
     """
 
     planned: Plan
-    micro: MicroBatchLimit
-    checkpoint: Path | None
+    micro: MicroBatchLimit  # how much goes through the model at once
+    checkpoint: Path | None  # where this session continues; None at the beginning of a run
 
     def __init__(self, run: RunFolder, base: Base, rows: StageRows, role: Role = Role.POLICY):
         self.run, self.base, self.rows, self.role = run, base, rows, role
         self.origin = base.lineage(run.stage, run.parent)
 
     def add_adapter(self, *, reference: bool = False) -> None:
-        """Adds the adapter to train: new, or a copy of the one that `start_from` names.
+        """Adds the adapter to train: new, or a copy of the one that `start_from` names, which must have been trained
+        with the same base, tokenizer and chat template.
 
         Args:
             reference: True keeps a frozen copy of that adapter as the reference. (A new adapter needs none: its
                 reference is the base with adapters off.)
-
-        Raises:
-            UserError: the adapter was trained with another base, tokenizer or chat template.
         """
         set_seed(self.run.recipe.seed)
         if parent := self.run.parent:
@@ -73,14 +65,12 @@ class Session:
             self.base.add_adapter(self.role, self.run.recipe.lora)
 
     def plan(self, longest: int, other_bytes: int = 0) -> None:
-        """Resolves the `auto` settings of the stage for this base and this device.
+        """Resolves the `auto` settings of the stage for this base and this device, or raises a `UserError` if not even
+        the longest row fits.
 
         Args:
             longest: tokens of the longest row; of a pair, both answers with the prompt once.
             other_bytes: memory of models next to the base.
-
-        Raises:
-            UserError: not even the longest row fits.
         """
         run, settings, device = self.run, self.run.settings, self.base.lm.device.type
         size, layers = rows_at_once(settings), settings.checkpointed_layers
@@ -99,15 +89,8 @@ class Session:
         self.planned, self.micro = found, micro_batch(settings, found, longest)
 
     def config(self, rows: int, **special: Any) -> Any:
-        """The recipe as TRL's config of the stage; values under `trainer:` override all others.
-
-        Args:
-            rows: rows that the trainer takes at once. (Trainers of pairs take a whole step's, and split it themselves.)
-            special: arguments that only this stage's config has.
-
-        Raises:
-            UserError: TRL refuses a value under `trainer:`.
-        """
+        """The recipe as TRL's config of the stage; values under `trainer:` override all others. `rows` is how many the
+        trainer takes at once. (Trainers of pairs take a whole step's, and split it themselves.)"""
         run, base, settings = self.run, self.base, self.run.settings
         on_gpu = base.lm.device.type == "cuda"
         values = {
@@ -154,13 +137,8 @@ class Session:
         return (self.callback,)
 
     def print_header(self, steps: str, trainable: str | None = None, **more: str) -> None:
-        """Prints what is about to be trained, on what, and against what.
-
-        Args:
-            steps: the number of steps and the size of each, in words.
-            trainable: the weights that are trained, in words; those of the adapter if left out.
-            more: the stage's own lines.
-        """
+        """Prints what is about to be trained, on what, and against what. `steps` is their number and the size of each
+        in words, `trainable` the trained weights in words (by default the adapter's), `more` the stage's own lines."""
         run, base, model = self.run, self.base, self.run.recipe.model
         weights, size = base.count_parameters()
         trainable = trainable or f"{weights:,} adapter parameters ({weights / size:.2%} of the base)"
@@ -200,7 +178,6 @@ class Session:
 
         Raises:
             Stopped: the user or the system asked to stop; a checkpoint was written.
-            UserError: the GPU's memory is too small, or a number is not finite.
         """
         run, began = self.run, time.monotonic()
         try:

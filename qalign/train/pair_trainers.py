@@ -8,7 +8,7 @@ they are not TRL's `DPOTrainer` and `RewardTrainer`.
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +28,8 @@ class PairTrainer(Trainer):
     """The loop that both share; a subclass defines `pair_losses`.
 
     Args:
-        base: with a trainable adapter for the role that is trained.
         args: TRL's config; its batch sizes are the pairs of an optimiser step, its gradient accumulation is 1.
         micro: how much one forward pass takes; it changes memory and speed, and no number.
-        eval_pairs: held-out pairs, or None.
     """
 
     # The loss of a micro-batch is divided by the pairs of the whole optimiser step (`num_items_in_batch`), so 8 × 1 and
@@ -71,8 +69,7 @@ class PairTrainer(Trainer):
     def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
         """Forward and backward of one optimiser step, one micro-batch at a time."""
         total = torch.zeros((), device=self.args.device)
-        micro_batches: Any = self.base.micro_batches(inputs, self.micro)
-        for pairs in micro_batches:
+        for pairs in cast(Any, self.base.micro_batches(inputs, self.micro)):
             total = total + super().training_step(model, pairs, num_items_in_batch)
         return total
 

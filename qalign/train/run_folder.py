@@ -64,7 +64,6 @@ class RunFolder:
 
     Attributes:
         command_line: recipe and overrides as the user typed them, for hints on what to type next.
-        stop: the request to stop, if there was one.
         resume: True if this session continues the run that is there.
     """
 
@@ -73,9 +72,7 @@ class RunFolder:
         self.path = Path(recipe.output).expanduser() / stage
         self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.metrics, self.summary = self.path / "metrics.jsonl", self.path / "summary.json"
-        self.stop = StopRequest()
-        self.resume = False
-        self._began = time.monotonic()
+        self.stop, self.resume, self._began = StopRequest(), False, time.monotonic()
 
     @property
     def wall_seconds(self) -> float:
@@ -107,11 +104,8 @@ class RunFolder:
         return start
 
     def claim(self, *, resume: bool, overwrite: bool) -> None:
-        """Checks that this session may write here, and deletes nothing yet.
-
-        Raises:
-            UserError: the folder holds another run or other files, or the run can't be resumed with this recipe.
-        """
+        """Raises a `UserError` if the folder holds another run or other files, or the run can't be resumed with this
+        recipe. Deletes nothing yet."""
         self.resume = resume
         if any(place.exists() and not place.is_dir() for place in (self.path, self.path.parent)):
             raise UserError(f"{self.path}: is, or lies in, a file; choose another `output`")
@@ -131,19 +125,14 @@ class RunFolder:
 
     def check_inputs(self, folder: Path) -> None:
         """Raises a `UserError` if something that the stage reads lies in a folder that will be written to."""
-        for key, used in self._inputs():
-            if Path(used).resolve().is_relative_to(folder.resolve()):
-                raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
-
-    def _inputs(self) -> Iterator[tuple[str, str]]:
-        """(key, path) of everything that the stage reads."""
-        yield "model.base", self.recipe.model.base
-        if parent := self.parent:
-            yield f"{self.stage}.start_from", parent
+        inputs = [("model.base", self.recipe.model.base), (f"{self.stage}.start_from", self.parent)]
         if isinstance(self.settings, PPO):
-            yield from ((f"ppo.{key}", reward.source) for key, reward in self.settings.sources)
+            inputs += [(f"ppo.{key}", reward.source) for key, reward in self.settings.sources]
         for key in ("data", "eval_data"):
-            yield from ((f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ())
+            inputs += [(f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ()]
+        for key, used in inputs:
+            if used and Path(used).resolve().is_relative_to(folder.resolve()):
+                raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
 
     def check_parent(self) -> None:
         """Raises a `UserError` if the adapter that the run started from was trained again since."""
@@ -212,10 +201,7 @@ class RunFolder:
 
     def rewind(self) -> tuple[Path | None, int]:
         """Goes back to the last whole checkpoint: metrics logged after it are dropped, as they will be logged again.
-
-        Returns:
-            (the checkpoint, or None if the run is not resumed or has none; the tokens seen until then).
-        """
+        Returns (the checkpoint, or None if the run is not resumed or has none; the tokens seen until then)."""
         for folder in self.checkpoints.glob("checkpoint-*"):
             if not (folder / WHOLE).exists():  # cut short: it would count as one of the two that are kept
                 shutil.rmtree(folder)
@@ -268,10 +254,8 @@ class RunFolder:
 
 
 def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
-    """The finished run in a folder such as `runs/demo/reward`; `runs/demo` and `runs/demo/reward/adapter` work too.
-
-    Args:
-        stages: accepted stages; in `runs/demo`, the first one that has a finished run is taken.
+    """The finished run in a folder such as `runs/demo/reward`; `runs/demo` and `runs/demo/reward/adapter` work too. In
+    `runs/demo`, the first of the accepted `stages` that has a finished run is taken.
 
     Raises:
         UserError: there is no finished run of such a stage, or its recipe can't be read.
@@ -305,7 +289,6 @@ def _read_recipe(file: Path) -> Recipe:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step in a checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
 
 

@@ -19,12 +19,7 @@ from qalign.model.base import Base, Role
 
 class SupervisedTrainer(SFTTrainer):
     """TRL's `SFTTrainer` on rows that are token ids already, with float32 adapters and plain adapter folders as
-    checkpoints.
-
-    Args:
-        base: with a trainable policy.
-        eval_rows: held-out rows, or None; never packed.
-    """
+    checkpoints. `base` has a trainable policy; held-out rows are never packed."""
 
     def __init__(
         self,
