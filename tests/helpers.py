@@ -3,10 +3,13 @@
 import hashlib
 import importlib
 import json
+from collections.abc import Callable
 
+import pytest
 import torch
 from trl import DPOConfig
 
+from qalign.cli import exit_code
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import Source
@@ -72,6 +75,21 @@ def train_recipe(
     run.claim(resume=resume, overwrite=overwrite)
     importlib.import_module(f"qalign.{stage}").train(recipe, run)
     return run
+
+
+def leaving(main: Callable[..., object], *words: str) -> int:
+    """The exit code of a command, in this process."""
+    with pytest.raises(SystemExit) as left:
+        main(words)
+    return left.value.code
+
+
+def refusal(capsys, command: Callable[..., object], *args) -> str:
+    """The one line that a command says when it can't do what was asked; it exits with 2."""
+    capsys.readouterr()
+    assert exit_code(lambda: command(*args)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    return line
 
 
 def plain_config(cls, folder, **values):

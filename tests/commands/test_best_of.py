@@ -12,13 +12,12 @@ from qalign import best_of as module
 from qalign import dpo, sft
 from qalign.best_of import best_of, curve
 from qalign.config.load import load
-from qalign.config.stages import Source
-from qalign.data.formats import Prompt, prompts
+from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.run_folder import RunFolder
-from tests.conftest import ROOT
+from tests.helpers import TRAIN, leaving
 
 REWARD = """
 def few(completion_ids):
@@ -33,15 +32,14 @@ def many(completion_ids):
 def recipe_path(tmp_path, tiny_folder, monkeypatch) -> str:
     """A recipe for the tiny model, of whose tokens a tenth ends an answer."""
     (tmp_path / "mine.py").write_text(REWARD)
-    data = str(ROOT / "recipes" / "data" / "house_style_train.jsonl")
     recipe = {
         "model": {"base": tiny_folder, "compute_dtype": "float32", "max_length": 256},
         "lora": {"r": 4, "alpha": 8},
         "output": str(tmp_path / "runs"),
-        "sft": {"data": data, "batch_size": 2, "max_steps": 1},
-        "dpo": {"data": data, "batch_size": 2, "max_steps": 1},
+        "sft": {"data": TRAIN, "batch_size": 2, "max_steps": 1},
+        "dpo": {"data": TRAIN, "batch_size": 2, "max_steps": 1},
         "ppo": {
-            "data": data, "limit": 6, "eval_data": [{"path": data, "skip": 6, "limit": 4}], "max_new_tokens": 12,
+            "data": TRAIN, "limit": 6, "eval_data": [{"path": TRAIN, "skip": 6, "limit": 4}], "max_new_tokens": 12,
             "reward": f"{tmp_path / 'mine.py'}:few", "judge": f"{tmp_path / 'mine.py'}:many",
         },
     }  # fmt: skip
@@ -197,16 +195,7 @@ def test_a_folder_of_someone_elses_is_left_alone(recipe_path, tmp_path):
 
 @pytest.mark.parametrize("word", ["n=1", "n=x", "n=", "n=-4", "n=2.5"])
 def test_a_wrong_n_is_one_line(word, recipe_path, capsys):
-    with pytest.raises(SystemExit) as leaving:
-        module.main([recipe_path, word])
-    assert leaving.value.code == 2
+    assert leaving(module.main, recipe_path, word) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"command line: n is '{word[2:]}'")
     assert "n=16" in line
-
-
-def test_rows_before_a_sources_skip_are_left_out(write_jsonl):
-    path = write_jsonl("rows.jsonl", [{"prompt": f"{n}?"} for n in range(6)])
-    rows, _ = prompts((Source(path=path, skip=2, limit=3),), "train", None, 0)
-    assert [r.turns[0]["content"] for r in rows] == ["2?", "3?", "4?"]
-    assert [r.where.rpartition(":")[2] for r in rows] == ["3", "4", "5"]

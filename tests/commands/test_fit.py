@@ -17,9 +17,10 @@ from qalign.config.stages import STAGES
 from qalign.errors import UserError
 from qalign.model import memory
 from qalign.model.loading import load_config
-from tests.conftest import ROOT
+from tests.conftest import FIXTURES, ROOT
+from tests.helpers import leaving
 
-CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
+CONFIGS = FIXTURES / "configs"
 GIB = 2**30
 # The card each recipe is made for, in GB, and its base's config.
 CARDS = {
@@ -74,13 +75,6 @@ def recipe_path(tmp_path, bare) -> str:
     return str(path)
 
 
-def command(*words: str) -> int:
-    """The exit code of the command, in this process."""
-    with pytest.raises(SystemExit) as leaving:
-        fit.main(words)
-    return leaving.value.code
-
-
 def forecast_of(path: str, stage: str, overrides: list[str]):
     """A stage's forecast as the command makes it for a card."""
     recipe = load(path, overrides)
@@ -97,13 +91,13 @@ def test_words_in_any_order(recipe_path, monkeypatch):
         [words[0], "--memory", "12GB", *words[1:]],
         [*words[:2], "--memory=12GB", words[2]],
     ):
-        assert command(*order) == 0
+        assert leaving(fit.main, *order) == 0
         recipe, given = seen.pop()
         assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo"), 300, "12GB")
 
 
 def test_every_stage_is_shown(recipe_path, capsys):
-    assert command(recipe_path, "--memory", "12GB", "dpo.batch_size=8") == 0
+    assert leaving(fit.main, recipe_path, "--memory", "12GB", "dpo.batch_size=8") == 0
     said = capsys.readouterr().out
     assert "nf4, computing in float32, rows of up to 512 tokens, " in said
     assert re.findall(rf"^({'|'.join(STAGES)})$", said, flags=re.MULTILINE) == list(STAGES)
@@ -111,9 +105,11 @@ def test_every_stage_is_shown(recipe_path, capsys):
     assert "of 11.40 GiB" in said  # 95% of it
 
 
-def test_without_memory_it_is_about_this_computer(recipe_path, capsys):
-    assert command(recipe_path, "sft=", "reward=") == 0
+def test_without_memory_it_is_about_this_computer_whose_home_may_hold_the_base(recipe_path, bare, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(Path(bare).parent))
+    assert leaving(fit.main, recipe_path, "model.base=~/bare", "sft=", "reward=") == 0
     said = capsys.readouterr().out
+    assert "yes: " in said
     assert "on cpu" in said
     assert "CUDA context" not in said
 
@@ -129,7 +125,7 @@ def test_without_memory_it_is_about_this_computer(recipe_path, capsys):
     ],
 )
 def test_a_mistake_is_one_line(words, complaint, recipe_path, capsys):
-    assert command(recipe_path, *words) == 2
+    assert leaving(fit.main, recipe_path, *words) == 2
     told = capsys.readouterr()
     assert told.out == ""
     (line,) = told.err.splitlines()
@@ -139,15 +135,9 @@ def test_a_mistake_is_one_line(words, complaint, recipe_path, capsys):
 @pytest.mark.parametrize("text", ["{", '{"model_type": "no-such-family"}', "{}"])
 def test_a_config_that_cannot_be_read_is_one_line(text, recipe_path, bare, capsys):
     (Path(bare) / "config.json").write_text(text)
-    assert command(recipe_path, "--memory", "12GB") == 2
+    assert leaving(fit.main, recipe_path, "--memory", "12GB") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"model.base: '{bare}' can't be read: ")
-
-
-def test_a_base_may_be_a_folder_in_the_home(recipe_path, bare, monkeypatch, capsys):
-    monkeypatch.setenv("HOME", str(Path(bare).parent))
-    assert command(recipe_path, "model.base=~/bare", "--memory=12", "sft=", "reward=") == 0
-    assert "yes: " in capsys.readouterr().out
 
 
 def test_errors_are_reported_before_torch_is_imported(recipe_path, tmp_path):
@@ -224,25 +214,19 @@ def mistral(monkeypatch) -> list[str]:
     return [f"model.base={CONFIGS / 'Mistral-7B-v0.3'}", "model.max_length=32000"]
 
 
-def test_one_advice_is_enough_for_one_row_at_a_time(mistral):
-    advised, table = followed("recipes/mistral7b.yaml", "dpo", 8, [*mistral, "dpo.micro_batch_size=auto"])
-    assert len(advised) == 1
-    assert advised[0].startswith("model.max_length=")
-    assert table["fits"].startswith("yes: ")
-
-
 @pytest.mark.parametrize(
-    ("keys", "memory", "first"),
+    ("keys", "memory", "first", "most"),
     [
-        (["model.max_length=4096", "dpo.micro_batch_size=16"], 12, "dpo.micro_batch_size=auto"),
-        (["dpo.micro_batch_size=auto", "model.quantization=none"], 8, "model.quantization=nf4"),
+        (["dpo.micro_batch_size=auto"], 8, "model.max_length=", 1),
+        (["model.max_length=4096", "dpo.micro_batch_size=16"], 12, "dpo.micro_batch_size=auto", 2),
+        (["dpo.micro_batch_size=auto", "model.quantization=none"], 8, "model.quantization=nf4", 2),
     ],
 )
-def test_advice_leads_to_a_yes(keys, memory, first, mistral):
+def test_advice_leads_to_a_yes(keys, memory, first, most, mistral):
     """One setting a time: the first makes room, the next says how much of it rows may take."""
     advised, table = followed("recipes/mistral7b.yaml", "dpo", memory, [*mistral, *keys])
-    assert advised[0] == first
-    assert len(advised) <= 2
+    assert advised[0].startswith(first)
+    assert len(advised) <= most
     assert table["fits"].startswith("yes: ")
 
 
@@ -254,7 +238,7 @@ def test_no_setting_helps_where_the_base_is_too_large(mistral):
     )
 
 
-@pytest.mark.parametrize("name", sorted(CARDS))
+@pytest.mark.parametrize("name", sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")))
 def test_every_recipe_fits_the_card_it_is_made_for(name, monkeypatch):
     """Its longest rows or pairs, as many as it takes at once, with all layers checkpointed."""
     monkeypatch.chdir(ROOT)
@@ -263,7 +247,3 @@ def test_every_recipe_fits_the_card_it_is_made_for(name, monkeypatch):
     size = forecast.settings.micro_batch_size
     tokens = (1 if size == "auto" else size) * 2 * forecast.recipe.model.max_length
     assert forecast.total(tokens, forecast.layers) < 0.95 * card * GIB
-
-
-def test_every_recipe_has_a_card():
-    assert sorted(file.stem for file in (ROOT / "recipes").glob("*.yaml")) == sorted(CARDS)

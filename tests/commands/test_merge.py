@@ -18,14 +18,13 @@ from transformers import (
 )
 
 import qalign.model.loading
-from qalign.cli import exit_code
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import end_of_turn_id
 from qalign.errors import UserError
 from qalign.merge import main, merge
 from qalign.model.adapters import SCORE_HEAD
 from qalign.model.base import Role, load
-from tests.helpers import house_style
+from tests.helpers import house_style, leaving, refusal
 from tests.reward_runs import run_stage, write_recipe
 
 BFLOAT16 = {"compute_dtype": "bfloat16"}
@@ -53,6 +52,13 @@ def policy(published, tmp_path_factory):
     run = run_stage(write_recipe(tmp_path_factory.mktemp("policy"), published, "dpo", model=BFLOAT16, **STRONG))
     merge(str(run.path), "dequantized", None)
     return run, run.path / "merged-dequantized"
+
+
+@pytest.fixture
+def copied(policy, tmp_path) -> Path:
+    """A copy of that run, to change."""
+    target = tmp_path / "runs" / "dpo"
+    return Path(shutil.copytree(policy[0].path, target, ignore=shutil.ignore_patterns("merged-*")))
 
 
 def stored(folder) -> dict[str, torch.Tensor]:
@@ -120,24 +126,19 @@ def test_it_answers_as_base_and_adapter_do(policy):
     assert apart < 0.02
 
 
-def test_the_weights_are_those_trained_on_plus_the_update(policy):
+def test_the_weights_are_those_trained_on_plus_the_update_and_nothing_of_the_four_bits_is_left(policy):
     run, target = policy
     found = stored(target)
     assert_merged(run, found, dequantised(run), scale=8 / 4)
-    untouched = set(found) - set(dequantised(run))
     original = stored(run.recipe.model.base)
+    untouched = set(found) - set(dequantised(run))
     assert "model.embed_tokens.weight" in untouched
     assert all(torch.equal(found[name], original[name]) for name in untouched)
-
-
-def test_nothing_of_the_four_bits_is_left(policy):
-    run, target = policy
+    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in original.items()}
+    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     config = json.loads((target / "config.json").read_text())
     assert "quantization_config" not in config
     assert config["dtype"] == "bfloat16"
-    found, original = stored(target), stored(run.recipe.model.base)
-    assert {name: tensor.shape for name, tensor in found.items()} == {n: t.shape for n, t in original.items()}
-    assert {tensor.dtype for tensor in found.values()} == {torch.bfloat16}
     assert not list(target.glob("adapter*"))
     card = (target / "README.md").read_text()
     assert run.recipe.model.base in card
@@ -188,28 +189,25 @@ def test_onto_the_original_the_update_is_the_same(policy, tmp_path):
     assert "the original 16-bit base, which the adapter was not trained on" in (target / "README.md").read_text()
 
 
-def test_the_dtype_of_training_is_used_whatever_this_machine_would_take(policy, tmp_path, monkeypatch):
+def test_the_dtype_of_training_is_used_whatever_this_machine_would_take(policy, copied, tmp_path, monkeypatch):
     """A run in bfloat16 with `compute_dtype: auto`, merged where auto is float32: the same file to the bit."""
-    run, target = policy
-    copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "dpo", ignore=shutil.ignore_patterns("merged-*")))
-    recipe = yaml.safe_load((copy / "recipe.yaml").read_text())
+    expected = stored(policy[1])
+    recipe = yaml.safe_load((copied / "recipe.yaml").read_text())
     recipe["model"]["compute_dtype"] = "auto"
-    (copy / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (copied / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(qalign.model.loading, "compute_dtype", lambda spec: torch.float32)
-    merge(str(copy), "dequantized", None)
-    expected = stored(target)
-    assert_same(stored(copy / "merged-dequantized"), expected)
-    lineage = json.loads((copy / "adapter" / "lineage.json").read_text())
-    (copy / "adapter" / "lineage.json").write_text(json.dumps(lineage | {"compute_dtype": "float32"}))
-    merge(str(copy), "dequantized", str(tmp_path / "float32"))
-    other = stored(tmp_path / "float32")
-    assert any(not torch.equal(other[name], expected[name]) for name in expected)  # it makes a difference
-    (copy / "adapter" / "lineage.json").write_text(json.dumps(lineage | {"compute_dtype": "float16"}))  # as on a T4
-    merge(str(copy), "dequantized", str(tmp_path / "float16"))
-    half = stored(tmp_path / "float16")
-    assert {tensor.dtype for tensor in half.values()} == {torch.float16}
+    kept = json.loads((copied / "adapter" / "lineage.json").read_text())
+    found = {}
+    for dtype in ("bfloat16", "float32", "float16"):  # float16 as on a T4
+        (copied / "adapter" / "lineage.json").write_text(json.dumps(kept | {"compute_dtype": dtype}))
+        merge(str(copied), "dequantized", str(tmp_path / dtype))
+        found[dtype] = stored(tmp_path / dtype)
+    assert kept["compute_dtype"] == "bfloat16"
+    assert_same(found["bfloat16"], expected)
+    assert any(not torch.equal(found["float32"][name], expected[name]) for name in expected)  # it makes a difference
+    assert {tensor.dtype for tensor in found["float16"].values()} == {torch.float16}
     for name, weight in expected.items():
-        torch.testing.assert_close(half[name].float(), weight.float(), rtol=2**-7, atol=1e-3)
+        torch.testing.assert_close(found["float16"][name].float(), weight.float(), rtol=2**-7, atol=1e-3)
 
 
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
@@ -274,19 +272,17 @@ def test_tied_embeddings_stay_tied(tiny_folder, tmp_path):
     assert (logits(merged) - expected).abs().mean() < 0.1 * (bare - expected).abs().mean()
 
 
-def test_an_adapter_from_before_lineage_merges_in_the_recipes_dtype(policy, tmp_path):
-    run, target = policy
-    copy = Path(shutil.copytree(run.path, tmp_path / "dpo", ignore=shutil.ignore_patterns("merged-*")))
-    (copy / "adapter" / "lineage.json").unlink()
-    merge(str(copy), "dequantized", None)
-    assert_same(stored(copy / "merged-dequantized"), stored(target))
+def test_an_adapter_from_before_lineage_merges_in_the_recipes_dtype(policy, copied):
+    (copied / "adapter" / "lineage.json").unlink()
+    merge(str(copied), "dequantized", None)
+    assert_same(stored(copied / "merged-dequantized"), stored(policy[1]))
 
 
 def test_an_adapter_that_mends_rounding_is_not_merged_where_nothing_was_rounded(tiny_folder, tmp_path, capsys):
     """LoftQ's start is W - Q: on W itself it would be a mistake as large as the rounding."""
     keys = {"lora": {"init": "loftq", "r": 32}, "max_steps": 1, "learning_rate": 1e-9}
     run = run_stage(write_recipe(tmp_path, tiny_folder, "sft", **keys))
-    assert "init: loftq" in one_line(capsys, str(run.path), "original", None)
+    assert "init: loftq" in refusal(capsys, merge, str(run.path), "original", None)
     assert not (run.path / "merged-original").exists()
     merge(str(run.path), "dequantized", None)
     original, merged = stored(tiny_folder), stored(run.path / "merged-dequantized")
@@ -294,30 +290,19 @@ def test_an_adapter_that_mends_rounding_is_not_merged_where_nothing_was_rounded(
         assert (merged[name].float() - original[name]).norm() < 0.7 * (held - original[name]).norm(), name
 
 
-def one_line(capsys, *args) -> str:
-    """What the command says when it can't; it exits with 2."""
-    capsys.readouterr()
-    assert exit_code(lambda: merge(*args)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
-
-
-def test_what_cannot_be_merged_is_one_line(policy, tmp_path, capsys):
+def test_what_cannot_be_merged_is_one_line(policy, copied, tmp_path, capsys):
     run, target = policy
     before = (target / "model.safetensors").stat().st_mtime_ns
-    assert one_line(capsys, str(run.path), "dequantized", None) == (
+    assert refusal(capsys, merge, str(run.path), "dequantized", None) == (
         f"{target}: exists already; name another with --to, or remove it"
     )
     assert (target / "model.safetensors").stat().st_mtime_ns == before
     (tmp_path / "taken").write_text("precious")
-    assert "exists already" in one_line(capsys, str(run.path), "original", str(tmp_path / "taken"))
-    line = one_line(capsys, str(tmp_path / "no"), "original", None)
-    assert "there is no finished ppo or dpo or sft or reward run" in line
-    copy = Path(shutil.copytree(run.path, tmp_path / "runs" / "dpo", ignore=shutil.ignore_patterns("merged-*")))
-    (copy / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
-    assert "broken" in one_line(capsys, str(copy), "dequantized", None)
-    assert not (copy / "merged-dequantized").exists()
-    assert not list(copy.glob(".merged*"))
+    assert "exists already" in refusal(capsys, merge, str(run.path), "original", str(tmp_path / "taken"))
+    (copied / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
+    assert "broken" in refusal(capsys, merge, str(copied), "dequantized", None)
+    assert not (copied / "merged-dequantized").exists()
+    assert not list(copied.glob(".merged*"))
 
 
 def test_a_merge_that_fails_leaves_no_half_a_folder(policy, tmp_path, monkeypatch):
@@ -329,21 +314,15 @@ def test_a_merge_that_fails_leaves_no_half_a_folder(policy, tmp_path, monkeypatc
     assert not list(tmp_path.iterdir())
 
 
-def command(*words: str) -> int:
-    with pytest.raises(SystemExit) as left:
-        main(words)
-    return left.value.code
-
-
 def test_the_command_itself(policy, tmp_path, capsys):
     run, target = policy
-    assert command(str(run.path.parent), "--to", str(tmp_path / "merged")) == 0
+    assert leaving(main, str(run.path.parent), "--to", str(tmp_path / "merged")) == 0
     said = capsys.readouterr().out
     assert "the dequantised base" in said
     assert f'LlamaForCausalLM.from_pretrained("{tmp_path / "merged"}")' in said
     assert_same(stored(tmp_path / "merged"), stored(target))
-    assert command("nowhere") == 2
+    assert leaving(main, "nowhere") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nowhere: there is no finished ppo or dpo or sft or reward run")
-    assert command(str(run.path), "--onto", "4bit") == 2
+    assert leaving(main, str(run.path), "--onto", "4bit") == 2
     assert "choose from" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """`python -m qalign.score`: rows come out as they went in, in their order, with the scores that the stage saw."""
 
 import datetime
-import gzip
 import json
 import math
 import shutil
@@ -9,8 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pyarrow
-import pyarrow.parquet
+import pandas
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -20,7 +18,7 @@ from qalign.errors import UserError
 from qalign.model.base import Base
 from qalign.score import _scored_name, main, score
 from tests.conftest import ROOT
-from tests.helpers import TEST
+from tests.helpers import TEST, leaving, refusal
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
 
 HELD_OUT = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:12]]
@@ -54,21 +52,29 @@ def lines(path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
-def test_prompts_with_completions_get_a_reward(run, true_scores, write_jsonl, capsys):
-    rows = [
-        {"prompt": PROMPT, "completion": answer, "id": number, "tags": ["ü", None]}
-        for number, answer in enumerate((GOOD, BAD, "Ja.", GOOD * 3))
-    ]
-    file = write_jsonl("answers.jsonl", rows)
-    score(str(run.path), file, None, None)
-    target = Path(file).with_name("answers.scored.jsonl")
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz", ".json", ".csv", ".parquet"])
+def test_prompts_with_completions_get_a_reward_whatever_the_kind_of_file(run, true_scores, tmp_path, capsys, suffix):
+    """Parquet has types that JSON lacks."""
+    rows = [{"prompt": PROMPT, "completion": answer, "note": "ü, 😀"} for answer in (GOOD, BAD, "Ja.", GOOD * 3)]
+    file, table = tmp_path / f"answers{suffix}", pandas.DataFrame(rows)
+    if suffix == ".csv":
+        table.to_csv(file, index=False)
+    elif suffix == ".parquet":
+        table.assign(when=datetime.datetime(2026, 1, 31, 12, 30), raw=b"\xff").to_parquet(file)
+    else:
+        rows = [row | {"id": number, "tags": ["ü", None]} for number, row in enumerate(rows)]
+        pandas.DataFrame(rows).to_json(file, orient="records", lines=suffix != ".json")
+    score(str(run.path), str(file), None, None)
+    target = tmp_path / "answers.scored.jsonl"
     found = lines(target)
-    assert [{key: value for key, value in row.items() if key != "reward"} for row in found] == rows
+    assert [{key: row[key] for key in rows[0]} for row in found] == rows
+    assert [set(row) - set(rows[0]) for row in found] == [{"reward", *(["when", "raw"] * (suffix == ".parquet"))}] * 4
     expected = [true_scores(("user", PROMPT), ("assistant", row["completion"])) for row in rows]
     assert [row["reward"] for row in found] == pytest.approx(expected, abs=1e-4)
     assert len({row["reward"] for row in found}) == 4
+    assert found[0].get("when", "2026-01-31 12:30:00") == "2026-01-31 12:30:00"
     assert f"{target}: 4 rows scored, 0 refused" in capsys.readouterr().out
-    assert {path.name for path in target.parent.iterdir()} == {"answers.jsonl", "answers.scored.jsonl"}
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, target.name}
 
 
 def test_dialogues_are_scored_at_the_end_of_their_last_turn_and_preference_rows_twice(run, true_scores, write_jsonl):
@@ -135,30 +141,6 @@ def test_rows_of_all_shapes_keep_their_order_and_bad_ones_are_counted(run, write
     assert len(refusals) == 5  # more are only counted
     for number, reason in ((2, "not valid JSON"), (3, "plain text"), (5, "this row has prompt"), (6, "empty")):
         assert any(line.startswith(f"refused: {file}:{number}: ") and reason in line for line in refusals), refusals
-
-
-@pytest.mark.parametrize("suffix", [".jsonl.gz", ".json", ".csv", ".parquet"])
-def test_other_files_are_read_too(run, true_scores, tmp_path, suffix):
-    """Parquet has types that JSON lacks."""
-    rows = [{"prompt": PROMPT, "completion": answer} for answer in (GOOD, BAD)]
-    file = tmp_path / f"answers{suffix}"
-    if suffix == ".jsonl.gz":
-        file.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
-    elif suffix == ".json":
-        file.write_text(json.dumps(rows))
-    elif suffix == ".csv":
-        quoted = [[text.replace('"', '""') for text in row.values()] for row in rows]
-        file.write_text("prompt,completion\n" + "".join(f'"{p}","{c}"\n' for p, c in quoted))
-    else:
-        day = datetime.datetime(2026, 1, 31, 12, 30)
-        table = pyarrow.Table.from_pylist([row | {"when": day, "raw": b"\xff"} for row in rows])
-        pyarrow.parquet.write_table(table, file)
-    score(str(run.path), str(file), None, None)
-    found = lines(tmp_path / "answers.scored.jsonl")
-    expected = [true_scores(("user", PROMPT), ("assistant", answer)) for answer in (GOOD, BAD)]
-    assert [row["reward"] for row in found] == pytest.approx(expected, abs=1e-4)
-    if suffix == ".parquet":
-        assert found[0]["when"] == "2026-01-31 12:30:00"
 
 
 def test_the_target_and_the_limit_can_be_chosen(run, tmp_path, capsys):
@@ -249,18 +231,14 @@ def test_half_an_emoji_beside_the_answer_comes_out_as_it_went_in(run, write_json
 
 @pytest.mark.parametrize("limit", ["0", "-3", "many"])
 def test_a_limit_below_one_is_refused(run, tmp_path, capsys, limit):
-    with pytest.raises(SystemExit) as stopped:
-        main([str(run.path), TEST, "--to", str(tmp_path / "x"), "--limit", limit])
-    assert stopped.value.code == 2
+    assert leaving(main, str(run.path), TEST, "--to", str(tmp_path / "x"), "--limit", limit) == 2
     assert "--limit" in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "x").exists()
 
 
 def one_line(folder, capsys) -> str:
-    """What the command says about a run that it can't use; it exits with 2."""
-    assert exit_code(lambda: score(str(folder), TEST, None, 1)) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    return line
+    """What the command says about a run that it can't use."""
+    return refusal(capsys, score, str(folder), TEST, None, 1)
 
 
 def test_a_run_that_is_missing_unfinished_or_of_another_stage_is_one_line(run, tiny_folder, tmp_path, capsys):
@@ -272,7 +250,6 @@ def test_a_run_that_is_missing_unfinished_or_of_another_stage_is_one_line(run, t
     for given in (copy, copy.parent):
         assert one_line(given, capsys) == f"{given}: there is no finished reward run; {hint}"
     sft = run_stage(write_recipe(tmp_path / "others", tiny_folder, "sft", max_steps=1))
-    capsys.readouterr()
     assert one_line(sft.path, capsys) == f"{sft.path}: is a run of sft, expected one of reward"
 
 
