@@ -12,37 +12,26 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
-import yaml
 
 from qalign.config.load import dump
 from qalign.config.load import load as load_recipe
 from qalign.config.recipe import Lora
-from qalign.model.base import Base, Role, load
+from qalign.model.base import Role, load
 from qalign.model.lineage import write
 from tests.conftest import ROOT
 from tests.helpers import TEST, scramble
+from tests.reward_runs import write_recipe
 
-DATA = str(ROOT / "recipes" / "data" / "house_style_train.jsonl")
 
-
-def finished_run(output: Path, tiny: str, stage: str = "dpo", scale: float = 0.2) -> Path:
-    """A run folder as its stage leaves it, with random adapter weights instead of trained ones."""
-    output.mkdir(parents=True, exist_ok=True)
-    recipe = {
-        "model": {"base": tiny, "compute_dtype": "float32", "max_length": 256},
-        "output": str(output),
-        stage: {"data": DATA, "eval_data": TEST},
-    }
-    file = output / "given.yaml"
-    file.write_text(yaml.safe_dump(recipe))
-    read = load_recipe(str(file), stage=stage)
-    base: Base = load(read.model)
+def finished_run(output: Path, tiny: str, scale: float = 0.2) -> Path:
+    """A DPO run's folder as the stage leaves it, with random adapter weights instead of trained ones."""
+    recipe = load_recipe(write_recipe(output, tiny, "dpo", model={"max_length": 256}, eval_data=TEST), stage="dpo")
+    base, folder = load(recipe.model), output / "dpo"
     base.add_adapter(Role.POLICY, Lora(r=4, alpha=8))
     scramble(base, scale=scale)
-    folder = output / stage
     base.save_adapter(Role.POLICY, folder / "adapter")
-    write(folder / "adapter", base.lineage(stage))
-    (folder / "recipe.yaml").write_text(dump(read))
+    write(folder / "adapter", base.lineage("dpo"))
+    (folder / "recipe.yaml").write_text(dump(recipe))
     (folder / "summary.json").write_text(json.dumps({"steps": 1}))
     return folder
 

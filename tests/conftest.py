@@ -75,22 +75,16 @@ def write_jsonl(tmp_path):
 def recipe_file(tmp_path, tiny_folder):
     """Writes a recipe for the tiny model; keyword arguments go into its dpo section."""
 
-    def write(
-        name: str = "recipe.yaml", output: str = "runs", data: str | None = None, model: dict | None = None, **keys
-    ) -> str:
+    def write(name: str = "recipe.yaml", output: str = "runs", model: dict | None = None, **keys) -> str:
         stage = {
-            "data": data or str(ROOT / "recipes" / "data" / "house_style_train.jsonl"),
-            "limit": 24,
-            "batch_size": 4,
-            "micro_batch_size": 2,
-            "learning_rate": 1e-3,
-            **keys,
-        }
+            "data": str(ROOT / "recipes" / "data" / "house_style_train.jsonl"), "limit": 24, "batch_size": 4,
+            "micro_batch_size": 2, "learning_rate": 1e-3,
+        }  # fmt: skip
         recipe = {
             "model": {"base": tiny_folder, "compute_dtype": "float32", "max_length": 512, **(model or {})},
             "lora": {"r": 4, "alpha": 8},
             "output": str(tmp_path / output),
-            "dpo": stage,
+            "dpo": stage | keys,
         }
         path = tmp_path / name
         path.write_text(yaml.safe_dump(recipe))

@@ -1,7 +1,6 @@
 """Which models can be compared: finished runs under the folder and named ones; nothing that leads elsewhere or is
 pickled."""
 
-import json
 import os
 import shutil
 import time
@@ -46,26 +45,23 @@ def assert_refused(path, reason: str) -> None:
         named_entry(str(path))
 
 
-def test_finished_runs_are_found_newest_first(runs, made):
+def test_finished_runs_are_found_newest_first_and_a_broken_one_hides_no_other(runs, made, adapter):
     shutil.copytree(made.parent, runs / "other")
     later = time.time() + 60
     os.utime(runs / "other" / "dpo" / "summary.json", (later, later))
     assert found(runs) == ["other/dpo", "demo/dpo"]
     (runs / "other" / "dpo" / "summary.json").unlink()
     assert found(runs) == ["demo/dpo"]
-    assert found(runs / "nowhere") == []
-
-
-def test_a_broken_run_does_not_hide_the_others(runs, made, adapter):
     shutil.copytree(made.parent, runs / "broken")
     (runs / "broken" / "dpo" / "recipe.yaml").write_text("model: [")
-    (adapter / "lineage.json").write_text(json.dumps({}))
+    (adapter / "lineage.json").write_text("{}")
     assert found(runs) == ["demo/dpo"]
 
 
-def test_without_a_run_there_is_no_model(tmp_path):
-    assert available_models([], tmp_path) is None
-    assert available_models([BASE], tmp_path) is None
+@pytest.mark.parametrize("words", [[], [BASE]])
+def test_without_a_run_there_is_no_model(words, tmp_path):
+    assert found(tmp_path / "nowhere") == []
+    assert available_models(words, tmp_path) is None
 
 
 def test_named_models_come_first_each_once_and_are_the_pair_that_the_page_starts_with(runs, made):
@@ -86,7 +82,7 @@ def test_an_adapter_made_elsewhere_needs_a_recipe(runs, adapter, tmp_path):
     plain = shutil.copytree(adapter, tmp_path / "plain")
     with pytest.raises(UserError, match="--recipe"):
         available([plain], tmp_path / "none")
-    recipe = load(str(runs / "demo" / "given.yaml"))
+    recipe = load(str(runs / "demo" / "dpo.yaml"))
     assert available([plain], tmp_path / "none", recipe) == [str(plain), BASE]
 
 
@@ -119,9 +115,10 @@ def test_a_pickle_is_never_loaded(runs, adapter):
 
 
 def test_a_symlink_out_of_the_folder_is_not_followed(runs, made, adapter):
+    (entry,) = run_entries(runs)
     adapter.rename(runs / "kept")
     adapter.symlink_to(runs / "kept")
-    (entry,) = run_entries(runs)  # within the folder, it is
+    assert found(runs) == ["demo/dpo"]  # within the folder, it is
     adapter.unlink()
     adapter.symlink_to(made / "adapter")
     assert found(runs) == []
