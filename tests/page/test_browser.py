@@ -64,6 +64,10 @@ class Browser:
     def type(self, *keys: str) -> None:
         self("#prompt textarea").send_keys(*keys)
 
+    def ask(self, text: str) -> None:
+        self.type(text, "\n")
+        self.answered()
+
     def prompt(self) -> str:
         return self("#prompt textarea").get_attribute("value")
 
@@ -107,116 +111,112 @@ def votes(runs):
 
 
 @pytest.fixture(scope="module")
-def page(runs, votes):
+def address(runs, votes):
     with serving("--runs", str(runs), "--votes", str(votes)) as address:
         yield address
 
 
-def test_the_page_loads_and_asks_nobody_else(browser, page):
+@pytest.fixture
+def page(browser, address) -> Browser:
+    """The page as a visitor finds it."""
+    browser.open(address)
+    return browser
+
+
+def test_the_page_loads_and_asks_nobody_else(browser, address):
     browser.requests()  # Chromium's own first ones
-    browser.open(page)
+    browser.open(address)
     assert "qalign" in browser.driver.title
     assert "base" in browser.text("#left")
     assert "a/dpo" in browser.text("#right")
     assert browser.requests() <= {"127.0.0.1"}
 
 
-def test_enter_sends_and_shift_enter_breaks_the_line(browser, page):
-    browser.open(page)
-    browser.type("one", Keys.SHIFT + Keys.ENTER + Keys.NULL, "two")
-    assert browser.prompt() == "one\ntwo"
-    browser.type(Keys.ENTER)
-    browser.answered()
-    assert "one\ntwo" in browser.text("#left")
-    assert browser.prompt() == ""
+def test_enter_sends_and_shift_enter_breaks_the_line(page):
+    page.type("one", Keys.SHIFT + Keys.ENTER + Keys.NULL, "two")
+    assert page.prompt() == "one\ntwo"
+    page.type(Keys.ENTER)
+    page.answered()
+    assert "one\ntwo" in page.text("#left")
+    assert page.prompt() == ""
 
 
-def test_the_whole_page_can_be_used_by_keyboard(browser, page):
-    browser.open(page)
+def test_the_whole_page_can_be_used_by_keyboard(page):
     reached = set()
     for _ in range(60):
-        element = browser.driver.switch_to.active_element
-        reached.add(browser.run("return document.activeElement.closest('[id]')?.id"))
+        element = page.driver.switch_to.active_element
+        reached.add(page.run("return document.activeElement.closest('[id]')?.id"))
         element.send_keys(Keys.TAB)
     assert reached >= {"prompt", "send", "retry", "edit", "clear", "blind", "download"}
 
 
-def test_a_blind_vote_lands_in_the_file_and_names_the_sides(browser, page, votes):
-    browser.open(page)
-    browser.click("#blind input")
-    browser.until(lambda: "A" in browser.text("#left label, #left"))
-    browser.type("Why?\n")
-    browser.answered()
-    assert "a/dpo" not in browser.text("#left") + browser.text("#right")
-    assert "seed" not in browser.text("#left-figures")
-    browser.until(lambda: (browser("#comment textarea, #comment input").send_keys("both fine"), True)[1])
+def test_a_blind_vote_lands_in_the_file_and_names_the_sides(page, votes):
+    page.click("#blind input")
+    page.until(lambda: "A" in page.text("#left label, #left"))
+    page.ask("Why?")
+    assert "a/dpo" not in page.text("#left") + page.text("#right")
+    assert "seed" not in page.text("#left-figures")
+    page.until(lambda: (page("#comment textarea, #comment input").send_keys("both fine"), True)[1])
     before = len(votes.read_text().splitlines()) if votes.exists() else 0
-    browser.click("#vote-tie")
-    browser.until(lambda: "Vote saved" in browser.text("#status"))
+    page.click("#vote-tie")
+    page.until(lambda: "Vote saved" in page.text("#status"))
     kept = [json.loads(line) for line in votes.read_text().splitlines()]
     assert len(kept) == before + 1
     assert (kept[-1]["vote"], kept[-1]["comment"]) == ("tie", "both fine")
-    assert "a/dpo" in browser.text("#left") + browser.text("#right")
-    assert "blind vote" in browser.text("#tally")
-    browser.until(lambda: not any(vote.is_displayed() for vote in browser.driver.find_elements("id", "vote-tie")))
+    assert "a/dpo" in page.text("#left") + page.text("#right")
+    assert "blind vote" in page.text("#tally")
+    page.until(lambda: not any(vote.is_displayed() for vote in page.driver.find_elements("id", "vote-tie")))
 
 
-def test_the_button_downloads_the_votes(browser, page, votes, tmp_path):
+def test_the_button_downloads_the_votes(browser, address, votes, tmp_path):
     votes.write_text('{"vote": "tie", "no_pair": "a vote for \'tie\'"}\n')
-    browser.open(page)
+    browser.open(address)
     browser.driver.execute_cdp_cmd("Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)})
     browser.click("#download")
     browser.until(lambda: (tmp_path / "votes.jsonl").is_file(), 20)
     assert (tmp_path / "votes.jsonl").read_text() == votes.read_text()
 
 
-def test_a_reload_keeps_serving_even_in_the_middle_of_an_answer(browser, page):
-    browser.open(page)
+def test_a_reload_keeps_serving_even_in_the_middle_of_an_answer(browser, address):
+    browser.open(address)
     browser.type("Why?\n")
     browser.until(lambda: browser.text("#left-figures"))
-    browser.open(page)
+    browser.open(address)
     assert not browser.text("#left-figures")
-    browser.type("Why?\n")
-    browser.answered()
+    browser.ask("Why?")
 
 
-def test_a_seed_is_drawn_for_each_question_unless_one_is_given(browser, page):
-    browser.open(page)
+def test_a_seed_is_drawn_for_each_question_unless_one_is_given(page):
     seeds = []
     for given in ("", "", "7"):
         if given:
-            browser.click("#sampling button")
-            browser.until(lambda: (browser("#seed input, #seed textarea").send_keys("7"), True)[1])
-        browser.click("#clear")
-        browser.type("Why?\n")
-        browser.answered()
-        seeds.append(browser.text("#left-figures").split("seed ")[1].split()[0])
-        browser.click("#clear")
-        browser.until(lambda: not browser.text("#left-figures"))
+            page.click("#sampling button")
+            page.until(lambda: (page("#seed input, #seed textarea").send_keys("7"), True)[1])
+        page.click("#clear")
+        page.ask("Why?")
+        seeds.append(page.text("#left-figures").split("seed ")[1].split()[0])
+        page.click("#clear")
+        page.until(lambda: not page.text("#left-figures"))
     assert seeds[0] != seeds[1], "both votes would be on the same draw"
     assert seeds[2] == "7"
 
 
-def test_retry_edit_and_clear(browser, page):
-    browser.open(page)
-    browser.type("First question\n")
-    browser.answered()
-    first = browser.text("#left-figures")
-    browser.click("#retry")
-    browser.until(lambda: browser("#send").is_displayed() and browser.text("#left-figures") not in ("", first))
-    browser.click("#edit")
-    browser.until(lambda: browser.prompt() == "First question")
-    assert "First question" not in browser.text("#left")
-    browser.type("\n")
-    browser.answered()
-    browser.click("#clear")
-    browser.until(lambda: "First question" not in browser.text("#left"))
+def test_retry_edit_and_clear(page):
+    page.ask("First question")
+    first = page.text("#left-figures")
+    page.click("#retry")
+    page.until(lambda: page("#send").is_displayed() and page.text("#left-figures") not in ("", first))
+    page.click("#edit")
+    page.until(lambda: page.prompt() == "First question")
+    assert "First question" not in page.text("#left")
+    page.ask("")
+    page.click("#clear")
+    page.until(lambda: "First question" not in page.text("#left"))
 
 
-def test_a_phone_has_no_sideways_scroll(browser, page):
-    browser.open(page, 390)
-    browser.type("Averyveryverylongwordwithoutanyspaceinitthatcannotbebrokenanywhereatall" * 3, "\n")
-    browser.answered()
+def test_a_phone_has_no_sideways_scroll(browser, address):
+    browser.open(address, 390)
+    browser.ask("Averyveryverylongwordwithoutanyspaceinitthatcannotbebrokenanywhereatall" * 3)
     assert browser.run("return document.documentElement.scrollWidth") <= 390
     for selector in ("#left", "#right", "#prompt", "#send"):
         edges = f"const b = document.querySelector('{selector}').getBoundingClientRect(); return [b.left, b.right]"
@@ -228,7 +228,7 @@ CONTRAST = """
 const light = c => { c = c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
                      return .2126 * c[0] + .7152 * c[1] + .0722 * c[2]; };
 const numbers = text => text.match(/[\\d.]+/g).map(Number);
-let behind = [0, 0, 0, 0], layers = [], element = arguments[0];
+let layers = [], element = arguments[0];
 for (let e = element; e; e = e.parentElement) layers.unshift(numbers(getComputedStyle(e).backgroundColor));
 let back = [255, 255, 255];
 for (const [r, g, b, a = 1] of layers) back = back.map((v, i) => v * (1 - a) + [r, g, b][i] * a);
@@ -238,13 +238,12 @@ return (pair[0] + .05) / (pair[1] + .05);
 
 
 @pytest.mark.parametrize("dark", [False, True])
-def test_text_is_legible_in_light_and_dark(browser, page, dark):
+def test_text_is_legible_in_light_and_dark(browser, address, dark):
     """At least 4.5 to 1, as WCAG AA asks for."""
-    browser.open(page, dark=dark)
+    browser.open(address, dark=dark)
     browser.click("#why button")
     browser.click("#colours input")
-    browser.type("Why?\n")
-    browser.answered()
+    browser.ask("Why?")
     browser.until(lambda: browser("#differences .sum"))
     selectors = ("h1", "#left .message", "#right .message", "#prompt textarea", "#differences .coloured .token",
                  "#differences .legend", "#retry", "#tally p")  # fmt: skip
@@ -262,8 +261,7 @@ def test_html_markdown_and_indentation_in_an_answer_stay_as_they_are(browser, ru
     with serving("--runs", str(runs), "--votes", str(tmp_path / "v.jsonl"), before=forged) as address:
         browser.requests()
         browser.open(address)
-        browser.type(EVIL, "\n")
-        browser.answered()
+        browser.ask(EVIL)
         time.sleep(1)
         assert not browser.run("return window.hacked")
         assert "evil.example" not in browser.requests()
