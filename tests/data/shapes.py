@@ -53,6 +53,8 @@ RANKED = {  # name: (prompt, row); the answers are Yes and No
     "TRL standard, more columns": (ASKED, SAME | {"id": 7, "score_chosen": 9.5, "tags": ["a"]}),
     "TRL conversational": (TALKED, {"prompt": TALKED, **TURNS}),
     "TRL conversational, a system prompt": (BRIEFED, {"prompt": BRIEFED, **TURNS}),
+    "TRL conversational, turns with a null": (
+        ASKED, {"prompt": [{"role": None, "from": "human", "content": "Why?"}], **TEXTS}),
     "TRL conversational, prompt implicit": (TALKED, opened(TALKED)),
     "TRL conversational, prompt implicit, a system prompt": (BRIEFED, opened(BRIEFED)),
     "TRL conversational, prompt explicit and repeated": (TALKED, {"prompt": TALKED, **opened(TALKED)}),
@@ -138,6 +140,7 @@ PROMPTS = {  # name: (prompt, row); these are prompts only
     "TRL prompt, a text": (ASKED, {"prompt": "Why?"}),
     "TRL prompt, turns": (TALKED, {"prompt": TALKED}),
     "TRL prompt, one turn": (ASKED, {"prompt": user("Why?")}),
+    "TRL prompt, and other columns": (ASKED, {"prompt": "Why?", "answer": 4, "tags": ["sum"]}),
     "TRL prompt, a system turn": (BRIEFED, {"prompt": BRIEFED}),
     "TRL prompt, a system column": (BRIEFED, {"prompt": "Why?", "system": "Be brief."}),
     "TRL prompt, an empty system column": (ASKED, {"prompt": "Why?", "system": " "}),

@@ -36,19 +36,10 @@ def test_a_row_to_the_number():
     layout = Layout(GROUPS)
     assert layout.tokens == 12
     assert layout.starts == [[0, 2, 5], [6, 7, 9], [9, 9, 10]]
+    assert layout.positions().dtype == torch.int64
     assert layout.positions().tolist() == [[0, 1, 2, 3, 4, 2, 0, 1, 2, 0, 0, 1]]
     assert layout.segments[:3] == [Segment((0, 0), (0, 2)), Segment((0, 2), (2, 5)), Segment((0, 2), (5, 6))]
     assert [segment.own for segment in layout.segments[3:]] == [(6, 7), (7, 9), (9, 9), (9, 9), (9, 10), (10, 12)]
-
-
-def test_positions_are_int64_of_one_row():
-    positions = Layout(GROUPS).positions()
-    assert positions.dtype == torch.int64
-    assert positions.shape == (1, 12)
-
-
-def test_positions_of_a_branch_go_on_where_its_trunk_ends():
-    assert Layout(GROUPS).positions()[0].tolist() == [position for _, _, position in tokens(GROUPS)]
 
 
 @pytest.mark.parametrize(
@@ -91,12 +82,6 @@ def test_a_mask_is_made_once_for_each_window():
     assert layout.block_mask(None, cpu) is layout.block_mask(None, cpu)
     assert layout.block_mask(2, cpu) is layout.block_mask(2, cpu)
     assert layout.block_mask(2, cpu) is not layout.block_mask(None, cpu)
-
-
-def test_blocks_that_nobody_sees_are_skipped():
-    """Two groups of 256 tokens: of 16 blocks of 128 by 128, only those within a group and not after it."""
-    mask = Layout(((128, (64, 64)), (128, (64, 64)))).block_mask(None, torch.device("cpu"))
-    assert mask.to_dense()[0, 0].tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]
 
 
 @pytest.mark.parametrize("window", [None, 200])

@@ -10,7 +10,7 @@ import pyarrow.parquet
 import pytest
 
 from qalign.config.stages import Source
-from qalign.data.formats import Dialogue, PlainText, Refused, dialogues, preferences, prompts
+from qalign.data.formats import Dialogue, PlainText, dialogues, preferences, prompts
 from qalign.errors import UserError
 from tests.conftest import ROOT
 from tests.data.shapes import ALL, ASKED, RANKED, TALKED, YES, user
@@ -75,22 +75,16 @@ def test_rows_of_all_shapes_may_stand_in_one_file(write_jsonl):
     assert len(ranked) < len(learned) < len(asked)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
-def test_dialogues_texts_and_labels_may_stand_in_one_file(tmp_path, kind):
+def test_dialogues_texts_and_labels_may_stand_in_one_parquet_file(tmp_path):
     """Parquet gives every row every column, null where the row has none."""
-    answered = [*TALKED, YES]
+    answered, path = [*TALKED, YES], tmp_path / "rows.parquet"
     raw = [{"messages": answered, "label": True}, {"messages": answered, "label": False}, {"text": "Once."}]
-    path = tmp_path / f"rows.{kind}"
-    if kind == "jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in raw))
-    else:
-        write_parquet(path, [{key: row.get(key) for key in ("messages", "label", "text")} for row in raw])
+    write_parquet(path, [{key: row.get(key) for key in ("messages", "label", "text")} for row in raw])
 
     rows, refused = read(path, into=dialogues)
 
-    place = f"{path}:" if kind == "jsonl" else f"{path}, row "
-    assert rows == [Dialogue(tuple(answered), 0, f"{place}1"), PlainText("Once.", f"{place}3")]
-    assert [row.where for row in refused] == [f"{place}2"]
+    assert rows == [Dialogue(tuple(answered), 0, f"{path}, row 1"), PlainText("Once.", f"{path}, row 3")]
+    assert [row.where for row in refused] == [f"{path}, row 2"]
 
 
 def test_turns_and_columns_survive_parquet(tmp_path):
@@ -104,50 +98,39 @@ def test_turns_and_columns_survive_parquet(tmp_path):
     assert (asked.turns, asked.columns) == (tuple(TALKED), turns)
 
 
-def test_invalid_json_is_refused_at_its_own_line(write_jsonl):
-    good = [{"prompt": f"{n}?", "chosen": "Yes", "rejected": "No"} for n in range(1, 1001)]
-    lines = [*good[:730], '{"prompt": "731?", "chosen": "Yes", "rejected": }', *good[731:]]
-    path = write_jsonl("rows.jsonl", lines)
+THREE = [(1, "good 1"), (2, "good 2"), (3, "good 3")]
+FIRST, SECOND, _ = LINES.splitlines(keepends=True)
+PARTED = json.dumps(ROWS[0] | {"chosen": "a\u2028b\u0085c"}, ensure_ascii=False)
+LONG_NUMBER = '{"prompt": "?", "chosen": "Yes", "rejected": "No", "id": ' + "1" * 5000 + "}"
+TEXTS = {  # name: (text of a .jsonl file, (line, chosen) of the rows, {line: reason} of those refused)
+    "lines as on Windows": (LINES.replace("\n", "\r\n"), THREE, {}),
+    "a byte order mark": ("\ufeff" + LINES, THREE, {}),
+    "no line": ("", [], {}),
+    "blank lines": (FIRST + "\n  \n[]\n" + SECOND, [(1, "good 1"), (5, "good 2")], {4: "expected an object with keys"}),
+    "a line separator within a text": (f"{PARTED}\n{SECOND}", [(1, "a\u2028b\u0085c"), (2, "good 2")], {}),
+    "no JSON": (FIRST + '{"chosen": }\n' + SECOND, [(1, "good 1"), (3, "good 2")],
+                {2: "not valid JSON: Expecting value at column 12"}),
+    "a number too long for Python": (FIRST + LONG_NUMBER, [(1, "good 1")], {2: "a number too long"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "expected", "reasons"), TEXTS.values(), ids=TEXTS.keys())
+def test_each_line_of_a_jsonl_file_is_a_row_or_refused_alone(tmp_path, text, expected, reasons):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(text.encode())
 
     rows, refused = read(path)
 
-    assert refused == [Refused(f"{path}:731", "not valid JSON: Expecting value at column 49")]
-    assert [row.where for row in rows] == [f"{path}:{n}" for n in range(1, 1001) if n != 731]
+    assert [(row.where, row.chosen) for row in rows] == [(f"{path}:{number}", answer) for number, answer in expected]
+    assert [row.where for row in refused] == [f"{path}:{number}" for number in reasons]
+    for row, reason in zip(refused, reasons.values(), strict=True):
+        assert reason in row.reason
 
 
-def test_blank_lines_count_as_lines_but_are_no_rows(write_jsonl):
-    path = write_jsonl("rows.jsonl", [ROWS[0], "", "  ", "[]", ROWS[1]])
+def test_a_byte_order_mark_before_a_json_array_is_no_part_of_it(tmp_path):
+    (tmp_path / "rows.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ROWS).encode())
 
-    rows, refused = read(path)
-
-    assert [row.where for row in rows] == [f"{path}:1", f"{path}:5"]
-    assert [row.where for row in refused] == [f"{path}:4"]
-
-
-def test_a_line_separator_within_a_text_ends_no_line(write_jsonl):
-    path = write_jsonl("rows.jsonl", [json.dumps(ROWS[0] | {"chosen": "a\u2028b\u0085c"}, ensure_ascii=False), ROWS[1]])
-
-    rows, refused = read(path)
-
-    assert refused == []
-    assert [(row.where, row.chosen) for row in rows] == [(f"{path}:1", "a\u2028b\u0085c"), (f"{path}:2", "good 2")]
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("windows.jsonl", LINES.replace("\n", "\r\n").encode()),
-        ("mark.jsonl", b"\xef\xbb\xbf" + LINES.encode()),
-        ("mark.json", b"\xef\xbb\xbf" + json.dumps(ROWS).encode()),
-    ],
-    ids=["lines as on Windows", "byte order mark, .jsonl", "byte order mark, .json"],
-)
-def test_line_ends_and_a_byte_order_mark_are_no_part_of_a_row(tmp_path, name, content):
-    (tmp_path / name).write_bytes(content)
-
-    rows, refused = read(tmp_path / name)
-
-    assert (chosen(rows), refused) == (["good 1", "good 2", "good 3"], [])
+    assert chosen(read(tmp_path / "rows.json")[0]) == ["good 1", "good 2", "good 3"]
 
 
 def test_a_csv_from_a_spreadsheet(tmp_path):
@@ -209,23 +192,6 @@ def test_a_file_that_cannot_be_read_is_one_line(tmp_path, name, content, complai
     assert "\n" not in line
 
 
-def test_a_number_too_long_for_python_refuses_its_row_alone(write_jsonl):
-    long = '{"prompt": "?", "chosen": "Yes", "rejected": "No", "id": ' + "1" * 5000 + "}"
-    path = write_jsonl("rows.jsonl", [ROWS[0], long])
-
-    rows, (refused,) = read(path)
-
-    assert len(rows) == 1
-    assert refused.where == f"{path}:2"
-    assert "a number too long" in refused.reason
-
-
-def test_an_empty_file_has_no_rows(tmp_path):
-    (tmp_path / "rows.jsonl").touch()
-
-    assert read(tmp_path / "rows.jsonl") == ([], [])
-
-
 def test_the_demos_questions_are_all_used():
     rows, refused = read(ROOT / "recipes" / "data" / "house_style_train.jsonl", into=prompts)
 
@@ -246,14 +212,6 @@ def quiet_datasets(tmp_path, monkeypatch):
     datasets.enable_progress_bars()
 
 
-@pytest.fixture
-def saved(tmp_path, quiet_datasets):
-    """A data set saved to disk: rows 1 and 2 to train, row 3 to test."""
-    whole = datasets.Dataset.from_list(ROWS)
-    datasets.DatasetDict({"train": whole.select([0, 1]), "test": whole.select([2])}).save_to_disk(tmp_path / "saved")
-    return tmp_path / "saved"
-
-
 def test_a_data_set_saved_to_disk(tmp_path, quiet_datasets):
     folder = tmp_path / "saved"
     datasets.Dataset.from_list(ROWS).save_to_disk(folder)
@@ -264,18 +222,16 @@ def test_a_data_set_saved_to_disk(tmp_path, quiet_datasets):
     assert [(row.where, row.chosen) for row in rows] == [(f"{folder}[train], row {n}", f"good {n}") for n in (1, 2, 3)]
 
 
-def test_data_sets_saved_to_disk_are_chosen_by_split(saved):
-    assert chosen(read(saved)[0]) == ["good 1", "good 2"]
-    assert chosen(read(saved, split="test")[0]) == ["good 3"]
-    assert chosen(read(saved, limit=1)[0]) == ["good 1"]
+def test_data_sets_saved_to_disk_are_chosen_by_the_split_of_the_source_or_of_the_stage(tmp_path, quiet_datasets):
+    whole, folder = datasets.Dataset.from_list(ROWS), tmp_path / "saved"
+    datasets.DatasetDict({"train": whole.select([0, 1]), "test": whole.select([2])}).save_to_disk(folder)
+
+    both = (Source(path=str(folder), split="test"), Source(path=str(folder)))
+    assert chosen(preferences(both, "train", None, 0)[0]) == ["good 3", "good 1", "good 2"]
+    assert chosen(read(folder, split="test")[0]) == ["good 3"]
+    assert chosen(read(folder, limit=1)[0]) == ["good 1"]
     with pytest.raises(UserError, match=r"saved: the data set can't be loaded \(split 'validation'\).*train, test"):
-        read(saved, split="validation")
-
-
-def test_a_source_has_a_split_of_its_own(saved):
-    rows, _ = preferences((Source(path=str(saved), split="test"), Source(path=str(saved))), "train", None, 0)
-
-    assert chosen(rows) == ["good 3", "good 1", "good 2"]
+        read(folder, split="validation")
 
 
 def test_a_folder_of_jsonl_files_is_read_by_split(tmp_path, quiet_datasets):

@@ -80,37 +80,42 @@ def test_hh_transcripts_as_texts_are_learned_from_whole(shared_data, write_jsonl
     assert len(refused) == 9
 
 
-def test_ultrafeedback_rows_are_all_used_with_the_margins_of_their_scores(shared_data):
-    """Margins counted apart, with jq: 248 verdicts were certain, and the least certain saw 2.1 points."""
-    path = shared_data / "alpaca_eval_prefs.jsonl.gz"
+def ultrafeedback(row) -> tuple:
+    """(prompt, chosen, rejected, margin) as the file has them."""
+    answers = (row[side][1]["content"] for side in ("chosen", "rejected"))
+    return [user(row["prompt"])], *answers, row["score_chosen"] - row["score_rejected"]
+
+
+def sharegpt(row) -> tuple:
+    turns = [{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
+    return turns, row["chosen"]["value"], row["rejected"]["value"], None
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "parts"),
+    [("alpaca_eval_prefs.jsonl.gz", 605, ultrafeedback), ("dpo_en_demo.json", 300, sharegpt)],
+)
+def test_preference_rows_are_all_used_in_every_form(shared_data, name, count, parts):
+    path = shared_data / name
     raw = raw_rows(path)
+    expected = [parts(row) for row in raw]
 
-    (rows, refused), (asked, unasked) = read(path), read(path, prompts)
+    ranked, learned, asked = (read(path, into) for into in (preferences, dialogues, prompts))
 
-    assert (refused, unasked) == ([], [])
-    assert [(list(row.prompt), row.chosen, row.rejected) for row in rows] == [
-        ([user(row["prompt"])], row["chosen"][1]["content"], row["rejected"][1]["content"]) for row in raw
-    ]
-    assert [(list(row.turns), row.columns) for row in asked] == [([user(row["prompt"])], row) for row in raw]
-    margins = [row.margin for row in rows]
-    assert margins == [row["score_chosen"] - row["score_rejected"] for row in raw]
-    assert (len(rows), min(margins), max(margins), margins.count(10.0)) == (605, pytest.approx(2.1), 10.0, 248)
+    assert [refused for _, refused in (ranked, learned, asked)] == [[], [], []]
+    assert [(list(row.prompt), row.chosen, row.rejected, row.margin) for row in ranked[0]] == expected
+    assert [scorable(row, "").chosen for row in raw] == [row.chosen for row in ranked[0]]
+    assert [list(row.turns) for row in learned[0]] == [[*turns, assistant(answer)] for turns, answer, *_ in expected]
+    assert [row.first_trained for row in learned[0]] == [len(turns) for turns, *_ in expected]
+    assert [list(row.turns) for row in asked[0]] == [turns for turns, *_ in expected]
+    assert len(ranked[0]) == count
 
 
-def test_sharegpt_rows_are_all_used(shared_data):
-    path = shared_data / "dpo_en_demo.json"
-    expected = [
-        ([{"role": ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]], row)
-        for row in raw_rows(path)
-    ]
+def test_ultrafeedbacks_margins(shared_data):
+    """Counted apart, with jq: 248 verdicts were certain, and the least certain saw 2.1 points."""
+    margins = [row.margin for row in read(shared_data / "alpaca_eval_prefs.jsonl.gz")[0]]
 
-    (rows, refused), (asked, unasked) = read(path), read(path, prompts)
-
-    assert (len(rows), refused, unasked) == (300, [], [])
-    assert [list(row.turns) for row in asked] == [turns for turns, _ in expected]
-    assert [(list(row.prompt), row.chosen, row.rejected, row.margin) for row in rows] == [
-        (turns, row["chosen"]["value"], row["rejected"]["value"], None) for turns, row in expected
-    ]
+    assert (min(margins), max(margins), margins.count(10.0)) == (pytest.approx(2.1), 10.0, 248)
 
 
 def test_alpaca_rows_are_all_used(shared_data):
@@ -160,13 +165,3 @@ def test_rows_that_are_no_preferences_are_all_refused_and_their_keys_named(share
     assert rows == []
     assert numbers(refused) == list(range(1, count + 1))
     assert all("'chosen'" in row.reason and row.reason.endswith(keys) for row in refused)
-
-
-@pytest.mark.parametrize(("name", "count"), [("alpaca_eval_prefs.jsonl.gz", 605), ("dpo_en_demo.json", 300)])
-def test_the_chosen_answers_of_preference_rows_are_imitated_and_scored(shared_data, name, count):
-    rows, refused = read(shared_data / name, dialogues)
-    scored = [scorable(row, "") for row in raw_rows(shared_data / name)]
-
-    assert (len(rows), len(scored), refused) == (count, count, [])
-    assert [(row.turns[:-1], row.turns[-1]["content"]) for row in rows] == [(row.prompt, row.chosen) for row in scored]
-    assert [row.first_trained for row in rows] == [len(row.prompt) for row in scored]

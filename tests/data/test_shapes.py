@@ -28,7 +28,6 @@ from tests.data.shapes import (
     TALKED,
     YES,
     assistant,
-    opened,
     user,
     variants,
 )
@@ -77,8 +76,8 @@ def test_the_prompt_of_a_dialogue_ends_with_its_last_question_or_where_the_row_s
 
 @pytest.mark.parametrize(("prompt", "raw"), PROMPTS.values(), ids=PROMPTS.keys())
 def test_a_prompt(prompt, raw):
-    assert canonical_prompt(raw, "rows.jsonl:3") == Prompt(tuple(prompt), "rows.jsonl:3", raw)
-    assert prompted(NULLS | raw) == prompt
+    for row in (raw, NULLS | raw):  # with its columns, for functions that score answers
+        assert canonical_prompt(row, "rows.jsonl:3") == Prompt(tuple(prompt), "rows.jsonl:3", raw)
 
 
 def test_a_history_of_tuples_is_one_of_lists():
@@ -114,12 +113,6 @@ def test_plain_text_is_kept_as_it_is(text):
     assert canonical_dialogue({"text": text, "id": 7, "label": False}, "a.txt:1") == PlainText(text, "a.txt:1")
 
 
-def test_a_row_keeps_its_columns_for_functions_that_score():
-    raw = {"prompt": "2 + 2?", "answer": 4, "tags": ["sum"], "source": None, "chosen": [assistant("4")]}
-
-    assert canonical_prompt(raw, "sums.jsonl:1").columns == {key: raw[key] for key in raw if key != "source"}
-
-
 # --- white space -----------------------------------------------------------------------------------------------------
 
 
@@ -148,53 +141,18 @@ def test_answers_may_begin_alike():
     assert canonical(raw, "") == Preference(tuple(ASKED), "Yes, sir", "Yes, madam", "")
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        {"prompt": None, "conversations": [{"from": "human", "value": "Why?"}], "chosen": "Yes", "rejected": "No"},
-        {"prompt": None, "instruction": "Why?", "input": None, "chosen": "Yes", "rejected": "No"},
-        {"preferred_output": None, "prompt": "Why?", "rejected": "No", "chosen": "Yes"},
-        {"prompt": [{"role": None, "from": "human", "content": "Why?"}], "chosen": "Yes", "rejected": "No"},
-        {"prompt": "Why?", "messages": [*ASKED, YES], **opened(ASKED)},
-    ],
-    ids=["no prompt", "no input", "no preferred output", "no role", "messages repeat the chosen answer"],
-)
-def test_columns_that_say_nothing_new_do_not_matter(raw):
-    assert canonical(raw, "here") == Preference((user("Why?"),), "Yes", "No", "here")
-
-
 # --- margin ----------------------------------------------------------------------------------------------------------
 
 NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**400  # all three can stand in a JSON file
 
 
-@pytest.mark.parametrize(
-    ("chosen", "rejected", "margin"),
-    [
-        (8.0, 4.5, 3.5),
-        (8, 3, 5.0),
-        (9, 8.5, 0.5),
-        (2.0, 3.25, -1.25),  # a judge's scores may go against the choice
-        (4, 4, 0.0),
-        (0, -1.5, 1.5),
-        (None, None, None),
-        (None, 4.5, None),
-        (8.0, None, None),
-        ("8.0", 4.5, None),
-        (8.0, "4.5", None),
-        (True, 0, None),
-        (1, False, None),
-        ([8.0], 4.5, None),
-        (NAN, 4.5, None),
-        (8.0, NAN, None),
-        (INFINITY, 4.5, None),
-        (8.0, -INFINITY, None),
-        (INFINITY, INFINITY, None),
-        (HUGE, 4.5, None),
-        (8.0, HUGE, None),
-        (1.7e308, -1.7e308, None),  # each is finite, their difference is not
-    ],
-)
+GOOD = [(8.0, 4.5, 3.5), (8, 3, 5.0), (9, 8.5, 0.5), (2.0, 3.25, -1.25), (4, 4, 0.0), (0, -1.5, 1.5)]
+BAD = [bad for no_score in (None, "8.0", True, False, [8.0], NAN, INFINITY, -INFINITY, HUGE)
+       for bad in ((no_score, 4.5, None), (8.0, no_score, None), (no_score, no_score, None))]  # fmt: skip
+APART = (1.7e308, -1.7e308, None)  # each is finite, their difference is not
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "margin"), [*GOOD, *BAD, APART])
 def test_the_margin_is_the_difference_of_two_finite_scores(chosen, rejected, margin):
     row = canonical(SAME | {"score_chosen": chosen, "score_rejected": rejected}, "here")
 

@@ -36,6 +36,7 @@ def test_there_is_exactly_one_bos_and_it_comes_first(name):
     tokenizer = FAMILIES[name].tokenizer()
 
     assert prepare_tokenizer(tokenizer) == FAMILIES[name].template
+    assert tokenizer.pad_token_id == FAMILIES[name].end_id  # EOS, as none has a pad token of its own
 
     ids = encode(tokenizer, *TALK).prompt_ids
     assert ids[0] == tokenizer.bos_token_id
@@ -59,11 +60,6 @@ def test_a_bos_that_nothing_writes_is_not_made_up():
 
     assert prepare_tokenizer(tokenizer) == "the model's own"
     assert encode_prompt(tokenizer, messages([HELLO]), {}) == [*plain("llama3", "user: Hello there"), 2007]
-
-
-@pytest.mark.parametrize(("name", "pad"), [("llama3", 2005), ("zephyr", 2), ("mistral", 2), ("chatml", 2007)])
-def test_a_tokenizer_without_a_pad_token_pads_with_eos(name, pad):
-    assert FAMILIES[name].prepared().pad_token_id == pad
 
 
 def test_a_pad_token_of_its_own_is_kept():
