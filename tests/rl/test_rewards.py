@@ -1,5 +1,6 @@
 """What scores answers: adapters, models of their own and functions, alone and together; and what is refused."""
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from qalign.data.tokenize import TokenAnswers
 from qalign.errors import Stopped, UserError
 from qalign.model.adapters import SCORE_HEAD
 from qalign.model.base import Role
+from qalign.model.lineage import WEIGHTS
 from qalign.rl.rewards import FunctionScorer, Scorers, combined, open_scorers, value_start
 from qalign.train.run_folder import RunFolder
 from tests.conftest import FIXTURES, ROOT
@@ -105,9 +107,8 @@ def test_the_recipes_own_reward_run_must_be_there(opened, reward_run, tmp_path):
 
 def test_several_are_added_up_with_their_weights(attached, reward_run, tiny_base, rows, tmp_path):
     other = shutil.copytree(reward_run.adapter, tmp_path / "other" / "adapter")
-    weights = load_file(other / "adapter_model.safetensors")
-    weights[SCORE_HEAD] = -3 * weights[SCORE_HEAD]
-    save_file(weights, other / "adapter_model.safetensors")
+    weights = load_file(other / WEIGHTS)
+    save_file({**weights, SCORE_HEAD: -3 * weights[SCORE_HEAD]}, other / WEIGHTS)
     (tmp_path / "mine.py").write_text("def length(completions):\n    return [len(text) for text in completions]\n")
     function = {"source": f"{tmp_path / 'mine.py'}:length", "weight": 2.0}
     scorers = attached([str(reward_run.path), {"source": str(other), "weight": 0.5}, function]).reward
@@ -122,39 +123,30 @@ def test_several_are_added_up_with_their_weights(attached, reward_run, tiny_base
     assert value_start(scorers[2:]) is None
 
 
-@pytest.mark.parametrize(
-    ("spoil", "message"),
-    [
-        ("another base", "was trained on the base"),
-        ("no head", "gives no scores"),
-        ("causal", "CAUSAL_LM"),
-        ("wide", "hidden size 80, "),
-        ("labels", "has 3 labels"),
-        ("torn", "is no adapter in safetensors"),
-        ("pickle", "is no adapter in safetensors"),
-    ],
-)
-def test_adapters_that_do_not_fit_are_refused_before_the_model_loads(spoil, message, opened, reward_run, tmp_path):
+SPOILT = [
+    ("was trained on the base", lambda folder, _: change_json(folder / "lineage.json", base="meta-llama/Llama-3.1-8B")),
+    ("gives no scores", lambda folder, weights: save_file(weights, folder / WEIGHTS)),
+    ("CAUSAL_LM", lambda folder, _: change_json(folder / "adapter_config.json", task_type="CAUSAL_LM")),
+    ("has 3 labels", lambda folder, weights: save_file({**weights, SCORE_HEAD: torch.zeros(3, 64)}, folder / WEIGHTS)),
+    (
+        "hidden size 80, ",
+        lambda folder, weights: (
+            (folder / "lineage.json").unlink(),
+            save_file({**weights, SCORE_HEAD: torch.zeros(1, 80)}, folder / WEIGHTS),
+        ),
+    ),
+    ("is no adapter in safetensors", lambda folder, _: os.truncate(folder / WEIGHTS, 1000)),
+    (
+        "is no adapter in safetensors",
+        lambda folder, weights: ((folder / WEIGHTS).unlink(), torch.save(weights, folder / "adapter_model.bin")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("message", "spoil"), SPOILT)
+def test_adapters_that_do_not_fit_are_refused_before_the_model_loads(message, spoil, opened, reward_run, tmp_path):
     folder = shutil.copytree(reward_run.adapter, tmp_path / "spoilt")
-    file = folder / "adapter_model.safetensors"
-    weights = load_file(file)
-    match spoil:
-        case "another base":
-            change_json(folder / "lineage.json", base="meta-llama/Llama-3.1-8B")
-        case "no head":
-            save_file({name: tensor for name, tensor in weights.items() if name != SCORE_HEAD}, file)
-        case "causal":
-            change_json(folder / "adapter_config.json", task_type="CAUSAL_LM")
-        case "wide":
-            (folder / "lineage.json").unlink()
-            save_file(weights | {SCORE_HEAD: torch.zeros(1, 80)}, file)
-        case "labels":
-            save_file(weights | {SCORE_HEAD: torch.zeros(3, 64)}, file)
-        case "torn":
-            file.write_bytes(file.read_bytes()[:1000])
-        case "pickle":
-            file.unlink()
-            torch.save(weights, folder / "adapter_model.bin")
+    spoil(folder, {name: tensor for name, tensor in load_file(folder / WEIGHTS).items() if name != SCORE_HEAD})
     assert_refused(lambda: opened(str(folder)), message)
 
 
