@@ -1,8 +1,7 @@
 """The figures of answers by hand, and each alarm on made-up histories: what it says, and exactly when it is raised."""
 
-import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -72,13 +71,6 @@ def test_repeated_lines_by_hand(texts, expected):
     assert repeated_lines(texts) == pytest.approx(expected)
 
 
-def test_a_text_that_loops_longer_scores_worse():
-    for loops in range(1, 20):
-        fewer, more = (["Drink more water. " * times] for times in (loops, loops + 1))
-        assert distinct_n(more) < distinct_n(fewer)
-        assert repeated_lines(more) > repeated_lines(fewer) == pytest.approx(1 - 1 / loops)
-
-
 def test_the_kl_of_best_of_n_by_hand_and_as_sampling_gives_it():
     """Without ties the rank of the best has the density n u^(n - 1) against a uniform one: Beta(n, 1)."""
     assert best_of_n_kl(1) == 0
@@ -100,11 +92,6 @@ def test_the_best_point_is_the_judges_or_without_one_the_rewards():
     assert best_point([points[0], unjudged[1], points[2]]).step == 20  # two scales are not compared
     with pytest.raises(ValueError, match="there are no evaluation points"):
         best_point([])
-
-
-def test_a_point_survives_json():
-    for point in (START, UNJUDGED):
-        assert EvalPoint(**json.loads(json.dumps(asdict(point)))) == point
 
 
 @pytest.mark.parametrize(
