@@ -113,10 +113,10 @@ def _begin(folder: Path, settings: dict[str, Any], *, resume: bool) -> int:
     return 0
 
 
-def _parts(prompts: list[Item], n: int) -> list[list[Item]]:
+def _parts(rows: list[Item], n: int) -> list[list[Item]]:
     """Prompts in groups that are sampled together and written as one file, so that a resumed run repeats them."""
     size = max(1, ANSWERS_PER_PART // n)
-    return [prompts[start : start + size] for start in range(0, len(prompts), size)]
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _part_file(folder: Path, number: int) -> Path:

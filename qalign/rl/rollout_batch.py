@@ -15,43 +15,27 @@ Indices = tuple[Tensor, Tensor]  # (row, column) of tokens in the tensors of a r
 
 @dataclass(frozen=True)
 class SampledAnswers:
-    """One prompt with the answers that were sampled for it.
-
-    Attributes:
-        tokens: ids of the prompt and of its answers; an answer includes the stop token that ended it.
-        texts: the answers without special tokens.
-        ended: True for an answer that ended with a stop token, False for one that was cut at `max_new_tokens`.
-    """
+    """One prompt with the answers that were sampled for it."""
 
     prompt: Prompt
-    tokens: TokenAnswers
-    texts: tuple[str, ...]
-    ended: tuple[bool, ...]
+    tokens: TokenAnswers  # an answer includes the stop token that ended it
+    texts: tuple[str, ...]  # the answers without special tokens
+    ended: tuple[bool, ...]  # True: ended with a stop token; False: cut at `max_new_tokens`
 
 
 @dataclass
 class RolloutBatch:
     """The answers of one iteration. Tensors are float32 `(answers, tokens)` on the CPU, in the order of `rows`, and 0
-    outside the mask.
-
-    Attributes:
-        mask: bool, True on the tokens of the answers.
-        old_logps: log-probs of the policy that sampled, from the training forward pass.
-        reference_logps: log-probs of the reference.
-        values: the value model's estimate before each token.
-        entropies: entropy in nats of the distribution that each token was sampled from.
-        scores: `(answers,)`, the combined reward of each answer before any scaling.
-        advantages, returns: computed from all of these by `PPOTrainer.advantages`.
-    """
+    outside the mask."""
 
     rows: list[SampledAnswers]
-    mask: Tensor
-    old_logps: Tensor
+    mask: Tensor  # bool, True on the tokens of the answers
+    old_logps: Tensor  # of the policy that sampled, from the training forward pass
     reference_logps: Tensor
-    values: Tensor
-    entropies: Tensor
-    scores: Tensor = field(init=False)
-    advantages: Tensor = field(init=False)
+    values: Tensor  # the value model's estimate before each token
+    entropies: Tensor  # in nats, of the distribution that each token was sampled from
+    scores: Tensor = field(init=False)  # `(answers,)`, the combined reward before any scaling
+    advantages: Tensor = field(init=False)  # like the returns, computed by `PPOTrainer.advantages`
     returns: Tensor = field(init=False)
 
     @classmethod

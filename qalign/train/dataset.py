@@ -27,14 +27,8 @@ class StageRows(NamedTuple):
 
 
 def read_rows(run: RunFolder, read: Reader) -> ReadRows:
-    """The rows under `data` and `eval_data`, each with its refused rows.
-
-    Args:
-        read: converts sources to rows: `preferences`, `dialogues` or `prompts`.
-
-    Raises:
-        UserError: too many rows were refused, or none is left.
-    """
+    """The rows under `data` and `eval_data`, each with its refused rows; `read` is `preferences`, `dialogues` or
+    `prompts`. Raises a `UserError` if too many rows were refused, or none is left."""
     settings, found = run.settings, {}
     for key, sources, limit in (("data", settings.data, settings.limit), ("eval_data", settings.eval_data, None)):
         rows, refused = found[key] = read(sources or (), settings.split, limit, run.recipe.seed)
@@ -49,15 +43,9 @@ def read_rows(run: RunFolder, read: Reader) -> ReadRows:
 def encode_rows(
     run: RunFolder, tokenizer: Any, found: ReadRows, encode: Encoder, max_tokens: int | None = None
 ) -> StageRows:
-    """The rows of `read_rows` as token ids.
-
-    Args:
-        encode: converts rows to ids: `encode_pairs`, `encode_dialogues` or `encode_questions`.
-        max_tokens: the longest row; `model.max_length` if left out.
-
-    Raises:
-        UserError: too many rows were refused, the unreadable ones included, or none is left.
-    """
+    """The rows of `read_rows` as token ids; `encode` is `encode_pairs`, `encode_dialogues` or `encode_questions`, and
+    `max_tokens` the longest row, by default `model.max_length`. Raises a `UserError` if too many rows were refused, the
+    unreadable ones included, or none is left."""
     model, encoded, used, refused, left_out, shortened = run.recipe.model, {}, {}, [], 0, 0
     for key, (rows, unread) in found.items():
         encoded[key], unfit = encode(tokenizer, rows, max_tokens or model.max_length, model.chat_template_kwargs)
