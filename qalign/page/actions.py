@@ -163,7 +163,7 @@ class Page:
         return shown if session.round == this_round else ""
 
     def view(self, session: Session, growing: list[Reply] | None = None, **more: Any) -> View:
-        """What the page shows of a session now. `growing` answers aren't in its dialogues yet; `more`: fields of `View`."""
+        """What the page shows of a session now. `growing` answers aren't in it yet; `more`: other fields of `View`."""
         dialogues, figures, replies = [], [], growing or session.replies
         for number in session.order:
             text = [{"role": "assistant", "content": growing[number].text}] if growing else []

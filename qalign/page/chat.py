@@ -1,7 +1,4 @@
-"""Two models that answer side by side on one base, streamed.
-
-Knows nothing of a browser: `Chat.answer` yields replies as they grow. One thread owns the model (`qalign.page.worker`).
-"""
+"""Two models that answer side by side on one base, streamed: `Chat.answer` yields replies as they grow. No browser."""
 
 import secrets
 import sys
@@ -54,14 +51,8 @@ class TokenSpan:
 
 
 class Chat:
-    """One base in memory, and the models that answer on it.
-
-    Args:
-        names: models whose adapters are loaded now; others are loaded at their first answer.
-
-    Raises:
-        UserError: the base or an adapter can't be loaded.
-    """
+    """One base in memory, and the models that answer on it. The adapters of `names` are loaded now, others at their
+    first answer; a `UserError` if one can't be loaded."""
 
     def __init__(self, entries: Sequence[ModelEntry], model: Model, names: Sequence[str] = ()):
         self.base, self.model = load(model), model
@@ -82,10 +73,8 @@ class Chat:
         return self.entries[name].weights_hash
 
     def answer(self, key: str, dialogues: Dialogues, controls: Controls) -> Iterator[list[Reply]]:
-        """Answers on all sides at once. Yields the replies after each step; the last ones have rewards.
-
-        Args:
-            key: the visitor, for `stop`.
+        """Answers on all sides at once. Yields the replies after each step; the last ones have rewards. `key` is the
+        visitor, for `stop`.
 
         Raises:
             UserError: a setting or the question is out of bounds, or a model can't be used.
@@ -105,11 +94,7 @@ class Chat:
 
     def token_spans(self, reply: Reply) -> list[TokenSpan]:
         """log π/π_ref of each token of an answer, in nats: its model against the bare base, with the packing and code
-        of training.
-
-        Raises:
-            UserError: the answer has no tokens.
-        """
+        of training. A `UserError` if the answer has no tokens."""
         if not reply.ids:
             raise UserError("there is no answer yet to compare")
 
@@ -185,8 +170,8 @@ class Chat:
     def _with_rewards(self, replies: list[Reply]) -> list[Reply]:
         """The replies with scores from the first of their runs that has a reward model; unchanged if none has one."""
         entries = [self.entries[reply.model] for reply in replies]
-        folder, within = next(((e.reward, e.within) for e in entries if e.reward), (None, None))
-        if folder is None or within is None:
+        folder, within = next(((e.reward, e.within) for e in entries if e.reward), (None, Path()))
+        if folder is None:
             return replies
         try:
             if folder not in self._reward_roles:

@@ -20,11 +20,7 @@ NOT_NEEDED = ("run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Opens the page until it is stopped; does not return.
-
-    Args:
-        words: the command line without the program's name; None takes `sys.argv`.
-    """
+    """Opens the page until it is stopped; does not return."""
     program = "python app.py" if Path(sys.argv[0]).name == "app.py" else "qalign page"
     parser = argparse.ArgumentParser(prog=program, description="Base against aligned, side by side, in a browser.")
     parser.add_argument("models", nargs="*", metavar="RUN", help="runs or adapter folders to compare, or 'base'")
@@ -40,11 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 def serve(args: argparse.Namespace) -> None:
-    """Checks the arguments, then loads the base and opens the page.
-
-    Raises:
-        UserError: an argument is wrong, or Gradio isn't installed.
-    """
+    """Checks the arguments, then loads the base and opens the page; a `UserError` if Gradio isn't installed."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the page needs Gradio: pip install 'qalign[page]'")
     from qalign.page.security import credentials  # needs Starlette, which comes with Gradio

@@ -35,11 +35,8 @@ class ModelEntry:
 
 
 def safe_adapter(adapter: Path, within: Path) -> Path:
-    """An adapter folder with symlinks resolved, once it is safe to load from.
-
-    Raises:
-        UserError: a symlink leads out of `within`, or there are no safetensors.
-    """
+    """An adapter folder with symlinks resolved; a `UserError` if a symlink leads out of `within`, or if there are no
+    safetensors."""
     real, allowed = adapter.resolve(), within.resolve()
     for file in (real, real / CONFIG, real / WEIGHTS):
         if file != real and not file.is_file():
@@ -52,11 +49,8 @@ def safe_adapter(adapter: Path, within: Path) -> Path:
 
 def named_entry(word: str) -> ModelEntry:
     """The model that a word on the command line names: `base`, a run, one adapter of a run
-    (`runs/demo/ppo/adapter_best`), or an adapter folder made elsewhere. Naming a run allows its whole output folder.
-
-    Raises:
-        UserError: it is none of these, or not safe to load.
-    """
+    (`runs/demo/ppo/adapter_best`), or an adapter folder made elsewhere. A `UserError` if it is none of these or unsafe
+    to load. Naming a run allows its whole output folder."""
     if word == BASE:
         return ModelEntry(BASE)
     folder = Path(word).expanduser()
@@ -73,7 +67,7 @@ def named_entry(word: str) -> ModelEntry:
 def run_entries(runs: Path) -> list[ModelEntry]:
     """The finished runs under a folder whose adapters are safe to load, newest first; other folders are skipped."""
     found = []
-    for summary in runs.glob("*/*/summary.json") if runs.is_dir() else ():
+    for summary in runs.glob("*/*/summary.json"):
         if summary.parent.name not in ANSWERING_STAGES:
             continue
         try:
@@ -152,5 +146,5 @@ def default_pair(entries: list[ModelEntry], words: list[str]) -> tuple[str, str]
     newest."""
     names = [entry.name for entry in entries]
     if len(words) >= 2:
-        return names[0], names[min(1, len(names) - 1)]
+        return names[0], names[1]
     return BASE, next((name for name in names if name != BASE), BASE)

@@ -44,12 +44,8 @@ def is_loopback(host: str) -> bool:
 
 
 def credentials(host: str, auth: str | None, *, share: bool) -> tuple[str, str] | None:
-    """User name and password that the page asks for; None if it listens on loopback without a password.
-
-    Args:
-        host: the address to listen on.
-        auth: `USER:PASSWORD`; if None, the environment variable `QALIGN_AUTH` is used.
-        share: whether there is a public link.
+    """User name and password that the page asks for; None if it listens on loopback without a password. If `auth`
+    (`USER:PASSWORD`) is None, the environment variable `QALIGN_AUTH` is used; `share`: whether there is a public link.
 
     Raises:
         UserError: other computers could reach the page without a password, or the text isn't `USER:PASSWORD`.
@@ -67,12 +63,8 @@ def credentials(host: str, auth: str | None, *, share: bool) -> tuple[str, str] 
 
 
 class LocalOnlyMiddleware:
-    """ASGI middleware that refuses every request but the page's own.
-
-    Args:
-        app: the page.
-        any_host: answer to any host name, because the page asks for a password; else to loopback names only.
-    """
+    """ASGI middleware that refuses every request but the page's own. With `any_host`, for a page that asks for a
+    password, it answers to any host name, else to loopback names only."""
 
     def __init__(self, app: ASGIApp, *, any_host: bool):
         self.app, self.any_host = app, any_host
@@ -106,11 +98,8 @@ class LocalOnlyMiddleware:
             host = ""
         if not self.any_host and not is_loopback(host):  # DNS rebinding: another site's name may resolve to this host
             return PlainTextResponse("this page answers to localhost only", 403)
-        origin = headers.get("origin")
-        if origin is not None and origin.partition("://")[2] not in (
-            headers.get("host"),
-            headers.get("x-forwarded-host"),
-        ):
+        origin, own = headers.get("origin"), (headers.get("host"), headers.get("x-forwarded-host"))
+        if origin is not None and origin.partition("://")[2] not in own:
             return PlainTextResponse("another site may not use this page", 403)
         if any(part in path.lower() for part in REFUSED):
             return PlainTextResponse("this page does not offer that", 404)

@@ -75,8 +75,8 @@ class Session:
             self.clear()
 
     def ask(self, prompt: str) -> list[tuple[str, list[Message]]]:
-        """Adds a question to both dialogues; after a vote, when the names are known, it starts new ones. Returns (name of
-        the model, its dialogue) of each side."""
+        """Adds a question to both dialogues; after a vote, when the names are known, it starts new ones. Returns
+        (name of the model, its dialogue) of each side."""
         self._before = (tuple(map(list, self.turns)), self.replies, self.voted, self.order)
         if self.blind and self.voted:
             self.clear()

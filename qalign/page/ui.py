@@ -17,7 +17,7 @@ from qalign.page.session import Session
 from qalign.page.votes import Choice
 
 EXAMPLES = 6
-# Widgets: those that `inputs` reads and those that `updates` fills, in the order of these functions.
+# Widgets: those that `handler` reads and those that `updates` fills, in the order of these functions.
 ENTERED = (*("first", "second", "blind", "colours", "temperature", "top_p", "tokens", "seed", "system"),
            *("prompt", "comment"))  # fmt: skip
 SHOWN = (*("left", "right", "left_figures", "right_figures", "status", "prompt", "comment", "tally", "differences"),
@@ -30,12 +30,7 @@ NO_RUN = Path(__file__).with_name("no_run.md").read_text(encoding="utf-8")
 
 
 def build(page: Page | None, pair: tuple[str, str]) -> gr.Blocks:
-    """The page as Gradio blocks.
-
-    Args:
-        page: None if there is no run; the page then says how to train one.
-        pair: names of the two models that it starts with.
-    """
+    """The page as Gradio blocks, with a pair of models to start with. Without a run (None) it says how to train one."""
     with gr.Blocks(title="qalign", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         if page is None:
             gr.Markdown(NO_RUN)
@@ -131,8 +126,8 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
     gr.on([w["prompt"].submit, w["send"].click], handler(page.send), entered, shown, **queued)
     w["retry"].click(handler(page.retry), entered, shown, **queued)
     w["stop"].click(stop, **at_once)
-    w["edit"].click(handler(page.edit), session, shown, **at_once)
-    gr.on([w["clear"].click, w["left"].clear, w["right"].clear], handler(page.clear), session, shown, **at_once)
+    w["edit"].click(handler(page.edit), entered, shown, **at_once)
+    gr.on([w["clear"].click, w["left"].clear, w["right"].clear], handler(page.clear), entered, shown, **at_once)
     gr.on([w[n].input for n in ("first", "second", "blind")], handler(page.choose), entered, shown, **at_once)
     for choice in Choice:
         w[choice].click(handler(partial(page.vote, choice)), entered, shown, **queued)
@@ -148,26 +143,18 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
 
 
 def handler(action: Callable[[Session, Inputs], View | Iterator[View]]) -> Callable[..., Iterator[list[Any]]]:
-    """An action as a function for Gradio: values of `ENTERED` in, updates of `SHOWN` out."""
+    """An action as a function for Gradio: values of `ENTERED` in, checked by `Chat.answer`; updates of `SHOWN` out."""
 
     def handle(session: Session, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        views = action(session, inputs(request, *values))
+        first, second, blind, colours, temperature, top_p, tokens, seed, system, prompt, comment = values
+        if isinstance(seed, str):
+            seed = int(seed) if seed.strip().isdecimal() else seed.strip() or None
+        controls, key = Controls(temperature, top_p, tokens, seed, system or ""), request.session_hash or ""
+        views = action(session, Inputs(first, second, blind, colours, controls, prompt or "", comment or "", key))
         for view in [views] if isinstance(views, View) else views:
             yield [session, *updates(view)]
 
     return handle
-
-
-def inputs(request: gr.Request, *values: Any) -> Inputs:
-    """The values of `ENTERED`; none for an action that needs only the visitor. (`Chat.answer` checks them.)"""
-    key = request.session_hash or ""
-    if not values:
-        return Inputs(key=key)
-    first, second, blind, colours, temperature, top_p, tokens, seed, system, prompt, comment = values
-    if isinstance(seed, str):
-        seed = int(seed) if seed.strip().isdecimal() else seed.strip() or None
-    controls = Controls(temperature, top_p, tokens, seed, system or "")
-    return Inputs(first, second, blind, colours, controls, prompt or "", comment or "", key)
 
 
 def updates(view: View) -> list[Any]:

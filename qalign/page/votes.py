@@ -36,7 +36,7 @@ class Choice(StrEnum):
 
 
 def row(choice: Choice, a: Reply, b: Reply, base: str, sampling: dict[str, Any], comment: str = "") -> dict[str, Any]:
-    """A vote as a row of the file; `base` is named as in the recipe, `sampling` has settings such as the temperature."""
+    """A vote as a row of the file. `base`: its name in the recipe; `sampling`: settings such as the temperature."""
     chosen, rejected = (b, a) if choice is Choice.B else (a, b)
     reason = _why_no_pair(choice, chosen, rejected)
     return {
