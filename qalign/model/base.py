@@ -28,6 +28,7 @@ from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, Origin, load_weights, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
 
+UNFIT = (KeyError, TypeError, RuntimeError, ValueError, SafetensorError)  # raised for adapters that are broken
 ROWS_PACKED_TOGETHER = 64  # by `answer_scores`
 
 
@@ -101,14 +102,6 @@ class Base:
             UserError: it was made for another model, or can't share the base. Nothing of it stays on the base.
         """
         try:
-            self._load(role, folder, trainable=trainable)
-        except BaseException:
-            self._remove(role)
-            raise
-        self._settle(role, folder, trainable=trainable)
-
-    def _load(self, role: str, folder: str, *, trainable: bool) -> None:
-        try:
             config, weights = peft_adapters.read(folder, trainable=trainable, device=self.lm.device)
             if SCORE_HEAD in weights and role.partition("_")[0] not in SCORING:
                 raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
@@ -121,22 +114,19 @@ class Base:
             if any(f".{self._output_layer}." in key for key in weights):  # before PEFT wraps it, which can't be undone
                 raise UserError(OUTPUT_LAYER_TAKEN.format(folder))
             self._attach(role, config)
-            unused = peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys
-        except torch.OutOfMemoryError:  # a RuntimeError, but not the adapter's fault
-            raise
-        except (KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
+            if unused := peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys:
+                raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
+        except BaseException as error:
+            if self.role == role:
+                self._switch(Role.BASE)
+            if role in self._configs:
+                cast(peft.PeftModel, self.model).delete_adapter(role)
+            self._heads.pop(role, None)
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, UNFIT):
+                raise
             reason = " ".join((str(error) or repr(error)).splitlines()[:2])
             raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.origin.source}: {reason}") from None
-        if unused:
-            raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
-
-    def _remove(self, role: str) -> None:
-        """Takes off the base what there is of an adapter."""
-        if self.role == role:
-            self._switch(Role.BASE)
-        if role in self._configs:
-            cast(peft.PeftModel, self.model).delete_adapter(role)
-        self._heads.pop(role, None)
+        self._settle(role, folder, trainable=trainable)
 
     def load_reference(self, folder: str) -> None:
         """Makes a frozen copy of a saved adapter the reference. Call it after the policy was made."""
@@ -251,7 +241,6 @@ class Base:
         """A reward model's scores of many answers, computed in the packed layout that it was trained in.
 
         Args:
-            role: a role with a scalar head.
             rows: prompts with the same number of answers each; the score is read at an answer's last token.
             limit: how much one forward pass takes; it changes memory and speed, and no score.
             progress: whether to show a progress bar.
@@ -283,8 +272,8 @@ class Base:
     @property
     def layout_in_words(self) -> str:
         """How the prompts of pairs are run, in words."""
-        reason = self.padding_reason and f"{type(self.lm).__name__} {self.padding_reason}"
-        return f"twice a pair, padded: {reason}" if reason else "once a pair, packed without padding"
+        padded = f"twice a pair, padded: {type(self.lm).__name__} {self.padding_reason}"
+        return padded if self.padding_reason else "once a pair, packed without padding"
 
     def batch(
         self, rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped"
@@ -313,7 +302,7 @@ class Base:
 
     def lineage(self, stage: str, parent: str | None = None) -> Lineage:
         """The lineage of an adapter that is trained on this base, starting from the adapter folder `parent`."""
-        return describe(self.spec, self.origin, self.tokenizer, self.template, self.dtype, stage, parent)
+        return describe(self, stage, parent)
 
     @property
     def precision(self) -> str:

@@ -36,35 +36,23 @@ VLLM_SHARE = 0.4  # share of the GPU's memory for vLLM's copy of the base and it
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled. There is no top-k.
+    """How answers are sampled. There is no top-k."""
 
-    Attributes:
-        max_new_tokens: the longest an answer may get; it is cut there.
-        temperature: the logits are divided by it; 0 decodes greedily.
-        stop_ids: ids that end an answer; the answer includes the one that ended it.
-        top_p: nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens that together have
-            this probability are sampled. 1, the whole distribution, is for those who need its log-probs.
-    """
-
-    max_new_tokens: int
-    temperature: float
-    stop_ids: tuple[int, ...]
+    max_new_tokens: int  # the longest an answer may get; it is cut there
+    temperature: float  # the logits are divided by it; 0 decodes greedily
+    stop_ids: tuple[int, ...]  # ids that end an answer; the answer includes the one that ended it
+    # Nucleus sampling (Holtzman et al. 2020, arXiv:1904.09751): only the likeliest tokens that together have this
+    # probability are sampled. 1, the whole distribution, is for those who need its log-probs.
     top_p: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """Answers wanted from a role to one prompt.
+    """Answers wanted from a role to one prompt."""
 
-    Attributes:
-        role: a `Role`, or the name of an adapter on the base.
-        prompt_ids: token ids, generation prompt included.
-        draws: float64 `(num_samples, max_new_tokens)` in [0, 1): the uniform number of every token (`uniform_draws`).
-    """
-
-    role: str
-    prompt_ids: list[int]
-    draws: Tensor
+    role: str  # a `Role`, or the name of an adapter on the base
+    prompt_ids: list[int]  # generation prompt included
+    draws: Tensor  # `uniform_draws`: float64 `(num_samples, max_new_tokens)` in [0, 1), one for every token
 
 
 Choose = Callable[[Tensor, Tensor, Sampling], Tensor]  # (logits, draws, sampling) to tokens: `inverse_cdf`, `nucleus`

@@ -8,15 +8,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qalign.config.atomic import write_whole
 from qalign.config.paths import absolute_path, looks_local
-from qalign.config.recipe import Model
 from qalign.errors import UserError
 
 if TYPE_CHECKING:
-    from qalign.model.loading import Origin
+    from qalign.model.base import Base
 
 FILE = "lineage.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -51,25 +50,24 @@ def adapter_hash(folder: str | Path) -> str | None:
     return digest(file.read_bytes()) if file.is_file() else None
 
 
-def describe(
-    spec: Model, origin: "Origin", tokenizer: Any, template: str, dtype: object, stage: str, parent: str | None
-) -> Lineage:
+def describe(base: "Base", stage: str, parent: str | None) -> Lineage:
     """The lineage of an adapter that a stage trains on this base, starting from the adapter folder `parent`."""
-    config = json.loads((origin.folder / "config.json").read_text(encoding="utf-8"))
+    spec, tokenizer = base.spec, base.tokenizer
+    config = json.loads((base.origin.folder / "config.json").read_text(encoding="utf-8"))
     for key in ("transformers_version", "_name_or_path", "torch_dtype", "dtype"):
         config.pop(key, None)
     special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "unk_token")}
     return Lineage(
         stage=stage,
         base=spec.base,
-        revision=origin.revision,
+        revision=base.origin.revision,
         config_hash=digest(json.dumps(config, sort_keys=True)),
         tokenizer_hash=digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
         special_tokens={name: str(token) for name, token in special.items() if token is not None},
-        template=template,
+        template=base.template,
         template_hash=digest(tokenizer.get_chat_template() + json.dumps(spec.chat_template_kwargs, sort_keys=True)),
         quantization=spec.quantization,
-        compute_dtype=str(dtype).removeprefix("torch."),
+        compute_dtype=str(base.dtype).removeprefix("torch."),
         parent=parent,
         parent_hash=adapter_hash(parent) if parent else None,
     )
@@ -108,7 +106,6 @@ def check(key: str, folder: str | Path, ours: Lineage) -> None:
 
     Args:
         key: the recipe key that names the adapter, for the message; for example `dpo.start_from`.
-        folder: the adapter's folder.
         ours: the lineage that an adapter trained on this model would have.
 
     Raises:

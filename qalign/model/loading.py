@@ -29,19 +29,12 @@ Form = Literal["held", "dequantized", "original"]
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a base's weights are.
+    """Where a base's weights are."""
 
-    Attributes:
-        source: a folder or hub id that plain transformers can load the 16-bit base from.
-        revision: the hub's commit, or the digest of a `.gguf` file; None for a local folder.
-        hub_revision: the revision to request from the hub.
-        identity: a text that changes when the weights do.
-    """
-
-    source: str
-    revision: str | None
-    hub_revision: str | None
-    identity: str
+    source: str  # a folder or hub id that plain transformers can load the 16-bit base from
+    revision: str | None  # the hub's commit, or the digest of a `.gguf` file; None for a local folder
+    hub_revision: str | None  # the revision to request from the hub
+    identity: str  # a text that changes when the weights do
 
     @property
     def folder(self) -> Path:
@@ -186,21 +179,19 @@ def _held(spec: Model, origin: Origin, auto: Any, options: dict, dtype: torch.dt
     key = hashlib.sha256(json.dumps([origin.identity, settings, versions]).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{spec.quantization}-{key}"
     config = tf.BitsAndBytesConfig(load_in_4bit=True, **settings)
-    lm = None
     if not folder.is_dir():
         print(f"quantising {origin.source} once into {folder} …", flush=True)
         lm = tf.AutoModelForCausalLM.from_pretrained(origin.source, quantization_config=config, **fresh)
         try:
             with new_folder(folder) as aside:  # freshly quantised and before any forward: see guard_4bit
                 lm.save_pretrained(aside)
-        except OSError as error:  # a full disk: it is quantised again next time, but training can go on
+        except OSError as error:  # a full disk: it is quantised again each time, but training can go on
             print(f"not cached: {error}", file=sys.stderr)
-    if lm is None or auto is not tf.AutoModelForCausalLM:
-        lm = None  # frees the first model before the second is loaded
-        if folder.is_dir():
-            lm = auto.from_pretrained(folder, **place, **options)
-        else:
-            lm = auto.from_pretrained(origin.source, quantization_config=config, **fresh, **options)
+        del lm  # before it is loaded again
+    if folder.is_dir():
+        lm = auto.from_pretrained(folder, **place, **options)
+    else:
+        lm = auto.from_pretrained(origin.source, quantization_config=config, **fresh, **options)
     guard_4bit(lm)
     return lm
 

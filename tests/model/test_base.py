@@ -166,9 +166,12 @@ def test_repacked_weights_are_refused(tiny_base):
         guard_4bit(tiny_base.lm)
 
 
-def test_the_cached_base_is_the_same_to_the_bit(spec, tiny_folder, tmp_path, monkeypatch):
+def test_the_cached_base_is_the_same_to_the_bit(spec, tiny_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", f"{tiny_folder}/config.json")  # a file, so nothing can be cached in it
+    fresh = load(spec)
+    assert "not cached: " in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    fresh, cached = load(spec), load(spec)
+    cached = load(spec)
     assert [folder.name.startswith("nf4-") for folder in cache_folder().iterdir()] == [True]
     assert digest(fresh) == digest(cached)
     weights = load_file(f"{tiny_folder}/model.safetensors")
