@@ -45,8 +45,7 @@ def logits(model) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def finished(tiny_folder, tmp_path_factory) -> tuple[RunFolder, Base]:
-    folder = tmp_path_factory.mktemp("finished")
-    return stage(folder, tiny_folder, eval_data=write_talks(folder), eval_every=2, epochs=2.0, save_every=3)
+    return stage(tmp_path_factory.mktemp("finished"), tiny_folder, epochs=2.0)
 
 
 def test_going_on_from_an_adapter(finished, tiny_folder, tmp_path):
@@ -116,21 +115,15 @@ def test_each_kind_of_adapter_trains_on_nf4_and_reloads_to_the_same_logits(tiny_
 # --- the true model --------------------------------------------------------------------------------------------------
 
 
-def short_instructions(shared_data: Path, folder: Path) -> str:
-    """A file with three real rows that take a few dozen tokens each."""
-    whole = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
-    path = folder / "short.json"
-    path.write_text(json.dumps([row for row in whole if 40 < len(row["output"]) < 120][:3]))
-    return str(path)
-
-
 @pytest.mark.true_model
 def test_smollm2_learns_real_instructions(shared_data, tmp_path, one_thread):
     """The stage on NF4 weights in the precision that this machine picks, and its loss in bfloat16, where a step would
     take minutes on most CPUs, against their full logits in float32."""
     torch.set_num_threads(one_thread)
-    data = short_instructions(shared_data, tmp_path)
-    chosen, _ = dialogues((Source(path=data),), "train", None, 0)
+    whole = json.loads((shared_data / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    data = tmp_path / "short.json"  # three rows that take a few dozen tokens each
+    data.write_text(json.dumps([row for row in whole if 40 < len(row["output"]) < 120][:3]))
+    chosen, _ = dialogues((Source(path=str(data)),), "train", None, 0)
     base = load(Model(base=SMOLLM2, compute_dtype="float32"))
     sequences, refused = encode_dialogues(base.tokenizer, chosen, 256, {})
     assert (len(sequences), refused) == (3, [])
@@ -140,7 +133,7 @@ def test_smollm2_learns_real_instructions(shared_data, tmp_path, one_thread):
     keys = {"batch_size": 3, "micro_batch_size": 3, "max_steps": 3, "warmup_ratio": 0.0, "learning_rate": 5e-4}
     model = {"compute_dtype": "auto", "max_length": 256}
     found = [line["loss"] for line in metrics(run_stage(
-        write_recipe(tmp_path / "run", SMOLLM2, "sft", data=data, model=model, **keys)
+        write_recipe(tmp_path / "run", SMOLLM2, "sft", data=str(data), model=model, **keys)
     ))]  # fmt: skip
     assert found[0] == pytest.approx(expected, abs=5e-2)  # in bfloat16 it was 0.026 off
     assert found[-1] < found[0] - 0.1  # 0.13 in bfloat16, above 0.2 in float32
