@@ -1,9 +1,9 @@
-"""Writes requirements.lock and requirements-cuda.lock from requirements.txt: every version, with the hashes of its files.
+"""Writes requirements.lock and requirements-cuda.lock from requirements.txt: every version with the hashes of its files.
 
     make lock
 
-pip refuses a file whose hash isn't listed, so nobody can slip another one in. What only PyTorch's CUDA build needs (3 GB)
-stands in a file of its own; `make setup` installs that only where pip took this build.
+pip refuses a file whose hash isn't listed, so nobody can slip another one in. What only PyTorch's CUDA build needs (3
+GB) has a file of its own; `make setup` installs that file only where pip took this build.
 """
 
 import re

@@ -91,9 +91,9 @@ def _claim(folder: Path, run: RunFolder, settings: dict[str, Any], *, resume: bo
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds files that are no run of best_of's; choose another `output`")
     if not (resume or overwrite):
-        raise UserError(f"{folder}: holds a run; --resume goes on with it, --overwrite starts anew")
+        raise UserError(f"{folder}: holds a run; --resume continues it, --overwrite starts again")
     if resume and not settings.items() <= _settings_of(folder).items():
-        raise UserError(f"{folder}: --resume needs the recipe and n it began with; --overwrite starts anew")
+        raise UserError(f"{folder}: --resume needs the recipe and n that it began with; --overwrite starts again")
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:

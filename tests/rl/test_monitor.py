@@ -50,12 +50,6 @@ def test_the_alarm_is_raised_when_longer_is_better_and_the_judge_disagrees(plant
         assert resumed[key] == kept[key]
 
 
-def test_a_line_separator_in_an_answer_hides_no_samples(planted, capsys, monkeypatch):
-    monkeypatch.setattr("qalign.rl.ppo_setup.text_of", lambda *_: "one\u2028two\x85three")
-    planted("long", "shrinking")
-    assert "".join(capsys.readouterr()).count("(reward ") == 3
-
-
 def test_a_clean_reward_raises_no_alarm(planted):
     kept = summary(planted("many", "many_too"))
     assert kept["alarm_steps"] == []
