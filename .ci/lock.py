@@ -1,4 +1,4 @@
-"""Writes requirements.lock and requirements-cuda.lock from requirements.txt: every version with the hashes of its files.
+"""Writes requirements.lock and requirements-cuda.lock: every version of requirements.txt, with the hashes of its files.
 
     make lock
 
