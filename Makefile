@@ -47,4 +47,4 @@ check: setup  ## style, imports in one direction, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
-	$(BIN)/basedpyright
+	$(BIN)/basedpyright --project pyproject.toml
