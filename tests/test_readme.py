@@ -12,7 +12,7 @@ from qalign.fit import memory_of
 from tests.conftest import ROOT
 
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
-DOCUMENTS += ["docs/decisions.md", "docs/merging.md", "docs/ppo.md"]
+DOCUMENTS += ["SECURITY.md", "AGENTS.md", "docs/decisions.md", "docs/merging.md", "docs/ppo.md", "docs/recipe.md"]
 LINES = [
     (document, line.strip())
     for document in DOCUMENTS
