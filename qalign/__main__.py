@@ -30,7 +30,7 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
     if not recipe.stages:
         names = ", ".join(f"{stage}:" for stage in STAGES)
         raise UserError(f"{path}: has none of the sections {names}, so there is nothing to run")
-    rows = []
+    states = []
     for stage in recipe.stages:
         run, state = RunFolder(recipe, stage, shlex.join([path, *overrides])), "trained"
         if run.complete and "--overwrite" not in flags:
@@ -45,7 +45,8 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
             mine = [flag for flag in flags if flag != "--resume" or begun]
             if code := _run([sys.executable, "-m", f"qalign.{stage}", path, *overrides, *mine]):
                 sys.exit(code)
-        rows.append((stage, f"{state:<8} {_result(run)}"))
+        states.append((run, state))
+    rows = [(run.stage, f"{state:<8} {_result(run)}") for run, state in states]
     print_table(f"{recipe.output}: all stages", rows)
 
 

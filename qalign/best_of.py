@@ -77,8 +77,8 @@ def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrit
     if setup.rows.held_out:
         held_out = enumerate(_parts(setup.rows.held_out, n), start=len(parts))
         rows = [row for number, group in held_out for row in setup.sample(group, n, seed + number)]
-        judged = combined(judge, rows)[0].tolist() if judge else None
-        points = curve(combined(reward, rows)[0].tolist(), judged, n)
+        rewarded = combined(reward, rows)[0].tolist()
+        points = curve(rewarded, combined(judge, rows)[0].tolist() if judge else None, n)
     refused = [asdict(row) for row in setup.rows.refused]
     _finish(folder, command_line, {"n": n, "prompts": setup.rows.counts, "held_out": points, "refused": refused})
 

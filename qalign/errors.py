@@ -26,14 +26,21 @@ def out_of_memory(error: BaseException, fix: str, doing: str = "") -> UserError:
     return UserError(f"out of GPU memory{doing} ({str(error).partition('. ')[0]}). Try {fix}")
 
 
-def not_finite(step: str, what: str, rows: Sequence[str] = ()) -> UserError:
+def not_finite(
+    step: str, what: str, rows: Sequence[str] = (), kept: str = "", dtypes: str = "bfloat16 or float32"
+) -> UserError:
     """The error for a NaN or an infinity, such as `not_finite("step 5", "the loss is", ["rows.jsonl:3"])`. `rows` are
-    the rows to blame, if they are known."""
+    the rows to blame, `kept` says what was not changed, `dtypes` what may help."""
     where = f" on {', '.join(dict.fromkeys(rows))}" if rows else ""
     return UserError(
-        f"{step}: {what} not finite{where}; the last checkpoint, if there is one, is kept. "
-        "Try a lower learning_rate, or compute_dtype: bfloat16 or float32"
+        f"{step}: {what} not finite{where}; {kept}the last checkpoint, if there is one, is kept. "
+        f"Try a lower learning_rate, or compute_dtype: {dtypes}"
     )
+
+
+def gradients_not_finite(step: str) -> UserError:
+    """The same for gradients: the loss was finite, so only a wider dtype can help."""
+    return not_finite(step, "the gradients are", kept="nothing was updated, and ", dtypes="float32")
 
 
 def scores_not_finite(precision: str) -> UserError:

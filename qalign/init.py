@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from qalign.cli import exit_code
+from qalign.cli import exit_code, program
 from qalign.config.atomic import write_whole
 from qalign.config.load import flow, parse, sections_in
 from qalign.config.paths import Keys, as_keys, named_paths
@@ -49,7 +49,8 @@ def write_recipe(name: str, *, full: bool = False) -> None:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_whole(Path(path), (RECIPES / path).read_bytes())
             print(f"wrote {path}")
-    write_whole(target, text.replace(f"recipes/{target}", str(target)))
+    text = text.replace(f"recipes/{target}", str(target)).replace("docs/recipe.md", f"qalign init {name} --full")
+    write_whole(target, text)
     print(f"wrote {target}; change it, then train: python -m qalign {target}")
 
 
@@ -77,7 +78,7 @@ def _comment(docstring: str | None) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m qalign.init", description="Copy a recipe into this folder.")
+    parser = argparse.ArgumentParser(prog=program("init"), description="Copy a recipe into this folder.")
     parser.add_argument("name", nargs="?", help="such as mistral7b; without it, the recipes are listed")
     parser.add_argument("--full", action="store_true", help="write every key with its default and its meaning")
     args = parser.parse_args(words)

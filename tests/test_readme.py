@@ -11,7 +11,7 @@ from qalign.config.stages import STAGES
 from qalign.fit import memory_of
 from tests.conftest import ROOT
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
+DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 DOCUMENTS += ["SECURITY.md", "AGENTS.md", "docs/decisions.md", "docs/merging.md", "docs/ppo.md", "docs/recipe.md"]
 LINES = [
     (document, line.strip())

@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import re
 import symtable
 from collections.abc import Callable, Iterator
 from importlib.machinery import ModuleSpec, PathFinder
@@ -206,7 +207,7 @@ def _names_in(file: Path) -> set[str] | None:
     except (OSError, SyntaxError, ValueError):  # reported when it is imported
         return None
     names = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
-    return None if "__getattr__" in names or "import *" in text else names
+    return None if "__getattr__" in names or re.search(r"^\s*from .+ import \*", text, flags=re.M) else names
 
 
 def resolved(raw: Keys, beside: Path) -> Keys:

@@ -179,6 +179,7 @@ def _held(spec: Model, origin: Origin, auto: Any, options: dict, dtype: torch.dt
     key = hashlib.sha256(json.dumps([origin.identity, settings, versions]).encode()).hexdigest()[:16]
     folder = cache_folder() / f"{spec.quantization}-{key}"
     config = tf.BitsAndBytesConfig(load_in_4bit=True, **settings)
+    lm = None
     if not folder.is_dir():
         print(f"quantising {origin.source} once into {folder} …", flush=True)
         lm = tf.AutoModelForCausalLM.from_pretrained(origin.source, quantization_config=config, **fresh)
@@ -187,11 +188,12 @@ def _held(spec: Model, origin: Origin, auto: Any, options: dict, dtype: torch.dt
                 lm.save_pretrained(aside)
         except OSError as error:  # a full disk: it is quantised again each time, but training can go on
             print(f"not cached: {error}", file=sys.stderr)
-        del lm  # before it is loaded again
-    if folder.is_dir():
-        lm = auto.from_pretrained(folder, **place, **options)
-    else:
-        lm = auto.from_pretrained(origin.source, quantization_config=config, **fresh, **options)
+        if auto is not tf.AutoModelForCausalLM:
+            lm = None  # only one of the two in memory at a time
+    if lm is None:
+        cached = folder.is_dir()
+        source, more = (folder, place) if cached else (origin.source, {"quantization_config": config, **fresh})
+        lm = auto.from_pretrained(source, **more, **options)
     guard_4bit(lm)
     return lm
 

@@ -126,8 +126,8 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
     gr.on([w["prompt"].submit, w["send"].click], handler(page.send), entered, shown, **queued)
     w["retry"].click(handler(page.retry), entered, shown, **queued)
     w["stop"].click(stop, **at_once)
-    w["edit"].click(handler(page.edit), entered, shown, **at_once)
-    gr.on([w["clear"].click, w["left"].clear, w["right"].clear], handler(page.clear), entered, shown, **at_once)
+    w["edit"].click(handler(page.edit), session, shown, **at_once)
+    gr.on([w["clear"].click, w["left"].clear, w["right"].clear], handler(page.clear), session, shown, **at_once)
     gr.on([w[n].input for n in ("first", "second", "blind")], handler(page.choose), entered, shown, **at_once)
     for choice in Choice:
         w[choice].click(handler(partial(page.vote, choice)), entered, shown, **queued)
@@ -143,14 +143,18 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
 
 
 def handler(action: Callable[[Session, Inputs], View | Iterator[View]]) -> Callable[..., Iterator[list[Any]]]:
-    """An action as a function for Gradio: values of `ENTERED` in, checked by `Chat.answer`; updates of `SHOWN` out."""
+    """An action as a function for Gradio: values of `ENTERED` in, checked by `Chat.answer`; updates of `SHOWN` out.
+    Edit and Clear are given no values, so that they work whatever stands in a number's box."""
 
     def handle(session: Session, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        first, second, blind, colours, temperature, top_p, tokens, seed, system, prompt, comment = values
-        if isinstance(seed, str):
-            seed = int(seed) if seed.strip().isdecimal() else seed.strip() or None
-        controls, key = Controls(temperature, top_p, tokens, seed, system or ""), request.session_hash or ""
-        views = action(session, Inputs(first, second, blind, colours, controls, prompt or "", comment or "", key))
+        inputs = Inputs(key=request.session_hash or "")
+        if values:
+            first, second, blind, colours, temperature, top_p, tokens, seed, system, prompt, comment = values
+            if isinstance(seed, str):
+                seed = int(seed) if seed.strip().isdecimal() else seed.strip() or None
+            controls = Controls(temperature, top_p, tokens, seed, system or "")
+            inputs = Inputs(first, second, blind, colours, controls, prompt or "", comment or "", inputs.key)
+        views = action(session, inputs)
         for view in [views] if isinstance(views, View) else views:
             yield [session, *updates(view)]
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from qalign import losses
 from qalign.config.stages import PPO
 from qalign.data.collate import AnswerBatch, MicroBatchLimit
-from qalign.errors import UserError, not_finite
+from qalign.errors import UserError, gradients_not_finite, not_finite
 from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_entropies, state_logps
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
@@ -201,7 +201,7 @@ class PPOTrainer:
                 if not too_far:
                     norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm)
                     if self.accelerator.scaler is None and not cast(Tensor, norm).isfinite():
-                        raise not_finite(f"iteration {self.done + 1}", "the gradients are")
+                        raise gradients_not_finite(f"iteration {self.done + 1}")
                     self.optimizer.step()
                     steps += 1
                 self.optimizer.zero_grad()  # sets gradients to None: they take no memory while answers are sampled

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalign.errors import not_finite
+from qalign.errors import gradients_not_finite
 from qalign.train.run_folder import RunFolder
 
 # What the bar shows of a step, by the names under which TRL's trainers log.
@@ -57,7 +57,7 @@ class RunCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
         if not args.fp16 and not torch.isfinite(torch.nn.utils.get_total_norm(grads)):
-            raise not_finite(f"step {state.global_step + 1}", "the gradients are")
+            raise gradients_not_finite(f"step {state.global_step + 1}")
 
     def on_log(self, args, state, control, **kwargs):
         logs: dict[str, float] = kwargs["logs"]

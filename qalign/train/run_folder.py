@@ -284,7 +284,7 @@ def _read_recipe(file: Path) -> Recipe:
         first = error.errors()[0]
         reason = f"{'.'.join(map(str, first['loc'])) or 'recipe'}: {first['msg']}"
     except (OSError, UserError) as error:
-        reason = str(error)
+        reason = getattr(error, "strerror", None) or str(error)
     raise UserError(f"{file}: the recipe that this run was trained with can't be read: {reason}")
 
 
