@@ -48,7 +48,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
     facts = session.train(trainer, head=head, loss=loss, prompts=base.layout_in_words)
     if pairs.held_out:
-        scores = base.answer_scores(Role.REWARD, pairs.held_out, micro)
+        scores = base.answer_scores(Role.REWARD, pairs.held_out, micro, progress=True)
         if not scores.isfinite().all():
             raise scores_not_finite(base.precision)
         facts |= _report(run, pairs.held_out, scores.tolist())
