@@ -24,20 +24,23 @@ Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the other
 class Preference:
     """One prompt with two answers, the first preferred."""
 
-    prompt: tuple[Message, ...]  # a system turn first, if there is one; a user's turn last
-    chosen: str
-    rejected: str
+    prompt: tuple[Message, ...]  # a user's or a tool's turn last
+    chosen: Message
+    rejected: Message
     where: str  # its place: file and line, or row number
     margin: float | None = None  # score_chosen − score_rejected, where the row has both as finite numbers
+    tools: tuple[dict[str, Any], ...] = ()  # schemas of functions, for `apply_chat_template(tools=…)`
 
 
 @dataclass(frozen=True)
 class Dialogue:
     """A dialogue that ends with an assistant's turn, for supervised fine-tuning."""
 
-    turns: tuple[Message, ...]  # a system turn first, if there is one; then user and assistant alternate
+    turns: tuple[Message, ...]
     first_trained: int  # the loss covers the assistant's turns from this index on; earlier turns are context
     where: str
+    tools: tuple[dict[str, Any], ...] = ()
+    untrained: frozenset[int] = frozenset()  # indices of assistant turns that are context too, such as `weight: 0`
 
 
 @dataclass(frozen=True)
@@ -52,9 +55,10 @@ class PlainText:
 class Prompt:
     """A dialogue that waits for an answer."""
 
-    turns: tuple[Message, ...]  # a system turn first, if there is one; a user's turn last
+    turns: tuple[Message, ...]  # a user's or a tool's turn last
     where: str
     columns: dict[str, Any]  # the whole row as it came, without nulls, for functions that score answers
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -111,8 +115,8 @@ def canonical(raw: Any, where: str) -> Preference:
     prompt, *answers = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.rejected)
     _check_order(prompt, "the prompt", "user")
     chosen, rejected = (_answer(turns, name) for turns, name in zip(answers, ("chosen", "rejected"), strict=True))
-    check_text([*(turn["content"] for turn in prompt), chosen, rejected])
-    if chosen.strip() == rejected.strip():
+    check_text(turn["content"] for turn in (*prompt, chosen, rejected))
+    if chosen["content"].strip() == rejected["content"].strip():
         raise BadRow("chosen and rejected are the same answer")
     return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row))
 
@@ -125,13 +129,13 @@ def scored(raw: Any, where: str) -> Preference:
     return row
 
 
-def _answer(turns: Turns, name: str) -> str:
+def _answer(turns: Turns, name: str) -> Message:
     if len(turns) != 1 or turns[0]["role"] != "assistant":
         found = " → ".join(turn["role"] for turn in turns) or "nothing"
         raise BadRow(f"{name}: expected one assistant turn after the prompt, found {found}")
     if not turns[0]["content"].strip():
         raise BadRow(f"{name}: the answer is empty")
-    return turns[0]["content"]
+    return turns[0]
 
 
 def _margin(row: RawRow) -> float | None:

@@ -11,8 +11,10 @@ from typing import Any, TypeGuard
 
 from qalign.data.readers import BadRow
 
-Message = dict[str, str]
-"""One turn of a dialogue, `{"role", "content"}`; the role is system, user or assistant."""
+Message = dict[str, Any]
+"""One turn of a dialogue: `role` (system, user, assistant or tool) and `content`, a text ("" where an assistant only
+calls tools). It may have the texts `reasoning_content`, `name` and `tool_call_id`, and `tool_calls`, a list in OpenAI's
+form with parsed arguments. It has no other keys."""
 Turns = list[Message]
 RawRow = dict[str, Any]
 

@@ -155,7 +155,7 @@ def encode_questions(
 def encode_pair(tokenizer: Tokenizer, row: Preference, max_length: int, template_kwargs: Kwargs) -> TokenPair:
     """A preference as ids. The oldest turns are dropped until both sequences fit; an answer is never cut."""
     answers = (row.chosen, row.rejected)
-    _refuse_special(tokenizer, (*(turn["content"] for turn in row.prompt), *answers))
+    _refuse_special(tokenizer, (turn["content"] for turn in (*row.prompt, *answers)))
     prompt_ids, (chosen, rejected), dropped = _fitted(tokenizer, row.prompt, answers, max_length, template_kwargs)
     return TokenPair(prompt_ids, chosen, rejected, row.where, dropped, row.margin)
 
@@ -178,7 +178,7 @@ def encode_dialogue(
             continue
         try:
             prompt_ids, (answer_ids,), dropped = _fitted(
-                tokenizer, turns[:number], (turn["content"],), max_length, template_kwargs
+                tokenizer, turns[:number], (turn,), max_length, template_kwargs
             )
         except BadRow as reason:
             raise BadRow(f"turn {number + 1}: {reason}") from None
@@ -193,9 +193,8 @@ def encode_dialogue(
 
 def encode_answer(tokenizer: Tokenizer, row: Dialogue, max_length: int, template_kwargs: Kwargs) -> list[int]:
     """A dialogue as ids up to its last end of turn, as a reward model reads it."""
-    texts = [turn["content"] for turn in row.turns]
-    _refuse_special(tokenizer, texts)
-    prompt_ids, (answer_ids,), _ = _fitted(tokenizer, row.turns[:-1], (texts[-1],), max_length, template_kwargs)
+    _refuse_special(tokenizer, (turn["content"] for turn in row.turns))
+    prompt_ids, (answer_ids,), _ = _fitted(tokenizer, row.turns[:-1], row.turns[-1:], max_length, template_kwargs)
     return prompt_ids + answer_ids
 
 
@@ -229,7 +228,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: Sequence[Message], template_kwar
 def end_of_turn_id(tokenizer: Tokenizer, template_kwargs: Kwargs) -> int:
     """The id with which the template ends an assistant's turn; a `UserError` if it can't render one."""
     try:
-        _, ((*_, last),) = _encode(tokenizer, [{"role": "user", "content": "a"}], ("b",), template_kwargs)
+        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        _, ((*_, last),) = _encode(tokenizer, [asked], [answered], template_kwargs)
     except BadRow as reason:
         raise UserError(f"model.chat_template: no end of turn can be found: {reason}") from None
     return last
@@ -247,7 +247,11 @@ def pad_for_scores(tokenizer: Tokenizer, template_kwargs: Kwargs) -> str:
 
 
 def _fitted(
-    tokenizer: Tokenizer, prompt: Sequence[Message], answers: Sequence[str], max_length: int, template_kwargs: Kwargs
+    tokenizer: Tokenizer,
+    prompt: Sequence[Message],
+    answers: Sequence[Message],
+    max_length: int,
+    template_kwargs: Kwargs,
 ) -> tuple[list[int], list[list[int]], int]:
     """(prompt ids, ids of each answer, number of the oldest turns that were dropped to make them fit)."""
     turns = list(prompt)
@@ -269,15 +273,14 @@ def _fitted(
 
 
 def _encode(
-    tokenizer: Tokenizer, prompt: Sequence[Message], answers: Sequence[str], template_kwargs: Kwargs
+    tokenizer: Tokenizer, prompt: Sequence[Message], answers: Sequence[Message], template_kwargs: Kwargs
 ) -> tuple[list[int], list[list[int]]]:
     """(prompt ids, one list of completion ids per answer)."""
     prompt_text = _render(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
     prompt_ids = _ids(tokenizer, prompt_text)
     completions: list[list[int]] = []
     for answer in answers:
-        turns = [*prompt, {"role": "assistant", "content": answer}]
-        text = _render(tokenizer, turns, template_kwargs, add_generation_prompt=False)
+        text = _render(tokenizer, [*prompt, answer], template_kwargs, add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise BadRow("the chat template renders a prompt differently once it is answered; see chat_template_kwargs")
         text = _through_end_of_turn(tokenizer, text)

@@ -23,8 +23,12 @@ def read(path, split="train", limit=None, into=preferences):
     return into((Source(path=str(path)),), split, limit, 0)
 
 
+def said(turn) -> str:
+    return turn["content"]
+
+
 def chosen(rows) -> list[str]:
-    return [row.chosen for row in rows]
+    return [said(row.chosen) for row in rows]
 
 
 def write_csv(path):
@@ -59,7 +63,7 @@ def test_every_kind_of_file_is_read_in_order_and_each_row_knows_its_place(tmp_pa
     assert refused == []
     assert [row.where for row in rows] == [f"{path}{place}" for place in places.split("|")]
     assert [row.prompt for row in rows] == [(user(f"Question {n}?"),) for n in (1, 2, 3)]
-    assert [(row.chosen, row.rejected) for row in rows] == [(f"good {n}", f"bad {n}") for n in (1, 2, 3)]
+    assert [(said(row.chosen), said(row.rejected)) for row in rows] == [(f"good {n}", f"bad {n}") for n in (1, 2, 3)]
 
 
 def test_rows_of_all_shapes_may_stand_in_one_file(write_jsonl):
@@ -94,7 +98,7 @@ def test_turns_and_columns_survive_parquet(tmp_path):
     (row,), _ = read(tmp_path / "rows.parquet")
     (asked,), _ = read(tmp_path / "rows.parquet", into=prompts)
 
-    assert (row.prompt, row.chosen, row.rejected) == (tuple(TALKED), "Yes", "No")
+    assert (row.prompt, said(row.chosen), said(row.rejected)) == (tuple(TALKED), "Yes", "No")
     assert (asked.turns, asked.columns) == (tuple(TALKED), turns)
 
 
@@ -121,7 +125,9 @@ def test_each_line_of_a_jsonl_file_is_a_row_or_refused_alone(tmp_path, text, exp
 
     rows, refused = read(path)
 
-    assert [(row.where, row.chosen) for row in rows] == [(f"{path}:{number}", answer) for number, answer in expected]
+    assert [(row.where, said(row.chosen)) for row in rows] == [
+        (f"{path}:{number}", answer) for number, answer in expected
+    ]
     assert [row.where for row in refused] == [f"{path}:{number}" for number in reasons]
     for row, reason in zip(refused, reasons.values(), strict=True):
         assert reason in row.reason
@@ -142,7 +148,7 @@ def test_a_csv_from_a_spreadsheet(tmp_path):
     (row,), refused = read(path)
 
     assert row.where == f"{path}:2"
-    assert (row.prompt, row.chosen, row.rejected) == ((user("Why?\r\nReally?"),), "Yes, sir", "No")
+    assert (row.prompt, said(row.chosen), said(row.rejected)) == ((user("Why?\r\nReally?"),), "Yes, sir", "No")
     assert [bad.where for bad in refused] == [f"{path}:4", f"{path}:6"]
     assert "chosen" in refused[0].reason
     assert "rejected" in refused[1].reason
@@ -219,7 +225,9 @@ def test_a_data_set_saved_to_disk(tmp_path, quiet_datasets):
     rows, refused = read(folder)
 
     assert refused == []
-    assert [(row.where, row.chosen) for row in rows] == [(f"{folder}[train], row {n}", f"good {n}") for n in (1, 2, 3)]
+    assert [(row.where, said(row.chosen)) for row in rows] == [
+        (f"{folder}[train], row {n}", f"good {n}") for n in (1, 2, 3)
+    ]
 
 
 def test_data_sets_saved_to_disk_are_chosen_by_the_split_of_the_source_or_of_the_stage(tmp_path, quiet_datasets):
@@ -244,7 +252,7 @@ def test_a_folder_of_jsonl_files_is_read_by_split(tmp_path, quiet_datasets):
     held_out, _ = read(folder, split="test")
 
     assert (chosen(rows), refused) == (["good 1", "good 2", "good 3"], [])
-    assert [(row.where, row.chosen) for row in held_out] == [(f"{folder}[test], row 1", "good 2")]
+    assert [(row.where, said(row.chosen)) for row in held_out] == [(f"{folder}[test], row 1", "good 2")]
 
 
 @pytest.mark.parametrize("name", ["no-such-org/no-such-data", "no-such-data"])

@@ -41,7 +41,7 @@ def test_hh_rows_lose_nothing_but_white_space(shared_data):
     assert (len(ranked), len(learned), len(asked)) == (1790, 1791, 1798)
     for number, row in zip(numbers(ranked), ranked, strict=True):
         for side in ("chosen", "rejected"):
-            assert spoken([*row.prompt, assistant(getattr(row, side))]) == raw[number - 1][side].split()
+            assert spoken([*row.prompt, getattr(row, side)]) == raw[number - 1][side].split()
     for number, row in zip(numbers(learned), learned, strict=True):
         assert spoken(row.turns) == raw[number - 1]["chosen"].split()
         assert row.first_trained == len(row.turns) - 1
@@ -80,6 +80,10 @@ def test_hh_transcripts_as_texts_are_learned_from_whole(shared_data, write_jsonl
     assert len(refused) == 9
 
 
+def said(*turns) -> list[str]:
+    return [turn["content"] for turn in turns]
+
+
 def ultrafeedback(row) -> tuple:
     """(prompt, chosen, rejected, margin) as the file has them."""
     answers = (row[side][1]["content"] for side in ("chosen", "rejected"))
@@ -103,7 +107,7 @@ def test_preference_rows_are_all_used_in_every_form(shared_data, name, count, pa
     ranked, learned, asked = (read(path, into) for into in (preferences, dialogues, prompts))
 
     assert [refused for _, refused in (ranked, learned, asked)] == [[], [], []]
-    assert [(list(row.prompt), row.chosen, row.rejected, row.margin) for row in ranked[0]] == expected
+    assert [(list(row.prompt), *said(row.chosen, row.rejected), row.margin) for row in ranked[0]] == expected
     assert [scorable(row, "").chosen for row in raw] == [row.chosen for row in ranked[0]]
     assert [list(row.turns) for row in learned[0]] == [[*turns, assistant(answer)] for turns, answer, *_ in expected]
     assert [row.first_trained for row in learned[0]] == [len(turns) for turns, *_ in expected]

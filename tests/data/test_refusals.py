@@ -216,4 +216,4 @@ def test_a_row_that_says_that_it_holds_no_preference_is_left_out_unless_it_has_a
         with pytest.raises(NoPair, match=r"^a tie$"):
             convert(tie, "")
     assert canonical_prompt(tie, "").turns == tuple(ASKED)
-    assert canonical(SAME | {"no_pair": "a tie"}, "").chosen == "Yes"
+    assert canonical(SAME | {"no_pair": "a tie"}, "").chosen == YES

@@ -44,7 +44,7 @@ def prompted(raw) -> list:
 @ranked
 def test_a_ranked_row_in_every_form(prompt, raw):
     where, margin = "rows.jsonl:3", canonical(raw, "").margin
-    preference = Preference(tuple(prompt), "Yes", "No", where, margin)
+    preference = Preference(tuple(prompt), YES, NO, where, margin)
     dialogue = Dialogue((*prompt, YES), len(prompt), where)
 
     for row in (raw, NULLS | raw):
@@ -120,7 +120,7 @@ def test_texts_keep_their_white_space_and_lines():
     raw = {"prompt": " Why?\n\nReally? \n", "chosen": " Yes,\n\nof course.\n", "rejected": "No "}
     asked = (user(" Why?\n\nReally? \n"),)
 
-    assert canonical(raw, "") == Preference(asked, " Yes,\n\nof course.\n", "No ", "")
+    assert canonical(raw, "") == Preference(asked, assistant(" Yes,\n\nof course.\n"), assistant("No "), "")
     assert canonical_dialogue(raw, "").turns == (*asked, assistant(" Yes,\n\nof course.\n"))
     assert canonical_prompt(raw, "").turns == asked
     assert prompted({"prompt": "Why?\n\nAssistant: Yes"}) == [user("Why?\n\nAssistant: Yes")]  # no transcript
@@ -131,14 +131,14 @@ def test_a_transcript_loses_the_white_space_around_its_turns_and_none_within():
 
     row = canonical({"chosen": opening + " Yes.\n\nOf course. ", "rejected": opening + " No"}, "")
 
-    assert row == Preference((user("Why?\nReally?"),), "Yes.\n\nOf course.", "No", "")
+    assert row == Preference((user("Why?\nReally?"),), assistant("Yes.\n\nOf course."), NO, "")
 
 
 def test_answers_may_begin_alike():
     """Only whole turns are shared: the prompt never takes the beginning of an answer."""
     raw = {"chosen": [*ASKED, assistant("Yes, sir")], "rejected": [*ASKED, assistant("Yes, madam")]}
 
-    assert canonical(raw, "") == Preference(tuple(ASKED), "Yes, sir", "Yes, madam", "")
+    assert canonical(raw, "") == Preference(tuple(ASKED), assistant("Yes, sir"), assistant("Yes, madam"), "")
 
 
 # --- margin ----------------------------------------------------------------------------------------------------------
@@ -156,7 +156,7 @@ APART = (1.7e308, -1.7e308, None)  # each is finite, their difference is not
 def test_the_margin_is_the_difference_of_two_finite_scores(chosen, rejected, margin):
     row = canonical(SAME | {"score_chosen": chosen, "score_rejected": rejected}, "here")
 
-    assert row == Preference((user("Why?"),), "Yes", "No", "here", margin)
+    assert row == Preference((user("Why?"),), YES, NO, "here", margin)
     assert type(row.margin) is type(margin)
 
 
@@ -175,7 +175,7 @@ def outcome(convert, raw):
     if isinstance(row, PlainText):
         assert row.text.encode("utf-8").strip()
         return row
-    turns = (*row.prompt, assistant(row.chosen)) if isinstance(row, Preference) else row.turns
+    turns = (*row.prompt, row.chosen) if isinstance(row, Preference) else row.turns
     turns = (*turns, NO) if isinstance(row, Prompt) else turns
     roles = [turn["role"] for turn in turns]
     spoken = roles[1:] if roles[0] == "system" else roles

@@ -20,7 +20,7 @@ def read(*sources: Source, limit=None, seed=0):
 
 
 def numbers(rows) -> list[int]:
-    return [int(row.chosen) for row in rows]
+    return [int(row.chosen["content"]) for row in rows]
 
 
 @pytest.mark.parametrize(

@@ -23,12 +23,13 @@ from tests.data.chat_families import (
     templated,
     zephyr_prompt,
 )
+from tests.data.shapes import assistant
 
 TALK = [HELLO, ("assistant", "Good day."), ("user", "Are you well?")]
 
 
 def encode(tokenizer, *prompt, chosen: str = "Yes", rejected: str = "No"):
-    return encode_pair(tokenizer, Preference(messages(prompt), chosen, rejected, "w"), 10_000, {})
+    return encode_pair(tokenizer, Preference(messages(prompt), assistant(chosen), assistant(rejected), "w"), 10_000, {})
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -219,6 +220,6 @@ def test_real_rows_have_the_ids_that_mistral_common_gives_them(mistral_common, s
 
     assert refused == []
     for pref, pair in zip(rows, pairs, strict=True):
-        assert pair.prompt_ids + pair.chosen_ids == chat_ids(pref.prompt, pref.chosen)
-        assert pair.prompt_ids + pair.rejected_ids == chat_ids(pref.prompt, pref.rejected)
+        assert pair.prompt_ids + pair.chosen_ids == chat_ids(pref.prompt, pref.chosen["content"])
+        assert pair.prompt_ids + pair.rejected_ids == chat_ids(pref.prompt, pref.rejected["content"])
         assert pair.chosen_ids.count(2) == pair.rejected_ids.count(2) == 1

@@ -27,6 +27,7 @@ from tests.data.chat_families import (
     plain,
     templated,
 )
+from tests.data.shapes import NO, YES, assistant
 
 TALK = [HELLO, ("assistant", "Good day."), ("user", "Are you well?")]
 SYSTEM = ("system", "Be brief.")
@@ -39,7 +40,7 @@ def family(request) -> Family:
 
 
 def row(*prompt: tuple[str, str], chosen: str = "Yes", rejected: str = "No", where: str = "rows.jsonl:1") -> Preference:
-    return Preference(messages(prompt), chosen, rejected, where)
+    return Preference(messages(prompt), assistant(chosen), assistant(rejected), where)
 
 
 def encode(tokenizer, *prompt, max_length: int = 10_000, template_kwargs=None, **answers):
@@ -210,7 +211,7 @@ def test_refused_rows_keep_their_places_and_the_rest_their_order():
     asked = {where: messages([("user", text)]) for where, text in turns.items()}
     yes = {"role": "assistant", "content": "Yes"}
 
-    pairs, no_pairs = encode_pairs(tokenizer, [Preference(p, "Yes", "No", where) for where, p in asked.items()], 40, {})
+    pairs, no_pairs = encode_pairs(tokenizer, [Preference(p, YES, NO, where) for where, p in asked.items()], 40, {})
     learned, unlearned = encode_dialogues(tokenizer, [Dialogue((*p, yes), 0, w) for w, p in asked.items()], 40, {})
     questions, unasked = encode_questions(tokenizer, [Prompt(p, where, {}) for where, p in asked.items()], 40, {})
 
@@ -281,7 +282,7 @@ def spoken(turns) -> list[tuple[str, str]]:
 
 
 def spells_special(family: Family, pref: Preference) -> bool:
-    texts = [pref.chosen, pref.rejected, *(turn["content"] for turn in pref.prompt)]
+    texts = [turn["content"] for turn in (pref.chosen, pref.rejected, *pref.prompt)]
     return any(token in text for token in family.special for text in texts)
 
 
@@ -292,7 +293,7 @@ def test_real_rows_have_the_ids_that_are_put_together_by_hand(family, real_rows)
     used = [pref for pref in real_rows if not spells_special(family, pref)]
     for pref, pair in zip(used, pairs, strict=True):
         assert pair.prompt_ids == family.prompt_ids(spoken(pref.prompt))
-        assert pair.answers == (family.answer_ids(pref.chosen), family.answer_ids(pref.rejected))
+        assert pair.answers == (family.answer_ids(pref.chosen["content"]), family.answer_ids(pref.rejected["content"]))
 
 
 def test_real_rows_fit_and_their_answers_are_whole(family, real_rows):

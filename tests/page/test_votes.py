@@ -34,7 +34,7 @@ def test_a_vote_for_one_answer_is_one_preference_row(choice, chosen, rejected, t
     file.append(vote(choice, LINES))
     assert file.path.read_bytes().count(b"\n") == 1
     (pair,), refused = read(file.path)
-    assert (pair.chosen, pair.rejected, pair.prompt) == (chosen, rejected, PROMPT)
+    assert (pair.chosen["content"], pair.rejected["content"], pair.prompt) == (chosen, rejected, PROMPT)
     assert not refused
     (kept,) = file.read()
     assert kept["comment"] == "so"
