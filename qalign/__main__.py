@@ -5,6 +5,7 @@
 A complete stage is skipped if it was trained with the same settings; `--resume` continues a stage that was stopped.
 """
 
+import argparse
 import json
 import shlex
 import signal
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from qalign.cli import exit_code, stage_parser
+from qalign.cli import run_parsed, stage_parser
 from qalign.config.load import load
 from qalign.config.stages import STAGES
 from qalign.errors import UserError
@@ -90,9 +91,11 @@ def _result(run: RunFolder) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    args = stage_parser("", run_all.__doc__).parse_intermixed_args(words)
-    flags = [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)]
-    sys.exit(exit_code(lambda: run_all(args.recipe, args.overrides, flags)))
+
+    def work(args: argparse.Namespace) -> None:
+        run_all(args.recipe, args.overrides, [f"--{name}" for name in ("resume", "overwrite") if getattr(args, name)])
+
+    run_parsed(stage_parser("", run_all.__doc__), work, words)
 
 
 if __name__ == "__main__":

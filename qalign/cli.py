@@ -11,15 +11,18 @@ import errno
 import importlib
 import logging
 import os
+import select
 import shlex
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn, TextIO
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.errors import Stopped, UserError, did_you_mean, out_of_memory
+from qalign.errors import Stopped, UserError, did_you_mean, one_line, out_of_memory
 from qalign.train.run_folder import RunFolder
 
 COMMANDS = {
@@ -36,7 +39,27 @@ COMMANDS = {
     "page": "open the comparison page in the browser",
 }
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
-NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+# What the disk or a path of the user's may answer: no access, no room, no such kind of path.
+DISK = {"EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EMFILE"}
+DISK |= {"ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "ENXIO", "ESTALE"}
+DISK_ERRORS = {getattr(errno, name) for name in DISK if hasattr(errno, name)}
+PIPE_CLOSED = 128 + 13  # as a program that SIGPIPE ended
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's parser, which says one line about a mistake instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, one_line(f"{self.prog}: {message}; {self.prog} --help lists what it takes") + "\n")
+
+
+HELP = "\n".join(
+    [
+        "usage: qalign COMMAND …, or qalign RECIPE … for every stage of a recipe\n\ncommands:",
+        *(f"  {name:<10} {line}" for name, line in COMMANDS.items()),
+        "\nqalign COMMAND --help lists the options of a command.",
+    ]
+)
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -47,18 +70,14 @@ def main(words: Sequence[str] | None = None) -> None:
     """
     first, *others = [*(sys.argv[1:] if words is None else words)] or ["--help"]
     if first in ("-h", "--help"):
-        print("usage: qalign COMMAND …, or qalign RECIPE … for every stage of a recipe\n\ncommands:")
-        print("\n".join(f"  {name:<10} {line}" for name, line in COMMANDS.items()))
-        print("\nqalign COMMAND --help lists the options of a command.")
-        sys.exit(0)
+        sys.exit(exit_code(lambda: print(HELP)))
     if first in COMMANDS:
         importlib.import_module(MODULES.get(first, f"qalign.{first}")).main(others)
-    elif first.startswith("-") or Path(first).suffix in (".yaml", ".yml") or Path(first).is_file():
+    elif first.startswith("-") or Path(first).suffix in (".yaml", ".yml") or os.path.isfile(first):
         importlib.import_module("qalign.__main__").main([first, *others])
     else:
         hint = did_you_mean(first, COMMANDS) or "; `qalign --help` lists the commands, and a recipe ends with .yaml"
-        print(f"qalign: there is no command '{first}'{hint}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(_failed(one_line(f"qalign: there is no command '{first}'{hint}")))
 
 
 def program(name: str = "") -> str:
@@ -77,6 +96,18 @@ def exit_code(work: Callable[[], None]) -> int:
             reconfigure(errors="replace")  # a console without arrows must not stop a run
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests an optional package when imported
     try:
+        try:
+            return _outcome(work)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        if not any([_reader_is_gone(sys.stdout), _reader_is_gone(sys.stderr)]):
+            raise  # another pipe, of a library
+        return PIPE_CLOSED
+
+
+def _outcome(work: Callable[[], None]) -> int:
+    try:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")
         work()
@@ -87,9 +118,9 @@ def exit_code(work: Callable[[], None]) -> int:
             raise
         return _failed(*out_of_memory(error, "nf4, a smaller model or model.max_length").lines)
     except OSError as error:
-        if error.errno not in NO_ACCESS:
+        if error.errno not in DISK_ERRORS:
             raise
-        return _failed(f"{error.filename or 'disk'}: {error.strerror}")
+        return _failed(one_line(f"{error.filename or 'disk'}: {error.strerror}"))
     except (Stopped, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         _failed(f"stopped by {signal.Signals(number).name}")
@@ -100,6 +131,18 @@ def exit_code(work: Callable[[], None]) -> int:
 def _failed(*lines: str) -> int:
     print(*lines, sep="\n", file=sys.stderr)
     return 2
+
+
+def _reader_is_gone(stream: TextIO) -> bool:
+    """Whether nobody reads this stream any more, as after `qalign --help | head -1`. It then leads nowhere, so that
+    Python's own last flush doesn't fail."""
+    with suppress(OSError, ValueError):  # it is no file, as in a test
+        poll = select.poll()
+        poll.register(stream, 0)  # errors are reported without being asked for
+        if any(events & (select.POLLERR | select.POLLHUP) for _, events in poll.poll(0)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return True
+    return False
 
 
 def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words: Sequence[str] | None = None) -> None:
@@ -129,8 +172,7 @@ def run_parsed(
     parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], words: Sequence[str] | None
 ) -> None:
     """Parses the command line, runs `work` on it, and exits with its code."""
-    args = parser.parse_intermixed_args(words)
-    sys.exit(exit_code(lambda: work(args)))
+    sys.exit(exit_code(lambda: work(parser.parse_intermixed_args(words))))
 
 
 def stage_parser(stage: str, doc: str | None) -> argparse.ArgumentParser:
@@ -144,7 +186,7 @@ def stage_parser(stage: str, doc: str | None) -> argparse.ArgumentParser:
 
 def recipe_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """A recipe with overrides; a command may add its own options."""
-    parser = argparse.ArgumentParser(prog=program(name), description=(doc or "").partition("\n")[0])
+    parser = Parser(prog=program(name), description=(doc or "").partition("\n")[0])
     parser.add_argument("recipe", help="a recipe, such as recipes/smollm2_demo.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dpo.max_steps=20 output=runs/try")
     return parser

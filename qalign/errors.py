@@ -1,23 +1,46 @@
 """What ends a command early: errors that the user can fix, and requests to stop. Imports no torch."""
 
+import os
 import signal
-import sys
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from types import FrameType
 
+MAX_LINE, MAX_VALUE = 300, 80  # characters of a printed line, and of a value of the user's in it
+LONGEST_WORD = 60  # no key or file name that could be meant is longer
+
+
+def one_line(text: object, limit: int | None = MAX_LINE) -> str:
+    """A text as one line that is safe to print: control characters are escaped, so that a recipe or a row can't write
+    to the terminal, and the middle of a long text is cut, so that place and likely fix stay."""
+    line = str(text)
+    if limit and len(line) > 2 * limit:  # before it is escaped, which takes time for megabytes
+        line = f"{line[:limit]} … {line[-limit:]}"
+    line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
+    if limit and len(line) > limit:
+        end = 2 * limit // 5
+        line = f"{line[: limit - end - 3]} … {line[len(line) - end :]}"
+    return line
+
+
+def short(value: object) -> str:
+    """The repr of a value from a recipe or a row, short enough for an error; half a surrogate pair is escaped too."""
+    return one_line(repr(value), MAX_VALUE)
+
 
 class UserError(Exception):
-    """An error that the user can fix: printed line by line without a traceback, exit code 2."""
+    """An error that the user can fix: printed line by line without a traceback, exit code 2. Each line is made safe to
+    print by `one_line`."""
 
     def __init__(self, *lines: str):
-        super().__init__("\n".join(lines))
-        self.lines = lines
+        self.lines = tuple(map(one_line, lines))
+        super().__init__("\n".join(self.lines))
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`"; did you mean 'learning_rate'?"` with the most similar known word; empty if none is similar."""
-    close = get_close_matches(str(word), list(known), n=1, cutoff=0.6)
+    close = get_close_matches(str(word)[:LONGEST_WORD], list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
@@ -72,4 +95,5 @@ class StopRequest:
         if not self.patient or self.number is not None:
             raise Stopped(number)
         self.number = number
-        print("\nstopping after this step (again to stop at once) …", file=sys.stderr, flush=True)
+        with suppress(OSError):  # `print` may not be called in a handler: it may have interrupted a print
+            os.write(2, "\nstopping after this step (again to stop at once) …\n".encode())

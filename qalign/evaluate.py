@@ -18,7 +18,7 @@ from qalign.config.atomic import write_whole
 from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO
 from qalign.data.formats import Preference, Refused, preferences
-from qalign.errors import UserError
+from qalign.errors import UserError, one_line
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def report(recipe: Recipe) -> None:
 def check_usable(source: str, used: int, refused: Sequence[Refused]) -> None:
     """Prints the first refused rows with their reasons on stderr. Raises a `UserError` if no row is usable."""
     for row in refused[:SHOWN_REFUSALS]:
-        print(f"refused: {row.where}: {row.reason}", file=sys.stderr)
+        print(one_line(f"refused: {row.where}: {row.reason}"), file=sys.stderr)
     if not used:
         raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused)")
 

@@ -3,8 +3,6 @@
 python -m qalign.init [NAME] [--full]     # without NAME: lists the recipes
 """
 
-import argparse
-import sys
 import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
@@ -12,7 +10,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from qalign.cli import exit_code, program
+from qalign.cli import Parser, program, run_parsed
 from qalign.config.atomic import write_whole
 from qalign.config.load import flow, parse, sections_in
 from qalign.config.paths import Keys, as_keys, named_paths
@@ -78,11 +76,10 @@ def _comment(docstring: str | None) -> list[str]:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=program("init"), description="Copy a recipe into this folder.")
+    parser = Parser(prog=program("init"), description="Copy a recipe into this folder.")
     parser.add_argument("name", nargs="?", help="such as mistral7b; without it, the recipes are listed")
     parser.add_argument("--full", action="store_true", help="write every key with its default and its meaning")
-    args = parser.parse_args(words)
-    sys.exit(exit_code(lambda: write_recipe(args.name, full=args.full) if args.name else list_recipes()))
+    run_parsed(parser, lambda args: write_recipe(args.name, full=args.full) if args.name else list_recipes(), words)
 
 
 if __name__ == "__main__":

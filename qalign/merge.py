@@ -6,12 +6,11 @@ It never merges into the 4-bit weights: rounding to 4 bits again would lose most
 docs/merging.md). The default is the dequantised base, which is exactly the model that was trained.
 """
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalign.cli import program, run_parsed
+from qalign.cli import Parser, program, run_parsed
 from qalign.config.atomic import new_folder
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder, open_run, print_table
@@ -112,7 +111,7 @@ The adapter `{run.adapter}` merged onto {words} (`{run.recipe.model.base}`).
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=program("merge"), description=merge.__doc__)
+    parser = Parser(prog=program("merge"), description=merge.__doc__)
     parser.add_argument("run", help="a finished run, such as runs/demo/dpo")
     parser.add_argument("--onto", choices=WORDS, default="dequantized", help="which 16-bit base (default: dequantized)")
     parser.add_argument("--to", metavar="FOLDER", help="the output folder (default: inside the run)")

@@ -7,13 +7,12 @@ preference row gets `reward_chosen`, `reward_rejected` and `reward_margin`. The 
 their columns; an existing column is never replaced.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qalign.cli import program, run_parsed
+from qalign.cli import Parser, program, run_parsed
 from qalign.config.atomic import replacing
 from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
@@ -127,7 +126,7 @@ def _scored_name(file: Path) -> Path:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=program("score"), description=score.__doc__)
+    parser = Parser(prog=program("score"), description=score.__doc__)
     parser.add_argument("run", help="a finished reward run, such as runs/demo/reward")
     parser.add_argument("file", help="the rows to score: .jsonl, .json, .jsonl.gz, .parquet or .csv")
     parser.add_argument("--to", metavar="FILE", help="the output file (default: FILE.scored.jsonl beside the input)")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qalign.cli import exit_code
+from qalign.cli import Parser, run_parsed
 from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
 from qalign.page.models import ModelEntry, available_models, default_pair
@@ -22,7 +22,7 @@ NOT_NEEDED = ("run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server
 def main(words: Sequence[str] | None = None) -> None:
     """Opens the page until it is stopped; does not return."""
     program = "python app.py" if Path(sys.argv[0]).name == "app.py" else "qalign page"
-    parser = argparse.ArgumentParser(prog=program, description="Base against aligned, side by side, in a browser.")
+    parser = Parser(prog=program, description="Base against aligned, side by side, in a browser.")
     parser.add_argument("models", nargs="*", metavar="RUN", help="runs or adapter folders to compare, or 'base'")
     parser.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of finished runs (default: runs)")
     parser.add_argument("--recipe", help="recipe whose base to load, if no run says it")
@@ -31,8 +31,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--port", type=int, help="port (default: the first free one from 7860)")
     parser.add_argument("--share", action="store_true", help="open a public link through Gradio's servers")
     parser.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these; QALIGN_AUTH hides them from `ps`")
-    args = parser.parse_args(words)
-    sys.exit(exit_code(lambda: serve(args)))
+    run_parsed(parser, serve, words)
 
 
 def serve(args: argparse.Namespace) -> None:

@@ -25,7 +25,7 @@ from qalign.config.paths import absolute
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.data.formats import Refused
-from qalign.errors import StopRequest, UserError, did_you_mean
+from qalign.errors import MAX_LINE, StopRequest, UserError, did_you_mean, one_line
 from qalign.model import lineage
 
 REFUSED = "rejected_rows.jsonl"
@@ -323,8 +323,8 @@ def versions() -> dict[str, str]:
 
 
 def print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:
-    """Prints facts under a title, aligned."""
-    print(f"\n{title}")
+    """Prints facts under a title, aligned. Only a command to copy (`next`) may be longer than a line of an error."""
+    print(f"\n{one_line(title)}")
     for name, value in rows:
-        print(f"  {name:<14} {value}")
+        print(one_line(f"  {name:<14} {value}", None if name == "next" else MAX_LINE))
     print(flush=True)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from qalign import cli
-from qalign.errors import Stopped, StopRequest, UserError
+from qalign.errors import Stopped, UserError
 from tests.conftest import ROOT
 
 
@@ -66,15 +66,54 @@ def test_out_of_memory_anywhere_is_one_line(capsys):
     assert capsys.readouterr().err.startswith("out of GPU memory (CUDA out of memory). Try nf4")
 
 
-def test_a_stop_request_is_patient_once():
-    with pytest.raises(Stopped):
-        StopRequest()(signal.SIGINT, None)
-    stop = StopRequest()
-    stop.patient = True
-    stop(signal.SIGTERM, None)
-    assert stop.number == signal.SIGTERM
-    with pytest.raises(Stopped):
-        stop(signal.SIGTERM, None)
+@pytest.mark.parametrize("name", ["ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "EFBIG", "ENOSPC", "EACCES"])
+def test_what_a_disk_refuses_is_one_line(capsys, name):
+    assert cli.exit_code(raising(OSError(getattr(errno, name), "it can't\x1b", "a/\x1bfile"))) == 2
+    assert capsys.readouterr().err == "a/\\x1bfile: it can't\\x1b\n"
+
+
+@pytest.mark.parametrize("words", [["--help"], ["dpo", "--help"], ["init"]])
+def test_a_reader_that_is_gone_ends_a_command_quietly(words):
+    """As in `qalign --help | head -1`."""
+    code = f"import os, sys; os.dup2(int(sys.argv[1]), 1); from qalign import cli; cli.main({words})"
+    reading, writing = os.pipe()
+    os.close(reading)
+
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(writing)], pass_fds=[writing], capture_output=True, text=True, cwd=ROOT
+    )
+
+    os.close(writing)
+    assert found.stderr == ""
+    assert found.returncode in (0, 141)  # argparse itself is silent where Python writes without a buffer
+
+
+def test_a_pipe_of_a_library_that_breaks_is_not_hidden():
+    with pytest.raises(BrokenPipeError):
+        cli.exit_code(raising(BrokenPipeError(errno.EPIPE, "a worker died")))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["dpo"], "arguments are required: recipe"),
+        (["dpo", "a.yaml", "--resume", "--overwrite"], "not allowed with argument --resume"),
+        (["score", "a", "b", "--limit", "9" * 5000], "--limit: invalid int value"),
+        (["merge", "a", "--onto", "\x1b[31m"], "invalid choice"),
+        (["page", "--port", "many"], "--port: invalid int value"),
+        (["init", "a", "\x1b", "--no-such"], "unrecognized arguments"),
+        (["\x1b" * 500], "there is no command"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line(words, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    (line,) = err.splitlines()
+    assert said in line
+    assert len(line) <= 300
+    assert line.isprintable()
 
 
 # --- the console script ----------------------------------------------------------------------------------------------
