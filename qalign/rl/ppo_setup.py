@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers import Trainer, TrainingArguments
 
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO
@@ -23,6 +23,7 @@ from qalign.model.lineage import Lineage
 from qalign.model.loading import check_reach
 from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
+from qalign.train.adapter_trainer import schedule_from_one
 from qalign.train.callbacks import limit_checkpointing
 from qalign.train.dataset import ReadRows, StageRows, encode_rows
 from qalign.train.loop import Session
@@ -116,7 +117,7 @@ def make_optimizer(
     "The N Implementation Details of RLHF with PPO").
 
     Returns:
-        (the optimiser, the learning rate as a function of the iteration counted from 1, the norm that gradients are
+        (the optimiser, the learning rate as a function of the number of iterations done, the norm that gradients are
         clipped to: infinite for `max_grad_norm: 0`, which turns clipping off in transformers too).
     """
     values: dict[str, Any] = {
@@ -130,17 +131,12 @@ def make_optimizer(
         args = TrainingArguments(**values | settings.trainer)
         make, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = make(weights, **options | {"weight_decay": args.weight_decay})
-        schedule = get_scheduler(
-            settings.scheduler,
-            optimizer,
-            num_warmup_steps=math.ceil(settings.warmup_ratio * iterations),
-            num_training_steps=iterations + 1,
-            scheduler_specific_kwargs=cast(dict, args.lr_scheduler_kwargs),
-        )
+        warmup = math.ceil(settings.warmup_ratio * iterations)
+        schedule = schedule_from_one(settings.scheduler, optimizer, warmup, iterations, args)
     except (TypeError, ValueError, ImportError) as error:
         raise UserError(f"ppo.trainer: {' '.join(str(error).split())}") from None
     (share,) = cast(LambdaLR, schedule).lr_lambdas
-    return optimizer, lambda iteration: settings.learning_rate * share(iteration), args.max_grad_norm or math.inf
+    return optimizer, lambda done: settings.learning_rate * share(done), args.max_grad_norm or math.inf
 
 
 def bytes_by_role(base: Base, optimizer: Optimizer) -> dict[str, dict[str, int]]:

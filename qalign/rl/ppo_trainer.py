@@ -185,8 +185,7 @@ class PPOTrainer:
         at which KL to the policy that sampled is over `kl_stop`."""
         totals: dict[str, float] = defaultdict(float)
         steps, count, kl_stop, passes = 0.0, 0, self.settings.kl_stop, range(self.settings.update_epochs)
-        # One learning rate per iteration, counted from 1: a warm-up that starts at 0 would waste the first answers.
-        learning_rate = self._learning_rate(self.done + 1)
+        learning_rate = self._learning_rate(self.done)  # one per iteration
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with self._timed("update"), self.base.packed_attention():

@@ -7,24 +7,23 @@ they are not TRL's `DPOTrainer` and `RewardTrainer`.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from qalign.config.stages import DPO, REFERENCE_FREE, Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
-from qalign.errors import not_finite
 from qalign.losses import CHOSEN, REJECTED, bradley_terry, preference_loss, rewards
 from qalign.model.base import Base, Role
 from qalign.model.logps import pair_logps
 from qalign.model.reference import ReferenceLogps
+from qalign.train.adapter_trainer import AdapterTrainer
 
 
-class PairTrainer(Trainer):
+class PairTrainer(AdapterTrainer):
     """The loop that both share; a subclass defines `pair_losses`.
 
     Args:
@@ -76,9 +75,7 @@ class PairTrainer(Trainer):
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """The loss of one micro-batch: the sum over its pairs, divided by the pairs of the optimiser step."""
         loss, metrics = self.pair_losses(inputs)
-        if not torch.isfinite(loss).all():
-            rows = [inputs[number].where for number in (~torch.isfinite(loss)).nonzero()[:, 0]]
-            raise not_finite(f"step {self.state.global_step + 1}", "the loss is", rows)
+        self.check_finite(loss, [pair.where for pair in inputs])
         self._count(metrics, len(loss))
         total = loss.sum() / (num_items_in_batch or len(loss))
         if total.requires_grad:
@@ -118,20 +115,15 @@ class PairTrainer(Trainer):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 for pairs in self.base.micro_batches(inputs, self.micro):
                     loss, metrics = self.pair_losses(pairs)
+                    self.check_finite(loss, [pair.where for pair in pairs])
                     self._count({"loss": loss, **metrics}, len(loss))
         logs = self._means(f"{metric_key_prefix}_")
         self._sums = kept
-        self.log(dict(logs))
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
+        return self.evaluated(logs)
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: transformers' estimate ignores that weights are frozen."""
         return 0
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints hold the trained adapter alone, as a plain adapter folder: the base never changes."""
-        self.base.save_adapter(self.trained, Path(output_dir or self.args.output_dir or ""))
 
 
 class PreferenceTrainer(PairTrainer):

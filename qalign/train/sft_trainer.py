@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -13,11 +12,12 @@ from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
 from qalign.data.tokenize import IGNORED, TokenDialogue
-from qalign.errors import UserError, not_finite
-from qalign.model.base import Base, Role
+from qalign.errors import UserError
+from qalign.model.base import Base
+from qalign.train.adapter_trainer import AdapterTrainer
 
 
-class SupervisedTrainer(SFTTrainer):
+class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     """TRL's `SFTTrainer` on rows that are token ids already, with float32 adapters and plain adapter folders as
     checkpoints. `base` has a trainable policy; held-out rows are never packed."""
 
@@ -29,7 +29,8 @@ class SupervisedTrainer(SFTTrainer):
         eval_rows: list[TokenDialogue] | None,
         callbacks: tuple[TrainerCallback, ...] = (),
     ):
-        self.base, self._places = base, {tuple(row.ids): row.where for row in train_rows}
+        self.base = base
+        self._places = {tuple(row.ids): row.where for row in (*train_rows, *(eval_rows or ()))}
         with float32_kept(base.model):
             data: dict[str, Any] = {"train_dataset": _columns(train_rows), "eval_dataset": _columns(eval_rows)}
             super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
@@ -38,9 +39,9 @@ class SupervisedTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss: the mean over all supervised tokens of the optimiser step."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        if not torch.isfinite(found[0] if return_outputs else found):
-            rows = [self._places.get(ids, "a held-out row") for ids in _sequences(inputs)]
-            raise not_finite(f"step {self.state.global_step + 1}", "the loss is", rows)
+        loss = found[0] if return_outputs else found
+        if not torch.isfinite(loss):
+            self.check_finite(loss, [self._places.get(ids, "a row") for ids in _sequences(inputs)])
         return found
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -52,14 +53,7 @@ class SupervisedTrainer(SFTTrainer):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
                 total += self.compute_loss(self.base.model, inputs, num_items_in_batch=1).item()
-        logs = {f"{metric_key_prefix}_loss": total / max(1, tokens)}
-        self.log(logs)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logs)
-        return logs
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Checkpoints hold the adapter alone, as a plain adapter folder."""
-        self.base.save_adapter(Role.POLICY, Path(output_dir or self.args.output_dir or ""))
+        return self.evaluated({f"{metric_key_prefix}_loss": total / max(1, tokens)})
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes none: the run folder has its own."""
