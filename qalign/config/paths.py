@@ -14,7 +14,8 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import REWARD_RUN, SFT_RUN
 from qalign.errors import UserError, did_you_mean
 
-DATA_SUFFIXES = (".json", ".jsonl", ".jsonl.gz", ".parquet", ".csv")
+_TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
+DATA_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES))
 INSIDE = {"data": "path", "eval_data": "path", "reward": "source", "judge": "source"}  # one or a list of sections
 RUNS = {"start_from": SFT_RUN, "reward": REWARD_RUN, "judge": REWARD_RUN}  # names of the recipe's own runs
 

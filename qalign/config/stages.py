@@ -53,9 +53,15 @@ class Source(Section):
     """One set of rows, for a `data` or `eval_data` that needs more than a path."""
 
     path: str
-    """Data source: a hub id, a folder, or a `.json`, `.jsonl`, `.jsonl.gz`, `.parquet` or `.csv` file."""
+    """Data source: a hub id, with its configuration `NAME:CONFIG` if it has several; a folder; or a `.json`, `.jsonl`,
+    `.ndjson`, `.csv`, `.tsv` (each may end in `.gz`) or `.parquet` file."""
     split: str | None = None
     """Dataset split: the split of a hub dataset. The stage's own `split` when left out."""
+    revision: str | None = None
+    """Hub revision: a branch, tag or commit of a hub dataset. Pin a commit to get the same rows next year."""
+    streaming: bool = False
+    """Streaming: fetches rows of a hub dataset as they are taken, instead of the whole dataset first. With `limit`,
+    nothing else is fetched."""
     skip: int = Field(default=0, ge=0)
     """Skipped rows: leaves out this many rows at the start, so that two runs can share a file but no row."""
     limit: Count | None = None

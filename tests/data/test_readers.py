@@ -66,6 +66,63 @@ def test_every_kind_of_file_is_read_in_order_and_each_row_knows_its_place(tmp_pa
     assert [(said(row.chosen), said(row.rejected)) for row in rows] == [(f"good {n}", f"bad {n}") for n in (1, 2, 3)]
 
 
+ARRAY = json.dumps(ROWS)
+ROW = ROWS[0]
+MADE_OTHERWISE = {  # name: (file, its content, places of its rows)
+    "lines in .json": ("rows.json", LINES, ":1|:2|:3"),
+    "one line in .json": ("rows.json", json.dumps(ROW), ":1"),
+    "blank lines first": ("rows.json", "\n\n" + LINES, ":3|:4|:5"),
+    "one row over many lines": ("rows.json", json.dumps(ROW, indent=2), ":1"),
+    "rows over many lines": ("rows.json", "\n".join(json.dumps(row, indent=2) for row in ROWS), ":1|:6|:11"),
+    "an array in .jsonl": ("rows.jsonl", ARRAY, ", row 1|, row 2|, row 3"),
+    "an array over many lines in .jsonl": ("rows.jsonl", json.dumps(ROWS, indent=1), ", row 1|, row 2|, row 3"),
+    "an array, one row a line": ("rows.jsonl", ARRAY.replace("}, {", "},\n{"), ", row 1|, row 2|, row 3"),
+    "rows on one line": ("rows.jsonl", LINES.replace("\n", ""), ":1|:1|:1"),
+    "rows with commas after them": ("rows.jsonl", LINES.replace("}\n", "},\n"), ":1|:2|:3"),
+    "ndjson": ("rows.ndjson", LINES, ":1|:2|:3"),
+    "under data": ("rows.json", json.dumps({"data": ROWS}), ", row 1|, row 2|, row 3"),
+    "under rows, with a version": (
+        "rows.json",
+        json.dumps({"v": 1, "rows": ROWS}, indent=1),
+        ", row 1|, row 2|, row 3",
+    ),
+    "under the split": ("rows.json", json.dumps({"test": [], "train": ROWS}), ", row 1|, row 2|, row 3"),
+    "UTF-16": ("rows.jsonl", LINES.encode("utf-16"), ":1|:2|:3"),
+    "packed array": ("rows.json.gz", gzip.compress(ARRAY.encode()), ", row 1|, row 2|, row 3"),
+    "semicolons": ("rows.csv", "prompt;chosen;rejected\nQuestion 1?;good 1;bad 1\n", ":2"),
+    "tabs": ("rows.tsv", "prompt\tchosen\trejected\nQuestion 1?\tgood 1\tbad 1\n", ":2"),
+    "packed CSV": ("rows.csv.gz", gzip.compress(b"prompt,chosen,rejected\nQuestion 1?,good 1,bad 1\n"), ":2"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "places"), MADE_OTHERWISE.values(), ids=MADE_OTHERWISE.keys())
+def test_what_is_plain_is_read_whatever_the_file_is_called(tmp_path, name, content, places):
+    path = tmp_path / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    rows, refused = read(path)
+
+    assert refused == []
+    assert [row.where for row in rows] == [f"{path}{place}" for place in places.split("|")]
+    assert chosen(rows) == [f"good {n}" for n in range(1, len(rows) + 1)]
+
+
+def test_a_csv_row_with_too_many_fields_is_refused_alone(tmp_path):
+    (tmp_path / "rows.csv").write_text("prompt,chosen,rejected\nWhy?,Yes, sir,No\nQuestion 1?,good 1,bad 1\n")
+
+    rows, (bad,) = read(tmp_path / "rows.csv")
+
+    assert (chosen(rows), bad.where) == (["good 1"], f"{tmp_path}/rows.csv:2")
+    assert "more fields than the first line has names" in bad.reason
+
+
+def test_files_have_no_revision_and_are_not_streamed(write_jsonl):
+    path = write_jsonl("rows.jsonl", ROWS)
+    for option in ({"revision": "main"}, {"streaming": True}):
+        with pytest.raises(UserError, match="is a file; revision and streaming are for data sets of the hub"):
+            preferences((Source(path=str(path), **option),), "train", None, 0)
+
+
 def test_rows_of_all_shapes_may_stand_in_one_file(write_jsonl):
     path = write_jsonl("mixed.jsonl", list(ALL.values()))
 
@@ -112,6 +169,7 @@ TEXTS = {  # name: (text of a .jsonl file, (line, chosen) of the rows, {line: re
     "no line": ("", [], {}),
     "blank lines": (FIRST + "\n  \n[]\n" + SECOND, [(1, "good 1"), (5, "good 2")], {4: "expected an object with keys"}),
     "a line separator within a text": (f"{PARTED}\n{SECOND}", [(1, "a\u2028b\u0085c"), (2, "good 2")], {}),
+    "a first line cut short": ('{"prompt": "Wh\n' + SECOND, [(2, "good 2")], {1: "Unterminated string"}),
     "no JSON": (FIRST + '{"chosen": }\n' + SECOND, [(1, "good 1"), (3, "good 2")],
                 {2: "not valid JSON: Expecting value at column 12"}),
     "a number too long for Python": (FIRST + LONG_NUMBER, [(1, "good 1")], {2: "a number too long"}),
@@ -166,12 +224,20 @@ def test_a_csv_of_labelled_answers(tmp_path):
 BROKEN = {
     "a bad line": ("rows.json", b'[{"prompt": "Why?"},\n{"prompt": ]\n', ":2: not valid JSON: Expecting value"),
     "a long number": ("rows.json", b"[" + b"1" * 5000 + b"]", ": can't be read: "),
-    "one object": (
-        "rows.json",
-        b'{"prompt": "Why?"}',
-        ": expected a list of rows, found dict; one row a line is .jsonl",
+    "one number": ("rows.json", b"7", ": expected rows, found one int"),
+    "columns": ("rows.json", b'{"prompt": {"0": "a"}, "chosen": {"0": "b"}}', ": holds columns, expected rows; pandas"),
+    "an array cut short": ("rows.jsonl", b'[{"prompt": "Why?"},\n', ":2: not valid JSON: "),
+    "a column twice": ("rows.csv", b"prompt,chosen,chosen\na,b,c\n", ":1: has the column 'chosen' twice"),
+    "an open quote": (
+        "rows.csv",
+        b'prompt,chosen,rejected\n"a,b,c\nd,e,f\n',
+        ":2: not valid CSV: unexpected end of data",
     ),
-    "Latin-1": ("rows.jsonl", b'{"prompt": "\xe9"}\n', ": can't be read: 'utf-8' codec can't decode byte 0xe9 "),
+    "Latin-1": (
+        "rows.jsonl",
+        b'{"prompt": "\xe9"}\n',
+        ": its text isn't UTF-8 (invalid continuation byte: 0xe9); save",
+    ),
     "no gzip": ("rows.jsonl.gz", b'{"prompt": "Why?"}\n', ": can't be read: Not a gzipped file"),
     "half a gzip": (
         "rows.jsonl.gz",
@@ -179,7 +245,11 @@ BROKEN = {
         ": can't be read: Compressed file ended",
     ),
     "no parquet": ("rows.parquet", b"PAR1 and nothing else", ": can't be read: "),
-    "another kind": ("rows.txt", b"Why?", ": expected a file that ends in .jsonl, .jsonl.gz, .json, .csv, .parquet"),
+    "another kind": (
+        "rows.txt",
+        b"Why?",
+        ": expected a file that ends in .jsonl, .json, .ndjson, .csv, .tsv, .parquet",
+    ),
     "no file": ("gone.jsonl", None, ": there is no such file"),
 }
 
