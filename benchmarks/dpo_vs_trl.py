@@ -62,7 +62,7 @@ def token_pairs(base, data: str, args: argparse.Namespace) -> list:
     from qalign.data.tokenize import encode_pairs
 
     rows, _ = preferences(DPO.model_validate({"data": data}).data, "train", None, 0)
-    pairs, _ = encode_pairs(base.tokenizer, rows[: 4 * args.pairs], args.max_length, {})
+    pairs, _ = encode_pairs(base.template, rows[: 4 * args.pairs], args.max_length)
     return pairs[: args.pairs + WARM_UP * args.batch]
 
 

@@ -20,7 +20,8 @@ from qalign.config.recipe import Lora, Model
 from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
-from qalign.data.tokenize import TokenPair, encode_pairs, prepare_tokenizer
+from qalign.data.templates import prepare_template
+from qalign.data.tokenize import TokenPair, encode_pairs
 from qalign.model.base import Base, Role
 from qalign.model.loading import Origin, compute_dtype, device, guard_4bit
 from qalign.model.memory import BUSY_TOKENS
@@ -92,15 +93,14 @@ def random_lm(config, dtype: torch.dtype, std: float = 0.02):
 def fixture_tokenizer():
     """TRL wants one for its pad token; its ids are part of every shape's vocabulary."""
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
-    prepare_tokenizer(tokenizer)
-    return tokenizer
+    return prepare_template(tokenizer).tokenizer
 
 
 def as_base(lm, tokenizer) -> Base:
     """qalign's base around a model that was not loaded from anywhere."""
     folder = tempfile.mkdtemp()
     lm.config.save_pretrained(folder)  # the key of cached references reads it
-    return Base(lm, tokenizer, Origin(folder, None, None, folder), "", Model(base=folder))
+    return Base(lm, prepare_template(tokenizer), Origin(folder, None, None, folder), Model(base=folder))
 
 
 def pairs_like(source: str, count: int, vocabulary: int, args) -> list[TokenPair]:
@@ -125,9 +125,8 @@ def lengths_of_file(path: str, count: int, args) -> list[tuple[int, int, int]]:
     else:
         file = package_file(DEMO)
         tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    prepare_tokenizer(tokenizer)
     rows, _ = preferences(DPO.model_validate({"data": path}).data, "train", 4 * count, 0)
-    pairs, _ = encode_pairs(tokenizer, rows, args.max_length, {})
+    pairs, _ = encode_pairs(prepare_template(tokenizer), rows, args.max_length)
     if not pairs:
         raise ValueError(f"{path}: no row fits {args.max_length} tokens")
     pairs *= math.ceil(count / len(pairs))

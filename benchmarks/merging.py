@@ -59,7 +59,7 @@ def main() -> None:
     base = load(spec)
     dtype = base.dtype
     raw, _ = dialogues((Source(path=args.file),), "train", args.rows, 0)
-    rows, _ = encode_dialogues(base.tokenizer, raw, spec.max_length, spec.chat_template_kwargs)
+    rows, _ = encode_dialogues(base.template, raw, spec.max_length)
 
     bare = measured(base.lm, rows, dtype)
     base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)

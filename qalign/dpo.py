@@ -30,7 +30,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.train.pair_trainers import PreferenceTrainer
 
     settings, base = cast(DPO, run.settings), load_base(run, load)
-    pairs = encode_rows(run, base.tokenizer, read, encode_pairs)
+    pairs = encode_rows(run, base.template, read, encode_pairs)
     session = Session(run, base, pairs)
     needs_reference = settings.loss not in REFERENCE_FREE
     session.add_adapter(reference=needs_reference)

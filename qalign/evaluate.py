@@ -51,7 +51,7 @@ def report(recipe: Recipe) -> None:
     from qalign.model.base import Role, load
 
     base = load(recipe.model)
-    pairs, unfit = encode_pairs(base.tokenizer, rows, recipe.model.max_length, recipe.model.chat_template_kwargs)
+    pairs, unfit = encode_pairs(base.template, rows, recipe.model.max_length)
     refused += unfit
     check_usable("dpo.eval_data", len(pairs), refused)
     for key, folder in (("the run", str(run.adapter)), ("dpo.start_from", run.parent)):
@@ -144,10 +144,7 @@ def _print_answers(base: "Base", rows: list[Preference]) -> None:
 
     shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
     prompts = [list(row.prompt) for row in shown]
-    before, after = (
-        complete(base, role, prompts, max_new_tokens=MAX_NEW_TOKENS, template_kwargs=base.spec.chat_template_kwargs)
-        for role in (Role.BASE, Role.POLICY)
-    )
+    before, after = (complete(base, role, prompts, max_new_tokens=MAX_NEW_TOKENS) for role in (Role.BASE, Role.POLICY))
     for row, *answers in zip(shown, before, after, strict=True):
         print("─" * 100)
         for name, text in zip(("prompt", "base", "aligned"), (row.prompt[-1]["content"], *answers), strict=True):

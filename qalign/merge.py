@@ -79,7 +79,7 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
     if not is_reward:  # `generate` and vLLM must stop where the answers of the training data end
         ends = merged.generation_config.eos_token_id
         ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        end = end_of_turn_id(base.tokenizer, spec.chat_template_kwargs)
+        end = end_of_turn_id(base.template)
         merged.generation_config.eos_token_id = list(dict.fromkeys([end, *ends]))
     return base, merged
 

@@ -36,7 +36,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.train.pair_trainers import RewardModelTrainer
 
     base = load_base(run, load_classifier)
-    pairs = encode_rows(run, base.tokenizer, read, encode_pairs)
+    pairs = encode_rows(run, base.template, read, encode_pairs)
     session = Session(run, base, pairs, Role.REWARD)
     session.add_adapter()
     session.plan(max(map(base.tokens_taken, pairs.train)))

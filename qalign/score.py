@@ -82,9 +82,9 @@ def _encoded(
     for raw, row, names in read:
         try:
             if isinstance(row, Preference):
-                tokens.append(encode_pair(base.tokenizer, row, model.max_length, model.chat_template_kwargs))
+                tokens.append(encode_pair(base.template, row, model.max_length))
             else:
-                ids = encode_answer(base.tokenizer, row, model.max_length, model.chat_template_kwargs)
+                ids = encode_answer(base.template, row, model.max_length)
                 tokens.append(TokenAnswers(ids[:-1], (ids[-1:],)))  # only the last token, the end of turn, is scored
             rows.append((raw, row, names))
         except BadRow as reason:

@@ -30,7 +30,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     settings, base = cast(SFT, run.settings), load_base(run, load)
     if settings.packing:
         check_packing(base.lm)
-    rows = encode_rows(run, base.tokenizer, read, encode_dialogues)
+    rows = encode_rows(run, base.template, read, encode_dialogues)
     session = Session(run, base, rows)
     session.add_adapter()
     session.plan(recipe.model.max_length if settings.packing else max(map(len, rows.train)))

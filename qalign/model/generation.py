@@ -22,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from qalign.data.formats import Message
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_id
 from qalign.errors import UserError
 from qalign.model.base import Base
@@ -280,9 +281,9 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
     return VllmEngine(base, max_tokens)
 
 
-def stop_ids_of(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict) -> tuple[int, ...]:
+def stop_ids_of(template: ChatTemplate) -> tuple[int, ...]:
     """The ids that end an answer: the chat template's end of turn, then EOS if it is another."""
-    return tuple(dict.fromkeys([end_of_turn_id(tokenizer, template_kwargs), cast("int", tokenizer.eos_token_id)]))
+    return tuple(dict.fromkeys([end_of_turn_id(template), cast("int", template.tokenizer.eos_token_id)]))
 
 
 def with_end_of_turn(answer: list[int], stop_ids: tuple[int, ...]) -> list[int]:
@@ -296,12 +297,10 @@ def text_of(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
-def complete(
-    base: Base, role: str, prompts: list[list[Message]], *, max_new_tokens: int, template_kwargs: dict
-) -> list[str]:
+def complete(base: Base, role: str, prompts: list[list[Message]], *, max_new_tokens: int) -> list[str]:
     """The greedy answer of a role to each prompt, as text without special tokens. A prompt is a dialogue that ends with
-    a user's turn; `template_kwargs` are the recipe's `model.chat_template_kwargs`."""
-    ids = [encode_prompt(base.tokenizer, prompt, template_kwargs) for prompt in prompts]
-    sampling = Sampling(max_new_tokens, 0.0, stop_ids_of(base.tokenizer, template_kwargs))
+    a user's turn."""
+    ids = [encode_prompt(base.template, prompt) for prompt in prompts]
+    sampling = Sampling(max_new_tokens, 0.0, stop_ids_of(base.template))
     answers = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0)
     return [text_of(base.tokenizer, answer) for (answer,) in answers]

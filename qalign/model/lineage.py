@@ -64,7 +64,7 @@ def describe(base: "Base", stage: str, parent: str | None) -> Lineage:
         config_hash=digest(json.dumps(config, sort_keys=True)),
         tokenizer_hash=digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
         special_tokens={name: str(token) for name, token in special.items() if token is not None},
-        template=base.template,
+        template=base.template.words,
         template_hash=digest(tokenizer.get_chat_template() + json.dumps(spec.chat_template_kwargs, sort_keys=True)),
         quantization=spec.quantization,
         compute_dtype=str(base.dtype).removeprefix("torch."),

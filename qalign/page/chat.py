@@ -58,7 +58,7 @@ class Chat:
         self.base, self.model = load(model), model
         self.entries = {entry.name: entry for entry in entries}
         self.max_new_tokens = max(1, model.max_length * 3 // 4)  # the most that a visitor may ask for
-        self._stop_ids = stop_ids_of(self.base.tokenizer, model.chat_template_kwargs)
+        self._stop_ids = stop_ids_of(self.base.template)
         self._worker = Worker()
         self._roles: dict[str, str] = {BASE: Role.BASE}  # of each loaded model, by its name
         self._hashes: dict[str, str | None] = {BASE: None}  # of each loaded model's weights, by its name
@@ -142,7 +142,7 @@ class Chat:
         replies, requests = [], []
         for number, (name, turns) in enumerate(dialogues):
             role, prompt = self._role(name), (*([{"role": "system", "content": system}] if system else []), *turns)
-            ids = encode_question(self.base.tokenizer, prompt, room, self.model.chat_template_kwargs)
+            ids = encode_question(self.base.template, prompt, room)
             replies.append(Reply(name, self._hashes[name], prompt, ids, seed + number))
             requests.append(Request(role, ids, uniform_draws(seed + number, 1, sampling.max_new_tokens)))
         start = time.monotonic()

@@ -75,13 +75,13 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     scorers = open_scorers(recipe, run)
     base = load(recipe.model)
     room = recipe.model.max_length - settings.max_new_tokens
-    session = Session(run, base, encode_rows(run, base.tokenizer, found, encode_questions, room))
+    session = Session(run, base, encode_rows(run, base.template, found, encode_questions, room))
     if trainable:
         session.add_adapter(reference=True)
     elif parent:
         lineage.check("ppo.start_from", parent, session.origin)
         base.load_adapter(Role.POLICY, parent, trainable=False)
-    stop_ids = stop_ids_of(base.tokenizer, recipe.model.chat_template_kwargs)
+    stop_ids = stop_ids_of(base.template)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
     source = engine(settings.engine, base, recipe.model.max_length)
     return Setup(base, session.origin, scorers, source, sampling, session.rows, scorers.load_models(base))

@@ -28,6 +28,7 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import REWARD_RUN, RewardSource
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenAnswers, pad_for_scores
 from qalign.errors import UserError
 from qalign.model import lineage
@@ -91,7 +92,7 @@ class AdapterScorer(Scorer):
         self.base, self.role, self.limit = base, role, limit
         lineage.check(self.key, self.folder, base.lineage("reward"))
         base.load_adapter(role, str(self.folder), trainable=False)
-        self.stop_ids = stop_ids_of(base.tokenizer, base.spec.chat_template_kwargs)
+        self.stop_ids = stop_ids_of(base.template)
 
     @torch.no_grad()
     def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
@@ -121,7 +122,7 @@ class ModelScorer(Scorer):
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.key}: '{self.source}' has no chat template, which scoring needs; add one to it")
         if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = pad_for_scores(self.tokenizer, {})
+            self.tokenizer.pad_token = pad_for_scores(ChatTemplate(self.tokenizer))
         if (text_config := self.model.config.get_text_config()).pad_token_id is None:
             text_config.pad_token_id = self.tokenizer.pad_token_id
         self.bytes = self.model.get_memory_footprint()

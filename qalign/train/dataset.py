@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 from qalign.config.stages import PPO, Source
 from qalign.data.formats import LeftOut, Refused
+from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
 
 Reader = Callable[[tuple[Source, ...], str, int | None, int], tuple[list[Any], list[Refused]]]
-Encoder = Callable[[Any, list[Any], int, dict[str, Any]], tuple[list[Any], list[Refused]]]
+Encoder = Callable[[ChatTemplate, list[Any], int], tuple[list[Any], list[Refused]]]
 ReadRows = dict[str, tuple[list[Any], list[Refused]]]
 
 
@@ -41,14 +42,14 @@ def read_rows(run: RunFolder, read: Reader) -> ReadRows:
 
 
 def encode_rows(
-    run: RunFolder, tokenizer: Any, found: ReadRows, encode: Encoder, max_tokens: int | None = None
+    run: RunFolder, template: ChatTemplate, found: ReadRows, encode: Encoder, max_tokens: int | None = None
 ) -> StageRows:
     """The rows of `read_rows` as token ids; `encode` is `encode_pairs`, `encode_dialogues` or `encode_questions`, and
     `max_tokens` the longest row, by default `model.max_length`. Raises a `UserError` if too many rows were refused, the
     unreadable ones included, or none is left."""
     model, encoded, used, refused, left_out, shortened = run.recipe.model, {}, {}, [], 0, 0
     for key, (rows, unread) in found.items():
-        encoded[key], unfit = encode(tokenizer, rows, max_tokens or model.max_length, model.chat_template_kwargs)
+        encoded[key], unfit = encode(template, rows, max_tokens or model.max_length)
         used[key] = len(rows) - len(unfit)
         _check(run, key, unread + unfit, used[key])
         left_out += len(_left_out(unread))

@@ -19,6 +19,7 @@ from transformers import (
 
 import qalign.model.loading
 from qalign.data.collate import MicroBatchLimit
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import end_of_turn_id
 from qalign.errors import UserError
 from qalign.merge import main, merge
@@ -157,7 +158,7 @@ def test_tokenizer_template_and_end_of_turn_come_along(policy):
         assert ours(one).input_ids == plain(other).input_ids
     lm = AutoModelForCausalLM.from_pretrained(target)
     end_of_turn, end_of_text = (plain.convert_tokens_to_ids(f"<|{name}|>") for name in ("eot_id", "end_of_text"))
-    assert end_of_turn_id(ours, {}) == end_of_turn
+    assert end_of_turn_id(ChatTemplate(ours)) == end_of_turn
     assert lm.generation_config.eos_token_id == [end_of_turn, end_of_text]
     lm.lm_head.weight.data.zero_()
     lm.lm_head.weight.data[end_of_turn] = 1
@@ -227,7 +228,7 @@ def test_a_reward_run_becomes_a_sequence_classifier_with_the_same_scores(publish
     plain = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32).eval()
     assert plain.config.num_labels == 1
     tokenizer = AutoTokenizer.from_pretrained(target, padding_side="right")
-    assert tokenizer.pad_token_id == plain.config.pad_token_id != end_of_turn_id(tokenizer, {})
+    assert tokenizer.pad_token_id == plain.config.pad_token_id != end_of_turn_id(ChatTemplate(tokenizer))
     batch = tokenizer.pad([{"input_ids": ids} for ids in sequences], return_tensors="pt")
     with torch.no_grad():
         found = plain(**batch).logits[:, 0]

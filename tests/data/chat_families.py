@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from qalign.data.tokenize import prepare_tokenizer
+from qalign.data.templates import ChatTemplate, prepare_template
 from tests.conftest import FIXTURES
 
 # SmolLM2-Instruct's.
@@ -60,13 +60,12 @@ def chatml_tokenizer() -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def phi3_tokenizer() -> PreTrainedTokenizerBase:
+def phi3_template() -> ChatTemplate:
     tokenizer = fixture_tokenizer("llama3")
     tokenizer.eos_token = "<|end_of_text|>"
     tokenizer.add_special_tokens({"extra_special_tokens": ["<|end|>", "<|user|>", "<|assistant|>"]})
     tokenizer.chat_template = PHI3_TEMPLATE
-    prepare_tokenizer(tokenizer)
-    return tokenizer
+    return prepare_template(tokenizer)
 
 
 # --- by hand: ids of a dialogue up to the answer ---------------------------------------------------------------------
@@ -124,10 +123,8 @@ class Family:
     takes_system: bool = True
     template: str = "the model's own"
 
-    def prepared(self) -> PreTrainedTokenizerBase:
-        tokenizer = self.tokenizer()
-        prepare_tokenizer(tokenizer)
-        return tokenizer
+    def prepared(self) -> ChatTemplate:
+        return prepare_template(self.tokenizer())
 
 
 FAMILIES = {
@@ -183,9 +180,8 @@ def messages(turns: Turns) -> tuple[dict, ...]:
     return tuple({"role": role, "content": text} for role, text in turns)
 
 
-def templated(template: str, name: str = "llama3") -> PreTrainedTokenizerBase:
-    """A family's tokenizer with another chat template, prepared."""
+def templated(template: str, name: str = "llama3", **settings) -> ChatTemplate:
+    """A family's tokenizer with another chat template, prepared; `settings` are `prepare_template`'s."""
     tokenizer = fixture_tokenizer(name)
     tokenizer.chat_template = template
-    prepare_tokenizer(tokenizer)
-    return tokenizer
+    return prepare_template(tokenizer, **settings)

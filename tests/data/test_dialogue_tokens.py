@@ -10,7 +10,8 @@ import pytest
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, dialogues
 from qalign.data.readers import BadRow
-from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogue, encode_dialogues, prepare_tokenizer
+from qalign.data.templates import ChatTemplate, prepare_template
+from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogue, encode_dialogues
 from tests.data.chat_families import (
     CHATML_TEMPLATE,
     FAMILIES,
@@ -21,7 +22,7 @@ from tests.data.chat_families import (
     chatml_tokenizer,
     llama3_prompt,
     messages,
-    phi3_tokenizer,
+    phi3_template,
     plain,
     templated,
 )
@@ -36,9 +37,9 @@ def family(request) -> Family:
     return FAMILIES[request.param]
 
 
-def encode(tokenizer, turns: Turns, first_trained: int = 0, max_length: int = 10_000, **template_kwargs):
+def encode(template, turns: Turns, first_trained: int = 0, max_length: int = 10_000):
     row = Dialogue(messages(turns), first_trained, "rows.jsonl:1")
-    return encode_dialogue(tokenizer, row, max_length, template_kwargs)
+    return encode_dialogue(template, row, max_length)
 
 
 def spans(sequence: TokenDialogue) -> list[tuple[int, int]]:
@@ -63,11 +64,11 @@ def assert_pieces(sequence: TokenDialogue, *pieces: tuple[list[int], str]) -> No
 @pytest.mark.parametrize("first_trained", [0, 2, 3])
 def test_each_answer_from_the_first_trained_on_is_supervised_with_its_end_of_turn(family, first_trained):
     """From the second question (2) or from the answer to it (3): the same."""
-    tokenizer = family.prepared()
+    template = family.prepared()
     no, fine = family.answer_ids("No"), family.answer_ids("I am fine.")
     first, whole = family.prompt_ids([HELLO]), family.prompt_ids([HELLO, NO, WELL])
 
-    (single,), (sequence,) = encode(tokenizer, [HELLO, FINE]), encode(tokenizer, TALK, first_trained)
+    (single,), (sequence,) = encode(template, [HELLO, FINE]), encode(template, TALK, first_trained)
 
     assert_pieces(single, (first, "seen"), (fine, "learned"))
     assert (single.where, single.dropped_turns, len(single)) == ("rows.jsonl:1", 0, len(first) + 7)
@@ -81,9 +82,9 @@ def test_each_answer_from_the_first_trained_on_is_supervised_with_its_end_of_tur
 @pytest.mark.parametrize("name", ["llama3", "chatml", "zephyr"])
 def test_a_system_turn_is_seen_and_not_learned(name):
     family = FAMILIES[name]
-    tokenizer = family.prepared()
+    template = family.prepared()
 
-    (sequence,) = encode(tokenizer, [SYSTEM, *TALK])
+    (sequence,) = encode(template, [SYSTEM, *TALK])
 
     prompts = [family.prompt_ids([SYSTEM, HELLO]), family.prompt_ids([SYSTEM, HELLO, NO, WELL])]
     answers = [family.answer_ids("No"), family.answer_ids("I am fine.")]
@@ -93,11 +94,11 @@ def test_a_system_turn_is_seen_and_not_learned(name):
 
 def test_what_a_template_writes_after_the_last_turn_alone_does_not_part_the_turns():
     """Phi-3 writes an EOS behind the whole dialogue."""
-    tokenizer = phi3_tokenizer()
-    end, user, assistant = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|assistant|>"])
+    template = phi3_template()
+    end, user, assistant = template.tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|assistant|>"])
     newline = plain("llama3", "\n")
 
-    (sequence,) = encode(tokenizer, TALK)
+    (sequence,) = encode(template, TALK)
 
     assert_pieces(
         sequence,
@@ -110,12 +111,12 @@ def test_what_a_template_writes_after_the_last_turn_alone_does_not_part_the_turn
 
 def test_a_template_without_an_end_of_turn_gives_a_sequence_a_turn():
     """The EOS that each answer is taught to end with never stands in a history."""
-    tokenizer = templated(
+    template = templated(
         "{% for m in messages %}{{ m.role + ': ' + m.content + '\\n' }}{% endfor %}"
         "{{ 'assistant:' if add_generation_prompt }}"
     )
 
-    first, second = encode(tokenizer, TALK)
+    first, second = encode(template, TALK)
 
     asked = [2000, *plain("llama3", "user: Hello there\nassistant:")]
     assert_pieces(first, (asked, "seen"), ([*plain("llama3", " No"), 2005], "learned"))
@@ -126,11 +127,11 @@ def test_a_template_without_an_end_of_turn_gives_a_sequence_a_turn():
 def test_an_answer_whose_tokens_merge_with_the_prompts_in_a_history_is_learned_as_it_is_given():
     """ChatML's `assistant\\n` and an answer that begins with a newline: two tokens when it is given, one when it
     is looked back on."""
-    tokenizer = FAMILIES["chatml"].prepared()
+    template = FAMILIES["chatml"].prepared()
     newline, two_newlines = plain("llama3", "\n"), plain("llama3", "\n\n")
     assert len(newline) == len(two_newlines) == 1
 
-    first, second = encode(tokenizer, [SYSTEM, HELLO, ("assistant", "\nNo"), WELL, FINE])
+    first, second = encode(template, [SYSTEM, HELLO, ("assistant", "\nNo"), WELL, FINE])
 
     asked = FAMILIES["chatml"].prompt_ids([SYSTEM, HELLO])
     assert_pieces(first, (asked, "seen"), ([*newline, *plain("llama3", "No"), 2007], "learned"))
@@ -164,9 +165,9 @@ def test_generation_markers_change_nothing_and_mark_the_same_tokens(inside, turn
         learned = [now or (before and token == 2007) for token, before, now in
                    zip(theirs["input_ids"], [0, *learned], learned, strict=False)]  # fmt: skip
 
-    (sequence,) = encode(marked, turns)
+    (sequence,) = encode(ChatTemplate(marked), turns)
 
-    assert [sequence] == encode(unmarked, turns)
+    assert [sequence] == encode(ChatTemplate(unmarked), turns)
     assert sequence.ids + plain("llama3", "\n") == theirs["input_ids"]  # no newline after the end of turn
     assert [label != IGNORED for label in sequence.labels] == [bool(bit) for bit in learned[:-1]]
 
@@ -195,8 +196,7 @@ THINKING = """\
 def thinker():
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = THINKING
-    prepare_tokenizer(tokenizer)
-    return tokenizer
+    return prepare_template(tokenizer)
 
 
 def chatml(role: str, text: str) -> list[int]:
@@ -219,7 +219,9 @@ def test_where_thoughts_are_left_out_of_the_history_each_answer_is_seen_as_at_in
     assert_pieces(
         second, ([*history, *BEGUN], "seen"), ([*plain("llama3", "<think>\nOh.\n</think>\n\nWhy?"), 2007], "learned")
     )
-    asked = thinker.apply_chat_template(list(messages(THOUGHT[:3])), add_generation_prompt=True, return_dict=False)
+    asked = thinker.tokenizer.apply_chat_template(
+        list(messages(THOUGHT[:3])), add_generation_prompt=True, return_dict=False
+    )
     assert second.ids[: len(asked)] == asked
     assert encode(thinker, THOUGHT, first_trained=3) == [second]  # no sequence for a turn that isn't trained
 
@@ -229,7 +231,7 @@ def test_the_empty_thoughts_that_a_template_adds_are_learned_where_they_are_not_
     empty, fine = "<think>\n\n</think>\n\n", "I am fine."
 
     *_, second = encode(thinker, TALK)
-    *_, without = encode(thinker, TALK, enable_thinking=False)
+    *_, without = encode(replace(thinker, kwargs={"enable_thinking": False}), TALK)
 
     whole = [*plain("llama3", empty + fine), 2007]
     assert_pieces(second, (history, "seen"), (whole, "learned"))
@@ -245,15 +247,15 @@ YES = ("assistant", "Yes")
 @pytest.mark.parametrize("first", [[], [SYSTEM]], ids=["no system", "system"])
 def test_a_turn_that_does_not_fit_goes_into_a_sequence_of_its_own(first):
     """LONG asks A, C and E, and is answered B, D and Yes; the history is shortened from its oldest end."""
-    tokenizer = FAMILIES["llama3"].prepared()
+    template = FAMILIES["llama3"].prepared()
     b, d, yes = ([*plain("llama3", text), 2005] for text in ("B", "D", "Yes"))
     most = len(llama3_prompt([*first, *LONG])) + len(yes)
     to_b, to_d = (llama3_prompt([*first, *LONG[:n]]) for n in (1, 3))
 
-    (whole,) = encode(tokenizer, [*first, *LONG, YES], max_length=most)
+    (whole,) = encode(template, [*first, *LONG, YES], max_length=most)
     assert (len(whole), whole.dropped_turns, len(spans(whole))) == (most, 0, 3)
 
-    before, after = encode(tokenizer, [*first, *LONG, YES], max_length=most - 1)
+    before, after = encode(template, [*first, *LONG, YES], max_length=most - 1)
     assert_pieces(before, (to_b, "seen"), (b, "learned"), (to_d[len(to_b) + len(b) :], "seen"), (d, "learned"))
     kept = llama3_prompt([*first, *LONG[2:]])
     assert_pieces(after, (kept, "seen"), (yes, "learned"))
@@ -261,11 +263,11 @@ def test_a_turn_that_does_not_fit_goes_into_a_sequence_of_its_own(first):
 
 
 def test_a_sequence_with_a_shortened_history_takes_further_turns():
-    tokenizer = FAMILIES["llama3"].prepared()
+    template = FAMILIES["llama3"].prepared()
     turns = [("user", "long" + " long" * 40), *LONG[1:], YES]
     most = len(llama3_prompt(turns[:1])) + len(plain("llama3", "B")) + 1
 
-    first, second = encode(tokenizer, turns, max_length=most)
+    first, second = encode(template, turns, max_length=most)
 
     assert (len(first), first.dropped_turns) == (most, 0)
     to_d, to_yes = llama3_prompt(turns[2:3]), llama3_prompt(turns[2:5])
@@ -275,16 +277,16 @@ def test_a_sequence_with_a_shortened_history_takes_further_turns():
 
 
 def test_an_exchange_that_does_not_fit_alone_is_refused_and_never_cut():
-    tokenizer = FAMILIES["llama3"].prepared()
+    template = FAMILIES["llama3"].prepared()
     question = len(llama3_prompt([WELL]))
 
-    *_, last = encode(tokenizer, TALK, max_length=question + 7)
+    *_, last = encode(template, TALK, max_length=question + 7)
     assert len(last) == question + 7
 
     with pytest.raises(BadRow, match=f"^turn 4: .* {question} . 7 tokens, over max_length {question + 6}$"):
-        encode(tokenizer, TALK, max_length=question + 6)
+        encode(template, TALK, max_length=question + 6)
     with pytest.raises(BadRow, match=r"^turn 4: the prompt fills max_length: "):
-        encode(tokenizer, TALK, max_length=question)
+        encode(template, TALK, max_length=question)
 
 
 # --- real rows -------------------------------------------------------------------------------------------------------
@@ -292,9 +294,9 @@ def test_an_exchange_that_does_not_fit_alone_is_refused_and_never_cut():
 
 def check(family: Family, rows: list[Dialogue], max_length: int) -> tuple[int, int]:
     """Properties of real rows; returns how many had one sequence, and how many several."""
-    tokenizer = family.prepared()
+    template = family.prepared()
     found: dict[str, list[TokenDialogue]] = {}
-    sequences, refused = encode_dialogues(tokenizer, rows, max_length, {})
+    sequences, refused = encode_dialogues(template, rows, max_length)
     for sequence in sequences:
         found.setdefault(sequence.where, []).append(sequence)
     assert len(found) + len(refused) == len(rows)

@@ -4,13 +4,13 @@ import pytest
 
 from qalign.config.stages import Source
 from qalign.data.formats import Preference, preferences
+from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import (
     encode_pair,
     encode_pairs,
     encode_prompt,
     end_of_turn_id,
     pad_for_scores,
-    prepare_tokenizer,
 )
 from qalign.errors import UserError
 from tests.data.chat_families import (
@@ -28,18 +28,20 @@ from tests.data.shapes import assistant
 TALK = [HELLO, ("assistant", "Good day."), ("user", "Are you well?")]
 
 
-def encode(tokenizer, *prompt, chosen: str = "Yes", rejected: str = "No"):
-    return encode_pair(tokenizer, Preference(messages(prompt), assistant(chosen), assistant(rejected), "w"), 10_000, {})
+def encode(template, *prompt, chosen: str = "Yes", rejected: str = "No"):
+    return encode_pair(template, Preference(messages(prompt), assistant(chosen), assistant(rejected), "w"), 10_000)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_there_is_exactly_one_bos_and_it_comes_first(name):
     tokenizer = FAMILIES[name].tokenizer()
 
-    assert prepare_tokenizer(tokenizer) == FAMILIES[name].template
+    template = prepare_template(tokenizer)
+
+    assert template.words == FAMILIES[name].template
     assert tokenizer.pad_token_id == FAMILIES[name].end_id  # EOS, as none has a pad token of its own
 
-    ids = encode(tokenizer, *TALK).prompt_ids
+    ids = encode(template, *TALK).prompt_ids
     assert ids[0] == tokenizer.bos_token_id
     if name == "chatml":  # its "BOS" opens every turn, as the template says
         assert ids.count(tokenizer.bos_token_id) == 5
@@ -49,25 +51,27 @@ def test_there_is_exactly_one_bos_and_it_comes_first(name):
 
 
 def test_a_tokenizer_that_is_prepared_twice_still_has_one_bos():
-    tokenizer = FAMILIES["zephyr"].prepared()
+    template = prepare_template(FAMILIES["zephyr"].prepared().tokenizer)
 
-    assert prepare_tokenizer(tokenizer) == "the model's own"
-    assert encode(tokenizer, HELLO).prompt_ids == zephyr_prompt([HELLO])
+    assert template.words == "the model's own"
+    assert encode(template, HELLO).prompt_ids == zephyr_prompt([HELLO])
 
 
 def test_a_bos_that_nothing_writes_is_not_made_up():
     tokenizer = chatml_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|im_end|>' }}{% endfor %}"
 
-    assert prepare_tokenizer(tokenizer) == "the model's own"
-    assert encode_prompt(tokenizer, messages([HELLO]), {}) == [*plain("llama3", "user: Hello there"), 2007]
+    template = prepare_template(tokenizer)
+
+    assert template.words == "the model's own"
+    assert encode_prompt(template, messages([HELLO])) == [*plain("llama3", "user: Hello there"), 2007]
 
 
 def test_a_pad_token_of_its_own_is_kept():
     tokenizer = fixture_tokenizer("llama3")
     tokenizer.pad_token = "<|finetune_right_pad_id|>"
 
-    prepare_tokenizer(tokenizer)
+    prepare_template(tokenizer)
 
     assert tokenizer.pad_token_id == 2002
 
@@ -76,10 +80,10 @@ def test_a_base_model_without_a_template_gets_a_plain_one():
     tokenizer = fixture_tokenizer("llama3")
     tokenizer.chat_template = None
 
-    words = prepare_tokenizer(tokenizer)
+    template = prepare_template(tokenizer)
 
-    pair = encode(tokenizer, ("system", "Be brief."), HELLO, chosen=" I am fine.\n")
-    assert words == "qalign's plain one, as the model has none, with the BOS it left out"
+    pair = encode(template, ("system", "Be brief."), HELLO, chosen=" I am fine.\n")
+    assert template.words == "qalign's plain one, as the model has none, with the BOS it left out"
     assert pair.prompt_ids == [
         2000,
         *plain("llama3", "<|system|>\nBe brief."), 2005,
@@ -97,9 +101,11 @@ def test_a_template_from_a_file_replaces_the_models_own(tmp_path):
     )
     tokenizer = fixture_tokenizer("llama3")
 
-    assert prepare_tokenizer(tokenizer, str(file)) == str(file)
+    template = prepare_template(tokenizer, str(file))
 
-    pair = encode(tokenizer, HELLO, chosen="I am fine.")
+    assert template.words == str(file)
+
+    pair = encode(template, HELLO, chosen="I am fine.")
     assert pair.prompt_ids == [2000, *plain("llama3", "# user\nHello there"), 2005, *plain("llama3", "# assistant\n")]
     assert pair.chosen_ids == [*plain("llama3", "I am fine."), 2005]
 
@@ -113,7 +119,7 @@ def test_a_broken_or_missing_template_file_is_one_line(tmp_path, template):
         file.write_text(template)
 
     with pytest.raises(UserError) as caught:
-        prepare_tokenizer(fixture_tokenizer("llama3"), str(file))
+        prepare_template(fixture_tokenizer("llama3"), str(file))
 
     (line,) = caught.value.lines
     assert str(file) in line
@@ -134,14 +140,14 @@ def test_a_template_whose_end_of_turn_cannot_be_found_is_the_users_to_mend(templ
     tokenizer = fixture_tokenizer("llama3")
     tokenizer.chat_template = template or tokenizer.chat_template
     with pytest.raises(UserError, match=rf"^model.chat_template: no end of turn can be found: .*{reason}"):
-        pad_for_scores(tokenizer, template_kwargs)
+        pad_for_scores(ChatTemplate(tokenizer, template_kwargs))
 
 
 def test_a_tokenizer_without_eos_is_one_line():
     tokenizer = fixture_tokenizer("llama3")
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no end-of-sequence token"):
-        prepare_tokenizer(tokenizer)
+        prepare_template(tokenizer)
 
 
 def test_what_only_resembles_a_special_token_is_text():
@@ -155,11 +161,11 @@ def test_what_only_resembles_a_special_token_is_text():
 
 def test_an_added_token_that_is_not_special_may_be_written():
     """Qwen3's `<think>` is one."""
-    tokenizer = templated(fixture_tokenizer("llama3").chat_template)
-    tokenizer.add_tokens(["<think>", "</think>"])
-    think, done = tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
+    template = templated(fixture_tokenizer("llama3").chat_template)
+    template.tokenizer.add_tokens(["<think>", "</think>"])
+    think, done = template.tokenizer.convert_tokens_to_ids(["<think>", "</think>"])
 
-    pair = encode(tokenizer, HELLO, chosen="<think>So</think>Yes", rejected="Yes</think>")
+    pair = encode(template, HELLO, chosen="<think>So</think>Yes", rejected="Yes</think>")
 
     assert pair.chosen_ids == [think, *plain("llama3", "So"), done, *plain("llama3", "Yes"), 2005]
     assert pair.rejected_ids == [*plain("llama3", "Yes"), done, 2005]
@@ -192,31 +198,31 @@ def mistral_common():
         extra_special_tokens=control,
     )
     tokenizer.chat_template = fixture_tokenizer("mistral_v03").chat_template
-    prepare_tokenizer(tokenizer)
+    template = prepare_template(tokenizer)
     own = MistralTokenizer.from_file(model, mode=ValidationMode.finetuning)
 
     def chat_ids(prompt, answer: str) -> list[int]:
         messages = [*prompt, {"role": "assistant", "content": answer}]
         return own.encode_chat_completion(ChatCompletionRequest(messages=messages)).tokens
 
-    return tokenizer, chat_ids
+    return template, chat_ids
 
 
 def test_mistrals_vocabulary_gives_the_published_ids(mistral_common):
-    tokenizer, _ = mistral_common
+    template, _ = mistral_common
 
-    pair = encode(tokenizer, ("user", "Hello, how are you?"), chosen="Fine, and you?")
+    pair = encode(template, ("user", "Hello, how are you?"), chosen="Fine, and you?")
 
     assert pair.prompt_ids == [1, 3, 23325, 29493, 1678, 1228, 1136, 29572, 4]
     assert pair.chosen_ids == [24873, 29493, 1072, 1136, 29572, 2]
-    assert end_of_turn_id(tokenizer, {}) == 2
+    assert end_of_turn_id(template) == 2
 
 
 def test_real_rows_have_the_ids_that_mistral_common_gives_them(mistral_common, shared_data):
-    tokenizer, chat_ids = mistral_common
+    template, chat_ids = mistral_common
     rows, _ = preferences((Source(path=str(shared_data / "hh_harmless.jsonl.gz"), limit=200),), "train", None, 0)
 
-    pairs, refused = encode_pairs(tokenizer, rows, 100_000, {})
+    pairs, refused = encode_pairs(template, rows, 100_000)
 
     assert refused == []
     for pref, pair in zip(rows, pairs, strict=True):

@@ -7,6 +7,7 @@ import tokenizers
 
 from qalign.data.formats import PlainText, Refused
 from qalign.data.readers import BadRow
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import IGNORED, encode_dialogues, encode_text
 from tests.data.chat_families import FAMILIES, fixture_tokenizer, plain
 
@@ -33,7 +34,7 @@ def test_a_tokenizer_that_adds_an_eos_itself_gives_one():
         special_tokens=[("<|begin_of_text|>", 2000), ("<|eot_id|>", 2005)],
     )
 
-    (sequence,) = encode_text(tokenizer, PlainText("Hello there", "w"), 1000)
+    (sequence,) = encode_text(ChatTemplate(tokenizer), PlainText("Hello there", "w"), 1000)
 
     assert sequence.ids == [2000, *plain("llama3", "Hello there"), 2005]
 
@@ -48,7 +49,7 @@ def test_a_text_that_gives_no_tokens_is_refused(end):
     )
     rows = [PlainText("\u200b", "a.jsonl:1"), PlainText("Hello there", "a.jsonl:2")]
 
-    sequences, refused = encode_dialogues(tokenizer, rows, 1000, {})
+    sequences, refused = encode_dialogues(ChatTemplate(tokenizer), rows, 1000)
 
     assert [sequence.ids for sequence in sequences] == [[*plain("llama3", "Hello there"), 2005]]
     assert refused == [Refused("a.jsonl:1", "the text gives no tokens")]
@@ -57,11 +58,11 @@ def test_a_text_that_gives_no_tokens_is_refused(end):
 @pytest.mark.parametrize("length", [2, 15, 16, 17, 31, 32, 46, 47])
 def test_of_a_long_text_every_token_is_learned_once_and_follows_the_one_before_it(length):
     """The last token, the EOS, is never alone: at the start of a sequence nothing predicts it."""
-    text, tokenizer = "a" + " a" * (length - 3) if length > 2 else "", FAMILIES["llama3"].prepared()
+    text, template = "a" + " a" * (length - 3) if length > 2 else "", FAMILIES["llama3"].prepared()
     whole = [2000, *plain("llama3", text), 2005]
     assert len(whole) == length
 
-    pieces = encode_text(tokenizer, PlainText(text, "w"), 16)
+    pieces = encode_text(template, PlainText(text, "w"), 16)
 
     followed = [(before, label) for piece in pieces for before, label in zip(piece.ids, piece.labels[1:], strict=False)]
     assert followed == list(pairwise(whole))

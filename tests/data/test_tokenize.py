@@ -1,10 +1,13 @@
 """Preferences and questions as token ids: supervised are the answer and its end of turn, to the token."""
 
+from dataclasses import replace
+
 import pytest
 
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, PlainText, Preference, Prompt, preferences
 from qalign.data.readers import BadRow
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import (
     encode_answer,
     encode_dialogues,
@@ -23,7 +26,7 @@ from tests.data.chat_families import (
     fixture_tokenizer,
     llama3_prompt,
     messages,
-    phi3_tokenizer,
+    phi3_template,
     plain,
     templated,
 )
@@ -43,8 +46,8 @@ def row(*prompt: tuple[str, str], chosen: str = "Yes", rejected: str = "No", whe
     return Preference(messages(prompt), assistant(chosen), assistant(rejected), where)
 
 
-def encode(tokenizer, *prompt, max_length: int = 10_000, template_kwargs=None, **answers):
-    return encode_pair(tokenizer, row(*prompt, **answers), max_length, template_kwargs or {})
+def encode(template, *prompt, max_length: int = 10_000, **answers):
+    return encode_pair(template, row(*prompt, **answers), max_length)
 
 
 # --- what is supervised ----------------------------------------------------------------------------------------------
@@ -54,28 +57,28 @@ def encode(tokenizer, *prompt, max_length: int = 10_000, template_kwargs=None, *
 def test_the_prompt_is_the_templates_and_the_completion_the_answer_and_its_end_of_turn(family, turns):
     if turns[0] == SYSTEM and not family.takes_system:
         return
-    tokenizer = family.prepared()
+    template = family.prepared()
 
-    pair = encode(tokenizer, *turns, chosen="I am fine.", rejected="No")
+    pair = encode(template, *turns, chosen="I am fine.", rejected="No")
 
     assert pair.prompt_ids == family.prompt_ids(turns)
-    assert tokenizer.convert_ids_to_tokens(pair.chosen_ids) == [*family.fine, family.end]
-    assert tokenizer.convert_ids_to_tokens(pair.rejected_ids) == [*family.no, family.end]
+    assert template.tokenizer.convert_ids_to_tokens(pair.chosen_ids) == [*family.fine, family.end]
+    assert template.tokenizer.convert_ids_to_tokens(pair.rejected_ids) == [*family.no, family.end]
     assert (pair.where, pair.dropped_turns) == ("rows.jsonl:1", 0)
     assert len(pair) == len(pair.prompt_ids) + 7
-    assert end_of_turn_id(tokenizer, {}) == family.end_id
+    assert end_of_turn_id(template) == family.end_id
 
 
 def test_the_ids_to_sample_from_and_to_score_are_those_that_are_trained_on(family):
-    tokenizer, prompt = family.prepared(), messages(TALK)
-    pair = encode(tokenizer, *TALK, chosen="I am fine.")
+    template, prompt = family.prepared(), messages(TALK)
+    pair = encode(template, *TALK, chosen="I am fine.")
 
-    assert encode_prompt(tokenizer, list(prompt), {}) == family.prompt_ids(TALK) == pair.prompt_ids
-    assert encode_question(tokenizer, prompt, len(pair.prompt_ids), {}) == pair.prompt_ids
+    assert encode_prompt(template, list(prompt)) == family.prompt_ids(TALK) == pair.prompt_ids
+    assert encode_question(template, prompt, len(pair.prompt_ids)) == pair.prompt_ids
     scored = Dialogue((*prompt, {"role": "assistant", "content": "I am fine."}), 0, "w")
-    assert encode_answer(tokenizer, scored, 10_000, {}) == pair.prompt_ids + pair.chosen_ids
+    assert encode_answer(template, scored, 10_000) == pair.prompt_ids + pair.chosen_ids
     # What vLLM or plain transformers do with the saved template:
-    others = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
+    others = template.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=False)
     assert others == pair.prompt_ids
 
 
@@ -102,16 +105,16 @@ def test_tokens_do_not_merge_across_the_border():
 
 
 def test_what_a_template_writes_after_the_end_of_turn_is_cut():
-    tokenizer = phi3_tokenizer()
-    end, user, assistant = tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|assistant|>"])
+    template = phi3_template()
+    end, user, assistant = template.tokenizer.convert_tokens_to_ids(["<|end|>", "<|user|>", "<|assistant|>"])
 
-    pair = encode(tokenizer, HELLO, chosen="I am fine.")
+    pair = encode(template, HELLO, chosen="I am fine.")
 
     assert pair.prompt_ids == [
         2000, user, *plain("llama3", "\nHello there"), end, *plain("llama3", "\n"), assistant, *plain("llama3", "\n"),
     ]  # fmt: skip
     assert pair.chosen_ids == [*plain("llama3", "I am fine."), end]
-    assert end_of_turn_id(tokenizer, {}) == end != tokenizer.eos_token_id
+    assert end_of_turn_id(template) == end != template.tokenizer.eos_token_id
 
 
 @pytest.mark.parametrize(
@@ -126,57 +129,64 @@ def test_what_a_template_writes_after_the_end_of_turn_is_cut():
 )
 def test_a_template_without_an_end_of_turn_gets_the_eos(turns):
     """And what it writes after an answer is not supervised: it would melt into the answer's last token."""
-    tokenizer = templated(turns + "{{ 'assistant:' if add_generation_prompt }}")
+    template = templated(turns + "{{ 'assistant:' if add_generation_prompt }}")
 
-    pair = encode(tokenizer, HELLO, chosen="I am fine", rejected="No")
+    pair = encode(template, HELLO, chosen="I am fine", rejected="No")
 
     border = "\n\n" if "\\n\\n" in turns else "\n"
     assert pair.prompt_ids == [2000, *plain("llama3", f"user: Hello there{border}assistant:")]
     assert pair.chosen_ids == [*plain("llama3", " I am fine"), 2005]
     assert pair.rejected_ids == [*plain("llama3", " No"), 2005]
-    assert end_of_turn_id(tokenizer, {}) == 2005
+    assert end_of_turn_id(template) == 2005
 
 
 def test_template_kwargs_reach_the_template():
-    tokenizer = templated(
+    plain_one = templated(
         "{% for m in messages %}{{ m.role + ':' + m.content + ('<|eot_id|>' if brief else '<|end_of_text|>') }}"
         "{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    brief = {"brief": True}
+    template = replace(plain_one, kwargs={"brief": True})
     expected = [2000, *plain("llama3", "user:Hello there"), 2005, *plain("llama3", "assistant:")]
 
-    pair = encode(tokenizer, HELLO, template_kwargs=brief)
+    pair = encode(template, HELLO)
 
     assert pair.prompt_ids == expected
     assert pair.chosen_ids == [*plain("llama3", "Yes"), 2005]
-    assert encode_prompt(tokenizer, messages([HELLO]), brief) == expected
-    assert encode_question(tokenizer, messages([HELLO]), 500, brief) == expected
-    assert (end_of_turn_id(tokenizer, brief), end_of_turn_id(tokenizer, {})) == (2005, 2001)
+    assert encode_prompt(template, messages([HELLO])) == expected
+    assert encode_question(template, messages([HELLO]), 500) == expected
+    assert (end_of_turn_id(template), end_of_turn_id(plain_one)) == (2005, 2001)
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("tokenizer", "prompt", "template_kwargs", "reason"),
+    ("template", "prompt", "reason"),
     [
-        (fixture_tokenizer("llama3"), [HELLO], {"tokenize": True}, "the chat template refuses it"),  # given twice then
-        (fixture_tokenizer("mistral_v03"), [("system", "Be brief."), HELLO], {}, "the chat template refuses it"),
+        (
+            ChatTemplate(fixture_tokenizer("llama3"), {"tokenize": True}),
+            [HELLO],
+            "the chat template refuses it",
+        ),  # given twice then
+        (
+            ChatTemplate(fixture_tokenizer("mistral_v03")),
+            [("system", "Be brief."), HELLO],
+            "the chat template refuses it",
+        ),
         (
             templated(
                 "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last else '…' }}{{ eos_token }}{% endfor %}"
                 "{% if add_generation_prompt %}assistant: {% endif %}"
             ),
             [HELLO],
-            {},
             "renders a prompt differently once it is answered; see chat_template_kwargs",
         ),
     ],
     ids=["a TypeError inside", "no system turns", "another prompt once answered"],
 )
-def test_a_dialogue_that_the_template_cannot_render_is_refused(tokenizer, prompt, template_kwargs, reason):
+def test_a_dialogue_that_the_template_cannot_render_is_refused(template, prompt, reason):
     with pytest.raises(BadRow, match=reason):
-        encode(tokenizer, *prompt, template_kwargs=template_kwargs)
+        encode(template, *prompt)
 
 
 @pytest.mark.parametrize(
@@ -190,30 +200,30 @@ def test_a_dialogue_that_the_template_cannot_render_is_refused(tokenizer, prompt
     ids=["system", "user", "assistant", "answer"],
 )
 def test_a_forged_end_of_turn_is_refused_in_any_turn_of_any_form(turns):
-    tokenizer, forged, answer = FAMILIES["llama3"].prepared(), messages(turns), turns[-1][1]
+    template, forged, answer = FAMILIES["llama3"].prepared(), messages(turns), turns[-1][1]
     pair, other = row(*turns[:-1], chosen=answer), row(*turns[:-1], rejected=answer)
     dialogue, text = Dialogue(forged, len(turns) - 1, "w"), PlainText("a<|eot_id|>b", "w")
 
     found = [
-        *encode_pairs(tokenizer, [pair, other], 500, {})[1],
-        *encode_dialogues(tokenizer, [dialogue, text], 500, {})[1],
-        *encode_questions(tokenizer, [Prompt(forged, "w", {})], 500, {})[1],
+        *encode_pairs(template, [pair, other], 500)[1],
+        *encode_dialogues(template, [dialogue, text], 500)[1],
+        *encode_questions(template, [Prompt(forged, "w", {})], 500)[1],
     ]
 
     assert [bad.reason for bad in found] == [FORGED] * 5
     with pytest.raises(BadRow, match=r"special token <\|eot_id\|>$"):
-        encode_answer(tokenizer, dialogue, 500, {})
+        encode_answer(template, dialogue, 500)
 
 
 def test_refused_rows_keep_their_places_and_the_rest_their_order():
-    tokenizer = FAMILIES["llama3"].prepared()
+    template = FAMILIES["llama3"].prepared()
     turns = {"a:1": "A", "a:2": "x" * 500, "a:3": "C", "b:1": "<|eot_id|>"}
     asked = {where: messages([("user", text)]) for where, text in turns.items()}
     yes = {"role": "assistant", "content": "Yes"}
 
-    pairs, no_pairs = encode_pairs(tokenizer, [Preference(p, YES, NO, where) for where, p in asked.items()], 40, {})
-    learned, unlearned = encode_dialogues(tokenizer, [Dialogue((*p, yes), 0, w) for w, p in asked.items()], 40, {})
-    questions, unasked = encode_questions(tokenizer, [Prompt(p, where, {}) for where, p in asked.items()], 40, {})
+    pairs, no_pairs = encode_pairs(template, [Preference(p, YES, NO, where) for where, p in asked.items()], 40)
+    learned, unlearned = encode_dialogues(template, [Dialogue((*p, yes), 0, w) for w, p in asked.items()], 40)
+    questions, unasked = encode_questions(template, [Prompt(p, where, {}) for where, p in asked.items()], 40)
 
     assert [pair.where for pair in pairs] == [sequence.where for sequence in learned] == ["a:1", "a:3"]
     assert [(p.where, ids) for p, ids in questions] == [(pair.where, pair.prompt_ids) for pair in pairs]
@@ -228,7 +238,7 @@ def test_refused_rows_keep_their_places_and_the_rest_their_order():
 
 @pytest.mark.parametrize("first", [[], [("system", "Be brief.")]], ids=["no system", "system"])
 def test_the_oldest_turns_are_dropped_until_the_row_fits(first):
-    tokenizer, turns = FAMILIES["llama3"].prepared(), [*first, *LONG]
+    template, turns = FAMILIES["llama3"].prepared(), [*first, *LONG]
     completion = [*plain("llama3", "Yes"), 2005]
     whole, shorter, shortest = (llama3_prompt([*first, *LONG[drop:]]) for drop in (0, 2, 4))
 
@@ -239,29 +249,29 @@ def test_the_oldest_turns_are_dropped_until_the_row_fits(first):
         (len(shorter) - 1, shortest, 4),
         (len(shortest), shortest, 4),
     ):
-        pair = encode(tokenizer, *turns, max_length=room + len(completion))
+        pair = encode(template, *turns, max_length=room + len(completion))
         assert (pair.prompt_ids, pair.chosen_ids, pair.dropped_turns) == (expected, completion, dropped)
-        assert encode_question(tokenizer, messages(turns), room, {}) == expected
+        assert encode_question(template, messages(turns), room) == expected
     least = len(shortest)
     with pytest.raises(BadRow, match=f"^prompt and answer are {least} . 3 tokens, over max_length {least + 1}$"):
-        encode(tokenizer, *turns, max_length=least + 1)
+        encode(template, *turns, max_length=least + 1)
     for room in (least, least - 1):
         with pytest.raises(BadRow, match=f"^the prompt fills max_length: {least} of {room} tokens$"):
-            encode(tokenizer, *turns, max_length=room)
+            encode(template, *turns, max_length=room)
     with pytest.raises(
         BadRow, match=f"^the prompt is {least} tokens; max_length less max_new_tokens leaves {least - 1}$"
     ):
-        encode_question(tokenizer, messages(turns), least - 1, {})
+        encode_question(template, messages(turns), least - 1)
 
 
 @pytest.mark.parametrize("longer", ["chosen", "rejected"])
 def test_the_longer_answer_decides_what_fits(longer):
-    tokenizer = FAMILIES["llama3"].prepared()
+    template = FAMILIES["llama3"].prepared()
     prompt = len(llama3_prompt([HELLO]))
 
-    assert len(encode(tokenizer, HELLO, **{longer: "I am fine."}, max_length=prompt + 7)) == prompt + 7
+    assert len(encode(template, HELLO, **{longer: "I am fine."}, max_length=prompt + 7)) == prompt + 7
     with pytest.raises(BadRow, match=f"{prompt} . 7 tokens, over max_length {prompt + 6}"):
-        encode(tokenizer, HELLO, **{longer: "I am fine."}, max_length=prompt + 6)
+        encode(template, HELLO, **{longer: "I am fine."}, max_length=prompt + 6)
 
 
 # --- real rows -------------------------------------------------------------------------------------------------------
@@ -287,7 +297,7 @@ def spells_special(family: Family, pref: Preference) -> bool:
 
 
 def test_real_rows_have_the_ids_that_are_put_together_by_hand(family, real_rows):
-    pairs, refused = encode_pairs(family.prepared(), real_rows, 100_000, {})
+    pairs, refused = encode_pairs(family.prepared(), real_rows, 100_000)
 
     assert [bad.where for bad in refused] == [pref.where for pref in real_rows if spells_special(family, pref)]
     used = [pref for pref in real_rows if not spells_special(family, pref)]
@@ -298,10 +308,10 @@ def test_real_rows_have_the_ids_that_are_put_together_by_hand(family, real_rows)
 
 def test_real_rows_fit_and_their_answers_are_whole(family, real_rows):
     """HH's dialogues have up to 35 turns: what is dropped comes from the front, in pairs."""
-    tokenizer, most = family.prepared(), 600
-    whole = {pair.where: pair for pair in encode_pairs(tokenizer, real_rows, 100_000, {})[0]}
+    template, most = family.prepared(), 600
+    whole = {pair.where: pair for pair in encode_pairs(template, real_rows, 100_000)[0]}
 
-    pairs, refused = encode_pairs(tokenizer, real_rows, most, {})
+    pairs, refused = encode_pairs(template, real_rows, most)
 
     assert len(pairs) + len(refused) == len(real_rows)
     assert {pair.dropped_turns > 0 for pair in pairs} == {True, False}
@@ -314,4 +324,4 @@ def test_real_rows_fit_and_their_answers_are_whole(family, real_rows):
         kept = turns[:1] if turns[0][0] == "system" else []
         left = [*kept, *turns[len(kept) + pair.dropped_turns :]]
         assert pair.prompt_ids == family.prompt_ids(left)
-        assert encode_question(tokenizer, asked[pair.where], len(pair.prompt_ids), {}) == pair.prompt_ids
+        assert encode_question(template, asked[pair.where], len(pair.prompt_ids)) == pair.prompt_ids

@@ -10,7 +10,8 @@ from transformers import AutoTokenizer
 
 from qalign.data.collate import pack
 from qalign.data.packing import Layout
-from qalign.data.tokenize import TokenPair, prepare_tokenizer
+from qalign.data.templates import prepare_template
+from qalign.data.tokenize import TokenPair
 from qalign.losses import preference_loss
 from qalign.model import attention, logps
 from qalign.model.attention import packed_attention, why_not_packed
@@ -35,7 +36,7 @@ KINDS = {
 def real_pairs() -> list[TokenPair]:
     """Two of the demo's, 100 and 240 tokens long, so of several blocks."""
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
-    prepare_tokenizer(tokenizer)
+    prepare_template(tokenizer)
     return house_style(tokenizer, 5)[3:]
 
 

@@ -33,7 +33,7 @@ def base(tiny_base):
 
 @pytest.fixture
 def ids(base) -> list[list[int]]:
-    return [encode_prompt(base.tokenizer, prompt, {}) for prompt in PROMPTS]
+    return [encode_prompt(base.template, prompt) for prompt in PROMPTS]
 
 
 def one_by_one(base, role: Role, prompt: list[int], sampling: Sampling, draws: torch.Tensor) -> list[int]:
@@ -59,7 +59,7 @@ def sample(base, ids, sampling: Sampling, num_samples: int = 3, seed: int = 9, r
 def test_batched_completions_are_greedy_decoding_of_the_role(base, ids):
     how, found = Sampling(8, 0.0, (base.tokenizer.eos_token_id,)), {}
     for role in (Role.BASE, Role.POLICY, Role.REFERENCE):
-        found[role] = generation.complete(base, role, PROMPTS, max_new_tokens=8, template_kwargs={})
+        found[role] = generation.complete(base, role, PROMPTS, max_new_tokens=8)
         alone = [one_by_one(base, role, prompt, how, torch.zeros(8)) for prompt in ids]
         assert found[role] == [generation.text_of(base.tokenizer, answer) for answer in alone]
     assert found[Role.POLICY] != found[Role.REFERENCE]
@@ -118,17 +118,17 @@ def test_a_prompt_is_read_once_and_complete_answers_leave_the_batch(base, ids):
 
 
 def test_a_reward_model_reads_every_answer_at_its_end_of_turn(base):
-    stop_ids = generation.stop_ids_of(base.tokenizer, {})
+    stop_ids = generation.stop_ids_of(base.template)
     assert base.tokenizer.convert_ids_to_tokens(list(stop_ids)) == ["<|eot_id|>"], "EOS and the end of turn are one"
     assert [generation.with_end_of_turn(a, (3, 4)) for a in ([5, 6, 3], [5, 6, 4], [5, 6])] == [[5, 6, 3]] * 3
 
 
 def sampling(base, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:
-    return Sampling(TOKENS, temperature, generation.stop_ids_of(base.tokenizer, {}), top_p)
+    return Sampling(TOKENS, temperature, generation.stop_ids_of(base.template), top_p)
 
 
 def request(base, role: str, text: str = "Why?", seed: int = 0, num_samples: int = 1) -> Request:
-    ids = encode_prompt(base.tokenizer, [{"role": "user", "content": text}], {})
+    ids = encode_prompt(base.template, [{"role": "user", "content": text}])
     return Request(role, ids, uniform_draws(seed, num_samples, TOKENS))
 
 

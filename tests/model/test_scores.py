@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import MicroBatchLimit
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenPair, end_of_turn_id
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.logps import ScalarHead
@@ -43,7 +44,7 @@ def with_reward(spec, adapter: str, loaded=load):
 def pairs_of(tokenizer, count: int = 4) -> list[TokenPair]:
     """Real pairs of several lengths, each answer with its end of turn."""
     pairs = house_style(tokenizer, count)
-    assert {answer[-1] for pair in pairs for answer in pair.answers} == {end_of_turn_id(tokenizer, {})}
+    assert {answer[-1] for pair in pairs for answer in pair.answers} == {end_of_turn_id(ChatTemplate(tokenizer))}
     return pairs
 
 
@@ -72,7 +73,7 @@ def test_the_score_is_read_at_the_end_of_turn_also_where_that_pads(spec, adapter
     if layout == "padded":
         base.__dict__["padding_reason"] = "to see whether it matters"
     if loaded is load:
-        assert base.tokenizer.pad_token_id == end_of_turn_id(base.tokenizer, {})
+        assert base.tokenizer.pad_token_id == end_of_turn_id(base.template)
     head = reward_classifier(spec).lm.score.modules_to_save[Role.REWARD].weight.detach()[0].double()
     pairs = pairs_of(base.tokenizer)
     at_end, before = torch.zeros(2, len(pairs), 2)
@@ -93,7 +94,7 @@ def test_transformers_own_pooling_reads_the_same_token(tmp_path, name):
     tokenizer.save_pretrained(tmp_path)
     base = reward_classifier(Model(base=str(tmp_path), compute_dtype="float32", quantization="none"))
     pairs = pairs_of(base.tokenizer)
-    lm, pad, end = base.lm, base.tokenizer.pad_token_id, end_of_turn_id(base.tokenizer, {})
+    lm, pad, end = base.lm, base.tokenizer.pad_token_id, end_of_turn_id(base.template)
     assert pad != end
     assert lm.config.pad_token_id == pad
     expected = scores(base, pairs).flatten()

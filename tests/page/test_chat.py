@@ -49,7 +49,7 @@ def test_both_sides_answer_as_each_does_alone(chat, runs):
     base = load(chat.model)
     base.load_adapter(Role.POLICY, str(runs / "a" / "dpo" / "adapter"), trainable=False)
     for reply, role in zip(steps[-1], (Role.BASE, Role.POLICY), strict=True):
-        assert reply.text == complete(base, role, [QUESTION], max_new_tokens=10, template_kwargs={})[0]
+        assert reply.text == complete(base, role, [QUESTION], max_new_tokens=10)[0]
         assert reply.state == "cut"
         assert reply.tokens_per_second > 0
         assert reply.first_token_seconds > 0

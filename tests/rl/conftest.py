@@ -11,6 +11,7 @@ from qalign.config.recipe import Lora, Model
 from qalign.config.stages import PPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenAnswers, encode_prompt
 from qalign.model.base import Role, load
 from qalign.model.generation import Sampling, TransformersEngine
@@ -111,7 +112,7 @@ def trainer_of(tiny_folder, rewards, reward_run):
         settings = PPO.model_validate(SECTION | given | keys)
         turns = [{"role": "user", "content": f"Why is {subject}?"} for subject in "abcd"]
         prompts = [
-            (Prompt((turn,), f"rows.jsonl:{n}", {}), encode_prompt(base.tokenizer, [turn], {}))
+            (Prompt((turn,), f"rows.jsonl:{n}", {}), encode_prompt(base.template, [turn]))
             for n, turn in enumerate(turns, start=1)
         ]
         scorers = Scorers([FunctionScorer("ppo.reward", f"{rewards}:many", 1.0)], [])
@@ -157,7 +158,7 @@ def answers(tokenizer, texts=TEXTS, **columns) -> list[SampledAnswers]:
     rows = []
     for number, (question, found) in enumerate(texts, start=1):
         turns = ({"role": "user", "content": question},)
-        ids = encode_prompt(tokenizer, list(turns), {})
+        ids = encode_prompt(ChatTemplate(tokenizer), list(turns))
         end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
         sampled = [[*tokenizer(text, add_special_tokens=False).input_ids, end] for text in found]
         prompt = Prompt(turns, f"rows.jsonl:{number}", {name: values[number - 1] for name, values in columns.items()})

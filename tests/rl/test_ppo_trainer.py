@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qalign.config.recipe import Lora, Recipe
 from qalign.data.collate import MicroBatchLimit
+from qalign.data.templates import ChatTemplate
 from qalign.model.base import Base, Role
 from qalign.model.memory import Forecast
 from qalign.rl.ppo_setup import bytes_by_role
@@ -206,7 +207,9 @@ def test_at_mistrals_shape_four_roles_take_little_more_than_one():
     held = Forecast(recipe, "ppo", config, "cuda", torch.bfloat16).fixed["base"]
     assert 4.1e9 < held < 4.2e9
     with torch.device("meta"):
-        base = Base(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), None, None, "", recipe.model)
+        base = Base(
+            AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16), ChatTemplate(None), None, recipe.model
+        )
         for role in (Role.POLICY, Role.REFERENCE, Role.REWARD, Role.VALUE):
             base.add_adapter(role, Lora(r=16))
         for role in (Role.REWARD, Role.VALUE):

@@ -8,6 +8,7 @@ import trl
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.formats import Dialogue, PlainText
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogues
 from qalign.model.base import Base, Role, load
 from tests.data.test_tokenize import plain
@@ -44,7 +45,7 @@ def config(folder, **values) -> trl.SFTConfig:
 def rows(tokenizer) -> list[TokenDialogue]:
     """Eight dialogues and a plain text as ids."""
     said = [Dialogue(tuple(turns(talk)), 0, f"talks:{n}") for n, talk in enumerate(TALKS, 1)]
-    sequences, refused = encode_dialogues(tokenizer, [*said, PlainText(TEXT, "talks:9")], 96, {})
+    sequences, refused = encode_dialogues(ChatTemplate(tokenizer), [*said, PlainText(TEXT, "talks:9")], 96)
     assert not refused
     return sequences
 

@@ -125,7 +125,7 @@ def test_smollm2_learns_real_instructions(shared_data, tmp_path, one_thread):
     data.write_text(json.dumps([row for row in whole if 40 < len(row["output"]) < 120][:3]))
     chosen, _ = dialogues((Source(path=str(data)),), "train", None, 0)
     base = load(Model(base=SMOLLM2, compute_dtype="float32"))
-    sequences, refused = encode_dialogues(base.tokenizer, chosen, 256, {})
+    sequences, refused = encode_dialogues(base.template, chosen, 256)
     assert (len(sequences), refused) == (3, [])
     expected = mean_loss(base, sequences)
     del base
