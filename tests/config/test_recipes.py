@@ -18,6 +18,7 @@ from trl import DPOConfig, RewardConfig, SFTConfig
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import STAGES, Stage
+from qalign.data.templates import ChatTemplate
 from qalign.model.base import Base, Role
 from qalign.model.memory import Forecast
 from tests.conftest import FIXTURES, ROOT
@@ -154,11 +155,11 @@ def test_editors_find_a_mistake_where_there_is_one(section, key, value, valid, v
 
 
 @pytest.fixture
-def base(name) -> Base:
+def base(name, recipe) -> Base:
     """The recipe's base on the meta device, without weights."""
     config = AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[name].fixture)
     with torch.device("meta"):
-        return Base(AutoModelForCausalLM.from_config(config), None, name, "", torch.bfloat16)
+        return Base(AutoModelForCausalLM.from_config(config), ChatTemplate(None), name, recipe.model)
 
 
 def test_the_adapter_fits_the_base(name, recipe, base):
