@@ -7,7 +7,6 @@ Imports no torch, so a typing error on the command line or in the recipe is repo
 """
 
 import argparse
-import errno
 import importlib
 import logging
 import os
@@ -22,7 +21,7 @@ from typing import NoReturn, TextIO
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.errors import Stopped, UserError, did_you_mean, one_line, out_of_memory
+from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory
 from qalign.train.run_folder import RunFolder
 
 COMMANDS = {
@@ -39,10 +38,6 @@ COMMANDS = {
     "page": "open the comparison page in the browser",
 }
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
-# What the disk or a path of the user's may answer: no access, no room, no such kind of path.
-DISK = {"EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "EMFILE"}
-DISK |= {"ENAMETOOLONG", "ELOOP", "ENOTDIR", "EISDIR", "ENXIO", "ESTALE"}
-DISK_ERRORS = {getattr(errno, name) for name in DISK if hasattr(errno, name)}
 PIPE_CLOSED = 128 + 13  # as a program that SIGPIPE ended
 
 
@@ -113,14 +108,12 @@ def _outcome(work: Callable[[], None]) -> int:
         work()
     except UserError as error:
         return _failed(*error.lines)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's own, by name: torch may not even be imported
-            raise
-        return _failed(*out_of_memory(error, "nf4, a smaller model or model.max_length").lines)
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        return _failed(one_line(f"{error.filename or 'disk'}: {error.strerror}"))
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's own, by name: torch may not even be imported
+            return _failed(*out_of_memory(error, "nf4, a smaller model or model.max_length").lines)
+        if problem := disk_problem(error):
+            return _failed(one_line(problem))
+        raise
     except (Stopped, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         _failed(f"stopped by {signal.Signals(number).name}")
@@ -151,13 +144,14 @@ def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words:
     def work(args: argparse.Namespace) -> None:
         recipe = load(args.recipe, args.overrides, stage)
         run = RunFolder(recipe, stage, shlex.join([args.recipe, *args.overrides]))
-        run.claim(resume=args.resume, overwrite=args.overwrite)
-        if args.resume and run.complete:
-            print(f"{run.path}: this run is complete; its adapter is in {run.adapter}")
-            return
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, run.stop)
-        train(recipe, run)
+        with run.held():
+            run.claim(resume=args.resume, overwrite=args.overwrite)
+            if args.resume and run.complete:
+                print(f"{run.path}: this run is complete; {run.further}")
+            else:
+                train(recipe, run)
 
     run_parsed(stage_parser(stage, train.__doc__), work, words)
 

@@ -1,14 +1,33 @@
 """What ends a command early: errors that the user can fix, and requests to stop. Imports no torch."""
 
+import errno
 import os
+import re
+import shutil
 import signal
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
+from pathlib import Path
 from types import FrameType
 
 MAX_LINE, MAX_VALUE = 300, 80  # characters of a printed line, and of a value of the user's in it
 LONGEST_WORD = 60  # no key or file name that could be meant is longer
+# What the disk or a path may answer, with the likely fix. (Some of these don't exist on Windows.)
+DISK_FIXES = {
+    "ENOSPC": "free some space",
+    "EDQUOT": "free some space: your quota is used up",
+    "EFBIG": "allow larger files there (ulimit -f), or choose another place",
+    "EROFS": "choose a folder that can be written to",
+    "EACCES": "choose a folder that you may write to",
+    "EPERM": "choose a folder that you may write to",
+    "ENAMETOOLONG": "choose a shorter name",
+    "ELOOP": "mend the symbolic link",
+    "ENOTDIR": "choose another place: a part of this path is a file",
+    "ENOENT": "was it deleted or moved meanwhile?",
+}
+OTHERS = "EIO EMFILE ENFILE EISDIR EEXIST ENOTEMPTY ENXIO ENODEV EXDEV EBUSY ESTALE ENOTCONN"
+DISK_FIXES |= dict.fromkeys(OTHERS.split(), "check this path and its disk")
 
 
 def one_line(text: object, limit: int | None = MAX_LINE) -> str:
@@ -42,6 +61,33 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     """`"; did you mean 'learning_rate'?"` with the most similar known word; empty if none is similar."""
     close = get_close_matches(str(word)[:LONGEST_WORD], list(known), n=1, cutoff=0.6)
     return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def disk_problem(error: BaseException, folder: Path = Path()) -> str | None:
+    """What the disk refused, in words with the likely fix; None if the error is of another kind.
+
+    Args:
+        folder: what was written to, for errors that don't say; PyTorch's and safetensors' name neither file nor reason.
+    """
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None) or folder
+    if not isinstance(error, OSError) or number is None:
+        if "inline_container" in str(error):  # torch.save
+            number = next((e.errno for e in (error.__cause__, error.__context__) if isinstance(e, OSError)), None)
+            number = number or (errno.EIO if _free_bytes(folder) else errno.ENOSPC)
+        elif type(error).__name__ == "SafetensorError" and (said := re.search(r"os error (\d+)", str(error))):
+            number = int(said[1])
+        else:
+            return None
+    fix = DISK_FIXES.get(errno.errorcode.get(number, ""))
+    return fix and f"{place}: {os.strerror(number)}; {fix}"
+
+
+def _free_bytes(folder: Path) -> int:
+    """Room on the disk of a folder, less a margin of 1 MiB."""
+    try:
+        return max(0, shutil.disk_usage(folder).free - 2**20)
+    except OSError:
+        return 0
 
 
 def out_of_memory(error: BaseException, fix: str, doing: str = "") -> UserError:

@@ -73,8 +73,9 @@ def train_recipe(
     recipe: Recipe, command_line: str = "", *, stage: str = "dpo", resume: bool = False, overwrite: bool = False
 ) -> RunFolder:
     run = RunFolder(recipe, stage, command_line)
-    run.claim(resume=resume, overwrite=overwrite)
-    importlib.import_module(f"qalign.{stage}").train(recipe, run)
+    with run.held():
+        run.claim(resume=resume, overwrite=overwrite)
+        importlib.import_module(f"qalign.{stage}").train(recipe, run)
     return run
 
 

@@ -4,11 +4,15 @@ After a crash, a full disk or a power cut the old content is still there, never 
 """
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+
+# The temporary names that a killed process leaves: `.report.123.png` of a file, `.adapter-x1y2z3w4` of a folder.
+LEFTOVER = re.compile(r"\..+\.\d+(\.\w+)?|\..+-[a-z0-9_]{8}")
 
 
 @contextmanager
@@ -45,23 +49,76 @@ def new_folder(folder: Path) -> Generator[Path]:
     Raises:
         OSError: the disk refuses it.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    aside = around / folder.name
-    try:
-        aside.mkdir()  # inside `around`, which only its owner may read
+    with _written_aside(folder) as aside:
         yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                file.chmod(aside.stat().st_mode & 0o666)  # safetensors lets only the owner read them
-                sync(file)
+        sync_tree(aside)
         try:
             aside.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
+        sync_folder(folder.parent)
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Generator[Path]:
+    """Like `new_folder`, but what is in `folder` is replaced, as a whole: no file of the old one stays.
+
+    Raises:
+        OSError: the disk refuses it; the old folder is kept.
+    """
+    with _written_aside(folder) as aside:
+        yield aside
+        sync_tree(aside)
+        old = aside.with_name("old")  # a folder that isn't empty can't be replaced by one rename
+        try:
+            if folder.exists():
+                folder.rename(old)
+            aside.rename(folder)
+        except BaseException:  # Ctrl-C between the two as well
+            if old.exists() and not folder.exists():
+                old.rename(folder)
+            raise
+        sync_folder(folder.parent)
+
+
+@contextmanager
+def _written_aside(folder: Path) -> Generator[Path]:
+    """Yields an empty folder next to `folder`, in one that only its owner may read and that is deleted at the end."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        aside = around / "new"
+        aside.mkdir()
+        yield aside
     finally:
         shutil.rmtree(around, ignore_errors=True)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Deletes the temporary files and folders that a killed process left in a folder and those inside it. What a kill
+    between the two renames of `replacing_folder` left without its name gets it back."""
+    for path in sorted(folder.rglob(".*")):
+        if not LEFTOVER.fullmatch(path.name):
+            continue
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            continue
+        original = path.with_name(path.name[1:-9])
+        old = path / "old"
+        if old.is_dir() and not original.exists():
+            old.rename(original)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_tree(folder: Path) -> None:
+    """Waits until all files of a folder are on the disk, with their names and the user's default permissions."""
+    for path in [folder, *folder.rglob("*")]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            path.chmod(folder.stat().st_mode & 0o666)  # safetensors lets only the owner read its files
+            sync(path)
 
 
 def sync(file: Path) -> None:

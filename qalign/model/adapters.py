@@ -11,7 +11,6 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qalign.config.atomic import replacing
 from qalign.config.recipe import Lora
 from qalign.errors import UserError
 from qalign.model.loading import Origin, save_tokenizer
@@ -89,14 +88,12 @@ def read(folder: str, *, trainable: bool, device: torch.device) -> tuple[peft.Lo
 
 
 def save(model: peft.PeftModel, role: str, folder: Path, tokenizer: PreTrainedTokenizerBase, origin: Origin) -> None:
-    """Writes an adapter with the tokenizer and its chat template into a folder; every file is written whole."""
+    """Writes an adapter with the tokenizer and its chat template into a folder."""
     config = cast(peft.LoraConfig, model.peft_config[role])
     config.base_model_name_or_path, config.revision = origin.source, origin.hub_revision
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:  # PEFT writes into a folder of the role's name
         model.save_pretrained(temporary, selected_adapters=[role], save_embedding_layers=False)
-        saved = Path(temporary) / role
-        save_tokenizer(tokenizer, saved)
-        for file in saved.iterdir():
-            with replacing(folder / file.name) as aside:
-                file.replace(aside)
+        save_tokenizer(tokenizer, Path(temporary) / role)
+        for file in (Path(temporary) / role).iterdir():
+            file.replace(folder / file.name)

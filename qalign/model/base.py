@@ -301,6 +301,11 @@ class Base:
         """Writes an adapter, the tokenizer and its chat template into a folder, as plain PEFT saves them."""
         peft_adapters.save(cast(peft.PeftModel, self.model), role, folder, self.tokenizer, self.origin)
 
+    def restore_adapter(self, role: str, folder: Path) -> None:
+        """Gives an adapter the weights that `save_adapter` wrote, such as a checkpoint's."""
+        weights = peft.load_peft_weights(str(folder), device=str(self.lm.device))
+        peft.set_peft_model_state_dict(self.model, weights, adapter_name=role)
+
     def lineage(self, stage: str, parent: str | None = None) -> Lineage:
         """The lineage of an adapter that is trained on this base, starting from the adapter folder `parent`."""
         return describe(self, stage, parent)

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import replacing_folder, write_whole
 from qalign.config.stages import PPO
 from qalign.errors import not_finite
 from qalign.model import lineage
@@ -57,8 +57,9 @@ class Monitor:
         self.clip_fractions.clear()
         self._write_samples(rollout, proxy, judge)
         if alarms.best_point(self.points) is point:
-            self.trainer.base.save_adapter(Role.POLICY, self.best)
-            lineage.write(self.best, self.trainer.setup.origin)
+            with replacing_folder(self.best) as aside:
+                self.trainer.base.save_adapter(Role.POLICY, aside)
+                lineage.write(aside, self.trainer.setup.origin)
         self.warnings = alarms.alarms(self.points, self.settings.patience)
         if self.warnings:
             self.alarm_steps.append(point.step)

@@ -1,14 +1,12 @@
 """PPO's iterations from the last checkpoint to the end: metrics, evaluations, checkpoints, clean stops."""
 
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from tqdm.auto import tqdm
-from transformers.trainer_utils import rotate_checkpoints
 
 from qalign.config.stages import PPO
 from qalign.errors import UserError
@@ -17,11 +15,11 @@ from qalign.rl.monitor import Monitor
 from qalign.rl.ppo_setup import bytes_by_role
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import ModelScorer, RewardFailed, Scorer
-from qalign.train.run_folder import RunFolder, print_table, step_of
+from qalign.train.checkpoints import discard, step_of
+from qalign.train.run_folder import RunFolder, print_table
 
 PARTS = ("rollout", "scoring", "update")
 STATE = "state.pt"
-CHECKPOINTS_KEPT = 2
 MOST_SLOWED = 16  # alarms raise the KL coefficient to at most this multiple of the recipe's
 MIB = 2**20
 
@@ -120,15 +118,14 @@ class PPOLoop:
         return [*self.trainer.scorers, *self.monitor.judges]
 
     def _save(self) -> None:
-        """Writes a checkpoint and keeps the last two, as `Trainer` does."""
+        """Writes a checkpoint."""
         folder = self.run_folder.checkpoints / f"checkpoint-{self.trainer.done}"
-        shutil.rmtree(folder, ignore_errors=True)
+        discard(folder)
         folder.mkdir(parents=True)
         identities = [scorer.identity for scorer in self._scorers]
         state = {"trainer": self.trainer.state(), "watcher": self.monitor.state(), "scorers": identities}
         torch.save(state, folder / STATE)
         self.run_folder.mark_whole(self.trainer.done, self.trainer.tokens_seen)
-        rotate_checkpoints(str(self.run_folder.checkpoints), CHECKPOINTS_KEPT)
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,6 +73,8 @@ class RunCallback(TrainerCallback):
             line["tokens_per_second"] = round((self.tokens_seen - self._mark[1]) / max(1e-9, now - self._mark[0]), 1)
             self._mark = (now, self.tokens_seen)
             self._bar.set_postfix_str(f"{_shown(logs)}, {line['tokens_per_second']:,.0f} tokens/s")
+        elif "eval_num_tokens" in logs:  # TRL's SFTTrainer counts from the beginning of the session
+            line["eval_num_tokens"] = self._before + int(logs["eval_num_tokens"])
         self.run.log(line)
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -79,7 +82,8 @@ class RunCallback(TrainerCallback):
         self._mark = (time.monotonic(), self._mark[1])
 
     def on_save(self, args, state, control, **_):
-        self.run.mark_whole(state.global_step, self.tokens_seen)
+        best = state.best_model_checkpoint  # for `load_best_model_at_end`
+        self.run.mark_whole(state.global_step, self.tokens_seen, keep=best and Path(best).name)
 
     def on_train_end(self, args, state, control, **_):
         self.run.stop.patient = False

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, TrainerCallback, TrainerState, set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
+from qalign.config.atomic import replacing_folder
 from qalign.config.recipe import Model
 from qalign.config.stages import PPO, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
@@ -20,8 +22,10 @@ from qalign.model import lineage
 from qalign.model.base import Base, Role
 from qalign.model.memory import Forecast, Plan, usable_memory
 from qalign.train.callbacks import RunCallback, peak_bytes
+from qalign.train.checkpoints import damage
 from qalign.train.dataset import StageRows
-from qalign.train.run_folder import LOADING, RunFolder, print_table
+from qalign.train.model_card import LOADING
+from qalign.train.run_folder import RunFolder, print_table
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 
@@ -94,7 +98,7 @@ class Session:
         run, base, settings = self.run, self.base, self.run.settings
         on_gpu = base.lm.device.type == "cuda"
         values = {
-            "output_dir": str(run.checkpoints),
+            "output_dir": str(run.checkpoints.absolute()),  # the state keeps the path of the best checkpoint
             "per_device_train_batch_size": rows,
             "per_device_eval_batch_size": rows,
             "gradient_accumulation_steps": settings.batch_size // rows,
@@ -111,7 +115,6 @@ class Session:
             "prediction_loss_only": True,
             "save_strategy": "steps",
             "save_steps": settings.save_every or 0.1,
-            "save_total_limit": 2,
             "seed": run.recipe.seed,
             "bf16": base.dtype == torch.bfloat16,
             "fp16": base.dtype == torch.float16,
@@ -159,13 +162,34 @@ class Session:
         """Prints the header, with `more` lines of the stage, and runs `Trainer` as `to_the_end` says."""
 
         def loop() -> tuple[int, int, int]:
-            trainer.train(resume_from_checkpoint=str(self.checkpoint) if self.checkpoint else None)
+            if self.checkpoint is None:
+                trainer.train()
+            else:
+                self._resume(trainer, self.checkpoint)
             return trainer.state.global_step, trainer.state.max_steps, self.callback.tokens_seen
 
         settings, unit = self.run.settings, "rows" if self.run.stage == "sft" else "pairs"
         steps = planned_steps(settings, len(cast(Sized, trainer.train_dataset)))
         self.print_header(f"{steps:,}, each of {settings.batch_size} {unit}", **more)
         return self.to_the_end(loop)
+
+    def _resume(self, trainer: Trainer, checkpoint: Path) -> None:
+        """Trains on from a checkpoint. From one of the last step, which was killed before its summary, nothing but the
+        weights is loaded: `Trainer` would train one step too many, unless an epoch ends there."""
+        args, state = trainer.args, TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+        final = checkpoint
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            final = self.run.checkpoints / Path(state.best_model_checkpoint).name
+            moved = "" if Path(state.best_model_checkpoint).is_dir() else "it was moved"
+            if problem := damage(final) or moved:
+                fix = "--overwrite starts again"
+                raise UserError(f"{final}: the best checkpoint can't be used: {problem}; {fix}")
+        if state.global_step < state.max_steps:
+            args.eval_on_start = False  # it is no start
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+            return
+        trainer.state = state
+        self.base.restore_adapter(self.role, final)
 
     def to_the_end(self, loop: Callable[[], tuple[int, int, int]]) -> dict[str, Any]:
         """Runs a training loop from the checkpoint to the end and saves the adapter.
@@ -189,14 +213,15 @@ class Session:
             print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
             raise Stopped(run.stop.number)
         seconds = time.monotonic() - began
-        self.base.save_adapter(self.role, run.adapter)
-        lineage.write(run.adapter, self.origin)
+        with replacing_folder(run.adapter) as aside:
+            self.base.save_adapter(self.role, aside)
+            lineage.write(aside, self.origin)
         return {
             "steps": done,
             "resumed_from": str(self.checkpoint) if self.checkpoint else None,
             "train_seconds": round(seconds, 1),
             "tokens": tokens,
-            "tokens_per_second": round((tokens - self.tokens_before) / seconds, 1),
+            "tokens_per_second": round((tokens - self.tokens_before) / max(1e-9, seconds), 1),
             "peak_bytes": peak_bytes(),
         }
 

@@ -3,60 +3,35 @@
 Imports no torch, so a folder that is taken or a missing parent is reported at once.
 """
 
-import importlib.metadata
 import json
 import os
-import platform
-import re
+import shlex
 import shutil
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from qalign import __version__
-from qalign.config.atomic import sync, write_whole
+from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
+from qalign.config.differences import differences
 from qalign.config.load import dump, parse
-from qalign.config.paths import absolute
+from qalign.config.paths import absolute, function_of, looks_local
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.data.formats import Refused
-from qalign.errors import MAX_LINE, StopRequest, UserError, did_you_mean, one_line
+from qalign.errors import MAX_LINE, StopRequest, UserError, did_you_mean, disk_problem, one_line
 from qalign.model import lineage
+from qalign.train import checkpoints
+from qalign.train.lock import locked
+from qalign.train.model_card import LOADING, model_card, versions
 
 REFUSED = "rejected_rows.jsonl"
 LAST_TRY = "rejected_rows.last_try.jsonl"  # refused rows of a failed start, next to the finished run that it left alone
 PARENT = "parent_hash"  # of the adapter that the run started from
-TOKENS_SEEN, WALL_SECONDS, WHOLE = "tokens_seen", "wall_seconds", "whole"  # in a checkpoint
-# Files that a start which was cut short before it wrote `recipe.yaml` can leave, temporary ones included.
-BEGINNING = re.compile(r"rejected_rows\.jsonl|parent_hash|\.(rejected_rows|parent_hash|recipe)\.\d+(\.\w+)?")
-LOADING = """\
-from peft import AutoPeftModelForCausalLM
-
-model = AutoPeftModelForCausalLM.from_pretrained("{folder}")"""
-PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
-MODEL_CARD = """\
----
-base_model: {base}
-library_name: peft
-tags: [qalign, {stage}, lora]
----
-# {name}: {stage} adapter
-
-Trained with qalign on `{model}`. Made with {versions}.
-
-| | |
-|---|---|
-{table}
-
-```python
-{loading}
-```
-"""
 
 
 class RunFolder:
@@ -71,8 +46,19 @@ class RunFolder:
         self.recipe, self.stage, self.command_line = recipe, stage, command_line
         self.path = Path(recipe.output).expanduser() / stage
         self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
-        self.metrics, self.summary = self.path / "metrics.jsonl", self.path / "summary.json"
+        self.metrics, self.summary = self.path / checkpoints.METRICS, self.path / "summary.json"
         self.stop, self.resume, self._began = StopRequest(), False, time.monotonic()
+        self._checkpoint: Path | None = None  # to continue from
+
+    @property
+    def _replaced(self) -> Path:
+        """Where `--overwrite` keeps the run that it replaces until the new one has a checkpoint."""
+        return self._home.with_name(f".{self._home.name}.replaced")
+
+    @property
+    def _home(self) -> Path:
+        """The folder itself, where `path` is a link to it."""
+        return Path(os.path.realpath(self.path))
 
     @property
     def wall_seconds(self) -> float:
@@ -89,6 +75,11 @@ class RunFolder:
         return self.summary.is_file()
 
     @property
+    def further(self) -> str:
+        """How to go on from a complete run, which has no steps left to resume."""
+        return f"to train its adapter further: {self.stage}.start_from={self.adapter} with another `output`"
+
+    @property
     def parent(self) -> str | None:
         """The adapter folder that `start_from` names, with `sft` the SFT run of the same output; a `UserError` if that
         run isn't finished, or the adapter was trained on another base."""
@@ -103,35 +94,91 @@ class RunFolder:
             lineage.check_base(key, start, self.recipe.model.base, self.recipe.model.revision)
         return start
 
+    @contextmanager
+    def held(self) -> Generator[None]:
+        """Keeps other processes out of the folder while a stage works on it, and mends what a killed one left there.
+
+        If `--overwrite` set a run aside and the new one failed before its first checkpoint, the old run is put back.
+
+        Raises:
+            UserError: another process holds the folder; or the disk refused something meanwhile, such as a full one.
+        """
+        self._check_place()
+        try:
+            with locked(self._home):
+                self._put_back()
+                if self.path.is_dir():
+                    clear_leftovers(self.path)
+                try:
+                    yield
+                finally:
+                    self._put_back()
+        except Exception as error:
+            if problem := disk_problem(error, self.path):
+                begun = self.checkpoints.is_dir() or self.metrics.is_file()
+                how = f"python -m qalign.{self.stage} {self.command_line} --resume"
+                raise UserError(f"{problem}; " + (f"then go on with: {how}" if begun else "nothing was lost")) from None
+            raise
+
+    def _put_back(self) -> None:
+        """Ends what `--overwrite` began: the run that it set aside is put back or, if the new one has a checkpoint,
+        deleted."""
+        old = self._replaced
+        if not old.exists():
+            return
+        if self.complete or checkpoints.newest(self.checkpoints) or not (old / "recipe.yaml").is_file():
+            shutil.rmtree(old, ignore_errors=True)
+            return
+        if self._home.exists():
+            shutil.rmtree(self._home)
+        old.rename(self._home)
+        reason = "the new one had no checkpoint yet"
+        print(f"{self.path}: the run that --overwrite was to replace is back: {reason}", flush=True)
+
+    def _check_place(self) -> None:
+        if any(place.exists() and not place.is_dir() for place in (self.path, self.path.parent)):
+            raise UserError(f"{self.path}: is, or lies in, a file; choose another `output`")
+
     def claim(self, *, resume: bool, overwrite: bool) -> None:
         """Raises a `UserError` if the folder holds another run or other files, or the run can't be resumed with this
         recipe. Deletes nothing yet."""
         self.resume = resume
-        if any(place.exists() and not place.is_dir() for place in (self.path, self.path.parent)):
-            raise UserError(f"{self.path}: is, or lies in, a file; choose another `output`")
-        self.check_inputs(self.path)
-        if not self.path.exists() or all(BEGINNING.fullmatch(file.name) for file in self.path.iterdir()):
+        self._check_place()
+        self.check_inputs(self.path, overwrite=overwrite)
+        if not self.path.exists() or all(_of_a_start(file.name) for file in self.path.iterdir()):
             return
         if not (self.path / "recipe.yaml").is_file():
             raise UserError(f"{self.path}: holds files that don't belong to a qalign run; choose another `output`")
         if overwrite:
             return
         if not resume:
-            state = "a complete run" if self.complete else "a run that was stopped"
-            raise UserError(f"{self.path}: holds {state}; --resume continues it, --overwrite starts again")
+            if self.complete:
+                raise UserError(f"{self.path}: holds a complete run; --overwrite replaces it; {self.further}")
+            ways = "--resume continues it, --overwrite starts again"
+            raise UserError(f"{self.path}: holds a run that was stopped; {ways}")
         if changed := self.changes():
+            if self.complete:
+                raise UserError(f"{self.path}: is complete, with another recipe ({changed}); {self.further}")
             raise UserError(f"{self.path}: --resume needs the recipe that the run began with; changed: {changed}")
         self.check_parent()
+        if not self.complete:
+            self._checkpoint = checkpoints.newest_whole(self.checkpoints)
 
-    def check_inputs(self, folder: Path) -> None:
-        """Raises a `UserError` if something that the stage reads lies in a folder that will be written to."""
-        inputs = [("model.base", self.recipe.model.base), (f"{self.stage}.start_from", self.parent)]
+    def check_inputs(self, folder: Path, *, overwrite: bool = False) -> None:
+        """Raises a `UserError` if something that the stage reads lies in a folder that will be written to. (The run's
+        own recipe may, unless it is to be overwritten.)"""
+        model = self.recipe.model
+        inputs = [("model.base", model.base), ("model.chat_template", model.chat_template)]
+        inputs += [(f"{self.stage}.start_from", self.parent)]
+        if overwrite:
+            inputs += [("the recipe", os.path.abspath(word)) for word in shlex.split(self.command_line)[:1]]
         if isinstance(self.settings, PPO):
-            inputs += [(f"ppo.{key}", reward.source) for key, reward in self.settings.sources]
+            rewards = ((f"ppo.{key}", reward.source) for key, reward in self.settings.sources)
+            inputs += [(key, (function_of(source) or (source,))[0]) for key, source in rewards]
         for key in ("data", "eval_data"):
             inputs += [(f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ()]
         for key, used in inputs:
-            if used and Path(used).resolve().is_relative_to(folder.resolve()):
+            if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(folder.resolve()):
                 raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
 
     def check_parent(self) -> None:
@@ -146,21 +193,11 @@ class RunFolder:
         """The dotted keys of this recipe that differ from the one that the existing run began with, each with (value
         then, value now), or a `UserError`. `output` and the sections of other stages don't count."""
         kept, file = {}, self.path / "recipe.yaml"
-        with suppress(UserError):
+        with suppress(UserError, OSError):
             kept, _ = parse(file)
         if not kept:
             raise UserError(f"{file}: the recipe that this run began with can't be read; --overwrite starts again")
-        with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
-            kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it
-        given = self.recipe.model_dump(mode="json")
-        others = {*STAGES, "output"} - {self.stage}
-        old, new = (dict(_flat({key: r[key] for key in r if key not in others})) for r in (kept, given))
-        outputs = str(kept.get("output", "")) or ".", str(self.path.parent)
-        return {
-            key: (old.get(key, "not there"), new.get(key, "gone"))
-            for key in {**old, **new}
-            if not _same(old.get(key), new.get(key), outputs)
-        }
+        return differences(kept, self.recipe, self.stage, str(self.path.parent))
 
     def changes(self) -> str:
         """`differences` as text, empty if there are none."""
@@ -189,44 +226,49 @@ class RunFolder:
             write_whole(self.path / name, "".join(lines))
 
     def begin(self, refused: list[Refused]) -> None:
-        """Prepares the folder for training: only now does `--overwrite` delete the old run."""
+        """Prepares the folder for training: only now does `--overwrite` set the old run aside."""
+        self._put_back()
         if not self.resume and self.path.exists():
-            shutil.rmtree(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+            if (self.path / "recipe.yaml").is_file():
+                self._home.rename(self._replaced)
+            else:
+                shutil.rmtree(self._home)
+        self._home.mkdir(parents=True, exist_ok=True)
         self._list_refused(refused, REFUSED)
         (self.path / LAST_TRY).unlink(missing_ok=True)
         if self.parent and (now := lineage.adapter_hash(self.parent)):
             write_whole(self.path / PARENT, now)
         write_whole(self.path / "recipe.yaml", dump(absolute(self.recipe)))
+        sync_folder(self._home.parent)
 
     def rewind(self) -> tuple[Path | None, int]:
-        """Goes back to the last whole checkpoint: metrics logged after it are dropped, as they will be logged again.
-        Returns (the checkpoint, or None if the run is not resumed or has none; the tokens seen until then)."""
+        """Goes back to the checkpoint that `claim` found: later ones are deleted, and the metrics are those that it
+        keeps, as what followed will be logged again. Returns (the checkpoint, or None if the run is not resumed or has
+        none; the tokens seen until then)."""
+        checkpoint = self._checkpoint if self.resume else None
         for folder in self.checkpoints.glob("checkpoint-*"):
-            if not (folder / WHOLE).exists():  # cut short: it would count as one of the two that are kept
-                shutil.rmtree(folder)
-        checkpoint = self.last_checkpoint() if self.resume else None
-        step = step_of(checkpoint) if checkpoint else -1
-        lines = self.metrics.read_text(encoding="utf-8").splitlines() if self.metrics.is_file() else []
-        logged = [json.loads(line) for line in lines if line.endswith("}")]  # a power cut may leave half a line
-        write_whole(self.metrics, "".join(json.dumps(line) + "\n" for line in logged if line["step"] <= step))
-        if checkpoint and (spent := checkpoint / WALL_SECONDS).is_file():
-            self._began -= float(spent.read_text())
-        return checkpoint, int((checkpoint / TOKENS_SEEN).read_text()) if checkpoint else 0
+            if checkpoint is None or checkpoints.step_of(folder) > checkpoints.step_of(checkpoint):
+                checkpoints.discard(folder)
+        kept = (checkpoint / checkpoints.METRICS).read_bytes() if checkpoint else b""
+        if kept and not (self.metrics.is_file() and self.metrics.read_bytes().startswith(kept)):
+            print(f"{self.metrics}: was damaged; it is again as it was at {checkpoint}", flush=True)
+        write_whole(self.metrics, kept)
+        if checkpoint is None:
+            return None, 0
+        manifest = checkpoints.read_manifest(checkpoint)
+        self._began -= manifest.wall_seconds
+        return checkpoint, manifest.tokens_seen
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written completely."""
-        return max((mark.parent for mark in self.checkpoints.glob(f"checkpoint-*/{WHOLE}")), key=step_of, default=None)
+        return checkpoints.newest(self.checkpoints)
 
-    def mark_whole(self, step: int, tokens_seen: int) -> None:
-        """Marks a checkpoint as whole once all of it is on the disk: `--resume` trusts only marked ones."""
+    def mark_whole(self, step: int, tokens_seen: int, keep: str | None = None) -> None:
+        """Marks a checkpoint as whole once all of it is on the disk: `--resume` trusts only marked ones. Older ones go,
+        except the last two and the one named `keep`; with the first one, the run that `--overwrite` replaces."""
         folder = self.checkpoints / f"checkpoint-{step}"
-        for file in folder.rglob("*"):
-            if file.is_file():
-                sync(file)
-        write_whole(folder / TOKENS_SEEN, str(tokens_seen))
-        write_whole(folder / WALL_SECONDS, str(self.wall_seconds))
-        write_whole(folder / WHOLE, "")
+        checkpoints.mark_whole(folder, tokens_seen, self.wall_seconds, self.metrics, keep)
+        self._put_back()
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""
@@ -242,12 +284,8 @@ class RunFolder:
             facts: for the summary; `tokens_per_second` and `peak_bytes` at least.
         """
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
-        cells = ((name, " ".join(str(value).split()).replace("|", r"\|")) for name, value in _flat(facts))
-        table = "\n".join(f"| {name} | {text} |" for name, text in cells if not name.startswith("versions."))
-        made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-        card = {"base": base, "stage": self.stage, "name": self.path.parent.name, "model": self.recipe.model.base}
-        card |= {"versions": made_with, "table": table, "loading": loading.format(folder=self.adapter)}
-        write_whole(self.adapter / "README.md", MODEL_CARD.format(**card))
+        card = model_card(self.adapter, self.stage, self.recipe.model.base, base, loading, facts)
+        write_whole(self.adapter / "README.md", card)
         write_whole(self.summary, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"
         print_table("done", [("adapter", self.adapter), ("speed", speed), ("next", next_command)])
@@ -288,38 +326,9 @@ def _read_recipe(file: Path) -> Recipe:
     raise UserError(f"{file}: the recipe that this run was trained with can't be read: {reason}")
 
 
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _flat(section: dict[Any, Any], above: str = "") -> Iterator[tuple[str, object]]:
-    """Dotted keys of a recipe, or of a summary, with their values."""
-    for key, value in section.items():
-        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
-            value = dict(enumerate(value))
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{above}{key}.")
-        else:
-            yield f"{above}{key}", value
-
-
-def _same(old: object, new: object, outputs: tuple[str, str]) -> bool:
-    """Whether two values of a recipe are equal. Two paths are equal if they lead to the same file, or, where a project
-    was moved together with its runs, if they are the same relative to the recipe's output then and now."""
-    if old == new or SFT_RUN in (old, new) or not (isinstance(old, str) and isinstance(new, str)):
-        return old == new
-    if os.path.realpath(old) == os.path.realpath(new):
-        return True
-    try:
-        return os.path.relpath(old, outputs[0]) == os.path.relpath(new, outputs[1])
-    except ValueError:  # two drives of Windows
-        return False
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of everything that can change a number."""
-    found = {"qalign": __version__, "python": platform.python_version()}
-    return found | {package: importlib.metadata.version(package) for package in PACKAGES}
+def _of_a_start(name: str) -> bool:
+    """Whether a start that was cut short before it wrote `recipe.yaml` can have left a file of this name."""
+    return name in (REFUSED, PARENT) or bool(LEFTOVER.fullmatch(name))
 
 
 def print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:

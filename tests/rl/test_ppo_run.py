@@ -155,7 +155,7 @@ def test_a_scorer_that_fails_ends_the_run_and_costs_nothing_that_was_learned(key
     (line,) = [line for line in output.splitlines() if line.startswith(f"ppo.{key}")]
     assert f"{rewards}:broken gave nan for an answer to " in line
     assert "house_style_" in line, "the row is named"
-    assert (Path(path).parent / "ppo" / "checkpoints" / "checkpoint-3" / "whole").exists()
+    assert (Path(path).parent / "ppo" / "checkpoints" / "checkpoint-3" / "manifest.json").exists()
     Path(rewards).write_text(Path(rewards).read_text().replace("== 4", "== 400"))
     resumed = run_stage(path, resume=True)
     whole = run_stage(recipe_of("whole", **(keys | {key: f"{rewards}:flat"})))

@@ -50,6 +50,7 @@ def finished(recipe) -> runs.RunFolder:
 def write_checkpoint(run: runs.RunFolder, step: int, *, whole: bool = True, tokens: int = 200) -> Path:
     place = run.checkpoints / f"checkpoint-{step}"
     place.mkdir(parents=True)
+    (place / "optimizer.pt").write_bytes(b"moments" * 99)
     if whole:
         run.mark_whole(step, tokens)
     return place
@@ -251,20 +252,38 @@ def test_only_a_whole_checkpoint_counts(recipe):
     assert run.last_checkpoint().name == "checkpoint-10"
 
 
-def test_rewind_drops_what_will_be_logged_again(recipe):
+def test_rewind_drops_what_will_be_logged_again(recipe, capsys):
     run = begun(recipe)
-    run.claim(**RESUME)
-    last, cut = write_checkpoint(run, 2), write_checkpoint(run, 3, whole=False)
-    for step in (1, 2, 3):
+    for step in (1, 2):
         run.log({"step": step})
+    last, cut = write_checkpoint(run, 2), write_checkpoint(run, 3, whole=False)
+    run.log({"step": 3})
     with run.metrics.open("a") as file:
         file.write('{"step": 4, "lo')  # a power cut left half a line
+    run.claim(**RESUME)
     assert run.rewind() == (last, 200)
     assert not cut.exists()
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+    assert "damaged" not in capsys.readouterr().out, "what was logged after the checkpoint doesn't count"
     fresh = folder(recipe)
     assert fresh.rewind() == (None, 0)
     assert fresh.metrics.read_text() == ""
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\0" * 30 + b"\n", b"\xff\xfe junk\n", b'{"step": 1}\n[]\n', b"{" * 5000 + b"\n", b""]
+)
+def test_metrics_that_were_damaged_are_again_as_they_were_at_the_checkpoint(recipe, junk, capsys):
+    run = begun(recipe)
+    for step in (1, 2):
+        run.log({"step": step, "loss": 0.5})
+    kept = run.metrics.read_bytes()
+    write_checkpoint(run, 2)
+    run.metrics.write_bytes(junk)
+    run.claim(**RESUME)
+    run.rewind()
+    assert run.metrics.read_bytes() == kept
+    assert f"{run.metrics}: was damaged" in capsys.readouterr().out
 
 
 def test_a_resumed_run_counts_its_seconds_on(recipe, monkeypatch):

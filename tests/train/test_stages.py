@@ -88,7 +88,7 @@ def test_a_run_leaves_what_it_promises(finished):
     }  # fmt: skip
     assert load_recipe(str(run.path / "recipe.yaml")) == run.recipe
     assert sorted(file.name for file in run.checkpoints.iterdir()) == ["checkpoint-2", "checkpoint-3"]
-    assert all((file / "whole").is_file() for file in run.checkpoints.iterdir())
+    assert all((file / "manifest.json").is_file() for file in run.checkpoints.iterdir())
     assert not [file for file in run.path.rglob("*") if file.name.startswith(".")], "temporary files are gone"
     facts = summary(run)
     assert facts["steps"] == 3
@@ -312,7 +312,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path
     run.summary.unlink()
     shutil.rmtree(run.adapter)
     newest = run.checkpoints / "checkpoint-3"
-    (newest / "whole").unlink()
+    (newest / "manifest.json").unlink()
     for file in newest.glob("*.pt"):
         file.write_bytes(b"half")
     again = run_stage(path, resume=True)
