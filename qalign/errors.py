@@ -24,7 +24,6 @@ DISK_FIXES = {
     "ENAMETOOLONG": "choose a shorter name",
     "ELOOP": "mend the symbolic link",
     "ENOTDIR": "choose another place: a part of this path is a file",
-    "ENOENT": "was it deleted or moved meanwhile?",
 }
 OTHERS = "EIO EMFILE ENFILE EISDIR EEXIST ENOTEMPTY ENXIO ENODEV EXDEV EBUSY ESTALE ENOTCONN"
 DISK_FIXES |= dict.fromkeys(OTHERS.split(), "check this path and its disk")
@@ -63,23 +62,24 @@ def did_you_mean(word: object, known: Iterable[str]) -> str:
     return f"; did you mean '{close[0]}'?" if close else ""
 
 
-def disk_problem(error: BaseException, folder: Path = Path()) -> str | None:
+def disk_problem(error: BaseException, folder: Path | None = None) -> str | None:
     """What the disk refused, in words with the likely fix; None if the error is of another kind.
 
     Args:
         folder: what was written to, for errors that don't say; PyTorch's and safetensors' name neither file nor reason.
     """
-    number, place = getattr(error, "errno", None), getattr(error, "filename", None) or folder
+    number, place = getattr(error, "errno", None), getattr(error, "filename", None) or folder or "disk"
     if not isinstance(error, OSError) or number is None:
         if "inline_container" in str(error):  # torch.save
             number = next((e.errno for e in (error.__cause__, error.__context__) if isinstance(e, OSError)), None)
-            number = number or (errno.EIO if _free_bytes(folder) else errno.ENOSPC)
+            number = number or (errno.EIO if _free_bytes(folder or Path()) else errno.ENOSPC)
         elif type(error).__name__ == "SafetensorError" and (said := re.search(r"os error (\d+)", str(error))):
             number = int(said[1])
         else:
             return None
     fix = DISK_FIXES.get(errno.errorcode.get(number, ""))
-    return fix and f"{place}: {os.strerror(number)}; {fix}"
+    reason = getattr(error, "strerror", None) or os.strerror(number)
+    return fix and f"{place}: {reason}; {fix}"
 
 
 def _free_bytes(folder: Path) -> int:
