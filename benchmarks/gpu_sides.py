@@ -23,8 +23,9 @@ from qalign.data.formats import preferences
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair, encode_pairs
 from qalign.model.base import Base, Role
-from qalign.model.loading import Origin, compute_dtype, device, guard_4bit
-from qalign.model.memory import BUSY_TOKENS
+from qalign.model.loading import compute_dtype, device, guard_4bit
+from qalign.model.memory.forecast import BUSY_TOKENS
+from qalign.model.origin import Origin
 from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer
 
@@ -54,7 +55,11 @@ BETA, RATE = 0.1, 1e-5
 
 
 def config_of(shape: str):
-    return AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[shape]) if SHAPES[shape] else TINY
+    return (
+        AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[shape], trust_remote_code=False)
+        if SHAPES[shape]
+        else TINY
+    )
 
 
 def random_lm(config, dtype: torch.dtype, std: float = 0.02):
@@ -66,9 +71,9 @@ def random_lm(config, dtype: torch.dtype, std: float = 0.02):
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     )
-    quantizer = AutoHfQuantizer.from_config(settings)
+    quantizer = AutoHfQuantizer.from_config(settings, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     quantizer.preprocess_model(model=lm, device_map={"": device()})
     torch.manual_seed(0)
     for module in lm.modules():
@@ -92,7 +97,7 @@ def random_lm(config, dtype: torch.dtype, std: float = 0.02):
 
 def fixture_tokenizer():
     """TRL wants one for its pad token; its ids are part of every shape's vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3", trust_remote_code=False)
     return prepare_template(tokenizer).tokenizer
 
 
@@ -121,10 +126,10 @@ def pairs_like(source: str, count: int, vocabulary: int, args) -> list[TokenPair
 
 def lengths_of_file(path: str, count: int, args) -> list[tuple[int, int, int]]:
     if args.tokenizer:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer, trust_remote_code=False)
     else:
         file = package_file(DEMO)
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
     rows, _ = preferences(DPO.model_validate({"data": path}).data, "train", 4 * count, 0)
     pairs, _ = encode_pairs(prepare_template(tokenizer), rows, args.max_length)
     if not pairs:
@@ -294,7 +299,9 @@ class Unsloth(Trl):
 
         PatchDPOTrainer()
         longest = self.config.max_position_embeddings
-        lm, tokenizer = FastLanguageModel.from_pretrained(self.folder, max_seq_length=longest, load_in_4bit=True)
+        lm, tokenizer = FastLanguageModel.from_pretrained(
+            self.folder, max_seq_length=longest, load_in_4bit=True, trust_remote_code=False
+        )
         lora = Lora()
         names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
         lm = FastLanguageModel.get_peft_model(

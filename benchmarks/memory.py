@@ -73,7 +73,7 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
     import torch
 
     from qalign.model.base import Role, load, load_classifier
-    from qalign.model.step_memory import LiveBytes
+    from qalign.model.memory.step import LiveBytes
 
     base = load_classifier(recipe.model) if stage == "reward" else load(recipe.model)
     base.add_adapter(Role.REWARD if stage == "reward" else Role.POLICY, recipe.lora)
@@ -102,7 +102,7 @@ def main() -> None:
 
     from qalign.config.recipe import Recipe
     from qalign.model.loading import compute_dtype, device, load_weights
-    from qalign.model.memory import Forecast
+    from qalign.model.memory.forecast import Forecast
     from qalign.train.run_folder import versions
 
     sections = {stage: {"data": "unused"} for stage in args.stages}
@@ -110,7 +110,7 @@ def main() -> None:
         {"model": {"base": args.base, "compute_dtype": args.dtype}, "output": "unused", **sections}
     )
     *_, origin = load_weights(recipe.model)
-    config, where = AutoConfig.from_pretrained(origin.folder), device().type
+    config, where = AutoConfig.from_pretrained(origin.folder, trust_remote_code=False), device().type
     name = torch.cuda.get_device_name() if where == "cuda" else "CPU"
     print(f"{' '.join(['python', *sys.argv])}\n{name}; " + ", ".join(f"{k} {v}" for k, v in versions().items()))
     print("\n| stage | tokens | checkpointing | forecast, MiB | measured, MiB | off by | with base and adapters |")

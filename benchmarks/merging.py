@@ -77,10 +77,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as aside:
         for form in ("dequantized", "original"):
             merge(args.run, form, f"{aside}/{form}")
-        again = AutoModelForCausalLM.from_pretrained(f"{aside}/dequantized", quantization_config=config, dtype=dtype)
+        again = AutoModelForCausalLM.from_pretrained(
+            f"{aside}/dequantized", quantization_config=config, dtype=dtype, trust_remote_code=False
+        )
         guard_4bit(again)
         dequantized, original = (
-            AutoModelForCausalLM.from_pretrained(f"{aside}/{form}", dtype=dtype) for form in ("dequantized", "original")
+            AutoModelForCausalLM.from_pretrained(f"{aside}/{form}", dtype=dtype, trust_remote_code=False)
+            for form in ("dequantized", "original")
         )
         table.append(("dequantised, merged, quantised to 4 bits again", measured(again, rows, dtype)))
         table.append(("dequantised and merged: `qalign.merge`", measured(dequantized, rows, dtype)))

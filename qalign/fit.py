@@ -3,7 +3,7 @@
     python -m qalign.fit RECIPE [key=value …] [--memory 12GB]
 
 The forecast needs only the base's config: it runs the training step on tensors without content and counts the bytes
-that are alive (`qalign.model.memory`). It assumes the longest row that the recipe allows.
+that are alive (`qalign.model.memory.forecast`). It assumes the longest row that the recipe allows.
 """
 
 import re
@@ -16,10 +16,11 @@ from qalign.config.paths import is_own_model
 from qalign.config.recipe import Recipe
 from qalign.errors import UserError
 from qalign.evaluate import SIDE_BY_SIDE
+from qalign.model import origin
 from qalign.train.run_folder import print_table
 
 if TYPE_CHECKING:
-    from qalign.model.memory import Forecast
+    from qalign.model.memory.forecast import Forecast
 
 SHADES = "█▓▒░▚▞▖"
 WIDTH = 60
@@ -30,12 +31,13 @@ SHORTEST = 256  # a smaller max_length is of no use
 def report(recipe: Recipe, given: str | None) -> None:
     """Show how much memory each stage of a recipe needs, and what would fit."""
     card = None if given is None else memory_of(given)
+    recipe = as_stored(recipe)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     import torch
 
     from qalign.model.loading import DTYPES, compute_dtype, device, load_config
-    from qalign.model.memory import USABLE, Forecast, kv_cache_bytes, usable_memory
+    from qalign.model.memory.forecast import USABLE, Forecast, kv_cache_bytes, usable_memory
 
     spec, here = recipe.model, device().type
     where = here if card is None else "cuda"
@@ -54,9 +56,17 @@ def report(recipe: Recipe, given: str | None) -> None:
         print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
 
 
+def as_stored(recipe: Recipe) -> Recipe:
+    """The recipe with the quantisation that its base is stored in, if it is published quantised. A base that isn't
+    there or can't be used is reported before torch is imported."""
+    if origin.gguf_file(recipe.model):
+        return recipe
+    return recipe.model_copy(update={"model": origin.find(recipe.model).held(recipe.model)})
+
+
 def lines(forecast: "Forecast", memory: int) -> list[tuple[str, str]]:
     """A stage's table: the parts, their sum as a bar, and what fits."""
-    from qalign.model.memory import longest_row, max_length_of
+    from qalign.model.memory.forecast import longest_row, max_length_of
     from qalign.train.loop import rows_at_once
 
     recipe, stage, layers = forecast.recipe, forecast.stage, forecast.layers
@@ -97,7 +107,7 @@ def table(parts: dict[str, int], memory: int) -> list[tuple[str, str]]:
 
 def advice(forecast: "Forecast", memory: int, rows: int) -> str:
     """The one setting to change if the longest row doesn't fit."""
-    from qalign.model.memory import longest_row, max_length_of
+    from qalign.model.memory.forecast import longest_row, max_length_of
 
     recipe, stage = forecast.recipe, forecast.stage
     limit = max_length_of(recipe, stage, forecast.largest(memory, forecast.layers))

@@ -74,7 +74,7 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
     model: Any = base.model  # PEFT finds its methods at run time, so they have no types
     merged = _without_quantisation(model.merge_and_unload(safe_merge=True, adapter_names=[role]))
     if merged.dtype == torch.float32:
-        published = AutoConfig.from_pretrained(base.origin.folder).dtype
+        published = AutoConfig.from_pretrained(base.origin.folder, trust_remote_code=False).dtype
         merged = merged.to(published if published in (torch.float16, torch.bfloat16) else torch.bfloat16)
     if not is_reward:  # `generate` and vLLM must stop where the answers of the training data end
         ends = merged.generation_config.eos_token_id

@@ -23,7 +23,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     read = read_rows(run, prompts)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
-    from qalign.model.memory import longest_row
+    from qalign.model.memory.forecast import longest_row
     from qalign.rl.monitor import Monitor
     from qalign.rl.ppo_loop import PPOLoop, header
     from qalign.rl.ppo_setup import add_value_model, set_up

@@ -13,7 +13,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qalign.config.recipe import Lora
 from qalign.errors import UserError
-from qalign.model.loading import Origin, save_tokenizer
+from qalign.model.loading import save_tokenizer
+from qalign.model.origin import Origin
 
 SCORE_HEAD = "base_model.model.score.weight"  # its name in the file of a sequence classifier's adapter
 OUTPUT_LAYER_TAKEN = "{}: the output layer can't have an adapter, as log-probs use its frozen weight"
@@ -68,7 +69,7 @@ def read(folder: str, *, trainable: bool, device: torch.device) -> tuple[peft.Lo
     Raises:
         UserError: it is of a kind that can't share a base. For a broken folder, whatever PEFT or safetensors raises.
     """
-    config = peft.PeftConfig.from_pretrained(folder)
+    config = peft.PeftConfig.from_pretrained(folder, trust_remote_code=False)
     if config.peft_type is None:
         raise UserError(f"{folder}: adapter_config.json doesn't say what kind of adapter this is")
     if config.is_prompt_learning:

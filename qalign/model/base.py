@@ -26,8 +26,9 @@ from qalign.model import adapters as peft_adapters
 from qalign.model.adapters import OUTPUT_LAYER_TAKEN, SCORE_HEAD
 from qalign.model.attention import packed_attention, why_not_packed
 from qalign.model.lineage import Lineage, describe
-from qalign.model.loading import Form, Origin, load_weights, tensor_bytes
+from qalign.model.loading import Form, load_weights, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
+from qalign.model.origin import Origin
 
 UNFIT = (KeyError, TypeError, RuntimeError, ValueError, SafetensorError)  # raised for adapters that are broken
 ROWS_PACKED_TOGETHER = 64  # by `answer_scores`
@@ -332,7 +333,7 @@ def load(spec: Model, form: Form = "held") -> Base:
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
     if form == "held":
         check_head(lm)
-    return Base(lm, template, origin, spec)
+    return Base(lm, template, origin, origin.held(spec))
 
 
 def load_classifier(spec: Model, form: Form = "held") -> Base:
@@ -346,4 +347,4 @@ def load_classifier(spec: Model, form: Form = "held") -> Base:
     tokenizer.pad_token = pad_for_scores(template)
     lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     lm.score = ScalarHead(head.in_features, lm.device)
-    return Base(lm, template, origin, spec)
+    return Base(lm, template, origin, origin.held(spec))

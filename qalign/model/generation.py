@@ -26,7 +26,7 @@ from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_id
 from qalign.errors import UserError
 from qalign.model.base import Base
-from qalign.model.memory import kv_cache_bytes, usable_memory
+from qalign.model.memory.forecast import free_memory, kv_cache_bytes
 
 COMPACT_AT = 0.25  # ended rows leave the batch once they are this share of it, because leaving copies the KV cache
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
@@ -187,11 +187,9 @@ class TransformersEngine:
         requests = [Request(role, ids, drawn) for ids, drawn in zip(prompts, draws, strict=True)]
         answers: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
-        device = base.lm.device.type
-        free = usable_memory(device) - (torch.cuda.memory_allocated() if device == "cuda" else 0)
         max_tokens = max(map(len, prompts)) + sampling.max_new_tokens
         prompt_bytes = kv_cache_bytes(base.lm.config, max_tokens, base.dtype.itemsize) * num_samples
-        size = max(1, int(CACHE_SHARE * free) // prompt_bytes)
+        size = max(1, int(CACHE_SHARE * free_memory(base.lm.device.type)) // prompt_bytes)
         choose = inverse_cdf if sampling.top_p >= 1 else nucleus
         with torch.no_grad(), base.acting_as(role):
             for start in range(0, len(order), size):

@@ -1,45 +1,33 @@
 """The base's weights: found wherever the recipe says, converted and quantised once, and cached."""
 
+import atexit
 import hashlib
 import json
-import os
-import sys
+import re
+import shutil
+import tempfile
 import warnings
-from dataclasses import dataclass
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import bitsandbytes
 import datasets
 import torch
 import transformers as tf
 from bitsandbytes.nn.modules import Linear4bit
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils.hub import cached_file
 
-from qalign.config.atomic import new_folder
-from qalign.config.paths import looks_local, package_file
+from qalign.config import hub
 from qalign.config.recipe import Model
 from qalign.errors import UserError
+from qalign.model import cache, origin
+from qalign.model.origin import OTHER_CODE, Origin
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Form = Literal["held", "dequantized", "original"]
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where a base's weights are."""
-
-    source: str  # a folder or hub id that plain transformers can load the 16-bit base from
-    revision: str | None  # the hub's commit, or the digest of a `.gguf` file; None for a local folder
-    hub_revision: str | None  # the revision to request from the hub
-    identity: str  # a text that changes when the weights do
-
-    @property
-    def folder(self) -> Path:
-        """The folder on this disk; in the hub's cache every commit has its own."""
-        return Path(self.source) if Path(self.source).is_dir() else _hub_folder(self.source, self.hub_revision)
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
 
 
 def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") -> tuple[Any, Any, Origin]:
@@ -52,34 +40,91 @@ def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") 
     """
     _quiet()
     auto = tf.AutoModelForSequenceClassification if classifier else tf.AutoModelForCausalLM
-    options = {"num_labels": 1} if classifier else {}
-    try:
-        origin = _origin(spec)
+    found = find(spec)
+    spec = found.held(spec)
+    if form == "original" and found.stored:
+        raise UserError(
+            f"model.base: '{spec.base}' is published in {spec.quantization}, so its unquantised weights aren't known"
+        )
+    with readable(spec.base, "model.base"):
         if form == "original" or (form == "dequantized" and spec.quantization == "none"):
-            lm = auto.from_pretrained(origin.source, revision=origin.hub_revision, dtype="auto", **options)
+            find(spec, weights=True)
+            lm = _loaded(found, auto, 1 if classifier else None, dtype="auto")
         else:
             dtype = DTYPES.get(spec.compute_dtype) if form == "dequantized" else None
             where = device() if form == "held" else torch.device("cpu")
-            lm = _held(spec, origin, auto, options, dtype or compute_dtype(spec), where)
+            lm = _held(spec, found, auto, dtype or compute_dtype(spec), where)
         if form == "dequantized" and spec.quantization != "none":
             lm = lm.dequantize(dtype=lm.dtype)
-        return lm, tf.AutoTokenizer.from_pretrained(origin.source, revision=origin.hub_revision), origin
-    except (OSError, ValueError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.base: '{spec.base}' can't be loaded: {reason}") from None
+        tokenizer = tf.AutoTokenizer.from_pretrained(**found.where, trust_remote_code=False)
+    _check_tokens(tokenizer, lm, spec.base, "model.base")
+    return lm, tokenizer, found
+
+
+def find(spec: Model, *, weights: bool = False) -> Origin:
+    """A recipe's base; a `.gguf` file is converted first. A `UserError` if it isn't there or can't be used.
+
+    Args:
+        weights: whether the cached weights of a `.gguf` file are about to be read, and so are verified.
+    """
+    if file := origin.gguf_file(spec):
+        with readable(spec.base, "model.base"):
+            return _converted(file, weights=weights)
+    found = origin.find(spec)
+    if found.is_local:
+        origin.check_weights(Path(found.source), spec.base)
+    return found
+
+
+@contextmanager
+def readable(base: str, key: str, says: str = "can't be loaded") -> Generator[None]:
+    """Turns what other libraries raise while they read the model `base` into a `UserError` of one line; `key` is the
+    recipe's."""
+    try:
+        yield
+    except (UserError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a broken file raises whatever its reader happens to do with it
+        causes: list[BaseException] = [error]
+        while (deeper := causes[-1].__cause__ or causes[-1].__context__) and deeper not in causes:
+            causes.append(deeper)
+        if known := next((cause for cause in causes if hub.is_known(cause)), None):
+            raise UserError(f"{key}: {hub.reason(known, base)}") from None
+        text = " ".join((str(error) or repr(error)).split())
+        own = "custom code" in text or ("does not recognize this architecture" in text and _own_code(base))
+        reason = OTHER_CODE if own else f"{says}: {text}"
+        raise UserError(f"{key}: '{base}' {reason}"[:300]) from None
+
+
+def _own_code(base: str) -> bool:
+    return origin.has_own_code(Path(base).expanduser() / "config.json")
+
+
+def load_scorer(source: str, key: str, dtype: torch.dtype, where: torch.device) -> tuple[Any, Any]:
+    """A reward model that isn't an adapter, in 4 bits, with its tokenizer; a `UserError` if it can't be found or
+    read. `key` is the recipe's."""
+    found = origin.locate(source, None, key)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": where}}
+    if not found.stored:
+        options["quantization_config"] = tf.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    if found.is_local:
+        origin.check_weights(Path(found.source), source, key)
+    with readable(source, key):
+        tokenizer = tf.AutoTokenizer.from_pretrained(**found.where, trust_remote_code=False)
+        model = _loaded(found, tf.AutoModelForSequenceClassification, **options).eval()
+    guard_4bit(model)
+    _check_tokens(tokenizer, model, source, key)
+    return model, tokenizer
 
 
 def load_config(spec: Model) -> tf.PretrainedConfig:
     """A base's config without its weights; a `UserError` if it can't be found, fetched or read."""
     _quiet()
-    try:
-        if file := _gguf_file(spec):
-            return tf.AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name)
-        where = str(Path(spec.base).expanduser()) if looks_local(spec.base) else spec.base
-        return tf.AutoConfig.from_pretrained(where, revision=spec.revision)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"model.base: '{spec.base}' can't be read: {reason}") from None
+    with readable(spec.base, "model.base", "can't be read"):
+        if file := origin.gguf_file(spec):
+            return tf.AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
+        return _config(origin.find(spec))
 
 
 def check_reach(spec: Model) -> None:
@@ -115,87 +160,147 @@ def compute_dtype(spec: Model) -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
-def cache_folder() -> Path:
-    """Where converted and quantised bases are cached: `$XDG_CACHE_HOME/qalign`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qalign"
+def _config(found: Origin, **options: Any) -> tf.PretrainedConfig:
+    """A base's config, with every kind of dropout at 0. Layers that call dropout as a function, as attention does in
+    Granite, would otherwise apply it in training mode to every role, the reference included."""
+    config = tf.AutoConfig.from_pretrained(**found.where, trust_remote_code=False, **options)
+    _silence(vars(config))
+    return config
 
 
-def _gguf_file(spec: Model) -> Path | None:
-    if spec.base.startswith("package:"):
-        return package_file(spec.base)
-    return Path(spec.base).expanduser() if spec.base.endswith(".gguf") else None
+def _silence(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if isinstance(value, tf.PretrainedConfig):
+            _silence(vars(value))
+        elif isinstance(value, dict):
+            _silence(value)
+        elif isinstance(value, float) and re.search("drop|jitter", str(name)):
+            settings[name] = 0.0
 
 
-def _hub_folder(name: str, revision: str | None) -> Path:
-    """The folder of a hub model in the hub's cache; it is named after the commit."""
-    return Path(cast(str, cached_file(name, "config.json", revision=revision))).parent
+def _loaded(found: Origin, auto: Any, labels: int | None = None, **options: Any) -> Any:
+    """A model from where it was found, with the options of `from_pretrained`; `labels` for a new head."""
+    is_classifier = auto is tf.AutoModelForSequenceClassification
+    config = _config(found, **({"num_labels": labels} if labels else {}))
+    for part in (config, config.get_text_config()):
+        stored = getattr(part, "quantization_config", None)
+        if isinstance(stored, dict) and isinstance(options.get("dtype"), torch.dtype):
+            stored["bnb_4bit_compute_dtype"] = str(options["dtype"]).removeprefix("torch.")
+    if not is_classifier:
+        options["generation_config"] = mended_generation_config(found)[0]
+    return auto.from_pretrained(**found.where, config=config, trust_remote_code=False, **options)
 
 
-def _origin(spec: Model) -> Origin:
-    if file := _gguf_file(spec):
-        folder = _converted(file)
-        return Origin(str(folder), folder.name.removeprefix("gguf-"), None, folder.name)
-    if looks_local(spec.base):
-        folder = Path(spec.base).expanduser().resolve()
-        files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".json"))
-        if not (folder / "config.json").is_file():
-            raise OSError(f"no config.json in {folder}")
-        state = " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
-        return Origin(str(folder), None, None, f"{folder} {state}")
-    commit = _hub_folder(spec.base, spec.revision).name
-    return Origin(spec.base, commit, spec.revision, f"{spec.base}@{commit}")
+def mended_generation_config(found: Origin) -> tuple[tf.GenerationConfig | None, list[str]]:
+    """(A base's generation config without its contradictions, the settings that were changed or left out). The config
+    is None if there is none, or nothing is wrong with it. Otherwise transformers couldn't save it, or even read it."""
+    try:
+        if found.is_local:
+            file = Path(found.source) / "generation_config.json"
+        else:
+            file, _ = hub.fetch("model.base", found.source, "generation_config.json", found.revision)
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    except (UserError, OSError, ValueError, RecursionError):
+        return None, []
+    if not isinstance(settings, dict) or _generation_config(settings):
+        return None, []
+    changed, sampling = [], {key: value for key, value in settings.items() if key in SAMPLING}
+    if sampling and not settings.get("do_sample") and _generation_config(sampling | {"do_sample": True}):
+        settings = {"do_sample": True} | settings | {"do_sample": True}  # as they were meant, by the values beside it
+        changed.append("do_sample")
+    kept: dict[str, Any] = {}
+    for key in sorted(settings, key=lambda name: name not in ("do_sample", "num_beams")):  # others depend on these
+        if _generation_config(kept | {key: settings[key]}):
+            kept[key] = settings[key]
+        else:
+            changed.append(key)
+    return _generation_config(kept), changed
 
 
-def _converted(file: Path) -> Path:
+def _generation_config(settings: dict[str, Any]) -> tf.GenerationConfig | None:
+    """None if transformers refuses the settings."""
+    try:
+        config = tf.GenerationConfig.from_dict(settings)
+        config.validate(strict=True)
+    except Exception:  # wrong types raise whatever the comparison raises
+        return None
+    return config
+
+
+def _converted(file: Path, *, weights: bool) -> Origin:
     """A `.gguf` file as a 16-bit model folder in the cache; its key is a hash of the file's content."""
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
-    folder = cache_folder() / f"gguf-{digest}"
-    if not folder.is_dir():
+    folder = cache.cache_folder() / f"gguf-{digest}"
+    if not cache.is_whole(folder, weights=weights):
         print(f"converting {file.name} once into {folder} …", flush=True)
-        where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         config = tf.GgufConfig(dequantize=True)
-        lm = tf.AutoModelForCausalLM.from_pretrained(**where, quantization_config=config, dtype=torch.float16)
-        tokenizer = tf.AutoTokenizer.from_pretrained(**where)
-        with new_folder(folder) as aside:
+        lm = tf.AutoModelForCausalLM.from_pretrained(
+            **where, quantization_config=config, dtype=torch.float16, trust_remote_code=False
+        )
+        tokenizer = tf.AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+
+        def write(aside: Path) -> None:
             lm.save_pretrained(aside)
             save_tokenizer(tokenizer, aside)
-    return folder
+
+        if not cache.keep(folder, write):
+            folder = Path(tempfile.mkdtemp(prefix="qalign-")) / folder.name
+            atexit.register(shutil.rmtree, folder.parent, ignore_errors=True)
+            folder.mkdir()
+            write(folder)
+    return Origin(str(folder), digest, None, f"gguf-{digest}")
 
 
-def _held(spec: Model, origin: Origin, auto: Any, options: dict, dtype: torch.dtype, where: torch.device) -> Any:
+def _held(spec: Model, found: Origin, auto: Any, dtype: torch.dtype, where: torch.device) -> Any:
     """The base as the recipe holds it; 4-bit ones come from the cache, from which they load in a tenth of the time."""
-    place = {"dtype": dtype, "device_map": {"": where}}
-    fresh = {"revision": origin.hub_revision, **place}
+    place: dict[str, Any] = {"dtype": dtype, "device_map": {"": where}}
+    labels = 1 if auto is tf.AutoModelForSequenceClassification else None
+    if found.stored:
+        lm = _loaded(found, auto, labels, **place)
+        guard_4bit(lm)
+        return lm
     if spec.quantization in ("none", "int8"):
+        find(spec, weights=True)
         config = tf.BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
-        return auto.from_pretrained(origin.source, quantization_config=config, **fresh, **options)
+        return _loaded(found, auto, labels, quantization_config=config, **place)
     settings: dict[str, Any] = {
         "bnb_4bit_quant_type": spec.quantization,
         "bnb_4bit_use_double_quant": spec.double_quant,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
     }
     versions = [bitsandbytes.__version__, tf.__version__]
-    key = hashlib.sha256(json.dumps([origin.identity, settings, versions]).encode()).hexdigest()[:16]
-    folder = cache_folder() / f"{spec.quantization}-{key}"
-    config = tf.BitsAndBytesConfig(load_in_4bit=True, **settings)
-    lm = None
-    if not folder.is_dir():
-        print(f"quantising {origin.source} once into {folder} …", flush=True)
-        lm = tf.AutoModelForCausalLM.from_pretrained(origin.source, quantization_config=config, **fresh)
-        try:
-            with new_folder(folder) as aside:  # freshly quantised and before any forward: see guard_4bit
-                lm.save_pretrained(aside)
-        except OSError as error:  # a full disk: it is quantised again each time, but training can go on
-            print(f"not cached: {error}", file=sys.stderr)
+    key = hashlib.sha256(json.dumps([found.identity, settings, versions]).encode()).hexdigest()[:16]
+    folder = cache.cache_folder() / f"{spec.quantization}-{key}"
+    fresh = {"quantization_config": tf.BitsAndBytesConfig(load_in_4bit=True, **settings), **place}
+    is_kept, lm = cache.is_whole(folder), None
+    if not is_kept:
+        find(spec, weights=True)
+        print(f"quantising {found.source} once into {folder} …", flush=True)
+        lm = _loaded(found, tf.AutoModelForCausalLM, **fresh)
+        is_kept = cache.keep(folder, lm.save_pretrained)  # freshly quantised and before any forward: see guard_4bit
         if auto is not tf.AutoModelForCausalLM:
             lm = None  # only one of the two in memory at a time
     if lm is None:
-        cached = folder.is_dir()
-        source, more = (folder, place) if cached else (origin.source, {"quantization_config": config, **fresh})
-        lm = auto.from_pretrained(source, **more, **options)
+        kept = Origin(str(folder), None, None, "")
+        lm = _loaded(kept, auto, labels, **place) if is_kept else _loaded(found, auto, labels, **fresh)
     guard_4bit(lm)
     return lm
+
+
+def _check_tokens(tokenizer: Any, lm: Any, base: str, key: str) -> None:
+    """A `UserError` if the tokenizer gives ids that the base has no embedding for, as when only it got new tokens. A
+    text-only copy of a model that reads images may have kept the name of their placeholder."""
+    rows = lm.get_input_embeddings().weight.shape[0]
+    placeholders = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+    beyond = {token: place for token, place in tokenizer.get_vocab().items() if place >= rows}
+    if extra := sorted(set(beyond) - placeholders, key=lambda token: beyond[token]):
+        raise UserError(
+            f"{key}: the tokenizer of '{base}' has {len(extra)} tokens that the model has no embedding for "
+            f"({extra[0][:40]!r} has the id {beyond[extra[0]]}, the model has {rows} rows); remove them from the "
+            "tokenizer, or resize the model's embeddings and train them"
+        )
 
 
 def guard_4bit(lm: nn.Module) -> None:

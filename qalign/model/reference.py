@@ -16,7 +16,7 @@ from qalign.config.atomic import replacing
 from qalign.data.collate import AnswerBatch
 from qalign.data.tokenize import TokenPair
 from qalign.model.base import Base, Role
-from qalign.model.loading import cache_folder
+from qalign.model.cache import alone, cache_folder
 from qalign.model.logps import pair_logps
 
 
@@ -58,7 +58,7 @@ class CachedReferenceLogps(ReferenceLogps):
         key = json.dumps([made_with, made_on, scale], sort_keys=True)
         self.file = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         self._cached: dict[bytes, Tensor] = self._read()
-        self._unverified, self._unsaved = bool(self._cached), False
+        self._unverified, self._unsaved, self._is_writable = bool(self._cached), False, True
 
     def logps(self, base: Base, pairs: list[TokenPair], batch: AnswerBatch) -> Tensor:
         digests = [_digest(pair) for pair in pairs]
@@ -81,19 +81,24 @@ class CachedReferenceLogps(ReferenceLogps):
         self._unverified = False
 
     def save(self) -> None:
-        if not self._unsaved:
+        """Writes new log-probs to the cache. If it can't be written, says so once, and training goes on."""
+        if not self._unsaved or not self._is_writable:
             return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
         digests = torch.frombuffer(bytearray(b"".join(self._cached)), dtype=torch.uint8).view(len(self._cached), -1)
         tensors = {"digests": digests, "logps": torch.stack(list(self._cached.values()))}
-        with replacing(self.file) as aside:
-            save_file(tensors, aside, metadata={"checksum": _checksum(tensors)})
-        self._unsaved = False
+        try:
+            with alone(self.file.parent), replacing(self.file) as aside:
+                save_file(tensors, aside, metadata={"checksum": _checksum(tensors)})
+            self._unsaved = False
+        except (OSError, SafetensorError) as error:
+            self._is_writable = False
+            reason = " ".join(str(error).split())[:120]
+            tqdm.write(f"note: {self.file} can't be written ({reason}); going on without this cache")
 
     def _read(self) -> dict[bytes, Tensor]:
-        if not self.file.is_file():
-            return {}
         try:
+            if not self.file.is_file():
+                return {}
             with safe_open(self.file, "pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in ("digests", "logps")}
                 if opened.metadata()["checksum"] == _checksum(tensors):

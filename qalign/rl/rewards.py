@@ -21,7 +21,6 @@ import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, BitsAndBytesConfig
 
 from qalign.config.paths import function_of, looks_local, reward_adapter
 from qalign.config.recipe import Recipe
@@ -35,7 +34,7 @@ from qalign.model import lineage
 from qalign.model.adapters import SCORE_HEAD
 from qalign.model.base import Base, Role
 from qalign.model.generation import stop_ids_of, with_end_of_turn
-from qalign.model.loading import guard_4bit, load_config
+from qalign.model.loading import load_config, load_scorer
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.run_folder import RunFolder
 
@@ -107,17 +106,7 @@ class ModelScorer(Scorer):
     """A separate sequence-classification model in 4 bits, with its own tokenizer and chat template."""
 
     def load(self, base: Base) -> None:
-        nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": base.dtype}
-        config = BitsAndBytesConfig(load_in_4bit=True, **nf4)
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(self.source)
-            self.model = AutoModelForSequenceClassification.from_pretrained(
-                self.source, quantization_config=config, dtype=base.dtype, device_map={"": base.lm.device}
-            ).eval()
-        except (OSError, ValueError, SafetensorError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UserError(f"{self.key}: the model '{self.source}' can't be loaded: {reason}") from None
-        guard_4bit(self.model)
+        self.model, self.tokenizer = load_scorer(self.source, self.key, base.dtype, base.lm.device)
         _check_labels(self.key, f"'{self.source}'", self.model.config.num_labels)
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.key}: '{self.source}' has no chat template, which scoring needs; add one to it")

@@ -20,7 +20,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped, UserError, out_of_memory
 from qalign.model import lineage
 from qalign.model.base import Base, Role
-from qalign.model.memory import Forecast, Plan, usable_memory
+from qalign.model.memory.forecast import Forecast, Plan, usable_memory
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.checkpoints import damage
 from qalign.train.dataset import StageRows
@@ -81,8 +81,10 @@ class Session:
         if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
             found = Plan(size * longest, 0 if layers == "auto" else layers)
         else:
-            forecast = Forecast(run.recipe, run.stage, self.base.lm.config, device, self.base.dtype)
-            memory = usable_memory(device) - (other_bytes if device == "cuda" else 0)  # a CPU's leaves them out already
+            recipe = run.recipe.model_copy(update={"model": self.base.spec})
+            forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
+            memory = usable_memory(device, self.base.held_bytes)
+            memory -= other_bytes if device == "cuda" else 0  # a CPU's leaves them out already
             found = forecast.plan(memory, longest if size == "auto" else size * longest)
             if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
                 found = Plan(size * longest, forecast.layers)

@@ -15,8 +15,8 @@ from qalign import fit
 from qalign.config.load import load
 from qalign.config.stages import STAGES
 from qalign.errors import UserError
-from qalign.model import memory
 from qalign.model.loading import load_config
+from qalign.model.memory import forecast as memory
 from tests.conftest import FIXTURES, ROOT
 from tests.helpers import leaving
 
@@ -120,7 +120,7 @@ def test_without_memory_it_is_about_this_computer_whose_home_may_hold_the_base(r
         (["--memory", "lots"], "--memory: 'lots' is not a size; write 12GB for a card with 12 GB"),
         (["--memory", "0"], "--memory: '0' is not a size"),
         (["--memory", "12MB"], "--memory: '12MB' is not a size"),
-        (["model.base=no/such-model", "--memory", "12GB"], "model.base: 'no/such-model' can't be read: "),
+        (["model.base=no/such-model", "--memory", "12GB"], "model.base: 'no/such-model' is not in "),
         (["model.quantization=nf5"], "quantization"),
     ],
 )

@@ -20,7 +20,7 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import STAGES, Stage
 from qalign.data.templates import ChatTemplate
 from qalign.model.base import Base, Role
-from qalign.model.memory import Forecast
+from qalign.model.memory.forecast import Forecast
 from tests.conftest import FIXTURES, ROOT
 from tests.helpers import metrics, train_recipe
 

@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, BitsAndBytesConfig
 from qalign.config.recipe import Lora, Model
 from qalign.errors import UserError
 from qalign.model.base import Role, load
-from qalign.model.loading import cache_folder, guard_4bit, save_tokenizer
+from qalign.model.cache import cache_folder
+from qalign.model.loading import guard_4bit, save_tokenizer
 from tests.conftest import FIXTURES
 from tests.helpers import digest, scramble
 from tests.model.conftest import IDS, gradient, logits, state
@@ -169,10 +170,10 @@ def test_repacked_weights_are_refused(tiny_base):
 def test_the_cached_base_is_the_same_to_the_bit(spec, tiny_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", f"{tiny_folder}/config.json")  # a file, so nothing can be cached in it
     fresh = load(spec)
-    assert "not cached: " in capsys.readouterr().err
+    assert "can't be written" in capsys.readouterr().out
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     cached = load(spec)
-    assert [folder.name.startswith("nf4-") for folder in cache_folder().iterdir()] == [True]
+    assert [folder.name.startswith("nf4-") for folder in cache_folder().glob("[!.]*")] == [True]
     assert digest(fresh) == digest(cached)
     weights = load_file(f"{tiny_folder}/model.safetensors")
     moved = tmp_path / "changed"
@@ -195,7 +196,7 @@ def test_what_cannot_be_loaded_is_one_line(spec, tmp_path):
         with pytest.raises(UserError) as raised:
             load(spec.model_copy(update={"base": name}))
         assert len(raised.value.lines) == 1
-        assert f"model.base: '{name}' can't be loaded" in raised.value.lines[0]
+        assert raised.value.lines[0].startswith(f"model.base: '{name}' ")
 
 
 @pytest.mark.parametrize(

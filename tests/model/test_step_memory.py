@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qalign.model.step_memory import LiveBytes
+from qalign.model.memory.step import LiveBytes
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])

@@ -11,7 +11,7 @@ from qalign.config.recipe import Lora, Recipe
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.templates import ChatTemplate
 from qalign.model.base import Base, Role
-from qalign.model.memory import Forecast
+from qalign.model.memory.forecast import Forecast
 from qalign.rl.ppo_setup import bytes_by_role
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import AdapterScorer

@@ -14,7 +14,7 @@ import qalign.train.sft_trainer
 from qalign.config.stages import DPO, PPO, SFT
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite
-from qalign.model.memory import Plan
+from qalign.model.memory.forecast import Plan
 from qalign.train.callbacks import RunCallback
 from qalign.train.loop import Session, micro_batch, planned_steps
 from tests.helpers import TRAIN, dpo_config, metrics

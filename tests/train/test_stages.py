@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 import qalign.model.base
-import qalign.model.memory
+import qalign.model.memory.forecast
 import qalign.rl.ppo_setup
 from qalign.config.load import load as load_recipe
 from qalign.errors import Stopped, UserError
@@ -323,7 +323,7 @@ def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path
 @pytest.mark.parametrize(("stage", "keys"), [("sft", {}), ("reward", {"centering": 0.05}), ("dpo", {})])
 def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_path, monkeypatch, capsys):
     """Seven rows in steps of four: the last step of each epoch has three, in any number of parts."""
-    monkeypatch.setitem(qalign.model.memory.BUSY_TOKENS, "cpu", 400)  # `auto`: two or three pairs
+    monkeypatch.setitem(qalign.model.memory.forecast.BUSY_TOKENS, "cpu", 400)  # `auto`: two or three pairs
     keys |= {"limit": 7, "epochs": 2, "learning_rate": 1e-3}
     ways = (4, 2, 1, "auto")
     runs = [run_stage(write_recipe(tmp_path / f"{n}", tiny_folder, stage, micro_batch_size=n, **keys)) for n in ways]

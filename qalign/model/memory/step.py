@@ -134,7 +134,7 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
     if stage == "reward":
         auto, task_type, config.num_labels = tf.AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS, 1
     with torch.device("meta"):
-        lm: PreTrainedModel = auto.from_config(config, dtype=dtype)
+        lm: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
         peft.get_peft_model(lm, new_config(recipe.lora, task_type), autocast_adapter_dtype=False)
         lm.to(dtype)  # pyright: ignore[reportArgumentType]  (adapters too: autocast computes with copies of them)
         if stage == "reward":  # a ScalarHead asks for autocast, which the meta device doesn't have
@@ -154,6 +154,10 @@ def layer_pattern(config: PretrainedConfig) -> list[str]:
 def is_quantized(parameter: nn.Parameter, name: str, lm: PreTrainedModel) -> bool:
     """Whether bitsandbytes quantises a weight: those of all linear layers except the head."""
     if "lora_" in name or not name.endswith("weight"):
+        return False
+    stored = getattr(lm.config, "quantization_config", None) or {}  # of a base that is published quantised
+    skipped = (stored if isinstance(stored, dict) else vars(stored)).get("llm_int8_skip_modules") or ()
+    if any(module in name for module in skipped):
         return False
     layer = lm.get_submodule(name.rpartition(".")[0])
     return isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings() and parameter.shape[0] > 1

@@ -1,5 +1,5 @@
 """How much memory each stage of a recipe takes, and the largest micro-batch that fits: the planner behind
-`micro_batch_size: auto` and `qalign fit`. Neither weights nor a GPU are needed (`qalign.model.step_memory`).
+`micro_batch_size: auto` and `qalign fit`. Neither weights nor a GPU are needed (`qalign.model.memory.step`).
 """
 
 import copy
@@ -14,8 +14,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qalign.config.paths import function_of, is_own_model
 from qalign.config.recipe import Model, Recipe
-from qalign.config.stages import PPO
-from qalign.model.step_memory import Step, is_quantized, layer_pattern, meta_model, run_step
+from qalign.config.stages import PPO, REFERENCE_FREE
+from qalign.model.memory.step import Step, is_quantized, layer_pattern, meta_model, run_step
 
 CUDA_CONTEXT = 700 * 2**20  # bytes of the driver and of cuBLAS' workspaces; they differ by card and driver
 USABLE = 0.95  # the usable share of a memory, as allocators leave gaps
@@ -78,7 +78,8 @@ class Forecast:
         weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, adapter
-        if self.stage in ("dpo", "ppo") and settings.start_from is not None:
+        has_reference = self.stage == "ppo" or (self.stage == "dpo" and settings.loss not in REFERENCE_FREE)
+        if has_reference and settings.start_from is not None:
             frozen += 1  # the reference's copy of the adapter
         if isinstance(settings, PPO):
             sources = [source.source for _, source in settings.sources]
@@ -170,12 +171,22 @@ def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: M
     return math.ceil(count / 2 + (scales + scales / 256 * 4 if spec.double_quant else 4 * scales))
 
 
-def usable_memory(device: str) -> int:
-    """Bytes that this process may use in all, including what it holds already."""
+def usable_memory(device: str, held: int = 0) -> int:
+    """Bytes that this process may use in all, including what it holds already. For a CPU the caller says how much that
+    is, as `held`: weights that PyTorch reads straight from a file are free memory to the system."""
     if device == "cpu":
-        return int(psutil.virtual_memory().available * USABLE)
+        own = psutil.Process().memory_info()
+        in_memory = min(held, own.rss - getattr(own, "shared", 0))
+        return int((psutil.virtual_memory().available + in_memory) * USABLE)
     free, _ = torch.cuda.mem_get_info()
     return int((free + torch.cuda.memory_reserved()) * USABLE) + CUDA_CONTEXT
+
+
+def free_memory(device: str) -> int:
+    """Bytes that this process may still allocate."""
+    if device == "cpu":
+        return usable_memory(device)
+    return max(0, usable_memory(device) - CUDA_CONTEXT - torch.cuda.memory_allocated())
 
 
 def kv_cache_bytes(config: PretrainedConfig, tokens: int, width: int) -> int:

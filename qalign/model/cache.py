@@ -1,0 +1,120 @@
+"""The cache of converted and quantised bases: folders with the hashes of their files, verified each time they are used.
+
+A cache that can't be written costs time, never the run. Imports no torch.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from qalign.config.atomic import new_folder
+
+HASHES, LOCK = "hashes.json", ".lock"
+PIECE = 2**24  # bytes that are hashed at once: the pieces of a file are hashed on all cores
+LOCK_WAIT = 60  # seconds to wait for another process that writes
+
+
+def cache_folder() -> Path:
+    """Where converted and quantised bases are cached: `$XDG_CACHE_HOME/qalign`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qalign"
+
+
+def is_whole(folder: Path, *, weights: bool = True) -> bool:
+    """Whether a folder is in the cache with every file as it was written. Says so if it is there and damaged. Clears
+    what killed processes left. Without `weights`, only the size of safetensors files is looked at."""
+    with suppress(OSError), alone(folder.parent, wait=0):
+        pass
+    problem = _damage(folder, weights=weights)
+    if problem:
+        print(f"note: {folder} is damaged ({problem}); it is made again", flush=True)
+    return problem == ""
+
+
+def keep(folder: Path, write: Callable[[Path], object]) -> bool:
+    """Keeps a folder that `write` fills, with its hashes, in the place of a damaged one. False, and one line that says
+    why, if the cache can't be written."""
+    try:
+        with alone(folder.parent):
+            if _damage(folder) == "":  # made by another process meanwhile
+                return True
+            if folder.is_dir():
+                shutil.rmtree(folder)
+            with new_folder(folder) as aside:
+                write(aside)
+                hashes = {name: [size, file_hash(aside / name)] for name, size in _sizes(aside).items()}
+                (aside / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+        return True
+    except Exception as error:  # safetensors has errors of its own for a full disk
+        reason = " ".join(str(error).split())[:120]
+        print(f"note: the cache {folder} can't be written ({reason}); going on without it", flush=True)
+        return False
+
+
+@contextmanager
+def alone(folder: Path, wait: float = LOCK_WAIT) -> Generator[None]:
+    """Only one process at a time writes into a folder of the cache. So what has a temporary name there when the block
+    begins was left by one that was killed, and is deleted. Where locks don't work, or another process takes longer than
+    `wait` seconds, nothing is deleted.
+
+    Raises:
+        OSError: the folder can't be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK, timeout=wait)
+    try:
+        lock.acquire()
+    except (Timeout, OSError, NotImplementedError):
+        yield
+        return
+    try:
+        for left in folder.glob(".*"):
+            if left.name != LOCK:
+                shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()
+
+
+def _damage(folder: Path, *, weights: bool = True) -> str | None:
+    """What is wrong with a folder of the cache; empty if nothing is, None if there is no such folder."""
+    try:
+        if not folder.is_dir():
+            return None
+        expected, found = json.loads((folder / HASHES).read_text(encoding="utf-8")), _sizes(folder)
+        for name in sorted({*expected, *found}):
+            size, content = expected.get(name, (None, None))
+            if found.get(name) != size:
+                return f"{name} has {found.get(name, 'no')} bytes, expected {size}"
+            if (weights or not name.endswith(".safetensors")) and file_hash(folder / name) != content:
+                return f"{name} has other content"
+    except FileNotFoundError:
+        return f"it has no {HASHES}"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        return " ".join(str(error).split())
+    return ""
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """The bytes of each file, by its name in the folder."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != HASHES)
+    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
+
+
+def file_hash(file: Path) -> str:
+    """A hash of a file's content: BLAKE2b of the hashes of its pieces."""
+
+    def hashed(start: int) -> bytes:
+        with file.open("rb") as opened:
+            opened.seek(start)
+            return hashlib.blake2b(opened.read(PIECE), digest_size=32).digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pieces = pool.map(hashed, range(0, file.stat().st_size, PIECE))
+        return hashlib.blake2b(b"".join(pieces), digest_size=32).hexdigest()
