@@ -11,9 +11,10 @@ from typing import Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from qalign.config.atomic import write_whole
-from qalign.config.load import flow, sections_in
+from qalign.config.explain import sections_in
 from qalign.config.recipe import Recipe
 from qalign.config.stages import RewardSource, Source
+from qalign.config.yaml_file import flow
 
 ROOT = Path(__file__).parents[1]
 REFERENCE, SCHEMA = ROOT / "docs" / "recipe.md", ROOT / "recipes" / "recipe.schema.json"

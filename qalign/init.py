@@ -12,9 +12,10 @@ from pydantic.fields import FieldInfo
 
 from qalign.cli import Parser, program, run_parsed
 from qalign.config.atomic import write_whole
-from qalign.config.load import flow, parse, sections_in
+from qalign.config.explain import sections_in
 from qalign.config.paths import Keys, as_keys, named_paths
 from qalign.config.recipe import Recipe
+from qalign.config.yaml_file import flow, parse
 from qalign.errors import UserError, did_you_mean
 
 PACKAGE = Path(__file__).parent

@@ -1,19 +1,18 @@
 """The recipe: a typed and strict model of the YAML file. `qalign.config.load` reads one from a file."""
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from qalign.config.stages import (
     DPO,
+    MAX_TOKENS,
     PPO,
     REFERENCE_FREE,
     SFT,
     SFT_RUN,
     STAGES,
-    Count,
-    Positive,
     Reward,
     Section,
     Share,
@@ -36,7 +35,7 @@ class Model(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype: the dtype of matrix products. `auto` is bfloat16 where the device is fast at it, else float16 on
     GPUs and float32 on CPUs. Take float32 if the loss is not finite."""
-    max_length: int = Field(default=2048, ge=16)
+    max_length: int = Field(default=2048, ge=16, le=MAX_TOKENS)
     """Maximum sequence length, in tokens: prompt and answer together. The oldest turns are dropped to fit; an answer is
     never cut. Lower it when memory runs out."""
     chat_template: str | None = None
@@ -45,20 +44,27 @@ class Model(Section):
     """Chat template arguments: passed to the template, such as `{enable_thinking: false}` for Qwen3."""
 
 
+# PEFT takes a text as a regular expression, some of which never end; names say all that is needed.
+ModuleName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
+_one_name = BeforeValidator(
+    lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=ModuleName | list[ModuleName]
+)
+
+
 class Lora(Section):
     """The trained adapter: low-rank matrices next to the frozen weights (LoRA, arXiv:2106.09685)."""
 
-    r: Count = 16
+    r: int = Field(default=16, ge=1, le=4096)
     """LoRA rank r: of the trained matrices. 8 saves memory; take 32 or 64 if the style to learn is far from the
     model's."""
-    alpha: Positive = 32.0
+    alpha: float = Field(default=32.0, gt=0, le=100_000)
     """LoRA scale α: the update is multiplied by alpha / r. Keep it at twice the rank."""
     dropout: ShareBelowOne = 0.0
     """LoRA dropout: the share of the adapter's inputs set to zero during training, never for the reference. Try 0.05 if
     the held-out loss rises while the training loss falls."""
-    targets: str | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1), _one_name] = "all-linear"
     """LoRA target modules: `all-linear` (every linear layer but the output layer), or a list of module names such as
-    `[q_proj, v_proj]`, which is smaller and learns less."""
+    `[q_proj, v_proj]`, which is smaller and learns less. `layers.0.mlp.up_proj` is the one of layer 0."""
     rslora: bool = False
     """Rank-stabilised LoRA (arXiv:2312.03732): scales by alpha / sqrt(r) instead of alpha / r. For ranks of 64 or
     more."""
@@ -77,7 +83,7 @@ class Lora(Section):
             )
         if self.init == "loftq" and self.dora:
             yield "init: 'loftq' and dora can't be combined: PEFT sets the magnitudes before LoftQ moves the weights"
-        if "lm_head" in ([self.targets] if isinstance(self.targets, str) else self.targets):
+        if self.targets != "all-linear" and "lm_head" in [target.rpartition(".")[2] for target in self.targets]:
             yield "targets: 'lm_head' can't have an adapter: log-probs are computed from its frozen weight; remove it"
 
 
@@ -89,7 +95,8 @@ class Recipe(Section):
     lora: Lora = Lora()
     """LoRA adapter: the trained matrices; every stage has an adapter of its own with these settings."""
     output: str
-    """Output folder: each stage writes into `<output>/<stage>/`. Choose a new one for each try."""
+    """Output folder, relative to the current folder: each stage writes into `<output>/<stage>/`. Choose a new one for
+    each try."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Random seed: fixes the order of rows and the adapter's initial weights; the same seed on the same machine gives
     the same run. Change it to see how much of a result is chance."""

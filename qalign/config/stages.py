@@ -9,9 +9,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-Count = Annotated[int, Field(ge=1)]
-Positive = Annotated[float, Field(gt=0)]
-NotNegative = Annotated[float, Field(ge=0)]
+# Every number has a bound, far beyond what anybody uses: a slip of the keyboard must not hang or fill the memory.
+MAX_ROWS, MAX_STEPS, MAX_BATCH, MAX_LAYERS, MAX_TOKENS = 10**9, 10**7, 2**16, 10_000, 2**20
+Rows = Annotated[int, Field(ge=1, le=MAX_ROWS)]
+Steps = Annotated[int, Field(ge=1, le=MAX_STEPS)]
+Batch = Annotated[int, Field(ge=1, le=MAX_BATCH)]
+Layers = Annotated[int, Field(ge=0, le=MAX_LAYERS)]
+Count = Annotated[int, Field(ge=1, le=1_000)]
+Epochs = Annotated[float, Field(gt=0, le=10_000)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, le=1_000)]
+NotNegative = Annotated[float, Field(ge=0, le=1_000)]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
@@ -62,9 +70,9 @@ class Source(Section):
     streaming: bool = False
     """Streaming: fetches rows of a hub dataset as they are taken, instead of the whole dataset first. With `limit`,
     nothing else is fetched."""
-    skip: int = Field(default=0, ge=0)
+    skip: int = Field(default=0, ge=0, le=MAX_ROWS)
     """Skipped rows: leaves out this many rows at the start, so that two runs can share a file but no row."""
-    limit: Count | None = None
+    limit: Rows | None = None
     """Row limit: takes at most this many rows, counted after the skipped ones."""
     weight: Positive = 1.0
     """Sampling weight: how often these rows are seen. 2 takes each row twice, 0.5 takes a random half."""
@@ -77,7 +85,7 @@ class RewardSource(Section):
     """Reward source: `reward` for this recipe's own reward run; the folder of another reward run or of a PEFT SEQ_CLS
     adapter on the same base; a sequence-classification model (hub id or folder); or a Python function,
     `module:function` or `FILE.py:function`."""
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=-1_000_000, le=1_000_000)
     """Reward weight: multiplies the scores of this source before all sources are summed. May be negative."""
 
     def conflicts(self) -> Iterator[str]:
@@ -97,33 +105,33 @@ class Stage(Section):
     have a prompt, a chosen and a rejected answer; most layouts are detected."""
     split: str = "train"
     """Dataset split: the split of a hub dataset to train on. Local files have no splits."""
-    limit: Count | None = None
+    limit: Rows | None = None
     """Row limit: takes at most this many rows of each source. All rows when left out."""
     eval_data: Data | None = None
     """Held-out data: rows for `qalign.evaluate`, `eval_every` and the stage's report. Never put training rows here."""
-    epochs: Positive = 1.0
+    epochs: Epochs = 1.0
     """Epochs: passes over the training rows. Preference training overfits fast: 1, or 2 to 3 for a few hundred rows."""
-    max_steps: Count | None = None
+    max_steps: Steps | None = None
     """Maximum steps: stops after this many optimiser steps, whatever `epochs` says. Set 5 to try out a recipe."""
-    batch_size: Count = 16
+    batch_size: Batch = 16
     """Batch size: rows (pairs, for preferences) in one optimiser step. A larger batch gives steadier and fewer updates;
     it costs no memory, because it is processed in micro-batches."""
-    micro_batch_size: Literal["auto"] | Count = "auto"
+    micro_batch_size: Literal["auto"] | Batch = "auto"
     """Micro-batch size: rows in one forward pass; must divide `batch_size`. `auto` takes as many as keep the device
     busy and fit its memory. Lower it when memory runs out: no number changes."""
-    checkpointed_layers: Literal["auto"] | Annotated[int, Field(ge=0)] = "auto"
+    checkpointed_layers: Literal["auto"] | Layers = "auto"
     """Gradient checkpointing: the number of layers that recompute their activations in the backward pass, which needs
     less memory and more time. `auto` takes as few as fit (none on a CPU). Raise it (1000: all) when memory runs out."""
-    learning_rate: Positive = 5e-6
+    learning_rate: LearningRate = 5e-6
     """Peak learning rate: reached after the warm-up. Halve it if the held-out loss rises, double it if the margin
     between chosen and rejected answers hardly grows; small models take more (1e-5 for 1B to 2B)."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Learning rate schedule: how the rate falls after the warm-up. Take a constant one if you stop runs by hand."""
     warmup_ratio: ShareBelowOne = 0.1
     """Warm-up ratio: the share of steps in which the rate rises from zero. Raise it if the loss jumps at the start."""
-    eval_every: Count | None = None
+    eval_every: Steps | None = None
     """Evaluation interval, in optimiser steps: measures `eval_data` during training; never when left out."""
-    save_every: Count | None = None
+    save_every: Steps | None = None
     """Checkpoint interval, in optimiser steps: what `--resume` continues from; ten checkpoints a run when left out.
     Lower it where a session may end at any time."""
     start_from: str | None = None
@@ -148,10 +156,10 @@ class SFT(Stage):
 
     data: Data
     """Training data: dialogues, prompts with completions, plain texts, or the chosen side of preference pairs."""
-    learning_rate: Positive = 2e-4
+    learning_rate: LearningRate = 2e-4
     """Peak learning rate: reached after the warm-up; higher than for DPO, because a raw base has much to learn. Use
     1e-4 for a model that can already chat; halve it if the held-out loss rises."""
-    batch_size: Count = 16
+    batch_size: Batch = 16
     """Batch size: rows in one optimiser step; with `packing`, packed rows of `max_length` tokens."""
     packing: bool = False
     """Sequence packing: puts several dialogues, which can't attend to each other, into one row of `max_length` tokens
@@ -164,7 +172,7 @@ class SFT(Stage):
 class Reward(Stage):
     """A reward model: learns to give the chosen answer of each pair a higher score (Bradley-Terry)."""
 
-    learning_rate: Positive = 1e-4
+    learning_rate: LearningRate = 1e-4
     """Peak learning rate: of adapter and score head. Halve it if the held-out loss rises, double it if accuracy stays
     near 0.5."""
     margin: bool = False
@@ -220,26 +228,26 @@ class PPO(Stage):
     eval_data: Data | None = None
     """Held-out prompts: answered at the start, every `eval_every` iterations and at the end. Never put training rows
     here."""
-    epochs: Positive = 1.0
+    epochs: Epochs = 1.0
     """Epochs: how often each prompt is answered, if `max_steps` doesn't set the number of iterations."""
-    max_steps: Count | None = None
+    max_steps: Steps | None = None
     """Maximum iterations: each one samples `batch_size` answers, then learns from them. Set 1 to try out a recipe."""
-    batch_size: Count = 64
+    batch_size: Batch = 64
     """Rollout batch size: answers in one iteration, to `batch_size / samples_per_prompt` prompts. Must be a multiple of
     `samples_per_prompt` x `mini_batches`. A larger batch is steadier and slower."""
     samples_per_prompt: Count = 4
     """Samples per prompt: answers to each prompt, which is read once for all of them. Fewer give more prompts."""
-    micro_batch_size: Literal["auto"] | Count = "auto"
+    micro_batch_size: Literal["auto"] | Batch = "auto"
     """Micro-batch size: answers in one forward pass; a multiple of `samples_per_prompt` that divides a mini-batch.
     Lower it when memory runs out: no number changes."""
-    learning_rate: Positive = 1e-5
+    learning_rate: LearningRate = 1e-5
     """Peak learning rate: for policy and value model, reached after the warm-up. Halve it if KL rises sharply or
     updates often stop early (`kl_stop`), double it if the reward hardly rises."""
     reward: Rewards
     """Reward: what PPO maximises. `reward` for this recipe's reward run, another reward adapter, a
     sequence-classification model, a Python function `module:function(prompts, completions, **row)`, or a list of these
     with `weight`."""
-    max_new_tokens: Count = 256
+    max_new_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
     """Maximum answer length: in tokens; longer answers are cut. Prompts must leave this much room in
     `model.max_length`. Raise it if few answers end by themselves (`eval_ended`); time and memory grow with it."""
     temperature: Positive = 1.0
@@ -286,7 +294,7 @@ class PPO(Stage):
     judge: Rewards | None = None
     """Judge: rewards that score the held-out answers and are never trained on, in the same forms as `reward`. Set one
     to detect reward hacking: the judge falls while the reward rises."""
-    patience: int = Field(default=3, ge=2)
+    patience: int = Field(default=3, ge=2, le=1_000)
     """Alarm patience: evaluations in a row with falling judge and rising reward before the alarm. Larger is slower but
     surer."""
     on_alarm: Literal["warn", "slow", "stop"] = "warn"

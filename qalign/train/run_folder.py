@@ -18,10 +18,11 @@ from pydantic import ValidationError
 
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
 from qalign.config.differences import differences
-from qalign.config.load import dump, parse
+from qalign.config.load import dump
 from qalign.config.paths import absolute, function_of, looks_local
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
+from qalign.config.yaml_file import parse
 from qalign.data.formats import Refused
 from qalign.errors import MAX_LINE, StopRequest, UserError, did_you_mean, disk_problem, one_line
 from qalign.model import lineage

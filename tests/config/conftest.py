@@ -19,6 +19,31 @@ dpo:
 """
 
 
+REWARDS = """\
+import math as maths
+from statistics import mean
+
+length = lambda completions: [len(text) for text in completions]
+
+try:
+    def fast(completions): ...
+except ImportError:
+    fast = None
+
+def short(completions):
+    inside = 1
+    return [1.0 / len(text) for text in completions]
+
+class Judge:
+    def within(self): ...
+"""
+
+
+def make_adapter(place: Path) -> None:
+    place.mkdir(parents=True)
+    (place / "adapter_config.json").touch()
+
+
 def with_stages(**settings: str) -> str:
     """A good recipe with all stages: `sft:` is line 4; an extra setting of a stage is two lines below its name."""
     lines = ["model: {base: org/model}", "output: runs/x", "lora: {r: 8}"]
@@ -72,3 +97,15 @@ def only_problem(problems):
             assert word in line
 
     return only_problem
+
+
+@pytest.fixture
+def scorers(folder) -> Path:
+    """The current directory with functions, a reward run, a model, and a folder that is neither."""
+    (folder / "rewards.py").write_text(REWARDS)
+    make_adapter(folder / "runs" / "a" / "reward" / "adapter")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").touch()
+    (folder / "empty").mkdir()
+    (folder / "notes.txt").touch()
+    return folder

@@ -12,7 +12,7 @@ from tests.config.conftest import GOOD, SECTIONS, with_stages
 DPO_MISTAKES = [  # a line 6 below `dpo:`, and words of the message; " … " stands for any text
     ("epohcs: 2", "unknown key 'epohcs' in dpo; did you mean 'epochs'?"),
     ("batch_size: '16'", "dpo.batch_size is '16'; expected a whole number"),
-    ("batch_size: 0", "dpo.batch_size is 0; expected greater than or equal to 1"),
+    ("batch_size: 0", "dpo.batch_size is 0; expected at least 1"),
     ("max_steps: 1e3", "dpo.max_steps is 1000.0; expected a whole number"),
     ("beta: a tenth", "dpo.beta is 'a tenth'; expected a number"),
     ("beta: yes", "dpo.beta is True; expected a number"),
@@ -26,8 +26,8 @@ DPO_MISTAKES = [  # a line 6 below `dpo:`, and words of the message; " … " sta
     ("loss: robust", "dpo.loss: 'robust' needs label_smoothing"),
     ("gamma: 1.0", "dpo.gamma: has no effect with loss 'sigmoid'; use loss 'simpo'"),
     ("eval_data: []", "dpo.eval_data is empty"),
-    ("eval_data: {path: pairs.jsonl, limit: 0}", "dpo.eval_data.limit is 0; expected greater than or equal to 1"),
-    ("trainer: {5: 5}", "dpo.trainer.5 is 5; expected a string"),
+    ("eval_data: {path: pairs.jsonl, limit: 0}", "dpo.eval_data.limit is 0; expected at least 1"),
+    ("trainer: {5: 5}", "unknown key '5' in dpo.trainer"),
     ("trainer: {optm: adafactor}", "unknown key 'optm' in dpo.trainer; did you mean 'optim'?"),
 ]
 OTHER_MISTAKES = [  # a section in line 6
@@ -35,9 +35,17 @@ OTHER_MISTAKES = [  # a section in line 6
     ("seed: '42'", "seed is '42'; expected a whole number"),
     ("lora: {r: 16.0}", "lora.r is 16.0; expected a whole number"),
     ("lora: {alpha: '32'}", "lora.alpha is '32'; expected a number"),
-    ("lora: {rank: 8}", "unknown key 'rank' in lora; known: r, alpha, dropout"),
+    ("lora: {rank: 8}", "unknown key 'rank' in lora; did you mean 'r'?"),
     ("lora: {init: lotfq}", "lora.init is 'lotfq' … did you mean 'loftq'?"),
-    ("lora: {targets: 5}", "lora.targets is 5; expected 'all-linear' or a list of module names"),
+    ("lora: {size: 8}", "unknown key 'size' in lora; known: r, alpha, dropout"),
+    ("lora: {targets: 5}", "lora.targets is 5; expected 'all-linear' or a list of modules' names"),
+    ("lora: {targets: []}", "lora.targets is []; expected 'all-linear' or a list"),
+    (
+        "lora: {targets: '(([a-z.])+)+!'}",
+        "lora.targets is '(([a-z.])+)+!'; expected 'all-linear' or a list … no regular",
+    ),
+    ("lora: {targets: [q_proj, '.*_proj']}", "lora.targets.1 is '.*_proj'; expected a module's name such as q_proj"),
+    ("lora: {targets: lm_head}", "lora.targets: 'lm_head' can't have an adapter"),
     ("lora: {targets: [q_proj, 5]}", "lora.targets.1 is 5; expected a string"),
     ("lora: {targets: [q_proj, lm_head]}", "lora.targets: 'lm_head' can't have an adapter"),
     ("seed:", "seed is empty"),
@@ -203,6 +211,19 @@ def test_an_override_makes_the_section_that_it_needs(read, dpo):
     assert recipe.dpo.data == (Source(path="pairs.jsonl"),)
 
 
+@pytest.mark.parametrize("stage", STAGES)
+def test_without_held_out_rows_on_the_command_line_nothing_is_measured_on_them(read, problems, stage):
+    held_out = "eval_data: pairs.jsonl\n  eval_every: 5" + ("\n  judge: json:loads" if stage == "ppo" else "")
+    text = with_stages(**{stage: held_out})
+
+    for nothing in ("null", "", "~"):
+        settings = getattr(read(text, f"{stage}.eval_data={nothing}"), stage)
+        assert (settings.eval_data, settings.eval_every, getattr(settings, "judge", None)) == (None, None, None)
+    assert "eval_every: has nothing to measure" in problems(text, f"{stage}.eval_data=", f"{stage}.eval_every=7")[0]
+    assert "eval_every: has nothing to measure" in problems(text.replace("eval_data: pairs.jsonl", "eval_data:"))[0]
+    assert getattr(read(text, f"{stage}.eval_data=org/other"), stage).eval_every == 5
+
+
 def test_an_override_of_a_shared_value_changes_one_stage_only(read):
     text = with_stages(sft="trainer: &shared {optim: adafactor}", dpo="trainer: *shared")
 
@@ -224,7 +245,7 @@ def test_an_override_of_a_shared_value_changes_one_stage_only(read):
         ("=20", "'=20' is not KEY=VALUE"),
         ("dpo..beta=20", "'dpo..beta=20' is not KEY=VALUE"),
         ("model.base.name=x", "base is a value, not a section"),
-        ("lora.targets=[q_proj", "not valid YAML; quote it"),
+        ("lora.targets=[q_proj", "the value is not valid YAML ( … ); quote it"),
         ("lora.init=pissa", "lora.init: 'pissa'"),
         ("lora.init=loftq", "set dpo.start_from: sft, or use 'default'"),
         ("ppo={data: pairs.jsonl, reward: 'gone.py:f'}", "reward: there is no file 'gone.py'"),
@@ -283,7 +304,7 @@ def test_what_is_dumped_reads_back_as_the_same_recipe(read, text):
 def test_the_dump_writes_every_default_out(read):
     written = yaml.safe_load(dump(read(GOOD)))
 
-    assert written["dpo"]["data"] == [{"path": "pairs.jsonl", "split": None, "skip": 0, "limit": None, "weight": 1.0}]
+    assert written["dpo"]["data"] == [Source(path="pairs.jsonl").model_dump()]
     assert set(written) == set(Recipe.model_fields)
     assert set(written["dpo"]) == set(DPO.model_fields)
     assert (written["sft"], written["reward"], written["ppo"]) == (None, None, None)

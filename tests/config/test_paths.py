@@ -1,50 +1,11 @@
-"""The files, functions and adapters that a recipe names: what is missing is found at once, the rest is located."""
-
-from pathlib import Path
+"""The files, functions and adapters that a recipe names are located. (What is missing: test_missing.py.)"""
 
 import pytest
 
 from qalign.config.load import dump, load
 from qalign.config.paths import absolute, looks_local, package_file
-from qalign.config.stages import STAGES, Source
-from tests.config.conftest import GOOD, with_stages
-
-REWARDS = """\
-import math as maths
-from statistics import mean
-
-length = lambda completions: [len(text) for text in completions]
-
-try:
-    def fast(completions): ...
-except ImportError:
-    fast = None
-
-def short(completions):
-    inside = 1
-    return [1.0 / len(text) for text in completions]
-
-class Judge:
-    def within(self): ...
-"""
-
-
-def make_adapter(place: Path) -> None:
-    place.mkdir(parents=True)
-    (place / "adapter_config.json").touch()
-
-
-@pytest.fixture
-def scorers(folder) -> Path:
-    """The current directory with functions, a reward run, a model, and a folder that is neither."""
-    (folder / "rewards.py").write_text(REWARDS)
-    make_adapter(folder / "runs" / "a" / "reward" / "adapter")
-    (folder / "model").mkdir()
-    (folder / "model" / "config.json").touch()
-    (folder / "empty").mkdir()
-    (folder / "notes.txt").touch()
-    return folder
-
+from qalign.config.stages import Source
+from tests.config.conftest import REWARDS, make_adapter, with_stages
 
 # --- data, base, chat template, start --------------------------------------------------------------------------------
 
@@ -63,55 +24,6 @@ def test_a_local_path_is_told_from_a_hub_id(folder, path, local):
     assert looks_local(path) is local
 
 
-@pytest.mark.parametrize(
-    ("line", "words", "text"),
-    [
-        (5, "data: there is no file 'piars.jsonl'; did you mean 'pairs.jsonl'?",
-         GOOD.replace("pairs.jsonl", "piars.jsonl")),
-        (2, "base: there is no 'gone.gguf'", GOOD.replace("org/model", "gone.gguf")),
-        (2, "base: there is no './gone'", GOOD.replace("org/model", "./gone")),
-        (2, "'no_such_package' is not installed", GOOD.replace("org/model", "package:no_such_package/model.gguf")),
-        (2, "'a.b' is not installed", GOOD.replace("org/model", "package:a.b/model.gguf")),
-        (2, "no file 'cli.pz'; did you mean 'cli.py'?", GOOD.replace("org/model", "package:qalign/cli.pz")),
-        (2, "no file 'gone/model.gguf'", GOOD.replace("org/model", "package:qalign/gone/model.gguf")),
-        (3, "chat_template: there is no file 'gone.jinja'",
-         GOOD.replace("org/model", "org/model\n  chat_template: gone.jinja")),
-        *((5 + 2 * number, "data: there is no file 'gone.jsonl'",
-           with_stages().replace(f"{stage}:\n  data: pairs", f"{stage}:\n  data: gone"))
-          for number, stage in enumerate(STAGES)),
-        *((6 + 2 * number, "start_from: 'empty' is neither 'sft' nor a PEFT adapter folder",
-           with_stages(**{stage: "start_from: empty"})) for number, stage in enumerate(STAGES)),
-    ],
-)  # fmt: skip
-def test_what_is_missing_is_found_before_anything_is_loaded(only_problem, scorers, line, words, text):
-    only_problem(line, words, text)
-
-
-def test_each_missing_source_of_a_list_is_found_at_its_own_line(problems, folder):
-    text = """\
-model: {base: org/model}
-output: x
-dpo:
-  data: &rows
-  - pairs.jsonl
-  - ./gone
-  - {path: gone.csv, limit: 5}
-  - org/on-the-hub
-  - limit: 5
-    path: gone.parquet
-sft: {data: *rows}
-"""
-
-    assert problems(text) == [
-        "recipe.yaml:6: data: there is no file './gone'",  # once for both stages, where the alias's rows are written
-        "recipe.yaml:6: data: there is no file './gone'",
-        "recipe.yaml:7: data: there is no file 'gone.csv'",
-        "recipe.yaml:7: data: there is no file 'gone.csv'",
-        "recipe.yaml:10: data: there is no file 'gone.parquet'",
-        "recipe.yaml:10: data: there is no file 'gone.parquet'",
-    ]
-
-
 def test_the_file_of_a_package_is_found_without_importing_it(folder, monkeypatch):
     (folder / "heavy" / "weights").mkdir(parents=True)
     (folder / "heavy" / "__init__.py").write_text("raise RuntimeError('imported')")
@@ -121,19 +33,20 @@ def test_the_file_of_a_package_is_found_without_importing_it(folder, monkeypatch
     assert package_file("package:heavy/weights/model.gguf") == folder / "heavy" / "weights" / "model.gguf"
 
 
-def test_a_path_is_looked_up_from_here_and_then_in_the_recipes_folder(folder, monkeypatch):
+def test_a_path_is_looked_up_in_the_recipes_folder_and_then_here(folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder / "project"))
     beside = folder / "project"
     make_adapter(beside / "adapter")
     (beside / "rows").mkdir()
     for name in ("model.gguf", "chat.jinja", "train.jsonl", "test.jsonl", "pairs.jsonl"):
         (beside / name).touch()
+    (folder / "here.jsonl").touch()
     stages = "".join(f"{stage}: {{data: rows, start_from: adapter}}\n" for stage in ("sft", "reward"))
     (beside / "recipe.yaml").write_text(f"""\
 model: {{base: model.gguf, chat_template: chat.jinja}}
 output: runs/x
 dpo:
-  data: [train.jsonl, {{path: pairs.jsonl, weight: 2.0}}, rows, org/on-the-hub, ~/test.jsonl]
+  data: [train.jsonl, {{path: pairs.jsonl, weight: 2.0}}, here.jsonl, rows, org/on-the-hub, ~/test.jsonl]
   eval_data: test.jsonl
 {stages}""")
 
@@ -142,7 +55,8 @@ dpo:
     assert (recipe.model.base, recipe.model.chat_template) == ("project/model.gguf", "project/chat.jinja")
     assert recipe.dpo.data == (
         Source(path="project/train.jsonl"),
-        Source(path="pairs.jsonl", weight=2.0),  # there is one here too
+        Source(path="project/pairs.jsonl", weight=2.0),  # there is one here too
+        Source(path="here.jsonl"),
         Source(path="project/rows"),
         Source(path="org/on-the-hub"),
         Source(path=f"{beside}/test.jsonl"),
@@ -150,6 +64,22 @@ dpo:
     assert recipe.dpo.eval_data == (Source(path="project/test.jsonl"),)
     assert (recipe.sft.start_from, recipe.reward.start_from) == ("project/adapter", "project/adapter")
     assert recipe.output == "runs/x"
+
+
+def test_a_path_of_the_command_line_is_looked_up_here_and_then_in_the_recipes_folder(folder):
+    (folder / "project").mkdir()
+    for name in ("pairs.jsonl", "beside.jsonl"):
+        (folder / "project" / name).touch()
+    (folder / "project" / "recipe.yaml").write_text(
+        "model: {base: org/model}\noutput: x\ndpo: {data: {path: pairs.jsonl}}\n"
+    )
+
+    def data(*overrides: str) -> list[str]:
+        return [source.path for source in load("project/recipe.yaml", overrides).dpo.data]
+
+    assert data() == data("dpo.data.limit=5") == ["project/pairs.jsonl"]
+    assert data("dpo.data=pairs.jsonl") == data("dpo.data.path=pairs.jsonl") == data("dpo={data: pairs.jsonl}")
+    assert data("dpo.data=[pairs.jsonl, beside.jsonl]") == ["pairs.jsonl", "project/beside.jsonl"]
 
 
 def test_sft_and_reward_are_the_runs_and_not_folders_of_that_name(read, folder):
@@ -166,45 +96,6 @@ def test_sft_and_reward_are_the_runs_and_not_folders_of_that_name(read, folder):
 
 
 # --- rewards and judges ----------------------------------------------------------------------------------------------
-
-NEITHER = "no finished reward run (adapter_config.json) and no model (config.json)"
-
-
-@pytest.mark.parametrize("key", ["reward", "judge"])
-@pytest.mark.parametrize(
-    ("source", "words"),
-    [
-        ("rewards.py:shrot", "rewards.py has no function 'shrot'; did you mean 'short'?"),
-        ("rewards:lenght", "rewards has no function 'lenght'; did you mean 'length'?"),
-        ("rewards.py:inside", "rewards.py has no function 'inside'"),
-        ("rewards.py:within", "rewards.py has no function 'within'"),
-        ("json:laods", "json has no function 'laods'; did you mean 'loads'?"),
-        ("json.decoder:JSONDecodr", "json.decoder has no function 'JSONDecodr'; did you mean 'JSONDecoder'?"),
-        ("gone.py:short", "there is no file 'gone.py' to take the function 'short' from"),
-        ("no_such.module:short", "there is no module 'no_such.module' to take the function 'short' from"),
-        ("json.gone:short", "there is no module 'json.gone'"),
-        (".rewards:short", "there is no module '.rewards'"),
-        ("rewards.py", "'rewards.py' names no function; write rewards.py:FUNCTION"),
-        ("./gone", "there is no './gone'"),
-        ("~/gone", "there is no '~/gone'"),
-        ("runs/gone/reward", "there is no 'runs/gone/reward'"),
-        ("./empty", f"'./empty' has {NEITHER}"),
-        ("runs", f"'runs' has {NEITHER}"),
-        ("notes.txt", f"'notes.txt' has {NEITHER}"),
-    ],
-)
-def test_a_reward_that_is_not_there_is_found_before_anything_is_loaded(only_problem, scorers, key, source, words):
-    setting = f"reward: {source}" if key == "reward" else f"judge: {source}\n  eval_data: pairs.jsonl"
-
-    only_problem(12, f"{key}: {words}", with_stages(ppo=setting))
-
-
-def test_each_reward_of_a_list_is_found_at_its_own_line(problems, scorers):
-    rewards = "reward:\n  - reward\n  - runs/a/gone\n  - rewards.py:short\n  - weight: 2.0\n    source: ./gone"
-
-    found = problems(with_stages(ppo=f"{rewards}\n  judge: {{source: empty}}\n  eval_data: pairs.jsonl"))
-
-    assert [line.partition(": ")[0] for line in found] == [f"recipe.yaml:{number}" for number in (14, 17, 18)]
 
 
 @pytest.mark.parametrize(
@@ -267,21 +158,6 @@ def test_a_function_that_only_importing_would_find_is_taken(read, folder, text):
     (folder / "rewards.py").write_text(text)
 
     assert read(with_stages(ppo="reward: rewards.py:score")).ppo.reward[0].source == "rewards.py:score"
-
-
-@pytest.mark.parametrize(
-    ("reward", "judge"),
-    [
-        ("runs/a", "runs/a/reward"), ("runs/a/reward/adapter", "./runs/a"), ("model", "./model"),
-        ("rewards.py:short", "rewards:short"), ("./rewards.py:short", "rewards.py:short"),
-        ("reward", "runs/x/reward"), ("reward", "./runs/x/reward/adapter"), ("runs/x", "reward"),  # output is runs/x
-    ],
-)  # fmt: skip
-def test_a_judge_that_is_the_reward_under_another_name_is_refused(only_problem, scorers, reward, judge):
-    make_adapter(scorers / "runs" / "x" / "reward" / "adapter")
-    text = with_stages(ppo=f"reward: {reward}\n  judge: ['json:loads', '{judge}']\n  eval_data: pairs.jsonl")
-
-    only_problem(13, f"judge: '{judge}' is what the policy trains on, as '{reward}'", text)
 
 
 def test_a_judge_of_its_own_is_taken(read, scorers):

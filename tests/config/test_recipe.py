@@ -1,5 +1,6 @@
 """The recipe's own rules, without files: defaults, types, ranges, and settings that conflict."""
 
+from collections.abc import Iterator
 from typing import get_args
 
 import pytest
@@ -188,6 +189,67 @@ def test_settings_that_go_together_are_accepted(sections):
 
 def test_a_ppo_batch_that_does_not_divide_is_one_problem():
     assert "is no multiple of" not in refusal(ppo={"batch_size": 10, "micro_batch_size": 3})
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(schema: dict, where: str = "") -> Iterator[tuple[str, dict]]:
+    """(where, its schema) of every number that a JSON schema allows, at any depth."""
+    if schema.get("type") in ("integer", "number"):
+        yield where, schema
+    for key, inside in schema.items():
+        if isinstance(inside, dict):
+            yield from numbers(inside, f"{where}.{key}")
+        for item in inside if isinstance(inside, list) else []:
+            if isinstance(item, dict):
+                yield from numbers(item, where)
+
+
+def test_every_number_has_an_upper_bound():
+    found = dict(numbers(Recipe.model_json_schema()))
+
+    assert len(found) > 70
+    for where, schema in found.items():
+        assert {"maximum", "exclusiveMaximum"} & set(schema), where
+        assert {"minimum", "exclusiveMinimum"} & set(schema), where
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "inside", "outside"),
+    [
+        ("model", "max_length", 2**20, 10**12), ("lora", "r", 4096, 10**9), ("lora", "alpha", 1e5, 1e300),
+        *((stage, *limits) for stage in STAGES for limits in (
+            ("epochs", 10_000.0, 1e300), ("max_steps", 10**7, 10**18), ("limit", 10**9, 10**300),
+            ("learning_rate", 1.0, 1e300), ("batch_size", 2**16, 10**10), ("micro_batch_size", 16, 10**10),
+            ("checkpointed_layers", 10_000, 10**12), ("save_every", 10**7, 10**18),
+            ("data", [{"path": "org/x", "weight": 1000.0}], [{"path": "org/x", "weight": 1e300}]),
+            ("data", [{"path": "org/x", "skip": 10**9}], [{"path": "org/x", "skip": 10**30}]),
+        )),
+        ("ppo", "max_new_tokens", 2047, 10**12), ("ppo", "samples_per_prompt", 1, 10**6), ("dpo", "beta", 1e3, 1e300),
+        ("ppo", "update_epochs", 1_000, 10**9), ("ppo", "patience", 1_000, 10**9), ("sft", "neftune_alpha", 1e3, 1e30),
+        ("ppo", "reward", {"source": "m:f", "weight": -1e6}, {"source": "m:f", "weight": -1e300}),
+    ],
+)  # fmt: skip
+def test_a_number_beyond_its_bound_is_refused(section, key, inside, outside):
+    recipe(**{section: {key: inside}})
+
+    assert "than or equal to" in refusal(**{section: {key: outside}})
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("all-linear", "all-linear"), ("q_proj", ["q_proj"]), (["q_proj", "layers.0.mlp.up_proj"],) * 2,
+        *((given, None) for given in ("(([a-z_0-9.])+)+!", ".*", "q_proj|v_proj", "q_proj,v_proj", "*proj", "", "a b")),
+        *((given, None) for given in ([], ["(a+)+$"], ["q_proj", ".*"], ["x" * 201], [".q"], ["q."], ["q\n"])),
+    ],
+)  # fmt: skip
+def test_lora_targets_are_names_and_no_regular_expressions(given, taken):
+    if taken is None:
+        assert "lora.targets" in refusal(lora={"targets": given})
+    else:
+        assert recipe(lora={"targets": given}).lora.targets == taken
 
 
 # --- the schema for editors ------------------------------------------------------------------------------------------

@@ -223,8 +223,8 @@ def test_adapters_that_the_roles_cannot_keep_apart_are_refused(spec, tmp_path, c
     base.add_adapter(Role.POLICY, Lora(r=4))  # nothing of it stands in the way of others
 
 
-@pytest.mark.parametrize("targets", [["no_such_proj"], "*proj", ".*head"])  # the last one hits the output layer
-def test_targets_that_fit_nothing_or_the_output_layer_are_one_line(tiny_base, targets):
+@pytest.mark.parametrize("targets", [["no_such_proj"], "no_such_proj"])
+def test_targets_that_fit_nothing_are_one_line(tiny_base, targets):
     with pytest.raises(UserError, match=r"^lora\.targets: [^\n]*$"):
         tiny_base.add_adapter(Role.POLICY, Lora(targets=targets))
 
