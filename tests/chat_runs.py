@@ -37,13 +37,13 @@ def finished_run(output: Path, tiny: str, scale: float = 0.2) -> Path:
 
 
 @contextmanager
-def serving(*options: str, before: str = "") -> Iterator[str]:
+def serving(*options: str, before: str = "", host: str = "127.0.0.1") -> Iterator[str]:
     """The address of `python app.py` in its own process, which runs the Python in `before` first."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
+        free.bind((host, 0))
         port = free.getsockname()[1]
-    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 180
-    words = [sys.executable, "-c", f"{before}\nimport app\napp.main()", *options, "--port", str(port)]
+    address, deadline = f"http://{host}:{port}", time.monotonic() + 180
+    words = [sys.executable, "-c", f"{before}\nimport app\napp.main()", *options, "--host", host, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)

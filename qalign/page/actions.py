@@ -12,8 +12,9 @@ from qalign.data.readers import BadRow
 from qalign.errors import UserError
 from qalign.page.chat import Chat, Controls, TokenSpan, error_text
 from qalign.page.models import ModelEntry
-from qalign.page.session import Reply, Session
-from qalign.page.votes import Choice, Tally, VoteFile, row, tally
+from qalign.page.session import CUT, Reply, Session
+from qalign.page.votes import Choice, Tally, VoteFile, Votes, row, tally
+from qalign.reports.plots import counted
 
 MAX_COMMENT = 2000  # characters
 STATES = {"ended": "", "growing": "", "cut": "cut at max tokens", "stopped": "stopped"}
@@ -45,6 +46,7 @@ class View:
     figures: tuple[str, str]  # the line under each answer
     busy: bool = False  # answers are being generated
     can_vote: bool = False
+    cut: str = ""  # says which answers haven't ended by themselves, so that they may go on
     status: str = ""  # a message
     prompt: str | None = None  # new contents of the prompt box
     comment: str | None = None  # new contents of the comment box
@@ -116,6 +118,26 @@ class Page:
         else:
             yield self.view(session, status="There is nothing to retry yet.")
 
+    def go_on(self, session: Session, inputs: Inputs) -> Iterator[View]:
+        """Lets the answers go on that were cut or stopped, with the settings that they began with."""
+        if not session.cut or session.voted:
+            yield self.view(session, status="No answer was cut." if not session.cut else "The vote is given already.")
+            return
+        session.round += 1
+        this_round, replies, more, problem = session.round, [], inputs.controls.max_new_tokens, {}
+        kept = {name: session.sampling[name] for name in ("temperature", "top_p")}
+        try:
+            for replies in self.chat.go_on(inputs.key, session.replies, Controls(**kept, max_new_tokens=more)):
+                if session.round != this_round or session.voted:
+                    break
+                yield self.view(session, replies, busy=True)
+            if replies and session.round == this_round and not session.voted:
+                before = max(len(reply.ids) for reply in session.replies if reply.state in CUT)
+                session.replace_replies(replies, {**kept, "max_new_tokens": before + more})
+        except Exception as error:
+            problem = {"status": error_text(error)}
+        yield self.view(session, differences=self.differences(session, wanted=inputs.differences), **problem)
+
     def edit(self, session: Session, inputs: Inputs) -> View:
         """Returns the last question to the prompt box and removes its answers."""
         self.chat.stop(inputs.key)
@@ -166,20 +188,30 @@ class Page:
         """What the page shows of a session now. `growing` answers aren't in it yet; `more`: other fields of `View`."""
         dialogues, figures, replies = [], [], growing or session.replies
         for number in session.order:
-            text = [{"role": "assistant", "content": growing[number].text}] if growing else []
-            dialogues.append([*session.turns[number], *text])
+            turns = list(session.turns[number])
+            if growing:
+                answered = turns[-1]["role"] == "assistant"  # this answer goes on
+                turns = [*turns[: -1 if answered else None], {"role": "assistant", "content": growing[number].text}]
+            dialogues.append(turns)
             figures.append(figures_text(replies[number], hidden=session.hides) if replies else "")
         tally = None if more.get("busy") else self.tally(session)  # it hashes weights and reads a file
-        more = {"tally": tally, "can_vote": session.can_vote, **more}
+        cut = cut_text(session.cut) if session.cut and not session.voted and not more.get("busy") else ""
+        more = {"tally": tally, "can_vote": session.can_vote, "cut": cut, **more}
         return View(session.titles, tuple(dialogues), tuple(figures), **more)
 
     def tally(self, session: Session) -> str:
-        """The votes between the two models so far, in words."""
+        """The votes between the two models so far, in words, and how many votes of the file will train."""
         aligned, other = (session.names[number] for number in (session.aligned, 1 - session.aligned))
+        try:
+            votes = self.votes.read()
+        except OSError as error:
+            return f"{self.votes.path.name} can't be read: {error.strerror}."
         if aligned == other:
-            return "Both sides are the same model: votes still give training pairs, but there is no winner to count."
-        models = [(name, self.chat.weights_hash(name)) for name in (aligned, other)]
-        return tally_text(tally(self.votes.read(), *models), aligned, other)
+            text = "Both sides are the same model: votes still give training pairs, but there is no winner to count."
+        else:
+            models = [(name, self.chat.weights_hash(name)) for name in (aligned, other)]
+            text = tally_text(tally(votes.rows, *models), aligned, other)
+        return f"{text} {votes_text(votes)}".strip()
 
 
 def figures_text(reply: Reply, *, hidden: bool) -> str:
@@ -188,6 +220,12 @@ def figures_text(reply: Reply, *, hidden: bool) -> str:
     if not hidden and reply.state != "growing":
         facts += [f"seed {reply.seed}", "" if reply.reward is None else f"reward {reply.reward:+.2f}"]
     return " · ".join(filter(None, facts))
+
+
+def cut_text(titles: list[str]) -> str:
+    """What a visitor should know before voting, with the titles of the sides that were cut."""
+    have = "have" if len(titles) > 1 else "has"
+    return f"{' and '.join(titles)} {have} not ended. Training leaves out a vote for an answer that was cut."
 
 
 def tally_text(votes: Tally, model: str, other: str) -> str:
@@ -205,6 +243,20 @@ def tally_text(votes: Tally, model: str, other: str) -> str:
     if votes.votes_missing:
         return text + f"If votes continue like this, about {votes.votes_missing} more are needed to be sure."
     return text + f"The interval excludes 50%: {model} is {'better' if votes.win_rate > 0.5 else 'worse'}."
+
+
+def votes_text(votes: Votes) -> str:
+    """What training makes of a file of votes; empty if there are none."""
+    text, left_out = "", votes.left_out
+    if votes.rows:
+        trained = len(votes.rows) - left_out.total()
+        text = f"{trained} of {counted(len(votes.rows), 'vote')} in the file will train."
+        reasons = "; ".join(f"{number} × {reason[:100]}" for reason, number in left_out.most_common(5))
+        text += f" Left out: {reasons}." if reasons else ""
+    if votes.unreadable:
+        some = ", ".join(map(str, votes.unreadable[:5])) + (", …" if len(votes.unreadable) > 5 else "")
+        text += f" {counted(len(votes.unreadable), 'line')} of the file can't be read as a vote ({some})."
+    return text.strip()
 
 
 def spans_html(spans: list[TokenSpan], num_tokens: int, model: str) -> str:

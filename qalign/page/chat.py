@@ -4,7 +4,7 @@ import secrets
 import sys
 import time
 import traceback
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,8 +21,8 @@ from qalign.model.base import Role, load
 from qalign.model.generation import Request, Sampling, stop_ids_of, stream, text_of, uniform_draws, with_end_of_turn
 from qalign.model.logps import completion_logps
 from qalign.page.models import BASE, ModelEntry, safe_adapter
-from qalign.page.session import Reply
-from qalign.page.worker import Worker
+from qalign.page.session import CUT, Reply
+from qalign.page.worker import Listeners, Worker
 
 MAX_CHARACTERS = 20_000  # of a prompt, and of the system prompt
 MAX_QUESTIONS = 50  # in a dialogue
@@ -54,12 +54,14 @@ class Chat:
     """One base in memory, and the models that answer on it. The adapters of `names` are loaded now, others at their
     first answer; a `UserError` if one can't be loaded."""
 
-    def __init__(self, entries: Sequence[ModelEntry], model: Model, names: Sequence[str] = ()):
+    def __init__(
+        self, entries: Sequence[ModelEntry], model: Model, names: Sequence[str] = (), listeners: Listeners | None = None
+    ):
         self.base, self.model = load(model), model
         self.entries = {entry.name: entry for entry in entries}
         self.max_new_tokens = max(1, model.max_length * 3 // 4)  # the most that a visitor may ask for
         self._stop_ids = stop_ids_of(self.base.template)
-        self._worker = Worker()
+        self._worker = Worker(listeners)
         self._roles: dict[str, str] = {BASE: Role.BASE}  # of each loaded model, by its name
         self._hashes: dict[str, str | None] = {BASE: None}  # of each loaded model's weights, by its name
         self._reward_roles: dict[Path, str | None] = {}  # by adapter folder; None: it could not be loaded
@@ -82,8 +84,22 @@ class Chat:
         """
         self._check(controls, [turns for _, turns in dialogues])
         seed = secrets.randbelow(MAX_SEED) if controls.seed is None else int(controls.seed)
+        yield from self._stream(key, lambda: self._grow(self._begin(dialogues, controls, seed), controls))
+
+    def go_on(self, key: str, replies: Sequence[Reply], controls: Controls) -> Iterator[list[Reply]]:
+        """The same for answers that were cut or stopped: they go on, by at most `max_new_tokens`, with the tokens that
+        a higher limit would have given them in the first place. Answers that ended stay as they are."""
+        self._check(controls, [reply.prompt for reply in replies])
+        growing = [replace(reply, state="growing") if reply.state in CUT else reply for reply in replies]
+        used = max(len(reply.prompt_ids) + len(reply.ids) for reply in growing if reply.state == "growing")
+        if used >= self.model.max_length:
+            raise UserError(f"the dialogue takes all of model.max_length, {self.model.max_length} tokens")
+        room = min(int(controls.max_new_tokens), self.model.max_length - used)
+        yield from self._stream(key, lambda: self._grow(growing, replace(controls, max_new_tokens=room)))
+
+    def _stream(self, key: str, generate: Callable[[], Generator[list[Reply]]]) -> Iterator[list[Reply]]:
         last: list[Reply] = []
-        for last in self._worker.stream(key, lambda: self._grow(dialogues, controls, seed)):
+        for last in self._worker.stream(key, generate):
             yield last
         if any(reply.state == "growing" for reply in last):
             yield [replace(reply, state="stopped") if reply.state == "growing" else reply for reply in last]
@@ -135,36 +151,51 @@ class Chat:
                 raise UserError(f"{name}: expected a number from {low} to {high}")
         check_text(texts)
 
-    def _grow(self, dialogues: Dialogues, controls: Controls, seed: int) -> Generator[list[Reply]]:
-        """Yields the replies after each step, a new list each time. The second side's seed is one more."""
-        sampling = Sampling(int(controls.max_new_tokens), controls.temperature, self._stop_ids, controls.top_p)
-        room, system = self.model.max_length - sampling.max_new_tokens, controls.system.strip()
-        replies, requests = [], []
+    def _begin(self, dialogues: Dialogues, controls: Controls, seed: int) -> list[Reply]:
+        """Empty replies. The second side's seed is one more."""
+        room, system = self.model.max_length - int(controls.max_new_tokens), controls.system.strip()
+        replies = []
         for number, (name, turns) in enumerate(dialogues):
-            role, prompt = self._role(name), (*([{"role": "system", "content": system}] if system else []), *turns)
+            self._role(name)  # its adapter is loaded, so its hash is known
+            prompt = (*([{"role": "system", "content": system}] if system else []), *turns)
             ids = encode_question(self.base.template, prompt, room)
             replies.append(Reply(name, self._hashes[name], prompt, ids, seed + number))
-            requests.append(Request(role, ids, uniform_draws(seed + number, 1, sampling.max_new_tokens)))
+        return replies
+
+    def _grow(self, replies: list[Reply], controls: Controls) -> Generator[list[Reply]]:
+        """Yields the replies after each step, a new list each time."""
+        more = int(controls.max_new_tokens)
+        sampling = Sampling(more, controls.temperature, self._stop_ids, controls.top_p)
+        replies, before = list(replies), [len(reply.ids) for reply in replies]
+        growing = [number for number, reply in enumerate(replies) if reply.state == "growing"]
+        requests = []
+        for number in growing:
+            reply, done = replies[number], before[number]
+            draws = uniform_draws(reply.seed, 1, done + more)[:, done:]  # a longer row begins with the shorter one
+            requests.append(Request(self._role(reply.model), [*reply.prompt_ids, *reply.ids], draws))
+            replies[number] = replace(reply, first_token_seconds=0.0)
         start = time.monotonic()
         for step in stream(self.base, requests, sampling):
             seconds = time.monotonic() - start
-            for number, _, token in step:
-                replies[number] = self._longer(replies[number], token, seconds, sampling)
+            for place, _, token in step:
+                number = growing[place]
+                replies[number] = self._longer(replies[number], token, seconds, before[number], more)
             if all(reply.state != "growing" for reply in replies):
                 replies = self._with_rewards(replies)
             yield list(replies)
 
-    def _longer(self, reply: Reply, token: int, seconds: float, sampling: Sampling) -> Reply:
-        """The reply with one more token."""
+    def _longer(self, reply: Reply, token: int, seconds: float, before: int, more: int) -> Reply:
+        """The reply with one more token. It had `before` tokens and may get `more`, of which the first came
+        `first_token_seconds` after the start."""
         ids, first = (*reply.ids, token), reply.first_token_seconds or seconds
         text, state = text_of(self.base.tokenizer, list(ids)), "growing"
-        if token in sampling.stop_ids:
+        if token in self._stop_ids:
             state = "ended"
-        elif len(ids) == sampling.max_new_tokens:
+        elif len(ids) == before + more:
             state = "cut"
         else:
             text = text.rstrip("\ufffd")  # the first half of a character
-        speed = (len(ids) - 1) / (seconds - first) if seconds > first else 0.0
+        speed = (len(ids) - before - 1) / (seconds - first) if seconds > first else 0.0
         return replace(reply, ids=ids, text=text, state=state, first_token_seconds=first, tokens_per_second=speed)
 
     def _with_rewards(self, replies: list[Reply]) -> list[Reply]:

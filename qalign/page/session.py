@@ -8,6 +8,8 @@ from qalign.data.formats import Message
 from qalign.errors import UserError
 from qalign.page.models import BASE
 
+CUT = ("cut", "stopped")  # states of an answer that hasn't ended by itself
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -96,6 +98,18 @@ class Session:
         self.replies, self.sampling = list(replies), sampling
         for turns, reply in zip(self.turns, replies, strict=True):
             turns.append({"role": "assistant", "content": reply.text})
+
+    def replace_replies(self, replies: list[Reply], sampling: dict[str, Any]) -> None:
+        """Puts longer answers in the place of the last ones."""
+        for turns in self.turns:
+            turns.pop()
+        self.add_replies(replies, sampling)
+
+    @property
+    def cut(self) -> list[str]:
+        """The titles of the sides whose last answer was cut or stopped, left to right."""
+        numbers = [number for number in self.order if self.replies and self.replies[number].state in CUT]
+        return [self.titles[self.order.index(number)] for number in numbers]
 
     def remove_last(self) -> str:
         """Removes the last question with its answers and returns it; an empty text if there is none. After a vote, when

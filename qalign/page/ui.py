@@ -17,11 +17,12 @@ from qalign.page.session import Session
 from qalign.page.votes import Choice
 
 EXAMPLES = 6
+MAX_AT_ONCE = 16  # actions that wait in `page.worker` for their turn, each in one of Gradio's 40 threads
 # Widgets: those that `handler` reads and those that `updates` fills, in the order of these functions.
 ENTERED = (*("first", "second", "blind", "colours", "temperature", "top_p", "tokens", "seed", "system"),
            *("prompt", "comment"))  # fmt: skip
 SHOWN = (*("left", "right", "left_figures", "right_figures", "status", "prompt", "comment", "tally", "differences"),
-         *("ballot", "send", "stop"))  # fmt: skip
+         *("ballot", "unfinished", "cut", "send", "stop"))  # fmt: skip
 CSS = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
 THEME = Soft(  # uses the system's own fonts, so that nothing is downloaded
     primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "Consolas", "monospace"]
@@ -29,13 +30,16 @@ THEME = Soft(  # uses the system's own fonts, so that nothing is downloaded
 NO_RUN = Path(__file__).with_name("no_run.md").read_text(encoding="utf-8")
 
 
-def build(page: Page | None, pair: tuple[str, str]) -> gr.Blocks:
+def build(page: Page | None, pair: tuple[str, str], *, logout: bool = False) -> gr.Blocks:
     """The page as Gradio blocks, with a pair of models to start with. Without a run (None) it says how to train one."""
     with gr.Blocks(title="qalign", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
         if page is None:
             gr.Markdown(NO_RUN)
             return blocks
         wire(blocks, page, main_widgets(page, pair) | more_widgets(page.chat.max_new_tokens), pair)
+        if logout:
+            script = "() => fetch('logout?all_session=false').finally(() => location.reload())"
+            gr.Button("Log out", size="sm", elem_id="logout").click(None, js=script, api_visibility="private")
     return blocks
 
 
@@ -58,6 +62,9 @@ def main_widgets(page: Page, pair: tuple[str, str]) -> dict[str, Any]:
                 w[f"{side}_figures"] = gr.Markdown(
                     elem_classes="figures", elem_id=f"{side}-figures", sanitize_html=True
                 )
+    with gr.Row(visible=False, equal_height=True, elem_id="unfinished") as w["unfinished"]:
+        w["cut"] = gr.HTML(elem_id="cut", min_width=200)
+        w["more"] = gr.Button("Let it go on", size="sm", min_width=120, scale=0, elem_id="more")
     with gr.Group(visible=False) as w["ballot"]:
         with gr.Row():
             for choice, label in zip(Choice, ("A is better", "B is better", "Tie", "Both bad"), strict=True):
@@ -75,7 +82,11 @@ def main_widgets(page: Page, pair: tuple[str, str]) -> dict[str, Any]:
         for name, label in (("retry", "Retry"), ("edit", "Edit last"), ("clear", "Clear")):
             w[name] = gr.Button(label, size="sm", min_width=80, elem_id=name)
     if examples := page.examples(EXAMPLES):
-        gr.Examples(examples, w["prompt"], label="Held-out prompts", cache_examples=False, examples_per_page=EXAMPLES)
+        samples = [[text] for text in examples]  # gr.Examples would call a route that the guard refuses
+        w["examples"] = gr.Dataset(
+            components=[w["prompt"]], samples=samples, samples_per_page=EXAMPLES, label="Held-out prompts",
+            elem_id="examples", type="values",
+        )  # fmt: skip
     return w
 
 
@@ -107,7 +118,7 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
     session = gr.State(Session(pair))
     entered, shown = [session, *(w[name] for name in ENTERED)], [session, *(w[name] for name in SHOWN)]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
-    queued = {**quiet, "concurrency_id": "model", "concurrency_limit": 1, "trigger_mode": "once"}
+    queued = {**quiet, "concurrency_id": "model", "concurrency_limit": MAX_AT_ONCE, "trigger_mode": "once"}
     at_once = {**quiet, "concurrency_limit": None}
 
     def stop(request: gr.Request) -> None:
@@ -125,7 +136,10 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
 
     gr.on([w["prompt"].submit, w["send"].click], handler(page.send), entered, shown, **queued)
     w["retry"].click(handler(page.retry), entered, shown, **queued)
+    w["more"].click(handler(page.go_on), entered, shown, **queued)
     w["stop"].click(stop, **at_once)
+    if "examples" in w:
+        w["examples"].click(lambda sample: sample[0], w["examples"], w["prompt"], **at_once)
     w["edit"].click(handler(page.edit), session, shown, **at_once)
     gr.on([w["clear"].click, w["left"].clear, w["right"].clear], handler(page.clear), session, shown, **at_once)
     gr.on([w[n].input for n in ("first", "second", "blind")], handler(page.choose), entered, shown, **at_once)
@@ -168,8 +182,9 @@ def updates(view: View) -> list[Any]:
     tally = gr.skip() if view.tally is None else paragraph(view.tally)
     differences = gr.skip() if view.busy else view.differences
     ballot = gr.Group(visible=view.can_vote and not view.busy)
+    unfinished = [gr.Row(visible=bool(view.cut)), paragraph(view.cut)]
     buttons = [gr.Button(visible=not view.busy), gr.Button(visible=view.busy)]
-    return [*chats, *view.figures, paragraph(view.status), *boxes, tally, differences, ballot, *buttons]
+    return [*chats, *view.figures, paragraph(view.status), *boxes, tally, differences, ballot, *unfinished, *buttons]
 
 
 def literal(turns: list[Message]) -> list[Any]:

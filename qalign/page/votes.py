@@ -8,8 +8,9 @@ counts it.
 import errno
 import json
 import os
+import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from qalign.config.atomic import sync_folder
+from qalign.errors import UserError
 from qalign.page.session import Reply
 from qalign.reports.reward_report import wilson
 
@@ -80,10 +82,21 @@ class VoteFile:
     """
 
     def __init__(self, path: str | Path):
-        self.path = Path(path).expanduser()
+        """Raises a UserError if votes can't be written there."""
         self._lock = Lock()
-        if self.path.is_file():
-            self._repair()
+        try:
+            self.path = Path(path).expanduser()
+            if self.path.exists() and not self.path.is_file():
+                raise UserError(f"--votes {path}: expected a file, and this is none")
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if "\0" not in str(path) and os.path.lexists(self.path):
+                self.path.open("ab").close()
+                self._repair()
+            else:
+                tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=self.path.name).close()
+        except (OSError, ValueError, RuntimeError) as error:  # such as a NUL in the name, or an unknown ~user
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"--votes {path}: votes can't be written there: {reason}") from None
 
     def append(self, vote: dict[str, Any]) -> None:
         """Writes the whole vote or, with an OSError (such as a full disk), nothing."""
@@ -103,10 +116,14 @@ class VoteFile:
             if is_new:
                 sync_folder(self.path.parent)
 
-    def read(self) -> Iterator[dict[str, Any]]:
-        """Yields the votes, oldest first; skips lines that are no votes."""
+    def read(self) -> "Votes":
+        """All votes, oldest first; lines that are none are counted."""
         lines = self.path.read_bytes().split(b"\n") if self.path.is_file() else []
-        yield from (vote for line in lines if (vote := _parsed(line)) and "vote" in vote)
+        read = [(number, _parsed(line)) for number, line in enumerate(lines, 1) if line.strip()]
+        return Votes(
+            [vote for _, vote in read if vote and _is_vote(vote)],
+            [number for number, vote in read if not (vote and _is_vote(vote))],
+        )
 
     def _repair(self) -> None:
         content = self.path.read_bytes()
@@ -123,13 +140,43 @@ class VoteFile:
             os.truncate(self.path, end)
 
 
+@dataclass(frozen=True)
+class Votes:
+    """What a file of votes holds."""
+
+    rows: list[dict[str, Any]]
+    unreadable: list[int]  # numbers of the lines that are no votes
+
+    @property
+    def left_out(self) -> Counter[str]:
+        """How many votes training leaves out, by reason."""
+        return Counter(filter(None, map(_why_left_out, self.rows)))
+
+
 def _parsed(line: bytes) -> dict[str, Any] | None:
     """A line of JSON; None if it isn't one object."""
     try:
         parsed = json.loads(line.decode(errors="replace"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return parsed if isinstance(parsed, dict) else None
+
+
+def _why_left_out(vote: dict[str, Any]) -> str:
+    whole = all(isinstance(vote.get(name), str) for name in ("chosen", "rejected"))
+    return vote.get("no_pair", "" if whole else "no pair of answers")
+
+
+def _is_vote(vote: dict[str, Any]) -> bool:
+    """Whether an object has what the page reads of a vote, in the right types."""
+    answers = [vote.get(side, {}) for side in ("a", "b")]
+    names = [answer.get(name) for answer in answers if isinstance(answer, dict) for name in ("model", "weights")]
+    return (
+        vote.get("vote") in [*Choice]
+        and all(isinstance(answer, dict) for answer in answers)
+        and all(name is None or isinstance(name, str) for name in names)
+        and isinstance(vote.get("no_pair", ""), str)
+    )
 
 
 @dataclass(frozen=True)
@@ -166,11 +213,11 @@ class Tally:
         return None if lead < 1e-9 else max(0, floor(z**2 / 4 / lead**2) + 1 - self.votes)
 
 
-def tally(votes: Iterator[dict[str, Any]], first: tuple[str, str | None], second: tuple[str, str | None]) -> Tally:
+def tally(votes: Iterable[dict[str, Any]], first: tuple[str, str | None], second: tuple[str, str | None]) -> Tally:
     """Counts the votes between two models, each given as (name, hash of its weights): a retrained model starts anew."""
     counts: Counter[str] = Counter()
     for vote in votes:
-        answers = [(vote.get(side) or {}) for side in ("a", "b")]
+        answers = [vote.get(side, {}) for side in ("a", "b")]
         models = [(answer.get("model"), answer.get("weights")) for answer in answers]
         if sorted(map(str, models)) != sorted(map(str, (first, second))):
             continue

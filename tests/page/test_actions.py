@@ -11,7 +11,7 @@ from qalign.page.actions import Inputs, Page, View, figures_text, spans_html, ta
 from qalign.page.chat import Chat, Controls, TokenSpan
 from qalign.page.models import available_models
 from qalign.page.session import Reply, Session
-from qalign.page.votes import Choice, Tally, VoteFile
+from qalign.page.votes import Choice, Tally, VoteFile, Votes
 from tests.chat_runs import finished_run
 
 QUESTION = "Is it too late to plant tulips?"
@@ -77,6 +77,60 @@ def test_retry_edit_and_clear(page, session):
     assert page.clear(session, HERE).dialogues == ([], [])
 
 
+def test_answers_that_were_cut_are_named_before_the_vote_and_can_go_on(page, session):
+    cut = send(page, session, BLIND)[-1]
+    assert cut.can_vote
+    assert cut.cut.startswith("A and B have not ended.")
+    assert "a/dpo" not in cut.cut
+    views = list(page.go_on(session, replace(BLIND, controls=replace(LONG, max_new_tokens=20, temperature=2, seed=9))))
+    assert [view.busy for view in views] == [True] * (len(views) - 1) + [False]
+    for before, after in zip(cut.dialogues, views[-1].dialogues, strict=True):
+        assert [turn["role"] for turn in after] == ["user", "assistant"]
+        assert after[1]["content"].startswith(before[1]["content"])
+        assert len(after[1]["content"]) > len(before[1]["content"])
+    assert views[-1].can_vote
+    other = Session(("base", "a/dpo"))
+    send(page, other, controls=replace(SHORT, max_new_tokens=26))
+    assert [reply.ids for reply in other.replies] == [reply.ids for reply in session.replies]
+    page.vote(Choice.A, session, BLIND)
+    (vote,) = map(json.loads, page.votes.path.read_text().splitlines())
+    assert vote["sampling"] == {"temperature": 0, "top_p": 0.95, "max_new_tokens": 26}
+    assert vote["a"]["text"] in (reply.text for reply in session.replies)
+    assert "vote is given already" in list(page.go_on(session, BLIND))[-1].status
+    assert page.view(session).cut == ""
+
+
+def test_nothing_goes_on_where_nothing_was_cut(page, session):
+    assert "No answer was cut" in list(page.go_on(session, HERE))[-1].status
+    send(page, session)
+    session.replies = [replace(reply, state="ended") for reply in session.replies]
+    assert page.view(session).cut == ""
+    session.replies[1] = replace(session.replies[1], state="stopped")
+    assert page.view(session).cut.startswith("a/dpo has not ended.")
+    before = session.replies[0]
+    list(page.go_on(session, HERE))
+    assert session.replies[0].ids == before.ids
+    assert len(session.replies[1].ids) == 12
+
+
+@pytest.mark.parametrize("end", ["clear", "leave", "fail"])
+def test_answers_that_went_on_in_vain_are_as_before(page, session, end):
+    send(page, session)
+    before = [*session.turns[0]], [*session.replies]
+    if end == "fail":
+        last = list(page.go_on(session, replace(HERE, controls=replace(SHORT, max_new_tokens=10**9))))[-1]
+        assert "max tokens" in last.status
+    growing = page.go_on(session, replace(HERE, controls=LONG))
+    next(growing)
+    next(growing)
+    if end == "clear":
+        page.clear(session, HERE)
+        assert list(growing)[-1].dialogues == ([], [])
+        return
+    growing.close()
+    assert ([*session.turns[0]], session.replies) == before
+
+
 @pytest.mark.parametrize("views", [1, 2])  # before the first token, and after it
 @pytest.mark.parametrize("end", ["clear", "leave"])
 def test_a_growing_answer_that_is_cleared_or_left_is_gone_with_its_question(page, session, views, end):
@@ -113,7 +167,7 @@ def test_a_question_that_fails_leaves_the_answers_before_it_to_be_voted_on(page,
 def test_a_growing_answer_hashes_no_weights_and_counts_no_votes(page, session, monkeypatch):
     send(page, session)
     monkeypatch.setattr("qalign.page.models.adapter_hash", lambda folder: pytest.fail("hashed"))
-    monkeypatch.setattr(page.votes, "read", read := Mock(return_value=iter(())))
+    monkeypatch.setattr(page.votes, "read", read := Mock(return_value=Votes([], [])))
     views = send(page, session)
     assert len(views) > 5
     assert [view.tally is None for view in views] == [view.busy for view in views]

@@ -2,102 +2,24 @@
 noise, and on SmolLM2 where speed and streaming matter."""
 
 import json
-import os
-import shutil
-import tempfile
 import time
-from urllib.parse import urlsplit
 
 import pytest
-from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.common.keys import Keys
-from selenium.webdriver.support.ui import WebDriverWait
 
 from tests.chat_runs import finished_run, serving
 from tests.helpers import SMOLLM2
+from tests.page.browser import Browser
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]  # Selenium's own sockets
 EVIL = "<img src=x onerror='window.hacked=1'><script>window.hacked=1</script> ![a](http://evil.example/a.png) **bold**"
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update")  # fmt: skip
-
-
-class Browser:
-    """One page in Chromium."""
-
-    def __init__(self):
-        if not (CHROMIUM and DRIVER):
-            give_up = pytest.fail if os.environ.get("QALIGN_BROWSER") == "insist" else pytest.skip
-            give_up("Chromium is missing: apt-get install chromium chromium-driver")
-        options = webdriver.ChromeOptions()
-        options.binary_location = CHROMIUM
-        self.profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
-        for flag in (*FLAGS, f"--user-data-dir={self.profile.name}"):
-            options.add_argument(flag)
-        options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-        self.driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-
-    def open(self, address: str, width: int = 1280, *, dark: bool = False) -> None:
-        size = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": width < 500}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
-        self.driver.get(address)
-        self.until(lambda: self("#prompt textarea").is_displayed())
-        time.sleep(1)  # the page greets with what the server knows by now
-
-    def __call__(self, selector: str):
-        return self.driver.find_element("css selector", selector)
-
-    def text(self, selector: str) -> str:
-        return self(selector).text
-
-    def run(self, script: str):
-        return self.driver.execute_script(script)
-
-    def click(self, selector: str) -> None:
-        shown = f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})"
-        self.until(lambda: (self.run(shown), self(selector).click(), True)[-1])
-
-    def type(self, *keys: str) -> None:
-        self("#prompt textarea").send_keys(*keys)
-
-    def ask(self, text: str) -> None:
-        self.type(text, "\n")
-        self.answered()
-
-    def prompt(self) -> str:
-        return self("#prompt textarea").get_attribute("value")
-
-    def until(self, true, seconds: float = 30):
-        """Waits for a result that is true; meanwhile elements may be missing, or be drawn anew."""
-        return WebDriverWait(self.driver, seconds, 0.05, [WebDriverException]).until(lambda _: true())
-
-    def answered(self, seconds: float = 30) -> None:
-        """Waits for both answers to be whole. (Gradio may show figures before it takes the button away.)"""
-
-        def whole() -> bool:
-            found = self("#send").is_displayed() and self.text("#right-figures")
-            time.sleep(0.4)  # figures of an answer that grows have changed by then
-            return bool(found) and self("#send").is_displayed() and self.text("#right-figures") == found
-
-        self.until(whole, seconds)
-
-    def requests(self) -> set[str]:
-        """Hosts that the page asked for something."""
-        sent = (json.loads(entry["message"])["message"] for entry in self.driver.get_log("performance"))
-        urls = {m["params"]["request"]["url"] for m in sent if m["method"] == "Network.requestWillBeSent"}
-        return {urlsplit(url).hostname for url in urls if url.startswith("http")}
 
 
 @pytest.fixture(scope="module")
 def browser():
     browser = Browser()
     yield browser
-    browser.driver.quit()
-    browser.profile.cleanup()
+    browser.close()
 
 
 @pytest.fixture(scope="module")

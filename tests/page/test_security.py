@@ -1,13 +1,27 @@
 """Which requests reach the page, and which are refused before Gradio sees them."""
 
 import asyncio
+import json
+import subprocess
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
+from starlette.datastructures import Headers
 
 from qalign.errors import UserError
-from qalign.page.security import MAX_BODY_BYTES, LocalOnlyMiddleware, credentials
+from qalign.page import security
+from qalign.page.security import HEADERS, MAX_BODY_BYTES, Guard, LoginDelay, credentials, served_at
+from qalign.page.worker import MAX_CONNECTIONS, Listeners
 
-HERE = {"host": "127.0.0.1:7860"}
+HOST = "127.0.0.1:7860"
+OWN = f"http://{HOST}"
+NAVIGATE = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+JSON = {"content-type": "application/json"}
+TEMP = Path("/tmp/qalign-page-x")
+CALL = {"data": [None, "base", True, 0.5, "Why?"], "fn_index": 3, "session_hash": "abc", "event_data": None}
 
 
 @pytest.fixture(autouse=True)
@@ -15,16 +29,29 @@ def no_variable(monkeypatch):
     monkeypatch.delenv("QALIGN_AUTH", raising=False)
 
 
-def request(headers: dict, path: str = "/config", body: bytes = b"", *, any_host: bool = False) -> tuple[int, bytes]:
-    """(status, body that the page got)."""
-    got, sent = bytearray(), []
+class Answered:
+    """What came back, and what the page got, if anything."""
 
-    async def page(scope, receive, send):
+    def __init__(self):
+        self.status, self.headers, self.scope, self.body = 0, {}, None, b""
+
+
+def make_guard(page, served=None, listeners=None) -> Guard:
+    return Guard(page, served or served_at("127.0.0.1"), TEMP, listeners or Listeners())
+
+
+def request(path="/config", method="GET", body=b"", *, served=None, client="127.0.0.1", query=b"", page=None,
+            guard=None, answers=(), **headers) -> Answered:  # fmt: skip
+    """Sends a request through the guard; `_` in a header's name stands for `-`, and a list repeats the header."""
+    found = Answered()
+
+    async def plain(scope, receive, send):
+        found.scope = scope
         while (message := await receive())["type"] == "http.request":
-            got.extend(message["body"])
+            found.body += message["body"]
             if not message["more_body"]:
                 break
-        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.start", "status": 200, "headers": list(answers)})
         await send({"type": "http.response.body", "body": b""})
 
     pieces = [body[start : start + 65536] for start in range(0, len(body), 65536)] or [b""]
@@ -34,64 +61,312 @@ def request(headers: dict, path: str = "/config", body: bytes = b"", *, any_host
         return next(messages, {"type": "http.disconnect"})
 
     async def send(message):
-        sent.append(message)
+        if message["type"] == "http.response.start":
+            found.status, found.headers = message["status"], Headers(raw=message["headers"])
 
-    raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    scope = {"type": "http", "path": path, "method": "POST", "headers": raw}
-    asyncio.run(LocalOnlyMiddleware(page, any_host=any_host)(scope, receive, send))
-    names = dict(sent[0]["headers"])
-    for rule in (b"default-src 'self'", b"frame-ancestors 'self'"):
-        assert rule in names[b"content-security-policy"]
-    assert (names[b"x-content-type-options"], names[b"referrer-policy"]) == (b"nosniff", b"no-referrer")
-    return sent[0]["status"], bytes(got)
+    named = {"host": HOST, **{name.replace("_", "-"): value for name, value in headers.items()}}
+    raw = [
+        (name.encode(), one.encode())
+        for name, value in named.items() if value is not None
+        for one in (value if isinstance(value, list) else [value])
+    ]  # fmt: skip
+    scope = {"type": "http", "path": path, "method": method, "headers": raw, "query_string": query, "scheme": "http"}
+    used = guard or make_guard(plain, served)
+    used.app = page or plain
+    asyncio.run(used({**scope, "client": (client, 5000)}, receive, send))
+    for name, value in HEADERS.items():
+        assert found.headers[name] == value
+    assert not [name for name in found.headers if name.startswith("access-control-")]
+    return found
+
+
+def post(path="/gradio_api/queue/join", call=CALL, **more) -> Answered:
+    return request(path, "POST", json.dumps(call).encode() if isinstance(call, dict) else call, **{**JSON, **more})
 
 
 @pytest.mark.parametrize(
     "host", ["127.0.0.1:7860", "localhost:7860", "LOCALHOST", "127.8.8.8", "[::1]:7860", "[0:0:0:0:0:0:0:1]"]
 )
 def test_the_pages_own_requests_pass_under_every_loopback_name(host):
-    assert request({"host": host}, body=b"abc") == (200, b"abc")
-    assert request({"host": host, "origin": f"http://{host}"})[0] == 200
+    own = f"http://{host.lower()}"
+    assert request(host=host).status == 200
+    assert post(host=host, origin=own, sec_fetch_site="same-origin", referer=f"{own}/").status == 200
+    assert request(host=host, referer=f"{own}/?a=b", sec_fetch_site="same-origin").status == 200
 
 
 @pytest.mark.parametrize(
-    "origin", ["http://evil.example", "null", "http://127.0.0.1:9999", "http://localhost:7860", ""]
-)
-def test_another_site_may_not_use_it(origin):
-    assert request({**HERE, "origin": origin})[0] == 403
-
-
-@pytest.mark.parametrize("host", ["evil.example", "evil.example:7860", "", "127.0.0.1.evil.example", "0.0.0.0", "[::"])
-def test_another_name_that_resolves_to_this_computer_is_refused_without_a_password(host):
-    assert request({"host": host})[0] == 403
-    assert request({"host": host}, any_host=True)[0] == 200
-
-
-def test_behind_a_tunnel_its_public_name_counts():
-    headers = {"host": "10.0.0.1", "x-forwarded-host": "x.gradio.live", "origin": "https://x.gradio.live"}
-    assert request(headers, any_host=True)[0] == 200
-
-
-@pytest.mark.parametrize(
-    "path",
-    ["/gradio_api/upload", "/gradio_api/proxy=http://10.0.0.1/", "/gradio_api/component_server", "/gradio_api/run/send",
-     "/gradio_api/file=https://example.org/", "/file=HTTP://10.0.0.1/"],
+    "origin",
+    ["http://evil.example", "null", "http://127.0.0.1:9999", "http://localhost:7860", "", "https://127.0.0.1:7860",
+     "http://127.0.0.1", "http://127.0.0.1:7860/", "http://me@127.0.0.1:7860", "http://127.0.0.1.:7860",
+     "file://", "chrome-extension://abc", "http://127.0.0.1:78600", [OWN, "http://evil.example"], [OWN, "null"]],
+    ids=str,
 )  # fmt: skip
-def test_what_the_page_does_not_need_is_not_there(path):
-    assert request(HERE, path)[0] == 404
+def test_another_site_may_not_use_it(origin):
+    assert request("/", origin=origin).status == 403
+    assert request(origin=origin, x_forwarded_host="evil.example").status == 403
+    assert post(origin=origin).status == 403
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "", "other"])
+def test_a_browser_that_names_another_site_is_refused_unless_somebody_follows_a_link_to_the_page(site):
+    for path in ("/config", "/", "/gradio_api/queue/data", "/logout", "/assets/a.js"):
+        assert request(path, sec_fetch_site=site).status == 403
+    assert post(sec_fetch_site=site).status == 403
+    assert request("/", sec_fetch_site=site, **NAVIGATE).status == 200
+    assert request("/", sec_fetch_site=site, **NAVIGATE, query=b"deep_link=a").status == 403
+    assert request("/logout", sec_fetch_site=site, **NAVIGATE).status == 403
+    for dest in ("iframe", "embed", "object", "empty"):
+        assert request("/", sec_fetch_site=site, **{**NAVIGATE, "sec-fetch-dest": dest}).status == 403
+    assert request("/", "POST", sec_fetch_site=site, **NAVIGATE).status == 403
+
+
+@pytest.mark.parametrize(
+    ("referer", "status"),
+    [(f"{OWN}/", 200), (OWN, 200), ("http://127.0.0.1:9999/", 403), ("http://127.0.0.1:78601/", 403), ("x", 403)],
+)
+def test_over_http_on_another_computer_the_referer_tells(referer, status):
+    assert request("/gradio_api/queue/data", referer=referer).status == status
+    assert request("/", referer=referer).status == 200
+
+
+def test_only_the_page_itself_logs_out():
+    assert request("/logout").status == 403  # `<img referrerpolicy=no-referrer>` in an old browser
+    for own in ({"sec_fetch_site": "same-origin"}, {"sec_fetch_site": "none"}, {"referer": f"{OWN}/"}, {"origin": OWN}):
+        assert request("/logout", **own).status == 200
+
+
+HOSTS = ["evil.example", "evil.example:7860", "", "127.0.0.1.evil.example", "0.0.0.0", "[::", "localhost.",
+         "127.0.0.1.", "[::ffff:7f00:1]:7860", "[::ffff:127.0.0.1]", "me@127.0.0.1:7860", "127.0.0.1:x",
+         "127.0.0.1:7860,evil.example", "a.localhost", "127.1", "2130706433", "0x7f.1", "127.0.0.1 ", "localhost/",
+         "[::1%25lo]", None, ["127.0.0.1:7860", "evil.example"]]  # fmt: skip
+
+
+@pytest.mark.parametrize("host", HOSTS, ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"x_forwarded_host": HOST, "x_forwarded_proto": "https", "forwarded": f"host={HOST}"}]
+)
+def test_another_name_that_leads_to_this_computer_is_refused_with_and_without_a_password(host, more):
+    assert request(host=host, **more).status == 403
+    assert post(host=host, origin=f"http://{host}", sec_fetch_site="same-origin", **more).status == 403
+
+
+def test_a_page_for_other_computers_answers_to_addresses_and_its_own_names(monkeypatch):
+    monkeypatch.setattr(security.socket, "gethostname", lambda: "Gpu")
+    monkeypatch.setattr(security.socket, "getfqdn", lambda: "gpu.home.example")
+    wide = served_at("0.0.0.0")
+    for host in ("192.168.1.2:7860", "gpu:7860", "gpu.local", "gpu.home.example", "[fd00::1]:7860", "localhost"):
+        assert request(host=host, served=wide).status == 200
+    for host in ("evil.example", "gpu.evil.example", "[::ffff:7f00:1]"):
+        assert request(host=host, served=wide).status == 403
+    assert request(host="box.example", served=served_at("box.example")).status == 200
+    assert request(host="192.168.1.2", origin="http://192.168.1.3", served=wide).status == 403
+
+
+def test_forwarded_headers_are_believed_behind_the_share_tunnel_only():
+    shared = served_at("127.0.0.1", "https://x.gradio.live")
+    through = {"host": "10.0.0.1", "x_forwarded_host": "x.gradio.live", "x_forwarded_for": "1.1.1.1, 2.2.2.2"}
+    for headers in (through, {**through, "host": "x.gradio.live", "x_forwarded_host": None}):
+        passed = post(served=shared, origin="https://x.gradio.live", **headers)
+        assert passed.status == 200
+        seen = Headers(scope=passed.scope)
+        assert (passed.scope["scheme"], seen["host"], passed.scope["client"][0]) == (
+            "https",
+            "x.gradio.live",
+            "2.2.2.2",
+        )
+        for origin in ("http://x.gradio.live", "https://y.gradio.live", "https://10.0.0.1", "http://127.0.0.1:7860"):
+            assert post(served=shared, origin=origin, **headers).status == 403
+    assert request(served=shared, client="192.168.1.9", **through).status == 403  # not from the tunnel
+    assert request(served=shared, **{**through, "x_forwarded_host": "y.gradio.live"}).status == 403
+    assert request(**through).status == 403  # there is no tunnel
+    assert request(served=shared).status == 200  # its owner, at this computer
+
+
+def test_gradio_sees_no_forwarded_header():
+    passed = request(x_forwarded_host="evil.example", x_forwarded_proto="https", x_forwarded_for="1.2.3.4",
+                     forwarded="host=evil", x_gradio_server="http://evil.example", cookie="a=b")  # fmt: skip
+    assert passed.scope["client"][0] == "127.0.0.1"
+    assert {name.decode() for name, _ in passed.scope["headers"]} == {"host", "cookie"}
+
+
+def test_an_answer_lets_no_other_site_in():
+    cookies = [b"a=1; HttpOnly; SameSite=none; Secure", b"b=2; samesite=Strict", b"c=3"]
+    headers = [(b"access-control-allow-origin", b"*"), (b"Access-Control-Allow-Credentials", b"true")]
+    answered = request(answers=[*headers, *((b"set-cookie", cookie) for cookie in cookies)])
+    assert answered.headers.getlist("set-cookie") == [
+        "a=1; HttpOnly; Secure; SameSite=Lax", "b=2; SameSite=Lax", "c=3; SameSite=Lax"
+    ]  # fmt: skip
+    preflight = {"access_control_request_method": "POST", "access_control_request_headers": "x-forwarded-host"}
+    for origin in (OWN, "http://evil.example"):
+        assert request(method="OPTIONS", origin=origin, **preflight).status in (403, 405)
+
+
+FILE = f"/gradio_api/file={TEMP}"
+NOT_THERE = [
+    *("/gradio_api/upload", "/gradio_api/proxy=http://10.0.0.1/", "/gradio_api/component_server", "/gradio_api/info"),
+    *("/gradio_api/run/send", "/gradio_api/api/send", "/gradio_api/call/send", "/gradio_api/call/v2/send", "/docs"),
+    *("/gradio_api/file=https://example.org/", "/file=HTTP://10.0.0.1/", "/gradio_api/file= http://10.0.0.1/"),
+    *("/gradio_api/file=\thttp://10.0.0.1", "/gradio_api/file=%20http://10.0.0.1", "/gradio_api/file/http://10.0.0.1/"),
+    *("/gradio_api/file=file:///etc/passwd", "/gradio_api/file=//10.0.0.1/a", "/gradio_api//file=http://10.0.0.1/"),
+    *("/GRADIO_API/file=http://10.0.0.1/", "/gradio_api/file=hTTps:/10.0.0.1", "//gradio_api/queue/join", "/config/"),
+    *("/gradio_api/file=/etc/passwd", f"{FILE}/../a/b", f"{FILE}/a/../b", f"{FILE}/a/..", f"{FILE}-2/a/b", FILE),
+    *("/assets/../config", "/assets//etc/passwd", "/assets/.../../x", "/assets/a\0b", "/dev/reload", "/monitoring"),
+    *("/gradio_api/token", "/gradio_api/user", "/gradio_api/app_id", "/gradio_api/login_check", "/openapi.json"),
+    *("/gradio_api/vibe-edit", "/gradio_api/process_recording", "/gradio_api/profiling/traces", "/gradio_api/runs"),
+    *("/gradio_api/stream/a", "/gradio_api/mcp/sse", "/gradio_api/deep_link", "/gradio_api/dev/reload", "/pwa_icon/5"),
+    *("/gradio_api/heartbeat/a/b", "/gradio_api/custom_component/a/client/b/c.js", "/gradio_api/run-history/buckets"),
+]
+
+
+@pytest.mark.parametrize("path", NOT_THERE)
+@pytest.mark.parametrize("method", ["GET", "POST", "HEAD"])
+def test_what_the_page_does_not_need_is_not_there(path, method):
+    assert request(path, method, **JSON).status == 404
+
+
+ROUTES = """
+import gradio, json
+from fastapi import FastAPI
+app = gradio.mount_gradio_app(FastAPI(openapi_url=None), gradio.Blocks(), path="/")
+print(json.dumps([path for mount in app.routes for path in mount.app.openapi()["paths"]]))
+"""
+
+
+def test_every_other_route_of_the_installed_gradio_is_closed():
+    """The list of Gradio's routes is read from Gradio: an upgrade that adds one opens nothing."""
+    told = subprocess.run([sys.executable, "-c", ROUTES], capture_output=True, text=True, check=True)
+    plain = json.loads(told.stdout)
+    assert "/gradio_api/upload" in plain
+    assert len(plain) > 60
+    opened = {path for path in plain if request(path, "POST", **JSON, origin=OWN).status != 404}
+    assert opened == {
+        *("/", "/config", "/theme.css", "/favicon.ico", "/robots.txt", "/manifest.json", "/login", "/logout"),
+        *(f"/gradio_api/{name}" for name in ("queue/data", "queue/join", "cancel", "reset")),
+    }
+
+
+def test_a_route_has_its_methods_only():
+    assert request(f"{FILE}/0a1b/votes.jsonl").status == 200
+    for method in ("PUT", "DELETE", "PATCH", "TRACE", "CONNECT", "OPTIONS", "get", "POST"):
+        assert request("/config", method).status == 405
+    assert request("/gradio_api/queue/join").status == 405
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=a", None):
+        assert post(content_type=kind).status == 415  # what a form of another site can send
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *({**CALL, "data": ["base", value]} for value in (["a"], {"path": "/etc/passwd"}, [], {})),
+        {**CALL, "data": [{"path": "http://10.0.0.1/", "meta": {"_type": "gradio.FileData"}}]},
+        {**CALL, "data": {"a": 1}}, {**CALL, "data": None}, {**CALL, "session_hash": ["a"]}, b"[]", b"{", b"",
+        b'{"data": ' + b"[" * 50000 + b"]" * 50000 + b"}", b'{"data": [' + b"9" * 5000 + b"]}", b"\xff",
+    ],
+    ids=lambda call: str(call)[:60],
+)  # fmt: skip
+def test_a_call_has_plain_values_only(call):
+    """Gradio fetches a URL that stands in a value in the form of a file."""
+    answered = post(call=call)
+    assert (answered.status, answered.body) == (400, b"")
+    assert json.loads(post().body) == CALL
 
 
 def test_a_request_is_small():
-    assert request({**HERE, "content-length": str(2**20)})[0] == 413
-    assert request({**HERE, "content-length": "-1"})[0] == 413
-    assert request(HERE, body=b"x" * MAX_BODY_BYTES)[1] == b"x" * MAX_BODY_BYTES
-    assert len(request(HERE, body=b"x" * 2**20)[1]) <= MAX_BODY_BYTES  # without a length: disconnected
+    assert request(content_length=str(2**20)).status == 413
+    for length in ("-1", "a", "١", "9" * 400):
+        assert request(content_length=length).status == 413
+    assert request("/login", "POST", b"x" * MAX_BODY_BYTES).body == b"x" * MAX_BODY_BYTES
+    assert len(request("/login", "POST", b"x" * 2**20).body) <= MAX_BODY_BYTES  # without a length: disconnected
+    assert post(call=b" " * 2**20).status == 400
+
+
+def test_websockets_are_closed():
+    sent = []
+
+    async def run():
+        async def send(message):
+            sent.append(message)
+
+        await make_guard(None)(
+            {"type": "websocket", "path": "/", "headers": [], "client": ("127.0.0.1", 1)}, None, send
+        )
+
+    asyncio.run(run())
+    assert [message["type"] for message in sent] == ["websocket.close"]
+
+
+def test_the_listeners_of_a_visitor_are_known_while_answers_arrive():
+    listeners, seen = Listeners(), []
+
+    async def page(scope, receive, send):
+        seen.append(listeners.address("abc"))
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = make_guard(page, listeners=listeners)
+    data = {"path": "/gradio_api/queue/data", "query": b"session_hash=abc", "guard": guard, "page": page}
+    assert request(**data).status == 200
+    assert seen == ["127.0.0.1"]
+    assert listeners.address("abc") is None
+    with ExitStack() as stack:
+        for number in range(MAX_CONNECTIONS):
+            stack.enter_context(listeners.listening(str(number), "127.0.0.1"))
+        assert request(**data).status == 429
+        assert request(**data, client="192.168.1.2").status == 200
+
+
+def test_each_wrong_password_doubles_the_wait(monkeypatch):
+    waits, now = [], [100.0]
+    monkeypatch.setattr(security.time, "monotonic", lambda: now[0])
+
+    async def sleep(seconds):
+        waits.append(round(seconds, 3))
+        now[0] += seconds
+
+    monkeypatch.setattr(security.asyncio, "sleep", sleep)
+
+    async def wrong(scope, receive, send):
+        await send({"type": "http.response.start", "status": 400, "headers": []})
+
+    async def right(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    guard = make_guard(wrong)
+    login = {"path": "/login", "method": "POST", "guard": guard}
+    for _ in range(9):
+        assert request(**login, page=wrong).status == 400
+    assert waits == [0, 0.5, 1, 2, 4, 8, 16, 30, 30]
+    assert request(**login, page=wrong, client="192.168.1.2").status == 400
+    assert waits[-1] == 0  # another address
+    assert request(**login, page=right).status == 200
+    assert request(**login, page=wrong).status == 400
+    assert waits[-2:] == [30, 0]  # the right one is forgiven
+
+
+def test_one_try_of_an_address_waits_and_only_the_latest_addresses_are_remembered():
+    delay = LoginDelay()
+
+    async def two() -> tuple[bool, bool]:
+        return await delay.begin("a"), await delay.begin("a")
+
+    assert asyncio.run(two()) == (True, False)
+    for number in range(delay.MAX_ADDRESSES + 10):
+        delay.end(str(number), wrong=True)
+    assert len(delay._wrong) == delay.MAX_ADDRESSES
+    began = time.monotonic()
+    assert asyncio.run(delay.begin("0"))  # forgotten
+    assert time.monotonic() - began < 0.4
+
+
+def test_a_household_of_ipv6_is_one_address():
+    served = served_at("::")
+    found = [served.address({"client": (word, 1)}, Headers()) for word in ("fd00::1", "fd00::2", "::ffff:1.2.3.4", "x")]
+    assert found == ["fd00::/64", "fd00::/64", "1.2.3.4", "unknown"]
 
 
 def test_others_are_let_in_only_with_a_password(monkeypatch):
     for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8"):
         assert credentials(host, None, share=False) is None
-    wide = ("0.0.0.0", "192.168.1.2", "::", "example.org", "localhost.example.org", "")
+    wide = ("0.0.0.0", "192.168.1.2", "::", "example.org", "localhost.example.org", "", "::ffff:127.0.0.1")
     for host, share, found in (*((host, False, f"--host {host}") for host in wide), ("127.0.0.1", True, "--share")):
         with pytest.raises(UserError, match=f"{found}.*give --auth USER:PASSWORD"):
             credentials(host, None, share=share)

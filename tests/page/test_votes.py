@@ -7,6 +7,7 @@ import pytest
 from qalign.config.stages import Source
 from qalign.data.formats import LeftOut, preferences
 from qalign.errors import UserError
+from qalign.page.actions import votes_text
 from qalign.page.session import Reply
 from qalign.page.votes import Choice, Tally, VoteFile, row, tally
 from tests.helpers import metrics, summary, train
@@ -36,7 +37,7 @@ def test_a_vote_for_one_answer_is_one_preference_row(choice, chosen, rejected, t
     (pair,), refused = read(file.path)
     assert (pair.chosen["content"], pair.rejected["content"], pair.prompt) == (chosen, rejected, PROMPT)
     assert not refused
-    (kept,) = file.read()
+    (kept,) = file.read().rows
     assert kept["comment"] == "so"
     assert kept["a"] == {"model": "base", "weights": None, "text": LINES, "ended": True, "seed": 7}
     assert kept["b"]["weights"] == "ab12"
@@ -94,7 +95,7 @@ def test_an_incomplete_last_line_is_moved_aside_and_a_missing_newline_is_added(t
     path.write_bytes(whole + half if torn else whole.rstrip(b"\n"))  # as a power cut, or an editor, leaves it
     file = VoteFile(path)
     file.append(vote("b"))
-    assert [kept["vote"] for kept in file.read()] == ["a", "b"]
+    assert [kept["vote"] for kept in file.read().rows] == ["a", "b"]
     assert path.read_bytes().startswith(whole)
     assert (aside.read_bytes() if aside.exists() else b"") == (half + b"\n" if torn else b"")
     pairs, refused = read(path)
@@ -115,6 +116,68 @@ def test_a_vote_is_on_the_disk_or_not_there_at_all(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="no space"):
         file.append(vote("b"))
     assert file.path.read_bytes() == before
+
+
+DEEP = b'{"vote": "a", "comment": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"
+NO_VOTES = [
+    b"[1]", b"7", b"null", b"{", b"\xff\xfe", b"\0", DEEP, b'{"vote": "a", "a": ' + b"9" * 5000 + b"}",
+    *(f'{{"vote": {vote}}}'.encode() for vote in ("1", "null", "[]", "{}", '"c"', '["a"]', "true")),
+    *(f'{{"vote": "a", "a": {side}}}'.encode() for side in ("1", "null", '"base"', "[]", '{"model": ["base"]}',
+                                                          '{"model": {}}', '{"weights": 3}')),
+    b'{"vote": "tie", "no_pair": 1}', b'{"vote": "tie", "no_pair": ["a"]}', b'{"a": {"model": "base"}}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", NO_VOTES, ids=lambda line: repr(line[:40]))
+def test_a_line_that_is_no_vote_is_counted_and_named_and_hides_no_other(line, tmp_path):
+    file = VoteFile(tmp_path / "votes.jsonl")
+    file.append(vote("b"))
+    file.path.write_bytes(file.path.read_bytes() + line + b"\n\n" + file.path.read_bytes())
+    votes = VoteFile(file.path).read()
+    assert votes.unreadable == [2]
+    assert tally(votes.rows, ("base", None), ("demo/dpo", "ab12")) == Tally(wins=0, losses=2, ties=0, both_bad=0)
+    assert votes_text(votes) == "2 of 2 votes in the file will train. 1 line of the file can't be read as a vote (2)."
+
+
+def test_it_is_said_how_many_votes_will_train(tmp_path):
+    file = VoteFile(tmp_path / "votes.jsonl")
+    assert votes_text(file.read()) == ""
+    for kept in (vote("a"), vote("b"), vote("b", state="cut"), vote("b", state="cut"), vote("tie"), {"vote": "a"}):
+        file.append(kept)
+    text = votes_text(file.read())
+    assert text.startswith("2 of 6 votes in the file will train.")
+    for reason in ("2 × the better answer was cut", "1 × a vote for 'tie'", "1 × no pair of answers"):
+        assert reason in text
+    file.path.write_bytes(b"1\n" * 9)
+    assert votes_text(file.read()) == "9 lines of the file can't be read as a vote (1, 2, 3, 4, 5, …)."
+
+
+def test_the_count_of_votes_that_train_is_what_training_reads(tmp_path):
+    file = VoteFile(tmp_path / "votes.jsonl")
+    for kept in (vote("a"), vote("b"), vote("tie"), vote("b", state="cut")):
+        file.append(kept)
+    pairs, left_out = read(file.path)
+    assert (len(pairs), len(left_out)) == (2, 2)
+    assert votes_text(file.read()).startswith("2 of 4 votes")
+
+
+def nowhere(tmp_path) -> dict:
+    (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    return {"folder": tmp_path, "below a file": tmp_path / "file" / "votes.jsonl", "loop": tmp_path / "loop",
+            "pipe": tmp_path / "pipe", "device": "/dev/full", "NUL": "a\0b", "too long": "v" * 300,
+            "no such user": "~nosuchuser/votes.jsonl", "proc": "/proc/votes.jsonl"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["folder", "below a file", "loop", "pipe", "device", "NUL", "too long", "no such user", "proc"]
+)
+def test_a_place_where_votes_cannot_be_written_is_reported_at_the_start(name, tmp_path):
+    with pytest.raises(UserError, match="--votes") as error:
+        VoteFile(nowhere(tmp_path)[name])
+    (line,) = error.value.lines
+    assert len(line) < 500
 
 
 def test_the_tally_counts_votes_between_these_two_models_only_whichever_was_left():
