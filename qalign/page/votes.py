@@ -89,11 +89,11 @@ class VoteFile:
             if self.path.exists() and not self.path.is_file():
                 raise UserError(f"--votes {path}: expected a file, and this is none")
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if "\0" not in str(path) and os.path.lexists(self.path):
+            if os.path.lexists(self.path):
                 self.path.open("ab").close()
                 self._repair()
             else:
-                tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=self.path.name).close()
+                tempfile.NamedTemporaryFile(dir=self.path.parent, prefix=self.path.name[:99]).close()
         except (OSError, ValueError, RuntimeError) as error:  # such as a NUL in the name, or an unknown ~user
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"--votes {path}: votes can't be written there: {reason}") from None

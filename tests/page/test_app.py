@@ -1,9 +1,14 @@
 """`python app.py` over HTTP, as a crafted client would use it."""
 
 import json
+import socket
+import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import httpx
 import pytest
@@ -80,14 +85,64 @@ NAMES = ("../../../etc", "/etc", "runs/a/dpo/adapter", ["a/dpo"], {"path": "/etc
 VALUES = ((4, "x"), (5, -5), (6, 10**9), (7, "soon"), (7, "9" * 10), (8, "s" * 50000))
 
 
+class Counting(BaseHTTPRequestHandler):
+    """A web server that counts who asks."""
+
+    def do_GET(self):
+        self.server.hits.append(self.path)
+        self.send_response(200)
+        self.end_headers()
+
+    do_POST = do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def elsewhere():
+    with ThreadingHTTPServer(("127.0.0.1", 0), Counting) as server:
+        server.hits = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+URLS = ("http://{}/a", "%20http://{}/a", "%09http://{}/a", "HTTP://{}/a", "hTTp:%2f%2f{}/a", "http:/{}/a",
+        "http%3A//{}/a", "http:%5c%5c{}/a", "//{}/a", "%2f%2f{}/a", "file:///etc/hostname", "FILE:///etc/hostname", "%00http://{}/a",
+        "http://me@{}/a", "ftp://{}/a", "%2568ttp://{}/a", "http://{}/a.png?x=1", "http://{}%23/a")  # fmt: skip
+
+
+def test_no_url_is_fetched_for_anybody(client, elsewhere):
+    name = f"127.0.0.1:{elsewhere.server_port}"
+    for form in ("/gradio_api/file={}", "/gradio_api/file/{}", "/file={}", "/gradio_api/proxy={}",
+                 "//gradio_api/file={}", "/gradio_api//file={}", "/GRADIO_API/FILE={}", "/proxy={}", "/gradio_api/%66ile={}",
+                 "/gradio_api/stream/{}", "/gradio_api/custom_component/{}"):  # fmt: skip
+        for url in URLS:
+            asked = f"GET {form.format(url.format(name))} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n"
+            with socket.create_connection(client.base_url.netloc.decode().split(":")) as raw:  # nothing is normalised
+                raw.sendall(asked.encode())
+                assert raw.recv(99).startswith(b"HTTP/1.1 404"), (form, url)
+    uploads = ({"files": b"x"}, {"url": f"http://{name}/a"})
+    assert {client.post("/gradio_api/upload", files=files).status_code for files in uploads} == {404}
+    file = {"path": f"http://{name}/a", "url": f"http://{name}/a", "meta": {"_type": "gradio.FileData"}}
+    number = function(client, "submit")
+    for value in (file, [file], {"value": file}):
+        assert join(client, number, [None, *SETTINGS, value, ""], "file").status_code == 400
+    assert elsewhere.hits == []
+
+
 @pytest.mark.parametrize(
     "settings",
     [SETTINGS[:2], *([*SETTINGS[:n], new, *SETTINGS[n + 1 :]] for n, new in (*((0, x) for x in NAMES), *VALUES))],
 )
 def test_a_crafted_request_cannot_name_another_adapter_or_leave_the_bounds(client, settings):
-    done = json.dumps(ask(client, f"crafted {str(settings)[:99]}", settings))
-    assert "tokens/s" not in done
-    assert "Traceback" not in done
+    if any(isinstance(value, (list, dict)) for value in settings):
+        assert join(client, function(client, "submit"), [None, *settings, "Why?", ""], "crafted").status_code == 400
+    else:
+        done = json.dumps(ask(client, f"crafted {str(settings)[:99]}", settings))
+        assert "tokens/s" not in done
+        assert "Traceback" not in done
     assert "6 tokens" in json.dumps(ask(client, "after"))
 
 
@@ -136,30 +191,119 @@ def test_who_hangs_up_stops_the_answer(runs):
         assert time.monotonic() - began < 30  # each of the two would take a minute
 
 
+def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(runs):
+    with serving("--runs", str(runs), before=SLOW) as address, httpx.Client(base_url=address, timeout=60) as client:
+        number = function(client, "submit")
+        for index in range(20):  # each would take a minute
+            data = [None, *SETTINGS[:6], 190, 1, "", "Why?", ""]
+            assert join(client, number, data, f"unheard{index}").status_code == 200
+        began = time.monotonic()
+        assert ask(client, "heard")["success"]
+        assert time.monotonic() - began < 30
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--share"], "--share puts the page on the internet"),
         (["runs/nowhere"], "there is no finished"),
         (["--recipe", "nowhere.yaml"], "there is no such recipe"),
+        *(
+            (["--port", port], f"--port {port}: expected a number from 1 to 65535")
+            for port in ("0", "-1", "70000", "65536")
+        ),
+        (["--port", "9" * 5000], "--port"),
+        (["--host", "nowhere.invalid", "--auth", "a:b"], "--host nowhere.invalid"),
+        (["--host", "192.0.2.1", "--auth", "a:b"], "--host 192.0.2.1"),
+        (["--host", "a" * 99, "--auth", "a:b"], "--host"),
+        (["--votes", "/"], "--votes /: expected a file"),
+        (["--votes", "/proc/votes.jsonl"], "--votes /proc/votes.jsonl: votes can't be written there"),
     ],
 )
-def test_a_mistake_is_a_line_before_anything_is_loaded(options, words, monkeypatch, capsys):
+def test_a_mistake_is_a_line_before_anything_is_loaded(options, words, monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "qalign.page.chat", None)  # it can't be imported
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="2"):
         main(options)
-    (line,) = capsys.readouterr().err.splitlines()
+    *_, line = capsys.readouterr().err.splitlines()
     assert words in line
+    assert "Traceback" not in line
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_port_that_is_taken_is_a_line_before_anything_is_loaded(monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(sys.modules, "qalign.page.chat", None)
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(SystemExit, match="2"):
+        main(["--port", str(taken.getsockname()[1])])
+    assert "Address already in use" in capsys.readouterr().err
 
 
 def test_with_a_password_nothing_is_served_without_it(runs):
     with serving("--runs", str(runs), "--auth", "me:se:cret") as address, httpx.Client(base_url=address) as client:
         assert client.get("/config").status_code == 401
         assert join(client, 1, [], "x").status_code == 401
-        assert client.post("/login", data={"username": "me", "password": "wrong"}).status_code == 400
-        assert client.post("/login", data={"username": "me", "password": "se:cret"}).status_code == 200
+        assert login(client, "wrong").status_code == 400
+        began = time.monotonic()
+        assert login(client, "se:cret").status_code == 200
+        assert time.monotonic() - began > 0.3  # the wrong one is held against it
         assert client.get("/config").status_code == 200
+        for site in ("cross-site", "same-site"):
+            link = {"sec-fetch-site": site, "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
+            assert client.get("/logout", headers=link).status_code == 403
+        assert client.get("/config").status_code == 200
+        assert client.get("/logout", headers={"sec-fetch-site": "same-origin"}).is_redirect
+        assert client.get("/config").status_code == 401
+
+
+def login(client: httpx.Client, password: str) -> httpx.Response:
+    return client.post("/login", data={"username": "me", "password": password}, timeout=60)
+
+
+def test_guessing_passwords_is_slow_and_one_try_waits_at_a_time(runs):
+    with serving("--runs", str(runs), "--auth", "me:se:cret") as address, httpx.Client(base_url=address) as client:
+        with ThreadPoolExecutor(30) as pool:
+            began = time.monotonic()
+            found = [answer.status_code for answer in pool.map(lambda _: login(client, "wrong"), range(60))]
+        took = time.monotonic() - began
+        assert set(found) == {400, 429}
+        assert found.count(400) <= 2 + took  # no faster than 1, 2, 3.5, 5.5 … seconds allow
+        assert login(client, "se:cret").status_code == 200
+
+
+def test_the_folder_of_the_page_is_removed_at_its_end_and_that_of_a_killed_one_at_the_next_start(tmp_path):
+    script = (
+        "import sys, time\nfrom pathlib import Path\nfrom qalign.page.launch import own_folder\n"
+        "print(own_folder(Path(sys.argv[1])), flush=True)\nsys.stdin.read()"
+    )
+
+    def start() -> tuple[subprocess.Popen, Path]:
+        words = [sys.executable, "-c", script, str(tmp_path)]
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return process, Path(process.stdout.readline().strip())
+
+    def end(process: subprocess.Popen, how=lambda process: process.stdin.close()) -> None:
+        how(process)
+        process.wait(20)
+        process.stdin.close()
+        process.stdout.close()
+
+    somebody, other = tmp_path / "qalign-page-not-a-folder", tmp_path / "other"
+    somebody.touch()
+    other.mkdir()
+    killed, left = start()
+    (left / "votes.jsonl").touch()
+    assert left.stat().st_mode & 0o777 == 0o700
+    end(killed, subprocess.Popen.kill)
+    assert left.is_dir()
+    living, kept = start()
+    assert {*tmp_path.iterdir()} == {somebody, other, kept}
+    ended, own = start()
+    assert {*tmp_path.iterdir()} == {somebody, other, kept, own}  # that of a living page stays
+    end(ended)
+    end(living)
+    assert {*tmp_path.iterdir()} == {somebody, other}
 
 
 def test_without_a_run_the_page_says_which_command_makes_one(tmp_path):

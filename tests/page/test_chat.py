@@ -175,6 +175,38 @@ def test_stop_keeps_what_there_is_and_the_next_question_is_served(chat):
     assert last(chat, [("base", QUESTION)])[0].state == "cut"
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_an_answer_that_goes_on_is_the_one_that_a_higher_limit_gives(chat, temperature):
+    controls = Controls(temperature, 0.9, 24, seed=5)
+    whole = last(chat, PAIR, controls)
+    grown = last(chat, PAIR, replace(controls, max_new_tokens=5))
+    for more in (1, 11, 7):
+        steps = list(chat.go_on("me", grown, replace(controls, max_new_tokens=more, seed=None)))
+        grown = steps[-1]
+        assert len(steps) == more
+    assert [reply.ids for reply in grown] == [reply.ids for reply in whole]
+    assert [reply.text for reply in grown] == [reply.text for reply in whole]
+    assert [reply.state for reply in grown] == ["cut", "cut"]
+    assert [reply.reward for reply in grown] == pytest.approx([reply.reward for reply in whole], abs=1e-4)
+    assert all(0 < reply.tokens_per_second < 1e5 for reply in grown)
+
+
+def test_only_an_answer_that_was_cut_or_stopped_goes_on_and_only_while_there_is_room(chat):
+    one, two = last(chat, PAIR)
+    ended = replace(one, state="ended")
+    found = list(chat.go_on("me", [ended, replace(two, state="stopped")], GREEDY))[-1]
+    assert found[0].ids == ended.ids
+    assert (len(found[1].ids), found[1].state) == (20, "cut")
+    full = chat.model.max_length - len(two.prompt_ids)
+    grown = [one, two]
+    for _ in range(9):
+        if len(grown[1].ids) < full:
+            grown = list(chat.go_on("me", grown, replace(GREEDY, max_new_tokens=100)))[-1]
+    assert len(grown[1].ids) == full
+    with pytest.raises(UserError, match="max_length"):
+        list(chat.go_on("me", grown, GREEDY))
+
+
 def test_many_at_once_are_served_one_after_the_other_on_one_base(chat):
     lm, names = chat.base.lm, ["base", "a/dpo", "b/dpo"] * 3
     alone = [last(chat, [(name, QUESTION)])[0].ids for name in names]
