@@ -116,8 +116,8 @@ URLS = ("http://{}/a", "%20http://{}/a", "%09http://{}/a", "HTTP://{}/a", "hTTp:
 def test_no_url_is_fetched_for_anybody(client, elsewhere):
     name = f"127.0.0.1:{elsewhere.server_port}"
     for form in ("/gradio_api/file={}", "/gradio_api/file/{}", "/file={}", "/gradio_api/proxy={}",
-                 "//gradio_api/file={}", "/gradio_api//file={}", "/GRADIO_API/FILE={}", "/proxy={}", "/gradio_api/%66ile={}",
-                 "/gradio_api/stream/{}", "/gradio_api/custom_component/{}"):  # fmt: skip
+                 "//gradio_api/file={}", "/gradio_api//file={}", "/GRADIO_API/FILE={}", "/proxy={}",
+                 "/gradio_api/%66ile={}", "/gradio_api/stream/{}", "/gradio_api/custom_component/{}"):  # fmt: skip
         for url in URLS:
             asked = f"GET {form.format(url.format(name))} HTTP/1.1\r\nhost: 127.0.0.1\r\nconnection: close\r\n\r\n"
             with socket.create_connection(client.base_url.netloc.decode().split(":")) as raw:  # nothing is normalised

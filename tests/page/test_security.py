@@ -4,84 +4,17 @@ import asyncio
 import json
 import subprocess
 import sys
-import time
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 from starlette.datastructures import Headers
 
-from qalign.errors import UserError
 from qalign.page import security
-from qalign.page.security import HEADERS, MAX_BODY_BYTES, Guard, LoginDelay, credentials, served_at
+from qalign.page.security import MAX_BODY_BYTES, served_at
 from qalign.page.worker import MAX_CONNECTIONS, Listeners
+from tests.page.guarded import CALL, HOST, JSON, OWN, TEMP, make_guard, post, request
 
-HOST = "127.0.0.1:7860"
-OWN = f"http://{HOST}"
 NAVIGATE = {"sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}
-JSON = {"content-type": "application/json"}
-TEMP = Path("/tmp/qalign-page-x")
-CALL = {"data": [None, "base", True, 0.5, "Why?"], "fn_index": 3, "session_hash": "abc", "event_data": None}
-
-
-@pytest.fixture(autouse=True)
-def no_variable(monkeypatch):
-    monkeypatch.delenv("QALIGN_AUTH", raising=False)
-
-
-class Answered:
-    """What came back, and what the page got, if anything."""
-
-    def __init__(self):
-        self.status, self.headers, self.scope, self.body = 0, {}, None, b""
-
-
-def make_guard(page, served=None, listeners=None) -> Guard:
-    return Guard(page, served or served_at("127.0.0.1"), TEMP, listeners or Listeners())
-
-
-def request(path="/config", method="GET", body=b"", *, served=None, client="127.0.0.1", query=b"", page=None,
-            guard=None, answers=(), **headers) -> Answered:  # fmt: skip
-    """Sends a request through the guard; `_` in a header's name stands for `-`, and a list repeats the header."""
-    found = Answered()
-
-    async def plain(scope, receive, send):
-        found.scope = scope
-        while (message := await receive())["type"] == "http.request":
-            found.body += message["body"]
-            if not message["more_body"]:
-                break
-        await send({"type": "http.response.start", "status": 200, "headers": list(answers)})
-        await send({"type": "http.response.body", "body": b""})
-
-    pieces = [body[start : start + 65536] for start in range(0, len(body), 65536)] or [b""]
-    messages = iter({"type": "http.request", "body": p, "more_body": p is not pieces[-1]} for p in pieces)
-
-    async def receive():
-        return next(messages, {"type": "http.disconnect"})
-
-    async def send(message):
-        if message["type"] == "http.response.start":
-            found.status, found.headers = message["status"], Headers(raw=message["headers"])
-
-    named = {"host": HOST, **{name.replace("_", "-"): value for name, value in headers.items()}}
-    raw = [
-        (name.encode(), one.encode())
-        for name, value in named.items() if value is not None
-        for one in (value if isinstance(value, list) else [value])
-    ]  # fmt: skip
-    scope = {"type": "http", "path": path, "method": method, "headers": raw, "query_string": query, "scheme": "http"}
-    used = guard or make_guard(plain, served)
-    used.app = page or plain
-    asyncio.run(used({**scope, "client": (client, 5000)}, receive, send))
-    for name, value in HEADERS.items():
-        assert found.headers[name] == value
-    assert not [name for name in found.headers if name.startswith("access-control-")]
-    return found
-
-
-def post(path="/gradio_api/queue/join", call=CALL, **more) -> Answered:
-    return request(path, "POST", json.dumps(call).encode() if isinstance(call, dict) else call, **{**JSON, **more})
 
 
 @pytest.mark.parametrize(
@@ -314,65 +247,7 @@ def test_the_listeners_of_a_visitor_are_known_while_answers_arrive():
         assert request(**data, client="192.168.1.2").status == 200
 
 
-def test_each_wrong_password_doubles_the_wait(monkeypatch):
-    waits, now = [], [100.0]
-    monkeypatch.setattr(security.time, "monotonic", lambda: now[0])
-
-    async def sleep(seconds):
-        waits.append(round(seconds, 3))
-        now[0] += seconds
-
-    monkeypatch.setattr(security.asyncio, "sleep", sleep)
-
-    async def wrong(scope, receive, send):
-        await send({"type": "http.response.start", "status": 400, "headers": []})
-
-    async def right(scope, receive, send):
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-
-    guard = make_guard(wrong)
-    login = {"path": "/login", "method": "POST", "guard": guard}
-    for _ in range(9):
-        assert request(**login, page=wrong).status == 400
-    assert waits == [0, 0.5, 1, 2, 4, 8, 16, 30, 30]
-    assert request(**login, page=wrong, client="192.168.1.2").status == 400
-    assert waits[-1] == 0  # another address
-    assert request(**login, page=right).status == 200
-    assert request(**login, page=wrong).status == 400
-    assert waits[-2:] == [30, 0]  # the right one is forgiven
-
-
-def test_one_try_of_an_address_waits_and_only_the_latest_addresses_are_remembered():
-    delay = LoginDelay()
-
-    async def two() -> tuple[bool, bool]:
-        return await delay.begin("a"), await delay.begin("a")
-
-    assert asyncio.run(two()) == (True, False)
-    for number in range(delay.MAX_ADDRESSES + 10):
-        delay.end(str(number), wrong=True)
-    assert len(delay._wrong) == delay.MAX_ADDRESSES
-    began = time.monotonic()
-    assert asyncio.run(delay.begin("0"))  # forgotten
-    assert time.monotonic() - began < 0.4
-
-
 def test_a_household_of_ipv6_is_one_address():
     served = served_at("::")
     found = [served.address({"client": (word, 1)}, Headers()) for word in ("fd00::1", "fd00::2", "::ffff:1.2.3.4", "x")]
     assert found == ["fd00::/64", "fd00::/64", "1.2.3.4", "unknown"]
-
-
-def test_others_are_let_in_only_with_a_password(monkeypatch):
-    for host in ("127.0.0.1", "localhost", "::1", "[::1]", "127.8.8.8"):
-        assert credentials(host, None, share=False) is None
-    wide = ("0.0.0.0", "192.168.1.2", "::", "example.org", "localhost.example.org", "", "::ffff:127.0.0.1")
-    for host, share, found in (*((host, False, f"--host {host}") for host in wide), ("127.0.0.1", True, "--share")):
-        with pytest.raises(UserError, match=f"{found}.*give --auth USER:PASSWORD"):
-            credentials(host, None, share=share)
-        assert credentials(host, "me:a:b", share=share) == ("me", "a:b")
-    for half in ("me", "me:", ":secret", ":"):
-        with pytest.raises(UserError, match="USER:PASSWORD"):
-            credentials("127.0.0.1", half, share=False)
-    monkeypatch.setenv("QALIGN_AUTH", "you:secret")
-    assert credentials("0.0.0.0", None, share=True) == ("you", "secret")
