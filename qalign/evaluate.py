@@ -3,44 +3,49 @@
     python -m qalign.evaluate RECIPE [key=value …]
 
 One pass measures the bare base, the run's reference (if the run started from an SFT adapter, that adapter) and the
-aligned adapter on the same batches. Nothing is trained.
+aligned adapter on the same batches. Then reference and aligned adapter answer some of the prompts: preference figures
+don't show an answer that never ends. Nothing is trained.
 """
 
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import sqrt
 from textwrap import indent, wrap
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qalign.cli import report_command
 from qalign.config.atomic import write_whole
 from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO
-from qalign.data.formats import Preference, Refused, preferences
+from qalign.data.formats import Preference, Prompt, Refused, preferences
 from qalign.errors import UserError, one_line
+from qalign.reports.answers import Answer, measure_answers, verdict
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
     from qalign.data.tokenize import TokenPair
     from qalign.model.base import Base
 
+Item = TypeVar("Item")
 SIDE_BY_SIDE = 3
+ANSWERED = 16  # held-out prompts that are answered before and after
+SHOWN_LINES = 8  # of an answer
 SHOWN_REFUSALS = 5
-MAX_NEW_TOKENS = 80
+MAX_NEW_TOKENS = 160
 BATCH_TOKENS = 2048
-CHUNK = 32  # pairs that are packed together
 
 
 def report(recipe: Recipe) -> None:
-    """Compare the base and the aligned model on a recipe's held-out pairs."""
+    """Compare the base and the aligned model on a recipe's held-out pairs, and say in words whether it helped."""
     run, settings = RunFolder(recipe, "dpo"), recipe.dpo
     if not ((run.adapter / "adapter_config.json").is_file() and (run.path / "recipe.yaml").is_file()):
         raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
     if not (settings and settings.eval_data):
         raise UserError("dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe")
     for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
-        if key.startswith("model.") or key in ("dpo.start_from", "dpo.beta"):
+        if key.startswith("model.") or key in ("dpo.start_from", "dpo.loss", "dpo.beta"):
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
     rows, refused = preferences(settings.eval_data, settings.split, None, recipe.seed)
@@ -51,7 +56,7 @@ def report(recipe: Recipe) -> None:
     from qalign.model.base import Role, load
 
     base = load(recipe.model)
-    pairs, unfit = encode_pairs(base.template, rows, recipe.model.max_length)
+    pairs, unfit = encode_pairs(base.template, rows, base.max_length)
     refused += unfit
     check_usable("dpo.eval_data", len(pairs), refused)
     for key, folder in (("the run", str(run.adapter)), ("dpo.start_from", run.parent)):
@@ -60,11 +65,14 @@ def report(recipe: Recipe) -> None:
     base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
     if run.parent:
         base.load_reference(run.parent)
-    figures = measure(base, pairs, settings.beta)
+    figures: dict[str, Any] = measure(base, pairs, settings.beta, settings.loss)
+    measured = {pair.where for pair in pairs}
+    answered = answer(base, [row for row in rows if row.where in measured])
+    if answered.prompts:
+        figures["answers"] = answered.figures
     _print_figures(figures, run, settings, len(refused))
     write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
-    measured = {pair.where for pair in pairs}
-    _print_answers(base, [row for row in rows if row.where in measured])
+    _print_answers(answered)
 
 
 def check_usable(source: str, used: int, refused: Sequence[Refused]) -> None:
@@ -75,20 +83,22 @@ def check_usable(source: str, used: int, refused: Sequence[Refused]) -> None:
         raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused)")
 
 
-def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, float]:
-    """Preference figures of reference and policy on held-out pairs; `beta` scales DPO's implicit reward.
+def measure(base: "Base", pairs: list["TokenPair"], beta: float, loss: str = "sigmoid") -> dict[str, float]:
+    """Preference figures of reference and policy on held-out pairs. `loss` and `beta` are the recipe's.
 
     Returns:
         `accuracy_base`, `accuracy_before` and `accuracy_after`: of the bare base, the reference and the policy, the
-        share of pairs whose chosen answer has the higher mean log-prob per token. `accuracy_error`: standard error of
-        the last one. `reward_accuracy` and `reward_margin`: share of positive margins, and mean margin, of the implicit
-        reward (Rafailov et al. 2023, arXiv:2305.18290). `pairs`: their number.
+        share of pairs whose chosen answer has the higher mean log-prob per token; a tie counts a half.
+        `accuracy_error`: standard error of the last one. `pairs_gained`, `pairs_lost`: number of pairs that the policy
+        gets right and the reference doesn't, and the reverse. `reward_accuracy` and `reward_margin`: share of positive
+        margins, and mean margin, of the reward that the loss trains (`losses.rewards`). `pairs`: their number.
     """
     import torch
     from tqdm.auto import tqdm
 
-    from qalign.data.collate import MicroBatchLimit
-    from qalign.losses import margin, rewards
+    from qalign.config.stages import REFERENCE_FREE
+    from qalign.data.collate import MicroBatchLimit, in_groups
+    from qalign.losses import margin, rewards, shares
     from qalign.model.base import Role
     from qalign.model.logps import pair_logps
 
@@ -96,10 +106,9 @@ def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, fl
     if Role.REFERENCE in base.adapters:  # otherwise the reference is the bare base
         roles.insert(0, Role.BASE)
     margins = {name: [] for name in (*roles, "reward")}
-    order, limit = sorted(pairs, key=len), MicroBatchLimit(tokens=BATCH_TOKENS)  # similar lengths share a batch
-    chunks = [order[start : start + CHUNK] for start in range(0, len(order), CHUNK)]
-    batches = [some for chunk in chunks for some in base.micro_batches(chunk, limit)]
     base.model.eval()
+    limit = MicroBatchLimit(tokens=BATCH_TOKENS)
+    batches = [some for group in in_groups(pairs) for some in base.micro_batches(group, limit)]
     with torch.no_grad(), base.packed_attention():
         for some in tqdm(batches, desc="measuring", unit="batch"):
             batch, logps = base.batch(some), {}
@@ -107,22 +116,72 @@ def measure(base: "Base", pairs: list["TokenPair"], beta: float) -> dict[str, fl
                 with base.acting_as(role) as lm:
                     logps[role] = pair_logps(lm, batch)
                 margins[role].append(margin(logps[role] / batch.lengths))
-            reward = rewards(logps[Role.POLICY], logps[Role.REFERENCE], batch.lengths, beta)
-            margins["reward"].append(margin(reward))
+            reference = None if loss in REFERENCE_FREE else logps[Role.REFERENCE]
+            margins["reward"].append(margin(rewards(loss, logps[Role.POLICY], reference, batch.lengths, beta)))
     found = {name: torch.cat(parts) for name, parts in margins.items()}
-    shares = {name: (values > 0).double().mean().item() for name, values in found.items()}
+    accuracy = {name: shares(values.double()).mean().item() for name, values in found.items()}
+    gains = shares(found[Role.POLICY]) - shares(found[Role.REFERENCE])
     return {
         "pairs": len(pairs),
-        "accuracy_base": shares[roles[0]],
-        "accuracy_before": shares[Role.REFERENCE],
-        "accuracy_after": shares[Role.POLICY],
-        "accuracy_error": sqrt(shares[Role.POLICY] * (1 - shares[Role.POLICY]) / len(pairs)),
-        "reward_accuracy": shares["reward"],
+        "accuracy_base": accuracy[roles[0]],
+        "accuracy_before": accuracy[Role.REFERENCE],
+        "accuracy_after": accuracy[Role.POLICY],
+        "accuracy_error": sqrt(accuracy[Role.POLICY] * (1 - accuracy[Role.POLICY]) / len(pairs)),
+        "pairs_gained": int((gains > 0).sum()),
+        "pairs_lost": int((gains < 0).sum()),
+        "reward_accuracy": accuracy["reward"],
         "reward_margin": found["reward"].mean().item(),
     }
 
 
-def _print_figures(figures: dict[str, float], run: RunFolder, settings: DPO, num_refused: int) -> None:
+@dataclass(frozen=True)
+class Answered:
+    """Greedy answers of the models to the same held-out prompts, spread evenly over the rows."""
+
+    prompts: list[Prompt]
+    answers: dict[str, list[Answer]]
+    """By model: `base`, `SFT` if the run started from one, and `aligned`; fewer of a base that is not the reference."""
+    max_new_tokens: int
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """`before` and `after` training as `measure_answers` has them, the number of texts that are `unchanged`, and
+        `max_new_tokens`."""
+        *_, before, after = self.answers.values()
+        same = sum(one.text == other.text for one, other in zip(before, after, strict=True))
+        both = {"before": measure_answers(before), "after": measure_answers(after)}
+        return {**both, "unchanged": same, "max_new_tokens": self.max_new_tokens}
+
+
+def answer(base: "Base", rows: list[Preference]) -> Answered:
+    """Answers of the reference and the policy to `ANSWERED` prompts; of a bare base beside them, what will be shown."""
+    from qalign.data.tokenize import encode_questions
+    from qalign.model.base import Role
+    from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of, text_of
+
+    new = min(MAX_NEW_TOKENS, base.max_length // 2)
+    asked = [Prompt(row.prompt, row.where, {}, row.tools) for row in _spread(rows, ANSWERED)]
+    prompts, _ = encode_questions(base.template, asked, base.max_length - new)
+    sampling, with_sft = Sampling(new, 0.0, stop_ids_of(base.template)), Role.REFERENCE in base.adapters
+    roles = {"base": Role.BASE, "SFT": Role.REFERENCE} if with_sft else {"base": Role.REFERENCE}
+    answers = {}
+    for name, role in (roles | {"aligned": Role.POLICY}).items():
+        ids = [ids for _, ids in (_spread(prompts, SIDE_BY_SIDE) if role is Role.BASE else prompts)]
+        found = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0) if ids else []
+        ended = [tokens[-1] in sampling.stop_ids for (tokens,) in found]
+        answers[name] = [
+            Answer(text_of(base.tokenizer, tokens), tokens[:-1] if end else tokens, end)
+            for (tokens,), end in zip(found, ended, strict=True)
+        ]
+    return Answered([prompt for prompt, _ in prompts], answers, new)
+
+
+def _spread(rows: list[Item], count: int) -> list[Item]:
+    """At most so many rows, spread evenly."""
+    return rows[:: max(1, len(rows) // count)][:count]
+
+
+def _print_figures(figures: dict[str, Any], run: RunFolder, settings: DPO, num_refused: int) -> None:
     stops = {"accuracy_base": "base", "accuracy_before": "SFT", "accuracy_after": "aligned"}
     if not settings.start_from:
         stops = {"accuracy_before": "base", "accuracy_after": "aligned"}
@@ -134,21 +193,28 @@ def _print_figures(figures: dict[str, float], run: RunFolder, settings: DPO, num
         "reward": f"{reward:<24} pairs whose chosen answer has the higher implicit reward",
         "margin": f"{margin:<24} mean implicit reward, chosen minus rejected",
     }
-    print_table(f"{run.adapter} on {figures['pairs']} held-out pairs{refused}", lines.items())
+    if answers := figures.get("answers"):
+        before, after, count = answers["before"], answers["after"], answers["after"]["answers"]
+        ended, loops = (f"{before[key]:.0%} → {after[key]:.0%}" for key in ("ended", "looping"))
+        length, limit = f"{before['length']:.0f} → {after['length']:.0f}", answers["max_new_tokens"]
+        lines |= {
+            "ended": f"{ended:<24} of {count} greedy answers ended by themselves within {limit} tokens",
+            "length": f"{length:<24} their mean length in tokens",
+            "loops": f"{loops:<24} of them repeat themselves",
+        }
+    said = [("verdict" if number == 0 else "", sentence) for number, sentence in enumerate(verdict(figures))]
+    print_table(f"{run.adapter} on {figures['pairs']} held-out pairs{refused}", [*lines.items(), *said])
 
 
-def _print_answers(base: "Base", rows: list[Preference]) -> None:
-    """Greedy answers of the base and the aligned model to a few prompts, spread evenly over the rows."""
-    from qalign.model.base import Role
-    from qalign.model.generation import complete
-
-    shown = rows[:: max(1, len(rows) // SIDE_BY_SIDE)][:SIDE_BY_SIDE]
-    prompts = [list(row.prompt) for row in shown]
-    before, after = (complete(base, role, prompts, max_new_tokens=MAX_NEW_TOKENS) for role in (Role.BASE, Role.POLICY))
-    for row, *answers in zip(shown, before, after, strict=True):
+def _print_answers(answered: Answered) -> None:
+    """A few prompts with the answers of each model."""
+    shown = {name: _spread(answers, SIDE_BY_SIDE) for name, answers in answered.answers.items()}
+    for prompt, *answers in zip(_spread(answered.prompts, SIDE_BY_SIDE), *shown.values(), strict=True):
         print("─" * 100)
-        for name, text in zip(("prompt", "base", "aligned"), (row.prompt[-1]["content"], *answers), strict=True):
+        texts = (prompt.turns[-1]["content"], *(answer.text for answer in answers))
+        for name, text in zip(("prompt", *shown), texts, strict=True):
             lines = [part for line in text.splitlines() or [""] for part in wrap(line, 88) or [""]]
+            lines = lines if len(lines) <= SHOWN_LINES else [*lines[:SHOWN_LINES], "…"]
             print(f"{name:<9} " + indent("\n".join(lines), " " * 10).strip(), flush=True)
 
 

@@ -109,16 +109,38 @@ def preference_loss(
             "apo_zero": lambda: apo_zero(policy, reference, beta),
         }
     if name not in known:
-        without = " without a reference" if reference is None else ""
-        raise ValueError(f"there is no preference loss '{name}'{without}")
+        raise _unknown(name, reference)
     loss = known[name]()
     return loss + sft_weight * sft(policy, lengths) if sft_weight else loss
 
 
-def rewards(policy: Tensor, reference: Tensor | None, lengths: Tensor, beta: float) -> Tensor:
-    """Implicit rewards `(pairs, 2)`: beta times the log-ratio (DPO, eq. 5), or, without a reference, beta times the
-    mean log-prob per token (SimPO, eq. 4)."""
-    return beta * (policy / lengths if reference is None else policy - reference)
+def rewards(name: str, policy: Tensor, reference: Tensor | None, lengths: Tensor, beta: float) -> Tensor:
+    """Implicit rewards `(pairs, 2)` of a preference loss by its name: the loss trains their margin.
+
+    They are beta times the log-ratio of policy and reference (DPO, eq. 5), or without a reference beta times the
+    log-prob (SimPO, eq. 4); a mean over tokens where the loss takes one. ORPO's log-odds rise and fall with that mean.
+
+    Raises:
+        ValueError: there is no loss of this name, or it needs a reference and gets None.
+    """
+    known = {"simpo": policy / lengths, "orpo": policy / lengths}
+    if reference is not None:
+        ratio = policy - reference
+        known |= dict.fromkeys(("sigmoid", "hinge", "robust", "apo_zero"), ratio)
+        known |= dict.fromkeys(("ipo", "sigmoid_norm"), ratio / lengths)
+    if name not in known:
+        raise _unknown(name, reference)
+    return beta * known[name]
+
+
+def _unknown(name: str, reference: Tensor | None) -> ValueError:
+    without = " without a reference" if reference is None else ""
+    return ValueError(f"there is no preference loss '{name}'{without}")
+
+
+def shares(leads: Tensor) -> Tensor:
+    """What each pair counts in an accuracy: 1 where chosen leads rejected, 0 where it trails, one half at a tie."""
+    return (1 + leads.sign()) / 2
 
 
 def bradley_terry(scores: Tensor, margins: Tensor | None = None, *, centering: float = 0.0) -> Tensor:

@@ -20,7 +20,7 @@ from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
 from qalign.errors import UserError, scores_not_finite
 from qalign.evaluate import check_usable
-from qalign.train.run_folder import RunFolder, open_run
+from qalign.train.run_folder import open_run
 
 if TYPE_CHECKING:
     from qalign.data.collate import AnsweredPrompt
@@ -48,7 +48,7 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     base = load(run.recipe.model)
     lineage.check(str(run.path), run.adapter, base.lineage("reward"))
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
-    rows, tokens, unfit = _encoded(base, run, read)
+    rows, tokens, unfit = _encoded(base, read)
     refused += unfit
     check_usable(file, len(rows), refused)
     scores = _scores(base, tokens)
@@ -71,20 +71,17 @@ def _parsed(raw: dict, where: str, column: str) -> Read:
     return raw, row, names
 
 
-def _encoded(
-    base: "Base", run: RunFolder, read: list[Read]
-) -> tuple[list[Read], list["AnsweredPrompt"], list[Refused]]:
+def _encoded(base: "Base", read: list[Read]) -> tuple[list[Read], list["AnsweredPrompt"], list[Refused]]:
     """(the rows that fit the model, their ids, the refused rows)."""
     from qalign.data.tokenize import TokenAnswers, encode_answer, encode_pair
 
-    model = run.recipe.model
     rows, tokens, refused = [], [], []
     for raw, row, names in read:
         try:
             if isinstance(row, Preference):
-                tokens.append(encode_pair(base.template, row, model.max_length))
+                tokens.append(encode_pair(base.template, row, base.max_length))
             else:
-                ids = encode_answer(base.template, row, model.max_length)
+                ids = encode_answer(base.template, row, base.max_length)
                 tokens.append(TokenAnswers(ids[:-1], (ids[-1:],)))  # only the last token, the end of turn, is scored
             rows.append((raw, row, names))
         except BadRow as reason:

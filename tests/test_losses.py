@@ -116,14 +116,39 @@ def test_sft_weight_adds_the_chosen_answers_mean_nll():
     assert (with_sft - plain).item() == pytest.approx(0.3 * 2.0)
 
 
-def test_swapping_the_answers_negates_the_margin():
-    reward = losses.rewards(POLICY, REFERENCE, LENGTHS, beta=0.5)
-    swapped = losses.rewards(POLICY.flip(1), REFERENCE.flip(1), LENGTHS.flip(1), beta=0.5)
-    assert losses.margin(reward).item() == -losses.margin(swapped).item() == 2.0
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("sigmoid", [0.5, -1.5]), ("hinge", [0.5, -1.5]), ("robust", [0.5, -1.5]), ("apo_zero", [0.5, -1.5]),
+        ("ipo", [0.1, -0.375]), ("sigmoid_norm", [0.1, -0.375]), ("simpo", [-1.0, -1.5]), ("orpo", [-1.0, -1.5]),
+    ],
+)  # fmt: skip
+def test_the_reward_of_each_loss_by_hand(name, expected):
+    assert losses.rewards(name, POLICY, REFERENCE, LENGTHS, beta=0.5).tolist() == [pytest.approx(expected)]
+    swapped = losses.rewards(name, POLICY.flip(1), REFERENCE.flip(1), LENGTHS.flip(1), beta=0.5)
+    assert losses.margin(swapped).item() == pytest.approx(expected[1] - expected[0])
 
 
-def test_reference_free_reward_is_the_mean_log_prob():
-    assert losses.rewards(POLICY, None, LENGTHS, beta=2.0).tolist() == [[-4.0, -6.0]]
+@pytest.mark.parametrize("name", ALL)
+def test_a_loss_is_a_function_of_its_rewards_alone(name):
+    """Other answers, whose log-probs and lengths differ but whose rewards don't, have the same loss. A step down the
+    loss raises the reward's margin. (ORPO adds the chosen answer's likelihood, which is the same here.)"""
+    longer = LENGTHS * 2
+    per_token = name in ("ipo", "sigmoid_norm", "simpo", "orpo")
+    policy, reference = (t * 2 if per_token else t + 7.0 for t in (POLICY, REFERENCE))
+    before = losses.rewards(name, POLICY, REFERENCE, LENGTHS, 0.5)
+    torch.testing.assert_close(losses.rewards(name, policy, reference, longer, 0.5), before)
+    assert total(name, policy, reference, longer).item() == pytest.approx(
+        total(name, POLICY, REFERENCE, LENGTHS).item()
+    )
+    moved = POLICY.clone().requires_grad_()
+    total(name, moved, REFERENCE, LENGTHS).sum().backward()
+    after = losses.rewards(name, (POLICY - 0.1 * moved.grad), REFERENCE, LENGTHS, 0.5)
+    assert losses.margin(after) > losses.margin(before)
+
+
+def test_a_tie_counts_a_half():
+    assert losses.shares(torch.tensor([2.0, 0.0, -0.1])).tolist() == [1.0, 0.5, 0.0]
 
 
 def test_unknown_loss_is_an_error():
@@ -131,3 +156,5 @@ def test_unknown_loss_is_an_error():
         total("dpo", POLICY, REFERENCE, LENGTHS)
     with pytest.raises(ValueError, match="'sigmoid' without a reference"):
         total("sigmoid", POLICY, None, LENGTHS)
+    with pytest.raises(ValueError, match="'ipo' without a reference"):
+        losses.rewards("ipo", POLICY, None, LENGTHS, beta=0.1)

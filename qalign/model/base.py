@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qalign.config.recipe import Lora, Model
+from qalign.data import collate
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import pad_for_scores
@@ -26,12 +27,11 @@ from qalign.model import adapters as peft_adapters
 from qalign.model.adapters import OUTPUT_LAYER_TAKEN, SCORE_HEAD
 from qalign.model.attention import packed_attention, why_not_packed
 from qalign.model.lineage import Lineage, describe
-from qalign.model.loading import Form, load_weights, tensor_bytes
+from qalign.model.loading import Form, load_weights, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
 from qalign.model.origin import Origin
 
 UNFIT = (KeyError, TypeError, RuntimeError, ValueError, SafetensorError)  # raised for adapters that are broken
-ROWS_PACKED_TOGETHER = 64  # by `answer_scores`
 
 
 class Role(StrEnum):
@@ -57,6 +57,7 @@ class Base:
         tokenizer: with a chat template, one BOS and a pad token.
         origin: where the weights come from.
         template: where the chat template comes from, in words.
+        max_length: `model.max_length`, or how far the base reaches if that is less; for commands on a finished run.
         dtype: the dtype of matrix products; adapters are float32 and autocast to it.
         reference: what the reference is made of, in words.
         role, role_switches: the active role, and the number of role changes so far.
@@ -68,6 +69,7 @@ class Base:
         self.lm, self.dtype, self._base_parameters = lm, lm.dtype, lm.num_parameters()
         self.model: PreTrainedModel | peft.PeftModel = lm
         self.template, self.tokenizer, self.origin, self.spec = template, template.tokenizer, origin, spec
+        self.max_length = min(spec.max_length, reach_of(lm.config) or spec.max_length)
         self.reference = "the base with adapters off"
         self.role: str = Role.BASE
         self.role_switches = 0
@@ -252,13 +254,10 @@ class Base:
         """
         numbers = {id(row): number for number, row in enumerate(rows)}
         found = torch.zeros(len(rows), len(rows[0].answers))
-        # Packing takes longer than linear in the number of rows, so many rows are packed in groups of similar length.
-        order = sorted(rows, key=len) if len(rows) > ROWS_PACKED_TOGETHER else rows
         with self.packed_attention(), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
-            for start in range(0, len(order), ROWS_PACKED_TOGETHER):
-                for some in self.micro_batches(order[start : start + ROWS_PACKED_TOGETHER], limit):
-                    found[[numbers[id(row)] for row in some]] = self.pair_scores(role, some).cpu()
-                    bar.update(len(some))
+            for some in (some for group in collate.in_groups(rows) for some in self.micro_batches(group, limit)):
+                found[[numbers[id(row)] for row in some]] = self.pair_scores(role, some).cpu()
+                bar.update(len(some))
         return found
 
     def values(self, states: Tensor) -> Tensor:

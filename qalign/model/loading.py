@@ -127,11 +127,21 @@ def load_config(spec: Model) -> tf.PretrainedConfig:
         return _config(origin.find(spec))
 
 
-def check_reach(spec: Model) -> None:
-    """Checks, before any weight is fetched, that the base can read rows of `max_length`; a `UserError` if not."""
-    reach = getattr(load_config(spec).get_text_config(), "max_position_embeddings", None)
-    if reach and spec.max_length > reach:
-        raise UserError(f"model.max_length: {spec.max_length} is beyond the {reach} tokens that '{spec.base}' can read")
+def reach_of(config: tf.PretrainedConfig) -> int | None:
+    """How many positions a base has: the longest row that it can read, in tokens. None without a limit (ALiBi, state
+    spaces).
+
+    RoPE scaling: configs disagree whether `max_position_embeddings` is meant before or after it, so the larger of both
+    readings counts, as in vLLM. Scaling that each kind of layer has for itself is counted in already (Gemma 3).
+    """
+    text = config.get_text_config()
+    reach = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's name
+    if not reach or getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
+        return None
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = rope.get("original_max_position_embeddings") or reach
+    stretched = rope.get("rope_type") in ("linear", "dynamic", "yarn") and rope.get("factor")
+    return max(reach, int(original * stretched)) if stretched else reach
 
 
 def _quiet() -> None:

@@ -59,7 +59,7 @@ class Chat:
     ):
         self.base, self.model = load(model), model
         self.entries = {entry.name: entry for entry in entries}
-        self.max_new_tokens = max(1, model.max_length * 3 // 4)  # the most that a visitor may ask for
+        self.max_new_tokens = max(1, self.base.max_length * 3 // 4)  # the most that a visitor may ask for
         self._stop_ids = stop_ids_of(self.base.template)
         self._worker = Worker(listeners)
         self._roles: dict[str, str] = {BASE: Role.BASE}  # of each loaded model, by its name
@@ -92,9 +92,9 @@ class Chat:
         self._check(controls, [reply.prompt for reply in replies])
         growing = [replace(reply, state="growing") if reply.state in CUT else reply for reply in replies]
         used = max(len(reply.prompt_ids) + len(reply.ids) for reply in growing if reply.state == "growing")
-        if used >= self.model.max_length:
-            raise UserError(f"the dialogue takes all of model.max_length, {self.model.max_length} tokens")
-        room = min(int(controls.max_new_tokens), self.model.max_length - used)
+        if used >= self.base.max_length:
+            raise UserError(f"the dialogue takes all of model.max_length, {self.base.max_length} tokens")
+        room = min(int(controls.max_new_tokens), self.base.max_length - used)
         yield from self._stream(key, lambda: self._grow(growing, replace(controls, max_new_tokens=room)))
 
     def _stream(self, key: str, generate: Callable[[], Generator[list[Reply]]]) -> Iterator[list[Reply]]:
@@ -153,7 +153,7 @@ class Chat:
 
     def _begin(self, dialogues: Dialogues, controls: Controls, seed: int) -> list[Reply]:
         """Empty replies. The second side's seed is one more."""
-        room, system = self.model.max_length - int(controls.max_new_tokens), controls.system.strip()
+        room, system = self.base.max_length - int(controls.max_new_tokens), controls.system.strip()
         replies = []
         for number, (name, turns) in enumerate(dialogues):
             self._role(name)  # its adapter is loaded, so its hash is known

@@ -20,7 +20,7 @@ from qalign.model import lineage
 from qalign.model.base import Base, Role, load
 from qalign.model.generation import Engine, Sampling, engine, stop_ids_of, text_of
 from qalign.model.lineage import Lineage
-from qalign.model.loading import check_reach
+from qalign.model.loading import load_config, reach_of
 from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.adapter_trainer import schedule_from_one
@@ -68,13 +68,20 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
         trainable: True for a policy that PPO trains, with a reference beside it; False for one that only samples.
 
     Raises:
-        UserError: a scorer, the base or the starting adapter can't be loaded or doesn't fit the others.
+        UserError: a scorer, the base or the starting adapter can't be loaded or doesn't fit the others, or
+            `model.max_length` is beyond the base's reach.
     """
     recipe, settings, parent = run.recipe, cast(PPO, run.settings), run.parent
-    check_reach(recipe.model)
+    reach, length = reach_of(load_config(recipe.model)) or math.inf, recipe.model.max_length
+    if length > reach:  # answers may be as long as that, and memory is planned for it
+        raise UserError(
+            f"model.max_length: {length} is beyond the {reach} tokens that '{recipe.model.base}' can read; set it to "
+            f"{reach} at most"
+        )
     scorers = open_scorers(recipe, run)
     base = load(recipe.model)
-    room = recipe.model.max_length - settings.max_new_tokens
+    # One position is left for the end of turn that a cut answer gets before a reward adapter scores it.
+    room = int(min(length, reach - 1)) - settings.max_new_tokens
     session = Session(run, base, encode_rows(run, base.template, found, encode_questions, room))
     if trainable:
         session.add_adapter(reference=True)
@@ -83,7 +90,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
         base.load_adapter(Role.POLICY, parent, trainable=False)
     stop_ids = stop_ids_of(base.template)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
-    source = engine(settings.engine, base, recipe.model.max_length)
+    source = engine(settings.engine, base, base.max_length)
     return Setup(base, session.origin, scorers, source, sampling, session.rows, scorers.load_models(base))
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,10 +28,9 @@ class AdapterTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The recipe's schedule, counted from 1."""
         if self.lr_scheduler is None:
-            optimizer = optimizer or self.optimizer
+            used, kind = cast(Optimizer, optimizer or self.optimizer), cast(str, self.args.lr_scheduler_type)
             warmup = self.args.get_warmup_steps(num_training_steps)
-            kind: Any = self.args.lr_scheduler_type
-            self.lr_scheduler = schedule_from_one(kind, optimizer, warmup, num_training_steps, self.args)
+            self.lr_scheduler = schedule_from_one(kind, used, warmup, num_training_steps, self.args)
         return self.lr_scheduler
 
     def check_finite(self, losses: Tensor, rows: Sequence[str]) -> None:
@@ -55,9 +54,7 @@ class AdapterTrainer(Trainer):
         self.base.save_adapter(self.trained, Path(output_dir or self.args.output_dir or ""))
 
 
-def schedule_from_one(
-    kind: str, optimizer: Optimizer | None, warmup: int, steps: int, args: TrainingArguments
-) -> LRScheduler:
+def schedule_from_one(kind: str, optimizer: Optimizer, warmup: int, steps: int, args: TrainingArguments) -> LRScheduler:
     """A schedule of transformers in which the first step is number 1, and not number 0.
 
     transformers counts from 0, so a warm-up begins with a learning rate of 0: the rows of that step teach nothing, and

@@ -20,6 +20,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped, UserError, out_of_memory
 from qalign.model import lineage
 from qalign.model.base import Base, Role
+from qalign.model.loading import reach_of
 from qalign.model.memory.forecast import Forecast, Plan, usable_memory
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.checkpoints import damage
@@ -49,6 +50,8 @@ class Session:
 
     def __init__(self, run: RunFolder, base: Base, rows: StageRows, role: Role = Role.POLICY):
         self.run, self.base, self.rows, self.role = run, base, rows, role
+        if run.stage != "ppo":  # whose rows are prompts; it checks `max_length` itself
+            check_reach(base, rows)
         self.origin = base.lineage(run.stage, run.parent)
 
     def add_adapter(self, *, reference: bool = False) -> None:
@@ -230,6 +233,20 @@ class Session:
     def finish(self, next_command: str, loading: str = LOADING, **facts: Any) -> None:
         """Completes the run folder, as `RunFolder.finish` says."""
         self.run.finish(next_command, self.base.origin.source, loading, rows=self.rows.counts, **facts)
+
+
+def check_reach(base: Base, rows: StageRows) -> None:
+    """Raises a `UserError` if a row is longer than the base can read: beyond it, learned positions end in an error of
+    the library, and rotary ones go on, to positions that the base has never seen."""
+    reach, all_rows = reach_of(base.lm.config), [*rows.train, *rows.held_out]
+    beyond = [row for row in all_rows if reach is not None and len(row) > reach]
+    if beyond:
+        longest = max(beyond, key=len)
+        raise UserError(
+            f"model.max_length: {longest.where} has {len(longest):,} tokens, but '{base.spec.base}' can read {reach:,} "
+            f"({len(beyond):,} of {len(all_rows):,} rows are longer); set it to {reach}, which shortens or refuses "
+            "such rows"
+        )
 
 
 def _smaller(run: RunFolder) -> str:

@@ -16,7 +16,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from qalign.config.stages import DPO, REFERENCE_FREE, Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
-from qalign.losses import CHOSEN, REJECTED, bradley_terry, preference_loss, rewards
+from qalign.losses import CHOSEN, REJECTED, bradley_terry, margin, preference_loss, rewards, shares
 from qalign.model.base import Base, Role
 from qalign.model.logps import pair_logps
 from qalign.model.reference import ReferenceLogps
@@ -113,7 +113,7 @@ class PairTrainer(AdapterTrainer):
         self.base.model.eval()
         with torch.no_grad(), self.base.packed_attention():
             for inputs in self.get_eval_dataloader(eval_dataset):
-                for pairs in self.base.micro_batches(inputs, self.micro):
+                for pairs in cast(Any, self.base.micro_batches(inputs, self.micro)):
                     loss, metrics = self.pair_losses(pairs)
                     self.check_finite(loss, [pair.where for pair in pairs])
                     self._count({"loss": loss, **metrics}, len(loss))
@@ -150,12 +150,12 @@ class PreferenceTrainer(PairTrainer):
             sft_weight=settings.sft_weight,
         )
         logps = policy.detach()
-        reward = rewards(logps, reference, batch.lengths, settings.beta)
+        reward = rewards(settings.loss, logps, reference, batch.lengths, settings.beta)
         return loss, {
             "rewards/chosen": reward[:, CHOSEN],
             "rewards/rejected": reward[:, REJECTED],
-            "rewards/accuracies": _right(reward),
-            "rewards/margins": reward[:, CHOSEN] - reward[:, REJECTED],
+            "rewards/accuracies": shares(margin(reward)),
+            "rewards/margins": margin(reward),
             "logps/chosen": logps[:, CHOSEN],
             "logps/rejected": logps[:, REJECTED],
         }
@@ -177,13 +177,7 @@ class RewardModelTrainer(PairTrainer):
         margins = torch.tensor([pair.margin for pair in pairs]).to(scores) if self.settings.margin else None
         loss = bradley_terry(scores, margins, centering=self.settings.centering)
         found = scores.detach()
-        margin = found[:, CHOSEN] - found[:, REJECTED]
-        return loss, {"mean_reward": found.mean(dim=1), "accuracy": _right(found), "margin": margin}
-
-
-def _right(values: Tensor) -> Tensor:
-    """`(pairs,)`: 1 where the chosen answer has the higher value of `(pairs, 2)`, else 0."""
-    return (values[:, CHOSEN] > values[:, REJECTED]).float()
+        return loss, {"mean_reward": found.mean(dim=1), "accuracy": shares(margin(found)), "margin": margin(found)}
 
 
 def _tokens(pair: TokenPair) -> int:

@@ -13,7 +13,7 @@ from qalign.config.recipe import Lora, Model
 from qalign.errors import UserError
 from qalign.model.base import Role, load
 from tests.families import alone
-from tests.helpers import TEST, house_style, scramble, train
+from tests.helpers import TEST, house_style, metrics, scramble, train
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def base(tiny_folder):
 def test_figures_equal_a_count_pair_by_pair(base):
     pairs = house_style(base.tokenizer, 9)
     found = evaluate.measure(base, pairs, beta=0.5)
-    before = after = right = 0
+    before = after = right = gained = lost = 0
     margins = []
     base.model.eval()
     for pair in pairs:
@@ -35,17 +35,56 @@ def test_figures_equal_a_count_pair_by_pair(base):
         for role in Role:
             with torch.no_grad(), base.acting_as(role) as lm:
                 logps[role] = alone(lm, [pair])[0].tolist()
-        before += logps[Role.REFERENCE][0] / chosen > logps[Role.REFERENCE][1] / rejected
-        after += logps[Role.POLICY][0] / chosen > logps[Role.POLICY][1] / rejected
+        prefers = [logps[role][0] / chosen > logps[role][1] / rejected for role in (Role.REFERENCE, Role.POLICY)]
+        before, after = before + prefers[0], after + prefers[1]
+        gained, lost = gained + (prefers == [False, True]), lost + (prefers == [True, False])
         gains = [after - before for after, before in zip(logps[Role.POLICY], logps[Role.REFERENCE], strict=True)]
         margins.append(0.5 * (gains[0] - gains[1]))
         right += margins[-1] > 0
     assert found["pairs"] == 9
     assert found["accuracy_before"] == pytest.approx(before / 9)
     assert found["accuracy_after"] == pytest.approx(after / 9)
+    assert (found["pairs_gained"], found["pairs_lost"]) == (gained, lost)
+    assert gained + lost
     assert found["reward_accuracy"] == pytest.approx(right / 9)
     assert found["reward_margin"] == pytest.approx(sum(margins) / 9, rel=1e-4)
     assert 0 < found["accuracy_after"] < 1, "if every pair agrees, the test shows nothing"
+
+
+@pytest.mark.parametrize(
+    ("loss", "reward"),
+    [
+        ("ipo", lambda policy, reference, tokens: (policy - reference) / tokens),
+        ("sigmoid_norm", lambda policy, reference, tokens: (policy - reference) / tokens),
+        ("simpo", lambda policy, _, tokens: policy / tokens),
+        ("orpo", lambda policy, _, tokens: policy / tokens),
+        ("hinge", lambda policy, reference, _: policy - reference),
+    ],
+)
+def test_a_run_is_judged_by_the_reward_that_its_loss_trains(base, loss, reward):
+    pairs = house_style(base.tokenizer, 9)
+    with torch.no_grad():
+        logps = []
+        for role in (Role.POLICY, Role.REFERENCE):
+            with base.acting_as(role) as lm:
+                logps.append(alone(lm, pairs))
+    tokens = torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
+    rewards = 2.0 * reward(*logps, tokens)
+    margins = rewards[:, 0] - rewards[:, 1]
+    found = evaluate.measure(base, pairs, beta=2.0, loss=loss)
+    assert found["reward_margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
+    assert found["reward_accuracy"] == pytest.approx((margins > 0).double().mean().item())
+    assert 0 < found["reward_accuracy"] < 1, "if every pair agrees, the test shows nothing"
+
+
+@pytest.mark.parametrize("loss", ["simpo", "ipo"])
+def test_the_figures_of_a_run_are_those_it_logged_last(recipe_file, loss, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 2)
+    run = train(recipe_file(loss=loss, eval_data={"path": TEST, "limit": 8}, eval_every=3, max_steps=3))
+    evaluate.report(run.recipe)
+    kept, logged = json.loads((run.path / "evaluation.json").read_text()), metrics(run)[-1]
+    assert kept["reward_margin"] == pytest.approx(logged["eval_rewards/margins"], rel=1e-4)
+    assert kept["reward_accuracy"] == pytest.approx(logged["eval_rewards/accuracies"])
 
 
 def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
@@ -60,9 +99,27 @@ def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
     assert kept["pairs"] == 72
     assert f"{kept['accuracy_before']:.1%}" in said
     assert f"{kept['reward_accuracy']:.1%}" in said
+    answers = kept["answers"]
+    assert answers["before"]["answers"] == answers["after"]["answers"] == evaluate.ANSWERED
+    assert answers["max_new_tokens"] == 5
+    assert answers["after"]["ended"] == 0.0, "a random model doesn't end an answer in five tokens"
+    assert answers["after"]["length"] == 5.0
+    assert "0% → 0%" in said
+    assert "\n  verdict " in said
 
 
-@pytest.mark.parametrize("change", [{"beta": 0.3}, {"model": {"double_quant": False}}])
+def test_a_run_from_sft_is_measured_against_it_and_answers_beside_the_base(recipe_file, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 3)
+    parent = train(recipe_file(output="parent", max_steps=1)).adapter
+    run = train(recipe_file(start_from=str(parent), max_steps=1, eval_data={"path": TEST, "limit": 7}))
+    capsys.readouterr()
+    evaluate.report(run.recipe)
+    said = capsys.readouterr().out
+    assert [said.count(f"\n{word} ") for word in ("prompt", "base", "SFT", "aligned")] == [3, 3, 3, 3]
+    assert json.loads((run.path / "evaluation.json").read_text())["answers"]["before"]["answers"] == 7
+
+
+@pytest.mark.parametrize("change", [{"beta": 0.3}, {"loss": "ipo"}, {"model": {"double_quant": False}}])
 def test_another_recipe_than_the_runs_is_refused(recipe_file, change):
     train(recipe_file(eval_data=TEST, max_steps=1))
     with pytest.raises(UserError, match="was trained with another"):

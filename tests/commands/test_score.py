@@ -101,7 +101,7 @@ def test_the_order_of_many_rows_is_kept(run, write_jsonl, tmp_path, monkeypatch)
     file = write_jsonl("rows.jsonl", HELD_OUT + [{"prompt": PROMPT, "completion": row["chosen"]} for row in HELD_OUT])
     found = []
     for rows_at_once in (3, 64):
-        monkeypatch.setattr("qalign.model.base.ROWS_PACKED_TOGETHER", rows_at_once)
+        monkeypatch.setattr("qalign.data.collate.ROWS_PACKED_TOGETHER", rows_at_once)
         score(str(run.path), file, str(tmp_path / f"{rows_at_once}.jsonl"), None)
         found.append(lines(tmp_path / f"{rows_at_once}.jsonl"))
     for one, other in zip(*found, strict=True):

@@ -212,6 +212,6 @@ def test_many_rows_are_packed_in_groups_and_keep_their_order(spec, adapter, monk
     pairs = pairs_of(base.tokenizer, 9)
     together = scores(base, pairs)
 
-    monkeypatch.setattr("qalign.model.base.ROWS_PACKED_TOGETHER", 2)
+    monkeypatch.setattr("qalign.data.collate.ROWS_PACKED_TOGETHER", 2)
 
     torch.testing.assert_close(scores(base, pairs), together)

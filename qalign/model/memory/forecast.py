@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qalign.config.paths import function_of, is_own_model
 from qalign.config.recipe import Model, Recipe
 from qalign.config.stages import PPO, REFERENCE_FREE
+from qalign.model.loading import reach_of
 from qalign.model.memory.step import Step, is_quantized, layer_pattern, meta_model, run_step
 
 CUDA_CONTEXT = 700 * 2**20  # bytes of the driver and of cuBLAS' workspaces; they differ by card and driver
@@ -65,7 +66,7 @@ class Forecast:
         self.settings = getattr(recipe, stage)
         self.config = copy.deepcopy(config)
         self.layers: int = self.config.get_text_config().num_hidden_layers
-        self.reach: int = getattr(config.get_text_config(), "max_position_embeddings", None) or 2**20
+        self.reach = reach_of(config) or 2**20
         self._steps: dict[tuple[int, bool], Step] = {}
         self.fixed = self._fixed()
 

@@ -1,0 +1,113 @@
+"""Answers before and after training: do they end, do they loop, how long are they; and a verdict in words.
+
+Imports no torch.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines
+from qalign.reports.plots import counted
+from qalign.reports.reward_report import BY_CHANCE, sign_test
+
+LOOP_TOKENS = 12  # a shorter tail that repeats may be meant: "no, no, no"
+LOOP_TURNS = 3
+LOOP_LINES = 0.5  # share of an answer's lines and sentences that repeat earlier ones
+FEW_BETTER = 0.95  # where so many pairs were right before, hardly any can be gained
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A sampled answer; `ids` are its tokens without the one that ended it."""
+
+    text: str
+    ids: Sequence[int]
+    ended: bool  # by itself, not by the limit of tokens
+
+    @property
+    def loops(self) -> bool:
+        """Whether it says the same again and again: its tail is one sequence of tokens three times or more, or over
+        half of its lines and sentences repeat earlier ones."""
+        ids = list(self.ids)
+        for period in range(1, len(ids) // LOOP_TURNS + 1):
+            tail = ids[-max(LOOP_TURNS * period, LOOP_TOKENS) :]
+            if len(tail) >= LOOP_TOKENS and tail[period:] == tail[:-period]:
+                return True
+        return repeated_lines([self.text]) > LOOP_LINES
+
+
+def measure_answers(answers: Sequence[Answer]) -> Figures:
+    """Figures of answers, ready for JSON: their number `answers`; the shares that `ended` and that `looping` answers
+    have; `length`, the mean in tokens; `distinct` (distinct-2) and `repeated` (repeated lines), as PPO's monitor has.
+
+    Raises:
+        ValueError: there are no answers.
+    """
+    if not answers:
+        raise ValueError("there are no answers to measure; give at least one")
+    texts = [answer.text for answer in answers]
+    return {
+        "answers": len(answers),
+        "ended": sum(answer.ended for answer in answers) / len(answers),
+        "looping": sum(answer.loops for answer in answers) / len(answers),
+        "length": sum(len(answer.ids) for answer in answers) / len(answers),
+        "distinct": distinct_n(texts),
+        "repeated": repeated_lines(texts),
+    }
+
+
+def verdict(figures: Figures) -> list[str]:
+    """What the figures of `qalign.evaluate` mean, one sentence each, with what to try as overrides of the recipe."""
+    found = [_of_pairs(figures)]
+    if answers := figures.get("answers"):
+        before, after = answers["before"], answers["after"]
+        if answers["unchanged"] == after["answers"]:
+            found.append(f"all {counted(after['answers'], 'greedy answer')} are word for word as before")
+        found += [line for line in (_of_endings(before, after), _of_length(before, after)) if line]
+    return found
+
+
+def _of_pairs(figures: Figures) -> str:
+    pairs, reward = figures["pairs"], figures["reward_accuracy"]
+    right = round(reward * pairs)
+    more = "more pairs, dpo.epochs=3 or twice the dpo.learning_rate"
+    if sign_test(right, pairs - right) > BY_CHANCE:
+        if sign_test(pairs - right, right) <= BY_CHANCE:
+            return f"the wrong way: chosen answers lost, reward {reward:.1%}; are chosen and rejected swapped?"
+        shown = f"reward {reward:.1%} of {counted(pairs, 'pair')}, a coin has 50%"
+        return f"no effect shown on what is preferred ({shown}); try {more}"
+    before, after = figures["accuracy_before"], figures["accuracy_after"]
+    change = f"preferred {before:.1%} → {after:.1%}"
+    gained, lost = figures["pairs_gained"], figures["pairs_lost"]
+    if sign_test(lost, gained) <= BY_CHANCE:
+        return f"{change}: worse than before; try half the dpo.learning_rate, fewer dpo.epochs or a larger dpo.beta"
+    if sign_test(gained, lost) <= BY_CHANCE:
+        return f"it helped: {counted(gained, 'pair')} won and {lost} lost, {change}"
+    if before >= FEW_BETTER:
+        return f"little was left to learn: {change}"
+    return (
+        f"a small shift: reward {reward:.1%} counts any move from the reference towards chosen answers, but the model "
+        f"hardly prefers more of them by itself, {change}; for more try dpo.epochs=3, twice the dpo.learning_rate or "
+        "half the dpo.beta"
+    )
+
+
+def _of_endings(before: Figures, after: Figures) -> str | None:
+    count = after["answers"]
+    cut, was_cut = (round((1 - each["ended"]) * count) for each in (after, before))
+    loops, looped = (round(each["looping"] * count) for each in (after, before))
+    said = f"{cut} of {count} answers don't end, {loops} loop (before: {was_cut}, {looped})"
+    if loops > looped or cut > was_cut + count // 10:
+        return f"{said}; try fewer dpo.epochs, half the dpo.learning_rate, a larger dpo.beta or dpo.sft_weight=0.2"
+    if max(cut, loops) > count // 4:
+        return f"{said}: as before training; SFT on short whole answers first (dpo.start_from=sft) teaches to end"
+    return None
+
+
+def _of_length(before: Figures, after: Figures) -> str | None:
+    if after["length"] <= LENGTH_RATIO * before["length"] or after["length"] - before["length"] < LENGTH_TOKENS:
+        return None
+    grew = f"answers grew long, {before['length']:.0f} → {after['length']:.0f} tokens"
+    return f"{grew}; read some, and if they are not better, try dpo.loss=sigmoid_norm or a larger dpo.beta"
