@@ -4,17 +4,30 @@ The shape of each row is detected (`qalign.data.shapes`). Each `canonical…` fu
 unknown or a part is missing, empty or out of order; `collect` lists such rows as refused, with place and reason.
 """
 
+import json
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 from qalign.config.stages import Source
+from qalign.data.messages import UNTRAINED, Message, Turns, as_turns, same
 from qalign.data.readers import BadRow, NoPair, read
-from qalign.data.shapes import Message, RawRow, Shape, Turns, as_turns, detect, opening_turns, split_prompt
+from qalign.data.shapes import (
+    DIALOGUES,
+    OPENINGS,
+    RawRow,
+    Shape,
+    detect,
+    opening_turns,
+    split_prompt,
+    tools,
+    with_system,
+)
+from qalign.data.texts import check_not_templated, check_text, is_list, is_object, unpacked
 
 Row = TypeVar("Row")
 Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the others
@@ -75,7 +88,12 @@ class LeftOut(Refused):
 
 
 def collect(
-    sources: tuple[Source, ...], split: str, limit: int | None, seed: int, convert: Callable[[Any, str], Row]
+    sources: tuple[Source, ...],
+    split: str,
+    limit: int | None,
+    seed: int,
+    convert: Callable[[Any, str], Row],
+    saw: Callable[[Source, RawRow, Row], None] | None = None,
 ) -> Read[Row]:
     """Reads the rows of every source into one form.
 
@@ -83,6 +101,7 @@ def collect(
         split, limit: the stage's, for sources that don't set their own.
         seed: decides which rows a fractional `weight` takes.
         convert: makes a row from a raw row and its place; a `BadRow` that it raises refuses the row.
+        saw: is told of each row that is used: its source, the raw row, which knows what was read of it, and the row.
 
     Raises:
         UserError: a file or data set can't be read at all.
@@ -97,7 +116,10 @@ def collect(
             try:
                 if isinstance(raw, BadRow):
                     raise raw
-                taken.append(convert(raw, where))
+                noted = RawRow(raw) if is_object(raw) else raw
+                taken.append(convert(noted, where))
+                if saw:
+                    saw(source, noted, taken[-1])
             except BadRow as reason:
                 refused.append((LeftOut if isinstance(reason, NoPair) else Refused)(where, str(reason)))
         whole, part = divmod(source.weight, 1)
@@ -108,17 +130,21 @@ def collect(
 def canonical(raw: Any, where: str) -> Preference:
     """One row of any known shape as a `Preference`; raises `NoPair` if the row says that it holds none."""
     shape = detect(raw)
-    _check_no_pair(shape)
+    _check_pair(shape)
+    if shape.no_pair:
+        raise shape.no_pair
     if shape.chosen is None or shape.rejected is None:
         missing = "chosen" if shape.chosen is None else "rejected"
         raise BadRow(f"no '{missing}' answer: a preference row needs chosen and rejected; this one has {shape.keys}")
     prompt, *answers = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.rejected)
     _check_order(prompt, "the prompt", "user")
     chosen, rejected = (_answer(turns, name) for turns, name in zip(answers, ("chosen", "rejected"), strict=True))
-    check_text(turn["content"] for turn in (*prompt, chosen, rejected))
-    if chosen["content"].strip() == rejected["content"].strip():
+    (*prompt, chosen, rejected), untrained = _settled([*prompt, chosen, rejected])
+    if untrained & {len(prompt), len(prompt) + 1}:
+        raise BadRow("an answer has weight 0, so it can't be trained on")
+    if same(chosen, rejected):
         raise BadRow("chosen and rejected are the same answer")
-    return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row))
+    return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row), _tools(shape.row))
 
 
 def scored(raw: Any, where: str) -> Preference:
@@ -131,22 +157,27 @@ def scored(raw: Any, where: str) -> Preference:
 
 def _answer(turns: Turns, name: str) -> Message:
     if len(turns) != 1 or turns[0]["role"] != "assistant":
-        found = " → ".join(turn["role"] for turn in turns) or "nothing"
+        found = " → ".join(turn["role"] for turn in turns[:8]) or "nothing"
         raise BadRow(f"{name}: expected one assistant turn after the prompt, found {found}")
-    if not turns[0]["content"].strip():
+    if is_empty(turns[0]):
         raise BadRow(f"{name}: the answer is empty")
     return turns[0]
 
 
 def _margin(row: RawRow) -> float | None:
-    scores: list[Any] = [row.get("score_chosen"), row.get("score_rejected")]
-    if not all(type(score) in (int, float) for score in scores):  # not isinstance: True is an int too, but no score
+    scores = [_number(row.get(key)) for key in ("score_chosen", "score_rejected")]
+    if scores[0] is None or scores[1] is None:
         return None
-    try:
-        margin = float(scores[0]) - float(scores[1])
-    except OverflowError:  # JSON has integers beyond every float
-        return None
+    margin = scores[0] - scores[1]
     return margin if math.isfinite(margin) else None
+
+
+def _number(value: Any) -> float | None:
+    """A score; a CSV has numbers as texts. (Not isinstance: True is an int too, but no score.)"""
+    try:
+        return float(value) if type(value) in (int, float, str) else None
+    except (ValueError, OverflowError):  # JSON has integers beyond every float
+        return None
 
 
 def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
@@ -156,8 +187,9 @@ def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     turns are context, since HH-RLHF's were picked to be bad. Raises `NoPair` as `canonical` does.
     """
     shape = detect(raw)
-    _check_no_pair(shape)
-    _check_system(shape.row)
+    _check_pair(shape)
+    if shape.rejected is None:
+        _check_label(shape.row)
     if shape.is_ranked:
         if shape.chosen is None:
             raise BadRow(f"no 'chosen' answer to imitate; this row has {shape.keys}")
@@ -170,34 +202,36 @@ def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     if first_trained:
         _check_order(turns[:first_trained], "the prompt", "user")
     _check_order(turns, "the dialogue", "assistant")
-    check_text(turn["content"] for turn in turns)
-    return Dialogue(tuple(turns), first_trained, where)
+    turns, untrained = _settled(turns)
+    trained = (number for number, turn in enumerate(turns) if turn["role"] == "assistant" and number >= first_trained)
+    if untrained.issuperset(trained):
+        raise BadRow("all of the assistant's turns have weight 0")
+    return Dialogue(tuple(turns), first_trained, where, _tools(shape.row), untrained)
 
 
 def _imitated(row: RawRow, before: str | None, answer: str) -> tuple[Turns, int]:
-    """(turns, index of the first one that is trained on): all but the turns under `prompt`."""
-    if answer == "text":
-        return as_turns(row[answer], answer), 0
-    if before is None and not isinstance(row[answer], list):
-        raise BadRow(f"{answer}: expected a list of turns, found {type(row[answer]).__name__}")
-    label = row.get("label")
-    if label is False or (isinstance(label, str) and label.strip().lower() == "false"):  # a CSV has only texts
-        raise BadRow("label is false: the answer is marked as not to be imitated")
-    opening = opening_turns(row, before)
-    return opening + as_turns(row[answer], answer, "assistant"), len(opening) if before == "prompt" else 0
+    """(turns, index of the first one that is trained on): all but the turns under `prompt` or a question."""
+    if before:
+        opening = opening_turns(row, before)
+        return opening + as_turns(row[answer], answer, "assistant"), 0 if before == "instruction" else len(opening)
+    value = unpacked(row[answer], answer)
+    if answer in DIALOGUES and not is_list(value):
+        raise BadRow(f"{answer}: expected a list of turns, found {type(value).__name__}")
+    return with_system(row, as_turns(value, answer)), 0
 
 
 def _plain_text(shape: Shape) -> str:
     if "text" not in shape.row:
         raise BadRow(
-            f"unknown shape: this row has {shape.keys}; expected messages, conversations, prompt + completion "
-            "(or response), instruction + output, chosen (with rejected or without), or text"
+            f"unknown shape: this row has {shape.keys}; expected messages, conversations, prompt (or question) + "
+            "completion (or response, answer), instruction + output, chosen (with rejected or without), or text"
         )
     text = shape.row["text"]
     if not isinstance(text, str):
         raise BadRow(f"text: expected a text, found {type(text).__name__}")
     if not text.strip():
         raise BadRow("the text is empty")
+    check_not_templated(text)
     check_text([text])
     return text
 
@@ -216,7 +250,6 @@ def scorable(raw: Any, where: str) -> Preference | Dialogue:
 def canonical_prompt(raw: Any, where: str) -> Prompt:
     """One row of any known shape as a `Prompt`: the dialogue up to its last answer, which is left out."""
     shape = detect(raw)
-    _check_system(shape.row)
     turns = opening_turns(shape.row, shape.opening)
     if shape.is_ranked:
         answer = shape.rejected if shape.chosen is None else shape.chosen
@@ -226,47 +259,68 @@ def canonical_prompt(raw: Any, where: str) -> Prompt:
     if turns and turns[-1]["role"] == "assistant":
         turns = turns[:-1]
     if not any(turn["role"] == "user" for turn in turns):
-        raise BadRow(
-            f"no user's turn to answer: this row has {shape.keys}; expected prompt, messages, conversations, "
-            "instruction, turns, or an HH transcript"
-        )
+        expected = f"{', '.join(OPENINGS)}, or an HH transcript"
+        raise BadRow(f"no user's turn to answer: this row has {shape.keys}; expected {expected}")
     _check_order(turns, "the prompt", "user")
-    check_text(turn["content"] for turn in turns)
-    return Prompt(tuple(turns), where, shape.row)
+    turns, _ = _settled(turns)
+    return Prompt(tuple(turns), where, dict(shape.row), _tools(shape.row))
 
 
-def _check_no_pair(shape: Shape) -> None:
+def _check_pair(shape: Shape) -> None:
     """`qalign.page.votes` writes `no_pair` with a reason for ties and the like, in place of the answers."""
-    if isinstance(shape.row.get("no_pair"), str) and not shape.is_ranked:
+    if isinstance(shape.row.peek("no_pair"), str) and not shape.is_ranked:
         raise NoPair(shape.row["no_pair"])
+    if shape.no_pair and (shape.is_ranked or not shape.imitated):
+        raise shape.no_pair
 
 
-def _check_system(row: RawRow) -> None:
-    if not isinstance(row.get("system", ""), str):
-        raise BadRow(f"system: expected a text, found {type(row['system']).__name__}")
+def _check_label(row: RawRow) -> None:
+    for key in ("label", "kto_tag"):
+        label = row.get(key)
+        if label is False or (isinstance(label, str) and label.strip().lower() == "false"):  # a CSV has only texts
+            raise BadRow(f"{key} is false: the answer is marked as not to be imitated")
 
 
 def _check_order(turns: Turns, name: str, last: str) -> None:
-    """User and assistant must alternate after a system turn, if any, end with `last`, and no turn may be empty."""
-    spoken = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    """Nobody but a tool speaks twice in a row (system turns aside), a tool answers a call, no turn is empty, and the
+    last is `last`'s; where that is the user's, it may be a tool's."""
+    before: Message = {"role": "nobody"}
+    for number, turn in enumerate((spoken := [turn for turn in turns if turn["role"] != "system"]), start=1):
+        role = turn["role"]
+        if role == before["role"] != "tool":
+            other = "assistant" if role == "user" else "user"
+            raise BadRow(f"turn {number} of {name} is the {role}'s, expected the {other}'s")
+        if role == "tool" and before["role"] != "tool" and not before.get("tool_calls"):
+            raise BadRow(f"turn {number} of {name} is a tool's, but the turn before calls none")
+        if is_empty(turn):
+            raise BadRow(f"turn {number} of {name} is empty")
+        before = turn
     if not spoken:
         raise BadRow(f"{name} is empty")
-    for number, turn in enumerate(spoken, start=1):
-        expected = "user" if number % 2 else "assistant"
-        if turn["role"] != expected:
-            raise BadRow(f"turn {number} of {name} is the {turn['role']}'s, expected the {expected}'s")
-        if not turn["content"].strip():
-            raise BadRow(f"turn {number} of {name} is empty")
-    if spoken[-1]["role"] != last:
-        raise BadRow(f"{name} ends with the {spoken[-1]['role']}'s turn, expected the {last}'s")
+    if not any(turn["role"] == "user" for turn in spoken):
+        raise BadRow(f"{name} has no user's turn")
+    if before["role"] not in (last, "tool" if last == "user" else last):
+        raise BadRow(f"{name} ends with the {before['role']}'s turn, expected the {last}'s")
 
 
-def check_text(texts: Iterable[str]) -> None:
-    """Requires valid Unicode: JSON can spell half a character (a lone surrogate), which raises a `BadRow`."""
-    try:
-        "".join(texts).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise BadRow(f"the text is not valid Unicode: {error.reason} ({error.object[error.start]!r})") from None
+def is_empty(turn: Message) -> bool:
+    """Whether a turn says nothing. A tool may return nothing, and a call needs no words."""
+    return not (turn["content"].strip() or turn["role"] == "tool" or turn.get("tool_calls"))
+
+
+def _settled(turns: Turns) -> tuple[Turns, frozenset[int]]:
+    """(turns, indices of those that aren't trained on), after a last look at their texts."""
+    for turn in turns:
+        check_not_templated(turn["content"])
+        check_text([json.dumps(turn, ensure_ascii=False)])
+    untrained = frozenset(number for number, turn in enumerate(turns) if turn.get(UNTRAINED))
+    return [{key: value for key, value in turn.items() if key != UNTRAINED} for turn in turns], untrained
+
+
+def _tools(row: RawRow) -> tuple[dict[str, Any], ...]:
+    found = tools(row)
+    check_text([json.dumps(found, ensure_ascii=False)])
+    return found
 
 
 # (sources, split, limit, seed) to rows and refused rows, as `collect` reads them.

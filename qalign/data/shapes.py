@@ -1,33 +1,67 @@
 """Detects which keys of a raw row hold what; `qalign.data.formats` makes preferences, dialogues and prompts from it.
 
 Known shapes: TRL's (plain or conversational, prompt explicit or shared by the answers), HH-RLHF transcripts,
-UltraFeedback binarized, OpenAI messages and preferences, sharegpt, alpaca, KTO (a label), MT-bench, plain text.
+UltraFeedback binarized, OpenAI messages and preferences, sharegpt, alpaca, two answers with a winner, KTO (a label),
+MT-bench, questions with answers, plain text.
 """
 
-import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from itertools import product
+from typing import Any
 
-from qalign.data.readers import BadRow
+from qalign.data.messages import Message, Turns, as_tools, as_turns, medium, same, take
+from qalign.data.readers import BadRow, NoPair
+from qalign.data.texts import (
+    EMPTY,
+    from_text,
+    is_list,
+    is_object,
+    is_transcript,
+    listed,
+    short,
+    transcript,
+)
 
-Message = dict[str, Any]
-"""One turn of a dialogue: `role` (system, user, assistant or tool) and `content`, a text ("" where an assistant only
-calls tools). It may have the texts `reasoning_content`, `name` and `tool_call_id`, and `tool_calls`, a list in OpenAI's
-form with parsed arguments. It has no other keys."""
-Turns = list[Message]
-RawRow = dict[str, Any]
-
-_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-# (key of the turns before, key of the answer or of the whole dialogue), in order of precedence.
-_IMITATED = (
-    (None, "messages"),
-    (None, "conversations"),
+DIALOGUES = ("messages", "conversations", "conversation")
+_REQUESTS = ("instruction", "question", "query")  # texts that an `input` or a `context` may complete
+_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_NOTHING = ("", "nan", "none", "null")  # as a CSV may spell that a row has no system prompt
+_TOOLS = ("tools", "functions")
+# (key of the turns before, key of the answer), in order of precedence.
+OPENINGS = ("prompt", *DIALOGUES, "turns", "question", "query", "input", "instruction")
+_ANSWERED = (
     ("prompt", "completion"),
     ("prompt", "response"),
     ("instruction", "output"),
+    *product(("prompt", *_REQUESTS, "input"), ("completion", "response", "output", "answer")),
 )
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_STEMS = ("conversation", "response", "answer", "completion", "output")  # of two answers, and their endings
+_SIDES = (("a", "b"), ("0", "1"), ("1", "2"), ("j", "k"))
+_WINNERS = ("winner", "better_response_id", "preferred", "preference")
+_ABSENT_IF_EMPTY = (*DIALOGUES, *_TOOLS, "turns", "history", "label")  # a CSV gives every row every column
+
+
+class RawRow(dict[str, Any]):
+    """A raw row that notes which of its keys were read. `in` and iteration read nothing."""
+
+    def __init__(self, raw: dict[str, Any]):
+        super().__init__(raw)
+        self.read: set[str] = raw.read if isinstance(raw, RawRow) else set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        if key not in self:
+            return default
+        return self[key]
+
+    def peek(self, key: str) -> Any:
+        """The value of a key, which doesn't count as read."""
+        return super().get(key)
 
 
 @dataclass(frozen=True)
@@ -37,6 +71,7 @@ class Shape:
     row: RawRow  # without nulls, with which Parquet and `datasets` fill the columns that only other rows have
     chosen: Any  # the preferred answer as it came; None if the row has none
     rejected: Any
+    no_pair: BadRow | None  # why the two answers are no preference: a tie, or none is named as the better one
     opening: str | None  # key of the dialogue before the answers; None if there is none (ranked answers may share one)
     imitated: tuple[str | None, str] | None  # keys of the turns before, if any, and of the answer or whole dialogue
 
@@ -46,82 +81,173 @@ class Shape:
 
     @property
     def keys(self) -> str:
-        """The row's keys for an error message: on one line, whatever characters they hold."""
-        return ", ".join(str(key) if str(key).isprintable() else repr(key) for key in self.row) or "no keys"
+        """The row's keys for an error message."""
+        return listed(self.row) or "no keys"
 
 
 def detect(raw: Any) -> Shape:
-    """The shape of one raw row; a `BadRow` if it isn't an object with keys."""
-    if not _is_object(raw):
+    """The shape of one raw row; a `BadRow` if it isn't an object with keys, or not one of texts."""
+    if not is_object(raw):
         raise BadRow(f"expected an object with keys, found {type(raw).__name__}")
-    row = {key: value for key, value in raw.items() if value is not None}
-    chosen, rejected = _ranked(row)
+    row = RawRow(raw)
+    for key, value in raw.items():
+        if value is None or (key in _ABSENT_IF_EMPTY and isinstance(value, str) and not value.strip()):
+            del row[key]
+    for key in _MEDIA:
+        if row.peek(key) not in (None, *EMPTY):
+            raise BadRow(f"{key}: {medium(key)} not supported")
+    _system(row)
+    chosen, rejected, no_pair = _ranked(row)
     is_ranked = chosen is not None or rejected is not None
-    return Shape(row, chosen, rejected, _opening_key(row, is_ranked), next(_imitated(row), None))
+    return Shape(row, chosen, rejected, no_pair, _opening_key(row, is_ranked), next(_imitated(row), None))
 
 
-def _ranked(row: RawRow) -> tuple[Any, Any]:
-    """(chosen, rejected) as they came; None for an answer that the row doesn't have."""
+def _ranked(row: RawRow) -> tuple[Any, Any, BadRow | None]:
+    """(chosen, rejected) as they came, None for an answer that the row doesn't have, and why they are no preference."""
     if "preferred_output" in row:  # OpenAI's preference format
-        return row["preferred_output"], row.get("non_preferred_output")
-    both = row.get("output") if "instruction" in row and "prompt" not in row else None  # alpaca ranking
-    chosen, rejected = both if _is_list(both) and len(both) == 2 else (None, None)
-    return row.get("chosen", chosen), row.get("rejected", rejected)
+        return row["preferred_output"], row.get("non_preferred_output"), None
+    if "chosen" in row or "rejected" in row:
+        return row.get("chosen"), row.get("rejected"), None
+    answers = row.peek("output") if "instruction" in row and "prompt" not in row else None  # alpaca ranking
+    if is_list(answers) and len(answers) == 2:
+        return *row["output"], None
+    if is_list(answers) and all(isinstance(answer, str) for answer in answers):
+        return None, None, BadRow(f"output: expected two answers, the better one first, found {len(answers)}")
+    return _contest(row)
+
+
+def _contest(row: RawRow) -> tuple[Any, Any, BadRow | None]:
+    """Two answers under `conversation_a` and `conversation_b`, `response_0` and `response_1` and the like, and which
+    one won: LMSYS's arenas, PKU-SafeRLHF, HelpSteer. (Of `response_j` and `response_k`, j is the better one.)"""
+    for stem, (one, two) in product(_STEMS, _SIDES):
+        first, second = f"{stem}_{one}", f"{stem}_{two}"
+        if first in row and second in row:
+            break
+    else:
+        return None, None, None
+    winner = one if one == "j" else _winner(row, one, two)
+    if winner is None:
+        return None, None, BadRow(f"no 'winner' says which answer is better; this row has {listed(row)}")
+    first, second = row[first], row[second]
+    if winner in (one, f"model_{one}", f"{stem}_{one}"):
+        return first, second, None
+    if winner in (two, f"model_{two}", f"{stem}_{two}"):
+        return second, first, None
+    if winner.startswith("tie") or winner in ("draw", "both", "neither", "none", "both_bad", "bothbad", "equal"):
+        return first, second, NoPair("a tie")
+    return first, second, BadRow(f"winner: expected {one}, {two} or tie, found {short(winner)}")
+
+
+def _winner(row: RawRow, one: str, two: str) -> str | None:
+    flags = {side: row.get(f"winner_model_{side}") for side in (one, two)} | {"tie": row.get("winner_tie")}
+    for side, flag in flags.items():  # Kaggle's edition of LMSYS's arena
+        if flag is not None and str(flag).lower() in ("1", "1.0", "true"):
+            return side
+    value = next((row[key] for key in _WINNERS if key in row), None)
+    value = int(value) if isinstance(value, float) and value.is_integer() else value
+    return None if value is None else str(value).strip().lower()
 
 
 def _imitated(row: RawRow) -> Iterator[tuple[str | None, str]]:
-    yield from ((before, answer) for before, answer in _IMITATED if answer in row and (before is None or before in row))
-    if is_transcript(row.get("text")):  # last: alpaca's first edition has the whole row in 'text' too, in a template
+    yield from ((None, key) for key in DIALOGUES if key in row)
+    yield from ((before, answer) for before, answer in _ANSWERED if before in row and answer in row)
+    if is_transcript(row.peek("text")):  # last: alpaca's first edition has the whole row in 'text' too, in a template
         yield None, "text"
 
 
 def _opening_key(row: RawRow, is_ranked: bool) -> str | None:
     if "preferred_output" in row:
-        return "input"
+        return "input" if "input" in row else None
     # Some alpaca editions have a 'prompt' too: the row in a template, its output included.
     if "instruction" in row and ("prompt" not in row or ("output" in row and not is_ranked)):
         return "instruction"
     # 'prompt' first: UltraFeedback binarized also has 'messages', which hold the chosen answer too.
-    keys = ["prompt", "conversations", "messages"]
-    if not is_ranked:
-        keys += ["turns", "text"] if is_transcript(row.get("text")) else ["turns"]
-    return next((key for key in keys if key in row), None)
+    found = (key for key in OPENINGS if key in row and not (is_ranked and key == "turns"))
+    text = "text" if not is_ranked and is_transcript(row.peek("text")) else None
+    return next(found, text)
 
 
 def opening_turns(row: RawRow, key: str | None) -> Turns:
-    """The dialogue under `key`, if any, after the `system` column's turn, if any; a `BadRow` if it is no dialogue."""
-    if key == "input":
-        opening = row.get("input")
-        return as_turns(opening.get("messages") if _is_object(opening) else opening, key)
-    text = row.get("system")
-    system: Turns = [{"role": "system", "content": text}] if isinstance(text, str) and text.strip() else []
-    if key is None:
-        return system
+    """The dialogue under `key`, if any, after the system prompt, if any; a `BadRow` if it is no dialogue."""
+    return with_system(row, _opening(row, key) if key else [])
+
+
+def with_system(row: RawRow, turns: Turns) -> Turns:
+    """Turns after the row's own system prompt, if it has one; a `BadRow` if they begin with another."""
+    row.read.update(key for key in _SYSTEM if key in row)
+    system = _system(row)
+    if not system or not turns or turns[0]["role"] != "system":
+        return system + turns
+    if not same(system[0], turns[0]):
+        raise BadRow("two system prompts that differ: a column, and the dialogue's first turn")
+    return turns
+
+
+def _system(row: RawRow) -> Turns:
+    """The turn of a `system` column, which is none if it is empty."""
+    found = {key: row.peek(key) for key in _SYSTEM if key in row}
+    for key, text in found.items():
+        if not isinstance(text, str):
+            raise BadRow(f"{key}: expected a text, found {type(text).__name__}")
+    told = {key: text for key, text in found.items() if text.strip().lower() not in _NOTHING}
+    text = take(told, _SYSTEM, "the row")
+    return [{"role": "system", "content": text}] if text else []
+
+
+def tools(row: RawRow) -> tuple[dict[str, Any], ...]:
+    """The functions that the row says may be called."""
+    if "preferred_output" in row and is_object(opening := row.peek("input")):
+        return as_tools(opening.get("tools"), "input.tools")
+    name = next((key for key in _TOOLS if key in row), None)
+    return as_tools(row[name], name) if name else ()
+
+
+def _opening(row: RawRow, key: str) -> Turns:
+    value = row[key]
     if key == "instruction":
-        return [*system, *_instruction(row)]
+        return list(_instruction(row))
     if key == "turns":  # MT-bench: the second question is about the answer to the first
-        questions = row[key]
-        if not _is_list(questions) or not questions or not isinstance(questions[0], str):
+        if not is_list(value) or not value or not isinstance(value[0], str):
             raise BadRow("turns: expected a list of the user's texts")
-        return [*system, {"role": "user", "content": questions[0]}]
-    turns = as_turns(row[key], key)
+        return [{"role": "user", "content": value[0]}]
+    if key in _REQUESTS and isinstance(value, str) and (more := _completion(row)):
+        return [{"role": "user", "content": _lines(value, more)}]
+    if key == "input":  # OpenAI's preferences have the messages in it
+        value = from_text(value) if isinstance(value, str) and value.lstrip().startswith('{"messages"') else value
+        value = value.get("messages") if is_object(value) and "messages" in value else value
+    turns = as_turns(value, key)
     if key != "text" and turns and turns[-1] == {"role": "assistant", "content": ""}:  # HH's prompts end "Assistant:"
         turns.pop()
-    return system + turns
+    return turns
+
+
+def _completion(row: RawRow) -> str:
+    """The `input` of an instruction or question; Dolly's and question answering's is a `context`."""
+    text = row.get("input", "")
+    if "context" in row and isinstance(row.peek("context"), str) and text in EMPTY:
+        text = row["context"]
+    if not isinstance(text, str):
+        raise BadRow("instruction and input: expected texts")
+    return text
+
+
+def _lines(*parts: str) -> str:
+    return "\n".join(part for part in parts if part.strip())
 
 
 def _instruction(row: RawRow) -> Iterator[Message]:
     """Alpaca's `history`, a list of [question, answer], then its `instruction` with its `input`."""
-    parts = [row.get(key, "") for key in ("instruction", "input")]
-    if not all(isinstance(part, str) for part in parts):
+    text, more = row["instruction"], _completion(row)
+    if not isinstance(text, str):
         raise BadRow("instruction and input: expected texts")
     pairs = row.get("history", [])
-    for pair in pairs if _is_list(pairs) else [pairs]:
-        if not _is_list(pair, tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+    pairs = from_text(pairs) if isinstance(pairs, str) else pairs
+    for pair in pairs if is_list(pairs) else [pairs]:
+        if not is_list(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow("history: expected a list of [question, answer] texts")
         yield {"role": "user", "content": pair[0]}
         yield {"role": "assistant", "content": pair[1]}
-    yield {"role": "user", "content": "\n".join(part for part in parts if part.strip())}
+    yield {"role": "user", "content": _lines(text, more)}
 
 
 def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Turns, Turns]:
@@ -129,66 +255,28 @@ def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Tur
 
     Without an `opening`, the prompt is what both answers begin with: of an answer given twice, all but its last turn.
     """
-    if not opening and isinstance(chosen, str) and isinstance(rejected, str):
-        if "\n\nHuman:" not in chosen:
-            raise BadRow("no prompt: expected a 'prompt', 'conversations' or 'messages' key, or HH transcripts")
-        chosen, rejected = _transcript(chosen), _transcript(rejected)
-    chosen, rejected = as_turns(chosen, "chosen", "assistant"), as_turns(rejected, "rejected", "assistant")
     asked = [turn for turn in opening if turn["role"] != "system"]
+    if not asked and isinstance(chosen, str) and isinstance(rejected, str) and "\n\nHuman:" in chosen:
+        chosen, rejected = transcript(chosen), transcript(rejected)
+    told = chosen
+    chosen, rejected = as_turns(chosen, "chosen", "assistant"), as_turns(rejected, "rejected", "assistant")
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+    while shared < min(len(chosen), len(rejected)) - 1 and same(chosen[shared], rejected[shared]):
         shared += 1
     if not asked and not shared:
+        if isinstance(told, str) and not opening:
+            raise BadRow(f"no prompt: expected {', '.join(OPENINGS)}, or HH transcripts")
         raise BadRow("the prompt is empty, and chosen and rejected do not share one")
-    repeated = chosen[:shared]
-    if [turn for turn in repeated if turn["role"] != "system"][: len(asked)] != asked:
+    repeated, system = chosen[:shared], [turn for turn in opening if turn["role"] == "system"]
+    again = [turn for turn in repeated if turn["role"] != "system"]
+    if len(again) < len(asked) or not _same(again[: len(asked)], asked):
         return opening, chosen, rejected
-    system = [turn for turn in opening if turn["role"] == "system"]
-    prompt = repeated if repeated and repeated[0]["role"] == "system" else system + repeated
-    return prompt, chosen[shared:], rejected[shared:]
+    if len(again) == len(repeated):  # no system turn is repeated
+        return opening + repeated[len(asked) :], chosen[shared:], rejected[shared:]
+    if system and not _same(system, [turn for turn in repeated if turn["role"] == "system"]):
+        raise BadRow("two system prompts that differ: the prompt's own, and the one that chosen and rejected repeat")
+    return repeated, chosen[shared:], rejected[shared:]
 
 
-def as_turns(value: Any, name: str, role: str = "user") -> Turns:
-    """A text (perhaps an HH transcript), one turn or a list of turns, as turns; a `BadRow` if it is none of these.
-
-    `name` is the key that holds the value, for error messages; `role` is the role of a plain text.
-    """
-    if isinstance(value, str):
-        return _transcript(value) if is_transcript(value) else [{"role": role, "content": value}]
-    turns: Turns = []
-    for item in value if _is_list(value) else [value]:
-        if not _is_object(item):
-            raise BadRow(f"{name}: expected a text or turns, found {type(value).__name__}")
-        turn = {key: part for key, part in item.items() if part is not None}
-        speaker, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if not isinstance(speaker, str) or speaker not in _ROLES:
-            raise BadRow(f"{name}: unknown role {reprlib.repr(speaker)}; known: {', '.join(_ROLES)}")
-        if not isinstance(content, str):
-            raise BadRow(f"{name}: a turn's content is {type(content).__name__}, expected text")
-        turns.append({"role": _ROLES[speaker], "content": content})
-    return turns
-
-
-def is_transcript(text: Any) -> bool:
-    """Whether a value is an HH-RLHF transcript: `\\n\\nHuman: … \\n\\nAssistant: …`."""
-    return isinstance(text, str) and text.startswith("\n\nHuman:")
-
-
-def _transcript(text: str) -> Turns:
-    before, *spoken = text.split("\n\nHuman:")
-    if before.strip():
-        raise BadRow("the transcript has text before its first 'Human:' turn")
-    turns: Turns = []
-    for human in spoken:
-        said, *replies = human.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": said.strip()})
-        turns += ({"role": "assistant", "content": reply.strip()} for reply in replies)
-    return turns
-
-
-def _is_object(value: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict)
-
-
-def _is_list(value: Any, *kinds: type) -> TypeGuard[list[Any]]:
-    return isinstance(value, (list, *kinds))
+def _same(turns: Turns, others: Turns) -> bool:
+    return len(turns) == len(others) and all(map(same, turns, others))

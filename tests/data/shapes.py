@@ -89,6 +89,30 @@ RANKED = {  # name: (prompt, row); the answers are Yes and No
         TALKED, {"input": {"messages": TALKED, "tools": []}, "preferred_output": [YES], "non_preferred_output": [NO]}),
     "OpenAI messages with chosen and rejected": (BRIEFED, {"messages": BRIEFED, "chosen": YES, "rejected": NO}),
     "OpenAI messages with plain answers": (TALKED, {"messages": TALKED, **TEXTS}),
+    "OpenAI messages, the assistant first": (
+        [assistant("Hello"), *ASKED], {"messages": [assistant("Hello"), *ASKED], **TEXTS}),
+    "a question": (BRIEFED, {"system_message": "Be brief.", "question": "Why?", **TEXTS}),
+    "a query with an input": ([user("Translate:\nWarum?")], {"query": "Translate:", "input": "Warum?", **TEXTS}),
+    "an input alone": (ASKED, {"input": "Why?", **TEXTS}),
+    "a question beside a prompt": (ASKED, {"prompt": "Why?", "question": "How?", "question_id": "7", **TEXTS}),
+    "an empty system turn": (ASKED, {"prompt": [system(""), *ASKED], **TEXTS}),
+    "a system prompt that is missing in a CSV": (ASKED, {"system": "nan", **SAME}),
+    "a system column before transcripts": (
+        [system("Be brief."), *TALKED], {"system": "Be brief.", **transcripts(TRANSCRIPT)}),
+    "a prompt that the answers repeat with other white space": (
+        [user("Why? ")], {"prompt": "Why? ", "chosen": [user("Why?"), YES], "rejected": [user(" Why?"), NO]}),
+    "columns that are empty in a CSV": (ASKED, {**SAME, "messages": "", "tools": " ", "history": "", "turns": ""}),
+    "two dialogues and a winner": (
+        TALKED, {"conversation_a": [*TALKED, NO], "conversation_b": [*TALKED, YES], "winner": "model_b", "turn": 2}),
+    "two answers and a winner": (
+        ASKED, {"prompt": "Why?", "response_a": "Yes", "response_b": "No", "winner": "A", "model_a": "x"}),
+    "two answers and the better one's number": (
+        ASKED, {"prompt": "Why?", "response_0": "No", "response_1": "Yes", "better_response_id": 1}),
+    "two answers and the better one's number, of a CSV": (
+        ASKED, {"prompt": "Why?", "response_0": "Yes", "response_1": "No", "better_response_id": "0"}),
+    "two answers and flags": (
+        ASKED, {"prompt": "Why?", "response_a": "No", "response_b": "Yes", "winner_model_a": 0, "winner_model_b": 1}),
+    "two answers of which j is the better one": (ASKED, {"question": "Why?", "response_j": "Yes", "response_k": "No"}),
 }
 
 DIALOGUES = {  # name: (turns, index of the first that is trained on, row)
@@ -97,7 +121,7 @@ DIALOGUES = {  # name: (turns, index of the first that is trained on, row)
     "messages, a system column": ([*BRIEFED, YES], 0, {"system": "Be brief.", "messages": [*ASKED, YES]}),
     "messages, an empty system column": ([*ASKED, YES], 0, {"system": " ", "messages": [*ASKED, YES]}),
     "messages, more in each turn": (
-        [*ASKED, YES], 0, {"messages": [turn | {"name": None, "n": 1} for turn in (*ASKED, YES)]}),
+        [*ASKED, YES], 0, {"messages": [turn | {"name": None, "id": 1} for turn in (*ASKED, YES)]}),
     "ultrachat": ([*TALKED, YES], 0, {"prompt": "Hi", "prompt_id": "0f", "messages": [*TALKED, YES]}),
     "sharegpt": ([*TALKED, YES], 0, {"conversations": [*LISTED, gpt("Yes")]}),
     "sharegpt, a system column": (
@@ -132,6 +156,26 @@ DIALOGUES = {  # name: (turns, index of the first that is trained on, row)
     "messages with a label that is none of KTO's": ([*ASKED, YES], 0, {"messages": [*ASKED, YES], "label": 0}),
     "chosen alone": ([*TALKED, YES], 3, {"prompt": TALKED, "chosen": "Yes"}),
     "chosen alone, the prompt in it": ([*TALKED, YES], 3, {"chosen": [*TALKED, YES]}),
+    "instruction and response, with a context": (
+        [user("Translate:\nJa"), YES], 0,
+        {"instruction": "Translate:", "context": "Ja", "response": "Yes", "category": "x"}),
+    "question and answer": ([*ASKED, YES], 1, {"question": "Why?", "answer": "Yes"}),
+    "query and response": ([*BRIEFED, YES], 2, {"system_prompt": "Be brief.", "query": "Why?", "response": "Yes"}),
+    "input and output": ([*ASKED, YES], 1, {"input": "Why?", "output": "Yes"}),
+    "input and output, turns": ([*TALKED, YES], 3, {"input": TALKED, "output": [YES]}),
+    "prompt and output": ([*ASKED, YES], 1, {"prompt": "Why?", "output": "Yes"}),
+    "conversation": ([*TALKED, YES], 0, {"conversation": [*TALKED, YES]}),
+    "text, a transcript, and a system column": (
+        [system("Be brief."), *TALKED, YES], 0,
+        {"text": TRANSCRIPT + "\n\nAssistant: Yes", "system": "Be brief."}),
+    "messages, a system column that says the same": (
+        [*BRIEFED, YES], 0, {"system_message": "Be brief. ", "messages": [*BRIEFED, YES]}),
+    "messages, an empty system turn": ([*ASKED, YES], 0, {"messages": [system(" "), *ASKED, YES]}),
+    "the assistant speaks first": (
+        [assistant("Hello"), *ASKED, YES], 0, {"messages": [assistant("Hello"), *ASKED, YES]}),
+    "a system turn in the middle": (
+        [*TALKED[:2], system("Be brief."), *ASKED, YES], 0,
+        {"messages": [*TALKED[:2], system("Be brief."), *ASKED, YES]}),
     "preferred output alone": ([*TALKED, YES], 3, {"input": {"messages": TALKED}, "preferred_output": YES}),
 }
 FIRST_QUESTION = ("ultrachat", "prompt and completion, a completion of three turns")  # where the prompt says it ends
@@ -165,6 +209,12 @@ PROMPTS = {  # name: (prompt, row); these are prompts only
     "ultrachat, its first question": (ASKED, {"prompt": "Why?", "messages": [*ASKED, YES, user("Oh")]}),
     "MT-bench": (ASKED, {"question_id": 81, "category": "writing", "turns": ["Why?", "Say it again."]}),
     "MT-bench, a system column": (BRIEFED, {"turns": ["Why?"], "system": "Be brief."}),
+    "query": (ASKED, {"query": "Why?"}),
+    "question and its context": ([user("Why?\nIt rains.")], {"question": "Why?", "context": "It rains.", "id": "q7"}),
+    "input": (ASKED, {"input": "Why?"}),
+    "a system column with another name": (BRIEFED, {"query": "Why?", "system_instruction": "Be brief."}),
+    "a tie": (ASKED, {"prompt": "Why?", "response_a": "Yes", "response_b": "No", "winner": "tie"}),
+    "a ranking of three": (ASKED, {"instruction": "Why?", "output": ["Yes", "No", "Maybe"]}),
     "a prompt, and how many turns it has": (ASKED, {"prompt": "Why?", "turns": 2}),
     "messages, and the user's among them": (TALKED, {"messages": TALKED, "turns": ["Hi", "Why?"]}),
 }
@@ -172,7 +222,8 @@ PROMPTS = {  # name: (prompt, row); these are prompts only
 
 ALL = {name: raw for table in (RANKED, DIALOGUES, PROMPTS) for name, (*_, raw) in table.items()}
 COLUMNS = ("chosen", "rejected", "preferred_output", "messages", "conversations", "prompt", "completion", "response")
-COLUMNS += ("instruction", "input", "output", "history", "system", "label", "text", "turns")
+COLUMNS += ("instruction", "input", "output", "history", "system", "label", "text", "turns", "question", "query")
+COLUMNS += ("system_prompt", "context", "answer", "tools", "functions", "conversation", "winner", "response_a")
 
 
 # --- any JSON value anywhere -----------------------------------------------------------------------------------------

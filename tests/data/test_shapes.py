@@ -1,6 +1,7 @@
 """A row of every known shape becomes a preference, a dialogue or plain text, and a prompt."""
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -34,6 +35,9 @@ from tests.data.shapes import (
 
 ranked = pytest.mark.parametrize(("prompt", "raw"), RANKED.values(), ids=RANKED.keys())
 dialogues = pytest.mark.parametrize(("turns", "first_trained", "raw"), DIALOGUES.values(), ids=DIALOGUES.keys())
+SIDED = {  # without those in which another column says which answer is rejected
+    name: case for name, case in RANKED.items() if {"chosen", "preferred_output", "output"} & case[1].keys()
+}
 NULLS = dict.fromkeys(COLUMNS)  # Parquet files and `datasets` give every row every column
 
 
@@ -54,7 +58,7 @@ def test_a_ranked_row_in_every_form(prompt, raw):
 
 
 @pytest.mark.parametrize("other", [None, "", "Yes", 5, {"role": "tool"}, [], [user("Me")]], ids=repr)
-@ranked
+@pytest.mark.parametrize(("prompt", "raw"), SIDED.values(), ids=SIDED)
 def test_the_rejected_answer_does_not_matter_for_imitation(prompt, raw, other):
     side = "non_preferred_output" if "preferred_output" in raw else "rejected"
     ranking = isinstance(raw.get("output"), list)
@@ -105,12 +109,12 @@ def test_of_a_row_with_many_keys_the_most_telling_is_imitated():
 
     for key in ("chosen", "messages", "completion", "instruction", "text"):
         assert canonical_dialogue(everything, "").turns[-1]["content"] == key
-        del everything[key]
+        del everything["output" if key == "instruction" else key]
 
 
 @pytest.mark.parametrize("text", ["Once.", " Once\n\na time. ", "Human: Hi\n\nAssistant: Hello", "\n\nAssistant: 5"])
 def test_plain_text_is_kept_as_it_is(text):
-    assert canonical_dialogue({"text": text, "id": 7, "label": False}, "a.txt:1") == PlainText(text, "a.txt:1")
+    assert canonical_dialogue({"text": text, "id": 7, "label": True}, "a.txt:1") == PlainText(text, "a.txt:1")
 
 
 # --- white space -----------------------------------------------------------------------------------------------------
@@ -147,7 +151,8 @@ NAN, INFINITY, HUGE = float("nan"), float("inf"), 10**400  # all three can stand
 
 
 GOOD = [(8.0, 4.5, 3.5), (8, 3, 5.0), (9, 8.5, 0.5), (2.0, 3.25, -1.25), (4, 4, 0.0), (0, -1.5, 1.5)]
-BAD = [bad for no_score in (None, "8.0", True, False, [8.0], NAN, INFINITY, -INFINITY, HUGE)
+GOOD += [("9", "4", 5.0), ("9.5", 4, 5.5), (" 1e1", "-2", 12.0)]  # a CSV has numbers as texts
+BAD = [bad for no_score in (None, "", "high", "nan", "8,5", True, False, [8.0], NAN, INFINITY, -INFINITY, HUGE)
        for bad in ((no_score, 4.5, None), (8.0, no_score, None), (no_score, no_score, None))]  # fmt: skip
 APART = (1.7e308, -1.7e308, None)  # each is finite, their difference is not
 
@@ -177,13 +182,13 @@ def outcome(convert, raw):
         return row
     turns = (*row.prompt, row.chosen) if isinstance(row, Preference) else row.turns
     turns = (*turns, NO) if isinstance(row, Prompt) else turns
-    roles = [turn["role"] for turn in turns]
-    spoken = roles[1:] if roles[0] == "system" else roles
-    assert spoken == ["user", "assistant"] * (len(spoken) // 2) != []
+    spoken = [turn["role"] for turn in turns if turn["role"] != "system"]
+    assert "user" in spoken
+    assert spoken[-1] == "assistant"
+    assert all(one != other for one, other in pairwise(spoken))  # (no row here calls a tool)
     for turn in turns:
-        assert turn.keys() == {"role", "content"}
-        turn["content"].encode("utf-8")
-        assert turn["content"].strip() or turn["role"] == "system"
+        assert turn.keys() - {"name"} == {"role", "content"}
+        assert turn["content"].strip().encode("utf-8")
     if isinstance(row, Dialogue):
         assert 0 <= row.first_trained < len(turns)
     return row

@@ -1,0 +1,287 @@
+"""One turn, or a list of turns, as people store them, in qalign's own form: a `Message`.
+
+Known: OpenAI's messages (text parts, tool calls, thoughts, weights), sharegpt's `from` and `value`, Gemini's `parts`,
+HH transcripts, and turns stored as text. What a turn holds beside role and content is read, or refuses the row.
+"""
+
+import json
+import re
+import reprlib
+from collections.abc import Iterable
+from typing import Any
+
+from qalign.data.readers import BadRow
+from qalign.data.texts import (
+    CONTENT,
+    EMPTY,
+    OBJECTS,
+    SPEAKER,
+    from_text,
+    is_list,
+    is_object,
+    is_transcript,
+    kind_of,
+    listed,
+    short,
+    transcript,
+    unpacked,
+)
+
+Message = dict[str, Any]
+"""One turn of a dialogue: `role` (system, user, assistant or tool) and `content`, a text ("" where an assistant only
+calls tools). It may have the texts `reasoning_content`, `name` and `tool_call_id`, and `tool_calls`, a list in OpenAI's
+form with parsed arguments. It has no other keys."""
+Turns = list[Message]
+
+UNTRAINED = "untrained"  # key of an assistant's turn with `weight: 0`, until `qalign.data.formats` takes it out
+_CALLS = "calls"  # sharegpt's speaker of tool calls, who is the assistant
+
+_NAMES = {
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bard bing model ai bot chatbot",
+    "system": "system developer",
+    "tool": "tool function observation ipython tool_response function_response",
+    _CALLS: "function_call tool_call",
+}
+_ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
+_TRAINED = ("weight", "train", "training", "loss")  # of OpenAI, Axolotl and ms-swift
+_MEDIA = {"image": "images are", "audio": "audio is", "video": "videos are", "file": "files are"}
+# Facts about a turn that no template reads. They are named in the header as not used; other unknown keys refuse a row.
+_HARMLESS = re.compile(
+    r"(.*_)?(id|ids|uuid|time|timestamp|date|tokens|token_count)|\w+_at|created|updated|index|idx|number|turn|turn_\w+"
+    r"|rank|score|rating|source|model|model_\w+|lang|language|meta|metadata|hashed_ip|country|state|header|toxic|redacted"
+    r"|annotations|citations|cache_control|signature"
+)
+
+
+def as_turns(value: Any, name: str, role: str = "user") -> Turns:
+    """A text (perhaps an HH transcript), one turn or a list of turns, as turns; a `BadRow` if it is none of these. An
+    empty system turn is none.
+
+    `name` is the key that holds the value, for error messages; `role` is the role of a plain text.
+    """
+    value = unpacked(value, name)
+    if isinstance(value, str):
+        return transcript(value) if is_transcript(value) else [{"role": role, "content": value}]
+    turns: Turns = []
+    for item in value if is_list(value) else [value]:
+        item = unpacked(item, name)
+        if not is_object(item):
+            raise BadRow(f"{name}: expected a text or turns, found {kind_of(value)}")
+        turn = _turn({key: part for key, part in item.items() if part is not None}, name)
+        if turn.pop(_CALLS, False) and turns and turns[-1]["role"] == "assistant":
+            _join(turns[-1], turn, name)
+        elif turn["role"] != "system" or turn["content"].strip():
+            turns.append(turn)
+    return turns
+
+
+def same(one: Message, other: Message) -> bool:
+    """Whether two turns are equal but for white space around the text."""
+    return one == other or _bare(one) == _bare(other)
+
+
+def _bare(turn: Message) -> Message:
+    return {key: value for key, value in turn.items() if key != UNTRAINED} | {"content": turn["content"].strip()}
+
+
+def _join(turn: Message, calls: Message, name: str) -> None:
+    """Adds the calls of sharegpt's `function_call` turns to the assistant's turn before, of which they are a part."""
+    if turn.get(UNTRAINED) != calls.get(UNTRAINED):
+        raise BadRow(f"{name}: an answer and its tool call have different weights")
+    turn["tool_calls"] = [*turn.get("tool_calls", []), *calls["tool_calls"]]
+
+
+def _turn(raw: dict[str, Any], name: str) -> Message:
+    """One turn; `raw` is emptied of what is read."""
+    if media := next((key for key in raw if raw[key] and medium(key)), None):
+        raise BadRow(f"{name}: {medium(media)} not supported")
+    speaker = take(raw, SPEAKER, name)
+    role = _ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if role is None:
+        raise BadRow(
+            f"{name}: unknown role {reprlib.repr(speaker)}; known: system, user, assistant, tool, human, gpt …"
+        )
+    content, calls = take(raw, CONTENT, name), _calls(raw, name)
+    if role == _CALLS:
+        content, calls = "", [*calls, *_parsed_calls(content, name)]
+    if content is None and not calls:
+        raise BadRow(f"{name}: the {role}'s turn has no content" + (f"; it has {listed(raw)}" if raw else ""))
+    text, thoughts = _text("" if content is None else content, name)
+    turn: Message = {"role": "assistant" if role == _CALLS else role, "content": text}
+    raw |= {"thoughts in the content": thoughts}
+    extras = {"reasoning_content": take(raw, (*_THOUGHTS, "thoughts in the content"), name), "tool_calls": calls}
+    extras |= {"name": take(raw, ("name", "tool_name"), name), "tool_call_id": raw.pop("tool_call_id", None)}
+    turn |= {key: _checked(key, value, turn["role"], name) for key, value in extras.items() if value}
+    if _is_untrained(raw, turn["role"], name):
+        turn[UNTRAINED] = True
+    if unknown := [key for key, value in raw.items() if not is_harmless(key) and value not in EMPTY]:
+        raise BadRow(
+            f"{name}: a turn has {listed(unknown)}, which nothing here reads; remove it, or say it in the text"
+        )
+    return turn | {_CALLS: True} if role == _CALLS else turn
+
+
+def take(raw: dict[str, Any], keys: Iterable[str], name: str) -> Any:
+    """Removes and returns the value that stands under one of several keys; a `BadRow` if two hold different ones."""
+    found = {key: raw.pop(key) for key in keys if key in raw}
+    told = {key: value for key, value in found.items() if value not in EMPTY} or found
+    values = list(told.values())
+    if any(value != values[0] for value in values[1:]):
+        raise BadRow(f"{name}: {listed(told)} mean the same, but differ")
+    return values[0] if values else None
+
+
+def is_harmless(key: Any) -> bool:
+    """Whether a turn's key is a fact about it, such as an id or a time, which a row may have unused."""
+    return isinstance(key, str) and _HARMLESS.fullmatch(key.lower()) is not None
+
+
+def _checked(key: str, value: Any, role: str, name: str) -> Any:
+    if key in ("reasoning_content", "tool_calls") and role != "assistant":
+        raise BadRow(f"{name}: the {role}'s turn has {key}; only an assistant's can")
+    if key != "tool_calls" and not isinstance(value, str):
+        raise BadRow(f"{name}: {key} is {type(value).__name__}, expected text")
+    return value
+
+
+def _is_untrained(raw: dict[str, Any], role: str, name: str) -> bool:
+    given = {key: raw.pop(key) for key in _TRAINED if key in raw}
+    if unclear := [key for key, value in given.items() if type(value) not in (bool, int, float) or value not in (0, 1)]:
+        raise BadRow(f"{name}: {unclear[0]} is {reprlib.repr(given[unclear[0]])}; expected 1, or 0 for not trained on")
+    if len({bool(value) for value in given.values()}) > 1:
+        raise BadRow(f"{name}: {listed(given)} contradict each other")
+    if role != "assistant" and any(given.values()):
+        raise BadRow(f"{name}: {listed(given)}: the {role}'s turn can't be trained on; only the assistant's are")
+    return role == "assistant" and bool(given) and not any(given.values())
+
+
+# --- content ---------------------------------------------------------------------------------------------------------
+
+
+def _text(content: Any, name: str) -> tuple[str, str]:
+    """(text, thoughts) of a turn's content: a text, or parts that are texts."""
+    content = _unpacked_parts(content)
+    if isinstance(content, str):
+        return content, ""
+    if not is_list(content) and not is_object(content):
+        raise BadRow(f"{name}: a turn's content is {type(content).__name__}, expected text")
+    text, thoughts = "", ""
+    for part in content if is_list(content) else [content]:
+        said, is_thought = _part(part, name)
+        text, thoughts = (text, thoughts + said) if is_thought else (text + said, thoughts)
+    return text, thoughts
+
+
+def _part(raw: Any, name: str) -> tuple[str, bool]:
+    """(text, whether it is a thought) of one part of a turn's content."""
+    if isinstance(raw, str):
+        return raw, False
+    part = {key: value for key, value in raw.items() if value is not None} if is_object(raw) else {}
+    kind = part.pop("type", "text" if "text" in part else next(iter(part), type(raw).__name__))
+    if unread := medium(kind):
+        raise BadRow(f"{name}: {unread} not supported")
+    is_thought = kind in ("thinking", "reasoning") or part.pop("thought", False) is True
+    text = take(part, ("text", "content", "thinking", "reasoning"), name)
+    if kind not in ("text", "input_text", "output_text", "thinking", "reasoning") or not isinstance(text, str):
+        raise BadRow(f"{name}: a part of a turn's content is {reprlib.repr(kind)}; only text is supported")
+    if unknown := [key for key, value in part.items() if not is_harmless(key) and value not in EMPTY]:
+        raise BadRow(f"{name}: a part of a turn's content has {listed(unknown)}, which nothing here reads")
+    return text, is_thought
+
+
+def medium(kind: Any) -> str | None:
+    """ "images are", if `kind` names images."""
+    if not isinstance(kind, str) or is_harmless(kind):
+        return None
+    words = re.split(r"[^a-z]+", kind.lower())
+    return next((are for word, are in _MEDIA.items() if {word, f"{word}s"} & {*words}), None)
+
+
+def _unpacked_parts(value: Any) -> Any:
+    """Parts of a turn's content that a file holds as text, as a list; any other value as it is."""
+    if not isinstance(value, str) or not OBJECTS.match(value):
+        return value
+    try:
+        found = from_text(value)
+    except BadRow:
+        return value
+    is_part = [
+        is_object(part) and (medium(part.get("type")) or (part.get("type"), "text" in part) == ("text", True))
+        for part in (found if is_list(found) else [])
+    ]
+    return found if is_part and all(is_part) else value
+
+
+# --- tool calls ------------------------------------------------------------------------------------------------------
+
+
+def _calls(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
+    many, one = raw.pop("tool_calls", None), raw.pop("function_call", None)
+    return [call for given in (many, one) if given for call in _parsed_calls(given, name)]
+
+
+def _parsed_calls(given: Any, name: str) -> list[dict[str, Any]]:
+    found = from_text(given) if isinstance(given, str) else without_nulls(given, name)
+    return [_call(call, name) for call in (found if is_list(found) else [found])]
+
+
+def _call(raw: Any, name: str) -> dict[str, Any]:
+    """One call in OpenAI's form, with parsed arguments; `raw` may also be the function's part alone."""
+    call: dict[str, Any] = dict(raw) if is_object(raw) else {}
+    function = call.pop("function", None)
+    call |= function if is_object(function) else {"name": function} if function else {}
+    kind, called, number = call.pop("type", "function"), call.pop("name", None), call.pop("id", None)
+    arguments = take(call, ("arguments", "parameters", "args"), name)
+    if isinstance(arguments, str) and arguments.strip():
+        arguments = from_text(arguments)
+    arguments = arguments or dict[str, Any]()
+    if (
+        kind != "function"
+        or not isinstance(called, str)
+        or not is_object(arguments)
+        or not is_json([arguments, number])
+    ):
+        raise BadRow(f"{name}: a tool call needs a function's name and an object of arguments, found {short(raw)}")
+    if unknown := [key for key in call if not is_harmless(key)]:
+        raise BadRow(f"{name}: a tool call has {listed(unknown)}, which nothing here reads")
+    identity = {} if number is None else {"id": number}
+    return {"type": "function", **identity, "function": {"name": called, "arguments": arguments}}
+
+
+def as_tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
+    """A row's tools, schemas of functions as a list or as JSON text, in OpenAI's form."""
+    found: Any = from_text(value) if isinstance(value, str) and value.strip() else without_nulls(value, name)
+    schemas: list[Any] = found if is_list(found) else [None] if found else []
+    tools = [_tool(schema) for schema in schemas]
+    if not all(isinstance(tool["function"].get("name"), str) and is_json(tool) for tool in tools):
+        raise BadRow(f"{name}: expected a list of function schemas, each with a name; found {short(value)}")
+    return tuple(tools)
+
+
+def _tool(schema: Any) -> dict[str, Any]:
+    if not is_object(schema):
+        return {"function": {}}
+    if is_object(schema.get("function")):
+        return schema
+    return {"type": "function", "function": {key: value for key, value in schema.items() if key != "type"}}
+
+
+def without_nulls(value: Any, name: str) -> Any:
+    """Parquet gives every object all keys that any row's has, with nulls; those aren't part of a call or a schema."""
+    if not is_json(value):
+        raise BadRow(f"{name}: expected values as in JSON, found {short(value)}")
+
+    def told(found: dict[str, Any]) -> dict[str, Any]:
+        return {key: part for key, part in found.items() if part is not None}
+
+    return json.loads(json.dumps(value), object_hook=told)
+
+
+def is_json(value: Any) -> bool:
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError, RecursionError):  # dates and bytes out of Parquet, for example
+        return False
+    return True
