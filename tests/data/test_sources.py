@@ -73,7 +73,7 @@ def test_a_weight_of_two_and_a_half_takes_every_row_twice_and_half_of_them_thric
 
 
 def test_refused_rows_of_all_sources_are_listed_once_and_in_order(write_jsonl):
-    first = write_jsonl("first.jsonl", ["{", row(1)])
+    first = write_jsonl("first.jsonl", ['{"prompt": ', row(1)])
     second = write_jsonl("second.jsonl", [row(2), {"prompt": "Why?", "no_pair": "a tie"}])
 
     rows, refused = read(Source(path=first, weight=3.0), Source(path=second))
