@@ -1,6 +1,5 @@
 """One quantised base in memory, and the adapters that make it play every role. Only `Base.acting_as` changes roles."""
 
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import StrEnum
@@ -10,9 +9,9 @@ from typing import Literal, cast
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -23,8 +22,9 @@ from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, mi
 from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import pad_for_scores
 from qalign.errors import UserError
-from qalign.model import adapters as peft_adapters
-from qalign.model.adapters import OUTPUT_LAYER_TAKEN, SCORE_HEAD
+from qalign.model.adapters import targets, weights
+from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
+from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.attention import packed_attention, why_not_packed
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, reach_of, tensor_bytes
@@ -82,16 +82,17 @@ class Base:
         return self.lm.get_output_embeddings() is None
 
     def add_adapter(self, role: str, lora: Lora) -> None:
-        """Adds a new trainable adapter, which starts as a no-op except with `init: loftq`; a `UserError` if its targets
-        fit no layer, or the output layer."""
+        """Adds a new trainable adapter, which starts as a no-op except with `init: loftq`; a `UserError` if one of its
+        targets fits no layer of the language model, or the output layer."""
+        config = targets.new_config(lora, self.lm, self.spec.base)
         try:
-            self._attach(role, peft_adapters.new_config(lora))
+            self._attach(role, config)
             if lora.init == "loftq":
                 original, *_ = load_weights(self.spec, form="original")
-                peft_adapters.start_with_loftq(self.model, original, role)
-        except (ValueError, re.error) as error:  # targets given as a text are a regular expression
-            raise UserError(f"lora.targets: {lora.targets} fits no layer of {self.origin.source}: {error}") from None
-        self._settle(role, "lora.targets", trainable=True)
+                weights.start_with_loftq(self.model, original, role)
+        except ValueError as error:
+            raise UserError(f"lora: no adapter can be put on {self.spec.base}: {error}") from None
+        self._settle(role, trainable=True)
 
     def add_head(self, role: str) -> None:
         """Adds a trainable scalar head that starts at 0, for a value model that doesn't start from a reward model."""
@@ -105,21 +106,18 @@ class Base:
         Raises:
             UserError: it was made for another model, or can't share the base. Nothing of it stays on the base.
         """
+        config, tensors = weights.read(folder, self.lm, self.spec.base, trainable=trainable)
+        if SCORE_HEAD in tensors and role.partition("_")[0] not in SCORING:
+            raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
         try:
-            config, weights = peft_adapters.read(folder, trainable=trainable, device=self.lm.device)
-            if SCORE_HEAD in weights and role.partition("_")[0] not in SCORING:
-                raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
             if self.is_classifier:
-                weights.setdefault(SCORE_HEAD, cast(nn.Linear, self.lm.score).weight)  # an SFT adapter has none
-            elif SCORE_HEAD in weights:
-                weight = weights.pop(SCORE_HEAD)
+                tensors.setdefault(SCORE_HEAD, cast(nn.Linear, self.lm.score).weight)  # an SFT adapter has none
+            elif SCORE_HEAD in tensors:
+                weight = tensors.pop(SCORE_HEAD)
                 self._heads[role] = ScalarHead(weight.shape[1], weight.device).requires_grad_(trainable)
                 self._heads[role].weight.data = weight.float()
-            if any(f".{self._output_layer}." in key for key in weights):  # before PEFT wraps it, which can't be undone
-                raise UserError(OUTPUT_LAYER_TAKEN.format(folder))
             self._attach(role, config)
-            if unused := peft.set_peft_model_state_dict(self.model, weights, adapter_name=role).unexpected_keys:
-                raise UserError(f"{folder}: this adapter doesn't fit {self.origin.source}: {', '.join(unused[:3])} …")
+            weights.fill(cast(peft.PeftModel, self.model), role, tensors, folder, self.spec.base)
         except BaseException as error:
             if self.role == role:
                 self._switch(Role.BASE)
@@ -129,8 +127,8 @@ class Base:
             if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, UNFIT):
                 raise
             reason = " ".join((str(error) or repr(error)).splitlines()[:2])
-            raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.origin.source}: {reason}") from None
-        self._settle(role, folder, trainable=trainable)
+            raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.spec.base}: {reason}") from None
+        self._settle(role, trainable=trainable)
 
     def load_reference(self, folder: str) -> None:
         """Makes a frozen copy of a saved adapter the reference. Call it after the policy was made."""
@@ -139,8 +137,8 @@ class Base:
 
     def _attach(self, role: str, config: peft.LoraConfig) -> None:
         """Adds an adapter to the layers; the first adapter becomes the active role."""
-        kept = [name for name in config.modules_to_save or [] if name not in ("score", "classifier")]
-        config.modules_to_save = [*kept, "score"] if self.is_classifier else kept or None
+        if self.is_classifier:
+            config.modules_to_save = [*(config.modules_to_save or ()), "score"]
         config.base_model_name_or_path = config.revision = None  # set when the adapter is saved
         config.task_type = peft.TaskType.SEQ_CLS if self.is_classifier else peft.TaskType.CAUSAL_LM
         if isinstance(self.model, peft.PeftModel):
@@ -151,26 +149,23 @@ class Base:
         if self.is_classifier:
             self._heads[role] = cast(nn.Module, self.lm.score)
 
-    def _settle(self, role: str, origin: str, *, trainable: bool) -> None:
+    def _settle(self, role: str, *, trainable: bool) -> None:
         """Makes a new adapter float32 (PEFT leaves some of it in the base's dtype, and updates round away in 16 bits),
         and makes every trained role trainable again, as PEFT freezes all adapters except the active one."""
         if trainable:
             self._trained.add(role)
-        for name, parameter in self.model.named_parameters():
-            if f".{role}." in name:
-                parameter.data = parameter.data.float()
-            if any(f".{trained}." in name for trained in self._trained):
+        for parameter in adapter_parameters(self.model, role).values():
+            parameter.data = parameter.data.float()
+        for trained in self._trained:
+            for parameter in adapter_parameters(self.model, trained).values():
                 parameter.requires_grad_(True)
-        if isinstance(self.lm.get_output_embeddings(), (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            raise UserError(OUTPUT_LAYER_TAKEN.format(origin))
 
     def trained_weights(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role's adapter, and of its head if it has one, by name."""
-        named = () if self.is_classifier else self.model.named_parameters()
-        weights = {name: parameter for name, parameter in named if f".{role}." in name}
+        found = {} if self.is_classifier else adapter_parameters(self.model, role)
         if role in self._heads:
-            weights["score.weight"] = cast(nn.Parameter, self._heads[role].weight)
-        return weights
+            found["score.weight"] = cast(nn.Parameter, self._heads[role].weight)
+        return found
 
     @property
     def adapters(self) -> list[str]:
@@ -187,11 +182,6 @@ class Base:
         added = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
         tensors = (*self.model.parameters(), *self.model.buffers())
         return sum(tensor_bytes(tensor) for tensor in tensors if id(tensor) not in added)
-
-    @cached_property
-    def _output_layer(self) -> str | None:
-        head = self.lm.get_output_embeddings()
-        return next((name for name, module in self.lm.named_modules() if module is head), None)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[PreTrainedModel]:
@@ -299,12 +289,12 @@ class Base:
 
     def save_adapter(self, role: str, folder: Path) -> None:
         """Writes an adapter, the tokenizer and its chat template into a folder, as plain PEFT saves them."""
-        peft_adapters.save(cast(peft.PeftModel, self.model), role, folder, self.tokenizer, self.origin)
+        weights.save(cast(peft.PeftModel, self.model), role, folder, self.template, self.origin)
 
     def restore_adapter(self, role: str, folder: Path) -> None:
         """Gives an adapter the weights that `save_adapter` wrote, such as a checkpoint's."""
-        weights = peft.load_peft_weights(str(folder), device=str(self.lm.device))
-        peft.set_peft_model_state_dict(self.model, weights, adapter_name=role)
+        tensors = load_file(folder / WEIGHTS, device=str(self.lm.device))
+        weights.fill(cast(peft.PeftModel, self.model), role, tensors, str(folder), self.spec.base)
 
     def lineage(self, stage: str, parent: str | None = None) -> Lineage:
         """The lineage of an adapter that is trained on this base, starting from the adapter folder `parent`."""

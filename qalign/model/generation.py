@@ -98,7 +98,7 @@ def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: 
     complete with one of `stop_ids`, or with `max_new_tokens` tokens.
 
     Roles whose adapters PEFT can mix in one batch are decoded together: a 4-bit base spends most of a step on unpacking
-    its weights, so two roles take little longer than one. Other roles (DoRA) take turns.
+    its weights, so two roles take little longer than one. Adapters that are more than LoRA take turns.
 
     While the iterator is suspended, the base stays in its role and gradients are off: exhaust it in one thread, or
     close it. `choose` samples the next tokens; it is `nucleus` if left out.
@@ -118,13 +118,17 @@ def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: 
 
 
 def _batches(base: Base, requests: Sequence[Request]) -> list[dict[int, Request]]:
-    """The requests by number, in groups that one forward pass can serve. PEFT can't mix DoRA adapters in one."""
+    """The requests by number, in groups that one forward pass can serve. PEFT mixes only plain LoRA adapters in one."""
     roles = sorted({request.role for request in requests})
     configs = [getattr(base.model, "peft_config", {}).get(role) for role in roles]
-    if len(roles) == 1 or all(c is None or (isinstance(c, peft.LoraConfig) and not c.use_dora) for c in configs):
+    if len(roles) == 1 or not any(map(_is_more_than_lora, configs)):
         return [dict(enumerate(requests))]
     shuffle(roles)  # in a blind comparison, the order of answering must not tell which model is which
     return [{number: request for number, request in enumerate(requests) if request.role == role} for role in roles]
+
+
+def _is_more_than_lora(config: peft.LoraConfig | None) -> bool:
+    return config is not None and bool(config.use_dora or config.modules_to_save or config.trainable_token_indices)
 
 
 def _decode(base: Base, batch: dict[int, Request], sampling: Sampling, choose: Choose) -> Iterator[Step]:
@@ -271,10 +275,12 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
         return TransformersEngine()
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
         raise UserError("ppo.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
-    if base.spec.quantization != "nf4":
+    spec = base.spec
+    if spec.quantization != "nf4" or not spec.double_quant:
+        held = f"is '{spec.quantization}'" if spec.quantization != "nf4" else "has double_quant: false"
         raise UserError(
-            f"ppo.engine: 'vllm' quantises its copy to nf4, but model.quantization is '{base.spec.quantization}': "
-            "its answers would come from another model; use 'transformers'"
+            "ppo.engine: 'vllm' quantises its copy to nf4 with double quantisation, but model.quantization "
+            f"{held}: its answers would come from another model; use 'transformers'"
         )
     return VllmEngine(base, max_tokens)
 

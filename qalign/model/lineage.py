@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 from qalign.config.atomic import write_whole
 from qalign.config.paths import absolute_path, looks_local
 from qalign.errors import UserError
+from qalign.model.adapters.files import WEIGHTS
 
 if TYPE_CHECKING:
     from qalign.model.base import Base
 
 FILE = "lineage.json"
-WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 import importlib
 import importlib.util
 import inspect
-import json
 import math
 import sys
 from abc import ABC, abstractmethod
@@ -19,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qalign.config.paths import function_of, looks_local, reward_adapter
@@ -31,7 +29,7 @@ from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenAnswers, pad_for_scores
 from qalign.errors import UserError
 from qalign.model import lineage
-from qalign.model.adapters import SCORE_HEAD
+from qalign.model.adapters.files import SCORE_HEAD, read_files
 from qalign.model.base import Base, Role
 from qalign.model.generation import stop_ids_of, with_end_of_turn
 from qalign.model.loading import load_config, load_scorer
@@ -276,17 +274,15 @@ def value_start(scorers: list[Scorer]) -> AdapterScorer | None:
 def _check_adapter(key: str, folder: Path, recipe: Recipe) -> None:
     """Refuses a folder that holds no reward adapter for this base, from its files alone."""
     try:
-        kind = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("task_type")
-        with safe_open(folder / lineage.WEIGHTS, "np") as weights:
-            shape = weights.get_slice(SCORE_HEAD).get_shape() if SCORE_HEAD in weights.keys() else None  # noqa: SIM118
-    except (OSError, ValueError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{key}: {folder} is no adapter in safetensors: {error}") from None
-    if kind != "SEQ_CLS" or shape is None:
-        raise UserError(f"{key}: {folder} gives no scores (its task is {kind}); expected a reward adapter, SEQ_CLS")
-    _check_labels(key, str(folder), shape[0])
+        files = read_files(folder)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    head = files.shapes.get(SCORE_HEAD)
+    if not files.is_classifier or head is None:
+        raise UserError(f"{key}: {folder} gives no scores; expected a reward adapter (SEQ_CLS)")
     hidden = load_config(recipe.model).get_text_config().hidden_size
-    if shape[1] != hidden:
-        found = f"was trained on a base of hidden size {shape[1]}, '{recipe.model.base}' has {hidden}"
+    if head[1] != hidden:
+        found = f"was trained on a base of hidden size {head[1]}, '{recipe.model.base}' has {hidden}"
         raise UserError(f"{key}: {folder} {found}")
 
 

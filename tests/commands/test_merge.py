@@ -23,7 +23,7 @@ from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import end_of_turn_id
 from qalign.errors import UserError
 from qalign.merge import main, merge
-from qalign.model.adapters import SCORE_HEAD
+from qalign.model.adapters.files import SCORE_HEAD
 from qalign.model.base import Role, load
 from tests.helpers import house_style, leaving, refusal
 from tests.reward_runs import run_stage, write_recipe
@@ -301,7 +301,7 @@ def test_what_cannot_be_merged_is_one_line(policy, copied, tmp_path, capsys):
     (tmp_path / "taken").write_text("precious")
     assert "exists already" in refusal(capsys, merge, str(run.path), "original", str(tmp_path / "taken"))
     (copied / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
-    assert "broken" in refusal(capsys, merge, str(copied), "dequantized", None)
+    assert "is missing or damaged" in refusal(capsys, merge, str(copied), "dequantized", None)
     assert not (copied / "merged-dequantized").exists()
     assert not list(copied.glob(".merged*"))
 

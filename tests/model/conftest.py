@@ -1,10 +1,13 @@
 """What the tests of roles on one base have in common: the tiny model, logits of a role, and what a role may disturb."""
 
+from pathlib import Path
+
+import peft
 import pytest
 import torch
 
 from qalign.config.recipe import Model
-from qalign.model.base import Role
+from qalign.model.base import Role, load
 
 IDS = torch.arange(20, 60).view(2, 20)
 
@@ -35,3 +38,16 @@ def gradient(base) -> torch.Tensor:
     base.model.zero_grad()
     base.lm(input_ids=IDS, labels=IDS).loss.backward()
     return torch.cat([p.grad.flatten() for n, p in base.model.named_parameters() if ".lora_B.policy." in n])
+
+
+def save_plain(spec, folder: Path, **settings) -> str:
+    """An adapter made by plain PEFT on the base of a recipe, with weights that do something."""
+    options = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | settings
+    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(load(spec).lm, config)
+    generator = torch.Generator().manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "default" in name:
+            parameter.data = parameter.data.float() + 0.05 * torch.randn(parameter.shape, generator=generator)
+    model.save_pretrained(folder)
+    return str(folder)

@@ -211,7 +211,7 @@ def test_what_cannot_be_loaded_is_one_line(spec, tmp_path):
             peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
             "the output layer can't have an adapter",
         ),
-        (peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "prompt tuning can't share a base"),
+        (peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"), "is a 'PROMPT_TUNING' adapter"),
     ],
 )
 def test_adapters_that_the_roles_cannot_keep_apart_are_refused(spec, tmp_path, config, reason):
@@ -221,12 +221,6 @@ def test_adapters_that_the_roles_cannot_keep_apart_are_refused(spec, tmp_path, c
         base.load_adapter(Role.POLICY, str(tmp_path / "adapter"), trainable=True)
     assert base.adapters == []
     base.add_adapter(Role.POLICY, Lora(r=4))  # nothing of it stands in the way of others
-
-
-@pytest.mark.parametrize("targets", [["no_such_proj"], "no_such_proj"])
-def test_targets_that_fit_nothing_are_one_line(tiny_base, targets):
-    with pytest.raises(UserError, match=r"^lora\.targets: [^\n]*$"):
-        tiny_base.add_adapter(Role.POLICY, Lora(targets=targets))
 
 
 def narrowed(file: Path) -> None:

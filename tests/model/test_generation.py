@@ -15,6 +15,7 @@ from qalign.model import generation
 from qalign.model.base import Role
 from qalign.model.generation import Request, Sampling, TransformersEngine, stream, uniform_draws
 from tests.helpers import scramble
+from tests.model.conftest import save_plain
 
 TEXTS = ("Why?", "What is a good first line for a book report?", "Name three rivers, please.", "Why?")
 TOKENS = 20
@@ -227,6 +228,18 @@ def test_the_nucleus_is_as_worked_out_by_hand(temperature, top_p, expected):
     assert generation.nucleus(logits, draws, Sampling(1, temperature, (), top_p)).tolist() == expected
 
 
+@pytest.mark.parametrize("settings", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [20, 21]},
+                                      {"target_modules": ["embed_tokens"]}])  # fmt: skip
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_adapters_that_are_more_than_lora_on_linear_layers_answer_beside_others_as_alone(
+    base, spec, tmp_path, settings
+):
+    base.load_adapter("more", save_plain(spec, tmp_path / "more", **settings), trainable=False)
+    roles = ("more", "base", "policy")
+    found = answers(base, [request(base, role) for role in roles], sampling(base))
+    assert found == [answers(base, [request(base, role)], sampling(base))[0] for role in roles]
+
+
 @pytest.fixture
 def vllm(monkeypatch):
     """A stand-in, as no CPU has vLLM: it keeps what it is called with."""
@@ -276,10 +289,17 @@ def test_vllm_makes_room_for_the_adapters_own_rank(tiny_base, vllm, rank, room):
     assert vllm["options"]["max_lora_rank"] == room
 
 
-@pytest.mark.parametrize(("device", "problem"), [("cpu", "needs a GPU"), ("cuda", r"model\.quantization is 'none'")])
-def test_vllm_needs_a_gpu_and_a_base_in_nf4(base, vllm, monkeypatch, device, problem):
+@pytest.mark.parametrize(
+    ("device", "held", "problem"),
+    [
+        ("cpu", {}, "needs a GPU"),
+        ("cuda", {"quantization": "none"}, r"model\.quantization is 'none'"),
+        ("cuda", {"double_quant": False}, r"model\.quantization has double_quant: false"),
+    ],
+)
+def test_vllm_needs_a_gpu_and_a_base_in_nf4_with_double_quantisation(base, vllm, monkeypatch, device, held, problem):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     base.lm = types.SimpleNamespace(device=torch.device(device))
-    base.spec = base.spec.model_copy(update={"quantization": "none"})
+    base.spec = base.spec.model_copy(update=held)
     with pytest.raises(UserError, match=rf"ppo\.engine: .*{problem}.*use 'transformers'"):
         generation.engine("vllm", base, 64)

@@ -14,7 +14,7 @@ from qalign.config.recipe import Lora, Recipe
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import Stopped, UserError
-from qalign.model.adapters import SCORE_HEAD
+from qalign.model.adapters.files import SCORE_HEAD
 from qalign.model.base import Role
 from qalign.model.lineage import WEIGHTS
 from qalign.rl.rewards import FunctionScorer, Scorers, combined, open_scorers, value_start
@@ -125,9 +125,12 @@ def test_several_are_added_up_with_their_weights(attached, reward_run, tiny_base
 
 SPOILT = [
     ("was trained on the base", lambda folder, _: change_json(folder / "lineage.json", base="meta-llama/Llama-3.1-8B")),
-    ("gives no scores", lambda folder, weights: save_file(weights, folder / WEIGHTS)),
-    ("CAUSAL_LM", lambda folder, _: change_json(folder / "adapter_config.json", task_type="CAUSAL_LM")),
-    ("has 3 labels", lambda folder, weights: save_file({**weights, SCORE_HEAD: torch.zeros(3, 64)}, folder / WEIGHTS)),
+    ("lost its score head", lambda folder, weights: save_file(weights, folder / WEIGHTS)),
+    ("gives no scores", lambda folder, _: change_json(folder / "adapter_config.json", task_type="CAUSAL_LM")),
+    (
+        "expected one label",
+        lambda folder, weights: save_file({**weights, SCORE_HEAD: torch.zeros(3, 64)}, folder / WEIGHTS),
+    ),
     (
         "hidden size 80, ",
         lambda folder, weights: (
@@ -135,9 +138,9 @@ SPOILT = [
             save_file({**weights, SCORE_HEAD: torch.zeros(1, 80)}, folder / WEIGHTS),
         ),
     ),
-    ("is no adapter in safetensors", lambda folder, _: os.truncate(folder / WEIGHTS, 1000)),
+    ("is missing or damaged", lambda folder, _: os.truncate(folder / WEIGHTS, 1000)),
     (
-        "is no adapter in safetensors",
+        "is a pickle",
         lambda folder, weights: ((folder / WEIGHTS).unlink(), torch.save(weights, folder / "adapter_model.bin")),
     ),
 ]

@@ -22,7 +22,7 @@ from qalign.config.recipe import Model
 from qalign.config.stages import Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError
-from qalign.model.adapters import SCORE_HEAD
+from qalign.model.adapters.files import SCORE_HEAD
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.loading import guard_4bit
 from qalign.score import score

@@ -22,7 +22,7 @@ from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, pack
 from qalign.data.packing import Layout
 from qalign.data.tokenize import TokenPair
-from qalign.model.adapters import new_config
+from qalign.model.adapters.targets import new_config
 from qalign.model.attention import BLOCK_QUERIES
 from qalign.model.logps import pair_logps
 
@@ -135,7 +135,9 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
         auto, task_type, config.num_labels = tf.AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS, 1
     with torch.device("meta"):
         lm: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
-        peft.get_peft_model(lm, new_config(recipe.lora, task_type), autocast_adapter_dtype=False)
+        adapter = new_config(recipe.lora, lm, recipe.model.base)
+        adapter.task_type = task_type
+        peft.get_peft_model(lm, adapter, autocast_adapter_dtype=False)
         lm.to(dtype)  # pyright: ignore[reportArgumentType]  (adapters too: autocast computes with copies of them)
         if stage == "reward":  # a ScalarHead asks for autocast, which the meta device doesn't have
             lm.score = nn.Linear(cast(nn.Linear, lm.score).in_features, 1, bias=False)

@@ -1,0 +1,1 @@
+"""LoRA adapters: their files, the layers that they fit, their weights on a base."""

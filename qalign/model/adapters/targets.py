@@ -1,0 +1,146 @@
+"""Which layers of a base an adapter is put on, from a recipe or from a stranger's file."""
+
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import peft
+import regex
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qalign.config.recipe import Lora
+from qalign.errors import UserError, did_you_mean
+from qalign.model.adapters.files import LoraSettings
+
+OUTPUT_LAYER_TAKEN = "the output layer can't have an adapter, as log-probs use its frozen weight"
+LINEAR = (nn.Linear, Conv1D)
+ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # by PEFT's LoRA
+HEADS = ("score", "classifier")  # of sequence classifiers: set apart by `Base`
+MATCHING_SECONDS = 2.0  # for all regular expressions of one adapter
+_PLAIN = re.compile(r"[\w.-]+")
+
+
+def own_modules(lm: nn.Module) -> dict[str, nn.Module]:
+    """The base's own modules, by the names that they have without an adapter."""
+    found, wrapped = {}, ()
+    for name, module in lm.named_modules():
+        if name.startswith(wrapped):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            wrapped += (f"{name}.",)
+            module = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module.original_module
+        found[name] = module
+    return found
+
+
+def own_layers(lm: nn.Module) -> dict[str, nn.Module]:
+    """The base's own layers that can have an adapter, by name."""
+    return {name: module for name, module in own_modules(lm).items() if isinstance(module, ADAPTABLE)}
+
+
+def text_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
+    """Those of `own_layers` that texts train: neither those of a vision tower nor the output layer."""
+    decoder = lm.get_decoder()
+    prefix = next(f"{name}." if name else "" for name, module in lm.named_modules() if module is decoder)
+    output = name_of(lm, lm.get_output_embeddings())
+    return {name: layer for name, layer in own_layers(lm).items() if name.startswith(prefix) and name != output}
+
+
+def name_of(lm: nn.Module, wanted: nn.Module | None) -> str | None:
+    """The name of a module in a model; None if it is not there."""
+    return next((name for name, module in lm.named_modules() if module is wanted), None) if wanted is not None else None
+
+
+def new_config(lora: Lora, lm: PreTrainedModel, name: str) -> peft.LoraConfig:
+    """PEFT's config for a new adapter of a recipe on a base called `name`; a `UserError` if its targets don't fit."""
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT only divides by it, a float works)
+        lora_dropout=lora.dropout,
+        target_modules=_targets(lora.targets, lm, name),
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
+    )
+
+
+def _targets(targets: str | list[str], lm: PreTrainedModel, base: str) -> list[str]:
+    """The names to give PEFT for `lora.targets`."""
+    layers, output = text_layers(lm), name_of(lm, lm.get_output_embeddings())
+    linear = [name for name, layer in layers.items() if isinstance(layer, LINEAR)]
+    if targets == "all-linear":
+        return linear
+    for target in targets:
+        if not any(_ends_with(name, [target]) for name in layers):
+            if output and _ends_with(output, [target]):
+                raise UserError(f"lora.targets: '{target}': {OUTPUT_LAYER_TAKEN}")
+            names = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+            hint = f"{did_you_mean(target, names)}; it has {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
+            raise UserError(f"lora.targets: '{target}' fits no layer of {base}'s language model{hint}")
+    others = [name for name in own_layers(lm) if name not in layers and name != output]
+    if any(_ends_with(name, targets) for name in others):  # of a vision tower
+        return [name for name in layers if _ends_with(name, targets)]
+    return list(targets)
+
+
+def _ends_with(name: str, targets: Iterable[str]) -> bool:
+    """Whether one of the targets names this layer, as PEFT reads a list of targets."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+class Matcher:
+    """Matches layer names with regular expressions in bounded time. With `re`, as in PEFT, a bad one runs for ever."""
+
+    def __init__(self, where: str):
+        self.where, self.deadline = where, time.monotonic() + MATCHING_SECONDS
+
+    def fitting(self, pattern: str, names: Iterable[str]) -> list[str]:
+        """The names that the pattern matches completely; a `UserError` if it can't be read or takes too long."""
+        shown = f"{self.where}: the regular expression {pattern[:60]!r}{'…' if len(pattern) > 60 else ''}"
+        try:
+            re.compile(pattern)  # refuses what only `regex` knows, such as recursion, which can take gigabytes
+            compiled = regex.compile(pattern)
+            return [n for n in names if compiled.fullmatch(n, timeout=max(1e-3, self.deadline - time.monotonic()))]
+        except TimeoutError:
+            raise UserError(f"{shown} takes too long on the names of layers; write a list of names") from None
+        except (re.error, regex.error, RecursionError, OverflowError, MemoryError) as error:
+            raise UserError(f"{shown} can't be used ({error}); write a list of names") from None
+
+
+def config_of(settings: LoraSettings, lm: PreTrainedModel, folder: str) -> tuple[peft.LoraConfig, dict[str, int]]:
+    """PEFT's config for a saved adapter, and the rank of each layer that it gets an adapter on.
+
+    Regular expressions are replaced by the names that they match, so that PEFT, which matches without a time limit,
+    sees none from a stranger's file.
+    """
+    try:
+        config = peft.LoraConfig(**settings.model_dump(exclude_none=True))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder}: adapter_config.json contradicts itself: {error}") from None
+    config.modules_to_save = [name for name in config.modules_to_save or () if name not in HEADS] or None
+    layers, matcher = own_layers(lm), Matcher(folder)
+    if isinstance(config.target_modules, str):
+        linear = [name for name, layer in text_layers(lm).items() if isinstance(layer, LINEAR)]
+        all_linear = config.target_modules.lower() == "all-linear"
+        config.target_modules = linear if all_linear else matcher.fitting(config.target_modules, layers)
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = matcher.fitting(config.exclude_modules, layers)
+    fitting = [name for name in layers if check_target_module_exists(config, name)]
+    ranks: dict[str, int] = dict.fromkeys(fitting, config.r)
+    for key in ("rank_pattern", "alpha_pattern"):
+        left, plain = fitting, {}
+        numbers: dict[str, Any] = getattr(config, key)
+        for pattern, number in numbers.items():  # the first one that fits a layer counts
+            found = matcher.fitting(rf"(.*\.)?({pattern})", left)
+            left = [name for name in left if name not in found]
+            plain |= {pattern if _PLAIN.fullmatch(pattern) else name: number for name in found}
+            if key == "rank_pattern":
+                ranks.update((name, number) for name in found)
+        setattr(config, key, plain)
+    config.init_lora_weights = True  # any other initialisation would be computed and then overwritten
+    return config, ranks
