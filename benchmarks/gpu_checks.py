@@ -20,8 +20,7 @@ from benchmarks.gpu_sides import TINY, as_base, fixture_tokenizer, random_lm, ra
 from qalign import dpo
 from qalign.config.load import load
 from qalign.config.recipe import Lora
-from qalign.data.collate import pack, pad
-from qalign.data.packing import Layout
+from qalign.data.collate import Layout, pack, pad
 from qalign.model import attention
 from qalign.model.base import Role
 from qalign.model.loading import device

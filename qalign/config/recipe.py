@@ -42,6 +42,10 @@ class Model(Section):
     """Chat template: a Jinja file to use instead of the model's own. A model without a template gets a plain one."""
     chat_template_kwargs: dict[str, Any] = {}
     """Chat template arguments: passed to the template, such as `{enable_thinking: false}` for Qwen3."""
+    system_turn: Literal["keep", "into_user", "refuse"] = "keep"
+    """System turns: `keep` leaves them to the template, and refuses a row whose system turn it has no place for;
+    `into_user` puts each before the next user turn, with a blank line between, for templates such as Gemma's and
+    Mistral's; `refuse` refuses rows with a system turn."""
 
 
 # PEFT takes a text as a regular expression, some of which never end; names say all that is needed.

@@ -5,22 +5,27 @@ with one BOS; the supervised ids are exactly the answer and its end of turn. Eac
 `BadRow` if the row doesn't fit, spells a special token, or can't be rendered.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TypeVar
+from functools import cache, lru_cache
+from typing import NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
 from qalign.data.formats import Dialogue, Message, PlainText, Preference, Prompt, Read, Refused
 from qalign.data.readers import BadRow
-from qalign.data.templates import ChatTemplate
+from qalign.data.templates import ChatTemplate, Tokenizer, check_answer, check_prompt, leaves
 from qalign.errors import UserError
 
 Row = TypeVar("Row", bound=Preference | Dialogue | PlainText | Prompt)
 Encoded = TypeVar("Encoded")
 
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 IGNORED = -100  # the label of tokens outside the loss, as PyTorch's cross entropy has it
+# A longer row is refused before it is tokenised, which takes a second and 250 MB for each million characters. English
+# has 4 to 5 of them a token; the longest tokens in use, runs of spaces or of one sign, have 128.
+CHARACTERS_PER_TOKEN, LEAST_CHARACTERS, LEAST_TURNS = 200, 1_000_000, 1000
 
 
 @dataclass(frozen=True)
@@ -97,49 +102,60 @@ def encode_dialogues(template: ChatTemplate, rows: list[Dialogue | PlainText], m
 
 def encode_questions(template: ChatTemplate, rows: list[Prompt], room: int) -> Read[tuple[Prompt, list[int]]]:
     """Each prompt with its ids, and the refused rows."""
-    return _encode_all(rows, lambda row: (row, encode_question(template, row.turns, room)))
+    return _encode_all(rows, lambda row: (row, encode_question(template.with_tools(row.tools), row.turns, room)))
 
 
 def encode_pair(template: ChatTemplate, row: Preference, max_length: int) -> TokenPair:
     """A preference as ids. The oldest turns are dropped until both sequences fit; an answer is never cut."""
-    answers = (row.chosen, row.rejected)
-    _refuse_special(template, (turn["content"] for turn in (*row.prompt, *answers)))
-    prompt_ids, (chosen, rejected), dropped = _fitted(template, row.prompt, answers, max_length)
-    return TokenPair(prompt_ids, chosen, rejected, row.where, dropped, row.margin)
+    template, answers = template.with_tools(row.tools), (row.chosen, row.rejected)
+    _check_texts(template, (*row.prompt, *answers), max_length)
+    found = _fitted(template, row.prompt, answers, max_length)
+    chosen, rejected = found.answer_ids
+    if chosen == rejected:
+        raise BadRow(f"the chat template ({template.words}) renders chosen and rejected as the same answer")
+    return TokenPair(found.prompt_ids, chosen, rejected, row.where, found.dropped_turns, row.margin)
 
 
 def encode_dialogue(template: ChatTemplate, row: Dialogue, max_length: int) -> list[TokenDialogue]:
     """A dialogue as ids. Exactly its assistant turns are supervised, each with its end of turn, in the ids that the
-    model would see and give at inference.
+    model would see and give at inference. A greeting, before which nothing was said, is context, as `untrained` turns
+    are.
 
     A turn extends the sequence of the turn before it if the template renders it as a continuation and it fits.
     Otherwise (Qwen3 leaves out the thoughts of earlier turns) it starts a new sequence, with as many of the oldest
     turns dropped as needed. Generation markers in a template are neither needed nor used.
     """
-    turns = list(row.turns)
-    _refuse_special(template, (turn["content"] for turn in turns))
+    template, turns = template.with_tools(row.tools), list(row.turns)
+    _check_texts(template, turns, max_length)
     sequences: list[TokenDialogue] = []
+    dropped = 0
     for number, turn in enumerate(turns):
-        if turn["role"] != "assistant" or number < row.first_trained:
+        if turn["role"] != "assistant" or number < row.first_trained or number in row.untrained:
             continue
         try:
-            prompt_ids, (answer_ids,), dropped = _fitted(template, turns[:number], (turn,), max_length)
+            if not template.arranged(turns[:number]):
+                continue
+            found = _fitted(template, turns[:number], (turn,), max_length, dropped)
         except BadRow as reason:
             raise BadRow(f"turn {number + 1}: {reason}") from None
+        dropped = shortened = found.dropped_turns
         kept: list[int] = []
-        if sequences and prompt_ids[: len(sequences[-1])] == sequences[-1].ids:
+        if sequences and found.prompt_ids[: len(sequences[-1])] == sequences[-1].ids:
             before = sequences.pop()
-            kept, dropped = before.labels, before.dropped_turns
-        labels = [*kept, *[IGNORED] * (len(prompt_ids) - len(kept)), *answer_ids]
-        sequences.append(TokenDialogue(prompt_ids + answer_ids, labels, row.where, dropped))
+            kept, shortened = before.labels, before.dropped_turns
+        labels = [*kept, *[IGNORED] * (len(found.prompt_ids) - len(kept)), *found.answer_ids[0]]
+        sequences.append(TokenDialogue(found.prompt_ids + found.answer_ids[0], labels, row.where, shortened))
+    if not sequences:
+        raise BadRow("has no answer to train on")
     return sequences
 
 
 def encode_answer(template: ChatTemplate, row: Dialogue, max_length: int) -> list[int]:
     """A dialogue as ids up to its last end of turn, as a reward model reads it."""
-    _refuse_special(template, (turn["content"] for turn in row.turns))
-    prompt_ids, (answer_ids,), _ = _fitted(template, row.turns[:-1], row.turns[-1:], max_length)
-    return prompt_ids + answer_ids
+    template = template.with_tools(row.tools)
+    _check_texts(template, row.turns, max_length)
+    found = _fitted(template, row.turns[:-1], row.turns[-1:], max_length)
+    return found.prompt_ids + found.answer_ids[0]
 
 
 def encode_text(template: ChatTemplate, row: PlainText, max_length: int) -> list[TokenDialogue]:
@@ -148,7 +164,7 @@ def encode_text(template: ChatTemplate, row: PlainText, max_length: int) -> list
     Each piece begins with the last token of the piece before it, so every token but the first is supervised once: the
     first token of a sequence is predicted from nothing.
     """
-    _refuse_special(template, [row.text])
+    _check_texts(template, [{"role": "text", "content": row.text}], max_length)
     ids = [*template.tokenizer(row.text).input_ids, template.tokenizer.eos_token_id]
     if ids[-2:-1] == [template.tokenizer.eos_token_id]:  # some tokenizers add one themselves
         ids.pop()
@@ -160,8 +176,8 @@ def encode_text(template: ChatTemplate, row: PlainText, max_length: int) -> list
 
 def encode_question(template: ChatTemplate, prompt: Sequence[Message], room: int) -> list[int]:
     """A prompt as ids; the oldest turns are dropped until it has at most `room` tokens."""
-    _refuse_special(template, (turn["content"] for turn in prompt))
-    return _fitted(template, prompt, (), room)[0]
+    _check_texts(template, prompt, room)
+    return _fitted(template, prompt, (), room).prompt_ids
 
 
 def encode_prompt(template: ChatTemplate, prompt: Sequence[Message]) -> list[int]:
@@ -172,11 +188,9 @@ def encode_prompt(template: ChatTemplate, prompt: Sequence[Message]) -> list[int
 def end_of_turn_id(template: ChatTemplate) -> int:
     """The id with which the template ends an assistant's turn; a `UserError` if it can't render one."""
     try:
-        asked, answered = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
-        _, ((*_, last),) = _encode(template, [asked], [answered])
+        return _encode(template, [ASKED], [ANSWERED], 0).answer_ids[0][-1]
     except BadRow as reason:
         raise UserError(f"model.chat_template: no end of turn can be found: {reason}") from None
-    return last
 
 
 def pad_for_scores(template: ChatTemplate) -> str:
@@ -190,75 +204,146 @@ def pad_for_scores(template: ChatTemplate) -> str:
     return tokenizer.convert_ids_to_tokens(next(token for token in ids if token not in (None, end)))
 
 
+class _Encoded(NamedTuple):
+    """A prompt and its answers as ids, and as the text that the ids were made from."""
+
+    prompt_ids: list[int]
+    answer_ids: list[list[int]]
+    dropped_turns: int
+    prompt_text: str
+    texts: list[str]  # of prompt and answer together
+
+
 def _fitted(
-    template: ChatTemplate,
-    prompt: Sequence[Message],
-    answers: Sequence[Message],
-    max_length: int,
-) -> tuple[list[int], list[list[int]], int]:
-    """(prompt ids, ids of each answer, number of the oldest turns that were dropped to make them fit)."""
-    turns = list(prompt)
-    while True:
-        prompt_ids, completions = _encode(template, turns, answers)
-        longest = max(map(len, completions), default=0)
-        if len(prompt_ids) + longest <= max_length:
-            return prompt_ids, completions, len(prompt) - len(turns)
-        first = 1 if turns[0]["role"] == "system" else 0
-        if len(turns) - first < 3:  # only the last question is left
-            break
-        del turns[first : first + 2]
-    length = len(prompt_ids)
-    if not answers:
-        raise BadRow(f"the prompt is {length} tokens; max_length less max_new_tokens leaves {max_length}")
+    template: ChatTemplate, prompt: Sequence[Message], answers: Sequence[Message], max_length: int, guess: int = 0
+) -> _Encoded:
+    """The ids of a prompt and its answers, with as few of the oldest turns dropped as needed.
+
+    Args:
+        guess: how many turns might have to go; it saves time in long dialogues, and changes nothing.
+
+    Raises:
+        BadRow: they don't fit, or the template leaves out a part of them.
+    """
+    first, starts = _starts(prompt)
+
+    @cache
+    def shortened(number: int) -> _Encoded:
+        kept = [*prompt[:first], *prompt[starts[number] :]]
+        return _encode(template, kept, answers, starts[number] - first)
+
+    def fits(number: int) -> bool:
+        encoded = shortened(number)
+        return len(encoded.prompt_ids) + max(map(len, encoded.answer_ids), default=0) <= max_length
+
+    start = bisect_left(starts, first + guess, hi=len(starts) - 1)
+    while start and fits(start - 1):
+        start -= 1
+    if not fits(start):
+        start = bisect_left(range(len(starts)), True, lo=start + 1, key=fits)
+    if start == len(starts):
+        raise _too_long(shortened(start - 1), max_length)
+    found, kept = shortened(start), [*prompt[:first], *prompt[starts[start] :]]
+    check_prompt(template, kept, found.prompt_text)
+    for answer, text in zip(answers, found.texts, strict=True):
+        check_answer(template, kept, answer, text, len(found.prompt_text))
+    return found
+
+
+def _starts(prompt: Sequence[Message]) -> tuple[int, list[int]]:
+    """(how many system turns stand first and stay, where a shortened prompt may begin after them): with a user's turn,
+    or with the system turns before it."""
+    roles = [turn["role"] for turn in prompt]
+    first = next((number for number, role in enumerate(roles) if role != "system"), len(roles))
+    last = max((number for number, role in enumerate(roles) if role == "user"), default=first)
+    later = range(first + 1, last + 1)
+    openings = [n for n in later if roles[n] in ("system", "user") and roles[n - 1] != "system"]
+    return first, [first, *openings]
+
+
+def _too_long(encoded: _Encoded, max_length: int) -> BadRow:
+    length = len(encoded.prompt_ids)
+    if not encoded.answer_ids:
+        return BadRow(f"the prompt is {length} tokens; max_length less max_new_tokens leaves {max_length}")
     if length >= max_length:
-        raise BadRow(f"the prompt fills max_length: {length} of {max_length} tokens")
-    raise BadRow(f"prompt and answer are {length} + {longest} tokens, over max_length {max_length}")
+        return BadRow(f"the prompt fills max_length: {length} of {max_length} tokens")
+    longest = max(map(len, encoded.answer_ids))
+    return BadRow(f"prompt and answer are {length} + {longest} tokens, over max_length {max_length}")
 
 
 def _encode(
-    template: ChatTemplate, prompt: Sequence[Message], answers: Sequence[Message]
-) -> tuple[list[int], list[list[int]]]:
-    """(prompt ids, one list of completion ids per answer)."""
+    template: ChatTemplate, prompt: Sequence[Message], answers: Sequence[Message], dropped_turns: int
+) -> _Encoded:
     prompt_text = template.render(prompt, add_generation_prompt=True)
-    prompt_ids = template.ids(prompt_text)
-    completions: list[list[int]] = []
+    found = _Encoded(template.ids(prompt_text), [], dropped_turns, prompt_text, [])
     for answer in answers:
         text = template.render([*prompt, answer], add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise BadRow("the chat template renders a prompt differently once it is answered; see chat_template_kwargs")
         text = _through_end_of_turn(template, text)
-        ids = template.ids(text)
-        if ids[: len(prompt_ids)] != prompt_ids:
-            # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those. The
-            # rest is encoded after a special token, because at the start of a text some tokenizers add a space.
-            rest = template.ids(template.tokenizer.eos_token + text[len(prompt_text) :])[1:]
-            if template.tokenizer.decode(prompt_ids + rest) != template.tokenizer.decode(ids):
-                raise BadRow("tokens merge across the border of prompt and answer, and can't be told apart")
-            ids = prompt_ids + rest
-        completions.append(ids[len(prompt_ids) :])
-    return prompt_ids, completions
+        found.texts.append(text)
+        found.answer_ids.append(_answer_ids(template, found.prompt_ids, text, len(prompt_text)))
+    return found
+
+
+def _answer_ids(template: ChatTemplate, prompt_ids: list[int], text: str, start: int) -> list[int]:
+    """The ids of what stands in a text from `start` on, after the prompt."""
+    ids = template.ids(text)
+    if ids[: len(prompt_ids)] == prompt_ids:
+        return ids[len(prompt_ids) :]
+    # Tokens merge across the border. At inference the model sees the prompt's own ids, so train on those. The rest is
+    # encoded after a special token, because at the start of a text some tokenizers add a space.
+    rest = template.ids(template.tokenizer.eos_token + text[start:])[1:]
+    if template.tokenizer.decode(prompt_ids + rest) != template.tokenizer.decode(ids):
+        raise BadRow("tokens merge across the border of prompt and answer, and can't be told apart")
+    return rest
 
 
 def _through_end_of_turn(template: ChatTemplate, text: str) -> str:
     """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
-    special = _special(template)
-    body, end = text.rstrip(), None
-    while body.endswith(special):  # backwards, up to the first of the tokens that close the turn
-        end = len(body)
-        body = body.removesuffix(max(filter(body.endswith, special), key=len)).rstrip()
-    return text[:end] if end else body + template.tokenizer.eos_token
+    closing = _closing(template, text)
+    if not closing:
+        return text.rstrip() + template.tokenizer.eos_token
+    ends = dict(reversed(closing))  # a special token may close a tool call, before the one that ends every turn
+    return text[: ends.get(_usual_end(template) if len(ends) > 1 else None, closing[0][1])]
+
+
+def _closing(template: ChatTemplate, text: str) -> list[tuple[str | None, int]]:
+    """The special tokens at the end of a text, each with the index after it."""
+    special, body = _special(template.tokenizer), text.rstrip()
+    found: list[tuple[str | None, int]] = []
+    while body.endswith(special):
+        token = max(filter(body.endswith, special), key=len)
+        found.insert(0, (token, len(body)))
+        body = body.removesuffix(token).rstrip()
+    return found
 
 
 @lru_cache(maxsize=4)
-def _special(template: ChatTemplate) -> tuple[str, ...]:
+def _usual_end(template: ChatTemplate) -> str | None:
+    """The first special token after an answer without tool calls."""
+    try:
+        return _closing(template, template.render([ASKED, ANSWERED], add_generation_prompt=False))[0][0]
+    except (BadRow, IndexError):
+        return None
+
+
+@lru_cache(maxsize=4)
+def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
     """The special tokens as text; EOS counts as one even if it isn't marked as special."""
-    marked = {token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted({template.tokenizer.eos_token, *marked}))
+    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted({tokenizer.eos_token, *marked}))
 
 
-def _refuse_special(template: ChatTemplate, texts: Iterable[str]) -> None:
-    """A text that spells a special token would be read as one: a forged end of turn."""
-    texts = list(texts)
-    for token in _special(template):
-        if any(token in text for text in texts):
-            raise BadRow(f"the text contains the model's special token {token}")
+def _check_texts(template: ChatTemplate, turns: Sequence[Message], max_length: int) -> None:
+    """Refuses a row before anything is computed from it: one that is far too long, or one that spells a special token,
+    which would be read as one (a forged end of turn)."""
+    texts = [leaf for leaf in leaves((turns, template.tools)) if isinstance(leaf, str)]
+    most = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * max_length)
+    if (size := sum(map(len, texts))) > most:
+        raise BadRow(f"the row is {size:,} characters long; at most {most:,} are taken at this max_length; split it")
+    if len(turns) > (most_turns := max(LEAST_TURNS, max_length)):
+        raise BadRow(f"the row has {len(turns):,} turns; at most {most_turns:,} are taken at this max_length; split it")
+    text = "\0".join(texts)
+    if found := next((token for token in _special(template.tokenizer) if token in text), None):
+        raise BadRow(f"the text contains the model's special token {found}")

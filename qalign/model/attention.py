@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from qalign.data.collate import pack
-from qalign.data.packing import Layout
+from qalign.data.collate import Layout, pack
 from qalign.data.tokenize import TokenPair
 
 NAME = "qalign_shared_prompt"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from datetime import datetime
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
@@ -315,25 +316,24 @@ def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
         parameter.requires_grad_(wanted)
 
 
-def load(spec: Model, form: Form = "held") -> Base:
+def load(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:
     """The base of a recipe as a language model, ready for adapters; a `UserError` if it can't be found or read."""
     lm, tokenizer, origin = load_weights(spec, form=form)
-    template = prepare_template(tokenizer, spec.chat_template, spec.chat_template_kwargs)
+    template = prepare_template(tokenizer, spec, now)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
     if form == "held":
         check_head(lm)
     return Base(lm, template, origin, origin.held(spec))
 
 
-def load_classifier(spec: Model, form: Form = "held") -> Base:
+def load_classifier(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:
     """The base of a recipe as a sequence classifier with one label, to train a reward model. Its float32 head is
     initialised from PyTorch's generator. A `UserError` if it can't be read or its family has no such class."""
     lm, tokenizer, origin = load_weights(spec, classifier=True, form=form)
     head = getattr(lm, "score", None)
     if not isinstance(head, nn.Linear):
         raise UserError(f"model.base: {type(lm).__name__} has no 'score' head, so it can't be a reward model here")
-    template = prepare_template(tokenizer, spec.chat_template, spec.chat_template_kwargs)
+    template = prepare_template(tokenizer, spec, now)
     tokenizer.pad_token = pad_for_scores(template)
-    lm.config.get_text_config().pad_token_id = tokenizer.pad_token_id
-    lm.score = ScalarHead(head.in_features, lm.device)
+    lm.score, lm.config.get_text_config().pad_token_id = ScalarHead(head.in_features, lm.device), tokenizer.pad_token_id
     return Base(lm, template, origin, origin.held(spec))

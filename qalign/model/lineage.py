@@ -32,7 +32,7 @@ class Lineage:
     tokenizer_hash: str  # of the vocabulary: every token and its id
     special_tokens: dict[str, str]  # BOS, EOS and UNK; the pad token may differ, as it is masked
     template: str  # where the chat template comes from, in words
-    template_hash: str  # of the chat template and of the keywords passed to it
+    template_hash: str  # of the chat template, the keywords passed to it, and `system_turn: into_user`
     quantization: str  # of the base
     compute_dtype: str  # of matrix products
     parent: str | None = None  # the adapter folder that training started from
@@ -65,7 +65,7 @@ def describe(base: "Base", stage: str, parent: str | None) -> Lineage:
         tokenizer_hash=digest(json.dumps(sorted(tokenizer.get_vocab().items()))),
         special_tokens={name: str(token) for name, token in special.items() if token is not None},
         template=base.template.words,
-        template_hash=digest(tokenizer.get_chat_template() + json.dumps(spec.chat_template_kwargs, sort_keys=True)),
+        template_hash=digest(base.template.source),
         quantization=spec.quantization,
         compute_dtype=str(base.dtype).removeprefix("torch."),
         parent=parent,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from qalign.config.recipe import Model
 from qalign.data.templates import ChatTemplate, prepare_template
 from tests.conftest import FIXTURES
 
@@ -181,7 +182,7 @@ def messages(turns: Turns) -> tuple[dict, ...]:
 
 
 def templated(template: str, name: str = "llama3", **settings) -> ChatTemplate:
-    """A family's tokenizer with another chat template, prepared; `settings` are `prepare_template`'s."""
+    """A family's tokenizer with another chat template, prepared; `settings` are the recipe's under `model`."""
     tokenizer = fixture_tokenizer(name)
     tokenizer.chat_template = template
-    return prepare_template(tokenizer, **settings)
+    return prepare_template(tokenizer, Model(base=name, **settings))

@@ -6,8 +6,7 @@ import random
 import pytest
 import torch
 
-from qalign.data.collate import MicroBatchLimit, micro_batches, pack, packed_tokens, pad
-from qalign.data.packing import Layout
+from qalign.data.collate import Layout, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.tokenize import TokenPair
 from tests.families import random_pairs
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import create_block_mask
 
-from qalign.data.packing import Layout, Segment
+from qalign.data.collate import Layout, Segment
 
 # A prefix of 2 with branches of 3 and 1, one of 1 without a second branch, one without tokens of its own.
 GROUPS = ((2, (3, 1)), (1, (2, 0)), (0, (1, 2)))

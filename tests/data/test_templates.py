@@ -2,6 +2,7 @@
 
 import pytest
 
+from qalign.config.recipe import Model
 from qalign.config.stages import Source
 from qalign.data.formats import Preference, preferences
 from qalign.data.templates import ChatTemplate, prepare_template
@@ -101,7 +102,7 @@ def test_a_template_from_a_file_replaces_the_models_own(tmp_path):
     )
     tokenizer = fixture_tokenizer("llama3")
 
-    template = prepare_template(tokenizer, str(file))
+    template = prepare_template(tokenizer, Model(base="b", chat_template=str(file)))
 
     assert template.words == str(file)
 
@@ -119,7 +120,7 @@ def test_a_broken_or_missing_template_file_is_one_line(tmp_path, template):
         file.write_text(template)
 
     with pytest.raises(UserError) as caught:
-        prepare_template(fixture_tokenizer("llama3"), str(file))
+        prepare_template(fixture_tokenizer("llama3"), Model(base="b", chat_template=str(file)))
 
     (line,) = caught.value.lines
     assert str(file) in line

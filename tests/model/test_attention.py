@@ -8,8 +8,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoTokenizer
 
-from qalign.data.collate import pack
-from qalign.data.packing import Layout
+from qalign.data.collate import Layout, pack
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair
 from qalign.losses import preference_loss

@@ -19,8 +19,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
 
 from qalign.config.recipe import Recipe
-from qalign.data.collate import AnswerBatch, pack
-from qalign.data.packing import Layout
+from qalign.data.collate import AnswerBatch, Layout, pack
 from qalign.data.tokenize import TokenPair
 from qalign.model.adapters.targets import new_config
 from qalign.model.attention import BLOCK_QUERIES
