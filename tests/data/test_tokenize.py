@@ -163,11 +163,11 @@ def test_template_kwargs_reach_the_template():
 @pytest.mark.parametrize(
     ("template", "prompt", "reason"),
     [
-        (ChatTemplate(fixture_tokenizer("llama3"), {"tokenize": True}), [HELLO], "own. refuses it: .* for keyword"),
+        (ChatTemplate(fixture_tokenizer("llama3"), {"tokenize": True}), [HELLO], "refuses it: .* for keyword"),
         (
             templated("{% for m in messages %}{{ m.content / 0 if 'Hello' in m.content else m.content }}{% endfor %}"),
             [HELLO],
-            "own. refuses it: unsupported operand",
+            "refuses it: unsupported operand",
         ),
         (
             templated(
