@@ -22,6 +22,7 @@ from qalign.config.stages import DPO
 from qalign.data.formats import Preference, Prompt, Refused, preferences
 from qalign.errors import UserError, one_line
 from qalign.reports.answers import Answer, measure_answers, verdict
+from qalign.train.dataset import rows_under
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
@@ -42,13 +43,15 @@ def report(recipe: Recipe) -> None:
     run, settings = RunFolder(recipe, "dpo"), recipe.dpo
     if not ((run.adapter / "adapter_config.json").is_file() and (run.path / "recipe.yaml").is_file()):
         raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
-    if not (settings and settings.eval_data):
-        raise UserError("dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe")
+    if not (settings and settings.has_held_out):
+        raise UserError(
+            "dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe, or `holdout`"
+        )
     for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
         if key.startswith("model.") or key in ("dpo.start_from", "dpo.loss", "dpo.beta"):
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
-    rows, refused = preferences(settings.eval_data, settings.split, None, recipe.seed)
+    rows, refused = rows_under("eval_data", settings, recipe.seed, preferences)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign.data.tokenize import encode_pairs

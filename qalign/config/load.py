@@ -19,7 +19,7 @@ from qalign.config.yaml_file import MAX_DEPTH, BadYaml, Lines, dump_yaml, parse,
 from qalign.errors import UserError, did_you_mean
 
 MOST = 30  # problems that are listed
-HELD_OUT = ("eval_every", "judge")  # keys that have no meaning without `eval_data`
+HELD_OUT = ("eval_every", "judge")  # keys that have no meaning without held-out rows
 
 
 def load(
@@ -114,7 +114,7 @@ def _apply(raw: Keys, overrides: Sequence[str]) -> frozenset[Place]:
             raise UserError(f"command line: '{word}': '{twice[0][-1]}' is set more than once; keep one")
         values[tuple(keys)] = section[keys[-1]]
     for place, value in values.items():
-        if len(place) == 2 and place[1] == "eval_data" and value is None:
+        if len(place) == 2 and place[1] == "eval_data" and value is None and not raw[str(place[0])].get("holdout"):
             for key in HELD_OUT:
                 if (place[0], key) not in values:
                     raw[str(place[0])].pop(key, None)

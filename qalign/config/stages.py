@@ -109,6 +109,9 @@ class Stage(Section):
     """Row limit: takes at most this many rows of each source. All rows when left out."""
     eval_data: Data | None = None
     """Held-out data: rows for `qalign.evaluate`, `eval_every` and the stage's report. Never put training rows here."""
+    holdout: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Held-out share: keeps this share of `data`, such as 0.2, out of training and uses it as `eval_data`. Rows with
+    the same first question stay together, in every stage that reads them."""
     epochs: Epochs = 1.0
     """Epochs: passes over the training rows. Preference training overfits fast: 1, or 2 to 3 for a few hundred rows."""
     max_steps: Steps | None = None
@@ -147,8 +150,17 @@ class Stage(Section):
                 f"micro_batch_size: {self.micro_batch_size} does not divide batch_size {self.batch_size}; "
                 "take a divisor, or 'auto'"
             )
-        if self.eval_every and not self.eval_data:
-            yield "eval_every: has nothing to measure without eval_data; add it or remove this"
+        yield from self._held_out_conflicts()
+
+    @property
+    def has_held_out(self) -> bool:
+        return bool(self.eval_data or self.holdout)
+
+    def _held_out_conflicts(self) -> Iterator[str]:
+        if self.eval_every and not self.has_held_out:
+            yield "eval_every: has nothing to measure without eval_data or holdout; add one or remove this"
+        if self.eval_data and self.holdout:
+            yield "holdout: there is eval_data already; remove one of them"
 
 
 class SFT(Stage):
@@ -322,10 +334,9 @@ class PPO(Stage):
                 )
         if self.reward_scaling == "prompt" and self.samples_per_prompt == 1:
             yield "reward_scaling: 'prompt' compares answers to one prompt, and samples_per_prompt is 1; use 'running'"
-        if self.eval_every and not self.eval_data:
-            yield "eval_every: has nothing to measure without eval_data; add it or remove this"
-        if self.judge and not self.eval_data:
-            yield "judge: has nothing to judge without eval_data; add held-out prompts or remove this"
+        yield from self._held_out_conflicts()
+        if self.judge and not self.has_held_out:
+            yield "judge: has nothing to judge without eval_data or holdout; add held-out prompts or remove this"
         if self.judge and {r.source for r in self.judge} & {r.source for r in self.reward}:
             yield "judge: must not be what the policy trains on; name another reward run, or a function"
         if self.kl_target and not self.kl_coefficient:

@@ -15,6 +15,7 @@ from qalign.page.models import ModelEntry
 from qalign.page.session import CUT, Reply, Session
 from qalign.page.votes import Choice, Tally, VoteFile, Votes, row, tally
 from qalign.reports.plots import counted
+from qalign.train.dataset import rows_under
 
 MAX_COMMENT = 2000  # characters
 STATES = {"ended": "", "growing": "", "cut": "cut at max tokens", "stopped": "stopped"}
@@ -72,10 +73,11 @@ class Page:
         """Held-out questions of the newest run whose evaluation data is on this disk."""
         for entry in self.chat.entries.values():
             stages = (entry.recipe.dpo, entry.recipe.ppo, entry.recipe.sft) if entry.recipe else ()
-            data, split = next(((s.eval_data, s.split) for s in stages if s and s.eval_data), ((), ""))
-            if data and all(looks_local(source.path) for source in data):
+            stage = next((stage for stage in stages if stage and stage.has_held_out), None)
+            if entry.recipe and stage and all(looks_local(s.path) for s in stage.eval_data or stage.data):
                 with suppress(UserError):  # the file has been moved
-                    rows, _ = prompts(data, split, 10 * count, 0)
+                    few = stage.model_copy(update={"limit": 10 * count})
+                    rows, _ = rows_under("eval_data", few, entry.recipe.seed, prompts)
                     return [row.turns[-1]["content"] for row in rows if len(row.turns) == 1][:count]
         return []
 

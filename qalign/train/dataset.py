@@ -3,11 +3,12 @@
 Imports no torch, so a misspelt column is reported within seconds.
 """
 
+import hashlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from qalign.config.stages import PPO, Source
-from qalign.data.formats import LeftOut, Refused
+from qalign.config.stages import PPO, Source, Stage
+from qalign.data.formats import LeftOut, Message, Refused
 from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
@@ -30,15 +31,40 @@ class StageRows(NamedTuple):
 def read_rows(run: RunFolder, read: Reader) -> ReadRows:
     """The rows under `data` and `eval_data`, each with its refused rows; `read` is `preferences`, `dialogues` or
     `prompts`. Raises a `UserError` if too many rows were refused, or none is left."""
-    settings, found = run.settings, {}
-    for key, sources, limit in (("data", settings.data, settings.limit), ("eval_data", settings.eval_data, None)):
-        rows, refused = found[key] = read(sources or (), settings.split, limit, run.recipe.seed)
+    found: ReadRows = {}
+    for key in ("data", "eval_data"):
+        rows, refused = found[key] = rows_under(key, run.settings, run.recipe.seed, read)
         left_out = _left_out(refused)
         if left_out and len(left_out) == len(rows) + len(refused):
             reason = f"none of its {len(left_out)} rows is a pair; the first: {left_out[0].reason}"
             raise UserError(f"{run.stage}.{key}: {reason}")
         _check(run, key, refused, len(rows))
     return found
+
+
+def rows_under(key: str, settings: Stage, seed: int, read: Reader) -> tuple[list[Any], list[Refused]]:
+    """(rows, refused rows) under `data` or `eval_data` of a stage. With `holdout`, both come from `data`."""
+    if not settings.holdout:
+        sources, limit = (settings.data, settings.limit) if key == "data" else (settings.eval_data or (), None)
+        return read(sources, settings.split, limit, seed)
+    rows, refused = read(settings.data, settings.split, settings.limit, seed)
+    if key == "data":
+        return [row for row in rows if not _is_held_out(row, settings.holdout, seed)], refused
+    held_out = {
+        row.where: row for row in rows if _is_held_out(row, settings.holdout, seed)
+    }  # once, whatever its weight
+    if rows and len(held_out) in (0, len({row.where for row in rows})):
+        raise UserError(f"holdout: {settings.holdout:g} of {len(rows)} rows leaves none on one side; use `eval_data`")
+    return list(held_out.values()), []
+
+
+def _is_held_out(row: Any, share: float, seed: int) -> bool:
+    """Decided by a hash of the row's first question, so that every stage holds out the same ones. One that stands in
+    several rows is never on both sides."""
+    turns: tuple[Message, ...] = getattr(row, "prompt", getattr(row, "turns", ()))
+    asked = next((turn["content"] for turn in turns if turn["role"] == "user"), getattr(row, "text", ""))
+    digest = hashlib.blake2b(f"{seed} {asked.strip()}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
 
 
 def encode_rows(
@@ -69,5 +95,5 @@ def _left_out(refused: list[Refused]) -> list[LeftOut]:
 
 
 def _check(run: RunFolder, key: str, refused: list[Refused], used: int) -> None:
-    if getattr(run.settings, key):
+    if key == "data" or run.settings.eval_data:
         run.check_refused(f"{run.stage}.{key}", [row for row in refused if not isinstance(row, LeftOut)], used)

@@ -115,7 +115,7 @@ class Session:
             "logging_steps": 1,
             "logging_first_step": True,
             "logging_nan_inf_filter": False,
-            "eval_strategy": "steps" if settings.eval_data and settings.eval_every else "no",
+            "eval_strategy": "steps" if settings.has_held_out and settings.eval_every else "no",
             "eval_steps": settings.eval_every,
             "prediction_loss_only": True,
             "save_strategy": "steps",
