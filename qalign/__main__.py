@@ -17,6 +17,7 @@ from qalign.cli import run_parsed, stage_parser
 from qalign.config.load import load
 from qalign.config.stages import STAGES
 from qalign.errors import UserError
+from qalign.train.checkpoints import read_metrics
 from qalign.train.run_folder import RunFolder, print_table
 
 
@@ -68,15 +69,18 @@ def _run(command: list[str]) -> int:
 
 def _result(run: RunFolder) -> str:
     """A complete stage in one line."""
-    facts = json.loads(run.summary.read_text(encoding="utf-8"))
-    logged = [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [line for line in logged if "loss" in line]
+    try:
+        facts = json.loads(run.summary.read_text(encoding="utf-8"))
+    except ValueError:
+        return f"{run.summary} is damaged; train it again with --overwrite"
+    logged = read_metrics(run.metrics)
+    steps = [line for line in logged if line.get("loss") is not None]
     name, words = ("objective/scores", "reward") if run.stage == "ppo" else ("loss", "loss")
     parts = [
         f"{facts['steps']:,} steps",
         f"{facts['wall_seconds'] / 60:.1f} min",
         f"{facts['peak_bytes'] / 2**30:.1f} GiB",
-        f"{words} {steps[0][name]:.3f} → {steps[-1][name]:.3f}",
+        *(f"{words} {first[name]:.3f} → {last[name]:.3f}" for first, last in zip(steps[:1], steps[-1:], strict=True)),
     ]
     if trust := facts.get("trust"):
         low, high = trust["accuracy_interval"]

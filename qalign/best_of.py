@@ -97,7 +97,15 @@ def _claim(folder: Path, run: RunFolder, settings: dict[str, Any], *, resume: bo
 
 
 def _settings_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+    return _read(folder / SETTINGS, "--overwrite starts again")
+
+
+def _read(file: Path, fix: str) -> dict[str, Any]:
+    """A file that `write_whole` wrote; a `UserError` if it was damaged since."""
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        raise UserError(f"{file}: is damaged; {fix}") from None
 
 
 def _begin(folder: Path, settings: dict[str, Any], *, resume: bool) -> int:
@@ -173,7 +181,7 @@ def curve(proxy: Sequence[Sequence[float]], judge: Sequence[Sequence[float]] | N
 
 def _finish(folder: Path, command_line: str, facts: dict[str, Any]) -> None:
     """Joins the parts, writes the summary, draws the report, and prints where everything is."""
-    parts = [json.loads(file.read_text(encoding="utf-8")) for file in _finished_parts(folder)]
+    parts = [_read(file, "delete it, then --resume makes it again") for file in _finished_parts(folder)]
     picks, pairs = ([row for part in parts for row in part[name]] for name in ("picks", "pairs"))
     for name, rows in ((PICKS, picks), (PAIRS, pairs)):
         write_whole(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalign.reports.alarms import EvalPoint, best_point
 from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, counted, label, picture
+from qalign.train.checkpoints import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,8 +48,7 @@ def redraw(output: Path) -> Path | None:
     run = output / "ppo"
     if not (run / "metrics.jsonl").is_file():
         return None
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [line for line in lines if "eval_proxy" in line]
+    lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval_proxy" in line]
     if not lines:
         return None
     names = [field.name for field in fields(EvalPoint) if field.name != "step"]
@@ -59,10 +59,14 @@ def redraw(output: Path) -> Path | None:
 
 
 def read_best_of(output: Path) -> list[BestOf]:
-    """The result of `python -m qalign.best_of` on the held-out prompts of a recipe; empty if it hasn't run."""
+    """The result of `python -m qalign.best_of` on the held-out prompts of a recipe; empty if it hasn't run, or its file
+    is damaged: a picture is no reason to end a run."""
     file = output / BEST_OF
-    held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"] if file.is_file() else []
-    return [BestOf(**point) for point in held_out]
+    try:
+        held_out = json.loads(file.read_text(encoding="utf-8"))["held_out"] if file.is_file() else []
+        return [BestOf(**point) for point in held_out]
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf], alarm_steps: Sequence[int]) -> None:

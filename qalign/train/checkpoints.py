@@ -6,6 +6,7 @@ A manifest holds the size and the hash of every file, so damage is found before 
 import hashlib
 import json
 import shutil
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,16 @@ def newest_whole(folder: Path) -> Path | None:
         lines = (f"{path}: can't be used: {reason}" for path, reason in problems.items())
         raise UserError(*lines, f"{folder}: no checkpoint is whole; --overwrite starts again")
     return None
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`, without those that were damaged since."""
+    found: list[dict[str, Any]] = []
+    for line in file.read_bytes().splitlines() if file.is_file() else []:
+        with suppress(ValueError, RecursionError):
+            if isinstance(logged := json.loads(line), dict) and "step" in logged:
+                found.append(logged)
+    return found
 
 
 def _sha256(file: Path) -> str:

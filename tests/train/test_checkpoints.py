@@ -93,3 +93,11 @@ def test_two_are_kept_whatever_the_clock_says_and_the_best_one(tmp_path):
     checkpoints.mark_whole(write(tmp_path, 12, whole=False), 1, 1.0, tmp_path / "metrics.jsonl", "checkpoint-10")
     assert sorted(path.name for path in tmp_path.glob("c*")) == ["checkpoint-10", "checkpoint-11", "checkpoint-12"]
     assert checkpoints.read_manifest(tmp_path / "checkpoint-11").tokens_seen == 110
+
+
+def test_the_lines_of_damaged_metrics_that_are_whole_are_read(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    assert checkpoints.read_metrics(file) == []
+    junk = (b"\0" * 9, b"\xff{}", b"[1]", b"7", b'{"loss": 1}', b"[" * 99999)
+    file.write_bytes(b"\n".join([b'{"step": 1}', *junk, b'{"step": 2}', b'{"step": 3']))
+    assert checkpoints.read_metrics(file) == [{"step": 1}, {"step": 2}]

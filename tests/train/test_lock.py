@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+import qalign.dpo
 from qalign.errors import UserError
 from qalign.train import lock
 from qalign.train.lock import locked
+from tests.helpers import leaving
+from tests.train.runs import recipe_of
 
 HOLDS = (
     "import sys, time; from pathlib import Path; from qalign.train.lock import locked\n"
@@ -77,3 +80,15 @@ def test_a_network_share_without_locks_is_used_with_a_warning(tmp_path, monkeypa
 def test_the_lock_of_one_stage_is_not_another_s(holder, tmp_path):
     with locked(tmp_path / "sft"):
         assert sorted(path.name for path in Path(tmp_path).iterdir()) == [".dpo.lock", ".sft.lock"]
+
+
+@pytest.mark.parametrize("flag", [[], ["--resume"], ["--overwrite"]])
+def test_a_stage_does_not_touch_a_run_that_another_process_is_training(flag, tmp_path, tiny_folder, capsys):
+    path = recipe_of(tmp_path, tiny_folder, "dpo")
+    (tmp_path / "dpo").mkdir()
+    (tmp_path / "dpo" / "recipe.yaml").write_text("theirs")
+    with locked(tmp_path / "dpo"):
+        assert leaving(qalign.dpo.main, path, *flag) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}/dpo: process {os.getpid()} on " in line
+    assert (tmp_path / "dpo" / "recipe.yaml").read_text() == "theirs"

@@ -102,6 +102,23 @@ def test_a_held_out_loss_that_was_not_finite_is_left_out_of_the_table(chain, cap
     assert "held-out loss" not in capfd.readouterr().out.splitlines()[-2]
 
 
+def test_damaged_figures_of_a_complete_run_are_named(chain, capfd):
+    path, _ = chain
+    files = [path.parent / "runs" / "dpo" / name for name in ("metrics.jsonl", "summary.json")]
+    kept = [file.read_bytes() for file in files]
+    try:
+        files[0].write_bytes(b"\0\0\n\xff junk\n")
+        run_all(str(path), [], [])
+        files[1].write_bytes(b'{"steps": 3, ')
+        run_all(str(path), [], [])
+    finally:
+        for file, content in zip(files, kept, strict=True):
+            file.write_bytes(content)
+    first, second = (line for line in capfd.readouterr().out.splitlines() if line.startswith("  dpo "))
+    assert "3 steps" in first
+    assert f"{files[1]} is damaged" in second
+
+
 def test_a_parent_that_was_trained_again_is_noticed(chain, tmp_path):
     path, _ = chain
     weights = path.parent / "runs" / "sft" / "adapter" / "adapter_model.safetensors"
