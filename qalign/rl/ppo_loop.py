@@ -29,7 +29,7 @@ class PPOLoop:
 
     def __init__(self, run: RunFolder, trainer: PPOTrainer, monitor: Monitor):
         self.run_folder, self.trainer, self.monitor, self.settings = run, trainer, monitor, cast(PPO, run.settings)
-        self.tokens_before = 0
+        self.tokens_before, self.done_before = 0, 0
         self.alarmed = False
 
     def run(self, checkpoint: Path | None) -> tuple[int, int, int]:
@@ -86,7 +86,21 @@ class PPOLoop:
         line |= {f"share/{part}": spent[part] / max(1e-9, spent["all"]) for part in PARTS}
         line |= {"num_tokens": trainer.tokens_seen}
         self.run_folder.log(line)
+        if trainer.done - self.done_before == 1:
+            for warning in self._alike():
+                tqdm.write(f"warning: iteration {trainer.done}: {warning}")
         return line
+
+    def _alike(self) -> list[str]:
+        """A warning for every reward and judge that gave all answers of this session the same score."""
+        said = []
+        for scorer in self._scorers:
+            if scorer.lowest == scorer.highest:
+                told = "it tells no answers apart, so that " + (
+                    "nothing is judged" if scorer.key == "ppo.judge" else "the policy can't learn from it"
+                )
+                said.append(f"{scorer.key}: {scorer.name} gave every answer the same score, {scorer.lowest:g}: {told}")
+        return said
 
     def _evaluate(self) -> None:
         """Evaluates the held-out prompts and does what `on_alarm` says."""
@@ -137,7 +151,7 @@ class PPOLoop:
                 )
         self.trainer.load_state(state["trainer"])
         self.monitor.load_state(state["watcher"])
-        self.tokens_before = self.trainer.tokens_seen
+        self.tokens_before, self.done_before = self.trainer.tokens_seen, self.trainer.done
 
     # --- at the end --------------------------------------------------------------------------------------------------
 
@@ -160,8 +174,10 @@ class PPOLoop:
             "kl_coefficient": trainer.kl_coefficient,
             "stopped_by_alarm": self.alarmed,
             "alarm_steps": monitor.alarm_steps,
-            "warnings": monitor.warnings,
+            "warnings": monitor.warnings + (alike := self._alike()),
         }
+        if alike:
+            print_table("warnings", [("", warning) for warning in alike])
         if monitor.points:
             first, last, best = monitor.points[0], monitor.points[-1], best_point(monitor.points)
             facts["held_out"] = {"first": asdict(first), "last": asdict(last), "best": asdict(best)}

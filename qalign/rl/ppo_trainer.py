@@ -5,7 +5,6 @@ iteration, so an iteration depends only on the state before it, and a resumed ru
 """
 
 import math
-import random
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -27,6 +26,7 @@ from qalign.model.logps import answer_states, state_entropies, state_logps
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
 from qalign.rl.rewards import combined, value_start
 from qalign.rl.rollout_batch import Indices, RolloutBatch, SampledAnswers
+from qalign.rl.user_code import random_state, set_stream_state, stream_state
 
 ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)
 # Nats by which a log-prob may differ when computed twice. (In 16 bits too it is equal where kernels are deterministic.)
@@ -60,6 +60,7 @@ class PPOTrainer:
         self.kl_coefficient, self.moments, self.value_units = settings.kl_coefficient, losses.Moments(), (0.0, 1.0)
         self.seconds: dict[str, float] = defaultdict(float)
         self._ratio_checked, self._value_adapter = False, settings.value == "adapter"
+        set_stream_state(random_state())  # a run's functions draw what its seed gives, whatever ran before
         make_deterministic(self.base, checkpointed_layers)
         self.weights = {
             f"{role}/{name}": weight
@@ -311,8 +312,7 @@ class PPOTrainer:
             "scaler": scaler and scaler.state_dict(),
             **{name: getattr(self, name) for name in COUNTERS},
             "moments": astuple(self.moments),
-            "rng": torch.get_rng_state(),
-            "python_rng": random.getstate(),
+            **stream_state(),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -326,8 +326,7 @@ class PPOTrainer:
         for name in COUNTERS:
             setattr(self, name, state[name])
         self.moments = losses.Moments(*state["moments"])
-        torch.set_rng_state(state["rng"])
-        random.setstate(state["python_rng"])
+        set_stream_state({name: value for name, value in state.items() if name.endswith("rng")})
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

@@ -3,18 +3,14 @@
 `open_scorers` checks all of them before the base is loaded; afterwards they are loaded and attached to it.
 """
 
-import importlib
-import importlib.util
+import copy
 import inspect
 import math
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.abc import Loader
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
@@ -34,6 +30,7 @@ from qalign.model.base import Base, Role
 from qalign.model.generation import stop_ids_of, with_end_of_turn
 from qalign.model.loading import load_config, load_scorer
 from qalign.rl.rollout_batch import SampledAnswers
+from qalign.rl.user_code import Failed, import_function, is_number, listed, shown, user_code
 from qalign.train.run_folder import RunFolder
 
 CLASSIFIER_BATCH_SIZE = 8
@@ -51,10 +48,12 @@ class Scorer(ABC):
         name: short name for metrics.
         identity: hash of an adapter's weights, which a resumed run must find unchanged; None for other scorers.
         bytes: memory of a model of its own.
+        lowest, highest: of all its scores so far; equal if it tells no answers apart.
     """
 
     identity: str | None = None
     bytes: int = 0
+    lowest, highest = math.inf, -math.inf
 
     def __init__(self, key: str, source: str, weight: float, name: str):
         self.key, self.source, self.weight, self.name = key, source, weight, name
@@ -147,36 +146,41 @@ class FunctionScorer(Scorer):
     def __init__(self, key: str, source: str, weight: float):
         module, _, name = source.rpartition(":")
         super().__init__(key, source, weight, name)
-        self.function = _import_function(key, module, name)
+        self.function = import_function(key, module, name)
 
     def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
         given = self._call(rows)
         owners = [row for row in rows for _ in row.texts]
         if len(given) != len(owners):
+            many = len(given) if len(given) < len(owners) else f"more than {len(owners)}"
             where = owners[0].prompt.where
-            raise self._error(f"gave {len(given)} scores for {len(owners)} answers, the first to {where}")
+            raise self._error(f"gave {many} scores for {len(owners)} answers, the first to {where}")
         for score, row in zip(given, owners, strict=True):
-            if not _is_number(score):
-                raise self._error(f"gave {score!r} for an answer to {row.prompt.where}; expected a finite number")
-        return torch.tensor([float(score) for score in given]).view(len(rows), -1)
+            if not is_number(score):
+                raise self._error(f"gave {shown(score)} for an answer to {row.prompt.where}; expected a finite number")
+        return torch.tensor([float(score) for score in given], dtype=torch.float32).view(len(rows), -1)
 
     def _error(self, problem: str) -> UserError:
         return UserError(f"{self.key}: {self.source} {problem}")
 
     def _call(self, rows: Sequence[SampledAnswers]) -> list[Any]:
+        found = None
         try:
-            found = self.function(**self._arguments(rows))
-            given = list(found) if isinstance(found, Iterable) else None  # a generator runs only here
-        except Exception as error:  # a user's function may raise anything
+            with user_code():
+                found = self.function(**self._arguments(rows))
+                given = listed(found, sum(len(row.texts) for row in rows))  # a generator runs only here
+        except Failed as failed:
             for row in rows if len(rows) > 1 else ():
                 self._call([row])  # finds the row that fails
-            where, reason = rows[0].prompt.where, " ".join(str(error).split())
-            raise self._error(f"raised {type(error).__name__} on an answer to {where}: {reason}") from None
+            name, _, reason = str(failed).partition(": ")
+            hint = "; completions are texts here" if reason.startswith("string indices must be") else ""
+            raise self._error(f"raised {name} on an answer to {rows[0].prompt.where}: {reason}{hint}") from None
         if given is None:
-            raise self._error(f"gave {found!r}; expected a list with one number per answer")
+            raise self._error(f"gave {shown(found)}; expected a list with one number per answer")
         return given
 
     def _arguments(self, rows: Sequence[SampledAnswers]) -> dict[str, list[Any]]:
+        """What the function asks for: copies, so that it can change no row."""
         repeated = [row for row in rows for _ in row.texts]
         names = dict.fromkeys(name for row in rows for name in row.prompt.columns if str(name).isidentifier())
         known: dict[str, list[Any]] = {name: [row.prompt.columns.get(name) for row in repeated] for name in names}
@@ -188,7 +192,11 @@ class FunctionScorer(Scorer):
         }
         parameters = inspect.signature(self.function).parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        return {name: values for name, values in known.items() if takes_all or name in parameters}
+        return {
+            name: [copy.deepcopy(v) for v in values]
+            for name, values in known.items()
+            if takes_all or name in parameters
+        }
 
 
 @dataclass(frozen=True)
@@ -261,6 +269,7 @@ def combined(scorers: list[Scorer], rows: Sequence[SampledAnswers]) -> tuple[Ten
         if not found.isfinite().all():
             row = rows[int((~found.isfinite()).nonzero()[0, 0])]
             raise RewardFailed(f"{scorer.key}: {scorer.name} gave a score that is not finite to {row.prompt.where}")
+        scorer.lowest, scorer.highest = min(scorer.lowest, found.min().item()), max(scorer.highest, found.max().item())
         means[scorer.name] = found.mean().item()
         total += scorer.weight * found
     return total, means
@@ -289,32 +298,6 @@ def _check_adapter(key: str, folder: Path, recipe: Recipe) -> None:
 def _check_labels(key: str, name: str, labels: int) -> None:
     if labels != 1:
         raise UserError(f"{key}: {name} has {labels} labels; expected a reward model, which has one")
-
-
-def _import_function(key: str, where: str, name: str) -> Callable[..., Any]:
-    """A function of an installed module, or of a `.py` file."""
-    try:
-        if where.endswith(".py"):
-            spec = cast(ModuleSpec, importlib.util.spec_from_file_location(Path(where).stem, where))
-            module = importlib.util.module_from_spec(spec)
-            sys.modules.setdefault(spec.name, module)  # so that its own classes can be pickled
-            cast(Loader, spec.loader).exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        function = getattr(module, name)
-    except Exception as error:  # a user's file may raise anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"{key}: '{where}:{name}' can't be imported: {type(error).__name__}: {reason}") from None
-    if not callable(function):
-        raise UserError(f"{key}: '{where}:{name}' is {type(function).__name__}, expected a function")
-    return function
-
-
-def _is_number(score: Any) -> bool:
-    try:
-        return math.isfinite(score)
-    except (TypeError, ValueError, OverflowError):  # no number at all, or an integer beyond any float
-        return False
 
 
 def _short_name(folder: Path) -> str:

@@ -92,9 +92,12 @@ def test_killed_in_the_middle_it_resumes_to_the_same_numbers(recipe_of):
     path = recipe_of("killed", max_steps=5)
     folder = Path(path).parent / "ppo" / "checkpoints"
     for checkpoint in ("checkpoint-2", "checkpoint-4"):
-        process = started(path, *(["--resume"] if checkpoint == "checkpoint-4" else []))
+        process, until = started(path, *(["--resume"] if checkpoint == "checkpoint-4" else [])), time.monotonic() + 120
         while not (folder / checkpoint).exists():  # once it does, it may be half written
             assert process.poll() is None, process.communicate()[0]
+            if time.monotonic() > until:
+                process.kill()
+                pytest.fail(f"no {checkpoint} within 120 s: {process.communicate()[0]}")
             time.sleep(0.02)
         process.kill()
         process.communicate()
@@ -149,7 +152,7 @@ def test_a_scorer_that_fails_ends_the_run_and_costs_nothing_that_was_learned(key
     keys = {"save_every": 100, "max_steps": 6, key: f"{rewards}:broken", **more}
     path = recipe_of(**keys)
     process = started(path)
-    output = process.communicate()[0]
+    output = process.communicate(timeout=120)[0]
     assert process.returncode == 2
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith(f"ppo.{key}")]
