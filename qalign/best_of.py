@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qalign.cli import run_parsed, stage_parser
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import LEFTOVER, write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.data.formats import prompts
@@ -33,6 +33,7 @@ from qalign.errors import UserError
 from qalign.reports import ppo_report
 from qalign.reports.alarms import best_of_n_kl
 from qalign.train.dataset import read_rows
+from qalign.train.lock import locked
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -85,9 +86,9 @@ def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrit
 
 def _claim(folder: Path, run: RunFolder, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
     """Refuses a folder that this run may not write to, before anything is loaded. Deletes nothing yet."""
-    run.check_inputs(folder)
-    if not folder.exists():
-        return
+    run.check_inputs(folder, overwrite=overwrite)
+    if all(file.is_dir() or LEFTOVER.fullmatch(file.name) for file in folder.rglob("*")):
+        return  # there is none, or it was cut short as it began
     if not (folder / SETTINGS).is_file():
         raise UserError(f"{folder}: holds files that are no run of best_of's; choose another `output`")
     if not (resume or overwrite):
@@ -215,7 +216,8 @@ def main(words: Sequence[str] | None = None) -> None:
         n, overrides = _split_n(args.overrides)
         recipe = load(args.recipe, overrides, "ppo")
         command_line = shlex.join([args.recipe, *overrides])
-        best_of(recipe, n, command_line, resume=args.resume, overwrite=args.overwrite)
+        with locked(Path(recipe.output).expanduser() / "best_of"):
+            best_of(recipe, n, command_line, resume=args.resume, overwrite=args.overwrite)
 
     run_parsed(stage_parser("best_of", best_of.__doc__), work, words)
 

@@ -16,6 +16,7 @@ from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError
 from qalign.rl.rollout_batch import SampledAnswers
+from qalign.train.lock import locked
 from qalign.train.run_folder import RunFolder
 from tests.helpers import TRAIN, leaving
 
@@ -191,6 +192,20 @@ def test_a_folder_of_someone_elses_is_left_alone(recipe_path, tmp_path):
         with pytest.raises(UserError, match="holds files that are no run of best_of's"):
             made(recipe_path, overwrite=overwrite)
     assert (tmp_path / "runs" / "best_of" / "thesis.txt").exists()
+
+
+def test_a_start_that_was_cut_short_or_damaged_may_begin_again(recipe_path, tmp_path, capsys):
+    folder = tmp_path / "best_of"
+    run = RunFolder(load(recipe_path, [f"output={tmp_path}"], "ppo"), "ppo")
+    (folder / "parts").mkdir(parents=True)
+    (folder / ".recipe.12.json").touch()
+    module._claim(folder, run, {}, resume=False, overwrite=False)
+    (folder / module.SETTINGS).write_text('{"n": 1')
+    with pytest.raises(UserError, match=r"recipe\.json: is damaged; --overwrite starts again"):
+        module._claim(folder, run, {}, resume=True, overwrite=False)
+    with locked(folder):
+        assert leaving(module.main, recipe_path, f"output={tmp_path}") == 2
+    assert "is using this run folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("word", ["n=1", "n=x", "n=", "n=-4", "n=2.5"])
