@@ -38,7 +38,7 @@ test: setup  ## the fast tests
 	@echo "== running the tests (those on the true SmolLM2 too: $(BIN)/python -m pytest -m true_model)"
 	@command -v chromium >/dev/null && echo "== left out here: the page in a browser (make test-browser)" || \
 		echo "== skipped: the page in a browser, as Chromium is missing (apt-get install chromium chromium-driver; make test-browser)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not true_model and not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not true_model and not browser and not slow"
 
 test-browser: setup  ## the page in headless Chromium (Debian's chromium and chromium-driver)
 	QALIGN_BROWSER=insist $(BIN)/python -m pytest -m browser

@@ -174,7 +174,7 @@ def stage_parser(stage: str, doc: str | None) -> argparse.ArgumentParser:
     parser = recipe_parser(stage, doc)
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="continue a run that was stopped, to the same numbers")
-    how.add_argument("--overwrite", action="store_true", help="delete the existing run and start again")
+    how.add_argument("--overwrite", action="store_true", help="start again in place of the existing run")
     return parser
 
 

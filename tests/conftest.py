@@ -24,13 +24,11 @@ def shared_data() -> Path:
     return SHARED_DATA
 
 
-@pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> str:
-    """A random Llama of 2 layers with Zephyr's kind of tokenizer, as a plain model folder."""
+def tiny_model(folder: Path) -> str:
+    """Writes a random Llama of 2 layers with Zephyr's kind of tokenizer, as a plain model folder."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    folder = tmp_path_factory.mktemp("tiny") / "model"
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -47,6 +45,12 @@ def tiny_folder(tmp_path_factory) -> str:
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory) -> str:
+    """The folder of `tiny_model`."""
+    return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
 
 
 @pytest.fixture

@@ -33,6 +33,7 @@ class Monitor:
         self.alarm_steps: list[int] = []  # iterations at which an alarm was raised
         self.warnings: list[str] = []  # the alarms of the last evaluation
         self.clip_fractions: list[float] = []  # of the iterations since the last evaluation
+        self._best_hash: str | None = None
         self._samples: list[dict[str, Any]] = []
 
     @property
@@ -60,6 +61,7 @@ class Monitor:
             with replacing_folder(self.best) as aside:
                 self.trainer.base.save_adapter(Role.POLICY, aside)
                 lineage.write(aside, self.trainer.setup.origin)
+            self._best_hash = lineage.adapter_hash(self.best)
         self.warnings = alarms.alarms(self.points, self.settings.patience)
         if self.warnings:
             self.alarm_steps.append(point.step)
@@ -96,6 +98,11 @@ class Monitor:
         file.parent.mkdir(exist_ok=True)
         write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._samples))
 
+    @property
+    def best_is_damaged(self) -> bool:
+        """Whether the best adapter is no longer what was written, which a resumed session may not do again."""
+        return self._best_hash is not None and lineage.adapter_hash(self.best) != self._best_hash
+
     def samples(self) -> list[str]:
         """The last evaluation's answers with the highest reward, where reward hacking shows first, one line each."""
         lines = []
@@ -112,10 +119,11 @@ class Monitor:
             "alarms": self.alarm_steps,
             "warnings": self.warnings,
             "clipped": self.clip_fractions,
+            "best_hash": self._best_hash,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what `state` returned."""
         self.points = [alarms.EvalPoint(**point) for point in state["looks"]]
         self.alarm_steps, self.clip_fractions = list(state["alarms"]), list(state["clipped"])
-        self.warnings = list(state["warnings"])
+        self.warnings, self._best_hash = list(state["warnings"]), state["best_hash"]

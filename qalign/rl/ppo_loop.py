@@ -186,7 +186,8 @@ class PPOLoop:
                 start = f"one standard deviation at the start: {first.judge_std:.3f}"
                 lines += [("judge", f"{first.judge:+.3f} → {last.judge:+.3f} ({start})")]
             lines += [("KL", f"{last.kl_nats:.2f} nats per answer")]
-            lines += [("best", f"iteration {best.step}, kept as {monitor.best}"), ("report", str(monitor.picture))]
+            kept = f"{monitor.best}: was changed since: don't use it" if monitor.best_is_damaged else monitor.best
+            lines += [("best", f"iteration {best.step}, kept as {kept}"), ("report", str(monitor.picture))]
             print_table("held-out prompts", lines)
         return facts
 

@@ -1,7 +1,9 @@
-"""A fixture for tests of SFT."""
+"""Fixtures of the training tests."""
 
 import pytest
 import torch
+
+from qalign.config.load import load
 
 
 @pytest.fixture(scope="module")
@@ -12,3 +14,11 @@ def one_thread():
     torch.set_num_threads(1)
     yield before
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_folder, write_jsonl):
+    data = write_jsonl("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: {{base: {tiny_folder}}}\noutput: {tmp_path / 'runs'}\ndpo: {{data: {data}}}\n")
+    return load(str(path))

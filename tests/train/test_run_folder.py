@@ -9,51 +9,11 @@ import yaml
 
 from qalign.config import atomic
 from qalign.config.load import dump, load
-from qalign.config.stages import Source
 from qalign.data.formats import Refused
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.train import run_folder as runs
-
-FACTS = {"tokens_per_second": 1.0, "peak_bytes": 1, "reference": "none"}
-FRESH = {"resume": False, "overwrite": False}
-RESUME, OVERWRITE = FRESH | {"resume": True}, FRESH | {"overwrite": True}
-
-
-@pytest.fixture
-def recipe(tmp_path, tiny_folder, write_jsonl):
-    data = write_jsonl("pairs.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    path = tmp_path / "recipe.yaml"
-    path.write_text(f"model: {{base: {tiny_folder}}}\noutput: {tmp_path / 'runs'}\ndpo: {{data: {data}}}\n")
-    return load(str(path))
-
-
-def folder(recipe, **dpo) -> runs.RunFolder:
-    """The DPO run of the recipe, with other settings of its section."""
-    changed = recipe.model_copy(update={"dpo": recipe.dpo.model_copy(update=dpo)})
-    return runs.RunFolder(changed, "dpo", "recipe.yaml")
-
-
-def begun(recipe, refused=(), **dpo) -> runs.RunFolder:
-    run = folder(recipe, **dpo)
-    run.begin(list(refused))
-    return run
-
-
-def finished(recipe) -> runs.RunFolder:
-    run = begun(recipe)
-    run.adapter.mkdir()
-    run.finish("next", "base", **FACTS)
-    return run
-
-
-def write_checkpoint(run: runs.RunFolder, step: int, *, whole: bool = True, tokens: int = 200) -> Path:
-    place = run.checkpoints / f"checkpoint-{step}"
-    place.mkdir(parents=True)
-    (place / "optimizer.pt").write_bytes(b"moments" * 99)
-    if whole:
-        run.mark_whole(step, tokens)
-    return place
+from tests.train.runs import FACTS, FRESH, OVERWRITE, RESUME, begun, finished, folder, write_checkpoint
 
 
 def test_a_taken_folder_is_refused_and_overwrite_deletes_only_when_training_begins(recipe):
@@ -82,17 +42,6 @@ def test_files_that_are_no_run_are_never_deleted(recipe, name):
         with pytest.raises(UserError, match="choose another `output`"):
             run.claim(**how)
     assert (run.path / name).is_file()
-
-
-@pytest.mark.parametrize("key", ["dpo.start_from", "dpo.data", "dpo.eval_data", "model.base"])
-def test_overwrite_never_deletes_what_the_run_reads(recipe, key):
-    inside = str(folder(recipe).path / "adapter")
-    section, name = key.split(".")
-    value = (Source(path=f"{inside}/rows.jsonl"),) if name.endswith("data") else inside
-    changed = getattr(recipe, section).model_copy(update={name: value})
-    run = runs.RunFolder(recipe.model_copy(update={section: changed}), "dpo")
-    with pytest.raises(UserError, match=rf"{key}: .* lies in the folder that this run writes to"):
-        run.claim(**OVERWRITE)
 
 
 def test_an_output_in_the_home_folder_is_there(recipe, tmp_path, monkeypatch):

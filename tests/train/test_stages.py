@@ -4,12 +4,8 @@ numbers."""
 import contextlib
 import io
 import json
-import os
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,19 +16,14 @@ import qalign.model.base
 import qalign.model.memory.forecast
 import qalign.rl.ppo_setup
 from qalign.config.load import load as load_recipe
-from qalign.errors import Stopped, UserError
+from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Role, load, load_classifier
-from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
-from tests.helpers import TEST, base_digest, metrics, summary
+from tests.helpers import base_digest, metrics, summary
 from tests.reward_runs import plain_policy, run_stage, write_recipe
+from tests.train.runs import HELD_OUT, STAGES, WEIGHTS, recipe_of
 
-STAGES = ("sft", "reward", "dpo", "ppo")
-PPO_KEYS = {"samples_per_prompt": 2, "max_new_tokens": 4, "max_steps": 3, "kl_stop": None}
-# What the clock says; and TRL counts the tokens of an evaluation since the session began.
-CLOCK = ("tokens_per_second", "share/", "eval_num_tokens")
-WEIGHTS = "adapter_model.safetensors"
 NAMES = {
     "sft": {"loss", "grad_norm", "learning_rate", "mean_token_accuracy", "epoch"},
     "reward": {"loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_reward", "epoch"},
@@ -40,16 +31,6 @@ NAMES = {
         "loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected", "epoch"},
     "ppo": {"objective/kl", "objective/scores", "objective/rlhf_reward", "policy/approxkl_avg", "loss/value_avg", "lr"},
 }  # fmt: skip
-HELD_OUT = {"path": TEST, "limit": 4}
-
-
-def recipe_of(folder: Path, base: str, stage: str, **keys) -> str:
-    """A recipe of any stage; PPO's reward is the length of an answer."""
-    if stage == "ppo":
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "mine.py").write_text("def length(completions):\n    return [float(len(c)) for c in completions]\n")
-        keys = {"reward": f"{folder}/mine.py:length", **PPO_KEYS, **keys}
-    return write_recipe(folder, base, stage, **keys)
 
 
 @contextlib.contextmanager
@@ -204,120 +185,6 @@ def test_refused_rows_are_listed_and_too_many_leave_the_old_run_alone(stage, tin
     assert run.complete
     assert len((run.path / "rejected_rows.jsonl").read_text().splitlines()) == 2
     assert len((run.path / "rejected_rows.last_try.jsonl").read_text().splitlines()) == 30
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path, monkeypatch, capsys):
-    """With dropout, so that the state of the random generators counts as well."""
-    keys = {"limit": 20, "save_every": 10, "lora": {"dropout": 0.1}, "eval_data": HELD_OUT, "eval_every": 2}
-    keys |= {"max_steps": 5} if stage == "ppo" else {}
-    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
-    path = recipe_of(tmp_path / "stopped", tiny_folder, stage, **keys)
-    log = RunFolder.log
-
-    def log_and_stop(run: RunFolder, line: dict) -> None:
-        log(run, line)
-        if line["step"] == 2 and "loss" in line:
-            run.stop(signal.SIGTERM, None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", log_and_stop)
-        with pytest.raises(Stopped):
-            run_stage(path)
-    stopped = RunFolder(load_recipe(path), stage)
-    assert not stopped.complete
-    checkpoint = stopped.last_checkpoint()
-    assert checkpoint.name in ("checkpoint-2", "checkpoint-3")
-    said = capsys.readouterr().out
-    assert str(checkpoint) in said
-    assert f"python -m qalign.{stage} {path} --resume" in said
-    with pytest.raises(UserError, match="holds a run that was stopped"):
-        run_stage(path)
-    resumed = run_stage(path, resume=True)
-    assert f"resuming       {checkpoint}" in capsys.readouterr().out
-    assert summary(resumed)["resumed_from"] == str(checkpoint)
-    assert_same_run(resumed, whole)
-
-
-def assert_same_run(run: RunFolder, expected: RunFolder) -> None:
-    """The metrics without what the clock says, and the weights."""
-    one, other = metrics(run), metrics(expected)
-    assert [line["step"] for line in one] == [line["step"] for line in other]
-    for line, wanted in zip(one, other, strict=True):
-        assert line.keys() == wanted.keys()
-        for name, value in line.items():
-            if not name.startswith(CLOCK):
-                near = pytest.approx(wanted[name], rel=1e-6, abs=1e-6) if isinstance(value, float) else wanted[name]
-                assert value == near, (line["step"], name)
-    weights = (load_file(folder.adapter / WEIGHTS) for folder in (run, expected))
-    torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
-
-
-def started(path: str, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", f"qalign.{Path(path).stem}", path, *words]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        log = folder / "metrics.jsonl"
-        if log.exists() and len(log.read_text().splitlines()) >= step:
-            return
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.02)
-    pytest.fail(f"no step {step} within two minutes")
-
-
-@pytest.mark.parametrize(
-    ("stage", "number", "code"),
-    [
-        ("sft", signal.SIGINT, 130),
-        ("reward", signal.SIGTERM, 143),
-        ("dpo", signal.SIGINT, 130),
-        ("dpo", signal.SIGKILL, -signal.SIGKILL),
-        ("ppo", signal.SIGTERM, 143),
-    ],
-)
-def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(stage, number, code, tiny_folder, tmp_path):
-    keys = {"limit": None, "max_steps": 40, "save_every": 5}
-    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
-    path, folder = recipe_of(tmp_path / "cut", tiny_folder, stage, **keys), tmp_path / "cut" / stage
-    process = started(path)
-    wait_for_step(folder, 8, process)
-    process.send_signal(number)
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == code, said
-    reached = len((folder / "metrics.jsonl").read_text().splitlines())
-    assert 8 <= reached < 40, "the run was not stopped midway"
-    assert not (folder / "summary.json").exists()
-    if number != signal.SIGKILL:
-        assert f"checkpoint-{reached}" in said, "it was saved where it stopped"
-        assert "--resume" in said
-        assert "Traceback" not in said
-    assert_same_run(run_stage(path, resume=True), whole)
-
-    process = started(path, "--resume")
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0
-    assert "this run is complete" in said
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path):
-    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, save_every=1))
-    path = recipe_of(tmp_path / "cut", tiny_folder, stage, save_every=1)
-    run = run_stage(path)
-    run.summary.unlink()
-    shutil.rmtree(run.adapter)
-    newest = run.checkpoints / "checkpoint-3"
-    (newest / "manifest.json").unlink()
-    for file in newest.glob("*.pt"):
-        file.write_bytes(b"half")
-    again = run_stage(path, resume=True)
-    assert summary(again)["resumed_from"].endswith("checkpoint-2")
-    assert_same_run(again, whole)
 
 
 @pytest.mark.parametrize(("stage", "keys"), [("sft", {}), ("reward", {"centering": 0.05}), ("dpo", {})])

@@ -1,0 +1,204 @@
+"""A laboratory for campaigns: stages run in forked children of one process that has imported everything, so that a
+start takes a second, and a finished run is compared with one that nothing ever happened to."""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+
+import torch
+from safetensors.torch import load_file
+
+from qalign.train.run_folder import RunFolder
+from tests.conftest import tiny_model
+from tests.train.runs import CLOCK, HELD_OUT, STAGES, WEIGHTS, recipe_of
+
+Prepare = Callable[[], None]
+# Three steps, the last in the middle of an epoch; dropout, so that the random generators count; a report at the end.
+KEYS = {"limit": 20, "max_steps": 3, "save_every": 1, "eval_data": HELD_OUT, "eval_every": 2, "lora": {"dropout": 0.1}}
+TIMEOUT = 300  # seconds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int  # the exit code; negative if a signal ended it
+    said: str
+    seconds: float
+
+    @property
+    def last_line(self) -> str:
+        return (self.said.strip().splitlines() or ["(nothing)"])[-1]
+
+
+def start(stage: str, words: Sequence[str], prepare: Prepare | None = None, kill_after: float | None = None) -> Outcome:
+    """Runs a stage's command in a child.
+
+    Args:
+        prepare: called in the child first.
+        kill_after: seconds until the child gets SIGKILL.
+    """
+    log, began = Path(tempfile.mkstemp()[1]), time.monotonic()
+    if (child := os.fork()) == 0:
+        output = os.open(log, os.O_WRONLY | os.O_TRUNC)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        code = 1
+        try:
+            if prepare:
+                prepare()
+            importlib.import_module(f"qalign.{stage}").main(words)
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        passed = time.monotonic() - began
+        if passed > (TIMEOUT if kill_after is None else kill_after):
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    said = log.read_text(encoding="utf-8", errors="replace")
+    log.unlink()
+    return Outcome(os.waitstatus_to_exitcode(ended[1]), said, time.monotonic() - began)
+
+
+class Lab:
+    """A folder with a tiny model, and for each stage a run that nothing happened to."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
+        self.base = tiny_model(folder / "model")
+        self.wholes: dict[str, RunFolder] = {}
+        self.seconds: dict[str, float] = {}
+
+    def recipe(self, stage: str, name: str, **keys) -> tuple[str, RunFolder]:
+        """(a recipe of a stage with an output of its own, that run)."""
+        path = recipe_of(self.folder / name, self.base, stage, **KEYS | keys)
+        return path, self.run(path)
+
+    def run(self, path: str) -> RunFolder:
+        from qalign.config.load import load
+
+        stage = Path(path).stem
+        return RunFolder(load(path, stage=stage), stage, path)
+
+    def whole(self, stage: str) -> RunFolder:
+        """The run of a stage that nothing happened to; made once."""
+        if stage not in self.wholes:
+            path, run = self.recipe(stage, "whole")
+            outcome = start(stage, [path])
+            if outcome.code:
+                raise RuntimeError(f"{stage} doesn't run at all:\n{outcome.said}")
+            self.wholes[stage], self.seconds[stage] = run, outcome.seconds
+        return self.wholes[stage]
+
+    def differences(self, run: RunFolder) -> list[str]:
+        """How a finished run differs from the one that nothing happened to, the clock apart, and what it left lying."""
+        whole, found = self.whole(run.stage), []
+        if not run.complete:
+            return ["it is not complete"]
+        one, other = (_timeless(each.metrics) for each in (run, whole))
+        if [line["step"] for line in one] != [line["step"] for line in other]:
+            found.append(f"steps {[line['step'] for line in one]}, not {[line['step'] for line in other]}")
+        elif one != other:
+            wrong = next((a, b) for a, b in zip(one, other, strict=True) if a != b)
+            names = [name for name in {**wrong[0], **wrong[1]} if wrong[0].get(name) != wrong[1].get(name)]
+            found.append(f"step {wrong[0]['step']}: {', '.join(names)}")
+        for name in ("adapter", "adapter_best"):
+            folders = run.path / name, whole.path / name
+            if folders[0].is_dir() != folders[1].is_dir() or _files(folders[0]) != _files(folders[1]):
+                found.append(f"the files of {name}: {_files(folders[0])}")
+            elif folders[0].is_dir():
+                weights = [load_file(folder / WEIGHTS) for folder in folders]
+                if any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[1]):
+                    found.append(f"the weights of {name}")
+        facts = [json.loads(each.summary.read_text()) for each in (run, whole)]
+        found += [f"{k} of the summary" for k in ("steps", "tokens", "rows", "trust", "held_out", "alarm_steps")
+                  if facts[0].get(k) != facts[1].get(k)]  # fmt: skip
+        samples = run.path / "samples", whole.path / "samples"
+        if _contents(samples[0]) != _contents(samples[1]):
+            found.append(f"the samples: {_files(samples[0])}")
+        left = [*run.path.rglob(".*"), *run.path.parent.glob(f".{run.stage}.replaced")]
+        if left or len(list(run.checkpoints.iterdir())) != 2:
+            found.append(f"left lying: {[path.name for path in left]}, {_files(run.checkpoints)}")
+        return found
+
+
+def _timeless(metrics: Path) -> list[dict]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if not name.startswith(CLOCK)} for line in lines]
+
+
+def _contents(folder: Path) -> list[bytes]:
+    return [(folder / name).read_bytes() for name in _files(folder)]
+
+
+def _files(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir()) if folder.is_dir() else []
+
+
+@dataclass
+class Table:
+    """The results of a campaign: for each stage and kind, how many were right, and what was wrong with the others."""
+
+    counts: Counter
+    faults: list[str]
+
+    def add(self, stage: str, kind: str, faults: list[str], what: str = "") -> None:
+        self.counts[stage, kind, not faults] += 1
+        if faults:
+            self.faults.append(f"{stage}, {kind} {what}: {'; '.join(faults)}")
+            print(self.faults[-1], flush=True)
+
+    def print(self) -> None:
+        kinds = sorted({kind for _, kind, _ in self.counts})
+        stages = sorted({stage for stage, _, _ in self.counts}, key=STAGES.index)
+        print(f"\n{'':<28}" + "".join(f"{stage:>12}" for stage in stages))
+        for kind in kinds:
+            right = {stage: self.counts[stage, kind, True] for stage in stages}
+            cells = (f"{right[s]} of {right[s] + self.counts[s, kind, False]}" for s in stages)
+            print(f"{kind:<28}" + "".join(f"{cell:>12}" for cell in cells))
+        right = sum(count for (_, _, good), count in self.counts.items() if good)
+        print(f"\n{right} of {sum(self.counts.values())} right, {len(self.faults)} wrong", flush=True)
+
+
+Work = Callable[[Lab, argparse.Namespace, Table], None]
+
+
+def campaign(doc: str, work: Work, words: Sequence[str] | None = None) -> int:
+    """Parses the command line of a campaign, runs it in a temporary folder, prints its table; 1 if it found a fault."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--short", action="store_true", help="a few cases of each kind, as CI runs it")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--seed", type=int, default=0)
+    args, table = parser.parse_args(words), Table(Counter(), [])
+    folder = Path(tempfile.mkdtemp(prefix="campaign-"))
+    torch.set_num_threads(1)
+    try:
+        work(Lab(folder), args, table)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    table.print()
+    return 1 if table.faults else 0
+
+
+def plain(name: str) -> str:
+    """The name of a file without what differs from run to run: `.metrics.123.jsonl` and `.adapter-abcd1234`."""
+    return re.sub(r"\d+", "#", re.sub(r"(-|^tmp)[a-z0-9_]{8}$", r"\1*", name))

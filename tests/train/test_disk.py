@@ -1,0 +1,65 @@
+"""What a full or broken disk does to a run: one line, and how to go on."""
+
+import errno
+import subprocess
+import sys
+
+import pytest
+from safetensors import SafetensorError
+
+from qalign.errors import UserError, disk_problem
+from tests.train.runs import FRESH, begun, folder
+
+TORCH = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
+SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "a.pt: No space left on device; free some space"),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded; free some space"),
+        (OSError(errno.EIO, "Input/output error", "a.pt"), "a.pt: Input/output error; check this path"),
+        (SAFETENSORS, "No space left on device; free some space"),
+        (TORCH, "Input/output error; check this path"),
+    ],
+)
+def test_what_a_disk_refuses_while_a_run_goes_on_is_one_line_that_says_how_to_go_on(recipe, error, words):
+    run = folder(recipe)
+
+    def stage():
+        with run.held():
+            run.claim(**FRESH)
+            begun(recipe)
+            run.log({"step": 1})
+            raise error
+
+    with pytest.raises(UserError) as raised:
+        stage()
+    (line,) = raised.value.lines
+    assert words in line
+    assert line.endswith("then go on with: python -m qalign.dpo recipe.yaml --resume")
+
+
+def test_a_bug_is_not_taken_for_a_disk(recipe):
+    with pytest.raises(RuntimeError, match="shapes"), folder(recipe).held():
+        raise RuntimeError("shapes don't match")
+    assert disk_problem(OSError("can't reach the hub")) is None
+    assert disk_problem(FileNotFoundError(errno.ENOENT, "No such file")) is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize(
+    "save", ["torch.save(weights, sys.argv[1])", "safetensors.torch.save_file(weights, sys.argv[1])"]
+)
+def test_what_torch_and_safetensors_raise_when_the_disk_refuses_is_known(save, tmp_path):
+    """They raise errors of their own, which name no file; a new version may word them differently."""
+    code = (
+        "import resource, sys, safetensors.torch, torch\nfrom pathlib import Path\n"
+        "from qalign.errors import disk_problem\nweights = {'a': torch.zeros(99999)}\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
+        f"try: {save}\nexcept Exception as error: print(disk_problem(error, Path('runs')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("runs: "), f"HOOK BROKEN: {done.stdout}"
+    assert "; " in done.stdout
