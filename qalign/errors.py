@@ -66,14 +66,14 @@ def disk_problem(error: BaseException, folder: Path | None = None) -> str | None
     """What the disk refused, in words with the likely fix; None if the error is of another kind.
 
     Args:
-        folder: what was written to, for errors that don't say; PyTorch's and safetensors' name neither file nor reason.
+        folder: what was written to, for errors that don't say, as PyTorch's, safetensors' and tokenizers' don't.
     """
     number, place = getattr(error, "errno", None), getattr(error, "filename", None) or folder or "disk"
     if not isinstance(error, OSError) or number is None:
         if "inline_container" in str(error):  # torch.save
             number = next((e.errno for e in (error.__cause__, error.__context__) if isinstance(e, OSError)), None)
             number = number or (errno.EIO if _free_bytes(folder or Path()) else errno.ENOSPC)
-        elif type(error).__name__ == "SafetensorError" and (said := re.search(r"os error (\d+)", str(error))):
+        elif said := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
             number = int(said[1])
         else:
             return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qalign import __version__
-from qalign.config.differences import flat
+from qalign.config.recipe import flat
 
 LOADING = """\
 from peft import AutoPeftModelForCausalLM

@@ -17,10 +17,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
-from qalign.config.differences import differences
 from qalign.config.load import dump
 from qalign.config.paths import absolute, function_of, looks_local
-from qalign.config.recipe import Recipe
+from qalign.config.recipe import Recipe, differences
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
 from qalign.data.formats import Refused

@@ -81,7 +81,8 @@ def refused(outcome: Outcome) -> list[str]:
         return [f"a traceback: {outcome.last_line}"]
     if outcome.code != 2:
         return [f"exit code {outcome.code}: {outcome.last_line}"]
-    return [] if all(len(line) <= 300 for line in outcome.said.splitlines()[-3:]) else ["a line of more than 300"]
+    line = outcome.last_line
+    return [f"a line of {len(line)} characters: {line}"] if len(line) > 300 and "%|" not in line else []
 
 
 def on(path: str, output: Path) -> tuple[list[str], RunFolder]:

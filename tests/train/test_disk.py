@@ -50,12 +50,17 @@ def test_a_bug_is_not_taken_for_a_disk(recipe):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
 @pytest.mark.parametrize(
-    "save", ["torch.save(weights, sys.argv[1])", "safetensors.torch.save_file(weights, sys.argv[1])"]
+    "save",
+    [
+        "torch.save(weights, sys.argv[1])",
+        "safetensors.torch.save_file(weights, sys.argv[1])",
+        "tokenizers.Tokenizer(tokenizers.models.WordLevel({str(n): n for n in range(9999)})).save(sys.argv[1])",
+    ],
 )
-def test_what_torch_and_safetensors_raise_when_the_disk_refuses_is_known(save, tmp_path):
+def test_what_torch_safetensors_and_tokenizers_raise_when_the_disk_refuses_is_known(save, tmp_path):
     """They raise errors of their own, which name no file; a new version may word them differently."""
     code = (
-        "import resource, sys, safetensors.torch, torch\nfrom pathlib import Path\n"
+        "import resource, sys, safetensors.torch, tokenizers, torch\nfrom pathlib import Path\n"
         "from qalign.errors import disk_problem\nweights = {'a': torch.zeros(99999)}\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
         f"try: {save}\nexcept Exception as error: print(disk_problem(error, Path('runs')))"
