@@ -30,6 +30,7 @@ from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.data.formats import prompts
 from qalign.errors import UserError
+from qalign.model import origin
 from qalign.reports import ppo_report
 from qalign.reports.alarms import best_of_n_kl
 from qalign.train.dataset import read_rows
@@ -217,6 +218,7 @@ def main(words: Sequence[str] | None = None) -> None:
         recipe = load(args.recipe, overrides, "ppo")
         command_line = shlex.join([args.recipe, *overrides])
         with locked(Path(recipe.output).expanduser() / "best_of"):
+            origin.check(recipe.model)
             best_of(recipe, n, command_line, resume=args.resume, overwrite=args.overwrite)
 
     run_parsed(stage_parser("best_of", best_of.__doc__), work, words)

@@ -22,6 +22,7 @@ from typing import NoReturn, TextIO
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory
+from qalign.model import origin
 from qalign.train.run_folder import RunFolder
 
 COMMANDS = {
@@ -151,6 +152,7 @@ def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words:
             if args.resume and run.complete:
                 print(f"{run.path}: this run is complete; {run.further}")
             else:
+                origin.check(recipe.model)
                 train(recipe, run)
 
     run_parsed(stage_parser(stage, train.__doc__), work, words)

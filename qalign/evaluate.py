@@ -21,6 +21,7 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO
 from qalign.data.formats import Preference, Prompt, Refused, preferences
 from qalign.errors import UserError, one_line
+from qalign.model import origin
 from qalign.reports.answers import Answer, measure_answers, verdict
 from qalign.train.dataset import rows_under
 from qalign.train.run_folder import RunFolder, print_table
@@ -51,6 +52,7 @@ def report(recipe: Recipe) -> None:
         if key.startswith("model.") or key in ("dpo.start_from", "dpo.loss", "dpo.beta"):
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
+    origin.check(recipe.model)
     rows, refused = rows_under("eval_data", settings, recipe.seed, preferences)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qalign.cli import Parser, program, run_parsed
 from qalign.config.atomic import new_folder
 from qalign.errors import UserError
+from qalign.model import origin
 from qalign.train.run_folder import RunFolder, open_run, print_table
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def merge(folder: str, onto: "Form", to: str | None) -> None:
     target = Path(to) if to else run.path / f"merged-{onto}"
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --to, or remove it")
+    origin.check(run.recipe.model)
     if onto == "original" and run.recipe.lora.init == "loftq":
         raise UserError(
             f"--onto original: {run.path} has `init: loftq`, so its adapter corrects the rounding to 4 bits, and the "

@@ -20,6 +20,7 @@ from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
 from qalign.errors import UserError, scores_not_finite
 from qalign.evaluate import check_usable
+from qalign.model import origin
 from qalign.train.run_folder import open_run
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
         raise UserError(f"{target}: exists already; name another with --to, or remove it")
     if not target.parent.is_dir():
         raise UserError(f"{target}: there is no folder {target.parent}")
+    origin.check(run.recipe.model)
     read, refused = collect((Source(path=file),), "train", limit, 0, lambda raw, where: _parsed(raw, where, column))
 
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.

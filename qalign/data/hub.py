@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qalign.config.stages import Source
-from qalign.errors import UserError
+from qalign.errors import UserError, disk_problem
 
 SECONDS = 5  # until the hub has answered; its own clients try again for half a minute
 
@@ -57,19 +57,27 @@ def check_reachable(name: str, kind: str, revision: str | None) -> None:
 
 def why(error: BaseException, name: str, kind: str, revision: str | None) -> str:
     """Why a `model` or `dataset` of the hub couldn't be loaded, and what to do, in one line."""
+    hub: Any = import_module("huggingface_hub")
     errors: Any = import_module("huggingface_hub.errors")
     login = "log in with `hf auth login`"
     for cause in _chain(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        if isinstance(cause, errors.OfflineModeIsEnabled) or "OfflineModeIsEnabled" in str(cause):
+        offline = (
+            isinstance(cause, errors.LocalEntryNotFoundError) and import_module("huggingface_hub").is_offline_mode()
+        )
+        if offline or isinstance(cause, errors.OfflineModeIsEnabled) or "OfflineModeIsEnabled" in str(cause):
             return "it isn't in the cache, and HF_HUB_OFFLINE keeps the hub switched off; unset that, or check the name"
         if isinstance(cause, errors.GatedRepoError):
-            page = f"{import_module('huggingface_hub').constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
+            page = f"{hub.constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
             return f"it is gated: accept its terms at {page}, then {login}"
         if isinstance(cause, errors.RevisionNotFoundError):
             return f"it has no revision '{revision}'"
         if isinstance(cause, errors.RepositoryNotFoundError):
             return f"there is no such {kind} on the hub; check the name, or {login} if it is private"
+        if isinstance(cause, errors.RemoteEntryNotFoundError):
+            return f"the hub's '{name}' has no such file; is it a {kind} that this library reads?"
+        if problem := disk_problem(cause):
+            return problem
         if isinstance(cause, errors.HFValidationError):
             return "this is neither a file or folder here nor a name on the hub, NAME or OWNER/NAME"
         if status in (401, 403):

@@ -19,8 +19,8 @@ import transformers as tf
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
-from qalign.config import hub
 from qalign.config.recipe import Model
+from qalign.data.hub import why
 from qalign.errors import UserError
 from qalign.model import cache, origin
 from qalign.model.origin import OTHER_CODE, Origin
@@ -85,15 +85,9 @@ def readable(base: str, key: str, says: str = "can't be loaded") -> Generator[No
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a broken file raises whatever its reader happens to do with it
-        causes: list[BaseException] = [error]
-        while (deeper := causes[-1].__cause__ or causes[-1].__context__) and deeper not in causes:
-            causes.append(deeper)
-        if known := next((cause for cause in causes if hub.is_known(cause)), None):
-            raise UserError(f"{key}: {hub.reason(known, base)}") from None
-        text = " ".join((str(error) or repr(error)).split())
-        own = "custom code" in text or ("does not recognize this architecture" in text and _own_code(base))
-        reason = OTHER_CODE if own else f"{says}: {text}"
-        raise UserError(f"{key}: '{base}' {reason}"[:300]) from None
+        own = "custom code" in str(error) or ("does not recognize" in str(error) and _own_code(base))
+        reason = OTHER_CODE if own else f"{says}: {why(error, base, 'model', None)}"
+        raise UserError(f"{key}: '{base}' {reason}") from None
 
 
 def _own_code(base: str) -> bool:
@@ -208,7 +202,7 @@ def mended_generation_config(found: Origin) -> tuple[tf.GenerationConfig | None,
         if found.is_local:
             file = Path(found.source) / "generation_config.json"
         else:
-            file, _ = hub.fetch("model.base", found.source, "generation_config.json", found.revision)
+            file, _ = origin.fetch(found.source, "generation_config.json", found.revision, "model.base")
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (UserError, OSError, ValueError, RecursionError):
         return None, []

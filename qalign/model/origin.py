@@ -5,18 +5,21 @@ seconds, before anything is downloaded, quantised or trained.
 """
 
 import json
+import os
+import re
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qalign.config import hub
 from qalign.config.paths import looks_local, package_file
 from qalign.config.recipe import Model
+from qalign.data.hub import why
 from qalign.errors import UserError
 
+PATIENCE = 2.0  # seconds that the hub has to answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 OTHER_CODE = (
     "brings code of its own (`auto_map`), which qalign never runs, and transformers has no class for it; take a model "
     "that transformers supports itself"
@@ -51,7 +54,7 @@ class Origin:
         """The folder on this disk; in the hub's cache every commit has its own."""
         if self.is_local:
             return Path(self.source)
-        return hub.fetch("model.base", self.source, "config.json", self.revision)[0].parent
+        return fetch(self.source, "config.json", self.revision, "model.base")[0].parent
 
     @property
     def where(self) -> dict[str, Any]:
@@ -99,7 +102,7 @@ def locate(base: str, revision: str | None, key: str) -> Origin:
         UserError: it isn't there, is broken, or is stored in a way that can't be used here; `key` is the recipe's.
     """
     if not looks_local(base):
-        file, is_reached = hub.fetch(key, base, "config.json", revision)
+        file, is_reached = fetch(base, "config.json", revision, key)
         commit = file.parent.name
         stored = _stored(_config(file, base, key), base, key)
         return Origin(base, commit, revision, f"{base}@{commit}", stored, is_reached)
@@ -114,6 +117,50 @@ def locate(base: str, revision: str | None, key: str) -> Origin:
     files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".json"))
     state = " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
     return Origin(str(folder), None, None, f"{folder} {state}", stored)
+
+
+def check(spec: Model) -> None:
+    """Looks at a recipe's base without torch, before anything is trained or measured on it: a `UserError` if it isn't
+    there, is broken, or can't be used."""
+    if file := gguf_file(spec):
+        try:
+            with file.open("rb") as opened:
+                starts_well = opened.read(4) == b"GGUF"
+        except OSError as error:
+            raise UserError(f"model.base: '{spec.base}' can't be read: {error.strerror}") from None
+        if not starts_well:
+            raise UserError(f"model.base: '{spec.base}' is no GGUF file, or a damaged one; copy it again")
+        return
+    found = find(spec)
+    if found.is_local:
+        check_weights(Path(found.source), spec.base)
+
+
+def fetch(name: str, file: str, revision: str | None, key: str) -> tuple[Path, bool]:
+    """A file of a hub model, as (its path in the hub's cache, whether the hub was reached). The folder is named after
+    the commit. What is in the cache is used when the hub can't be reached.
+
+    Raises:
+        UserError: one line with what was asked for, why it isn't there, and what to do; `key` is the recipe's.
+    """
+    import huggingface_hub as hub
+
+    options: dict[str, Any] = {"repo_id": name, "filename": file, "revision": revision}
+    in_cache = partial(hub.hf_hub_download, **options, local_files_only=True)
+    try:
+        is_cached = isinstance(hub.try_to_load_from_cache(**options), str)
+        if hub.is_offline_mode() or (is_cached and re.fullmatch("[0-9a-f]{40}", revision or "")):
+            return Path(in_cache()), not hub.is_offline_mode()  # a commit never changes
+        try:  # asked once: the library itself would ask five times, for 23 seconds
+            wait = hub.constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else PATIENCE
+            hub.get_hf_file_metadata(hub.hf_hub_url(name, file, revision=revision), timeout=wait)
+        except Exception as error:
+            if not is_cached or getattr(getattr(error, "response", None), "status_code", 500) in (401, 403, 404):
+                raise
+            return Path(in_cache()), False
+        return Path(hub.hf_hub_download(**options)), True
+    except Exception as error:  # the errors of the hub's client have no base in common with Python's
+        raise UserError(f"{key}: '{name}' can't be fetched: {why(error, name, 'model', revision)}") from None
 
 
 def check_weights(folder: Path, base: str, key: str = "model.base") -> None:

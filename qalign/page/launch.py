@@ -16,6 +16,7 @@ from typing import Any
 from qalign.cli import Parser, run_parsed
 from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
+from qalign.model import origin
 from qalign.page.models import ModelEntry, available_models, default_pair
 from qalign.page.votes import VoteFile
 from qalign.page.worker import Listeners
@@ -51,6 +52,8 @@ def serve(args: argparse.Namespace) -> None:
     auth = credentials(args.host, args.auth, share=args.share)
     recipe = load_recipe(args.recipe) if args.recipe else None
     found = available_models(args.models, Path(args.runs), recipe)
+    if found:
+        origin.check(found[1])
     votes = VoteFile(args.votes)
     with listening(args.host, args.port) as listener:
         os.environ["GRADIO_TEMP_DIR"] = str(own_folder(Path(tempfile.gettempdir())))

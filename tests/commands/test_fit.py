@@ -120,7 +120,7 @@ def test_without_memory_it_is_about_this_computer_whose_home_may_hold_the_base(r
         (["--memory", "lots"], "--memory: 'lots' is not a size; write 12GB for a card with 12 GB"),
         (["--memory", "0"], "--memory: '0' is not a size"),
         (["--memory", "12MB"], "--memory: '12MB' is not a size"),
-        (["model.base=no/such-model", "--memory", "12GB"], "model.base: 'no/such-model' is not in "),
+        (["model.base=no/such-model", "--memory", "12GB"], "model.base: 'no/such-model' can't be fetched: "),
         (["model.quantization=nf5"], "quantization"),
     ],
 )

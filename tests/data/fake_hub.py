@@ -11,13 +11,14 @@ REFUSALS = {"gated": (403, "GatedRepo"), "sick": (500, ""), "gone": (404, "RepoN
 
 
 class FakeHub(ThreadingHTTPServer):
-    """Serves `files` as the data set `org/set`; `org/gated`, `org/sick`, `org/gone` and `org/secret` are refused."""
+    """Serves `files` as `org/set` and under unknown names, and counts what was asked for; `org/gated`,
+    `org/sick`, `org/gone` and `org/secret` are refused."""
 
     daemon_threads = True
 
     def __init__(self, files: dict[str, bytes]):
         super().__init__(("127.0.0.1", 0), _Answers)
-        self.files, self.served = files, Counter()
+        self.files, self.served, self.asked = files, Counter(), Counter()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -34,6 +35,7 @@ class _Answers(BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        self.server.asked[path] += 1
         name = next((name for name in REFUSALS if f"/org/{name}" in path), "set")
         if name in REFUSALS:
             code, reason = REFUSALS[name]

@@ -293,7 +293,7 @@ def test_a_classifier_without_a_pad_token_reads_the_end(attached, classifier, ro
 
 
 def test_a_model_that_cannot_score_is_one_line(attached, classifier, rows, tmp_path):
-    assert_refused(lambda: attached("someone/no-such-model"), "'someone/no-such-model' is not in ")
+    assert_refused(lambda: attached("someone/no-such-model"), "'someone/no-such-model' can't be fetched: ")
     folder = shutil.copytree(classifier, tmp_path / "labels")
     LlamaForSequenceClassification(LlamaConfig.from_pretrained(classifier, num_labels=2)).save_pretrained(folder)
     assert_refused(lambda: attached(str(folder)), "has 2 labels")
