@@ -19,6 +19,7 @@ from qalign.data.readers import BadRow, NoPair, read
 from qalign.data.shapes import (
     DIALOGUES,
     OPENINGS,
+    REJECTED,
     RawRow,
     Shape,
     detect,
@@ -193,6 +194,7 @@ def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     if shape.is_ranked:
         if shape.chosen is None:
             raise BadRow(f"no 'chosen' answer to imitate; this row has {shape.keys}")
+        shape.row.read.difference_update(REJECTED)
         prompt, answer, _ = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.chosen)
         turns, first_trained = prompt + answer, len(prompt)
     elif shape.imitated:
@@ -252,6 +254,8 @@ def canonical_prompt(raw: Any, where: str) -> Prompt:
     shape = detect(raw)
     turns = opening_turns(shape.row, shape.opening)
     if shape.is_ranked:
+        if shape.chosen is not None:
+            shape.row.read.difference_update(REJECTED)
         answer = shape.rejected if shape.chosen is None else shape.chosen
         turns, last, _ = split_prompt(turns, answer, answer)
         if last and last[-1]["role"] == "user":  # a transcript whose last question has no answer

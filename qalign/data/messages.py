@@ -7,7 +7,7 @@ HH transcripts, and turns stored as text. What a turn holds beside role and cont
 import json
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qalign.data.readers import BadRow
@@ -136,6 +136,14 @@ def take(raw: dict[str, Any], keys: Iterable[str], name: str) -> Any:
 def is_harmless(key: Any) -> bool:
     """Whether a turn's key is a fact about it, such as an id or a time, which a row may have unused."""
     return isinstance(key, str) and _HARMLESS.fullmatch(key.lower()) is not None
+
+
+def unread_keys(value: Any) -> Iterator[str]:
+    """Keys of turns under a column that was read, which nothing reads: the harmless ones, as others refuse the row."""
+    turns = unpacked(value, "")
+    for turn in turns if is_list(turns) else [turns]:
+        if is_object(turn) and any(key in turn for key in SPEAKER):
+            yield from (key for key, part in turn.items() if part not in (None, *EMPTY) and is_harmless(key))
 
 
 def _checked(key: str, value: Any, role: str, name: str) -> Any:

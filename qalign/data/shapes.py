@@ -39,6 +39,7 @@ _ANSWERED = (
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _STEMS = ("conversation", "response", "answer", "completion", "output")  # of two answers, and their endings
 _SIDES = (("a", "b"), ("0", "1"), ("1", "2"), ("j", "k"))
+REJECTED = ("rejected", "non_preferred_output")
 _WINNERS = ("winner", "better_response_id", "preferred", "preference")
 _ABSENT_IF_EMPTY = (*DIALOGUES, *_TOOLS, "turns", "history", "label")  # a CSV gives every row every column
 

@@ -79,6 +79,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
             f"{reach} at most"
         )
     scorers = open_scorers(recipe, run)
+    found.intake.by_rewards = set(filter(scorers.takes, found.intake.seen))
     base = load(recipe.model)
     # One position is left for the end of turn that a cut answer gets before a reward adapter scores it.
     room = int(min(length, reach - 1)) - settings.max_new_tokens

@@ -148,6 +148,12 @@ class FunctionScorer(Scorer):
         super().__init__(key, source, weight, name)
         self.function = import_function(key, module, name)
 
+    def takes(self, name: str) -> bool:
+        """Whether the function is given a column of the rows."""
+        parameters = inspect.signature(self.function).parameters
+        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+        return str(name).isidentifier() and (takes_all or name in parameters)
+
     def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
         given = self._call(rows)
         owners = [row for row in rows for _ in row.texts]
@@ -182,7 +188,7 @@ class FunctionScorer(Scorer):
     def _arguments(self, rows: Sequence[SampledAnswers]) -> dict[str, list[Any]]:
         """What the function asks for: copies, so that it can change no row."""
         repeated = [row for row in rows for _ in row.texts]
-        names = dict.fromkeys(name for row in rows for name in row.prompt.columns if str(name).isidentifier())
+        names = dict.fromkeys(name for row in rows for name in row.prompt.columns)
         known: dict[str, list[Any]] = {name: [row.prompt.columns.get(name) for row in repeated] for name in names}
         known |= {
             "prompts": [list(row.prompt.turns) for row in repeated],
@@ -190,13 +196,7 @@ class FunctionScorer(Scorer):
             "completion_ids": [list(ids) for row in rows for ids in row.tokens.answers],
             "ended": [ended for row in rows for ended in row.ended],
         }
-        parameters = inspect.signature(self.function).parameters
-        takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        return {
-            name: [copy.deepcopy(v) for v in values]
-            for name, values in known.items()
-            if takes_all or name in parameters
-        }
+        return {name: [copy.deepcopy(v) for v in values] for name, values in known.items() if self.takes(name)}
 
 
 @dataclass(frozen=True)
@@ -207,6 +207,10 @@ class Scorers:
     """PPO trains on the weighted sum of their scores."""
     judge: list[Scorer]
     """PPO never trains on their scores; they show whether the reward is hacked."""
+
+    def takes(self, name: str) -> bool:
+        """Whether a Python function among the scorers is given a column of the rows."""
+        return any(isinstance(scorer, FunctionScorer) and scorer.takes(name) for scorer in (*self.reward, *self.judge))
 
     def load_models(self, base: Base) -> int:
         """Loads the scorers that are models of their own. Returns their memory in bytes."""

@@ -4,18 +4,84 @@ Imports no torch, so a misspelt column is reported within seconds.
 """
 
 import hashlib
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator
+from itertools import combinations
+from typing import Any, NamedTuple, Protocol
 
-from qalign.config.stages import PPO, Source, Stage
+from qalign.config.stages import PPO, Reward, Source, Stage
 from qalign.data.formats import LeftOut, Message, Refused
+from qalign.data.messages import unread_keys
+from qalign.data.shapes import RawRow
 from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
 
-Reader = Callable[[tuple[Source, ...], str, int | None, int], tuple[list[Any], list[Refused]]]
-Encoder = Callable[[ChatTemplate, list[Any], int], tuple[list[Any], list[Refused]]]
-ReadRows = dict[str, tuple[list[Any], list[Refused]]]
+Rows = tuple[list[Any], list[Refused]]
+Encoder = Callable[[ChatTemplate, list[Any], int], Rows]
+
+
+class Reader(Protocol):
+    def __call__(
+        self,
+        sources: tuple[Source, ...],
+        split: str,
+        limit: int | None,
+        seed: int,
+        *,
+        saw: Callable[..., None] | None = None,
+    ) -> Rows: ...
+
+
+class Intake:
+    """What was read of the rows of a stage, and what they have in common, for the stage's header."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, None] = {}  # a set in order: every column of every row that is used
+        self.read: dict[str, None] = {}
+        self.by_rewards: set[str] = set()
+        self._rows: dict[str, list[tuple[str, list[int]]]] = {}  # of each key of the recipe: source and rows
+
+    def reader(self, key: str, sources: Iterable[Source]) -> Callable[[Source, RawRow, Any], None]:
+        """A function for `qalign.data.formats.collect`, which tells it of each row that is used."""
+        found = self._rows[key] = [(source.path, list[int]()) for source in sources]
+        rows_of = {id(source): rows for source, (_, rows) in zip(sources, found, strict=True)}
+
+        def saw(source: Source, raw: RawRow, row: Any) -> None:
+            self.seen |= dict.fromkeys(name for name in raw if raw.peek(name) is not None)
+            self.read |= dict.fromkeys(name for name in raw if name in raw.read)
+            for name in raw.read:
+                self.seen |= dict.fromkeys(f"{name}[].{inner}" for inner in unread_keys(raw.peek(name)))
+            parts = ("prompt", "chosen", "rejected", "turns", "text")
+            rows_of[id(source)].append(hash(repr([getattr(row, part, None) for part in parts])))
+
+        return saw
+
+    def notes(self) -> Iterator[tuple[str, str]]:
+        """Lines for the header, as (name, text)."""
+        unread = [name for name in self.seen if name not in self.read and name not in self.by_rewards]
+        yield "data", f"columns read: {', '.join(self.read)}"
+        if rewarded := [name for name in self.seen if name in self.by_rewards]:
+            yield "", f"columns for the rewards: {', '.join(rewarded)}"
+        if unread:
+            yield "", f"columns not used: {', '.join(unread)}"
+        data, held_out = self._rows.get("data", []), self._rows.get("eval_data", [])
+        for (one, rows), (other, others) in combinations(data, 2):
+            if both := _shared(others, rows):
+                yield "overlap", f"{both:,} of the {len(others):,} rows of {other} are in {one} too"
+        if both := _shared([row for _, rows in held_out for row in rows], [row for _, rows in data for row in rows]):
+            yield "overlap", f"{both:,} rows of eval_data are in data too: they don't measure what was learned"
+
+
+def _shared(rows: list[int], others: list[int]) -> int:
+    known = set(others)
+    return sum(row in known for row in rows)
+
+
+class ReadRows(NamedTuple):
+    """Rows under `data` and `eval_data`, each with its refused rows."""
+
+    rows: dict[str, Rows]
+    intake: Intake
 
 
 class StageRows(NamedTuple):
@@ -26,28 +92,36 @@ class StageRows(NamedTuple):
     refused: list[Refused]
     counts: dict[str, int]
     """Numbers of rows for the header and the summary: used, held_out, refused, shortened and left_out."""
+    notes: tuple[tuple[str, str], ...] = ()
+    """More lines for the header: columns, and rows that are in two places."""
 
 
 def read_rows(run: RunFolder, read: Reader) -> ReadRows:
     """The rows under `data` and `eval_data`, each with its refused rows; `read` is `preferences`, `dialogues` or
     `prompts`. Raises a `UserError` if too many rows were refused, or none is left."""
-    found: ReadRows = {}
+    found, intake = dict[str, Rows](), Intake()
     for key in ("data", "eval_data"):
-        rows, refused = found[key] = rows_under(key, run.settings, run.recipe.seed, read)
+        rows, refused = found[key] = rows_under(key, run.settings, run.recipe.seed, read, intake)
         left_out = _left_out(refused)
         if left_out and len(left_out) == len(rows) + len(refused):
             reason = f"none of its {len(left_out)} rows is a pair; the first: {left_out[0].reason}"
             raise UserError(f"{run.stage}.{key}: {reason}")
         _check(run, key, refused, len(rows))
-    return found
+    if not isinstance(run.settings, Reward):  # nothing else reads how much better an answer is
+        intake.read = {name: None for name in intake.read if name not in ("score_chosen", "score_rejected")}
+    return ReadRows(found, intake)
 
 
-def rows_under(key: str, settings: Stage, seed: int, read: Reader) -> tuple[list[Any], list[Refused]]:
-    """(rows, refused rows) under `data` or `eval_data` of a stage. With `holdout`, both come from `data`."""
+def rows_under(key: str, settings: Stage, seed: int, read: Reader, intake: Intake | None = None) -> Rows:
+    """(rows, refused rows) under `data` or `eval_data` of a stage, of which `intake` is told. With `holdout`, both come
+    from `data`."""
+    sources, limit = settings.data, settings.limit
+    if key == "eval_data" and not settings.holdout:
+        sources, limit = settings.eval_data or (), None
+    told = intake if key == "data" or not settings.holdout else None  # the same rows count once
+    rows, refused = read(sources, settings.split, limit, seed, saw=told.reader(key, sources) if told else None)
     if not settings.holdout:
-        sources, limit = (settings.data, settings.limit) if key == "data" else (settings.eval_data or (), None)
-        return read(sources, settings.split, limit, seed)
-    rows, refused = read(settings.data, settings.split, settings.limit, seed)
+        return rows, refused
     if key == "data":
         return [row for row in rows if not _is_held_out(row, settings.holdout, seed)], refused
     held_out = {
@@ -74,7 +148,7 @@ def encode_rows(
     `max_tokens` the longest row, by default `model.max_length`. Raises a `UserError` if too many rows were refused, the
     unreadable ones included, or none is left."""
     model, encoded, used, refused, left_out, shortened = run.recipe.model, {}, {}, [], 0, 0
-    for key, (rows, unread) in found.items():
+    for key, (rows, unread) in found.rows.items():
         encoded[key], unfit = encode(template, rows, max_tokens or model.max_length)
         used[key] = len(rows) - len(unfit)
         _check(run, key, unread + unfit, used[key])
@@ -86,7 +160,15 @@ def encode_rows(
     counts = {"used": used["data"], "held_out": used["eval_data"], "refused": len(refused)}
     counts |= {} if isinstance(run.settings, PPO) else {"shortened": shortened}
     counts |= {"left_out": left_out} if left_out else {}
-    return StageRows(encoded["data"], encoded["eval_data"], refused, counts)
+    notes = [*found.intake.notes(), *_worse(run, found)]
+    return StageRows(encoded["data"], encoded["eval_data"], refused, counts, tuple(notes))
+
+
+def _worse(run: RunFolder, found: ReadRows) -> Iterator[tuple[str, str]]:
+    """With `margin: true`, rows whose chosen answer has the lower score: the loss asks for a negative margin there."""
+    rows, _ = found.rows["data"]
+    if isinstance(run.settings, Reward) and run.settings.margin and (worse := sum(row.margin < 0 for row in rows)):
+        yield "margins", f"score_chosen is below score_rejected in {worse:,} of {len(rows):,} rows"
 
 
 def _left_out(refused: list[Refused]) -> list[LeftOut]:

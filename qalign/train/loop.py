@@ -161,7 +161,7 @@ class Session:
         }
         if run.resume:
             lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
-        print_table(f"qalign {run.stage} → {run.path}", lines.items())
+        print_table(f"qalign {run.stage} → {run.path}", [*lines.items(), *self.rows.notes])
 
     def train(self, trainer: Trainer, **more: str) -> dict[str, Any]:
         """Prints the header, with `more` lines of the stage, and runs `Trainer` as `to_the_end` says."""

@@ -102,6 +102,15 @@ def test_the_header_says_what_is_trained_on_what_and_against_what(finished, sft_
         assert (word if word != "2 at a time" or run.stage != "ppo" else "1 at a time") in said, word
 
 
+def test_the_header_names_the_columns_that_were_read_and_those_that_nobody_reads(finished):
+    run, said, _ = finished
+    read = {"sft": "messages, prompt, chosen", "ppo": "prompt, chosen"}.get(run.stage, "prompt, chosen, rejected")
+    unread = {"sft": "topic, rejected", "ppo": "topic, rejected"}.get(run.stage, "topic")
+    lines = [" ".join(line.split()) for line in said.splitlines()]
+    assert lines.count(f"data columns read: {read}") == 1
+    assert lines.count(f"columns not used: {unread}") == 1
+
+
 def test_the_adapter_says_where_it_comes_from(finished, sft_adapter, tiny_folder):
     run, _, base = finished
     kept = lineage.read(run.adapter)
