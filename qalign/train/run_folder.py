@@ -104,6 +104,7 @@ class RunFolder:
             UserError: another process holds the folder; or the disk refused something meanwhile, such as a full one.
         """
         self._check_place()
+        back = False
         try:
             with locked(self._home):
                 self._put_back()
@@ -112,30 +113,31 @@ class RunFolder:
                 try:
                     yield
                 finally:
-                    self._put_back()
+                    back = self._put_back()
         except Exception as error:
             if problem := disk_problem(error, self.path):
-                begun = self.checkpoints.is_dir() or self.metrics.is_file()
+                begun = self.metrics.is_file() and not back
                 how = f"python -m qalign.{self.stage} {self.command_line} --resume"
                 raise UserError(f"{problem}; " + (f"then go on with: {how}" if begun else "nothing was lost")) from None
             if isinstance(error, FileNotFoundError) and not self.path.is_dir():
                 raise UserError(f"{self.path}: was deleted or moved while the run was going on") from None
             raise
 
-    def _put_back(self) -> None:
+    def _put_back(self) -> bool:
         """Ends what `--overwrite` began: the run that it set aside is put back or, if the new one has a checkpoint,
-        deleted."""
+        deleted. Returns whether it is back."""
         old = self._replaced
         if not old.exists():
-            return
+            return False
         if self.complete or checkpoints.newest(self.checkpoints) or not (old / "recipe.yaml").is_file():
             shutil.rmtree(old, ignore_errors=True)
-            return
+            return False
         if self._home.exists():
             shutil.rmtree(self._home)
         old.rename(self._home)
         reason = "the new one had no checkpoint yet"
         print(f"{self.path}: the run that --overwrite was to replace is back: {reason}", flush=True)
+        return True
 
     def _check_place(self) -> None:
         if any(place.exists() and not place.is_dir() for place in (self.path, self.path.parent)):
@@ -185,8 +187,11 @@ class RunFolder:
 
     def check_parent(self) -> None:
         """Raises a `UserError` if the adapter that the run started from was trained again since."""
-        parent, mark, kept = self.parent, self.path / PARENT, lineage.read(self.adapter)
-        was = mark.read_text(encoding="utf-8") if mark.is_file() else kept and kept.parent_hash
+        parent, mark = self.parent, self.path / PARENT
+        if mark.is_file():
+            was = mark.read_text(encoding="utf-8", errors="replace")
+        else:  # an older run
+            was = (kept := lineage.read(self.adapter)) and kept.parent_hash
         if parent and was and was != (now := lineage.adapter_hash(parent)):
             fix = f"train it again with python -m qalign.{self.stage} {self.command_line} --overwrite"
             raise UserError(f"{self.path}: started from an adapter {was}, but {parent} is {now} now; {fix}")

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from qalign.errors import UserError, disk_problem
-from tests.train.runs import FRESH, begun, folder
+from tests.train.runs import FRESH, OVERWRITE, begun, finished, folder
 
 TORCH = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 576 vs 534")
 SAFETENSORS = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
@@ -39,6 +39,23 @@ def test_what_a_disk_refuses_while_a_run_goes_on_is_one_line_that_says_how_to_go
     (line,) = raised.value.lines
     assert words in line
     assert line.endswith("then go on with: python -m qalign.dpo recipe.yaml --resume")
+
+
+def test_a_disk_that_refuses_a_new_run_leaves_the_old_one_and_says_so(recipe, capsys):
+    finished(recipe)
+    run = folder(recipe, beta=0.5)
+
+    def stage():
+        with run.held():
+            run.claim(**OVERWRITE)
+            run.begin([])
+            run.log({"step": 1})
+            raise OSError(errno.ENOSPC, "No space left on device", "a.pt")
+
+    with pytest.raises(UserError, match=r"free some space; nothing was lost$"):
+        stage()
+    assert run.complete
+    assert "is back" in capsys.readouterr().out
 
 
 def test_a_bug_is_not_taken_for_a_disk(recipe):

@@ -150,6 +150,9 @@ def test_resume_needs_the_adapter_that_it_started_from(recipe, tmp_path):
     with pytest.raises(UserError, match=rf"started from an adapter {was}, but {parent} is \w{{16}} now; {fix}"):
         folder(recipe, start_from=str(parent)).claim(**RESUME)
     folder(recipe, start_from=str(parent)).claim(**OVERWRITE)
+    (folder(recipe).path / "parent_hash").write_bytes(b"\xff\0")
+    with pytest.raises(UserError, match="started from an adapter"):
+        folder(recipe, start_from=str(parent)).claim(**RESUME)
 
 
 @pytest.fixture
