@@ -11,7 +11,7 @@ from typing import Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from qalign.config.atomic import write_whole
-from qalign.config.explain import sections_in
+from qalign.config.known_keys import sections_in
 from qalign.config.recipe import Recipe
 from qalign.config.stages import RewardSource, Source
 from qalign.config.yaml_file import flow

@@ -26,6 +26,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.data.tokenize import encode_pairs
     from qalign.model.base import load
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+    from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import PreferenceTrainer
 
@@ -40,7 +41,10 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     session.plan(max(map(base.tokens_taken, pairs.train)))
     args, micro, callbacks = session.config(settings.batch_size), session.micro, session.begin()
-    trainer = PreferenceTrainer(base, settings, references, args, micro, pairs.train, pairs.held_out or None, callbacks)
+    with naming_trainer(run.stage, settings.trainer):
+        trainer = PreferenceTrainer(
+            base, settings, references, args, micro, pairs.train, pairs.held_out or None, callbacks
+        )
     loss = f"{settings.loss}, beta {settings.beta:g}"
     facts = session.train(trainer, reference=reference, loss=loss, prompts=base.layout_in_words)
     references.save()

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 
 from qalign.cli import Parser, program, run_parsed
 from qalign.config.atomic import write_whole
-from qalign.config.explain import sections_in
+from qalign.config.known_keys import sections_in
 from qalign.config.paths import Keys, as_keys, named_paths
 from qalign.config.recipe import Recipe
 from qalign.config.yaml_file import flow, parse

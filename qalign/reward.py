@@ -32,6 +32,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs
     from qalign.model.base import Role, load_classifier
+    from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import RewardModelTrainer
 
@@ -41,7 +42,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session.add_adapter()
     session.plan(max(map(base.tokens_taken, pairs.train)))
     args, micro, callbacks = session.config(settings.batch_size), session.micro, session.begin()
-    trainer = RewardModelTrainer(base, settings, args, micro, pairs.train, pairs.held_out or None, callbacks)
+    with naming_trainer(run.stage, settings.trainer):
+        trainer = RewardModelTrainer(base, settings, args, micro, pairs.train, pairs.held_out or None, callbacks)
 
     head = f"{base.lm.config.hidden_size:,} weights, unquantised, in float32, read at the end of the answer's turn"
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")

@@ -24,6 +24,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import IGNORED, encode_dialogues
     from qalign.model.base import load
+    from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.sft_trainer import SupervisedTrainer, check_packing
 
@@ -41,7 +42,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         eval_packing=False,
         neftune_noise_alpha=settings.neftune_alpha,
     )
-    trainer: Any = SupervisedTrainer(base, args, rows.train, rows.held_out or None, session.begin())
+    with naming_trainer(run.stage, settings.trainer):
+        trainer: Any = SupervisedTrainer(base, args, rows.train, rows.held_out or None, session.begin())
 
     supervised = sum(label != IGNORED for row in rows.train for label in row.labels)
     packed = f"{len(rows.train):,} sequences in {len(trainer.train_dataset):,} rows" if settings.packing else "none"

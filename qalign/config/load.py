@@ -3,23 +3,41 @@
 Nothing here imports torch, so a bad recipe is refused in well under a second.
 """
 
+import re
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
-from qalign.config.explain import explained, unknown_trainer_keys
+from qalign.config.known_keys import meant_by, section_at, unknown_trainer_keys
 from qalign.config.missing import missing
-from qalign.config.paths import Keys, Lookup, Place, Problem, expanded, resolved
+from qalign.config.paths import Keys, Lookup, Place, Problem, as_keys, expanded, resolved
 from qalign.config.recipe import Recipe
-from qalign.config.stages import STAGES
+from qalign.config.stages import MAX_BATCH, MAX_LAYERS, STAGES
 from qalign.config.yaml_file import MAX_DEPTH, BadYaml, Lines, dump_yaml, parse, read_yaml
-from qalign.errors import UserError, did_you_mean
+from qalign.errors import UserError, did_you_mean, short
 
 MOST = 30  # problems that are listed
 HELD_OUT = ("eval_every", "judge")  # keys that have no meaning without held-out rows
+_SEVERAL_TYPES = {
+    "micro_batch_size": f"'auto' or a whole number from 1 to {MAX_BATCH}",
+    "checkpointed_layers": f"'auto' or a whole number from 0 to {MAX_LAYERS}",
+    "targets": "'all-linear' or a list of modules' names such as [q_proj, v_proj], and no regular expression",
+    "data": "a path, or a list of them",
+    "eval_data": "a path, or a list of them",
+    "reward": "'reward', a folder, a model, module:function, or a list of them",
+    "judge": "a folder, a model, module:function, or a list of them",
+}
+_WORDS = {
+    "valid integer": "whole number",
+    "valid ": "",
+    "Input should be ": "",
+    "greater than or equal to": "at least",
+    "less than or equal to": "at most",
+}
 
 
 def load(
@@ -44,7 +62,7 @@ def load(
     try:
         Recipe.model_validate(raw)
     except ValidationError as error:
-        found += explained(error, raw, MOST + 1)
+        found += _explained(error, raw, MOST + 1)
     found += islice(missing(raw, lookup, ("model", stage) if stage else files_of), MOST + 1)
     found += islice(unknown_trainer_keys(raw), MOST + 1)
     problems = dict(reversed(found))  # the first message about a place counts
@@ -119,3 +137,57 @@ def _apply(raw: Keys, overrides: Sequence[str]) -> frozenset[Place]:
                 if (place[0], key) not in values:
                     raw[str(place[0])].pop(key, None)
     return frozenset(values)
+
+
+def _explained(error: ValidationError, raw: Keys, most: int) -> list[Problem]:
+    """Pydantic's errors as (place, message), one for each mistake, and no more than `most`."""
+    found: list[Problem] = []
+    for item in error.errors()[:most]:
+        place = _place(item, raw)
+        if item["type"] == "value_error":  # a section's conflicts: a line each, beginning with the key
+            for conflict in str(item.get("ctx", {})["error"]).splitlines():
+                key, _, text = conflict.partition(": ")
+                found.append(((*place, *key.split(".")), f"{'.'.join(map(str, (*place, key)))}: {text}"))
+        else:
+            found.append((place, _message(item, place, raw)))
+    # A union complains once for each type it tried, a list about its length too: the innermost place is the mistake.
+    outer = {place[:length] for place, _ in found for length in range(len(place))}
+    return [(place, text) for place, text in found if place not in outer]
+
+
+def _place(item: ErrorDetails, raw: Any) -> Place:
+    """Where in the file a pydantic error is. Its own `loc` also has the types tried in a union, and list positions
+    that the file doesn't have."""
+    place: Place = ()
+    for part in item["loc"]:
+        inside: dict[Any, Any] = dict(enumerate(cast(list[Any], raw))) if isinstance(raw, list) else as_keys(raw)
+        if part in inside:
+            place, raw = (*place, part), inside[part]
+    return (*place, item["loc"][-1]) if item["type"] == "missing" else place
+
+
+def _message(item: ErrorDetails, place: Place, raw: Keys) -> str:
+    """One pydantic error in the user's terms: what was found and what was expected."""
+    name, kind, found = ".".join(map(str, place)), item["type"], item["input"]
+    if kind == "extra_forbidden":
+        near = meant_by(str(place[-1]), place[:-1], raw)
+        within = f" in {'.'.join(map(str, place[:-1]))}" if place[:-1] else ""
+        known = f"; known: {', '.join(section_at(place[:-1]).model_fields)}"
+        return f"unknown key {short(place[-1])}{within}" + (near or known)
+    if kind == "missing":
+        return f"'{name}' is missing"
+    if found is None or kind in ("string_too_short", "too_short"):
+        return f"{name} is empty"
+    near, expected = "", item["msg"]
+    for theirs, ours in _WORDS.items():
+        expected = expected.replace(theirs, ours)
+    if len(place) > 1 and place[-1] in _SEVERAL_TYPES:  # at the top, 'reward' is a stage
+        expected = _SEVERAL_TYPES[str(place[-1])]
+    elif kind == "string_pattern_mismatch":
+        expected = "a module's name such as q_proj, and no regular expression"
+    elif kind in ("model_type", "dict_type"):
+        expected = "keys below it"
+    elif kind == "literal_error":
+        choices = re.findall(r"'([^']*)'", item.get("ctx", {})["expected"])
+        expected, near = f"one of {', '.join(choices)}", did_you_mean(found, choices)
+    return f"{name} is {short(found)}; expected {expected}{near}"

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from qalign.config.recipe import Recipe
@@ -23,7 +23,7 @@ from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
 from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
-from qalign.train.adapter_trainer import schedule_from_one
+from qalign.train.adapter_trainer import built, schedule_from_one, try_out
 from qalign.train.callbacks import limit_checkpointing
 from qalign.train.dataset import ReadRows, StageRows, encode_rows
 from qalign.train.loop import Session
@@ -72,6 +72,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
             `model.max_length` is beyond the base's reach.
     """
     recipe, settings, parent = run.recipe, cast(PPO, run.settings), run.parent
+    try_out(run)
     reach, length = reach_of(load_config(recipe.model)) or math.inf, recipe.model.max_length
     if length > reach:  # answers may be as long as that, and memory is planned for it
         raise UserError(
@@ -135,14 +136,15 @@ def make_optimizer(
         "adam_epsilon": 1e-5,
         "use_cpu": not torch.cuda.is_available(),
     }
-    try:
-        args = TrainingArguments(**values | settings.trainer)
+    warmup = math.ceil(settings.warmup_ratio * iterations)
+
+    def build(trainer: dict[str, Any]) -> tuple[TrainingArguments, Optimizer, LRScheduler]:
+        args = TrainingArguments(**values | trainer)
         make, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = make(weights, **options | {"weight_decay": args.weight_decay})
-        warmup = math.ceil(settings.warmup_ratio * iterations)
-        schedule = schedule_from_one(settings.scheduler, optimizer, warmup, iterations, args)
-    except (TypeError, ValueError, ImportError) as error:
-        raise UserError(f"ppo.trainer: {' '.join(str(error).split())}") from None
+        return args, optimizer, schedule_from_one(settings.scheduler, optimizer, warmup, iterations, args)
+
+    args, optimizer, schedule = built("ppo", settings.trainer, build)
     (share,) = cast(LambdaLR, schedule).lr_lambdas
     return optimizer, lambda done: settings.learning_rate * share(done), args.max_grad_norm or math.inf
 

@@ -1,17 +1,32 @@
-"""What the trainers of all stages share: a schedule that counts from 1, the check for NaN, adapters as checkpoints."""
+"""What the trainers of all stages share: TRL's config, tried out before anything is loaded; a schedule that counts from
+1; the check for NaN; adapters as checkpoints."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 import torch
-from torch import Tensor
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations,
+    get_reporting_integration_callbacks,
+)
+from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.reward_config import RewardConfig
+from trl.trainer.sft_config import SFTConfig
 
-from qalign.errors import not_finite
+from qalign.errors import UserError, not_finite, short
 from qalign.model.base import Base, Role
+from qalign.train.run_folder import RunFolder
+
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": TrainingArguments}
+
+Built = TypeVar("Built")
 
 
 class AdapterTrainer(Trainer):
@@ -77,3 +92,109 @@ def schedule_from_one(kind: str, optimizer: Optimizer, warmup: int, steps: int, 
         return schedule
     shares = [lambda step, share=share: share(step + 1) for share in schedule.lr_lambdas]
     return LambdaLR(schedule.optimizer, shares)
+
+
+def config_values(
+    run: RunFolder, rows: int, *, on_gpu: bool, dtype: torch.dtype = torch.float32, checkpointing: bool = False
+) -> dict[str, Any]:
+    """The recipe's values for TRL's config of a stage; `rows` is how many the trainer takes at once."""
+    settings = run.settings
+    return {
+        "output_dir": str(run.checkpoints.absolute()),  # the state keeps the path of the best checkpoint
+        "per_device_train_batch_size": rows,
+        "per_device_eval_batch_size": rows,
+        "gradient_accumulation_steps": settings.batch_size // rows,
+        "num_train_epochs": settings.epochs,
+        "max_steps": settings.max_steps or -1,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.scheduler,
+        "warmup_steps": settings.warmup_ratio,
+        "logging_steps": 1,
+        "logging_first_step": True,
+        "logging_nan_inf_filter": False,
+        "eval_strategy": "steps" if settings.has_held_out and settings.eval_every else "no",
+        "eval_steps": settings.eval_every,
+        "prediction_loss_only": True,
+        "save_strategy": "steps",
+        "save_steps": settings.save_every or 0.1,
+        "seed": run.recipe.seed,
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "use_cpu": not on_gpu,
+        "activation_checkpointing": checkpointing,
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+        "dataloader_pin_memory": on_gpu,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,  # RunCallback has its own bar
+        "report_to": "none",
+        "max_length": run.recipe.model.max_length,
+    }
+
+
+def built(stage: str, trainer: dict[str, Any], build: Callable[[dict[str, Any]], Built]) -> Built:
+    """`build(trainer)`, where `trainer` are the values under a stage's `trainer:`. Whatever a library raises about one
+    of them, such as a package that is not installed, is a `UserError` that names the key."""
+    try:
+        return build(trainer)
+    except Exception as error:
+        if not trainer or not _works(build, {}):
+            raise  # not the user's values
+        rest = {key: {name: trainer[name] for name in trainer if name != key} for key in trainer}
+        keys = [key for key in trainer if _works(build, rest[key])] or list(trainer)
+        raise _trainer_error(f"{stage}.trainer: {', '.join(keys)}", error) from None
+
+
+def _works(build: Callable[[dict[str, Any]], object], trainer: dict[str, Any]) -> bool:
+    try:
+        build(trainer)
+    except Exception:
+        return False
+    return True
+
+
+def _trainer_error(where: str, error: Exception) -> UserError:
+    kind = "" if isinstance(error, (ValueError, TypeError, ImportError, RuntimeError)) else f"{type(error).__name__}: "
+    return UserError(f"{where}: {kind}{' '.join(str(error).split())}")
+
+
+@contextmanager
+def naming_trainer(stage: str, trainer: dict[str, Any]) -> Generator[None]:
+    """Names `trainer:` in an error of a `Trainer` that is built, if the recipe has any such values."""
+    try:
+        yield
+    except (ValueError, TypeError, ImportError, KeyError, AttributeError) as error:
+        if not trainer:
+            raise
+        raise _trainer_error(f"{stage}.trainer: {', '.join(trainer)}", error) from None
+
+
+def try_out(run: RunFolder) -> None:
+    """Builds what transformers builds from the values under `trainer:` (config, optimiser, schedule, reporting), and
+    steps once on one small weight, before a base is loaded and a run replaced. Raises a `UserError` that names the key.
+    """
+    stage, settings, on_gpu = run.stage, run.settings, torch.cuda.is_available()
+    optimiser_only = {"output_dir": "unused", "report_to": "none", "use_cpu": not on_gpu}
+    values = optimiser_only if stage == "ppo" else config_values(run, 1, on_gpu=on_gpu)
+
+    def build(trainer: dict[str, Any]) -> None:
+        args = CONFIGS[stage](**values | trainer)
+        args.get_process_log_level()
+        weight = nn.Parameter(torch.zeros(8, 8, device="cuda" if on_gpu else "cpu"))
+        make, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        optimizer = make([weight], **options | {"weight_decay": args.weight_decay})
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        schedule_from_one(settings.scheduler, optimizer, 0, 2, args)
+        get_reporting_integration_callbacks(args.report_to)
+        there = {*get_available_reporting_integrations(), "azure_ml", "flyte"}  # these two are not always listed
+        if missing := set(cast(list[str], args.report_to or [])) - there:
+            raise ImportError(f"{', '.join(sorted(missing))} is not installed; pip install it, or remove it here")
+
+    hints = get_type_hints(CONFIGS[stage]) if settings.trainer else {}
+    for key, value in settings.trainer.items():
+        try:
+            TypeAdapter(hints[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = error.errors()[0]["msg"].removeprefix("Input should be ").replace("a valid ", "a ")
+            raise UserError(f"{stage}.trainer: {key} is {short(value)}; expected {expected}") from None
+    built(stage, settings.trainer, build)

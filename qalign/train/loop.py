@@ -9,9 +9,6 @@ from typing import Any, Literal, cast
 import torch
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from trl.trainer.dpo_config import DPOConfig
-from trl.trainer.reward_config import RewardConfig
-from trl.trainer.sft_config import SFTConfig
 
 from qalign.config.atomic import replacing_folder
 from qalign.config.recipe import Model
@@ -22,17 +19,18 @@ from qalign.model import lineage
 from qalign.model.base import Base, Role
 from qalign.model.loading import reach_of
 from qalign.model.memory.forecast import Forecast, Plan, usable_memory
+from qalign.train.adapter_trainer import CONFIGS, built, config_values, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.checkpoints import damage
 from qalign.train.dataset import StageRows
 from qalign.train.model_card import LOADING
 from qalign.train.run_folder import RunFolder, print_table
 
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
-
 
 def load_base(run: RunFolder, load: Callable[[Model], Base]) -> Base:
-    """The recipe's base model; the seed is set first, because a reward model's head is drawn while it loads."""
+    """The recipe's base model, loaded after the values under `trainer:` were tried out. The seed is set first: a reward
+    model's head is drawn while it loads."""
+    try_out(run)
     set_seed(run.recipe.seed)
     return load(run.recipe.model)
 
@@ -100,42 +98,10 @@ class Session:
     def config(self, rows: int, **special: Any) -> Any:
         """The recipe as TRL's config of the stage; values under `trainer:` override all others. `rows` is how many the
         trainer takes at once. (Trainers of pairs take a whole step's, and split it themselves.)"""
-        run, base, settings = self.run, self.base, self.run.settings
-        on_gpu = base.lm.device.type == "cuda"
-        values = {
-            "output_dir": str(run.checkpoints.absolute()),  # the state keeps the path of the best checkpoint
-            "per_device_train_batch_size": rows,
-            "per_device_eval_batch_size": rows,
-            "gradient_accumulation_steps": settings.batch_size // rows,
-            "num_train_epochs": settings.epochs,
-            "max_steps": settings.max_steps or -1,
-            "learning_rate": settings.learning_rate,
-            "lr_scheduler_type": settings.scheduler,
-            "warmup_steps": settings.warmup_ratio,
-            "logging_steps": 1,
-            "logging_first_step": True,
-            "logging_nan_inf_filter": False,
-            "eval_strategy": "steps" if settings.has_held_out and settings.eval_every else "no",
-            "eval_steps": settings.eval_every,
-            "prediction_loss_only": True,
-            "save_strategy": "steps",
-            "save_steps": settings.save_every or 0.1,
-            "seed": run.recipe.seed,
-            "bf16": base.dtype == torch.bfloat16,
-            "fp16": base.dtype == torch.float16,
-            "use_cpu": not on_gpu,
-            "activation_checkpointing": self.planned.checkpointed_layers > 0,
-            "activation_checkpointing_kwargs": {"use_reentrant": False},
-            "dataloader_pin_memory": on_gpu,
-            "remove_unused_columns": False,
-            "disable_tqdm": True,  # RunCallback has its own bar
-            "report_to": "none",
-            "max_length": run.recipe.model.max_length,
-        }
-        try:
-            return CONFIGS[run.stage](**values | special | settings.trainer)
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{run.stage}.trainer: {' '.join(str(error).split())}") from None
+        run, base = self.run, self.base
+        checkpointing, on_gpu = self.planned.checkpointed_layers > 0, base.lm.device.type == "cuda"
+        values = config_values(run, rows, on_gpu=on_gpu, dtype=base.dtype, checkpointing=checkpointing)
+        return built(run.stage, run.settings.trainer, lambda given: CONFIGS[run.stage](**values | special | given))
 
     def begin(self) -> tuple[TrainerCallback, ...]:
         """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""

@@ -4,9 +4,9 @@ import dataclasses
 
 import pytest
 
+from qalign.config.known_keys import OWNED, REFUSED, WITHOUT_EFFECT, trainer_keys
 from qalign.config.recipe import Lora, Model, Recipe
 from qalign.config.stages import STAGES
-from qalign.config.trainer_keys import OWNED, REFUSED, WITHOUT_EFFECT, trainer_keys
 from tests.config.conftest import SECTIONS, with_stages
 
 WITH_TRL = ("sft", "reward", "dpo")  # PPO's loop is qalign's own
@@ -39,6 +39,9 @@ WITH_TRL = ("sft", "reward", "dpo")  # PPO's loop is qalign's own
         ("reward", "center_rewards_coefficient", "set it as reward.centering"),
         ("reward", "disable_dropout", "set it as lora.dropout"),
         ("reward", "packing_strategy", "unknown key 'packing_strategy' in reward.trainer"),
+        ("dpo", "push_to_hub", "can't be used here; upload the adapter's folder"),
+        ("dpo", "deepspeed", "can't be used here; qalign trains on one GPU"),
+        ("dpo", "fsdp", "can't be used here; qalign trains on one GPU"),
         ("ppo", "gamma", "set it as ppo.gamma"),
         ("ppo", "gradient_checkpointing_kwargs", "set it as ppo.checkpointed_layers"),
         ("ppo", "weight_deacy", "did you mean 'weight_decay'?"),
@@ -50,6 +53,19 @@ def test_a_trainer_key_that_would_do_nothing_is_refused(only_problem, stage, key
     setting = f"trainer:\n    {key}: 1\n    weight_decay: 0.1"
 
     only_problem(line, words, with_stages(**{stage: setting}))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("weight_decay", "1e300"), ("weight_decay", "-1"), ("weight_decay", ".nan"), ("max_grad_norm", ".inf"),
+        ("dataloader_num_workers", "1000000"), ("dataloader_num_workers", "-1"), ("logging_steps", str(10**30)),
+    ],
+)  # fmt: skip
+def test_a_number_under_trainer_has_bounds_too(only_problem, key, value):
+    only_problem(
+        10, f"dpo.trainer.{key} is … expected a number from 0 to", with_stages(dpo=f"trainer: {{{key}: {value}}}")
+    )
 
 
 def fields_of_trl(stage: str) -> set[str]:

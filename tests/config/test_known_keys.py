@@ -3,8 +3,8 @@
 import pytest
 import yaml
 
-from qalign.config import explain
-from qalign.config.explain import section_at
+from qalign.config import known_keys
+from qalign.config.known_keys import section_at
 from qalign.config.recipe import Recipe
 from qalign.config.stages import STAGES
 from tests.config.conftest import GOOD, with_stages
@@ -55,7 +55,7 @@ def test_a_stage_that_the_recipe_has_is_suggested_first(problems):
 
 
 def test_every_alias_leads_to_a_key_and_is_none_itself():
-    file = explain.__file__.replace("explain.py", "aliases.yaml")
+    file = known_keys.__file__.replace("known_keys.py", "aliases.yaml")
     with open(file, encoding="utf-8") as opened:
         table = yaml.safe_load(opened)
     fields = {name: set(section_at((name,)).model_fields) for name in ("model", "lora", *STAGES)}
