@@ -146,10 +146,11 @@ def _write_part(folder: Path, number: int, rows: "list[SampledAnswers]", scores:
             without += 1
             continue
         (best, chosen), (worst, rejected) = max(ended, key=lambda pair: pair[0]), min(ended, key=lambda pair: pair[0])
-        prompt = list(row.prompt.turns)
-        picks.append({"prompt": prompt, "completion": chosen, "reward": best, "where": row.prompt.where})
+        asked: dict[str, Any] = {"prompt": list(row.prompt.turns)}
+        asked |= {"tools": list(row.prompt.tools)} if row.prompt.tools else {}
+        picks.append({**asked, "completion": chosen, "reward": best, "where": row.prompt.where})
         if best > worst and chosen.strip() != rejected.strip():
-            pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+            pair = {**asked, "chosen": chosen, "rejected": rejected}
             pairs.append(pair | {"score_chosen": best, "score_rejected": worst, "where": row.prompt.where})
     content = {"picks": picks, "pairs": pairs, "without": without}
     write_whole(_part_file(folder, number), json.dumps(content, ensure_ascii=False))

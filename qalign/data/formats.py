@@ -188,9 +188,13 @@ def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     turns are context, since HH-RLHF's were picked to be bad. Raises `NoPair` as `canonical` does.
     """
     shape = detect(raw)
-    _check_pair(shape)
     if shape.rejected is None:
         _check_label(shape.row)
+    return _imitable(shape, where)
+
+
+def _imitable(shape: Shape, where: str) -> Dialogue | PlainText:
+    _check_pair(shape)
     if shape.is_ranked:
         if shape.chosen is None:
             raise BadRow(f"no 'chosen' answer to imitate; this row has {shape.keys}")
@@ -243,7 +247,7 @@ def scorable(raw: Any, where: str) -> Preference | Dialogue:
     shape = detect(raw)
     if shape.chosen is not None and shape.rejected is not None:
         return canonical(raw, where)
-    row = canonical_dialogue(raw, where)
+    row = _imitable(shape, where)  # with a disliked answer, too
     if isinstance(row, PlainText):
         raise BadRow("plain text: expected a dialogue with an answer to score")
     return row

@@ -5,6 +5,7 @@ UltraFeedback binarized, OpenAI messages and preferences, sharegpt, alpaca, two 
 MT-bench, questions with answers, plain text.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -126,6 +127,8 @@ def _contest(row: RawRow) -> tuple[Any, Any, BadRow | None]:
             break
     else:
         return None, None, None
+    if all(map(_is_list_of_texts, (row.peek("prompt"), row.peek(first), row.peek(second)))):  # Kaggle's edition
+        raise BadRow(f"prompt, {first}, {second}: lists of texts, stored as text; write one prompt and its answers")
     winner = one if one == "j" else _winner(row, one, two)
     if winner is None:
         return None, None, BadRow(f"no 'winner' says which answer is better; this row has {listed(row)}")
@@ -137,6 +140,14 @@ def _contest(row: RawRow) -> tuple[Any, Any, BadRow | None]:
     if winner.startswith("tie") or winner in ("draw", "both", "neither", "none", "both_bad", "bothbad", "equal"):
         return first, second, NoPair("a tie")
     return first, second, BadRow(f"winner: expected {one}, {two} or tie, found {short(winner)}")
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    try:
+        found = json.loads(value)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return is_list(found) and all(isinstance(text, str) for text in found)
 
 
 def _winner(row: RawRow, one: str, two: str) -> str | None:
@@ -205,50 +216,40 @@ def tools(row: RawRow) -> tuple[dict[str, Any], ...]:
 
 def _opening(row: RawRow, key: str) -> Turns:
     value = row[key]
-    if key == "instruction":
-        return list(_instruction(row))
     if key == "turns":  # MT-bench: the second question is about the answer to the first
         if not is_list(value) or not value or not isinstance(value[0], str):
             raise BadRow("turns: expected a list of the user's texts")
         return [{"role": "user", "content": value[0]}]
-    if key in _REQUESTS and isinstance(value, str) and (more := _completion(row)):
-        return [{"role": "user", "content": _lines(value, more)}]
+    if key == "instruction" or (key in _REQUESTS and isinstance(value, str)):
+        value = _request(row, value)
     if key == "input":  # OpenAI's preferences have the messages in it
         value = from_text(value) if isinstance(value, str) and value.lstrip().startswith('{"messages"') else value
         value = value.get("messages") if is_object(value) and "messages" in value else value
-    turns = as_turns(value, key)
+    turns = [{"role": "user", "content": value}] if key == "instruction" else as_turns(value, key)
     if key != "text" and turns and turns[-1] == {"role": "assistant", "content": ""}:  # HH's prompts end "Assistant:"
         turns.pop()
-    return turns
+    return [*_history(row), *turns] if isinstance(value, str) and "history" in row else turns
 
 
-def _completion(row: RawRow) -> str:
-    """The `input` of an instruction or question; Dolly's and question answering's is a `context`."""
-    text = row.get("input", "")
-    if "context" in row and isinstance(row.peek("context"), str) and text in EMPTY:
-        text = row["context"]
-    if not isinstance(text, str):
+def _request(row: RawRow, text: Any) -> str:
+    """An instruction or question with its `input`; Dolly's and question answering's is a `context`."""
+    more = row.get("input", "")
+    if "context" in row and isinstance(row.peek("context"), str) and more in EMPTY:
+        more = row["context"]
+    if not isinstance(text, str) or not isinstance(more, str):
         raise BadRow("instruction and input: expected texts")
-    return text
+    return "\n".join(part for part in (text, more) if part.strip()) if more.strip() else text
 
 
-def _lines(*parts: str) -> str:
-    return "\n".join(part for part in parts if part.strip())
-
-
-def _instruction(row: RawRow) -> Iterator[Message]:
-    """Alpaca's `history`, a list of [question, answer], then its `instruction` with its `input`."""
-    text, more = row["instruction"], _completion(row)
-    if not isinstance(text, str):
-        raise BadRow("instruction and input: expected texts")
-    pairs = row.get("history", [])
+def _history(row: RawRow) -> Iterator[Message]:
+    """The turns before a request: a list of [question, answer], as alpaca has it."""
+    pairs = row["history"]
     pairs = from_text(pairs) if isinstance(pairs, str) else pairs
     for pair in pairs if is_list(pairs) else [pairs]:
         if not is_list(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow("history: expected a list of [question, answer] texts")
         yield {"role": "user", "content": pair[0]}
         yield {"role": "assistant", "content": pair[1]}
-    yield {"role": "user", "content": _lines(text, more)}
 
 
 def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Turns, Turns]:

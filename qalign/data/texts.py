@@ -15,6 +15,7 @@ SPEAKER, CONTENT = ("role", "from"), ("content", "value", "text", "parts")  # ke
 EMPTY: tuple[Any, ...] = ("", [], {})  # CSV and Parquet files give a column to all rows if one has it
 
 OBJECTS = re.compile(r"""\s*(array\()?[\[(]?\s*\{\s*["']\w+["']\s*:""")
+LONGEST_PYTHON = 1_000_000  # characters: Python's own parser takes a hundred times as much memory, and a minute
 _SPOKEN = re.compile(
     r"""["'](role|from)["']\s*:\s*["'](user|assistant|system|human|gpt|model|tool)["']""", re.IGNORECASE
 )
@@ -62,7 +63,8 @@ def unpacked(value: Any, name: str) -> Any:
 
 def from_text(text: str) -> Any:
     """What a text spells as JSON, or as Python, the way pandas and NumPy write lists; a `BadRow` if it is neither."""
-    for read in (json.loads, ast.literal_eval, _numpy):
+    readers = (json.loads, ast.literal_eval, _numpy)
+    for read in readers if len(text) < LONGEST_PYTHON else readers[:1]:
         try:
             return read(text.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):

@@ -129,7 +129,7 @@ class ModelScorer(Scorer):
     def _dialogue(self, prompt: Prompt, answer: str) -> str:
         turns = [*prompt.turns, {"role": "assistant", "content": answer}]
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False)
+            return self.tokenizer.apply_chat_template(turns, tools=list(prompt.tools) or None, tokenize=False)
         except TemplateError as error:  # for example: no system turn allowed
             refusal = f"the chat template of '{self.source}' refuses {prompt.where}: {error}"
             raise UserError(f"{self.key}: {refusal}") from None

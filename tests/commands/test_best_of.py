@@ -12,7 +12,7 @@ from qalign import best_of as module
 from qalign import dpo, sft
 from qalign.best_of import best_of, curve
 from qalign.config.load import load
-from qalign.data.formats import Prompt
+from qalign.data.formats import Prompt, canonical, canonical_dialogue
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError
 from qalign.rl.rollout_batch import SampledAnswers
@@ -64,8 +64,8 @@ FILES = ("picks.jsonl", "pairs.jsonl")
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def kept(tmp_path, texts, ended, scores) -> dict:
-    prompt = Prompt(({"role": "user", "content": "Why?"},), "rows.jsonl:1", {})
+def kept(tmp_path, texts, ended, scores, tools=()) -> dict:
+    prompt = Prompt(({"role": "user", "content": "Why?"},), "rows.jsonl:1", {}, tools)
     row = SampledAnswers(prompt, TokenAnswers([1], tuple([[2]] * len(texts))), tuple(texts), tuple(ended))
     (tmp_path / "parts").mkdir()
     module._write_part(tmp_path, 0, [row], [scores])
@@ -78,6 +78,13 @@ def test_the_best_and_the_worst_of_those_that_ended_are_kept(tmp_path):
     assert (pick["completion"], pick["reward"]) == ("d", 3.0)
     assert (pair["chosen"], pair["rejected"], pair["score_chosen"], pair["score_rejected"]) == ("d", "c", 3.0, -2.0)
     assert pair["prompt"] == [{"role": "user", "content": "Why?"}]
+
+
+def test_the_tools_of_a_prompt_are_kept_for_training(tmp_path):
+    weather = {"type": "function", "function": {"name": "weather"}}
+    found = kept(tmp_path, ["a", "b"], [True, True], [1.0, 2.0], (weather,))
+    assert canonical(found["pairs"][0], "").tools == (weather,)
+    assert canonical_dialogue(found["picks"][0], "").tools == (weather,)
 
 
 @pytest.mark.parametrize(

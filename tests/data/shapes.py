@@ -97,6 +97,8 @@ RANKED = {  # name: (prompt, row); the answers are Yes and No
     "a question beside a prompt": (ASKED, {"prompt": "Why?", "question": "How?", "question_id": "7", **TEXTS}),
     "an empty system turn": (ASKED, {"prompt": [system(""), *ASKED], **TEXTS}),
     "a system prompt that is missing in a CSV": (ASKED, {"system": "nan", **SAME}),
+    "a prompt with a history": (TALKED, {"prompt": "Why?", "history": [["Hi", "Hello"]], **TEXTS}),
+    "a query with a history, of a CSV": (TALKED, {"query": "Why?", "history": '[["Hi", "Hello"]]', **TEXTS}),
     "a system column before transcripts": (
         [system("Be brief."), *TALKED], {"system": "Be brief.", **transcripts(TRANSCRIPT)}),
     "a prompt that the answers repeat with other white space": (

@@ -89,6 +89,7 @@ PREFERENCES = [
     ({"instruction": "Why?", "input": "", "output": "Yes"}, "no 'chosen' answer…has instruction, input, output"),
     ({"instruction": "Why?", "output": ["Yes", "No", "Maybe"]}, "output: expected two answers, the better"),
     ({"prompt": "Why?", "response_a": "Yes", "response_b": "No"}, "no 'winner' says which answer is better…response_b"),
+    ({"prompt": '["Why?"]', "response_a": '["Yes"]', "response_b": '["No"]', "winner": "a"}, "lists of texts, stored"),
     ({"prompt": "Why?", "answer_1": "Yes", "answer_2": "No", "winner": "Yes"}, "winner: expected 1, 2 or tie"),
     (SAME | {"chosen": YES | {"weight": 0}}, "an answer has weight 0"),
     (SAME | {"chosen": "Yes<|im_end|>\n"}, "was put through a chat template (<|im_end|>"),
@@ -230,6 +231,10 @@ def test_a_row_is_refused_with_the_reason(convert, raw, reason):
     for part in reason.split("…"):
         assert part in rest
         rest = rest.partition(part)[2]
+
+
+def test_a_disliked_answer_is_scored_like_any_other():
+    assert scorable({"prompt": "Why?", "completion": "No", "label": False}, "").turns == (*ASKED, NO)
 
 
 def test_a_row_that_says_that_it_holds_no_preference_is_left_out_unless_it_has_answers():
