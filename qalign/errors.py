@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
+from traceback import walk_tb
 from types import FrameType
 
 MAX_LINE, MAX_VALUE = 300, 80  # characters of a printed line, and of a value of the user's in it
@@ -70,7 +71,7 @@ def disk_problem(error: BaseException, folder: Path | None = None) -> str | None
     """
     number, place = getattr(error, "errno", None), getattr(error, "filename", None) or folder or "disk"
     if not isinstance(error, OSError) or number is None:
-        if "inline_container" in str(error):  # torch.save
+        if _of_torch_save(error):
             number = next((e.errno for e in (error.__cause__, error.__context__) if isinstance(e, OSError)), None)
             number = number or (errno.EIO if _free_bytes(folder or Path()) else errno.ENOSPC)
         elif said := re.search(r"\(os error (\d+)\)", str(error)):  # safetensors, tokenizers
@@ -80,6 +81,13 @@ def disk_problem(error: BaseException, folder: Path | None = None) -> str | None
     fix = DISK_FIXES.get(errno.errorcode.get(number, ""))
     reason = getattr(error, "strerror", None) or os.strerror(number)
     return fix and f"{place}: {reason}; {fix}"
+
+
+def _of_torch_save(error: BaseException) -> bool:
+    """Whether `torch.save` failed to write: it raises a RuntimeError in many words, which name no reason."""
+    frames = (frame for frame, _ in walk_tb(error.__traceback__))
+    names = ((frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames)
+    return isinstance(error, RuntimeError) and ("torch.serialization", "save") in names
 
 
 def _free_bytes(folder: Path) -> int:

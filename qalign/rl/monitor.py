@@ -15,6 +15,7 @@ from qalign.reports import alarms, ppo_report
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import combined
 from qalign.rl.rollout_batch import RolloutBatch
+from qalign.train.checkpoints import sizes_and_hashes
 from qalign.train.run_folder import RunFolder
 
 SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
@@ -33,7 +34,7 @@ class Monitor:
         self.alarm_steps: list[int] = []  # iterations at which an alarm was raised
         self.warnings: list[str] = []  # the alarms of the last evaluation
         self.clip_fractions: list[float] = []  # of the iterations since the last evaluation
-        self._best_hash: str | None = None
+        self._best_files: dict[str, dict[str, Any]] = {}  # as they were written
         self._samples: list[dict[str, Any]] = []
 
     @property
@@ -61,7 +62,7 @@ class Monitor:
             with replacing_folder(self.best) as aside:
                 self.trainer.base.save_adapter(Role.POLICY, aside)
                 lineage.write(aside, self.trainer.setup.origin)
-            self._best_hash = lineage.adapter_hash(self.best)
+            self._best_files = sizes_and_hashes(self.best)
         self.warnings = alarms.alarms(self.points, self.settings.patience)
         if self.warnings:
             self.alarm_steps.append(point.step)
@@ -101,7 +102,7 @@ class Monitor:
     @property
     def best_is_damaged(self) -> bool:
         """Whether the best adapter is no longer what was written, which a resumed session may not do again."""
-        return self._best_hash is not None and lineage.adapter_hash(self.best) != self._best_hash
+        return bool(self._best_files) and sizes_and_hashes(self.best) != self._best_files
 
     def samples(self) -> list[str]:
         """The last evaluation's answers with the highest reward, where reward hacking shows first, one line each."""
@@ -119,11 +120,11 @@ class Monitor:
             "alarms": self.alarm_steps,
             "warnings": self.warnings,
             "clipped": self.clip_fractions,
-            "best_hash": self._best_hash,
+            "best_files": self._best_files,
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what `state` returned."""
         self.points = [alarms.EvalPoint(**point) for point in state["looks"]]
         self.alarm_steps, self.clip_fractions = list(state["alarms"]), list(state["clipped"])
-        self.warnings, self._best_hash = list(state["warnings"]), state["best_hash"]
+        self.warnings, self._best_files = list(state["warnings"]), state["best_files"]

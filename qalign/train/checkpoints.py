@@ -44,18 +44,21 @@ def mark_whole(checkpoint: Path, tokens_seen: int, wall_seconds: float, metrics:
     except the one named `keep`."""
     write_whole(checkpoint / METRICS, metrics.read_bytes() if metrics.is_file() else b"")
     sync_tree(checkpoint)
-    inside = sorted(file for file in checkpoint.rglob("*") if file.is_file() and file.name != MANIFEST)
-    files = {
-        file.relative_to(checkpoint).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in inside
-    }
-    kept = asdict(Manifest(tokens_seen, wall_seconds, files))
+    kept = asdict(Manifest(tokens_seen, wall_seconds, sizes_and_hashes(checkpoint)))
     write_whole(checkpoint / MANIFEST, json.dumps(kept | {"sha256": _own_hash(kept)}, indent=1) + "\n")
     sync_folder(checkpoint.parent)
     marked = sorted((file.parent for file in checkpoint.parent.glob(f"checkpoint-*/{MANIFEST}")), key=step_of)
     for old in marked[:-KEPT]:
         if old.name != keep:
             discard(old)
+
+
+def sizes_and_hashes(folder: Path) -> dict[str, dict[str, Any]]:
+    """`bytes` and `sha256` of every file in a folder, by its path in it; a manifest doesn't count."""
+    inside = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
+    return {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in inside
+    }
 
 
 def discard(checkpoint: Path) -> None:
