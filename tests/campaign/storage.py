@@ -154,10 +154,8 @@ def damaged(lab: Lab, stage: str, stopped: Path, file: str, kind: str) -> list[s
     outcome = start(stage, [path, "--resume"])
     if outcome.code:
         return refused(outcome) or ([] if str(run.path) in outcome.said else ["the folder isn't named"])
-    wrong = lab.differences(run)
-    return [
-        fault for fault in wrong if not ("adapter_best" in fault and "adapter_best: was changed since" in outcome.said)
-    ]
+    named = "adapter_best: was changed since" in outcome.said
+    return [fault for fault in lab.differences(run) if not (named and "adapter_best" in fault)]
 
 
 def both_damaged(lab: Lab, stage: str, stopped: Path) -> list[str]:
@@ -196,9 +194,7 @@ def work(lab: Lab, args: Namespace, table: Table) -> None:
             table.add(stage, "odd path", odd_path(lab, stage, output), str(output)[-20:])
         table.add(stage, "every checkpoint damaged", both_damaged(lab, stage, stopped))
         files = sorted(str(file.relative_to(stopped)) for file in stopped.rglob("*") if file.is_file())
-        files = [
-            file for file in files if not file.startswith("samples")
-        ]  # a record of what was sampled: nobody reads it
+        files = [file for file in files if not file.startswith("samples")]  # nothing reads them
         cases = [(f, kind) for f in files for kind in DAMAGES if "checkpoint-3" in f or kind in FEW]
         for file, kind in draw.sample(cases, 12) if args.short else cases:
             table.add(stage, "damaged file", damaged(lab, stage, stopped, file, kind), f"{file} {kind}")
