@@ -6,7 +6,8 @@ It never merges into the 4-bit weights: rounding to 4 bits again would lose most
 docs/merging.md). The default is the dequantised base, which is exactly the model that was trained.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ def merge(folder: str, onto: "Form", to: str | None) -> None:
         )
 
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
-    from qalign.model.loading import save_tokenizer
+    from qalign.model.loading import mended_generation_config, save_tokenizer
 
     base, merged = _merged(run, onto)
     card = CARD.format(run=run, source=base.origin.source, words=WORDS[onto], name=run.path.parent.name)
@@ -49,11 +50,14 @@ def merge(folder: str, onto: "Form", to: str | None) -> None:
         save_tokenizer(base.tokenizer, aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
     size = sum(file.stat().st_size for file in target.iterdir())
+    changed = mended_generation_config(base.origin)[1]
     lines = {
         "onto": WORDS[onto],
         "model": f"{target} ({size / 1e9:,.2f} GB, {str(merged.dtype).removeprefix('torch.')})",
         "load it with": f'{type(merged).__name__}.from_pretrained("{target}")',
     }
+    if changed:
+        lines["generation"] = f"the base's settings contradict each other; changed or left out: {', '.join(changed)}"
     print_table(f"merged {run.path}", lines.items())
 
 
@@ -74,7 +78,9 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
     role = Role.REWARD if is_reward else Role.POLICY
     base.load_adapter(role, str(run.adapter), trainable=False)
     model: Any = base.model  # PEFT finds its methods at run time, so they have no types
-    merged = _without_quantisation(model.merge_and_unload(safe_merge=True, adapter_names=[role]))
+    with _untied(base.lm):
+        plain = model.merge_and_unload(safe_merge=True, adapter_names=[role])
+    merged = _without_quantisation(plain)
     if merged.dtype == torch.float32:
         published = AutoConfig.from_pretrained(base.origin.folder, trust_remote_code=False).dtype
         merged = merged.to(published if published in (torch.float16, torch.bfloat16) else torch.bfloat16)
@@ -84,6 +90,27 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
         end = end_of_turn_id(base.template)
         merged.generation_config.eos_token_id = list(dict.fromkeys([end, *ends]))
     return base, merged
+
+
+@contextmanager
+def _untied(lm: Any) -> Generator[None]:
+    """Gives the output layer weights of its own while an adapter is merged. An adapter on the embeddings changes only
+    what the model reads, not what it predicts with; both are one tensor in many small models. Afterwards they are tied
+    again unless the adapter has changed the embeddings."""
+    import torch
+
+    head, configs = lm.get_output_embeddings(), (lm.config, lm.config.get_text_config())
+    if head is None or not any(getattr(config, "tie_word_embeddings", False) for config in configs):
+        yield
+        return
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    before = [config.tie_word_embeddings for config in configs]
+    for config in configs:
+        config.tie_word_embeddings = False
+    yield
+    if torch.equal(lm.get_input_embeddings().weight, head.weight):
+        for config, tied in zip(configs, before, strict=True):
+            config.tie_word_embeddings = tied
 
 
 def _without_quantisation(merged: Any) -> Any:

@@ -145,6 +145,8 @@ def _quiet() -> None:
     datasets.disable_progress_bars()
     # PEFT still calls what transformers 5.23 renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+    # An adapter on tied embeddings: `qalign.merge` unties them.
+    warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter", category=UserWarning)
 
 
 def device() -> torch.device:
@@ -206,7 +208,9 @@ def mended_generation_config(found: Origin) -> tuple[tf.GenerationConfig | None,
         settings = json.loads(file.read_text(encoding="utf-8"))
     except (UserError, OSError, ValueError, RecursionError):
         return None, []
-    if not isinstance(settings, dict) or _generation_config(settings):
+    if not isinstance(settings, dict):
+        return tf.GenerationConfig(), ["all of them"]
+    if _generation_config(settings):
         return None, []
     changed, sampling = [], {key: value for key, value in settings.items() if key in SAMPLING}
     if sampling and not settings.get("do_sample") and _generation_config(sampling | {"do_sample": True}):

@@ -257,22 +257,6 @@ def test_a_model_published_in_float32_is_merged_there_and_kept_in_16_bits(tiny_f
     assert_merged(run, stored(run.path / "merged-dequantized"), dequantised(run, torch.float32), scale=8 / 4)
 
 
-def test_tied_embeddings_stay_tied(tiny_folder, tmp_path):
-    lm = LlamaForCausalLM.from_pretrained(tiny_folder)
-    lm.config.tie_word_embeddings = True
-    lm.tie_weights()
-    lm.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(tiny_folder).save_pretrained(tmp_path / "model")
-    run = run_stage(write_recipe(tmp_path, str(tmp_path / "model"), "dpo", **STRONG))
-    merge(str(run.path), "dequantized", None)
-    target = run.path / "merged-dequantized"
-    assert "lm_head.weight" not in stored(target)
-    merged = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    assert torch.equal(merged.lm_head.weight, merged.model.embed_tokens.weight)
-    bare, expected = unmerged(run)
-    assert (logits(merged) - expected).abs().mean() < 0.1 * (bare - expected).abs().mean()
-
-
 def test_an_adapter_from_before_lineage_merges_in_the_recipes_dtype(policy, copied):
     (copied / "adapter" / "lineage.json").unlink()
     merge(str(copied), "dequantized", None)

@@ -1,0 +1,163 @@
+"""The cache of converted and quantised bases: what is damaged is made again, what can't be written costs only time."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from qalign.model import cache
+from qalign.model.cache import HASHES, LOCK, is_whole, keep
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return tmp_path / "cache" / "nf4-0123"
+
+
+def written(aside: Path) -> None:
+    (aside / "config.json").write_text("{}")
+    (aside / "model.safetensors").write_bytes(bytes(range(256)) * 4)
+    (aside / "inner").mkdir()
+    (aside / "inner" / "more.txt").write_text("more")
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[700] ^= 16
+    file.write_bytes(content)
+
+
+def test_what_is_kept_is_whole_and_nothing_else_is(folder, capsys):
+    assert not is_whole(folder)
+    assert keep(folder, written)
+    assert is_whole(folder)
+    assert set(json.loads((folder / HASHES).read_text())) == {"config.json", "model.safetensors", "inner/more.txt"}
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (lambda folder: flip(folder / "model.safetensors"), "model.safetensors has other content"),
+        (
+            lambda folder: os.truncate(folder / "model.safetensors", 100),
+            "model.safetensors has 100 bytes, expected 1024",
+        ),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors has no bytes"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json has other content"),
+        (lambda folder: (folder / "inner" / "more.txt").unlink(), "inner/more.txt has no bytes"),
+        (lambda folder: (folder / "added.py").write_text("1"), "added.py has 1 bytes, expected None"),
+        (lambda folder: (folder / HASHES).unlink(), "it has no hashes.json"),
+        (lambda folder: (folder / HASHES).write_text("[]"), ""),
+        (lambda folder: (folder / HASHES).write_text('{"config.json": 3}'), ""),
+        (lambda folder: (folder / HASHES).write_text("{"), ""),
+        (lambda folder: (folder / HASHES).write_bytes(b"\xff"), ""),
+    ],
+)
+def test_every_damage_is_said_and_mended(damage, problem, folder, capsys):
+    keep(folder, written)
+    damage(folder)
+    assert not is_whole(folder)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: {folder} is damaged ({problem}")
+    assert line.endswith("; it is made again")
+    assert keep(folder, written)
+    assert is_whole(folder)
+    assert not (folder / "added.py").exists()
+
+
+def test_weights_that_are_not_read_are_not_hashed(folder, monkeypatch):
+    keep(folder, written)
+    hashed = []
+    real = cache.file_hash
+    monkeypatch.setattr(cache, "file_hash", lambda file: hashed.append(file.name) or real(file))
+    assert is_whole(folder, weights=False)
+    assert sorted(hashed) == ["config.json", "more.txt"]
+    flip(folder / "model.safetensors")
+    assert is_whole(folder, weights=False)
+    os.truncate(folder / "model.safetensors", 1000)
+    assert not is_whole(folder, weights=False)
+
+
+def test_the_hash_is_over_every_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(cache, "PIECE", 100)
+    content = bytes(range(250))
+    (tmp_path / "file").write_bytes(content)
+    pieces = b"".join(hashlib.blake2b(content[n : n + 100], digest_size=32).digest() for n in (0, 100, 200))
+    assert cache.file_hash(tmp_path / "file") == hashlib.blake2b(pieces, digest_size=32).hexdigest()
+    (tmp_path / "empty").write_bytes(b"")
+    assert cache.file_hash(tmp_path / "empty") == hashlib.blake2b(b"", digest_size=32).hexdigest()
+
+
+def disk_full(aside: Path) -> None:
+    (aside / "part").write_text("part")
+    raise OSError(28, "No space left on device")
+
+
+def test_a_cache_that_cannot_be_written_is_said_and_leaves_nothing(folder, capsys):
+    assert not keep(folder, disk_full)
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith(f"note: the cache {folder} can't be written (")
+    assert "No space left on device" in line
+    assert not folder.exists()
+    assert [file.name for file in folder.parent.iterdir()] == [LOCK]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_file_in_its_place(depth, folder, capsys):
+    place = (folder, folder.parent)[depth]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text("mine")
+    assert not is_whole(folder)
+    assert not keep(folder, written)
+    assert len(capsys.readouterr().out.splitlines()) == 1
+    assert place.read_text() == "mine"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from qalign.model.cache import keep
+def half(aside):
+    (aside / "model.safetensors").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+keep(Path(sys.argv[1]), half)
+"""
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [left for left in folder.parent.glob(".*") if left.name != LOCK]
+
+
+def test_what_a_killed_process_left_is_cleared_at_the_next_start(folder):
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", KILLED, str(folder)], timeout=60).returncode == -9
+        assert len(leftovers(folder)) == 1
+    (folder.parent / ".nf4-0123456789abcdef-x1y2z3w4").mkdir()  # of an earlier version
+    assert not is_whole(folder)
+    assert leftovers(folder) == []
+
+
+def test_what_a_living_process_writes_stays(folder, monkeypatch):
+    monkeypatch.setattr(cache, "LOCK_WAIT", 0)
+    keep(folder, written)
+    theirs = folder.parent / ".nf4-4567-abcdefgh"
+    theirs.mkdir()
+    with FileLock(folder.parent / LOCK):  # as another process holds it while it writes
+        assert is_whole(folder)
+        assert keep(folder.with_name("nf4-89ab"), written)
+        assert theirs.is_dir()
+    assert is_whole(folder)
+    assert not theirs.exists()
+
+
+def test_a_folder_that_another_process_has_kept_meanwhile_stays(folder):
+    keep(folder, written)
+    before = (folder / "config.json").stat().st_ino
+    assert keep(folder, disk_full)  # nothing is written
+    assert (folder / "config.json").stat().st_ino == before
