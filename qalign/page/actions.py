@@ -12,7 +12,7 @@ from qalign.data.readers import BadRow
 from qalign.errors import UserError
 from qalign.page.chat import Chat, Controls, TokenSpan, error_text
 from qalign.page.models import ModelEntry
-from qalign.page.session import CUT, Reply, Session
+from qalign.page.session import CUT, Reply, Reward, Session
 from qalign.page.votes import Choice, Tally, VoteFile, Votes, row, tally
 from qalign.reports.plots import counted
 from qalign.train.dataset import rows_under
@@ -126,7 +126,9 @@ class Page:
             yield self.view(session, status="No answer was cut." if not session.cut else "The vote is given already.")
             return
         session.round += 1
-        this_round, replies, more, problem = session.round, [], inputs.controls.max_new_tokens, {}
+        this_round, more = session.round, inputs.controls.max_new_tokens
+        replies: list[Reply] = []
+        problem: dict[str, Any] = {}
         kept = {name: session.sampling[name] for name in ("temperature", "top_p")}
         try:
             for replies in self.chat.go_on(inputs.key, session.replies, Controls(**kept, max_new_tokens=more)):
@@ -220,8 +222,15 @@ def figures_text(reply: Reply, *, hidden: bool) -> str:
     """Length and speed of an answer; if not hidden, also what could identify its model."""
     facts = [f"{len(reply.ids)} tokens", f"{reply.tokens_per_second:.1f} tokens/s", STATES[reply.state]]
     if not hidden and reply.state != "growing":
-        facts += [f"seed {reply.seed}", "" if reply.reward is None else f"reward {reply.reward:+.2f}"]
+        facts += [f"seed {reply.seed}", reward_text(reply.reward) if reply.reward else ""]
     return " · ".join(filter(None, facts))
+
+
+def reward_text(reward: Reward) -> str:
+    """A score with its model, and where it lies among this model's scores of held-out answers: a score alone has no
+    scale."""
+    place = "" if reward.above is None else f", above {reward.above:.0%} of its held-out answers"
+    return f"reward {reward.score:+.2f} by {reward.model}{place}"
 
 
 def cut_text(titles: list[str]) -> str:

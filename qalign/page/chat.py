@@ -8,6 +8,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from qalign.config.recipe import Model
@@ -20,8 +21,8 @@ from qalign.model import lineage
 from qalign.model.base import Role, load
 from qalign.model.generation import Request, Sampling, stop_ids_of, stream, text_of, uniform_draws, with_end_of_turn
 from qalign.model.logps import completion_logps
-from qalign.page.models import BASE, ModelEntry, safe_adapter
-from qalign.page.session import CUT, Reply
+from qalign.page.models import BASE, ModelEntry, held_out_quantiles, safe_adapter
+from qalign.page.session import CUT, Reply, Reward
 from qalign.page.worker import Listeners, Worker
 
 MAX_CHARACTERS = 20_000  # of a prompt, and of the system prompt
@@ -214,7 +215,10 @@ class Chat:
             answers = [(with_end_of_turn(list(reply.ids), self._stop_ids),) for reply in replies]
             rows = [TokenAnswers(r.prompt_ids, answer) for r, answer in zip(replies, answers, strict=True)]
             scores = self.base.answer_scores(role, rows, MicroBatchLimit(pairs=len(rows)))[:, 0].tolist()
-            return [replace(reply, reward=score) for reply, score in zip(replies, scores, strict=True)]
+            known, name = held_out_quantiles(folder), f"{folder.parent.parent.name}/{folder.parent.name}"
+            shares = np.interp(scores, known, np.linspace(0, 1, len(known))).tolist() if known else [None] * len(scores)
+            rewards = [Reward(score, name, share) for score, share in zip(scores, shares, strict=True)]
+            return [replace(reply, reward=reward) for reply, reward in zip(replies, rewards, strict=True)]
         except Exception as error:  # answers are useful without scores
             print(f"no rewards: {error_text(error)}", file=sys.stderr)
             return replies

@@ -82,6 +82,7 @@ def listening(host: str, port: int | None) -> socket.socket:
     if port is not None and not 0 < port < 2**16:
         raise UserError(f"--port {port}: expected a number from 1 to 65535")
     name, ports = host.removeprefix("[").removesuffix("]"), range(FIRST_PORT, FIRST_PORT + TRIED_PORTS)
+    reason: Any = ""
     for number in [port] if port else ports:
         try:
             family, *_, address = sorted(socket.getaddrinfo(name or None, number, type=socket.SOCK_STREAM))[0]

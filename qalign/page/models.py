@@ -4,8 +4,10 @@ Only folders that the user named or that lie under `runs/` are loaded, after res
 safetensors. The page chooses a model by its name in this list, never by a path. Imports no torch.
 """
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 
 from qalign.config.recipe import Model, Recipe
@@ -45,6 +47,17 @@ def safe_adapter(adapter: Path, within: Path) -> Path:
         if not file.resolve().is_relative_to(allowed):
             raise UserError(f"{adapter}: {file.name} leads out of {within} through a symlink")
     return real
+
+
+def held_out_quantiles(reward: Path) -> list[float]:
+    """Quantiles of the scores that a reward model gave to held-out answers, from the least to the greatest, by its
+    adapter folder; empty if its run measured none."""
+    try:
+        found = json.loads((reward.parent / "summary.json").read_text(encoding="utf-8"))["trust"]["score_quantiles"]
+        numbers = [float(number) for number in found]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
+        return []
+    return numbers if len(numbers) > 1 and all(map(isfinite, numbers)) and numbers == sorted(numbers) else []
 
 
 def named_entry(word: str) -> ModelEntry:

@@ -218,7 +218,7 @@ class Guard:
 
     def _cleaned(self, scope: Scope, headers: Headers) -> Scope:
         """The request as Gradio may see it: under the page's own origin, without forwarded headers."""
-        origin = urlsplit(self.served.origin(scope, headers))
+        origin = urlsplit(self.served.origin(scope, headers) or "")
         raw = [(name, value) for name, value in headers.raw if not name.decode("latin-1").startswith(FORWARDED)]
         raw = [(name, origin.netloc.encode() if name == b"host" else value) for name, value in raw]
         client = (self.served.address(scope, headers), 0)

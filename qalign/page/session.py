@@ -12,6 +12,15 @@ CUT = ("cut", "stopped")  # states of an answer that hasn't ended by itself
 
 
 @dataclass(frozen=True)
+class Reward:
+    """A reward model's score of an answer."""
+
+    score: float
+    model: str  # the page's name for the reward model
+    above: float | None = None  # share of the held-out answers of its run with a lower score, if it is known
+
+
+@dataclass(frozen=True)
 class Reply:
     """An answer, finished or still growing."""
 
@@ -25,7 +34,7 @@ class Reply:
     state: str = "growing"  # or `ended` by itself, `cut` at the maximum length, `stopped` by the visitor
     first_token_seconds: float = 0.0
     tokens_per_second: float = 0.0  # after the first token
-    reward: float | None = None  # from the run's reward model, once the answer is finished
+    reward: Reward | None = None  # from the run's reward model, once the answer is finished
 
 
 @dataclass

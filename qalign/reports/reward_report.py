@@ -24,6 +24,7 @@ COIN = 0.5
 BY_CHANCE = 0.05  # a lead is not shown if chance alone gives one as large more often than this
 MARGIN_BUCKETS = 4
 CALIBRATION_BINS = 5
+QUANTILES = 21
 Figures = dict[str, Any]  # what `measure` returns
 
 
@@ -56,6 +57,7 @@ def measure(pairs: list[ScoredPair]) -> Figures:
         `calibration_error`: expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3).
         `calibration_error_by_chance`: about the error of a perfectly calibrated model on as many pairs.
         `mean_log_loss`: in nats; a coin's is ln 2. `score_mean`, `score_std` (divided by n): over all answers.
+        `score_quantiles`: 21 of all answers' scores, from the least to the greatest, one for every 5%.
         `length_correlation`: Spearman's, of score and length over all answers; None if either never varies.
 
     Raises:
@@ -77,6 +79,7 @@ def measure(pairs: list[ScoredPair]) -> Figures:
         "length_correlation": spearman(scores.ravel(), tokens.ravel()),
         "score_mean": scores.mean().item(),
         "score_std": scores.std().item(),
+        "score_quantiles": np.quantile(scores, np.linspace(0, 1, QUANTILES)).tolist(),
     }
 
 

@@ -7,10 +7,10 @@ from unittest.mock import Mock, patch
 import pytest
 
 from qalign.errors import UserError
-from qalign.page.actions import Inputs, Page, View, figures_text, spans_html, tally_text
+from qalign.page.actions import Inputs, Page, View, figures_text, reward_text, spans_html, tally_text
 from qalign.page.chat import Chat, Controls, TokenSpan
 from qalign.page.models import available_models
-from qalign.page.session import Reply, Session
+from qalign.page.session import Reply, Reward, Session
 from qalign.page.votes import Choice, Tally, VoteFile, Votes
 from tests.chat_runs import finished_run
 
@@ -239,8 +239,10 @@ def test_coloured_tokens_escape_what_an_answer_says():
 
 
 def test_figures_hide_what_tells_sides_apart():
-    reply = Reply("x", None, (), [], 7, (1, 2), "a", "ended", 0.1, 12.34, reward=-0.5)
-    assert figures_text(reply, hidden=False) == "2 tokens · 12.3 tokens/s · seed 7 · reward -0.50"
+    reply = Reply("x", None, (), [], 7, (1, 2), "a", "ended", 0.1, 12.34, reward=Reward(-0.5, "x/reward", 0.381))
+    scored = "reward -0.50 by x/reward, above 38% of its held-out answers"
+    assert figures_text(reply, hidden=False) == f"2 tokens · 12.3 tokens/s · seed 7 · {scored}"
+    assert reward_text(Reward(2.0, "x/reward")) == "reward +2.00 by x/reward"
     assert figures_text(reply, hidden=True) == "2 tokens · 12.3 tokens/s"
 
 

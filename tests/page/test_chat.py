@@ -1,5 +1,6 @@
 """The chat without a browser: what it answers, what it refuses, what it computes of answers."""
 
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -101,8 +102,25 @@ def test_the_runs_reward_model_scores_both_answers_at_their_end_of_turn(chat, ru
             last_state = lm.base_model(torch.tensor([[*reply.prompt_ids, *reply.ids, end]])).last_hidden_state[:, -1]
             expected = base._heads[Role.REWARD](last_state).item()
         assert reply.state == "cut"
-        assert reply.reward == pytest.approx(expected, abs=1e-4)
+        assert reply.reward.score == pytest.approx(expected, abs=1e-4)
+        assert (reply.reward.model, reply.reward.above) == ("a/reward", None)  # it held no answers out
     assert all(reply.reward is None for reply in last(chat, [("base", QUESTION), ("b/dpo", QUESTION)]))
+
+
+def test_a_score_is_placed_among_those_of_held_out_answers(chat, runs):
+    summary = runs / "a" / "reward" / "summary.json"
+    before = summary.read_text()
+    scores = [reply.reward.score for reply in last(chat, PAIR)]
+    low, high = min(scores) - 1, max(scores) + 1
+    try:
+        summary.write_text(json.dumps({"trust": {"score_quantiles": [low, high]}}))
+        found = [reply.reward.above for reply in last(chat, PAIR)]
+        assert found == pytest.approx([(score - low) / (high - low) for score in scores])
+        for odd in ("[1]", "[2, 1]", "[1, NaN]", '["a"]', "5", "null", "{}", f"[1, 1{'0' * 400}]"):
+            summary.write_text(f'{{"trust": {{"score_quantiles": {odd}}}}}')
+            assert [reply.reward.above for reply in last(chat, PAIR)] == [None, None]
+    finally:
+        summary.write_text(before)
 
 
 def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(runs, tmp_path, capsys):
@@ -187,7 +205,7 @@ def test_an_answer_that_goes_on_is_the_one_that_a_higher_limit_gives(chat, tempe
     assert [reply.ids for reply in grown] == [reply.ids for reply in whole]
     assert [reply.text for reply in grown] == [reply.text for reply in whole]
     assert [reply.state for reply in grown] == ["cut", "cut"]
-    assert [reply.reward for reply in grown] == pytest.approx([reply.reward for reply in whole], abs=1e-4)
+    assert [reply.reward.score for reply in grown] == pytest.approx([reply.reward.score for reply in whole], abs=1e-4)
     assert all(0 < reply.tokens_per_second < 1e5 for reply in grown)
 
 

@@ -57,6 +57,8 @@ def test_four_pairs_by_hand():
     assert (misled["pairs"], misled["accuracy"]) == (1, 0.5)
     assert figures["mean_log_loss"] == pytest.approx((0.313261688 + 3.048587352 + 0.693147181 + 0.018149928) / 4)
     assert figures["score_mean"] == 14 / 8
+    assert len(figures["score_quantiles"]) == 21
+    assert figures["score_quantiles"][::5] == [0, 1, 1, 2 + 0.25 * (3 - 2), 5]  # of 0, 1, 1, 1, 1, 2, 3, 5
     assert figures["score_std"] == pytest.approx(math.sqrt((4 + 1 + 0 + 9 + 1 + 1 + 25 + 1) / 8 - (14 / 8) ** 2))
     assert figures["margin_source"] == "raters"
     assert [(group["from"], group["to"], group["pairs"], group["accuracy"]) for group in figures["by_margin"]] == [
