@@ -32,7 +32,7 @@ ROUTES = (  # (methods, paths) that the page itself uses; `{temp}` is the folder
     (("GET", "HEAD"), r"/|/config|/theme\.css|/favicon\.ico|/robots\.txt|/manifest\.json|/logout"),
     (("GET", "HEAD"), r"/(assets|static|svelte)/[\w./@+-]+"),
     (("GET",), r"/gradio_api/(queue/data|heartbeat/[\w-]+)"),
-    (("GET", "HEAD"), r"/gradio_api/file={temp}/\w+/[\w.-]+"),
+    (("GET", "HEAD"), r"/gradio_api/file={temp}/votes\.jsonl"),
     (("POST",), r"/login|/gradio_api/(queue/join|cancel|reset)"),
 )
 HOST = re.compile(r"(?P<name>\[[0-9a-f:.]+\]|[0-9a-z._-]+)(:(?P<port>[0-9]{1,5}))?")  # no user name, no odd characters

@@ -48,8 +48,8 @@ def main_widgets(page: Page, pair: tuple[str, str]) -> dict[str, Any]:
     w, names = {}, page.names()
     gr.Markdown("# qalign: which answer is better?")
     with gr.Row():
-        w["first"] = gr.Dropdown(names, value=pair[0], label="First model", min_width=140)
-        w["second"] = gr.Dropdown(names, value=pair[1], label="Second model", min_width=140)
+        w["first"] = gr.Dropdown(names, value=pair[0], label="First model", min_width=140, elem_id="first")
+        w["second"] = gr.Dropdown(names, value=pair[1], label="Second model", min_width=140, elem_id="second")
     w["blind"] = gr.Checkbox(label="Blind test: shuffle the sides and hide the names until you vote", elem_id="blind")
     with gr.Row():
         for side, title in zip(("left", "right"), pair, strict=True):
@@ -96,17 +96,21 @@ def more_widgets(max_new_tokens: int) -> dict[str, Any]:
     with gr.Accordion("Sampling", open=False, elem_id="sampling"):
         with gr.Row():
             tokens = min(200, max_new_tokens // 2)
-            w["temperature"] = gr.Slider(0, 2, 0.7, step=0.05, label="Temperature", min_width=140)
-            w["top_p"] = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", min_width=140)
-            w["tokens"] = gr.Slider(1, max_new_tokens, tokens, step=1, label="Max tokens", min_width=140)
+            w["temperature"] = gr.Slider(
+                0, 2, 0.7, step=0.05, label="Temperature", min_width=140, elem_id="temperature"
+            )
+            w["top_p"] = gr.Slider(0.05, 1, 0.95, step=0.05, label="Top-p", min_width=140, elem_id="top-p")
+            w["tokens"] = gr.Slider(
+                1, max_new_tokens, tokens, step=1, label="Max tokens", min_width=140, elem_id="tokens"
+            )
             w["seed"] = gr.Textbox(  # an empty gr.Number shows 0, and sends it
                 label="Seed (empty: a new one each time)", max_lines=1, max_length=10, min_width=140, elem_id="seed"
             )
-        w["system"] = gr.Textbox(label="System prompt", max_lines=6, max_length=MAX_CHARACTERS)
+        w["system"] = gr.Textbox(label="System prompt", max_lines=6, max_length=MAX_CHARACTERS, elem_id="system")
     with gr.Accordion("Why they differ", open=False, elem_id="why"):
         w["colours"] = gr.Checkbox(label="Colour the tokens of the aligned answer", elem_id="colours")
         w["differences"] = gr.HTML(elem_id="differences")
-    with gr.Accordion("Votes", open=True):
+    with gr.Accordion("Votes", open=True, elem_id="votes"):
         w["tally"] = gr.HTML(elem_id="tally")
         w["download"] = gr.Button("Download votes.jsonl", size="sm", elem_id="download")
         w["file"] = gr.DownloadButton("votes.jsonl", elem_id="votes-file", elem_classes="off-screen")

@@ -257,8 +257,26 @@ def test_with_a_password_nothing_is_served_without_it(runs):
         assert client.get("/config").status_code == 401
 
 
-def login(client: httpx.Client, password: str) -> httpx.Response:
-    return client.post("/login", data={"username": "me", "password": password}, timeout=60)
+TUNNEL = "import gradio.networking\ngradio.networking.setup_tunnel = lambda *_: 'http://x.gradio.live'"
+
+
+def test_behind_the_share_tunnel_the_page_is_served_under_its_public_name(runs):
+    with serving("--runs", str(runs), "--share", "--auth", "me:se:cret", before=TUNNEL) as address:
+        public = {"x-forwarded-host": "x.gradio.live", "x-forwarded-proto": "https", "host": "10.0.0.1"}
+        with httpx.Client(base_url=address, headers=public) as client:
+            assert login(client, "se:cret", origin="http://10.0.0.1").status_code == 403
+            answer = login(client, "se:cret", origin="https://x.gradio.live")
+            assert answer.status_code == 200
+            cookies = answer.headers.get_list("set-cookie")
+            assert len(cookies) == 2
+            assert all(cookie.endswith("; SameSite=Lax") and "none" not in cookie.lower() for cookie in cookies)
+            token = cookies[0].partition(";")[0]
+            assert client.get("/config", headers={"cookie": token}).json()["root"] == "https://x.gradio.live"
+        assert httpx.get(f"{address}/config", headers={"host": "y.gradio.live"}).status_code == 403
+
+
+def login(client: httpx.Client, password: str, **headers: str) -> httpx.Response:
+    return client.post("/login", data={"username": "me", "password": password}, headers=headers, timeout=60)
 
 
 def test_guessing_passwords_is_slow_and_one_try_waits_at_a_time(runs):

@@ -146,6 +146,23 @@ def test_a_phone_has_no_sideways_scroll(browser, address):
         assert 0 <= left < right <= 390
 
 
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800), (1440, 1600)])
+def test_the_chats_fill_the_window_and_no_title_lies_on_a_text(browser, address, width, height):
+    browser.open(address, width, height)
+    browser.ask("Why? " * 60)
+    box = "const b = document.querySelector({!r}).getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]"
+    for side in ("#left", "#right"):
+        _, _, _, title_bottom = browser.run(box.format(f"{side} label"))
+        left, text_top, right, text_bottom = browser.run(box.format(f"{side} .bubble-wrap"))
+        assert title_bottom <= text_top
+        assert text_bottom <= browser.run(box.format(side))[3]
+        assert right - left > 250
+    if width > 640:  # one beside the other, and the prompt below them is in sight
+        _, top, _, bottom = browser.run(box.format("#left"))
+        assert bottom - top == max(300, height - 560)
+        assert browser.run(box.format("#prompt"))[3] < height
+
+
 CONTRAST = """
 const light = c => { c = c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
                      return .2126 * c[0] + .7152 * c[1] + .0722 * c[2]; };
