@@ -18,6 +18,7 @@ from qalign.config.paths import (
     Place,
     Problem,
     adapter_folder,
+    data_set_name,
     expanded,
     function_file,
     function_of,
@@ -81,11 +82,11 @@ def _path_problem(key: str, path: str, folders: Folders) -> str | None:
         where = _looked_in(path, folders)
         return f"{short(path)} is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it){where}"
     if found := locate(path, folders):
-        return _unusable(path, found, is_file=key == "chat_template")
+        return _unusable(path, Path(data_set_name(found)[0]), is_file=key == "chat_template")
     if looks_local(path) or key == "chat_template":
         kind = "file" if key == "chat_template" or path.endswith((*DATA_SUFFIXES, ".gguf")) else "file or folder"
         return f"there is no {kind} {short(path)}" + _hint(path, folders)
-    name = path.partition(":")[0] if key != "base" else path  # a data set may have the name of a configuration
+    name = data_set_name(path)[0] if key != "base" else path
     if len(name) > 96 or not HUB_ID.fullmatch(name):
         return f"{short(path)} is no file, no folder and no hub id such as org/name" + _hint(path, folders)
     return None

@@ -29,7 +29,19 @@ def looks_local(path: str) -> bool:
     """Whether a `data` or `base` value names something on disk rather than a hub id such as `org/name`."""
     marked = path.startswith((".", "/", "~")) or "\\" in path or bool(PureWindowsPath(path).drive)
     marked = marked or path.count("/") > 1  # a hub id has at most one
-    return marked or path.endswith((*DATA_SUFFIXES, ".gguf")) or os.path.exists(path)
+    return marked or path.endswith((*DATA_SUFFIXES, ".gguf")) or _is_there(path)
+
+
+def data_set_name(path: str | Path) -> tuple[str, str | None]:
+    """(hub id or folder, configuration) of a data set; `NAME:CONFIG` names one of several configurations."""
+    name, _, config = str(path).rpartition(":")
+    is_drive = len(name) == 1
+    return (name, config) if name and config and not is_drive and not os.path.exists(path) else (str(path), None)
+
+
+def _is_there(path: str | Path) -> bool:
+    folder, config = data_set_name(path)
+    return os.path.isdir(folder) if config else os.path.exists(path)
 
 
 def expanded(path: str | Path) -> Path:
@@ -41,7 +53,7 @@ def expanded(path: str | Path) -> Path:
 
 def locate(path: str, folders: Folders = HERE) -> Path | None:
     """The file or folder, looked up in these folders, in this order."""
-    return next((found for folder in folders if os.path.exists(found := folder / expanded(path))), None)
+    return next((found for folder in folders if _is_there(found := folder / expanded(path))), None)
 
 
 def adapter_folder(path: str, folders: Folders) -> Path | None:
@@ -191,7 +203,7 @@ def absolute(recipe: Recipe) -> Recipe:
 def absolute_path(path: str) -> str:
     """A local path made absolute; a hub id or a `package:` file unchanged."""
     here = expanded(path)
-    return os.path.abspath(here) if os.path.exists(here) else path
+    return os.path.abspath(here) if _is_there(here) else path
 
 
 def _replaced(raw: Keys, replace: Callable[[Place, str, str], str]) -> Keys:

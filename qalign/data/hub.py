@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from qalign.config.paths import data_set_name, expanded
 from qalign.config.stages import Source
 from qalign.errors import UserError, disk_problem
 
@@ -14,9 +15,9 @@ SECONDS = 5  # until the hub has answered; its own clients try again for half a 
 def data_set(source: Source, split: str) -> Iterator[Any]:
     """The rows of a hub data set (`NAME` or `NAME:CONFIG`) or of a folder. With `streaming`, rows are fetched as they
     are taken. Raises a `UserError` if they can't be loaded."""
-    name, _, config = source.path.partition(":")
+    name, config = data_set_name(expanded(source.path))
     try:
-        yield from _loaded(name, config or None, source, split)
+        yield from _loaded(name, config, source, split)
     except Exception as error:  # the hub, the network, the split, the files
         reason = why(error, name, "dataset", source.revision)
         raise UserError(f"{source.path}: the data set can't be loaded (split '{split}'): {reason}") from None
@@ -24,18 +25,16 @@ def data_set(source: Source, split: str) -> Iterator[Any]:
 
 def _loaded(name: str, config: str | None, source: Source, split: str) -> Iterable[Any]:
     datasets: Any = import_module("datasets")  # it has no types
-    folder = Path(name).expanduser()
+    folder = Path(name)
     if not folder.is_dir():
         check_reachable(name, "dataset", source.revision)
     elif source.revision:
         raise ValueError("a folder has no revision; remove it")
     elif any((folder / saved).is_file() for saved in ("state.json", "dataset_dict.json")):
-        data = datasets.load_from_disk(str(folder))
+        data = datasets.load_from_disk(name)
         if isinstance(data, datasets.DatasetDict) and split not in data:
             raise ValueError(f"it has no such split; its splits: {', '.join(data)}")
         return data[split] if isinstance(data, datasets.DatasetDict) else data
-    else:
-        name = str(folder)
     if not source.streaming:
         return datasets.load_dataset(name, config, split=split, revision=source.revision)
     builder = datasets.load_dataset_builder(name, config, revision=source.revision)

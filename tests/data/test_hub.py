@@ -9,10 +9,14 @@ import subprocess
 import sys
 import time
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qalign.config.load import load
+from qalign.config.paths import absolute
+from qalign.data.formats import preferences
 from tests.data.fake_hub import FakeHub
 
 MAIN = [{"prompt": f"Question {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
@@ -131,3 +135,21 @@ def test_streaming_with_a_limit_fetches_little_else(tmp_path, kind):
 
     assert json.loads(done.stdout)["chosen"] == ["good 0"] * 5
     assert 0 < hub.served[f"train.{kind}"] < len(hub.files[f"train.{kind}"]) / 2
+
+
+def test_a_folder_may_have_configurations_too(tmp_path, monkeypatch):
+    (folder := tmp_path / "set").mkdir()
+    (folder / "README.md").write_text(CARD)
+    for name, rows in (("main/train", MAIN), ("small/train", MAIN[:2]), ("small/test", MAIN[3:])):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.jsonl").write_bytes(lines(rows))
+    (tmp_path / "recipe.yaml").write_text(
+        "model: {base: org/base}\noutput: out\ndpo: {data: 'set:small', split: test}\n"
+    )
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    recipe = load(str(tmp_path / "recipe.yaml"))  # `set` lies in the recipe's folder
+    rows, refused = preferences(recipe.dpo.data, recipe.dpo.split, None, 0)
+
+    assert absolute(recipe).dpo.data[0].path == f"{folder}:small"
+    assert ([row.chosen["content"] for row in rows], refused) == (["good 3"], [])
