@@ -149,7 +149,8 @@ def test_a_phone_has_no_sideways_scroll(browser, address):
 @pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800), (1440, 1600)])
 def test_the_chats_fill_the_window_and_no_title_lies_on_a_text(browser, address, width, height):
     browser.open(address, width, height)
-    browser.ask("Why? " * 60)
+    browser.ask("Why? " * 12)
+    browser.run("window.scrollTo(0, 0)")
     box = "const b = document.querySelector({!r}).getBoundingClientRect(); return [b.left, b.top, b.right, b.bottom]"
     for side in ("#left", "#right"):
         _, _, _, title_bottom = browser.run(box.format(f"{side} label"))
