@@ -6,8 +6,8 @@ It reads the recipe's `ppo` section: prompts, reward, judge, sampling, and `star
 writes `picks.jsonl` (prompt and best answer, for SFT), `pairs.jsonl` (best and worst answer, for DPO) and
 `summary.json` to `<output>/best_of/`. Repeated with the policy that was trained on the pairs, it is online DPO:
 
-    python -m qalign.dpo RECIPE dpo.data=runs/demo/best_of/pairs.jsonl output=runs/round2
-    python -m qalign.best_of RECIPE ppo.start_from=runs/round2/dpo/adapter output=runs/round2
+    python -m qalign.dpo RECIPE dpo.data=runs/demo/best_of/pairs.jsonl output=runs/demo_2
+    python -m qalign.best_of RECIPE ppo.start_from=runs/demo_2/dpo/adapter output=runs/demo_2
 
 Only answers that ended with a stop token are picked: a cut one would teach a model to stop in mid-sentence. On the
 held-out prompts it measures the reward and the KL of every power of 2 up to n, and draws them into PPO's report.
@@ -28,6 +28,7 @@ from qalign.cli import run_parsed, stage_parser
 from qalign.config.atomic import LEFTOVER, write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
+from qalign.config.stages import SFT_RUN
 from qalign.data.formats import prompts
 from qalign.errors import UserError
 from qalign.model import origin
@@ -82,7 +83,7 @@ def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrit
         rewarded = combined(reward, rows)[0].tolist()
         points = curve(rewarded, combined(judge, rows)[0].tolist() if judge else None, n)
     refused = [asdict(row) for row in setup.rows.refused]
-    _finish(folder, command_line, {"n": n, "prompts": setup.rows.counts, "held_out": points, "refused": refused})
+    _finish(folder, run, {"n": n, "prompts": setup.rows.counts, "held_out": points, "refused": refused})
 
 
 def _claim(folder: Path, run: RunFolder, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
@@ -182,7 +183,7 @@ def curve(proxy: Sequence[Sequence[float]], judge: Sequence[Sequence[float]] | N
     ]
 
 
-def _finish(folder: Path, command_line: str, facts: dict[str, Any]) -> None:
+def _finish(folder: Path, run: RunFolder, facts: dict[str, Any]) -> None:
     """Joins the parts, writes the summary, draws the report, and prints where everything is."""
     parts = [_read(file, "delete it, then --resume makes it again") for file in _finished_parts(folder)]
     picks, pairs = ([row for part in parts for row in part[name]] for name in ("picks", "pairs"))
@@ -192,15 +193,36 @@ def _finish(folder: Path, command_line: str, facts: dict[str, Any]) -> None:
     facts |= {"picks": len(picks), "pairs": len(pairs), "prompts_without_an_ended_answer": without}
     write_whole(folder / SUMMARY, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
     picture = ppo_report.redraw(folder.parent)
-    cut = f"; no answer to {without} prompts ended by itself" if without else ""
-    lines = [("picks", f"{len(picks)} in {folder / PICKS}"), ("pairs", f"{len(pairs)} in {folder / PAIRS}{cut}")]
+    none = f"; {without} prompts have no answer that ended by itself and says something" if without else ""
+    lines = [("picks", f"{len(picks)} in {folder / PICKS}{none}"), ("pairs", f"{len(pairs)} in {folder / PAIRS}")]
     for point in facts["held_out"]:
         judged = "" if point["judge"] is None else f", judge {point['judge']:+.3f}"
         scores = f"held-out reward {point['proxy']:+.3f}{judged}, KL at most {point['kl_nats']:.2f} nats"
         lines.append((f"best of {point['n']}", scores))
     lines += [("report", f"{picture}: best of n next to PPO")] if picture else []
-    lines.append(("next", f"python -m qalign.dpo {command_line} dpo.data={folder / PAIRS} output=ANOTHER"))
+    lines.append(("next", _next(run, folder / PAIRS, len(picks), len(pairs))))
     print_table("done", lines)
+
+
+def _next(run: RunFolder, file: Path, picks: int, pairs: int) -> str:
+    """What to do next: the command that trains on the pairs in `file`, from the policy that sampled them, with an
+    output of its own; or why there are none."""
+    dpo, words = run.recipe.dpo, shlex.split(run.command_line)
+    if not picks:
+        return "nothing to train on: raise ppo.max_new_tokens, or let ppo.start_from name a model that ends its answers"
+    if not pairs:
+        return "no pair to train on: the reward tells no answers to a prompt apart; look at ppo.reward, or raise n"
+    if dpo is None:
+        return f"add a dpo section to {words[0]}, with data: {file}"
+    output = run.path.parent
+    another = next(place for k in count(2) if not (place := output.with_name(f"{output.name}_{k}")).exists())
+    own = [f"dpo.data={file}", f"output={another}"]
+    start = run.parent or (str(RunFolder(run.recipe, SFT_RUN).adapter) if dpo.start_from == SFT_RUN else None)
+    if start:  # `sft` would be looked for in the new output
+        own.append(f"dpo.start_from={start}")
+    replaced = {word.partition("=")[0] for word in own}
+    kept = [word for word in words if word.partition("=")[0] not in replaced]
+    return f"python -m qalign.dpo {shlex.join([*kept, *own])}"
 
 
 def _split_n(words: list[str]) -> tuple[int, list[str]]:

@@ -7,6 +7,7 @@ adapter off, or with a frozen copy of the adapter that the policy started from (
 weights serves both.
 """
 
+import shlex
 from functools import partial
 from typing import cast
 
@@ -48,7 +49,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     loss = f"{settings.loss}, beta {settings.beta:g}"
     facts = session.train(trainer, reference=reference, loss=loss, prompts=base.layout_in_words)
     references.save()
-    session.finish(f"python -m qalign.evaluate {run.command_line}", reference=reference, **facts)
+    measure = f"python -m qalign.evaluate {run.command_line}" if settings.has_held_out else None
+    session.finish(measure or f"python -m qalign.page {shlex.quote(str(run.path))}", reference=reference, **facts)
 
 
 main = partial(stage_command, "dpo", train)

@@ -80,12 +80,13 @@ def report(recipe: Recipe) -> None:
     _print_answers(answered)
 
 
-def check_usable(source: str, used: int, refused: Sequence[Refused]) -> None:
-    """Prints the first refused rows with their reasons on stderr. Raises a `UserError` if no row is usable."""
+def check_usable(source: str, used: int, refused: Sequence[Refused], expected: str = "") -> None:
+    """Prints the first refused rows with their reasons on stderr. Raises a `UserError` if no row is usable, which ends
+    with what was `expected`."""
     for row in refused[:SHOWN_REFUSALS]:
         print(one_line(f"refused: {row.where}: {row.reason}"), file=sys.stderr)
     if not used:
-        raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused)")
+        raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused){expected}")
 
 
 def measure(base: "Base", pairs: list["TokenPair"], beta: float, loss: str = "sigmoid") -> dict[str, float]:

@@ -6,6 +6,7 @@ The model is a LoRA adapter on the 4-bit base and a linear head in float32; the 
 answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whether to trust the model.
 """
 
+import shlex
 from functools import partial
 from typing import cast
 
@@ -56,7 +57,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         facts |= _report(run, pairs.held_out, scores.tolist())
     pad = base.tokenizer.pad_token
     session.finish(
-        f"python -m qalign.score {run.path} FILE.jsonl",
+        f"python -m qalign.score {shlex.quote(str(run.path))} FILE.jsonl",
         LOADING.format(pad=base.tokenizer.pad_token_id),
         pooling=f"the last token that is not {pad}: the end of the answer's turn",
         **facts,

@@ -2,14 +2,15 @@
 
     python -m qalign.score RUN FILE [--to FILE] [--limit N] [--column NAME]
 
-A row with one answer (prompt and completion, or any dialogue that ends with the assistant's turn) gets a `reward`; a
-preference row gets `reward_chosen`, `reward_rejected` and `reward_margin`. The output keeps the rows' order and all
-their columns; an existing column is never replaced.
+A row with one answer (a prompt and its completion, answer or response, or any dialogue that ends with the assistant's
+turn) gets a `reward`; a preference row gets `reward_chosen`, `reward_rejected` and `reward_margin`. The output keeps
+the rows' order and all their columns; an existing column is never replaced.
 """
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean, pstdev
 from typing import TYPE_CHECKING
 
 from qalign.cli import Parser, program, run_parsed
@@ -18,14 +19,17 @@ from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
-from qalign.errors import UserError, scores_not_finite
+from qalign.errors import UserError, one_line, scores_not_finite
 from qalign.evaluate import check_usable
 from qalign.model import origin
-from qalign.train.run_folder import open_run
+from qalign.train.run_folder import open_run, print_table
 
 if TYPE_CHECKING:
     from qalign.data.collate import AnsweredPrompt
     from qalign.model.base import Base
+
+SHOWN, SHOWN_CHARACTERS = 3, 72
+SHAPES = '{"prompt", "completion"} (or "answer", "response"), {"messages"}, or {"prompt", "chosen", "rejected"}'
 
 Read = tuple[dict, Preference | Dialogue, list[str]]  # a row of the file, its parsed form, the columns that it gets
 
@@ -52,7 +56,7 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
     rows, tokens, unfit = _encoded(base, read)
     refused += unfit
-    check_usable(file, len(rows), refused)
+    check_usable(file, len(rows), refused, f"; a row is {SHAPES}")
     scores = _scores(base, tokens)
     with replacing(target) as aside, aside.open("w", encoding="utf-8") as opened:
         for (raw, _, names), found in zip(rows, scores, strict=True):
@@ -61,6 +65,22 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
                 found.append(round(found[0] - found[1], 6))
             opened.write(_line(raw | dict(zip(names, found, strict=True))))
     print(f"{target}: {len(rows):,} rows scored, {len(refused):,} refused")
+    _print_scores(rows, scores)
+
+
+def _print_scores(rows: list[Read], scores: list[list[float]]) -> None:
+    """Mean and spread of all scores, how often chosen beats rejected, and the first rows with theirs."""
+    every, pairs = [score for found in scores for score in found], [found for found in scores if len(found) == 2]
+    spread = f"standard deviation {pstdev(every):.3f}, from {min(every):+.3f} to {max(every):+.3f}"
+    lines = [("scores", f"mean {mean(every):+.3f}, {spread}")]
+    if pairs:
+        wins = mean(1.0 if one > other else 0.5 if one == other else 0.0 for one, other in pairs)
+        lines.append(("pairs", f"chosen scores higher in {wins:.1%} of {len(pairs):,}"))
+    for (_, row, _), found in list(zip(rows, scores, strict=True))[:SHOWN]:
+        answer = row.chosen if isinstance(row, Preference) else row.turns[-1]
+        said = one_line(answer["content"], SHOWN_CHARACTERS)
+        lines.append((Path(row.where).name, f"{' / '.join(f'{score:+.3f}' for score in found)}  {said}"))
+    print_table("scored", lines)
 
 
 def _parsed(raw: dict, where: str, column: str) -> Read:
@@ -127,7 +147,7 @@ def _scored_name(file: Path) -> Path:
 def main(words: Sequence[str] | None = None) -> None:
     parser = Parser(prog=program("score"), description=score.__doc__)
     parser.add_argument("run", help="a finished reward run, such as runs/demo/reward")
-    parser.add_argument("file", help="the rows to score: .jsonl, .json, .jsonl.gz, .parquet or .csv")
+    parser.add_argument("file", help=f"the rows to score, as .jsonl, .json, .jsonl.gz, .parquet or .csv: {SHAPES}")
     parser.add_argument("--to", metavar="FILE", help="the output file (default: FILE.scored.jsonl beside the input)")
     parser.add_argument("--limit", type=int, metavar="N", help="score only the first N rows")
     parser.add_argument(

@@ -6,6 +6,7 @@ TRL's `SFTTrainer` runs it on token ids made by qalign: only the assistant's tur
 turn, whether or not the chat template marks them. Departure from TRL: adapters stay float32 on a 4-bit base.
 """
 
+import shlex
 from functools import partial
 from typing import Any, cast
 
@@ -52,7 +53,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     if rows.held_out and not settings.eval_every:  # otherwise they were measured after the last step
         trainer.evaluate()
     following = [f"python -m qalign.{stage} {run.command_line}" for stage in recipe.stages if stage != "sft"]
-    session.finish([*following, f"python -m qalign.merge {run.path}"][0], supervised_tokens=supervised, **facts)
+    session.finish(
+        [*following, f"python -m qalign.merge {shlex.quote(str(run.path))}"][0], supervised_tokens=supervised, **facts
+    )
 
 
 main = partial(stage_command, "sft", train)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalign.reports.alarms import EvalPoint, best_point
 from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, counted, label, picture
+from qalign.reports.reward_report import wilson_of
 from qalign.train.checkpoints import read_metrics
 
 if TYPE_CHECKING:
@@ -19,6 +20,19 @@ DASHED: dict[str, Any] = {"linestyle": "--", "markersize": 3.5}  # a curve drawn
 FAINTEST = 0.25  # opacity of the first point; the last one is opaque
 STEPS, PROXY, JUDGE = "PPO iterations", "reward trained on (proxy)", "held-out judge"
 BEST_OF = "best_of/summary.json"  # in the recipe's output folder
+SURE = 1.96  # standard errors on each side of a mean, for an interval of 95%
+# How to read each panel, in one or two short lines.
+NOTES = {
+    "gains": "Up is better, right is farther from the reference. √KL: gains grow about\n"
+    "in step with it. A judge that falls while the reward rises: reward hacking.",
+    "rewards": "Bands: 95% intervals of the means over answers.\nReward up and judge down: the reward is being gamed.",
+    "kl": "log π(y|x) − log π_ref(y|x), mean over answers.\nA steep rise calls for a larger ppo.kl_coefficient.",
+    "length": "Longer answers often earn more reward without\nbeing better: read some of them (samples/).",
+    "shares": "distinct-2: share of an answer's word pairs that are new; low means\n"
+    "it loops. Bars: 95% intervals of the share that ends.",
+    "updates": "Entropy near 0: nothing new is tried. Clipped ratios: tokens whose\n"
+    "update was cut at ppo.clip; far above 20%, lower the learning rate.",
+}
 
 
 @dataclass(frozen=True)
@@ -80,9 +94,12 @@ def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf
         for step in alarm_steps:
             axes.axvline(step, color=RED, linestyle=":", linewidth=1.5)
     _draw_curve(rewards, points, "proxy", BLUE)
+    _draw_band(rewards, points, "proxy", BLUE)
     label(rewards, "Rewards as the models give them", STEPS, PROXY)
     if judged := [point for point in points if point.judge is not None]:
-        _draw_curve(_second_scale(rewards, PROXY, JUDGE), judged, "judge", ORANGE, **DASHED)
+        right = _second_scale(rewards, PROXY, JUDGE)
+        _draw_curve(right, judged, "judge", ORANGE, **DASHED)
+        _draw_band(right, judged, "judge", ORANGE)
     _draw_curve(kl, points, "kl_nats", BLUE)
     kl.axhline(0, color=GREY, linewidth=1, zorder=0)
     label(kl, "Distance from the reference", STEPS, "KL (nats an answer)")
@@ -91,6 +108,8 @@ def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf
     label(length, "Length of the answers", STEPS, "mean length (tokens)")
     _draw_shares(shares, points)
     _draw_updates(updates, points)
+    for axes, note in zip((gains, rewards, kl, length, shares, updates), NOTES.values(), strict=True):
+        axes.text(0.5, -0.19, note, transform=axes.transAxes, ha="center", va="top", fontsize=9.5, color="#404040")
 
     (star,) = gains.plot([], [], "*--", color=GREY, markersize=14, mec="black", mfc="white")
     kinds = {f"best evaluation, step {best.step}": star}
@@ -118,6 +137,8 @@ def _draw_gains(axes: "Axes", points: Sequence[EvalPoint], best: EvalPoint, best
             continue
         roots, gains = _roots_and_gains(points, name, start, std)
         axes.plot(roots, gains, color=colour, linewidth=1, alpha=0.5, zorder=2)
+        errors = [_half_width(point, name) / (std or 1.0) for point in points]
+        axes.errorbar(roots, gains, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2, alpha=0.5, zorder=2)
         dots = axes.scatter(roots, gains, s=size**2, color=colour, marker=marker, linewidths=0, zorder=3)
         dots.set_alpha([1 - (1 - FAINTEST) * age / max(1, len(roots) - 1) for age in reversed(range(len(roots)))])
         axes.plot([], [], f"{marker}-", color=colour, label=words if std else f"{words}, in its own units")
@@ -146,8 +167,22 @@ def _roots_and_gains(
     return [sqrt(max(0.0, point.kl_nats)) for point in scored], gains
 
 
+def _half_width(point: EvalPoint, name: str) -> float:
+    """Half the 95% interval of a mean score; 0 of a single answer, whose spread is unknown."""
+    return SURE * getattr(point, f"{name}_std") / sqrt(point.answers - 1) if point.answers > 1 else 0.0
+
+
+def _draw_band(axes: "Axes", points: Sequence[EvalPoint], name: str, colour: str) -> None:
+    """The 95% intervals of the means of a curve."""
+    means, widths = [getattr(point, name) for point in points], [_half_width(point, name) for point in points]
+    low, high = ([mean + sign * width for mean, width in zip(means, widths, strict=True)] for sign in (-1, 1))
+    axes.fill_between([point.step for point in points], low, high, color=colour, alpha=0.15, linewidth=0)
+
+
 def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:
     _draw_curve(axes, points, "ended", BLUE, label="answers that end")
+    bounds = [wilson_of(point.ended, point.answers) for point in points]
+    axes.vlines([point.step for point in points], *zip(*bounds, strict=True), color=BLUE, linewidth=1, alpha=0.5)
     _draw_curve(axes, points, "distinct", GREEN, label="distinct-2", **DASHED)
     _draw_curve(axes, points, "repeated", PURPLE, label="repeated lines")
     axes.set_ylim(-0.03, 1.3)  # leaves room for the legend above every curve

@@ -26,6 +26,8 @@ from qalign.train.dataset import StageRows
 from qalign.train.model_card import LOADING
 from qalign.train.run_folder import RunFolder, print_table
 
+FEW_STEPS = 10  # of the optimiser: with Adam and a warm-up, fewer hardly move an adapter
+
 
 def load_base(run: RunFolder, load: Callable[[Model], Base]) -> Base:
     """The recipe's base model, loaded after the values under `trainer:` were tried out. The seed is set first: a reward
@@ -141,6 +143,8 @@ class Session:
 
         settings, unit = self.run.settings, "rows" if self.run.stage == "sft" else "pairs"
         steps = planned_steps(settings, len(cast(Sized, trainer.train_dataset)))
+        if hint := few_steps(settings, steps):
+            more["hint"] = hint
         self.print_header(f"{steps:,}, each of {settings.batch_size} {unit}", **more)
         return self.to_the_end(loop)
 
@@ -232,6 +236,18 @@ def planned_steps(settings: Stage, rows: int) -> int:
     else:
         batches = math.ceil(rows / settings.batch_size) * settings.epochs
     return settings.max_steps or math.ceil(batches)
+
+
+def few_steps(settings: Stage, steps: int) -> str | None:
+    """What to set where so few optimiser steps would hardly teach anything; None where the number was chosen."""
+    if settings.max_steps or steps >= FEW_STEPS:
+        return None
+    fixes = ["epochs=3"] if settings.epochs < 3 else []
+    fixes += ["packing=false"] if isinstance(settings, SFT) and settings.packing else []
+    if not fixes and settings.batch_size > 1:
+        fixes = [f"batch_size={max(1, settings.batch_size * steps // FEW_STEPS)}"]
+    are = "step is" if steps == 1 else "steps are"
+    return f"{steps} {are} few: {', '.join(fixes)}" if fixes else None
 
 
 def rows_at_once(settings: Stage) -> int | Literal["auto"]:

@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,30 @@ def test_rows_of_all_shapes_keep_their_order_and_bad_ones_are_counted(run, write
     assert len(refusals) == 5  # more are only counted
     for number, reason in ((2, "not valid JSON"), (3, "plain text"), (5, "this row has prompt"), (6, "empty")):
         assert any(line.startswith(f"refused: {file}:{number}: ") and reason in line for line in refusals), refusals
+
+
+def test_mean_spread_and_the_first_rows_are_printed(run, write_jsonl, capsys):
+    rows = [{"prompt": PROMPT, name: text} for name, text in (("answer", GOOD), ("response", BAD), ("completion", GOOD))]
+    file = write_jsonl("named.jsonl", [*rows, *HELD_OUT[:4]])
+    score(str(run.path), file, None, None)
+    found, said = lines(Path(file).with_name("named.scored.jsonl")), capsys.readouterr().out
+    pairs = [(row["reward_chosen"], row["reward_rejected"]) for row in found[3:]]
+    every = [*(row["reward"] for row in found[:3]), *(score for pair in pairs for score in pair)]
+    assert f"mean {statistics.mean(every):+.3f}, standard deviation {statistics.pstdev(every):.3f}" in said
+    assert f"from {min(every):+.3f} to {max(every):+.3f}" in said
+    assert f"chosen scores higher in {sum(one > other for one, other in pairs) / 4:.1%} of 4" in said
+    for number, row in enumerate(found[:3], 1):
+        assert f"  named.jsonl:{number}  {row['reward']:+.3f}  " in said
+    assert "named.jsonl:4" not in said
+
+
+def test_the_shape_of_a_row_is_in_the_help_and_in_the_error(run, write_jsonl, capsys):
+    assert leaving(main, "--help") == 0
+    assert '"prompt", "completion"' in " ".join(capsys.readouterr().out.split())
+    assert leaving(main, str(run.path), write_jsonl("odd.jsonl", [{"question": "Why?"}])) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert 'holds no usable rows (1 were refused); a row is {"prompt", "completion"} (or "answer", "response"), ' in line
+    assert len(line) <= 300
 
 
 def test_the_target_and_the_limit_can_be_chosen(run, tmp_path, capsys):

@@ -3,13 +3,17 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 
 from qalign.reports.alarms import EvalPoint, best_of_n_kl
 from qalign.reports.plots import BLUE, ORANGE, RED
 from qalign.reports.ppo_report import BestOf, draw, fill
+from qalign.reports.reward_report import wilson
 
 START = EvalPoint(
     step=0, answers=8, kl_nats=-0.01, proxy=1.0, proxy_std=2.0, judge=50.0, judge_std=4.0, length=40.0, ended=0.9,
@@ -42,22 +46,55 @@ def curves(axes, colour: str, marker: str) -> list[list[tuple[float, float]]]:
     return [curve for curve in points if curve]
 
 
+def dots_of(axes) -> list[PathCollection]:
+    return [found for found in axes.collections if isinstance(found, PathCollection)]
+
+
+def bars(axes) -> list[list[list[float]]]:
+    """The ends of the upright lines of each set of error bars."""
+    return [found.get_segments() for found in axes.collections if isinstance(found, LineCollection)]
+
+
+def test_intervals_of_95_percent_by_hand():
+    """Half of one is 1.96 standard deviations over the root of 7, one less than the answers."""
+    found, half = panels(THREE), 1.96 * 2.0 / math.sqrt(7)
+    proxy, judge = bars(found[GAINS])
+    assert [end[1] for end in proxy[1]] == pytest.approx([1 - half / 2, 1 + half / 2])  # in standard deviations, 2.0
+    assert [end[1] for end in judge[2]] == pytest.approx([-0.5 - half / 2, -0.5 + half / 2])
+    (band,) = found["Rewards as the models give them"].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (min(heights), max(heights)) == pytest.approx((1 - half, 7 + half))
+    (ended,) = bars(found["Do answers end, and do they loop?"])
+    points = np.array([1.0] * 4 + [0.0] * 4)  # half of eight
+    assert [end[1] for end in ended[2]] == pytest.approx(wilson(points))
+    single = panels([replace(START, answers=1)])
+    assert [end[1] for end in bars(single[GAINS])[0][0]] == [0.0, 0.0], "one answer has no known spread"
+
+
+def test_every_panel_says_how_to_read_it_below_it():
+    for axes in [axes for axes in panels(THREE).values() if axes.get_title()]:
+        (note,) = (text for text in axes.texts if not isinstance(text, Annotation))
+        assert len(note.get_text()) > 60, axes.get_title()
+        assert note.get_position()[1] < 0
+        assert max(map(len, note.get_text().splitlines())) <= 75  # the panel's width
+
+
 def upright(axes, style: str) -> list[float]:
     return [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == style and line.get_marker() == "None"]
 
 
 def test_both_rewards_are_drawn_against_the_root_of_the_kl():
     axes = panels(THREE, SEARCH)[GAINS]
-    proxy, judge = ([tuple(point) for point in dots.get_offsets().tolist()] for dots in axes.collections)
+    proxy, judge = ([tuple(point) for point in dots.get_offsets().tolist()] for dots in dots_of(axes))
     assert proxy == [(0, 0), (2, 1), (3, 3)]  # the KL before training, a little below 0, is 0
     assert judge == [(0, 0), (2, 1), (3, -0.5)]
     assert curves(axes, BLUE, "*") == curves(axes, ORANGE, "*") == [[(2, 1)]]
     root = math.sqrt(best_of_n_kl(4))
     assert curves(axes, BLUE, "D") == [[(0, 0), (root, 1.5)]]
     assert curves(axes, ORANGE, "D") == [[(0, 0), (root, 0.75)]]
-    assert {text.get_text(): text.xy for text in axes.texts} == {"n=1": (0, 0), "n=4": (root, 1.5)}
+    assert {text.get_text(): text.xy for text in axes.texts if isinstance(text, Annotation)} == {"n=1": (0, 0), "n=4": (root, 1.5)}
     assert "standard deviations" in axes.get_ylabel()
-    assert [dots.get_alpha().tolist() for dots in axes.collections] == [[0.25, 0.625, 1.0]] * 2
+    assert [dots.get_alpha().tolist() for dots in dots_of(axes)] == [[0.25, 0.625, 1.0]] * 2
 
 
 @pytest.mark.parametrize(
@@ -99,7 +136,7 @@ def test_without_a_judge_there_is_no_second_scale_and_the_reward_tells_the_best(
 
 def test_answers_that_all_score_alike_give_no_unit():
     axes = panels([replace(point, proxy_std=0.0) for point in THREE])[GAINS]
-    assert axes.collections[0].get_offsets().tolist() == [[0, 0], [2, 2], [3, 6]]
+    assert dots_of(axes)[0].get_offsets().tolist() == [[0, 0], [2, 2], [3, 6]]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["reward trained on (proxy), in its own units", "held-out judge"]
 

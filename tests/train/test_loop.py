@@ -16,7 +16,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite
 from qalign.model.memory.forecast import Plan
 from qalign.train.callbacks import RunCallback
-from qalign.train.loop import Session, micro_batch, planned_steps
+from qalign.train.loop import Session, few_steps, micro_batch, planned_steps
 from tests.helpers import TRAIN, dpo_config, metrics
 from tests.reward_runs import run_stage, write_recipe
 
@@ -53,6 +53,22 @@ def test_planned_steps_count_a_short_last_batch():
     assert planned_steps(settings(batch_size=8), 17) == 3
     assert planned_steps(settings(batch_size=8, epochs=1.5), 17) == 5  # 3 an epoch, 4.5 rounded up
     assert planned_steps(settings(batch_size=8, max_steps=2), 17) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "steps", "hint"),
+    [
+        (SFT, {"packing": True}, 4, "4 steps are few: epochs=3, packing=false"),
+        (SFT, {"packing": True, "epochs": 3.0}, 6, "6 steps are few: packing=false"),
+        (DPO, {}, 1, "1 step is few: epochs=3"),
+        (DPO, {"epochs": 3.0, "batch_size": 16}, 5, "5 steps are few: batch_size=8"),
+        (DPO, {"epochs": 3.0, "batch_size": 1}, 5, None),
+        (DPO, {}, 10, None),
+        (SFT, {"max_steps": 2, "packing": True}, 2, None),
+    ],
+)
+def test_few_steps_come_with_a_hint_unless_their_number_was_chosen(stage, keys, steps, hint):
+    assert few_steps(settings(stage, **keys), steps) == hint
 
 
 @pytest.mark.parametrize(
@@ -104,6 +120,11 @@ def test_a_resumed_run_counts_its_tokens_on():
     (line,) = logged
     assert line["num_tokens"] == 120
     assert json.loads(json.dumps(line, allow_nan=False))["grad_norm"] is None
+
+
+def test_the_header_has_the_hint(tmp_path, tiny_folder, capsys):
+    run_stage(write_recipe(tmp_path, tiny_folder, "sft", packing=True, model={"max_length": 256}))
+    assert " steps are few: epochs=3, packing=false\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
