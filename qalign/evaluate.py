@@ -35,7 +35,7 @@ SIDE_BY_SIDE = 3
 ANSWERED = 16  # held-out prompts that are answered before and after
 SHOWN_LINES = 8  # of an answer
 SHOWN_REFUSALS = 5
-MAX_NEW_TOKENS = 160
+MAX_NEW_TOKENS = 128
 BATCH_TOKENS = 2048
 
 

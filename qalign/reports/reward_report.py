@@ -135,7 +135,7 @@ def wilson_of(share: float, count: int) -> list[float]:
     """The same interval of a share of `count`."""
     from scipy.stats import norm  # here, as in the next two functions: SciPy takes half a second to import
 
-    ratio = norm.ppf(0.975) ** 2 / count
+    ratio = float(norm.ppf(0.975)) ** 2 / count
     low, high = sorted(np.roots([1 + ratio, -2 * share - ratio, share**2]).tolist())
     return [max(0.0, min(low, share)), min(1.0, max(high, share))]  # rounding may step over 0, 1 or the share
 

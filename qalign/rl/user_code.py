@@ -84,7 +84,7 @@ def set_stream_state(state: dict[str, Any]) -> None:
 
 def random_state() -> dict[str, Any]:
     """The states of all global generators, as plain values and tensors."""
-    name, keys, *rest = numpy.random.get_state()
+    name, keys, *rest = cast(tuple[Any, ...], numpy.random.get_state())
     found = {"rng": torch.get_rng_state(), "python_rng": random.getstate(), "numpy_rng": (name, keys.tolist(), *rest)}
     return found | ({"cuda_rng": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {})
 

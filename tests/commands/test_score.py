@@ -145,7 +145,9 @@ def test_rows_of_all_shapes_keep_their_order_and_bad_ones_are_counted(run, write
 
 
 def test_mean_spread_and_the_first_rows_are_printed(run, write_jsonl, capsys):
-    rows = [{"prompt": PROMPT, name: text} for name, text in (("answer", GOOD), ("response", BAD), ("completion", GOOD))]
+    rows = [
+        {"prompt": PROMPT, name: text} for name, text in (("answer", GOOD), ("response", BAD), ("completion", GOOD))
+    ]
     file = write_jsonl("named.jsonl", [*rows, *HELD_OUT[:4]])
     score(str(run.path), file, None, None)
     found, said = lines(Path(file).with_name("named.scored.jsonl")), capsys.readouterr().out
@@ -164,7 +166,9 @@ def test_the_shape_of_a_row_is_in_the_help_and_in_the_error(run, write_jsonl, ca
     assert '"prompt", "completion"' in " ".join(capsys.readouterr().out.split())
     assert leaving(main, str(run.path), write_jsonl("odd.jsonl", [{"question": "Why?"}])) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert 'holds no usable rows (1 were refused); a row is {"prompt", "completion"} (or "answer", "response"), ' in line
+    assert (
+        'holds no usable rows (1 were refused); a row is {"prompt", "completion"} (or "answer", "response"), ' in line
+    )
     assert len(line) <= 300
 
 

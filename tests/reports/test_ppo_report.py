@@ -92,7 +92,10 @@ def test_both_rewards_are_drawn_against_the_root_of_the_kl():
     root = math.sqrt(best_of_n_kl(4))
     assert curves(axes, BLUE, "D") == [[(0, 0), (root, 1.5)]]
     assert curves(axes, ORANGE, "D") == [[(0, 0), (root, 0.75)]]
-    assert {text.get_text(): text.xy for text in axes.texts if isinstance(text, Annotation)} == {"n=1": (0, 0), "n=4": (root, 1.5)}
+    assert {text.get_text(): text.xy for text in axes.texts if isinstance(text, Annotation)} == {
+        "n=1": (0, 0),
+        "n=4": (root, 1.5),
+    }
     assert "standard deviations" in axes.get_ylabel()
     assert [dots.get_alpha().tolist() for dots in dots_of(axes)] == [[0.25, 0.625, 1.0]] * 2
 

@@ -7,6 +7,7 @@ from transformers import AutoTokenizer
 
 from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
+from qalign.model.base import Base
 from tests.conftest import FIXTURES, ROOT
 from tests.families import family
 from tests.helpers import TEST, metrics, summary, train, train_recipe
@@ -103,3 +104,10 @@ def test_the_demo_learns_on_the_true_model(tmp_path):
     assert lines[0]["rewards/margins"] == 0
     assert lines[-1]["rewards/margins"] > 0.1
     assert lines[-1]["rewards/accuracies"] >= 0.75  # of four pairs: one may be close enough for bfloat16 to decide
+
+
+def test_a_loss_without_a_reference_loads_no_frozen_copy(recipe_file, monkeypatch, capsys):
+    parent = train(recipe_file(output="parent", max_steps=1)).adapter
+    monkeypatch.setattr(Base, "load_reference", lambda *_: pytest.fail("a frozen copy was loaded"))
+    train(recipe_file(output="simpo", loss="simpo", beta=2.0, start_from=str(parent), max_steps=1))
+    assert "none: this loss needs no reference" in capsys.readouterr().out
