@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from qalign.cli import run_parsed, stage_parser
 from qalign.config.atomic import LEFTOVER, write_whole
 from qalign.config.load import load
+from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT_RUN
 from qalign.data.formats import prompts
@@ -240,7 +241,7 @@ def main(words: Sequence[str] | None = None) -> None:
         n, overrides = _split_n(args.overrides)
         recipe = load(args.recipe, overrides, "ppo")
         command_line = shlex.join([args.recipe, *overrides])
-        with locked(Path(recipe.output).expanduser() / "best_of"):
+        with locked(expanded(recipe.output) / "best_of"):
             origin.check(recipe.model)
             best_of(recipe, n, command_line, resume=args.resume, overwrite=args.overwrite)
 

@@ -20,7 +20,7 @@ Lines = dict[Place, list[int]]  # the line numbers of every key and list item; s
 
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + name for name in ("str", "merge", "value")} | {"!"}  # `<<` and `=` as values are text
-_SCALARS = {_TAG + name for name in ("null", "bool", "int", "float")}
+_SCALARS = {f"{_TAG}null": "null", f"{_TAG}bool": "boolean", f"{_TAG}int": "whole number", f"{_TAG}float": "number"}
 
 
 class BadYaml(Exception):
@@ -164,7 +164,7 @@ class _Builder:
 
     def _key(self, node: yaml.Node) -> str:
         """A key as it is written: `on` and `5` are words here."""
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in _SCALARS | _TEXT:
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in {*_SCALARS, *_TEXT}:
             raise BadYaml(_line(node), "a key is a word, without a tag")
         return str(node.value)
 
@@ -176,7 +176,7 @@ class _Builder:
         try:
             return cast(Any, self.scalars.construct_object(node))  # pyright: ignore[reportUnknownMemberType]: untyped
         except Exception:  # what `!!int abc`, `0b_` or 5,000 digits raise differs with the type
-            raise BadYaml(_line(node), f"{short(node.value)} is no {node.tag.removeprefix(_TAG)}") from None
+            raise BadYaml(_line(node), f"{short(node.value)} is no {_SCALARS[node.tag]}") from None
 
 
 def _line(node: yaml.Node) -> int:

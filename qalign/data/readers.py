@@ -12,7 +12,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-from qalign.config.paths import DATA_SUFFIXES, looks_local
+from qalign.config.paths import DATA_SUFFIXES, expanded, looks_local
 from qalign.config.stages import Source
 from qalign.data.hub import data_set
 from qalign.errors import UserError
@@ -49,7 +49,7 @@ def read(source: Source, split: str) -> Placed:
     Raises:
         UserError: it can't be read at all; one line says why, and what to do.
     """
-    path = Path(source.path).expanduser()
+    path = expanded(source.path)
     if path.is_dir() or not looks_local(source.path) or ":" in path.name:
         yield from _numbered(f"{source.path}[{split}]", data_set(source, split))
         return

@@ -19,6 +19,7 @@ import transformers as tf
 from bitsandbytes.nn.modules import Linear4bit
 from torch import Tensor, nn
 
+from qalign.config.paths import expanded
 from qalign.config.recipe import Model
 from qalign.data.hub import why
 from qalign.errors import UserError
@@ -91,7 +92,7 @@ def readable(base: str, key: str, says: str = "can't be loaded") -> Generator[No
 
 
 def _own_code(base: str) -> bool:
-    return origin.has_own_code(Path(base).expanduser() / "config.json")
+    return origin.has_own_code(expanded(base) / "config.json")
 
 
 def load_scorer(source: str, key: str, dtype: torch.dtype, where: torch.device) -> tuple[Any, Any]:

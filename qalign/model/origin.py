@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qalign.config.paths import looks_local, package_file
+from qalign.config.paths import expanded, looks_local, package_file
 from qalign.config.recipe import Model
 from qalign.data.hub import why
 from qalign.errors import UserError
@@ -77,7 +77,7 @@ def gguf_file(spec: Model) -> Path | None:
     """The file of a base that is a `.gguf` file; None for another one."""
     if spec.base.startswith("package:"):
         return package_file(spec.base)
-    return Path(spec.base).expanduser() if spec.base.endswith(".gguf") else None
+    return expanded(spec.base) if spec.base.endswith(".gguf") else None
 
 
 def find(spec: Model) -> Origin:
@@ -106,7 +106,7 @@ def locate(base: str, revision: str | None, key: str) -> Origin:
         commit = file.parent.name
         stored = _stored(_config(file, base, key), base, key)
         return Origin(base, commit, revision, f"{base}@{commit}", stored, is_reached)
-    folder = Path(base).expanduser().resolve()
+    folder = expanded(base).resolve()
     if not folder.is_dir():
         raise UserError(f"{key}: there is no folder '{base}'")
     if not (folder / "config.json").is_file():

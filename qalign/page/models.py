@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
+from qalign.config.paths import expanded
 from qalign.config.recipe import Model, Recipe
 from qalign.errors import UserError
 from qalign.model.lineage import WEIGHTS, adapter_hash, check_base
@@ -66,7 +67,7 @@ def named_entry(word: str) -> ModelEntry:
     to load. Naming a run allows its whole output folder."""
     if word == BASE:
         return ModelEntry(BASE)
-    folder = Path(word).expanduser()
+    folder = expanded(word)
     if not (folder / CONFIG).is_file():
         run = open_run(word, ANSWERING_STAGES)
         is_output = folder.resolve() == run.path.parent.resolve()

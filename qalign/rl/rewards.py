@@ -16,7 +16,7 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
-from qalign.config.paths import function_of, looks_local, reward_adapter
+from qalign.config.paths import expanded, function_of, looks_local, reward_adapter
 from qalign.config.recipe import Recipe
 from qalign.config.stages import REWARD_RUN, RewardSource
 from qalign.data.collate import MicroBatchLimit
@@ -254,7 +254,7 @@ def _open(key: str, named: RewardSource, recipe: Recipe, run: RunFolder) -> Scor
         return FunctionScorer(key, source, weight)
     if folder := reward_adapter(source):
         return AdapterScorer(key, folder, weight, recipe)
-    place = str(Path(source).expanduser()) if looks_local(source) else source
+    place = str(expanded(source)) if looks_local(source) else source
     return ModelScorer(key, place, weight, _short_name(Path(place)))
 
 

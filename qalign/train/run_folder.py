@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
 from qalign.config.load import dump
-from qalign.config.paths import absolute, function_of, looks_local
+from qalign.config.paths import absolute, expanded, function_of, looks_local
 from qalign.config.recipe import Recipe, differences
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
@@ -44,7 +44,7 @@ class RunFolder:
 
     def __init__(self, recipe: Recipe, stage: str, command_line: str = "RECIPE"):
         self.recipe, self.stage, self.command_line = recipe, stage, command_line
-        self.path = Path(recipe.output).expanduser() / stage
+        self.path = expanded(recipe.output) / stage
         self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.metrics, self.summary = self.path / checkpoints.METRICS, self.path / "summary.json"
         self.stop, self.resume, self._began = StopRequest(), False, time.monotonic()
@@ -305,7 +305,7 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
     Raises:
         UserError: there is no finished run of such a stage, or its recipe can't be read.
     """
-    given = Path(folder).expanduser()
+    given = expanded(folder)
     given = given if given.name else given.resolve()  # "." has no name, and a run is known by its folder's
     given = given.parent if given.name == "adapter" else given
     places = [*(given / stage for stage in stages), given]

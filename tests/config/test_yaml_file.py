@@ -34,12 +34,12 @@ def reason(text: str) -> tuple[int, str]:
         ("? " * 5000, 1, "nested more than"),
         ("".join(f"{' ' * n}k:\n" for n in range(5000)), 30, "nested more than"),
         (f"a: [{'1,' * (MAX_VALUES + 1)}]", 1, f"more than {MAX_VALUES:,} values"),
-        ("a: 1\nseed: " + "9" * 5000, 2, "is no int"),
-        ("seed: 0b_", 1, "'0b_' is no int"),
-        ("seed: 0x_", 1, "'0x_' is no int"),
-        ("seed: !!int abc", 1, "'abc' is no int"),
-        ("seed: !!bool maybe", 1, "'maybe' is no bool"),
-        ("seed: !!float x", 1, "'x' is no float"),
+        ("a: 1\nseed: " + "9" * 5000, 2, "is no whole number"),
+        ("seed: 0b_", 1, "'0b_' is no whole number"),
+        ("seed: 0x_", 1, "'0x_' is no whole number"),
+        ("seed: !!int abc", 1, "'abc' is no whole number"),
+        ("seed: !!bool maybe", 1, "'maybe' is no boolean"),
+        ("seed: !!float x", 1, "'x' is no number"),
         ("a: !!binary aGk=", 1, "the tag '!!binary'"),
         ("a: !!timestamp 2020-99-99", 1, "the tag '!!timestamp'"),
         ("a: !!set {x, y}", 1, "the tag '!!set'"),
@@ -177,11 +177,11 @@ def test_an_override_is_bounded_as_a_file_is(problems):
     bomb += ", d: &d [*c,*c,*c,*c,*c,*c,*c,*c,*c,*c], e: [*d,*d]}"
     for word, words in (
         (f"dpo.trainer={bomb}", "values with its aliases"),
-        (f"seed={'9' * 5000}", "is no int"),
+        (f"seed={'9' * 5000}", "is no whole number"),
         (f"dpo.trainer={'[' * 500}", "nested more than"),
         (f"{'a.' * 500}b=1", "is a value, not a section"),
         ("dpo={beta: 1, beta: 2, data: pairs.jsonl}", "'beta' is set more than once"),
-        ("dpo.beta=!!int x", "is no int"),
+        ("dpo.beta=!!int x", "is no whole number"),
         ("dpo.split=\x1b[31m", "U+001B"),
     ):
         (line,) = problems(with_stages(), word)
