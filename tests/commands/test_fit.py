@@ -247,3 +247,34 @@ def test_every_recipe_fits_the_card_it_is_made_for(name, monkeypatch):
     size = forecast.settings.micro_batch_size
     tokens = (1 if size == "auto" else size) * 2 * forecast.recipe.model.max_length
     assert forecast.total(tokens, forecast.layers) < 0.95 * card * GIB
+
+
+def test_a_base_that_is_published_in_four_bits_is_forecast_as_it_is_stored(recipe_path, bare, capsys):
+    """As a copy that bitsandbytes made, which left one kind of layer in 16 bits; other formats are named."""
+
+    def table(**stored) -> str:
+        kept = json.loads((Path(bare) / "config.json").read_text())
+        (Path(bare) / "config.json").write_text(json.dumps(kept | stored))
+        code = leaving(fit.main, recipe_path, "--memory", "12GB", "sft=", "reward=", "ppo=")
+        told = capsys.readouterr()
+        return told.out if code == 0 else told.err
+
+    def base_bytes() -> int:
+        return forecast_of(recipe_path, "dpo", []).fixed["base"]
+
+    plain, expected = table(), base_bytes()
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    assert table(quantization_config=nf4 | {"bnb_4bit_use_double_quant": True}) == plain
+    assert base_bytes() == expected
+    said = table(quantization_config=nf4)
+    assert f"note: '{bare}' is stored in nf4, double_quant false, and is used as it is" in said
+    table(
+        quantization_config=nf4 | {"bnb_4bit_use_double_quant": True, "llm_int8_skip_modules": ["lm_head", "up_proj"]}
+    )
+    left_out = 2 * 64 * 128  # weights of two layers, in bfloat16 and not in 4 bits with their scales
+    assert base_bytes() - expected == pytest.approx(left_out * (2 - 0.5 - 1 / 64), abs=64)
+    said = table(quantization_config={"quant_method": "gptq", "bits": 4})
+    assert said == (
+        f"model.base: '{bare}' is stored in GPTQ, which can't be trained on here; take the 16-bit original, or a copy "
+        "in bitsandbytes' 4 bits\n"
+    )

@@ -265,3 +265,29 @@ def test_what_a_stopped_run_had_computed_is_there(recipe_file, cache, monkeypatc
         train(recipe_file(limit=12, save_every=1))
     (file,) = cache.glob("[!.]*")
     assert len(load_file(file)["logps"]) == calls[-1] == 8
+
+
+@pytest.mark.parametrize("place", ["cache", "reference", "file"])
+def test_a_cache_that_cannot_be_written_is_said_once_and_nothing_stops(base, pairs, cache, place, capsys):
+    references = CachedReferenceLogps(base, None)
+    blocked = {"cache": cache.parent, "reference": cache, "file": references.file}[place]
+    if place == "file":
+        blocked.mkdir(parents=True)
+    else:
+        blocked.parent.mkdir(parents=True, exist_ok=True)
+        blocked.write_text("a file in its place")
+    references = CachedReferenceLogps(base, None)
+    for some in (pairs[:3], pairs[3:]):
+        ask(references, base, some)
+        references.save()
+    said = capsys.readouterr()
+    assert (said.out + said.err).count(f"note: {references.file} can't be written (") == 1
+    assert references.computed == len(pairs)
+    assert blocked.is_dir() if place == "file" else blocked.read_text() == "a file in its place"
+
+
+def test_what_a_killed_save_left_is_cleared_at_the_next_one(base, pairs, cache):
+    cache.mkdir(parents=True)
+    (cache / ".0123.4567.safetensors").write_bytes(b"half")
+    _, references = asked_and_saved(base, pairs[:2])
+    assert [file.name for file in cache.iterdir() if file.name != ".lock"] == [references.file.name]
