@@ -3,6 +3,7 @@
 PYTHONPATH=. python docs/make_page_png.py --runs runs base runs/demo/dpo
 """
 
+import base64
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +19,7 @@ def main() -> None:
     """Asks with a fixed seed, colours the tokens, saves the picture."""
     with tempfile.TemporaryDirectory() as folder, serving(*sys.argv[1:], "--votes", f"{folder}/votes.jsonl") as address:
         browser = Browser()
-        browser.open(address, 1280, 1250)
+        browser.open(address, 1280, 900)
         for part in ("#sampling", "#why"):
             browser.click(f"{part} button")
         browser.until(lambda: browser("#seed input, #seed textarea").send_keys(SEED) is None)
@@ -27,8 +28,10 @@ def main() -> None:
         browser.type(QUESTION, "\n")
         browser.answered(300)
         browser.until(lambda: browser("#differences .sum"))
-        browser.run("window.scrollTo(0, 0)")
-        browser.driver.save_screenshot(str(Path(__file__).with_name("page.png")))
+        clip = {"x": 0, "y": 0, "width": 1280, "height": browser.run("return document.body.scrollHeight"), "scale": 1}
+        whole = {"captureBeyondViewport": True, "clip": clip}
+        picture = browser.driver.execute_cdp_cmd("Page.captureScreenshot", whole)["data"]
+        Path(__file__).with_name("page.png").write_bytes(base64.b64decode(picture))
         browser.close()
 
 
