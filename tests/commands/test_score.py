@@ -290,7 +290,7 @@ def test_a_run_that_is_missing_unfinished_or_of_another_stage_is_one_line(run, t
         ("recipe.yaml", None, "recipe.yaml"),
         ("adapter/lineage.json", "{}", "not a lineage"),
         ("adapter/adapter_model.safetensors", None, "adapter"),
-        ("adapter/adapter_model.safetensors", "cut short", "broken"),
+        ("adapter/adapter_model.safetensors", "cut short", "damaged"),
     ],
 )
 def test_a_run_that_was_damaged_is_one_line(run, tmp_path, capsys, file, content, reason):
