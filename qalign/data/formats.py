@@ -14,7 +14,7 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from qalign.config.stages import Source
-from qalign.data.messages import UNTRAINED, Message, Turns, as_turns, same
+from qalign.data.messages import UNTRAINED, Message, Turns, as_turns, calls, is_empty, same
 from qalign.data.readers import BadRow, NoPair, read
 from qalign.data.shapes import (
     DIALOGUES,
@@ -23,12 +23,13 @@ from qalign.data.shapes import (
     RawRow,
     Shape,
     detect,
+    dialogue,
     opening_turns,
     split_prompt,
     tools,
     with_system,
 )
-from qalign.data.texts import check_not_templated, check_text, is_list, is_object, unpacked
+from qalign.data.texts import check_not_templated, check_text, is_object
 
 Row = TypeVar("Row")
 Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the others
@@ -220,10 +221,7 @@ def _imitated(row: RawRow, before: str | None, answer: str) -> tuple[Turns, int]
     if before:
         opening = opening_turns(row, before)
         return opening + as_turns(row[answer], answer, "assistant"), 0 if before == "instruction" else len(opening)
-    value = unpacked(row[answer], answer)
-    if answer in DIALOGUES and not is_list(value):
-        raise BadRow(f"{answer}: expected a list of turns, found {type(value).__name__}")
-    return with_system(row, as_turns(value, answer)), 0
+    return with_system(row, dialogue(row, answer) if answer in DIALOGUES else as_turns(row[answer], answer)), 0
 
 
 def _plain_text(shape: Shape) -> str:
@@ -292,13 +290,13 @@ def _check_label(row: RawRow) -> None:
 def _check_order(turns: Turns, name: str, last: str) -> None:
     """Nobody but a tool speaks twice in a row (system turns aside), a tool answers a call, no turn is empty, and the
     last is `last`'s; where that is the user's, it may be a tool's."""
-    before: Message = {"role": "nobody"}
+    before: Message = {"role": "nobody", "content": ""}
     for number, turn in enumerate((spoken := [turn for turn in turns if turn["role"] != "system"]), start=1):
         role = turn["role"]
         if role == before["role"] != "tool":
             other = "assistant" if role == "user" else "user"
             raise BadRow(f"turn {number} of {name} is the {role}'s, expected the {other}'s")
-        if role == "tool" and before["role"] != "tool" and not before.get("tool_calls"):
+        if role == "tool" and before["role"] != "tool" and not calls(before):
             raise BadRow(f"turn {number} of {name} is a tool's, but the turn before calls none")
         if is_empty(turn):
             raise BadRow(f"turn {number} of {name} is empty")
@@ -309,11 +307,6 @@ def _check_order(turns: Turns, name: str, last: str) -> None:
         raise BadRow(f"{name} has no user's turn")
     if before["role"] not in (last, "tool" if last == "user" else last):
         raise BadRow(f"{name} ends with the {before['role']}'s turn, expected the {last}'s")
-
-
-def is_empty(turn: Message) -> bool:
-    """Whether a turn says nothing. A tool may return nothing, and a call needs no words."""
-    return not (turn["content"].strip() or turn["role"] == "tool" or turn.get("tool_calls"))
 
 
 def _settled(turns: Turns) -> tuple[Turns, frozenset[int]]:

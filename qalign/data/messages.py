@@ -40,17 +40,18 @@ _NAMES = {
     "user": "user human prompter",
     "assistant": "assistant gpt chatgpt bard bing model ai bot chatbot",
     "system": "system developer",
-    "tool": "tool function observation ipython tool_response function_response",
+    "tool": "tool function observation ipython tool_response function_response tool_result function_result",
     _CALLS: "function_call tool_call",
 }
 _ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
+_CALL_IN_TEXT = re.compile(r"<tool_call|<function|\[TOOL_CALLS\]|<\|python_tag\|>|[\"']name[\"']\s*:")
 _TRAINED = ("weight", "train", "training", "loss")  # of OpenAI, Axolotl and ms-swift
 _MEDIA = {"image": "images are", "audio": "audio is", "video": "videos are", "file": "files are"}
 # Facts about a turn that no template reads. They are named in the header as not used; other unknown keys refuse a row.
 _HARMLESS = re.compile(
-    r"(.*_)?(id|ids|uuid|time|timestamp|date|tokens|token_count)|\w+_at|created|updated|index|idx|number|turn|turn_\w+"
-    r"|rank|score|rating|source|model|model_\w+|lang|language|meta|metadata|hashed_ip|country|state|header|toxic|redacted"
+    r"(.*_)?(id|ids|uuid|time|timestamp|date|tokens|token_count)|\w+_at|created|updated|index|idx|number|turn|turn_(index|number|identifier)"
+    r"|rank|score|rating|source|model|model_(name|version)|lang|language|meta|metadata|hashed_ip|country|state|header|toxic|redacted"
     r"|annotations|citations|cache_control|signature"
 )
 
@@ -77,6 +78,16 @@ def as_turns(value: Any, name: str, role: str = "user") -> Turns:
     return turns
 
 
+def calls(turn: Message) -> bool:
+    """Whether an assistant's turn calls a tool. Hermes' and Glaive's rows spell the call in the text."""
+    return bool(turn.get("tool_calls") or (turn["role"] == "assistant" and _CALL_IN_TEXT.search(turn["content"])))
+
+
+def is_empty(turn: Message) -> bool:
+    """Whether a turn says nothing. A tool may return nothing, and a call needs no words."""
+    return not (turn["content"].strip() or turn["role"] == "tool" or turn.get("tool_calls"))
+
+
 def same(one: Message, other: Message) -> bool:
     """Whether two turns are equal but for white space around the text."""
     return one == other or _bare(one) == _bare(other)
@@ -99,6 +110,8 @@ def _turn(raw: dict[str, Any], name: str) -> Message:
         raise BadRow(f"{name}: {medium(media)} not supported")
     speaker = take(raw, SPEAKER, name)
     role = _ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    if speaker is None:
+        raise BadRow(f"{name}: a turn has no role" + (f"; it has {listed(raw)}" if raw else ""))
     if role is None:
         raise BadRow(
             f"{name}: unknown role {reprlib.repr(speaker)}; known: system, user, assistant, tool, human, gpt …"
@@ -170,7 +183,7 @@ def _is_untrained(raw: dict[str, Any], role: str, name: str) -> bool:
 
 def _text(content: Any, name: str) -> tuple[str, str]:
     """(text, thoughts) of a turn's content: a text, or parts that are texts."""
-    content = _unpacked_parts(content)
+    content = _unpacked_parts(content, name)
     if isinstance(content, str):
         return content, ""
     if not is_list(content) and not is_object(content):
@@ -207,12 +220,12 @@ def medium(kind: Any) -> str | None:
     return next((are for word, are in _MEDIA.items() if {word, f"{word}s"} & {*words}), None)
 
 
-def _unpacked_parts(value: Any) -> Any:
+def _unpacked_parts(value: Any, name: str) -> Any:
     """Parts of a turn's content that a file holds as text, as a list; any other value as it is."""
     if not isinstance(value, str) or not OBJECTS.match(value):
         return value
     try:
-        found = from_text(value)
+        found = from_text(value, name)
     except BadRow:
         return value
     is_part = [
@@ -231,7 +244,7 @@ def _calls(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _parsed_calls(given: Any, name: str) -> list[dict[str, Any]]:
-    found = from_text(given) if isinstance(given, str) else without_nulls(given, name)
+    found = from_text(given, name) if isinstance(given, str) else without_nulls(given, name)
     return [_call(call, name) for call in (found if is_list(found) else [found])]
 
 
@@ -243,7 +256,7 @@ def _call(raw: Any, name: str) -> dict[str, Any]:
     kind, called, number = call.pop("type", "function"), call.pop("name", None), call.pop("id", None)
     arguments = take(call, ("arguments", "parameters", "args"), name)
     if isinstance(arguments, str) and arguments.strip():
-        arguments = from_text(arguments)
+        arguments = from_text(arguments, name)
     arguments = arguments or dict[str, Any]()
     if (
         kind != "function"
@@ -260,7 +273,7 @@ def _call(raw: Any, name: str) -> dict[str, Any]:
 
 def as_tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
     """A row's tools, schemas of functions as a list or as JSON text, in OpenAI's form."""
-    found: Any = from_text(value) if isinstance(value, str) and value.strip() else without_nulls(value, name)
+    found: Any = from_text(value, name) if isinstance(value, str) and value.strip() else without_nulls(value, name)
     schemas: list[Any] = found if is_list(found) else [None] if found else []
     tools = [_tool(schema) for schema in schemas]
     if not all(isinstance(tool["function"].get("name"), str) and is_json(tool) for tool in tools):

@@ -22,11 +22,15 @@ from qalign.data.texts import (
     listed,
     short,
     transcript,
+    unpacked,
 )
 
-DIALOGUES = ("messages", "conversations", "conversation")
+DIALOGUES = ("messages", "conversations", "conversation", "contents")
 _REQUESTS = ("instruction", "question", "query")  # texts that an `input` or a `context` may complete
-_SYSTEM = ("system", "system_prompt", "system_message", "system_instruction")
+_SYSTEM = (
+    *("system", "system_prompt", "system_message", "sys_prompt", "systemPrompt"),
+    *("system_instruction", "systemInstruction"),  # Gemini's
+)
 _NOTHING = ("", "nan", "none", "null")  # as a CSV may spell that a row has no system prompt
 _TOOLS = ("tools", "functions")
 # (key of the turns before, key of the answer), in order of precedence.
@@ -199,6 +203,8 @@ def _system(row: RawRow) -> Turns:
     """The turn of a `system` column, which is none if it is empty."""
     found = {key: row.peek(key) for key in _SYSTEM if key in row}
     for key, text in found.items():
+        if is_object(text) and "parts" in text:
+            found[key] = text = "".join(turn["content"] for turn in as_turns(text | {"role": "system"}, key))
         if not isinstance(text, str):
             raise BadRow(f"{key}: expected a text, found {type(text).__name__}")
     told = {key: text for key, text in found.items() if text.strip().lower() not in _NOTHING}
@@ -223,12 +229,23 @@ def _opening(row: RawRow, key: str) -> Turns:
     if key == "instruction" or (key in _REQUESTS and isinstance(value, str)):
         value = _request(row, value)
     if key == "input":  # OpenAI's preferences have the messages in it
-        value = from_text(value) if isinstance(value, str) and value.lstrip().startswith('{"messages"') else value
+        value = from_text(value, key) if isinstance(value, str) and value.lstrip().startswith('{"messages"') else value
         value = value.get("messages") if is_object(value) and "messages" in value else value
-    turns = [{"role": "user", "content": value}] if key == "instruction" else as_turns(value, key)
+    if key == "instruction":
+        turns = [{"role": "user", "content": value}]
+    else:
+        turns = dialogue(row, key) if key in DIALOGUES else as_turns(value, key)
     if key != "text" and turns and turns[-1] == {"role": "assistant", "content": ""}:  # HH's prompts end "Assistant:"
         turns.pop()
     return [*_history(row), *turns] if isinstance(value, str) and "history" in row else turns
+
+
+def dialogue(row: RawRow, key: str) -> Turns:
+    """The turns under a key such as `messages`, which must be a list."""
+    value = unpacked(row[key], key)
+    if not is_list(value):
+        raise BadRow(f"{key}: expected a list of turns, found {type(value).__name__}")
+    return as_turns(value, key)
 
 
 def _request(row: RawRow, text: Any) -> str:
@@ -244,7 +261,7 @@ def _request(row: RawRow, text: Any) -> str:
 def _history(row: RawRow) -> Iterator[Message]:
     """The turns before a request: a list of [question, answer], as alpaca has it."""
     pairs = row["history"]
-    pairs = from_text(pairs) if isinstance(pairs, str) else pairs
+    pairs = from_text(pairs, "history") if isinstance(pairs, str) else pairs
     for pair in pairs if is_list(pairs) else [pairs]:
         if not is_list(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow("history: expected a list of [question, answer] texts")

@@ -50,7 +50,7 @@ def unpacked(value: Any, name: str) -> Any:
     if not isinstance(value, str) or not OBJECTS.match(value):
         return value
     try:
-        found = from_text(value)
+        found = from_text(value, name)
     except BadRow:
         if _SPOKEN.search(value):
             raise BadRow(f"{name}: looks like turns stored as text, but is neither JSON nor a Python list") from None
@@ -61,7 +61,7 @@ def unpacked(value: Any, name: str) -> Any:
     return found if is_turns else value
 
 
-def from_text(text: str) -> Any:
+def from_text(text: str, name: str) -> Any:
     """What a text spells as JSON, or as Python, the way pandas and NumPy write lists; a `BadRow` if it is neither."""
     readers = (json.loads, ast.literal_eval, _numpy)
     for read in readers if len(text) < LONGEST_PYTHON else readers[:1]:
@@ -69,7 +69,7 @@ def from_text(text: str) -> Any:
             return read(text.strip())
         except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError, tokenize.TokenError):
             continue
-    raise BadRow(f"{short(text)} is neither JSON nor a Python list")
+    raise BadRow(f"{name}: {short(text)} is neither JSON nor a Python list")
 
 
 def _numpy(text: str) -> Any:

@@ -167,6 +167,10 @@ DIALOGUES = {  # name: (turns, index of the first that is trained on, row)
     "input and output, turns": ([*TALKED, YES], 3, {"input": TALKED, "output": [YES]}),
     "prompt and output": ([*ASKED, YES], 1, {"prompt": "Why?", "output": "Yes"}),
     "conversation": ([*TALKED, YES], 0, {"conversation": [*TALKED, YES]}),
+    "Gemini's contents": (
+        [*BRIEFED, YES], 0,
+        {"systemInstruction": {"role": "system", "parts": [{"text": "Be brief."}]},
+         "contents": [{"role": "user", "parts": [{"text": "Why?"}]}, {"role": "model", "parts": [{"text": "Yes"}]}]}),
     "text, a transcript, and a system column": (
         [system("Be brief."), *TALKED, YES], 0,
         {"text": TRANSCRIPT + "\n\nAssistant: Yes", "system": "Be brief."}),

@@ -182,6 +182,8 @@ def test_only_an_assistant_calls_and_only_after_a_call_a_tool_speaks():
     assert "the user's turn has tool_calls" in refusal(user("Why?") | {"tool_calls": [CALL]}, YES)
     assert "turn 3 of the dialogue is a tool's, but" in refusal(*ASKED, YES, SUNNY, YES)
     assert turns_of(*ASKED, CALLED, SUNNY, SUNNY, YES)[2:4] == [SUNNY, SUNNY]
+    spelt = assistant('<tool_call>{"name": "weather", "arguments": {}}</tool_call>')  # Hermes' rows
+    assert turns_of(*ASKED, spelt, SUNNY, YES) == [*ASKED, spelt, SUNNY, YES]
     assert turns_of(*ASKED, CALLED, {"role": "tool", "content": ""}, YES)[2]["content"] == ""
 
 

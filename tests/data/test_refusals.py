@@ -202,6 +202,8 @@ PROMPTS = [
     ({"instruction": ["Why?"]}, "instruction and input: expected texts"),
     ({"turns": "Why?"}, QUESTIONS), ({"turns": []}, QUESTIONS), ({"turns": ASKED}, QUESTIONS),
     ({"chosen": [YES]}, EMPTY),
+    ({"messages": "user: Why?"}, "messages: expected a list of turns, found str"),
+    ({"messages": [{"user": "Why?"}]}, "messages: a turn has no role; it has user"),
 ]
 SCORABLE = [
     ({"text": "Once."}, "plain text: expected a dialogue"),
