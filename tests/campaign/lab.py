@@ -195,7 +195,7 @@ def campaign(doc: str, work: Work, words: Sequence[str] | None = None) -> int:
         work(Lab(folder), args, table)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    table.print()
+        table.print()  # after Ctrl-C too
     return 1 if table.faults else 0
 
 
