@@ -1,10 +1,11 @@
 """Does an SFT adapter keep what it learned when it is merged? Five ways to merge, on SmolLM2-135M.
 
-    python benchmarks/merging.py RUN FILE [--rows N] [--to TABLE.md]
+    python benchmarks/merging.py RUN FILE [--rows N] [--answers N] [--to TABLE.md]
 
 RUN is an SFT run (`python -m qalign.sft recipes/smollm2_demo.yaml sft.data=FILE …`), FILE its training rows or similar
-ones. Measured in the precision of training, on the assistant's turns: the perplexity, and the mean
-KL(unmerged || merged) of the next-token distributions in nats.
+ones. Measured on the assistant's turns: the perplexity, and the mean KL(unmerged || merged) of the next-token
+distributions in nats. First in the precision of training, then with weights and computation in bfloat16, in which
+merged models are used; there the greedy answers are compared too.
 """
 
 import argparse
@@ -24,6 +25,8 @@ from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit
 from qalign.train.run_folder import open_run, versions
 
+ANSWER_TOKENS = 40
+
 
 @torch.no_grad()
 def measured(lm: nn.Module, rows: list, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -33,6 +36,18 @@ def measured(lm: nn.Module, rows: list, dtype: torch.dtype) -> list[torch.Tensor
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             logits = lm(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0, :-1].float()
         found.append(logits[torch.tensor(row.labels[1:]) != IGNORED].log_softmax(dim=1))
+    return found
+
+
+@torch.no_grad()
+def answered(lm: nn.Module, rows: list, dtype: torch.dtype) -> list[list[int]]:
+    """Greedy answers of up to `ANSWER_TOKENS` tokens to the first question of each row."""
+    found = []
+    for row in tqdm(rows, leave=False):
+        ids = torch.tensor([row.ids[: next(n for n, label in enumerate(row.labels) if label != IGNORED)]])
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            new = lm.generate(ids, do_sample=False, max_new_tokens=ANSWER_TOKENS, attention_mask=torch.ones_like(ids))
+        found.append(new[0, ids.shape[1] :].tolist())
     return found
 
 
@@ -47,11 +62,28 @@ def kl(unmerged: list[torch.Tensor], merged: list[torch.Tensor]) -> float:
     return sum(sums) / sum(len(p) for p in unmerged)
 
 
+def in_bfloat16(folder: str, merged: str, rows: list, first: list) -> list[tuple[str, list, list]]:
+    """(name, log-probs, greedy answers) of the unmerged and the merged models, with everything in bfloat16."""
+    run, dtype = open_run(folder, ("sft",)), torch.bfloat16
+    base = load(run.recipe.model.model_copy(update={"compute_dtype": "bfloat16"}))
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    found = [("unmerged: 4-bit base and adapter", measured(base.lm, rows, dtype), answered(base.lm, first, dtype))]
+    del base
+    for form, name in (
+        ("dequantized", "dequantised and merged: `qalign.merge`"),
+        ("original", "merged onto the original"),
+    ):
+        lm = AutoModelForCausalLM.from_pretrained(f"{merged}/{form}", dtype=dtype, trust_remote_code=False)
+        found.append((name, measured(lm, rows, dtype), answered(lm, first, dtype)))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("run")
     parser.add_argument("file")
     parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--answers", type=int, default=8)
     parser.add_argument("--to")
     args = parser.parse_args()
     run = open_run(args.run, ("sft",))
@@ -64,6 +96,8 @@ def main() -> None:
     bare = measured(base.lm, rows, dtype)
     base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
     unmerged = measured(base.lm, rows, dtype)
+    first = rows[: args.answers]
+    expected = answered(base.lm, first, dtype)
     table = [("the 4-bit base, no adapter", bare), ("unmerged: 4-bit base and adapter", unmerged)]
 
     into_4bit = base.model.merge_and_unload(adapter_names=[Role.POLICY])  # PEFT does so when asked, and warns
@@ -88,10 +122,16 @@ def main() -> None:
         table.append(("dequantised, merged, quantised to 4 bits again", measured(again, rows, dtype)))
         table.append(("dequantised and merged: `qalign.merge`", measured(dequantized, rows, dtype)))
         table.append(("merged onto the original: `--onto original`", measured(original, rows, dtype)))
+        narrow = in_bfloat16(args.run, aside, rows, first)
 
     lines = ["| weights | perplexity | KL to unmerged, nats a token |", "|---|---|---|"]
     for name, logps in table:
         lines.append(f"| {name} | {perplexity(logps, rows):.3f} | {kl(unmerged, logps):.5f} |")
+    lines += ["", "In bfloat16, KL and answers against the unmerged model in the precision of training:", ""]
+    lines += [f"| weights | perplexity | KL, nats a token | same {ANSWER_TOKENS} greedy tokens |", "|---|---|---|---|"]
+    for name, logps, answers in narrow:
+        same = sum(one == other for one, other in zip(answers, expected, strict=True))
+        lines.append(f"| {name} | {perplexity(logps, rows):.3f} | {kl(unmerged, logps):.5f} | {same} of {len(first)} |")
     made = ", ".join(f"{name} {version}" for name, version in versions().items())
     text = "\n".join([*lines, "", f"{len(rows)} dialogues, {sum(map(len, unmerged)):,} supervised tokens. {made}, "
                       f"computing in {dtype} on {base.lm.device.type}.", ""])  # fmt: skip
