@@ -3,7 +3,7 @@
     python -m qalign.merge RUN [--onto dequantized | original] [--to FOLDER]
 
 It never merges into the 4-bit weights: rounding to 4 bits again would lose most of what was learned (measured in
-docs/merging.md). The default is the dequantised base, which is exactly the model that was trained.
+docs/merging.md). The default is the dequantised base, on which the adapter was trained.
 """
 
 from collections.abc import Generator, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from qalign.model.loading import Form
 
 WORDS = {
-    "dequantized": "the dequantised base, exactly the model that was trained",
+    "dequantized": "the dequantised base, on which the adapter was trained",
     "original": "the original 16-bit base, which the adapter was not trained on",
 }
 
