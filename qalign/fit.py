@@ -147,7 +147,7 @@ def gib(size: float) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     parser = recipe_parser("fit", report.__doc__)
     parser.add_argument("--memory", help="of the card, such as 12GB (default: this computer's own)")
-    run_parsed(parser, lambda args: report(load(args.recipe, args.overrides), args.memory), words)
+    run_parsed(parser, lambda args: report(load(args.recipe, args.overrides, files_of=("model",)), args.memory), words)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def serve(args: argparse.Namespace) -> None:
     from qalign.page.security import credentials  # needs Starlette, which comes with Gradio
 
     auth = credentials(args.host, args.auth, share=args.share)
-    recipe = load_recipe(args.recipe) if args.recipe else None
+    recipe = load_recipe(args.recipe, files_of=("model",)) if args.recipe else None
     found = available_models(args.models, Path(args.runs), recipe)
     if found:
         origin.check(found[1])

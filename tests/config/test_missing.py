@@ -141,6 +141,12 @@ def test_a_stage_asks_for_its_own_files_only(read, problems, folder, stage):
     assert "model.base" in problems(mine, "model.base=./gone", stage=stage)[0]
 
 
+def test_what_only_needs_the_model_asks_for_no_rows(folder):
+    (folder / "recipe.yaml").write_text(with_stages(ppo="reward: gone.py:f").replace("pairs.jsonl", "gone.jsonl"))
+
+    assert load("recipe.yaml", files_of=("model",)).stages == STAGES
+
+
 # --- output ----------------------------------------------------------------------------------------------------------
 
 
