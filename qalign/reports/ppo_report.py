@@ -137,7 +137,8 @@ def _draw_gains(axes: "Axes", points: Sequence[EvalPoint], best: EvalPoint, best
             continue
         roots, gains = _roots_and_gains(points, name, start, std)
         axes.plot(roots, gains, color=colour, linewidth=1, alpha=0.5, zorder=2)
-        errors = [_half_width(point, name) / (std or 1.0) for point in points]
+        scored = [point for point in points if getattr(point, name) is not None]
+        errors = [_half_width(point, name) / (std or 1.0) for point in scored]
         axes.errorbar(roots, gains, errors, fmt="none", ecolor=colour, elinewidth=1, capsize=2, alpha=0.5, zorder=2)
         dots = axes.scatter(roots, gains, s=size**2, color=colour, marker=marker, linewidths=0, zorder=3)
         dots.set_alpha([1 - (1 - FAINTEST) * age / max(1, len(roots) - 1) for age in reversed(range(len(roots)))])

@@ -148,3 +148,9 @@ def test_no_points_is_an_error_and_leaves_no_file(tmp_path):
     with pytest.raises(ValueError, match="there are no evaluation points"):
         draw([], tmp_path / "ppo.png")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_point_without_a_judge_among_others_is_left_out():
+    axes = panels([*THREE[:2], *unjudged(THREE[2:])])[GAINS]
+    proxy, judge = bars(axes)
+    assert (len(proxy), len(judge)) == (3, 2)
