@@ -214,6 +214,13 @@ def test_a_function_that_fails_names_the_row(body, message, function, rows):
     assert_refused(lambda: scorer.scores(rows), message)
 
 
+def test_the_columns_that_functions_take_are_known_before_they_are_called(function):
+    some, every = function("def score(completions, answer): ..."), function("def score(**columns): ...")
+    columns = ("answer", "topic", "no name")
+    assert list(filter(Scorers([some], []).takes, columns)) == ["answer"]
+    assert list(filter(Scorers([], [every]).takes, columns)) == ["answer", "topic"]
+
+
 def test_tensors_and_numbers_of_numpy_are_numbers_and_the_users_stop_is_no_error(function, rows):
     numbers = "[numpy.float32(1.5), torch.tensor(2.0), True, numpy.int64(4)]"
     scorer = function(f"import numpy, torch\ndef score(completions):\n    return {numbers}\n")
