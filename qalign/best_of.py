@@ -15,6 +15,7 @@ held-out prompts it measures the reward and the KL of every power of 2 up to n, 
 
 import argparse
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -31,7 +32,7 @@ from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT_RUN
 from qalign.data.formats import prompts
-from qalign.errors import UserError
+from qalign.errors import UserError, short
 from qalign.model import origin
 from qalign.reports import ppo_report
 from qalign.reports.alarms import best_of_n_kl
@@ -44,6 +45,7 @@ if TYPE_CHECKING:  # its import takes seconds
 
 PICKS, PAIRS, SUMMARY, SETTINGS = "picks.jsonl", "pairs.jsonl", "summary.json", "recipe.json"
 ANSWERS_PER_PART = 64
+MOST = 1024  # answers to a prompt
 
 Item = TypeVar("Item")
 
@@ -230,8 +232,8 @@ def _split_n(words: list[str]) -> tuple[int, list[str]]:
     """(n, the overrides of the recipe)."""
     given = [word for word in words if word.startswith("n=")]
     text = given[-1].removeprefix("n=") if given else "16"
-    if not text.isdigit() or int(text) < 2:
-        raise UserError(f"command line: n is '{text}'; expected a whole number of at least 2, such as n=16")
+    if not re.fullmatch("[0-9]{1,4}", text) or not 2 <= int(text) <= MOST:
+        raise UserError(f"command line: n is {short(text)}; expected a whole number from 2 to {MOST}, such as n=16")
     return int(text), [word for word in words if word not in given]
 
 

@@ -14,7 +14,7 @@ from qalign.cli import recipe_parser, run_parsed
 from qalign.config.load import load
 from qalign.config.paths import is_own_model
 from qalign.config.recipe import Recipe
-from qalign.errors import UserError
+from qalign.errors import UserError, short
 from qalign.evaluate import SIDE_BY_SIDE
 from qalign.model import origin
 from qalign.train.run_folder import print_table
@@ -134,9 +134,9 @@ def bar(parts: dict[str, int], memory: int) -> str:
 
 def memory_of(text: str) -> int:
     """`12GB`, `12 GiB` or `12` in bytes, or a `UserError`. A card labelled in GB has GiB, so both mean 2^30."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:[gG](?:i?[bB])?)?\s*", text)
+    match = re.fullmatch(r"\s*(\d{1,5}(?:\.\d+)?)\s*(?:[gG](?:i?[bB])?)?\s*", text)
     if not match or not float(match[1]):
-        raise UserError(f"--memory: '{text}' is not a size; write 12GB for a card with 12 GB")
+        raise UserError(f"--memory: {short(text)} is not a size; write 12GB for a card with 12 GB")
     return int(float(match[1]) * 2**30)
 
 

@@ -120,7 +120,7 @@ class RunFolder:
                 how = f"python -m qalign.{self.stage} {self.command_line} --resume"
                 raise UserError(f"{problem}; " + (f"then go on with: {how}" if begun else "nothing was lost")) from None
             if isinstance(error, FileNotFoundError) and not self.path.is_dir():
-                raise UserError(f"{self.path}: was deleted or moved while the run was going on") from None
+                raise UserError(f"{self.path}: can't be made there, or was deleted or moved during the run") from None
             raise
 
     def _put_back(self) -> bool:

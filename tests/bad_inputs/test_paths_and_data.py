@@ -81,6 +81,22 @@ def test_an_argument_that_leads_nowhere(refused, odd, words, name):
     assert len(refused(*(word.replace("PATH", NOWHERE[name]) for word in words))) == 1
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        *((["best_of", "recipe.yaml", f"n={n}"], "expected a whole number from 2 to 1024")
+          for n in ("²", "1", "0", "-4", "1.5", "1e3", "1025", "9" * 5_000, "many", "")),
+        *((["fit", "recipe.yaml", "--memory", size], "--memory: ")
+          for size in ("9" * 400, "1e300GB", "-12GB", "0", "nan", "12 GB free")),
+        *((["score", "runs/x", "pairs.jsonl", f"--limit={n}"], "--limit: ") for n in ("0", "-5", "²", "9" * 5_000)),
+    ],
+)  # fmt: skip
+def test_a_number_that_is_none(refused, words, said):
+    (line,) = refused(*words)
+
+    assert said in line
+
+
 DATA = {
     "empty": (b"", "no rows"),
     "blank lines": (b"\n\n\n", "no rows"),
