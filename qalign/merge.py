@@ -66,8 +66,8 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
     import torch
     from transformers import AutoConfig
 
-    from qalign.data.tokenize import end_of_turn_id
     from qalign.model import lineage
+    from qalign.model.adapters.weights import generation_config
     from qalign.model.base import Role, load, load_classifier
 
     spec, is_reward = run.recipe.model, run.stage == "reward"
@@ -85,10 +85,7 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
         published = AutoConfig.from_pretrained(base.origin.folder, trust_remote_code=False).dtype
         merged = merged.to(published if published in (torch.float16, torch.bfloat16) else torch.bfloat16)
     if not is_reward:  # `generate` and vLLM must stop where the answers of the training data end
-        ends = merged.generation_config.eos_token_id
-        ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-        end = end_of_turn_id(base.template)
-        merged.generation_config.eos_token_id = list(dict.fromkeys([end, *ends]))
+        merged.generation_config = generation_config(merged, base.template)
     return base, merged
 
 

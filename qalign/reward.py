@@ -18,12 +18,6 @@ from qalign.errors import scores_not_finite
 from qalign.train.dataset import encode_rows, read_rows
 from qalign.train.run_folder import RunFolder, print_table
 
-LOADING = """\
-from peft import AutoPeftModelForSequenceClassification
-
-# pad_token_id: the score is read at the last token that is no padding, which must be the end of the answer's turn.
-model = AutoPeftModelForSequenceClassification.from_pretrained("{{folder}}", num_labels=1, pad_token_id={pad})"""
-
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Train a reward model on preference pairs, save it, and report whether to trust it."""
@@ -58,7 +52,6 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     pad = base.tokenizer.pad_token
     session.finish(
         f"python -m qalign.score {shlex.quote(str(run.path))} FILE.jsonl",
-        LOADING.format(pad=base.tokenizer.pad_token_id),
         pooling=f"the last token that is not {pad}: the end of the answer's turn",
         **facts,
     )

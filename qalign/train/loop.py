@@ -23,7 +23,7 @@ from qalign.train.adapter_trainer import CONFIGS, built, config_values, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.checkpoints import damage
 from qalign.train.dataset import StageRows
-from qalign.train.model_card import LOADING
+from qalign.train.model_card import loading
 from qalign.train.run_folder import RunFolder, print_table
 
 FEW_STEPS = 10  # of the optimiser: with Adam and a warm-up, fewer hardly move an adapter
@@ -200,9 +200,10 @@ class Session:
             "peak_bytes": peak_bytes(),
         }
 
-    def finish(self, next_command: str, loading: str = LOADING, **facts: Any) -> None:
+    def finish(self, next_command: str, **facts: Any) -> None:
         """Completes the run folder, as `RunFolder.finish` says."""
-        self.run.finish(next_command, self.base.origin.source, loading, rows=self.rows.counts, **facts)
+        code = loading(self.base, self.run.adapter)
+        self.run.finish(next_command, self.base.origin.source, code, rows=self.rows.counts, **facts)
 
 
 def check_reach(base: Base, rows: StageRows) -> None:

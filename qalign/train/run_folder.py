@@ -27,7 +27,7 @@ from qalign.errors import MAX_LINE, StopRequest, UserError, did_you_mean, disk_p
 from qalign.model import lineage
 from qalign.train import checkpoints
 from qalign.train.lock import locked
-from qalign.train.model_card import LOADING, model_card, versions
+from qalign.train.model_card import model_card, versions
 
 REFUSED = "rejected_rows.jsonl"
 LAST_TRY = "rejected_rows.last_try.jsonl"  # refused rows of a failed start, next to the finished run that it left alone
@@ -282,16 +282,16 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def finish(self, next_command: str, base: str, loading: str = LOADING, **facts: Any) -> None:
+    def finish(self, next_command: str, base: str, code: str, **facts: Any) -> None:
         """Writes the model card and `summary.json`, which marks the run as complete, and prints what to type next.
 
         Args:
-            base: folder or hub id of the 16-bit base.
-            loading: Python code that loads the adapter without qalign, with `{folder}` in it.
+            base: folder or hub id of the base.
+            code: Python for the card, which loads the adapter without qalign.
             facts: for the summary; `tokens_per_second` and `peak_bytes` at least.
         """
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
-        card = model_card(self.adapter, self.stage, self.recipe.model.base, base, loading, facts)
+        card = model_card(self.adapter, self.stage, self.recipe.model.base, base, code, facts)
         write_whole(self.adapter / "README.md", card)
         write_whole(self.summary, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"

@@ -35,7 +35,7 @@ def begun(recipe, refused=(), **dpo) -> runs.RunFolder:
 def finished(recipe) -> runs.RunFolder:
     run = begun(recipe)
     run.adapter.mkdir()
-    run.finish("next", "base", **FACTS)
+    run.finish("next", "base", "model = ...", **FACTS)
     return run
 
 

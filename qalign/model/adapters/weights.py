@@ -24,7 +24,6 @@ from qalign.model.loading import save_tokenizer
 from qalign.model.origin import Origin
 
 PREFIX = "base_model.model."  # of the names in an adapter's file
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty", "no_repeat_ngram_size")
 
 
 @torch.no_grad()
@@ -185,19 +184,14 @@ def adapter_parameters(model: nn.Module, role: str) -> dict[str, nn.Parameter]:
 
 
 def generation_config(lm: PreTrainedModel, template: ChatTemplate) -> GenerationConfig:
-    """How plain transformers should generate with a trained model: an answer ends with the end of turn that was
-    trained, or where the base ends one. Its sampling settings are the base's, unless they contradict each other."""
-    base, tokenizer = cast(GenerationConfig, lm.generation_config), template.tokenizer
-    ends = base.eos_token_id if isinstance(base.eos_token_id, list) else [base.eos_token_id, tokenizer.eos_token_id]
-    ends = [end_of_turn_id(template), *(end for end in ends if end is not None)]
-    bos = base.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    ids = {"eos_token_id": list(dict.fromkeys(ends)), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": bos}
-    sampling = {name: deepcopy(getattr(base, name, None)) for name in SAMPLING} if base.do_sample else {}
-    config = GenerationConfig(**ids, do_sample=base.do_sample or None, **sampling)
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        return GenerationConfig(**ids)
+    """How plain transformers should generate with a trained model: as the base does, but an answer also ends with the
+    end of turn that was trained."""
+    config, tokenizer = deepcopy(cast(GenerationConfig, lm.generation_config)), template.tokenizer
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    ends = [end_of_turn_id(template), *ends, tokenizer.eos_token_id]
+    config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
+    config.pad_token_id = tokenizer.pad_token_id
+    config.bos_token_id = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     return config
 
 
