@@ -275,8 +275,8 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
         return TransformersEngine()
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
         raise UserError("ppo.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
-    spec = base.spec
-    if spec.quantization != "nf4" or not spec.double_quant:
+    spec = base.spec  # of a base that is stored in 4 bits, vLLM loads the same weights
+    if base.origin.stored is None and (spec.quantization != "nf4" or not spec.double_quant):
         held = f"is '{spec.quantization}'" if spec.quantization != "nf4" else "has double_quant: false"
         raise UserError(
             "ppo.engine: 'vllm' quantises its copy to nf4 with double quantisation, but model.quantization "
