@@ -25,10 +25,8 @@ model.generation_config = GenerationConfig.from_pretrained(folder)  # an answer 
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
 turns = [{{"role": "user", "content": "What makes a good walk?"}}]
-inputs = tokenizer.apply_chat_template(
-    turns, add_generation_prompt=True, {template}
-).to(model.device)
-answer = model.generate(**inputs, max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
+inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, {template})
+answer = model.generate(**inputs.to(model.device), max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 SCORES = """\
 from peft import AutoPeftModelForSequenceClassification
@@ -88,11 +86,7 @@ def loading(base: "Base", adapter: Path) -> str:
         }
     # A base that is stored quantised loads as it is.
     is_quantised_here = spec.quantization != "none" and base.origin.stored is None
-    quantization = (
-        QUANTIZATION.format(settings=_keywords(settings).replace(", bnb_4bit_use", ",\n    bnb_4bit_use"))
-        if is_quantised_here
-        else ""
-    )
+    quantization = QUANTIZATION.format(settings=_keywords(settings)) if is_quantised_here else ""
     options = f"dtype={_quoted(dtype)}" + (", quantization_config=quantization" if is_quantised_here else "")
     filled = {
         "folder": _quoted(str(adapter)),
