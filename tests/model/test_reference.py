@@ -141,7 +141,7 @@ def test_files_of_other_references_are_others(tiny_folder, tmp_path):
         scramble(base, scale=scale)
         base.save_adapter(Role.POLICY, tmp_path / name)
     template = tmp_path / "template.jinja"
-    template.write_text("{{ bos_token }}{{ messages[0].content }}")
+    template.write_text("{{ bos_token }}{% for turn in messages %}{{ turn.content }}{{ eos_token }}{% endfor %}")
     spec = {"base": tiny_folder, "compute_dtype": "float32"}
     kinds = [
         ({}, None), ({}, "one"), ({}, "two"), ({"compute_dtype": "bfloat16"}, None), ({"quantization": "none"}, None),
