@@ -17,8 +17,9 @@ from qalign.train.run_folder import RunFolder
 from qalign.train.sft_trainer import SupervisedTrainer
 from tests.helpers import SMOLLM2, metrics, summary
 from tests.reward_runs import plain_policy, run_stage, write_recipe
+from tests.train.runs import assert_same_run
 from tests.train.talks import LORA, SUPERVISED, TALKS, config, mean_loss, rows, turns, write_talks
-from tests.train.test_stages import assert_same_run, bases_kept
+from tests.train.test_stages import bases_kept
 
 IDS = torch.arange(30, 60)[None]
 
