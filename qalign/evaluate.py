@@ -23,7 +23,7 @@ from qalign.data.formats import Preference, Prompt, Refused, preferences
 from qalign.errors import UserError, one_line
 from qalign.model import origin
 from qalign.reports.answers import Answer, measure_answers, verdict
-from qalign.train.dataset import rows_under
+from qalign.train.dataset import rendered_at, rows_under
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def report(recipe: Recipe) -> None:
     from qalign.model import lineage
     from qalign.model.base import Role, load
 
-    base = load(recipe.model)
+    base = load(recipe.model, now=rendered_at(run))
     pairs, unfit = encode_pairs(base.template, rows, base.max_length)
     refused += unfit
     check_usable("dpo.eval_data", len(pairs), refused)

@@ -22,6 +22,7 @@ from qalign.data.readers import BadRow
 from qalign.errors import UserError, one_line, scores_not_finite
 from qalign.evaluate import check_usable
 from qalign.model import origin
+from qalign.train.dataset import rendered_at
 from qalign.train.run_folder import open_run, print_table
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     from qalign.model import lineage
     from qalign.model.base import Role, load
 
-    base = load(run.recipe.model)
+    base = load(run.recipe.model, now=rendered_at(run))
     lineage.check(str(run.path), run.adapter, base.lineage("reward"))
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
     rows, tokens, unfit = _encoded(base, read)

@@ -199,7 +199,7 @@ def prepare_template(tokenizer: Tokenizer, spec: Model | None = None, now: datet
 
 def _probed(template: ChatTemplate) -> str:
     """A short dialogue as the template renders it; a `UserError` if it can't, or leaves out what the turns say."""
-    asked, answer = {"role": "user", "content": "probe 0."}, {"role": "assistant", "content": PROBES["content"]}
+    asked, answer = {"role": "user", "content": "probe 0."}, {"role": "assistant", "content": "probe 1."}
     try:
         text = template.render([asked], add_generation_prompt=True)
     except BadRow as error:

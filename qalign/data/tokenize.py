@@ -138,13 +138,11 @@ def encode_dialogue(template: ChatTemplate, row: Dialogue, max_length: int) -> l
             found = _fitted(template, turns[:number], (turn,), max_length, dropped)
         except BadRow as reason:
             raise BadRow(f"turn {number + 1}: {reason}") from None
-        dropped = shortened = found.dropped_turns
-        kept: list[int] = []
+        dropped, kept = found.dropped_turns, []
         if sequences and found.prompt_ids[: len(sequences[-1])] == sequences[-1].ids:
-            before = sequences.pop()
-            kept, shortened = before.labels, before.dropped_turns
+            kept = sequences.pop().labels
         labels = [*kept, *[IGNORED] * (len(found.prompt_ids) - len(kept)), *found.answer_ids[0]]
-        sequences.append(TokenDialogue(found.prompt_ids + found.answer_ids[0], labels, row.where, shortened))
+        sequences.append(TokenDialogue(found.prompt_ids + found.answer_ids[0], labels, row.where, dropped))
     if not sequences:
         raise BadRow("has no answer to train on")
     return sequences

@@ -25,7 +25,7 @@ from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.adapter_trainer import built, schedule_from_one, try_out
 from qalign.train.callbacks import limit_checkpointing
-from qalign.train.dataset import ReadRows, StageRows, encode_rows
+from qalign.train.dataset import ReadRows, StageRows, encode_rows, rendered_at
 from qalign.train.loop import Session
 from qalign.train.run_folder import RunFolder
 
@@ -81,7 +81,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
         )
     scorers = open_scorers(recipe, run)
     found.intake.by_rewards = set(filter(scorers.takes, found.intake.seen))
-    base = load(recipe.model)
+    base = load(recipe.model, now=rendered_at(run) if run.resume else None)
     # One position is left for the end of turn that a cut answer gets before a reward adapter scores it.
     room = int(min(length, reach - 1)) - settings.max_new_tokens
     session = Session(run, base, encode_rows(run, base.template, found, encode_questions, room))

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from torch import Tensor
 
 from qalign.config.paths import expanded, function_of, looks_local, reward_adapter
@@ -21,7 +20,8 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import REWARD_RUN, RewardSource
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
-from qalign.data.templates import ChatTemplate
+from qalign.data.readers import BadRow
+from qalign.data.templates import ChatTemplate, check_prompt
 from qalign.data.tokenize import TokenAnswers, pad_for_scores
 from qalign.errors import UserError
 from qalign.model import lineage
@@ -107,8 +107,10 @@ class ModelScorer(Scorer):
         _check_labels(self.key, f"'{self.source}'", self.model.config.num_labels)
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.key}: '{self.source}' has no chat template, which scoring needs; add one to it")
+        settings, words = base.template, f"that of '{self.source}'"
+        self.template = ChatTemplate(self.tokenizer, {}, settings.system_turn, settings.now, words)
         if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = pad_for_scores(ChatTemplate(self.tokenizer))
+            self.tokenizer.pad_token = pad_for_scores(self.template)
         if (text_config := self.model.config.get_text_config()).pad_token_id is None:
             text_config.pad_token_id = self.tokenizer.pad_token_id
         self.bytes = self.model.get_memory_footprint()
@@ -127,12 +129,13 @@ class ModelScorer(Scorer):
         return found.view(len(rows), -1)
 
     def _dialogue(self, prompt: Prompt, answer: str) -> str:
-        turns = [*prompt.turns, {"role": "assistant", "content": answer}]
+        turns, template = [*prompt.turns, {"role": "assistant", "content": answer}], self.template
         try:
-            return self.tokenizer.apply_chat_template(turns, tools=list(prompt.tools) or None, tokenize=False)
-        except TemplateError as error:  # for example: no system turn allowed
-            refusal = f"the chat template of '{self.source}' refuses {prompt.where}: {error}"
-            raise UserError(f"{self.key}: {refusal}") from None
+            text = template.with_tools(prompt.tools).render(turns, add_generation_prompt=False)
+            check_prompt(template, prompt.turns, text)  # but for the tools, which few such models have learned to read
+        except BadRow as error:  # for example: no system turn allowed
+            raise UserError(f"{self.key}: {prompt.where}: {error}") from None
+        return text
 
 
 class FunctionScorer(Scorer):

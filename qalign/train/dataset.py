@@ -5,9 +5,11 @@ Imports no torch, so a misspelt column is reported within seconds.
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from datetime import datetime
 from itertools import combinations
 from typing import Any, NamedTuple, Protocol
 
+from qalign.config.atomic import write_whole
 from qalign.config.stages import PPO, Reward, Source, Stage
 from qalign.data.formats import LeftOut, Message, Refused
 from qalign.data.messages import unread_keys
@@ -15,6 +17,8 @@ from qalign.data.shapes import RawRow
 from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
+
+RENDERED_AT = "rendered_at"  # a file of the run
 
 Rows = tuple[list[Any], list[Refused]]
 Encoder = Callable[[ChatTemplate, list[Any], int], Rows]
@@ -179,3 +183,19 @@ def _left_out(refused: list[Refused]) -> list[LeftOut]:
 def _check(run: RunFolder, key: str, refused: list[Refused], used: int) -> None:
     if key == "data" or run.settings.eval_data:
         run.check_refused(f"{run.stage}.{key}", [row for row in refused if not isinstance(row, LeftOut)], used)
+
+
+def rendered_at(run: RunFolder) -> datetime | None:
+    """The time that a chat template with a date was given when the run that is here began, so that `--resume`, and what
+    measures the run, see the same ids; None if the template has no date."""
+    file = run.path / RENDERED_AT
+    try:
+        return datetime.fromisoformat(file.read_text(encoding="utf-8").strip()) if file.is_file() else None
+    except ValueError:
+        raise UserError(f"{file}: is damaged; write the date on which the run began into it, as YYYY-MM-DD") from None
+
+
+def record_date(run: RunFolder, template: ChatTemplate) -> None:
+    """Keeps the time that a chat template with a date is given; see `rendered_at`."""
+    if template.is_dated:
+        write_whole(run.path / RENDERED_AT, template.now.isoformat() + "\n")

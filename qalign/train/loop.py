@@ -11,7 +11,6 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qalign.config.atomic import replacing_folder
-from qalign.config.recipe import Model
 from qalign.config.stages import PPO, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped, UserError, out_of_memory
@@ -22,19 +21,19 @@ from qalign.model.memory.forecast import Forecast, Plan, usable_memory
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.checkpoints import damage
-from qalign.train.dataset import StageRows
+from qalign.train.dataset import StageRows, record_date, rendered_at
 from qalign.train.model_card import loading
 from qalign.train.run_folder import RunFolder, print_table
 
 FEW_STEPS = 10  # of the optimiser: with Adam and a warm-up, fewer hardly move an adapter
 
 
-def load_base(run: RunFolder, load: Callable[[Model], Base]) -> Base:
+def load_base(run: RunFolder, load: Callable[..., Base]) -> Base:
     """The recipe's base model, loaded after the values under `trainer:` were tried out. The seed is set first: a reward
     model's head is drawn while it loads."""
     try_out(run)
     set_seed(run.recipe.seed)
-    return load(run.recipe.model)
+    return load(run.recipe.model, now=rendered_at(run) if run.resume else None)
 
 
 class Session:
@@ -108,6 +107,7 @@ class Session:
     def begin(self) -> tuple[TrainerCallback, ...]:
         """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""
         self.run.begin(self.rows.refused)
+        record_date(self.run, self.base.template)
         self.checkpoint, self.tokens_before = self.run.rewind()
         self.callback = RunCallback(self.run, self.tokens_before, self.planned.checkpointed_layers)
         return (self.callback,)

@@ -306,7 +306,7 @@ def test_a_model_that_cannot_score_is_one_line(attached, classifier, rows, tmp_p
     assert_refused(lambda: attached(str(folder)), "has 2 labels")
     scorers = attached(str(classifier)).reward
     scorers[0].tokenizer.chat_template = "{{ raise_exception('no such role') }}"
-    assert_refused(lambda: combined(scorers, rows), "refuses rows.jsonl:1: no such role")
+    assert_refused(lambda: combined(scorers, rows), "refuses it: no such role")
 
 
 # --- the roles stay apart --------------------------------------------------------------------------------------------
