@@ -1,5 +1,7 @@
 """Tokenizers are given one template, one BOS and a pad token; real ids agree with mistral-common's."""
 
+from datetime import datetime
+
 import pytest
 
 from qalign.config.recipe import Model
@@ -230,3 +232,91 @@ def test_real_rows_have_the_ids_that_mistral_common_gives_them(mistral_common, s
         assert pair.prompt_ids + pair.chosen_ids == chat_ids(pref.prompt, pref.chosen["content"])
         assert pair.prompt_ids + pair.rejected_ids == chat_ids(pref.prompt, pref.rejected["content"])
         assert pair.chosen_ids.count(2) == pair.rejected_ids.count(2) == 1
+
+
+# --- templates that can't teach anything -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("template", "who"),
+    [
+        ("{{ bos_token }}Hello<|eot_id|>{{ 'assistant:' if add_generation_prompt }}", "user"),
+        ("{% for m in messages %}{{ m.role }}<|eot_id|>{% endfor %}", "user"),
+        (
+            "{% for m in messages %}{{ m.role + (m.content if m.role == 'user' else '') }}<|eot_id|>{% endfor %}",
+            "assistant",
+        ),
+    ],
+    ids=["nothing of the messages", "their roles", "no answers"],
+)
+def test_a_template_that_ignores_what_is_said_is_refused_when_the_base_is_loaded(template, who):
+    with pytest.raises(UserError, match=rf"^model.chat_template: .*own\) leaves out what the {who} says"):
+        templated(template)
+
+
+def test_of_several_templates_each_gets_the_bos_and_the_one_for_tools_is_taken():
+    tokenizer = FAMILIES["zephyr"].tokenizer()
+    own = tokenizer.chat_template
+    tokenizer.chat_template = {"default": own, "tool_use": "{{ tools[0].function.name }}" + own}
+    template = prepare_template(tokenizer)
+    tool = {"type": "function", "function": {"name": "weather"}}
+
+    asked, with_tool = (one.render(messages([HELLO]), add_generation_prompt=True) for one in
+                        (template, template.with_tools([tool])))  # fmt: skip
+
+    assert asked.startswith("<s><|user|>")
+    assert with_tool == asked.replace("<s>", "<s>weather", 1)
+
+
+# --- the date --------------------------------------------------------------------------------------------------------
+
+THEN = datetime(2024, 2, 3, 4, 5, 6)
+DATED = (
+    "{{ bos_token }}{% macro today() %}{{ strftime_now('%d %b %Y') }}{% endmacro %}"
+    "{% if strftime_now is defined %}{{ today() + '|' + strftime_now(form or '%A, %-d %B, 100%% at %H:%M') }}"
+    "{% endif %}"
+    "{% for m in messages %}{{ m.content }}<|eot_id|>{% endfor %}"
+)
+
+
+def dated(now=None, template=DATED, **kwargs) -> ChatTemplate:
+    tokenizer = fixture_tokenizer("llama3")
+    tokenizer.chat_template = template
+    return prepare_template(tokenizer, Model(base="b", chat_template_kwargs=kwargs), now)
+
+
+def test_a_template_is_told_the_date_of_its_run():
+    template = dated(THEN)
+
+    assert template.render(messages([HELLO]), add_generation_prompt=True) == (
+        "<|begin_of_text|>03 Feb 2024|Saturday, 3 February, 100% at 04:05Hello there<|eot_id|>"
+    )
+    assert str(template) == "the model's own, with the date 2024-02-03"
+    assert template.tokenizer.chat_template == DATED  # what is saved with the adapter knows today's date
+    assert (dated().source, dated().words) == (template.source, template.words)  # another day, the same template
+
+
+@pytest.mark.parametrize("form", [f"%{letter}" for letter in "aAbBcdDeFHIjmMpSTUwWxXyYZ"] + ["%-d", "%-m", "%%d"])
+def test_every_form_of_a_date_is_as_python_writes_it(form):
+    text = dated(THEN, form=form).render(messages([HELLO]), add_generation_prompt=True)
+
+    assert text.partition("|03")[0] != text.partition("03 Feb 2024|")[2]
+    assert text == f"<|begin_of_text|>03 Feb 2024|{THEN.strftime(form)}Hello there<|eot_id|>"
+
+
+@pytest.mark.parametrize("start", ["\n", "\n\n", "  {% if true %}{% endif %}", "{# a #}\n", ""])
+def test_the_date_changes_no_white_space(start):
+    plain_one, with_date = dated(THEN, start + DATED.replace("strftime_now", "nothing")), start + DATED
+    text = "03 Feb 2024|Saturday, 3 February, 100% at 04:05"
+
+    rendered = dated(THEN, with_date).render(messages([HELLO]), add_generation_prompt=True)
+
+    expected = plain_one.render(messages([HELLO]), add_generation_prompt=True).replace(
+        "<|begin_of_text|>", "<|begin_of_text|>" + text, 1
+    )
+    assert rendered == expected
+
+
+def test_a_template_that_is_given_the_date_needs_none():
+    template = dated(THEN, "{% for m in messages %}{{ date_string + m.content }}{% endfor %}", date_string="May")
+    assert (template.is_dated, str(template)) == (False, "the model's own, with the BOS it left out")

@@ -110,6 +110,8 @@ def test_what_a_base_records_changes_with_the_template_and_the_special_tokens_on
     assert dataclasses.replace(other, template=first.template, template_hash=first.template_hash) == first
     words = load(spec.model_copy(update={"chat_template_kwargs": {"a": 1}})).lineage("sft")
     assert words.template_hash != first.template_hash
+    moved = load(spec.model_copy(update={"system_turn": "into_user"})).lineage("sft")
+    assert (moved.template_hash != first.template_hash, moved.template.endswith("put into the user's")) == (True, True)
 
 
 def test_dpo_from_an_sft_run_with_another_template_is_refused(tiny_folder, tmp_path):
