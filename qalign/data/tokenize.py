@@ -162,7 +162,7 @@ def encode_text(template: ChatTemplate, row: PlainText, max_length: int) -> list
     Each piece begins with the last token of the piece before it, so every token but the first is supervised once: the
     first token of a sequence is predicted from nothing.
     """
-    _check_texts(template, [{"role": "text", "content": row.text}], max_length)
+    _check_texts(template, [row.text], max_length)
     ids = [*template.tokenizer(row.text).input_ids, template.tokenizer.eos_token_id]
     if ids[-2:-1] == [template.tokenizer.eos_token_id]:  # some tokenizers add one themselves
         ids.pop()
@@ -333,7 +333,7 @@ def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
     return tuple(sorted({tokenizer.eos_token, *marked}))
 
 
-def _check_texts(template: ChatTemplate, turns: Sequence[Message], max_length: int) -> None:
+def _check_texts(template: ChatTemplate, turns: Sequence[Message | str], max_length: int) -> None:
     """Refuses a row before anything is computed from it: one that is far too long, or one that spells a special token,
     which would be read as one (a forged end of turn)."""
     texts = [leaf for leaf in leaves((turns, template.tools)) if isinstance(leaf, str)]

@@ -58,9 +58,7 @@ def test_a_dialogue_of_very_many_turns_is_refused_and_one_of_many_is_learned():
     sequences, refused = encode_dialogues(template, [Dialogue(talk * 60, 0, "w")], 64)
     assert not refused
     assert sum(label == 2005 for sequence in sequences for label in sequence.labels) == 60
-    assert {sequence.dropped_turns for sequence in sequences} == {0, *range(8, 118, 2)} & {
-        sequence.dropped_turns for sequence in sequences
-    }
+    assert sequences[0].dropped_turns == 0 < sequences[-1].dropped_turns
 
 
 def test_each_of_many_answers_keeps_as_many_turns_before_it_as_fit():
