@@ -223,7 +223,7 @@ def test_what_is_there_is_never_written_over(run, write_jsonl, tmp_path):
 def test_a_column_that_a_row_has_already_is_never_replaced(run, write_jsonl, tmp_path, monkeypatch, row, column):
     file = write_jsonl("rows.jsonl", [HELD_OUT[1], row])
     with monkeypatch.context() as patched:
-        patched.setattr("qalign.model.base.load", lambda model: pytest.fail("the base was loaded in vain"))
+        patched.setattr("qalign.model.base.load", lambda model, **_: pytest.fail("the base was loaded in vain"))
         with pytest.raises(UserError) as raised:
             score(str(run.path), file, None, None)
     assert raised.value.lines == (
@@ -242,7 +242,7 @@ def test_nothing_to_score_is_one_line_and_leaves_no_file(run, write_jsonl, tmp_p
     file = write_jsonl("texts.jsonl", [{"text": "plain"}, {"text": "text"}])
     with pytest.raises(UserError, match=r"holds no usable rows \(2 were refused\)"):
         score(str(run.path), file, None, None)
-    monkeypatch.setattr("qalign.model.base.load", lambda model: pytest.fail("the base was loaded in vain"))
+    monkeypatch.setattr("qalign.model.base.load", lambda model, **_: pytest.fail("the base was loaded in vain"))
     with pytest.raises(UserError, match="there is no such file"):
         score(str(run.path), str(tmp_path / "missing.jsonl"), None, None)
     assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl"}

@@ -41,7 +41,7 @@ def bases_kept():
         for module, name in ((qalign.model.base, "load"), (qalign.model.base, "load_classifier"),
                              (qalign.rl.ppo_setup, "load")):  # fmt: skip
             real = getattr(module, name)
-            patch.setattr(module, name, lambda spec, real=real: found.append(real(spec)) or found[-1])
+            patch.setattr(module, name, lambda spec, real=real, **more: found.append(real(spec, **more)) or found[-1])
         yield found
 
 

@@ -90,7 +90,7 @@ def test_a_value_that_only_the_trainer_refuses_is_one_line_and_the_finished_run_
 
 
 def test_it_is_found_before_the_base_is_loaded(recipe_file, monkeypatch):
-    monkeypatch.setattr("qalign.model.base.load", lambda spec: pytest.fail("loaded"))
+    monkeypatch.setattr("qalign.model.base.load", lambda spec, **_: pytest.fail("loaded"))
 
     with pytest.raises(UserError, match=r"^dpo\.trainer: optim: "):
         train(recipe_file(trainer={"optim": "nosuch"}))
