@@ -131,7 +131,7 @@ def test_smollm2_learns_real_instructions(shared_data, tmp_path, one_thread):
     expected = mean_loss(base, sequences)
     del base
 
-    keys = {"batch_size": 3, "micro_batch_size": 3, "max_steps": 3, "warmup_ratio": 0.0, "learning_rate": 5e-4}
+    keys = {"batch_size": 3, "micro_batch_size": 3, "max_steps": 3, "scheduler": "constant", "learning_rate": 5e-4}
     model = {"compute_dtype": "auto", "max_length": 256}
     found = [line["loss"] for line in metrics(run_stage(
         write_recipe(tmp_path / "run", SMOLLM2, "sft", data=str(data), model=model, **keys)
