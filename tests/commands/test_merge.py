@@ -143,7 +143,7 @@ def test_the_weights_are_those_trained_on_plus_the_update_and_nothing_of_the_fou
     assert not list(target.glob("adapter*"))
     card = (target / "README.md").read_text()
     assert run.recipe.model.base in card
-    assert "the dequantised base, exactly the model that was trained" in card
+    assert "the dequantised base, on which the adapter was trained" in card
 
 
 def test_tokenizer_template_and_end_of_turn_come_along(policy):
