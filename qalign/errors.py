@@ -5,12 +5,16 @@ import os
 import re
 import shutil
 import signal
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import walk_tb
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 MAX_LINE, MAX_VALUE = 300, 80  # characters of a printed line, and of a value of the user's in it
 LONGEST_WORD = 60  # no key or file name that could be meant is longer
@@ -151,3 +155,25 @@ class StopRequest:
         self.number = number
         with suppress(OSError):  # `print` may not be called in a handler: it may have interrupted a print
             os.write(2, "\nstopping after this step (again to stop at once) …\n".encode())
+
+
+def within(seconds: float, late: str, work: Callable[[], T]) -> T:
+    """What `work` returns, or a `UserError` with the line `late` if it takes longer. It may never end, so it runs in a
+    thread that doesn't keep the process alive."""
+    done: list[T] = []
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failed:
+        raise failed[0]
+    if not done:
+        raise UserError(late)
+    return done[0]

@@ -16,7 +16,7 @@ from typing import Any
 from qalign.config.recipe import Model
 from qalign.data.readers import BadRow
 from qalign.data.shapes import Message
-from qalign.errors import UserError, one_line, short
+from qalign.errors import UserError, one_line, short, within
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase; its own type hints are too loose to check against
 Tools = Sequence[dict[str, Any]]  # schemas of functions
@@ -31,6 +31,8 @@ would never be learned)."""
 
 MOVE_IT = "model.system_turn: into_user puts it before the next user turn"
 PROBES = {"content": "probe of an answer", "reasoning_content": "probe of a thought", "tool_calls": "probe_call"}
+SECONDS = 10  # in which a template must have rendered a short dialogue
+LATE = f"model.chat_template: the chat template takes more than {SECONDS} s for one question; give another"
 DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of C's strftime, after a %
 
 
@@ -201,12 +203,13 @@ def _probed(template: ChatTemplate) -> str:
     """A short dialogue as the template renders it; a `UserError` if it can't, or leaves out what the turns say."""
     asked, answer = {"role": "user", "content": "probe 0."}, {"role": "assistant", "content": "probe 1."}
     try:
-        text = template.render([asked], add_generation_prompt=True)
+        text = within(SECONDS, LATE, lambda: template.render([asked], add_generation_prompt=True))
     except BadRow as error:
         reason = str(error).partition("refuses it: ")[2]
         raise UserError(f"model.chat_template: the chat template ({template.words}) can't be used: {reason}") from None
     try:
-        left_out = answer["content"] not in template.render([asked, answer], add_generation_prompt=False)
+        dialogue = within(SECONDS, LATE, lambda: template.render([asked, answer], add_generation_prompt=False))
+        left_out = answer["content"] not in dialogue
     except BadRow:  # a template for prompts alone: each row with an answer is refused with its words
         left_out = False
     if left_out or asked["content"] not in text:

@@ -6,6 +6,7 @@ import pytest
 
 from qalign.config.recipe import Model
 from qalign.config.stages import Source
+from qalign.data import templates
 from qalign.data.formats import Preference, preferences
 from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import (
@@ -252,6 +253,13 @@ def test_real_rows_have_the_ids_that_mistral_common_gives_them(mistral_common, s
 def test_a_template_that_ignores_what_is_said_is_refused_when_the_base_is_loaded(template, who):
     with pytest.raises(UserError, match=rf"^model.chat_template: .*own\) leaves out what the {who} says"):
         templated(template)
+
+
+def test_a_template_that_does_not_end_is_refused(monkeypatch):
+    monkeypatch.setattr(templates, "SECONDS", 0.05)
+    endless = "{% for a in range(2000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    with pytest.raises(UserError, match=r"^model.chat_template: the chat template takes more than"):
+        templated(endless)
 
 
 def test_of_several_templates_each_gets_the_bos_and_the_one_for_tools_is_taken():
