@@ -28,7 +28,7 @@ def test_what_is_printed_is_one_line_without_control_characters(text, line):
     assert UserError(text).lines == (line,)
 
 
-@pytest.mark.parametrize("middle", ["x" * 300, "x" * 3_000_000, "\x1b" * 280])
+@pytest.mark.parametrize("middle", ["x y " * 80, "x y " * 800_000, "\x1b " * 280])
 def test_the_middle_of_a_long_line_is_cut_so_that_place_and_fix_stay(middle):
     (line,) = UserError(f"recipe.yaml:3: dpo.beta is '{middle}'; expected a number").lines
 
@@ -38,9 +38,19 @@ def test_the_middle_of_a_long_line_is_cut_so_that_place_and_fix_stay(middle):
     assert " … " in line
 
 
+def test_long_words_are_cut_before_the_sentence_is():
+    path = f"/tmp/{'very/' * 30}long/runs/dpo"
+    (line,) = UserError(f"{path}: started from an adapter, but {path}/adapter is another now; train it again").lines
+
+    assert line == (
+        f"{path}: started from an adapter, "
+        "but /tmp/very/very/very/…ery/very/long/runs/dpo/adapter is another now; train it again"
+    )
+
+
 def test_a_line_that_just_fits_is_not_cut():
     assert one_line("x" * 300) == "x" * 300
-    assert len(one_line("x" * 301)) == 300
+    assert len(one_line("x y" * 101)) == 300
     assert one_line("x" * 900, None) == "x" * 900
 
 

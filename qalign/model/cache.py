@@ -58,16 +58,16 @@ def keep(folder: Path, write: Callable[[Path], object]) -> bool:
 
 
 @contextmanager
-def alone(folder: Path, wait: float = LOCK_WAIT) -> Generator[None]:
+def alone(folder: Path, wait: float | None = None) -> Generator[None]:
     """Only one process at a time writes into a folder of the cache. So what has a temporary name there when the block
     begins was left by one that was killed, and is deleted. Where locks don't work, or another process takes longer than
-    `wait` seconds, nothing is deleted.
+    `wait` seconds (`LOCK_WAIT` by default), nothing is deleted.
 
     Raises:
         OSError: the folder can't be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=wait)
+    lock = FileLock(folder / LOCK, timeout=LOCK_WAIT if wait is None else wait)
     try:
         lock.acquire()
     except (Timeout, OSError, NotImplementedError):

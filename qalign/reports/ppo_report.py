@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from qalign.reports.alarms import EvalPoint, best_point
 from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, counted, label, picture
-from qalign.reports.reward_report import wilson_of
 from qalign.train.checkpoints import read_metrics
 
 if TYPE_CHECKING:
@@ -182,6 +181,8 @@ def _draw_band(axes: "Axes", points: Sequence[EvalPoint], name: str, colour: str
 
 def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:
     _draw_curve(axes, points, "ended", BLUE, label="answers that end")
+    from qalign.reports.reward_report import wilson_of  # it imports NumPy, which takes a while
+
     bounds = [wilson_of(point.ended, point.answers) for point in points]
     axes.vlines([point.step for point in points], *zip(*bounds, strict=True), color=BLUE, linewidth=1, alpha=0.5)
     _draw_curve(axes, points, "distinct", GREEN, label="distinct-2", **DASHED)
