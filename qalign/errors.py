@@ -36,8 +36,8 @@ DISK_FIXES |= dict.fromkeys(OTHERS.split(), "check this path and its disk")
 
 def one_line(text: object, limit: int | None = MAX_LINE) -> str:
     """A text as one line that is safe to print: control characters are escaped, so that a recipe or a row can't write
-    to the terminal. In a line that is too long, long words are cut first (usually paths), then its middle, so that place
-    and likely fix stay."""
+    to the terminal. In a line that is too long, long words are cut first (usually paths), then its middle, so that
+    place and likely fix stay."""
     line = str(text)
     if limit and len(line) > 2 * limit:  # before it is escaped, which takes time for megabytes
         line = f"{line[:limit]} … {line[-limit:]}"
