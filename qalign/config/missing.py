@@ -170,4 +170,4 @@ def _names_in(file: Path) -> set[str] | None:
     except (OSError, SyntaxError, ValueError):  # reported when it is imported
         return None
     names = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported() or s.is_namespace()}
-    return None if "__getattr__" in names or re.search(r"^\s*from .+ import \*", text, flags=re.M) else names
+    return None if "__getattr__" in names or re.search(r"^[ \t]*from .+ import \*", text, flags=re.M) else names

@@ -29,7 +29,7 @@ from qalign.data.shapes import (
     tools,
     with_system,
 )
-from qalign.data.texts import check_not_templated, check_text, is_object
+from qalign.data.texts import SPEAKER, check_not_templated, check_text, is_object
 
 Row = TypeVar("Row")
 Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the others
@@ -190,7 +190,7 @@ def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     """
     shape = detect(raw)
     if shape.rejected is None:
-        _check_label(shape.row)
+        _check_label(shape)
     return _imitable(shape, where)
 
 
@@ -230,6 +230,8 @@ def _plain_text(shape: Shape) -> str:
             f"unknown shape: this row has {shape.keys}; expected messages, conversations, prompt (or question) + "
             "completion (or response, answer), instruction + output, chosen (with rejected or without), or text"
         )
+    if speaker := next((key for key in SPEAKER if isinstance(shape.row.get(key), str)), None):
+        raise BadRow(f"a single turn, with its own '{speaker}': join the turns of a dialogue into one row's messages")
     text = shape.row["text"]
     if not isinstance(text, str):
         raise BadRow(f"text: expected a text, found {type(text).__name__}")
@@ -280,10 +282,12 @@ def _check_pair(shape: Shape) -> None:
         raise shape.no_pair
 
 
-def _check_label(row: RawRow) -> None:
+def _check_label(shape: Shape) -> None:
+    """A false label marks a disliked answer, as 0 does in KTO's rows. Beside a text or messages 0 may be a class."""
+    is_answered = shape.imitated and shape.imitated[0]
+    false = {"false", "0", "0.0", "no"} if is_answered else {"false"}
     for key in ("label", "kto_tag"):
-        label = row.get(key)
-        if label is False or (isinstance(label, str) and label.strip().lower() == "false"):  # a CSV has only texts
+        if str(shape.row.get(key)).strip().lower() in false:  # a CSV has only texts
             raise BadRow(f"{key} is false: the answer is marked as not to be imitated")
 
 

@@ -50,7 +50,7 @@ def read(source: Source, split: str) -> Placed:
         UserError: it can't be read at all; one line says why, and what to do.
     """
     path = expanded(source.path)
-    if path.is_dir() or not looks_local(source.path) or ":" in path.name:
+    if path.is_dir() or not looks_local(source.path) or (":" in path.name and not path.is_file()):
         yield from _numbered(f"{source.path}[{split}]", data_set(source, split))
         return
     if source.revision or source.streaming:

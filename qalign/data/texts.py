@@ -14,14 +14,15 @@ from qalign.data.readers import BadRow
 SPEAKER, CONTENT = ("role", "from"), ("content", "value", "text", "parts")  # keys of a turn
 EMPTY: tuple[Any, ...] = ("", [], {})  # CSV and Parquet files give a column to all rows if one has it
 
-OBJECTS = re.compile(r"""\s*(array\()?[\[(]?\s*\{\s*["']\w+["']\s*:""")
+# Possessive (`*+`): without it a text of many blanks takes hours.
+OBJECTS = re.compile(r"""\s*+(array\()?+[\[(]?+\s*+\{\s*+["']\w+["']\s*+:""")
 LONGEST_PYTHON = 1_000_000  # characters: Python's own parser takes a hundred times as much memory, and a minute
 _SPOKEN = re.compile(
     r"""["'](role|from)["']\s*:\s*["'](user|assistant|system|human|gpt|model|tool)["']""", re.IGNORECASE
 )
 # What the chat templates of ChatML, Llama 2, Llama 3, Mistral, Gemma, Phi and Zephyr write around a turn.
 _BEGINNING = re.compile(
-    r"\s*(<s>|<bos>|<\|begin_of_text\|>)?\s*"
+    r"\s*+(<s>|<bos>|<\|begin_of_text\|>)?+\s*+"
     r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(system|user|assistant)\|>)"
 )
 _END = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|\[/INST\]) *\n?$")

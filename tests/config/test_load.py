@@ -222,6 +222,15 @@ def test_without_held_out_rows_on_the_command_line_nothing_is_measured_on_them(r
     assert "eval_every: has nothing to measure" in problems(text, f"{stage}.eval_data=", f"{stage}.eval_every=7")[0]
     assert "eval_every: has nothing to measure" in problems(text.replace("eval_data: pairs.jsonl", "eval_data:"))[0]
     assert getattr(read(text, f"{stage}.eval_data=org/other"), stage).eval_every == 5
+    share = text.replace("eval_data: pairs.jsonl", "holdout: 0.2")
+    assert getattr(read(share, f"{stage}.holdout=null"), stage).eval_every is None
+    assert getattr(read(text, f"{stage}.eval_data=null", f"{stage}.holdout=0.2"), stage).eval_every == 5
+
+
+def test_a_section_that_is_replaced_after_its_key_was_set_is_no_traceback(read, problems):
+    text = with_stages(dpo="eval_data: pairs.jsonl")
+    assert read(text, "dpo.eval_data=null", "dpo=null").dpo is None
+    assert "dpo" in problems(text, "dpo.eval_data=null", "dpo=5")[0]
 
 
 def test_an_override_of_a_shared_value_changes_one_stage_only(read):

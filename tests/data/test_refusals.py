@@ -172,6 +172,9 @@ DIALOGUES = [
     ({"instruction": "Why?", "output": "Yes", "label": False}, "label is false"),
     ({"prompt": "Why?", "completion": "Yes", "label": "False"}, "label is false"),  # out of a CSV
     ({"prompt": "Why?", "completion": "Yes", "label": "FALSE"}, "label is false"),
+    ({"prompt": "Why?", "completion": "Yes", "label": 0}, "label is false"),
+    ({"prompt": "Why?", "completion": "Yes", "label": "0"}, "label is false"),
+    ({"text": "hi", "role": "prompter"}, "a single turn, with its own 'role'"),
     ({"text": " \n"}, "the text is empty"),
     ({"text": ["Once"]}, "text: expected a text, found list"),
     ({"text": TRANSCRIPT + "\n\nAssistant:"}, "turn 4 of the dialogue is empty"),
@@ -246,3 +249,13 @@ def test_a_row_that_says_that_it_holds_no_preference_is_left_out_unless_it_has_a
             convert(tie, "")
     assert canonical_prompt(tie, "").turns == tuple(ASKED)
     assert canonical(SAME | {"no_pair": "a tie"}, "").chosen == YES
+
+
+def test_a_number_beside_a_text_is_a_class():
+    assert canonical_dialogue({"text": "Once.", "label": 0}, "").text == "Once."
+
+
+def test_a_text_of_many_blanks_takes_no_time():
+    """Nested repetitions took 3 s for 20,000 blanks, and hours for a million."""
+    row = {"prompt": "Why?", "completion": " " * 1_000_000 + "Yes"}
+    assert canonical_dialogue(row, "").turns[-1]["content"].strip() == "Yes"
