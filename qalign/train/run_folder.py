@@ -129,7 +129,8 @@ class RunFolder:
         old = self._replaced
         if not old.exists():
             return False
-        if self.complete or checkpoints.newest(self.checkpoints) or not (old / "recipe.yaml").is_file():
+        last = checkpoints.newest(self.checkpoints)
+        if self.complete or (last and checkpoints.step_of(last)) or not (old / "recipe.yaml").is_file():
             shutil.rmtree(old, ignore_errors=True)
             return False
         if self._home.exists():
@@ -275,7 +276,8 @@ class RunFolder:
         except the last two and the one named `keep`; with the first one, the run that `--overwrite` replaces."""
         folder = self.checkpoints / f"checkpoint-{step}"
         checkpoints.mark_whole(folder, tokens_seen, self.wall_seconds, self.metrics, keep)
-        self._put_back()
+        if step:  # PPO has a checkpoint of step 0, before anything was learned
+            self._put_back()
 
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""

@@ -175,3 +175,19 @@ def test_a_mistake_found_after_the_start_costs_no_finished_run(stage, tiny_folde
         train_recipe(load(path, [f"{stage}.learning_rate=0.5"], stage), path, stage=stage, overwrite=True)
     assert content(run.path) == old
     assert json.loads(old["summary.json"])["steps"] == 1
+
+
+def test_a_reward_that_fails_at_once_costs_no_finished_run(tiny_folder, tmp_path):
+    """PPO has a checkpoint of step 0, before anything was learned: it doesn't count."""
+    rewards = tmp_path / "rewards.py"
+    rewards.write_text(
+        "def good(completions): return [float(len(text)) for text in completions]\ndef bad(**_): raise OSError\n"
+    )
+    path = recipe_of(tmp_path, tiny_folder, "ppo", max_steps=1, reward=f"{rewards}:good")
+    run = run_stage(path)
+    old = content(run.path)
+
+    with pytest.raises(UserError, match="bad"):
+        train_recipe(load(path, [f"ppo.reward={rewards}:bad"], "ppo"), path, stage="ppo", overwrite=True)
+
+    assert content(run.path) == old
