@@ -17,6 +17,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 MAX_LINE, MAX_VALUE = 300, 80  # characters of a printed line, and of a value of the user's in it
+PLACE = re.compile(r" *(\S{0,40} )?\S*")  # of a problem: a key and its value, or a file
 LONGEST_WORD = 60  # in characters: no key or file name that could be meant is longer
 # What the disk or a path may answer, with the likely fix. (Some of these don't exist on Windows.)
 DISK_FIXES = {
@@ -36,14 +37,17 @@ DISK_FIXES |= dict.fromkeys(OTHERS.split(), "check this path and its disk")
 
 def one_line(text: object, limit: int | None = MAX_LINE) -> str:
     """A text as one line that is safe to print: control characters are escaped, so that a recipe or a row can't write
-    to the terminal. In a line that is too long, long words are cut first (usually paths), then its middle, so that
-    place and likely fix stay."""
+    to the terminal. In a line that is too long, long words after the place are cut first (usually paths), then its
+    middle, so that place and likely fix stay."""
     line = str(text)
     if limit and len(line) > 2 * limit:  # before it is escaped, which takes time for megabytes
         line = f"{line[:limit]} … {line[-limit:]}"
     line = "".join(c if c.isprintable() else " " if c.isspace() else ascii(c)[1:-1] for c in line)
-    while limit and len(line) > limit and len(word := max(line.split(), key=len, default="")) > LONGEST_WORD:
-        line = line.replace(word, f"{word[: LONGEST_WORD // 3]}…{word[-LONGEST_WORD // 2 :]}")
+    place = PLACE.match(line)[0]  # pyright: ignore[reportOptionalSubscript]
+    rest = line[len(place) :]
+    while limit and len(place + rest) > limit and len(word := max(rest.split(), key=len, default="")) > LONGEST_WORD:
+        rest = rest.replace(word, f"{word[: LONGEST_WORD // 3]}…{word[-LONGEST_WORD // 2 :]}")
+    line = place + rest
     if limit and len(line) > limit:
         end = 2 * limit // 5
         line = f"{line[: limit - end - 3]} … {line[len(line) - end :]}"

@@ -40,10 +40,21 @@ def _loaded(name: str, config: str | None, source: Source, split: str) -> Iterab
     builder = datasets.load_dataset_builder(name, config, revision=source.revision)
     if hasattr(builder.config, "chunksize"):  # of text files: bytes that are read ahead
         builder.config.chunksize = 1 << 20
-    if hasattr(builder.config, "fragment_scan_options"):  # Parquet's would read all row groups ahead
-        scan: Any = import_module("pyarrow.dataset").ParquetFragmentScanOptions
-        builder.config.fragment_scan_options = scan(pre_buffer=False)
+    if hasattr(builder.config, "fragment_scan_options"):
+        return _parquet_rows(builder.config.data_files, split)
     return builder.as_streaming_dataset(split)
+
+
+def _parquet_rows(files: dict[str, list[str]], split: str) -> Iterator[Any]:
+    """Rows of Parquet files, one row group at a time. (`datasets` scans them in threads of pyarrow, which fetch every
+    group ahead, and which crash or hang when the process ends before they have.)"""
+    if split not in files:
+        raise ValueError(f"it has no such split; its splits: {', '.join(files)}")
+    for file in files[split]:
+        with import_module("fsspec").open(file, "rb") as opened:
+            parquet = import_module("pyarrow.parquet").ParquetFile(opened, pre_buffer=False)
+            for batch in parquet.iter_batches(1024, use_threads=False):
+                yield from batch.to_pylist()
 
 
 def check_reachable(name: str, kind: str, revision: str | None) -> None:

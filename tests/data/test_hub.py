@@ -131,8 +131,11 @@ def test_streaming_with_a_limit_fetches_little_else(tmp_path, kind):
     environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
     asked = json.dumps({"path": "org/set", "streaming": True, "limit": 5})
 
-    done = subprocess.run([sys.executable, "-c", READ], input=asked, capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", READ], input=asked, capture_output=True, text=True, env=environment, timeout=120
+    )
 
+    assert done.returncode == 0, done.stderr  # threads that still read would crash or hang at the end
     assert json.loads(done.stdout)["chosen"] == ["good 0"] * 5
     assert 0 < hub.served[f"train.{kind}"] < len(hub.files[f"train.{kind}"]) / 2
 
