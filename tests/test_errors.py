@@ -4,10 +4,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
-from qalign.errors import MAX_LINE, Stopped, StopRequest, UserError, did_you_mean, one_line, short
+from qalign.errors import MAX_LINE, Stopped, StopRequest, UserError, did_you_mean, one_line, short, within
 from tests.conftest import ROOT
 
 
@@ -63,6 +64,22 @@ def test_a_value_is_shown_short():
 def test_a_similar_word_is_found_for_a_long_one_too():
     assert did_you_mean("learning_rat", ["learning_rate"]) == "; did you mean 'learning_rate'?"
     assert did_you_mean("x" * 3_000_000, ["learning_rate"]) == ""
+
+
+def test_work_has_a_time_limit():
+    never, broken = threading.Event(), ValueError("no")
+
+    def fail():
+        raise broken
+
+    assert within(60, "late", lambda: 7) == 7
+    with pytest.raises(ValueError, match="no"):
+        within(60, "late", fail)
+    try:
+        with pytest.raises(UserError, match="late"):
+            within(0.01, "late", never.wait)
+    finally:
+        never.set()
 
 
 def test_a_stop_request_is_patient_once():

@@ -256,8 +256,8 @@ def test_a_template_that_ignores_what_is_said_is_refused_when_the_base_is_loaded
 
 
 def test_a_template_that_does_not_end_is_refused(monkeypatch):
-    monkeypatch.setattr(templates, "SECONDS", 0.05)
-    endless = "{% for a in range(2000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
+    monkeypatch.setattr(templates, "SECONDS", 0.01)
+    endless = "{% for a in range(20000) %}{% for b in range(1000) %}{% endfor %}{% endfor %}{{ messages[0].content }}"
     with pytest.raises(UserError, match=r"^model.chat_template: the chat template takes more than"):
         templated(endless)
 
