@@ -6,15 +6,18 @@ It never merges into the 4-bit weights: rounding to 4 bits again would lose most
 docs/merging.md). The default is the dequantised base, on which the adapter was trained.
 """
 
+import os
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalign.cli import Parser, program, run_parsed
-from qalign.config.atomic import new_folder
+from qalign.config.atomic import clear_leftovers, new_folder
+from qalign.config.paths import expanded
 from qalign.errors import UserError
 from qalign.model import origin
+from qalign.train.lock import locked
 from qalign.train.run_folder import RunFolder, open_run, print_table
 
 if TYPE_CHECKING:
@@ -30,7 +33,7 @@ WORDS = {
 def merge(folder: str, onto: "Form", to: str | None) -> None:
     """Merge a run's adapter into its base, as a plain 16-bit model folder."""
     run = open_run(folder, ("ppo", "dpo", "sft", "reward"))
-    target = Path(to) if to else run.path / f"merged-{onto}"
+    target = expanded(to) if to else run.path / f"merged-{onto}"
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --to, or remove it")
     origin.check(run.recipe.model)
@@ -40,6 +43,15 @@ def merge(folder: str, onto: "Form", to: str | None) -> None:
             "original was never rounded; use --onto dequantized"
         )
 
+    if to:
+        _write(run, onto, target)
+        return
+    with locked(Path(os.path.realpath(run.path))):  # a stage would take the unfinished model for leftovers
+        clear_leftovers(run.path)
+        _write(run, onto, target)
+
+
+def _write(run: RunFolder, onto: "Form", target: Path) -> None:
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
     from qalign.model.loading import mended_generation_config, save_tokenizer
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from qalign.cli import Parser, program, run_parsed
 from qalign.config.atomic import replacing
-from qalign.config.paths import DATA_SUFFIXES
+from qalign.config.paths import DATA_SUFFIXES, expanded
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
@@ -40,7 +40,7 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     if limit is not None and limit < 1:
         raise UserError(f"--limit: {limit} is not a number of rows; expected at least 1")
     run = open_run(folder, ("reward",))
-    target = Path(to) if to else _scored_name(Path(file))
+    target = expanded(to) if to else _scored_name(Path(file))
     if target.exists():
         raise UserError(f"{target}: exists already; name another with --to, or remove it")
     if not target.parent.is_dir():

@@ -11,20 +11,22 @@ from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-# The temporary names that a killed process leaves: `.report.123.png` of a file, `.adapter-x1y2z3w4` of a folder.
-LEFTOVER = re.compile(r"\..+\.\d+(\.\w+)?|\..+-[a-z0-9_]{8}")
+# The temporary names that a killed process leaves: `.report.qalign-123.png` of a file, `.adapter.qalign-x1y2z3w4` of a
+# folder. The mark keeps them apart from hidden files of the user's.
+MARK = ".qalign-"
+LEFTOVER = re.compile(rf"\.(?P<name>.+){re.escape(MARK)}\w+(\.\w+)?")
 
 
 @contextmanager
 def replacing(file: Path) -> Generator[Path]:
     """Yields a temporary path to write to, which replaces `file` when the block ends without an error.
 
-    It keeps the suffix of `file` (`report.png` is written as `.report.123.png`), because some writers depend on it.
+    It keeps the suffix of `file` (`report.png` is written as `.report.qalign-123.png`): some writers depend on it.
 
     Raises:
         OSError: the disk refuses it; the old content is kept.
     """
-    aside = file.with_name(f".{file.stem}.{os.getpid()}{file.suffix}")
+    aside = file.with_name(f".{file.stem}{MARK}{os.getpid()}{file.suffix}")
     try:
         yield aside
         sync(aside)
@@ -86,7 +88,7 @@ def replacing_folder(folder: Path) -> Generator[Path]:
 def _written_aside(folder: Path) -> Generator[Path]:
     """Yields an empty folder next to `folder`, in one that only its owner may read and that is deleted at the end."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    around = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}{MARK}"))
     try:
         aside = around / "new"
         aside.mkdir()
@@ -99,12 +101,12 @@ def clear_leftovers(folder: Path) -> None:
     """Deletes the temporary files and folders that a killed process left in a folder and those inside it. What a kill
     between the two renames of `replacing_folder` left without its name gets it back."""
     for path in sorted(folder.rglob(".*")):
-        if not LEFTOVER.fullmatch(path.name):
+        if (found := LEFTOVER.fullmatch(path.name)) is None:
             continue
         if path.is_symlink() or not path.is_dir():
             path.unlink(missing_ok=True)
             continue
-        original = path.with_name(path.name[1:-9])
+        original = path.with_name(found["name"])
         old = path / "old"
         if old.is_dir() and not original.exists():
             old.rename(original)

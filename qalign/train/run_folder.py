@@ -124,8 +124,7 @@ class RunFolder:
             raise
 
     def _put_back(self) -> bool:
-        """Ends what `--overwrite` began: the run that it set aside is put back or, if the new one has a checkpoint,
-        deleted. Returns whether it is back."""
+        """Puts back what `--overwrite` set aside, or deletes it if the new run has a checkpoint; True if it is back."""
         old = self._replaced
         if not old.exists():
             return False
@@ -136,11 +135,12 @@ class RunFolder:
         if self._home.exists():
             shutil.rmtree(self._home)
         old.rename(self._home)
-        reason = "the new one had no checkpoint yet"
-        print(f"{self.path}: the run that --overwrite was to replace is back: {reason}", flush=True)
+        print(f"{self.path}: the run that --overwrite was to replace is back: no new checkpoint yet", flush=True)
         return True
 
     def _check_place(self) -> None:
+        if os.path.islink(self._home):
+            raise UserError(f"{self.path}: is a link that leads round in a circle; choose another `output`")
         if any(place.exists() and not place.is_dir() for place in (self.path, self.path.parent)):
             raise UserError(f"{self.path}: is, or lies in, a file; choose another `output`")
 
@@ -183,7 +183,7 @@ class RunFolder:
         for key in ("data", "eval_data"):
             inputs += [(f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ()]
         for key, used in inputs:
-            if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(folder.resolve()):
+            if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(os.path.realpath(folder)):
                 raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
 
     def check_parent(self) -> None:

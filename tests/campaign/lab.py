@@ -200,5 +200,5 @@ def campaign(doc: str, work: Work, words: Sequence[str] | None = None) -> int:
 
 
 def plain(name: str) -> str:
-    """The name of a file without what differs from run to run: `.metrics.123.jsonl` and `.adapter-abcd1234`."""
+    """The name of a file without what differs from run to run, such as `.metrics.qalign-123.jsonl`."""
     return re.sub(r"\d+", "#", re.sub(r"(-|^tmp)[a-z0-9_]{8}$", r"\1*", name))

@@ -205,7 +205,7 @@ def test_a_start_that_was_cut_short_or_damaged_may_begin_again(recipe_path, tmp_
     folder = tmp_path / "best_of"
     run = RunFolder(load(recipe_path, [f"output={tmp_path}"], "ppo"), "ppo")
     (folder / "parts").mkdir(parents=True)
-    (folder / ".recipe.12.json").touch()
+    (folder / ".recipe.qalign-12.json").touch()
     module._claim(folder, run, {}, resume=False, overwrite=False)
     (folder / module.SETTINGS).write_text('{"n": 1')
     with pytest.raises(UserError, match=r"recipe\.json: is damaged; --overwrite starts again"):

@@ -101,10 +101,10 @@ def test_what_a_kill_left_is_deleted_and_a_folder_without_its_name_gets_it_back(
     with pytest.raises(KeyboardInterrupt), replacing_folder(run / "adapter") as aside:
         (aside / "weights").touch()
     monkeypatch.undo()
-    (run / ".adapter_best-12345678").mkdir()
-    (run / ".report.123.png").touch()
+    (run / ".adapter_best.qalign-12345678").mkdir()
+    (run / ".report.qalign-123.png").touch()
     (run / "samples").mkdir()
-    (run / "samples" / ".parent_hash.7").touch()
+    (run / "samples" / ".parent_hash.qalign-7").touch()
     assert not (run / "adapter").exists()
 
     clear_leftovers(run)

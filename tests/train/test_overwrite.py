@@ -94,7 +94,7 @@ def test_a_start_that_was_killed_is_healed_at_the_next_one(recipe, capsys):
     run = folder(recipe, beta=0.5)
     run.claim(**OVERWRITE)
     run.begin([])  # and killed: nothing tidies up
-    (run.path / ".report.123.png").touch()
+    (run.path / ".report.qalign-123.png").touch()
     assert content(run.path) != old
     with folder(recipe).held():
         assert content(run.path) == old
@@ -136,17 +136,35 @@ def test_a_stage_folder_that_is_a_link_is_overwritten_where_it_lies(recipe, tmp_
     assert sorted(file.name for file in tmp_path.iterdir() if "disk" in file.name) == [".disk.lock", "disk"]
 
 
+def test_a_stage_folder_that_is_a_link_to_itself_is_one_line(recipe, tmp_path):
+    run = folder(recipe)
+    run.path.parent.mkdir(parents=True, exist_ok=True)
+    run.path.symlink_to(run.path.name)
+    for refused in (run.held().__enter__, lambda: run.claim(**FRESH)):
+        with pytest.raises(UserError, match="a link that leads round in a circle"):
+            refused()
+
+
 def test_what_a_killed_process_left_is_cleared_at_the_next_start(recipe):
     run = begun(recipe)
-    adapter = run.path / ".adapter-abcd1234"
+    adapter = run.path / ".adapter.qalign-abcd1234"
     (adapter / "old").mkdir(parents=True)
     (adapter / "old" / "adapter_config.json").touch()
     (adapter / "new").mkdir()
-    (run.path / ".report.4711.png").touch()
+    (run.path / ".report.qalign-4711.png").touch()
     (run.path / "samples").mkdir()
-    (run.path / "samples" / ".step-3.12.jsonl").touch()
+    (run.path / "samples" / ".step-3.qalign-12.jsonl").touch()
     with folder(recipe).held():
         assert sorted(content(run.path)) == ["adapter/adapter_config.json", "recipe.yaml"]
+
+
+def test_hidden_files_of_the_users_stay(recipe):
+    run = begun(recipe)
+    (run.path / ".my-notebook").mkdir()
+    for name in (".notes.2024.md", ".my-notebook/one.txt"):
+        (run.path / name).touch()
+    with folder(recipe).held():
+        assert {".notes.2024.md", ".my-notebook/one.txt"} <= set(content(run.path))
 
 
 def test_a_complete_run_says_how_to_go_on_from_it(recipe):
