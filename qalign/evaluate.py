@@ -48,8 +48,11 @@ def report(recipe: Recipe) -> None:
         raise UserError(
             "dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe, or `holdout`"
         )
+    same = ["dpo.start_from", "dpo.loss", "dpo.beta"]
+    if settings.holdout:  # with other rows or another seed, what was trained on would count as held out
+        same += ["seed", "dpo.holdout", "dpo.eval_data", "dpo.limit", "dpo.split"]
     for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
-        if key.startswith("model.") or key in ("dpo.start_from", "dpo.loss", "dpo.beta"):
+        if key.startswith("model.") or key in same or (settings.holdout and key.startswith("dpo.data.")):
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
     origin.check(recipe.model)
@@ -70,7 +73,7 @@ def report(recipe: Recipe) -> None:
     base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
     if run.parent:
         base.load_reference(run.parent)
-    figures: dict[str, Any] = measure(base, pairs, settings.beta, settings.loss)
+    figures: dict[str, Any] = {**measure(base, pairs, settings.beta, settings.loss), "loss": settings.loss}
     measured = {pair.where for pair in pairs}
     answered = answer(base, [row for row in rows if row.where in measured])
     if answered.prompts:
@@ -183,7 +186,7 @@ def answer(base: "Base", rows: list[Preference]) -> Answered:
 
 
 def _spread(rows: list[Item], count: int) -> list[Item]:
-    """At most so many rows, spread evenly."""
+    """At most `count` rows, spread evenly."""
     return rows[:: max(1, len(rows) // count)][:count]
 
 

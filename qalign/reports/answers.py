@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qalign.config.stages import REFERENCE_FREE
 from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines
 from qalign.reports.plots import counted
 from qalign.reports.reward_report import BY_CHANCE, sign_test
@@ -14,7 +15,7 @@ from qalign.reports.reward_report import BY_CHANCE, sign_test
 LOOP_TOKENS = 12  # a shorter tail that repeats may be meant: "no, no, no"
 LOOP_TURNS = 3
 LOOP_LINES = 0.5  # share of an answer's lines and sentences that repeat earlier ones
-FEW_BETTER = 0.95  # where so many pairs were right before, hardly any can be gained
+FEW_BETTER = 0.95  # share of pairs that were right before, from which on hardly any can be gained
 Figures = dict[str, Any]
 
 
@@ -73,7 +74,8 @@ def _of_pairs(figures: Figures) -> str:
     pairs, reward = figures["pairs"], figures["reward_accuracy"]
     right = round(reward * pairs)
     more = "more pairs, dpo.epochs=3 or twice the dpo.learning_rate"
-    if sign_test(right, pairs - right) > BY_CHANCE:
+    is_measured_from_reference = figures.get("loss") not in REFERENCE_FREE  # otherwise it is no change since then
+    if is_measured_from_reference and sign_test(right, pairs - right) > BY_CHANCE:
         if sign_test(pairs - right, right) <= BY_CHANCE:
             return f"the wrong way: chosen answers lost, reward {reward:.1%}; are chosen and rejected swapped?"
         shown = f"reward {reward:.1%} of {counted(pairs, 'pair')}, a coin has 50%"
@@ -87,6 +89,8 @@ def _of_pairs(figures: Figures) -> str:
         return f"it helped: {counted(gained, 'pair')} won and {lost} lost, {change}"
     if before >= FEW_BETTER:
         return f"little was left to learn: {change}"
+    if not is_measured_from_reference:
+        return f"no effect shown on what is preferred ({change}); try {more}"
     return (
         f"a small shift: reward {reward:.1%} counts any move from the reference towards chosen answers, but the model "
         f"hardly prefers more of them by itself, {change}; for more try dpo.epochs=3, twice the dpo.learning_rate or "

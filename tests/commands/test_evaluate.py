@@ -126,6 +126,16 @@ def test_another_recipe_than_the_runs_is_refused(recipe_file, change):
         evaluate.report(load_recipe(recipe_file(eval_data=TEST, max_steps=1, **change)))
 
 
+@pytest.mark.parametrize("word", ["seed=7", "dpo.holdout=0.2", "dpo.limit=20", "dpo.data.skip=2"])
+def test_rows_that_were_trained_on_never_count_as_held_out(recipe_file, word):
+    train(path := recipe_file(holdout=0.4, max_steps=1))
+    recipe = load_recipe(path)
+    if word.startswith("dpo.data"):
+        word = f"dpo.data={{path: {recipe.dpo.data[0].path}, skip: 2}}"
+    with pytest.raises(UserError, match="was trained with another"):
+        evaluate.report(load_recipe(path, [word]))
+
+
 def test_a_missing_adapter_or_missing_held_out_rows_are_named(recipe_file):
     with pytest.raises(UserError, match=r"there is no adapter yet; train it with python -m qalign\.dpo"):
         evaluate.report(load_recipe(recipe_file(eval_data=TEST)))

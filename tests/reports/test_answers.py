@@ -42,10 +42,10 @@ def test_figures_of_answers_by_hand():
         measure_answers([])
 
 
-def figures(*, before=0.4, after=0.4, gained=0, lost=0, reward=1.0, pairs=50, was=(), now=()) -> dict:
+def figures(*, before=0.4, after=0.4, gained=0, lost=0, reward=1.0, pairs=50, loss="sigmoid", was=(), now=()) -> dict:
     """The figures of a run; `was` and `now` are answers before and after."""
     found = {"pairs": pairs, "accuracy_before": before, "accuracy_after": after, "reward_accuracy": reward,
-             "pairs_gained": gained, "pairs_lost": lost}  # fmt: skip
+             "pairs_gained": gained, "pairs_lost": lost, "loss": loss}  # fmt: skip
     if now:
         same = sum(one.text == other.text for one, other in zip(was, now, strict=True))
         found["answers"] = {"before": measure_answers(was), "after": measure_answers(now), "unchanged": same}
@@ -67,6 +67,10 @@ def figures(*, before=0.4, after=0.4, gained=0, lost=0, reward=1.0, pairs=50, wa
         ({"reward": 0.1}, "the wrong way", "swapped?"),
         ({"after": 0.2, "gained": 0, "lost": 10}, "worse than before", "half the dpo.learning_rate"),
         ({"before": 0.98, "after": 1.0, "gained": 1}, "little was left to learn", ""),
+        # Without a reference, the reward says how many pairs are right, and nothing of what changed.
+        ({"loss": "simpo", "reward": 0.35, "after": 0.8, "gained": 30}, "it helped: 30 pairs won and 0 lost", ""),
+        ({"loss": "orpo", "reward": 0.8, "before": 0.8, "after": 0.8}, "no effect shown", "dpo.epochs=3"),
+        ({"loss": "simpo", "reward": 0.8, "after": 0.2, "lost": 10}, "worse than before", "half the dpo.learning_rate"),
     ],
 )
 def test_a_verdict_on_the_pairs(given, words, tried):
