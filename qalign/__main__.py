@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from qalign.cli import run_parsed, stage_parser
 from qalign.config.load import load
@@ -47,6 +48,10 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
             mine = [flag for flag in flags if flag != "--resume" or begun]
             if code := _run([sys.executable, "-m", f"qalign.{stage}", path, *overrides, *mine]):
                 sys.exit(code)
+            if not run.complete:
+                raise UserError(
+                    f"{run.path}: the {stage} stage ended before it was complete; did a reward end the process?"
+                )
         states.append((run, state))
     rows = [(run.stage, f"{state:<8} {_result(run)}") for run, state in states]
     print_table(f"{recipe.output}: all stages", rows)
@@ -70,9 +75,12 @@ def _run(command: list[str]) -> int:
 def _result(run: RunFolder) -> str:
     """A complete stage in one line."""
     try:
-        facts = json.loads(run.summary.read_text(encoding="utf-8"))
-    except ValueError:
+        return _in_words(run, json.loads(run.summary.read_text(encoding="utf-8")))
+    except (ValueError, LookupError, TypeError, AttributeError):
         return f"{run.summary} is damaged; train it again with --overwrite"
+
+
+def _in_words(run: RunFolder, facts: dict[str, Any]) -> str:
     logged = read_metrics(run.metrics)
     steps = [line for line in logged if line.get("loss") is not None]
     name, words = ("objective/scores", "reward") if run.stage == "ppo" else ("loss", "loss")

@@ -104,7 +104,7 @@ def exit_code(work: Callable[[], None]) -> int:
 
 def _outcome(work: Callable[[], None]) -> int:
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
             raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")
         work()
     except UserError as error:

@@ -5,11 +5,12 @@ that are refused by name. `aliases.yaml` has other kits' names of the recipe's k
 """
 
 import ast
+import math
 from collections.abc import Iterator
 from functools import cache
 from importlib.metadata import distribution
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import yaml
 from pydantic import BaseModel
@@ -76,6 +77,17 @@ def unknown_trainer_keys(raw: Keys) -> Iterator[Problem]:
                 yield place, f"unknown key {short(key)} in {stage}.trainer{near}"
             elif isinstance(value, (int, float)) and not 0 <= value <= most:
                 yield place, f"{stage}.trainer.{key} is {short(value)}; expected a number from 0 to {most:g}"
+            elif not _is_finite(value):
+                yield place, f"{stage}.trainer.{key} is {short(value)}; expected finite numbers"
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether every number inside a value is finite."""
+    if isinstance(value, dict):
+        return all(map(_is_finite, cast(Keys, value).values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_finite, cast(list[Any], value)))
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def meant_by(key: str, place: Place, raw: Keys) -> str:
@@ -96,7 +108,7 @@ def _as_written(name: str, place: Place, raw: Keys) -> str | None:
     if len(place) > 1:  # an item of `data` or `reward`
         return name if name in here else None
     section, _, inside = name.rpartition(".")
-    stages = sorted(STAGES, key=lambda stage: stage not in raw)  # those that the recipe has come first
+    stages = sorted(STAGES, key=lambda stage: stage not in raw)  # the recipe's own stages first
     if section == "trainer":
         return f"{at if at in STAGES else stages[0]}.{name}"
     if section:

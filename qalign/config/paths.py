@@ -161,7 +161,7 @@ def _module(name: str) -> ModuleSpec | None:
 
 def _module_file(name: str) -> Path | None:
     spec = _module(name)
-    return Path(spec.origin) if spec and spec.origin else None
+    return Path(spec.origin) if spec and spec.origin and spec.has_location else None  # built-in modules have no file
 
 
 def _same_file(one: Path, other: Path | None) -> bool:

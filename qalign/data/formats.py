@@ -314,7 +314,7 @@ def _check_order(turns: Turns, name: str, last: str) -> None:
 
 
 def _settled(turns: Turns) -> tuple[Turns, frozenset[int]]:
-    """(turns, indices of those that aren't trained on), after a last look at their texts."""
+    """(turns, indices of the turns that are not trained on), after the last checks of their texts."""
     for turn in turns:
         check_not_templated(turn["content"])
         check_text([json.dumps(turn, ensure_ascii=False)])

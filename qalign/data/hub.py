@@ -72,9 +72,7 @@ def why(error: BaseException, name: str, kind: str, revision: str | None) -> str
     login = "log in with `hf auth login`"
     for cause in _chain(error):
         status = getattr(getattr(cause, "response", None), "status_code", None)
-        offline = (
-            isinstance(cause, errors.LocalEntryNotFoundError) and import_module("huggingface_hub").is_offline_mode()
-        )
+        offline = isinstance(cause, errors.LocalEntryNotFoundError) and hub.is_offline_mode()
         if offline or isinstance(cause, errors.OfflineModeIsEnabled) or "OfflineModeIsEnabled" in str(cause):
             return "it isn't in the cache, and HF_HUB_OFFLINE keeps the hub switched off; unset that, or check the name"
         if isinstance(cause, errors.GatedRepoError):

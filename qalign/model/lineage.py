@@ -87,8 +87,13 @@ def read(folder: str | Path) -> Lineage | None:
         return None
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
-        return Lineage(**{field.name: kept[field.name] for field in fields(Lineage)})
-    except (ValueError, KeyError, TypeError) as error:
+        found = {field.name: kept[field.name] for field in fields(Lineage)}
+        lacking = {name for name in ("revision", "parent", "parent_hash") if found[name] is None}
+        texts = found | found["special_tokens"]  # a TypeError if it is no object
+        if wrong := [name for name in texts.keys() - {"special_tokens", *lacking} if not isinstance(texts[name], str)]:
+            raise TypeError(f"{wrong[0]} is no text")
+        return Lineage(**found)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{file}: not a lineage that qalign wrote ({error!r}); train the adapter again") from None
 
 

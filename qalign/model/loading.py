@@ -24,6 +24,7 @@ from qalign.config.recipe import Model
 from qalign.data.hub import why
 from qalign.errors import UserError
 from qalign.model import cache, origin
+from qalign.model.adapters.targets import HEADS
 from qalign.model.origin import OTHER_CODE, Origin
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -193,6 +194,8 @@ def _loaded(found: Origin, auto: Any, labels: int | None = None, **options: Any)
         stored = getattr(part, "quantization_config", None)
         if isinstance(stored, dict) and isinstance(options.get("dtype"), torch.dtype):
             stored["bnb_4bit_compute_dtype"] = str(options["dtype"]).removeprefix("torch.")
+        if labels and isinstance(stored, dict) and stored.get("llm_int8_skip_modules"):
+            stored["llm_int8_skip_modules"] = [*stored["llm_int8_skip_modules"], *HEADS]
     if not is_classifier:
         options["generation_config"] = mended_generation_config(found)[0]
     return auto.from_pretrained(**found.where, config=config, trust_remote_code=False, **options)

@@ -106,9 +106,10 @@ def locate(base: str, revision: str | None, key: str) -> Origin:
         commit = file.parent.name
         stored = _stored(_config(file, base, key), base, key)
         return Origin(base, commit, revision, f"{base}@{commit}", stored, is_reached)
-    folder = expanded(base).resolve()
+    folder = Path(os.path.realpath(expanded(base)))
     if not folder.is_dir():
-        raise UserError(f"{key}: there is no folder '{base}'")
+        near = f"; it is a file, did you mean '{folder.parent}'?" if folder.is_file() else ""
+        raise UserError(f"{key}: there is no folder '{base}'{near}")
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{key}: '{base}' is an adapter, not a model; name its base here, and it in start_from")
@@ -168,7 +169,7 @@ def check_weights(folder: Path, base: str, key: str = "model.base") -> None:
     for index in folder.glob("*.index.json"):
         try:
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{key}: {index} can't be read ({error!r:.80}); copy the model again") from None
         if missing := sorted(str(part) for part in parts if not (folder / str(part)).is_file()):
             raise UserError(f"{key}: '{base}' lacks {len(missing)} files ({missing[0]}); copy the model again")

@@ -18,7 +18,7 @@ from qalign.page.votes import Choice
 
 EXAMPLES = 6
 MAX_AT_ONCE = 16  # actions that wait in `page.worker` for their turn, each in one of Gradio's 40 threads
-# Widgets: those that `handler` reads and those that `updates` fills, in the order of these functions.
+# Widgets that `handler` reads, and widgets that `updates` fills, in the order of these functions.
 ENTERED = (*("first", "second", "blind", "colours", "temperature", "top_p", "tokens", "seed", "system"),
            *("prompt", "comment"))  # fmt: skip
 SHOWN = (*("left", "right", "left_figures", "right_figures", "status", "prompt", "comment", "tally", "differences"),

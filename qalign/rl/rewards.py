@@ -150,10 +150,16 @@ class FunctionScorer(Scorer):
         module, _, name = source.rpartition(":")
         super().__init__(key, source, weight, name)
         self.function = import_function(key, module, name)
+        try:
+            self._parameters = inspect.signature(self.function).parameters
+        except ValueError:  # of some functions written in C
+            raise UserError(
+                f"{key}: '{source}' doesn't say which parameters it takes; write a function that calls it"
+            ) from None
 
     def takes(self, name: str) -> bool:
         """Whether the function is given a column of the rows."""
-        parameters = inspect.signature(self.function).parameters
+        parameters = self._parameters
         takes_all = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
         return str(name).isidentifier() and (takes_all or name in parameters)
 

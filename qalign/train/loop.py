@@ -245,8 +245,10 @@ def few_steps(settings: Stage, steps: int) -> str | None:
         return None
     fixes = ["epochs=3"] if settings.epochs < 3 else []
     fixes += ["packing=false"] if isinstance(settings, SFT) and settings.packing else []
-    if not fixes and settings.batch_size > 1:
-        fixes = [f"batch_size={max(1, settings.batch_size * steps // FEW_STEPS)}"]
+    micro = 1 if settings.micro_batch_size == "auto" else settings.micro_batch_size
+    smaller = max(1, settings.batch_size * steps // FEW_STEPS // micro) * micro  # micro_batch_size must divide it
+    if not fixes and smaller < settings.batch_size:
+        fixes = [f"batch_size={smaller}"]
     are = "step is" if steps == 1 else "steps are"
     return f"{steps} {are} few: {', '.join(fixes)}" if fixes else None
 

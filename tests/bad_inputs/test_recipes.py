@@ -99,6 +99,7 @@ OVERRIDES = [
     ("seed=-1", "expected at least 0"), ("seed=4294967296", "expected less than"), ("max_refused_share=2", "at most 1"),
     ("dpo.trainer.weight_decay=1e300", "from 0 to"), ("dpo.trainer.dataloader_num_workers=1000000", "from 0 to 64"),
     ("dpo.trainer.max_grad_norm=.nan", "from 0 to"), ("dpo.trainer.nosuch=1", "unknown key 'nosuch'"),
+    ("dpo.trainer.lr_scheduler_kwargs={num_cycles: .nan}", "expected finite numbers"),
     ("dpo.trainer.deepspeed=ds.json", "one GPU in one process"), ("dpo.trainer.fsdp=full_shard", "in one process"),
     ("dpo.trainer.push_to_hub=true", "hf upload"), ("dpo.trainer.hub_token=secret", "hf upload"),
     ("dpo.trainer.output_dir=x", "set it as output"), ("dpo.trainer.bf16=true", "set it as model.compute_dtype"),

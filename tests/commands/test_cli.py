@@ -53,8 +53,9 @@ def test_an_unexpected_error_is_not_hidden(error):
         cli.exit_code(raising(error))
 
 
-def test_several_processes_are_refused(monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+@pytest.mark.parametrize("size", ["2", "abc"])
+def test_several_processes_are_refused(monkeypatch, capsys, size):
+    monkeypatch.setenv("WORLD_SIZE", size)
     assert cli.exit_code(lambda: None) == 2
     assert "one GPU in one process" in capsys.readouterr().err
 

@@ -1,6 +1,7 @@
 """Adapters that come from elsewhere than the recipe says are refused, with both sides named."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -82,8 +83,20 @@ def test_a_local_base_is_known_from_another_folder(tmp_path, monkeypatch):
     lineage.check("x", tmp_path, dataclasses.replace(ours, base=f"{tmp_path}/models/mine"))
 
 
-def test_a_broken_lineage_is_one_line(tmp_path):
-    (tmp_path / lineage.FILE).write_text('{"stage": "sft"}')
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"stage": "sft"}',
+        "[" * 200_000,
+        "null",
+        json.dumps(dataclasses.asdict(OURS) | {"base": 5}),
+        json.dumps(dataclasses.asdict(OURS) | {"base": None}),
+        json.dumps(dataclasses.asdict(OURS) | {"special_tokens": ["a"]}),
+        json.dumps(dataclasses.asdict(OURS) | {"special_tokens": {"bos_token": 1}}),
+    ],
+)
+def test_a_broken_lineage_is_one_line(tmp_path, text):
+    (tmp_path / lineage.FILE).write_text(text)
     with pytest.raises(UserError, match=r"lineage.json: not a lineage that qalign wrote"):
         lineage.read(tmp_path)
 

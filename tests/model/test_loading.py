@@ -212,8 +212,10 @@ def test_a_base_that_is_published_in_eight_bits_is_used_as_it_is(tiny_folder, tm
         assert torch.equal(base.lm(input_ids=ids).logits, expected.lm(input_ids=ids).logits)
 
 
-def test_a_reward_model_can_start_on_a_base_that_is_published_in_four_bits(tiny_folder, tmp_path, own_cache):
-    folder = stored_in_bitsandbytes(tiny_folder, tmp_path / "model", load_in_4bit=True, bnb_4bit_quant_type="nf4")
+@pytest.mark.parametrize("skipped", [None, ["lm_head", "multi_modal_projector"]])
+def test_a_reward_model_can_start_on_a_base_that_is_published_in_four_bits(tiny_folder, tmp_path, own_cache, skipped):
+    settings = {"bnb_4bit_quant_type": "nf4", "llm_int8_skip_modules": skipped}
+    folder = stored_in_bitsandbytes(tiny_folder, tmp_path / "model", load_in_4bit=True, **settings)
     base = load_classifier(Model(base=folder, compute_dtype="float32"))
     assert base.lm.config.num_labels == 1
     assert base.lm.score.weight.dtype == torch.float32

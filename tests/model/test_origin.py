@@ -149,6 +149,7 @@ INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safet
         (cut("model.safetensors", 0), "is cut short or damaged"),
         (written("model.safetensors.index.json", INDEX), "lacks 1 files (model-2.safetensors)"),
         (written("model.safetensors.index.json", "[1]"), "can't be read"),
+        (written("model.safetensors.index.json", "[" * 100_000), "can't be read"),
         (shutil.rmtree, "there is no folder"),
     ],
 )
@@ -160,6 +161,11 @@ def test_a_broken_folder_is_one_line(damage, reason, folder):
     assert line.startswith("model.base: ")
     assert str(folder) in line
     assert reason in line
+
+
+def test_a_file_in_place_of_its_folder(folder):
+    with pytest.raises(UserError, match=r"there is no folder '.*'; it is a file, did you mean '"):
+        find(Model(base=str(folder / "model.safetensors")))
 
 
 def test_an_adapter_is_no_base(folder):

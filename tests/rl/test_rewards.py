@@ -221,6 +221,11 @@ def test_the_columns_that_functions_take_are_known_before_they_are_called(functi
     assert list(filter(Scorers([], [every]).takes, columns)) == ["answer", "topic"]
 
 
+def test_a_function_that_does_not_say_what_it_takes_is_one_line():
+    with pytest.raises(UserError, match=r"^ppo.reward: 'numpy:add' doesn't say which parameters it takes"):
+        FunctionScorer("ppo.reward", "numpy:add", 1.0)
+
+
 def test_tensors_and_numbers_of_numpy_are_numbers_and_the_users_stop_is_no_error(function, rows):
     numbers = "[numpy.float32(1.5), torch.tensor(2.0), True, numpy.int64(4)]"
     scorer = function(f"import numpy, torch\ndef score(completions):\n    return {numbers}\n")

@@ -62,6 +62,8 @@ def test_planned_steps_count_a_short_last_batch():
         (SFT, {"packing": True, "epochs": 3.0}, 6, "6 steps are few: packing=false"),
         (DPO, {}, 1, "1 step is few: epochs=3"),
         (DPO, {"epochs": 3.0, "batch_size": 16}, 5, "5 steps are few: batch_size=8"),
+        (DPO, {"epochs": 3.0, "batch_size": 32, "micro_batch_size": 8}, 6, "6 steps are few: batch_size=16"),
+        (DPO, {"epochs": 3.0, "batch_size": 8, "micro_batch_size": 8}, 6, None),
         (DPO, {"epochs": 3.0, "batch_size": 1}, 5, None),
         (DPO, {}, 10, None),
         (SFT, {"max_steps": 2, "packing": True}, 2, None),

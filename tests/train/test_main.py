@@ -109,14 +109,16 @@ def test_damaged_figures_of_a_complete_run_are_named(chain, capfd):
     try:
         files[0].write_bytes(b"\0\0\n\xff junk\n")
         run_all(str(path), [], [])
-        files[1].write_bytes(b'{"steps": 3, ')
-        run_all(str(path), [], [])
+        for damaged in (b'{"steps": 3, ', b"{}", b"null", b'{"steps": "3"}', b'{"steps": 3, "wall_seconds": []}'):
+            files[1].write_bytes(damaged)
+            run_all(str(path), [], [])
     finally:
         for file, content in zip(files, kept, strict=True):
             file.write_bytes(content)
-    first, second = (line for line in capfd.readouterr().out.splitlines() if line.startswith("  dpo "))
+    first, *others = (line for line in capfd.readouterr().out.splitlines() if line.startswith("  dpo "))
     assert "3 steps" in first
-    assert f"{files[1]} is damaged" in second
+    assert len(others) == 5
+    assert all(f"{files[1]} is damaged" in line for line in others)
 
 
 def test_a_parent_that_was_trained_again_is_noticed(chain, tmp_path):
