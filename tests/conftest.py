@@ -1,12 +1,21 @@
 """Shared fixtures: a tiny random model for fast tests, SmolLM2 for true ones."""
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are about the CPU, on a machine with a GPU too
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers, and what tests start, inherit the folder
+    # The user's own cache is no place for tiny bases. Matplotlib's list of fonts takes seconds to make, so it stays.
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("MPLCONFIGDIR", str(users / "matplotlib"))
+    os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qalign-tests-cache-")
+    atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 import json
-from pathlib import Path
 
 import pytest
 import yaml

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,13 @@ def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[700] ^= 16
     file.write_bytes(content)
+
+
+def test_the_tests_and_what_they_start_leave_the_users_cache_alone():
+    words = "from qalign.model.cache import cache_folder; print(cache_folder())"
+    said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout
+    assert said.strip() == str(cache.cache_folder())
+    assert cache.cache_folder().parent.parent == Path(tempfile.gettempdir())
 
 
 def test_what_is_kept_is_whole_and_nothing_else_is(folder, capsys):
