@@ -97,6 +97,15 @@ def package_file(path: str) -> Path:
     return file
 
 
+def lfs_pointer(file: Path) -> str | None:
+    """What to do about a file that git left as a pointer to the real one; None for any other file."""
+    with file.open("rb") as opened:
+        is_pointer = opened.read(40).startswith(b"version https://git-lfs")
+    return (
+        "is a pointer of Git LFS, not the file itself; run `git lfs pull` where it was cloned" if is_pointer else None
+    )
+
+
 def names_of_files(*folders: Path) -> list[str]:
     return [file.name for folder in folders if folder.is_dir() for file in folder.glob("*")]
 

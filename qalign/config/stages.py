@@ -104,7 +104,7 @@ class Stage(Section):
     """Training data: a hub id, a file, a folder, or a list of these with `split`, `skip`, `limit` and `weight`. Rows
     have a prompt, a chosen and a rejected answer; most layouts are detected."""
     split: str = "train"
-    """Dataset split: the split of a hub dataset to train on. Local files have no splits."""
+    """Dataset split: the split of a hub dataset to train on; of a JSON object with several lists of rows, its key."""
     limit: Rows | None = None
     """Row limit: takes at most this many rows of each source. All rows when left out."""
     eval_data: Data | None = None

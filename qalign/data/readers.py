@@ -4,18 +4,19 @@ import codecs
 import csv
 import gzip
 import json
+import re
 import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeGuard
 
-from qalign.config.paths import DATA_SUFFIXES, expanded, looks_local
+from qalign.config.paths import DATA_SUFFIXES, expanded, lfs_pointer, looks_local
 from qalign.config.stages import Source
 from qalign.data.hub import data_set
-from qalign.errors import UserError
+from qalign.errors import UserError, short
 
 Placed = Iterator[tuple[str, Any]]
 """(place, row): a row that can't be parsed is a `BadRow`."""
@@ -28,8 +29,9 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 WRAPPERS = ("data", "rows", "examples", "instances", "records", "items")  # keys under which one object holds all rows
-
-
+SPLITS = re.compile(r"train(ing)?|test|val(id(ation)?)?|dev|eval(uation)?|(train|test)_\w+")
+# An object with a text or turns under such a key is a row, whatever lists it holds beside.
+OF_A_ROW = ("prompt", "question", "query", "instruction", "input", "text", "chosen", "completion", "output", "messages")
 MORE = "fields without a name"
 TOO_LONG = "has more fields than the first line has names; put a text with commas in quotes"
 
@@ -40,6 +42,17 @@ class BadRow(Exception):
 
 class NoPair(BadRow):
     """Why a row holds no chosen and rejected answer, as the row itself says; nothing is wrong with it."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+        raise BadRow(f"has the key {short(twice)} twice")
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read(source: Source, split: str) -> Placed:
@@ -57,14 +70,16 @@ def read(source: Source, split: str) -> Placed:
         raise UserError(f"{path}: is a file; revision and streaming are for data sets of the hub, remove them")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
+    if pointer := lfs_pointer(path):
+        raise UserError(f"{path}: {pointer}")
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     try:
         if kind == "parquet":
             yield from _parquet(path)
         elif kind in ("csv", "tsv"):
-            yield from _csv(path)
+            yield from _csv(path, "\t,;|" if kind == "tsv" else ",;\t|")
         elif path.name.endswith(DATA_SUFFIXES):
-            yield from _json(path, split)
+            yield from ((place, _of_viewer(row)) for place, row in _json(path, split))
         else:
             raise UserError(f"{path}: expected a file that ends in {', '.join(DATA_SUFFIXES)}")
     except UnicodeDecodeError as error:
@@ -89,13 +104,17 @@ def _text(path: Path) -> Generator[IO[str]]:
         yield file
 
 
+class _Unfinished(BadRow):
+    """Why a line can't be parsed where the value may go on below it."""
+
+
 def _json(path: Path, split: str) -> Placed:
     with _text(path) as file:
         lines = ((number, line) for number, line in enumerate(file, start=1) if line.strip())
         number, first = next(lines, (0, ""))
         values = _values(first)
-        broken = bool(values) and isinstance(values[0], BadRow)
-        if broken and (first.lstrip().startswith("[") or first.rstrip().endswith(("{", "[", ","))):  # it goes on below
+        broken = bool(values) and isinstance(values[-1], BadRow)
+        if broken and (first.lstrip().startswith("[") or isinstance(values[-1], _Unfinished)):
             yield from _document(path, split, "\n" * (number - 1) + first + "".join(file))
             return
         second = next(lines, None)
@@ -111,9 +130,12 @@ def _values(line: str) -> list[Any]:
     values, start, line = list[Any](), 0, line.rstrip()
     while (start := _next(line, start)) < len(line):
         try:
-            value, start = json.JSONDecoder().raw_decode(line, start)
+            value, start = DECODER.raw_decode(line, start)
+        except BadRow as error:
+            return [*values, error]
         except json.JSONDecodeError as error:
-            return [*values, BadRow(f"not valid JSON: {error.msg} at column {error.colno}")]
+            kind = BadRow if error.pos < len(line) else _Unfinished
+            return [*values, kind(f"not valid JSON: {error.msg} at column {error.colno}")]
         except (RecursionError, ValueError):  # Python's own limits, of depth and of an integer's digits
             return [*values, BadRow("not readable JSON: nested too deeply, or a number too long")]
         values.append(value)
@@ -126,11 +148,13 @@ def _document(path: Path, split: str, text: str) -> Placed:
     try:
         while (begin := _next(text, start)) < len(text):
             line += text.count("\n", start, begin)
-            value, start = json.JSONDecoder().raw_decode(text, begin)
+            value, start = DECODER.raw_decode(text, begin)
             found.append((line, value))
             line += text.count("\n", begin, start)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
+    except BadRow as error:
+        raise UserError(f"{path}: below line {line}: {error}") from None
     if len(found) == 1:
         return _whole(path, split, found[0][1], found[0][0])
     return ((f"{path}:{number}", value) for number, value in found)
@@ -145,38 +169,101 @@ def _next(text: str, start: int) -> int:
 
 def _whole(path: Path, split: str, value: Any, line: int) -> Placed:
     """The rows of a file with one JSON value: an array, an object that holds one, or a row."""
-    if isinstance(value, list):
-        return _numbered(str(path), cast("list[Any]", value))
-    if isinstance(value, dict):
-        keys = cast("dict[str, Any]", value)
-        inside = next((keys[key] for key in (split, *WRAPPERS) if isinstance(keys.get(key), list)), None)
-        if inside is not None:
-            return _numbered(str(path), inside)
-        if keys and all(isinstance(part, dict) and "0" in part for part in keys.values()):
-            raise UserError(f"{path}: holds columns, expected rows; pandas writes rows with orient='records'")
-        return iter([(f"{path}:{line}", keys)])
+    if (rows := _rows_in(path, split, value)) is not None:
+        return _numbered(str(path), rows)
+    if is_object(value):
+        return iter([(f"{path}:{line}", value)])
     raise UserError(f"{path}: expected rows, found one {type(value).__name__}")
 
 
-def _csv(path: Path) -> Placed:
-    """Fields between commas; without one in the first line, between semicolons, as many spreadsheets write, or tabs."""
+def _rows_in(path: Path, split: str, value: Any) -> list[Any] | None:
+    """The rows in a JSON value: a list; the list under the key `split`, a usual name, or the only one; or columns.
+    None if it is a row itself. A `UserError` if several lists could be meant."""
+    value = _unnumbered(value)
+    if not is_object(value):
+        return value if is_list(value) else None
+    keys = {name: _unnumbered(part) for name, part in value.items()}
+    if is_list(keys.get("columns")) and is_list(keys.get("data")):  # of pandas, orient='split'
+        return [dict(zip(keys["columns"], cells, strict=False)) for cells in keys["data"]]
+    for name in (split, *WRAPPERS):
+        if (rows := _rows_in(path, split, keys.get(name))) is not None:
+            return rows
+    if _is_turn(keys) or any(isinstance(part, str) or _is_turn(part) for part in map(keys.get, OF_A_ROW)):
+        return None
+    if splits := [name for name in keys if SPLITS.fullmatch(name) and (is_list(keys[name]) or is_object(keys[name]))]:
+        raise UserError(f"{path}: has no '{split}', but {', '.join(splits)}; name one of them as `split`")
+    lists = {name: part for name, part in keys.items() if is_list(part)}
+    objects = [name for name, part in lists.items() if part and all(map(is_object, part))]
+    if len(objects) < len(lists) == len(keys) and len(set(map(len, lists.values()))) == 1:
+        return [dict(zip(lists, cells, strict=True)) for cells in zip(*lists.values(), strict=True)]
+    if any(_is_turn(lists[name]) for name in objects):
+        return None
+    inside = {name: _rows_in(path, split, part) for name, part in keys.items() if is_object(part) or name in objects}
+    inside = {name: rows for name, rows in inside.items() if rows is not None}
+    if len(inside) > 1:
+        raise UserError(f"{path}: holds several lists of rows: {', '.join(inside)}; name one of them as `split`")
+    if not inside and len(lists) == len(keys):
+        sizes = ", ".join(f"{name} {len(part)}" for name, part in lists.items())
+        raise UserError(f"{path}: holds columns of different lengths ({sizes}); expected rows")
+    return next(iter(inside.values()), None)
+
+
+def is_object(value: Any) -> TypeGuard[dict[str, Any]]:
+    return isinstance(value, dict)
+
+
+def is_list(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, (list, tuple))  # pyarrow gives the items of a map as tuples
+
+
+def _unnumbered(value: Any) -> Any:
+    """A list that is written as an object with numbers as keys, as pandas does; any other value as it is."""
+    return list(value.values()) if is_object(value) and value and all(map(str.isdigit, value)) else value
+
+
+def _is_turn(value: Any) -> bool:
+    """Whether a value is a turn of a dialogue, or begins with one."""
+    value = value[0] if is_list(value) and value else value
+    return is_object(value) and bool({"role", "from"} & {*value} and {"content", "value", "parts"} & {*value})
+
+
+def _of_viewer(row: Any) -> Any:
+    """The row itself, where the hub's viewer wrapped it."""
+    if not (is_object(row) and "row_idx" in row and is_object(row.get("row"))):
+        return row
+    cut = row.get("truncated_cells")
+    return BadRow(f"the hub's viewer cut {cut}; download the data set itself") if cut else row["row"]
+
+
+def _csv(path: Path, delimiters: str) -> Placed:
+    """Fields between the mark that the first line has most of, as spreadsheets differ in it; a line before it such as
+    `sep=;` names another."""
     csv.field_size_limit(2**31 - 1)  # the default, 131,072 characters, is shorter than a long dialogue
     with _text(path) as file:
-        names = file.readline()
-        delimiter = next((mark for mark in ",;\t" if mark in names), ",")
-        reader = csv.DictReader(chain([names], file), delimiter=delimiter, strict=True, restkey=MORE)
+        lines = ((number, line) for number, line in enumerate(file) if line.strip(f'{delimiters}"\r\n '))
+        before, names = next(lines, (0, ""))
+        if said := re.fullmatch(r'"?sep=(.)"?\s*', names):
+            before, names = next(lines, (0, ""))
+        delimiter = said[1] if said else max(delimiters, key=re.sub('"[^"]*"', "", names).count)
+        reader = csv.DictReader(
+            chain([names], file),
+            delimiter=delimiter,
+            strict=True,
+            restkey=MORE,
+            skipinitialspace=f"{delimiter} " in names,
+        )
         try:
-            columns = reader.fieldnames or []
+            columns = [name.strip() or f"column {n}" for n, name in enumerate(reader.fieldnames or (), start=1)]
             if twice := next((name for name in columns if columns.count(name) > 1), None):
-                raise UserError(f"{path}:1: has the column {twice!r} twice; rename one")
+                raise UserError(f"{path}:{before + 1}: has the column {short(twice)} twice; rename one")
+            reader.fieldnames = columns
             for row in reader:
                 inside = sum(str(field).count("\n") for field in row.values())  # a field may hold several lines
-                is_long = MORE in row
-                yield f"{path}:{reader.line_num - inside}", BadRow(TOO_LONG) if is_long else row
+                if any(row.values()):
+                    yield f"{path}:{before + reader.line_num - inside}", BadRow(TOO_LONG) if MORE in row else row
         except csv.Error as error:  # such as a quote that is never closed: all rows after it would be one field
-            raise UserError(
-                f"{path}:{reader.line_num + 1}: not valid CSV: {error}; check the quotes of this row"
-            ) from None
+            line = before + reader.line_num + 1
+            raise UserError(f"{path}:{line}: not valid CSV: {error}; check the quotes of this row") from None
 
 
 def _parquet(path: Path) -> Placed:

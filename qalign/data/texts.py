@@ -7,9 +7,9 @@ import re
 import reprlib
 import tokenize
 from collections.abc import Iterable, Iterator
-from typing import Any, TypeGuard
+from typing import Any
 
-from qalign.data.readers import BadRow
+from qalign.data.readers import BadRow, is_list, is_object
 
 SPEAKER, CONTENT = ("role", "from"), ("content", "value", "text", "parts")  # keys of a turn
 EMPTY: tuple[Any, ...] = ("", [], {})  # CSV and Parquet files give a column to all rows if one has it
@@ -86,14 +86,6 @@ def _numpy(text: str) -> Any:
             before = token.string if token.string.strip() else before
 
     return ast.literal_eval(" ".join(tokens()).strip())
-
-
-def is_object(value: Any) -> TypeGuard[dict[str, Any]]:
-    return isinstance(value, dict)
-
-
-def is_list(value: Any) -> TypeGuard[list[Any]]:
-    return isinstance(value, (list, tuple))  # pyarrow gives the items of a map as tuples
 
 
 def kind_of(value: Any) -> str:

@@ -225,7 +225,6 @@ BROKEN = {
     "a bad line": ("rows.json", b'[{"prompt": "Why?"},\n{"prompt": ]\n', ":2: not valid JSON: Expecting value"),
     "a long number": ("rows.json", b"[" + b"1" * 5000 + b"]", ": can't be read: "),
     "one number": ("rows.json", b"7", ": expected rows, found one int"),
-    "columns": ("rows.json", b'{"prompt": {"0": "a"}, "chosen": {"0": "b"}}', ": holds columns, expected rows; pandas"),
     "an array cut short": ("rows.jsonl", b'[{"prompt": "Why?"},\n', ":2: not valid JSON: "),
     "a column twice": ("rows.csv", b"prompt,chosen,chosen\na,b,c\n", ":1: has the column 'chosen' twice"),
     "an open quote": (
