@@ -3,7 +3,7 @@
 import copy
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path, PureWindowsPath
@@ -97,13 +97,13 @@ def package_file(path: str) -> Path:
     return file
 
 
-def lfs_pointer(file: Path) -> str | None:
-    """What to do about a file that git left as a pointer to the real one; None for any other file."""
-    with file.open("rb") as opened:
-        is_pointer = opened.read(40).startswith(b"version https://git-lfs")
-    return (
-        "is a pointer of Git LFS, not the file itself; run `git lfs pull` where it was cloned" if is_pointer else None
-    )
+def check_fetched(files: Iterable[Path], key: str = "") -> None:
+    """Raises a `UserError`, after the recipe's `key: `, if git left one of these files as a pointer to the real one."""
+    for file in filter(Path.is_file, files):
+        with suppress(OSError), file.open("rb") as opened:  # whoever reads it reports that
+            if opened.read(40).startswith(b"version https://git-lfs"):
+                fix = "run `git lfs pull` in the folder that was cloned"
+                raise UserError(f"{key}{file}: is a pointer of Git LFS, not the file itself; {fix}")
 
 
 def names_of_files(*folders: Path) -> list[str]:

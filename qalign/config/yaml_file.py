@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import yaml
 
-from qalign.config.paths import Keys, Place, as_keys
+from qalign.config.paths import Keys, Place, as_keys, check_fetched
 from qalign.errors import UserError, short
 
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 2**18, 10_000, 30
@@ -67,6 +67,7 @@ for _yaml in (_Loader, _Dumper):
 
 def parse(file: Path) -> tuple[Keys, Lines]:
     """(the keys of a YAML file, where each of them stands). Raises a `UserError` if it can't be read."""
+    check_fetched([file])
     try:
         with file.open("rb") as opened:
             content = opened.read(MAX_BYTES + 1)

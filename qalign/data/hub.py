@@ -5,7 +5,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from qalign.config.paths import data_set_name, expanded
+from qalign.config.paths import DATA_SUFFIXES, check_fetched, data_set_name, expanded
 from qalign.config.stages import Source
 from qalign.errors import UserError, disk_problem
 
@@ -16,6 +16,7 @@ def data_set(source: Source, split: str) -> Iterator[Any]:
     """The rows of a hub data set (`NAME` or `NAME:CONFIG`) or of a folder. With `streaming`, rows are fetched as they
     are taken. Raises a `UserError` if they can't be loaded."""
     name, config = data_set_name(expanded(source.path))
+    check_fetched(file for file in Path(name).rglob("*") if file.name.endswith((*DATA_SUFFIXES, ".arrow")))
     try:
         yield from _loaded(name, config, source, split)
     except Exception as error:  # the hub, the network, the split, the files

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any, TypeGuard
 
-from qalign.config.paths import DATA_SUFFIXES, expanded, lfs_pointer, looks_local
+from qalign.config.paths import DATA_SUFFIXES, check_fetched, expanded, looks_local
 from qalign.config.stages import Source
 from qalign.data.hub import data_set
 from qalign.errors import UserError, short
@@ -70,8 +70,7 @@ def read(source: Source, split: str) -> Placed:
         raise UserError(f"{path}: is a file; revision and streaming are for data sets of the hub, remove them")
     if not path.is_file():
         raise UserError(f"{path}: there is no such file")
-    if pointer := lfs_pointer(path):
-        raise UserError(f"{path}: {pointer}")
+    check_fetched([path])
     kind = path.name.removesuffix(".gz").rpartition(".")[2]
     try:
         if kind == "parquet":

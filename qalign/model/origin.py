@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from qalign.config.paths import expanded, looks_local, package_file
+from qalign.config.paths import check_fetched, expanded, looks_local, package_file
 from qalign.config.recipe import Model
 from qalign.data.hub import why
 from qalign.errors import UserError
@@ -124,6 +124,7 @@ def check(spec: Model) -> None:
     """Looks at a recipe's base without torch, before anything is trained or measured on it: a `UserError` if it isn't
     there, is broken, or can't be used."""
     if file := gguf_file(spec):
+        check_fetched([file], "model.base: ")
         try:
             with file.open("rb") as opened:
                 starts_well = opened.read(4) == b"GGUF"
@@ -174,6 +175,7 @@ def check_weights(folder: Path, base: str, key: str = "model.base") -> None:
         if missing := sorted(str(part) for part in parts if not (folder / str(part)).is_file()):
             raise UserError(f"{key}: '{base}' lacks {len(missing)} files ({missing[0]}); copy the model again")
     files = sorted(folder.glob("*.safetensors"))
+    check_fetched([*files, *folder.glob("tokenizer*")], f"{key}: ")
     for file in files:
         try:
             with safe_open(file, "np"):

@@ -163,10 +163,3 @@ def test_lines_are_counted_after_lines_within_a_field(tmp_path):
         (f"{tmp_path}/rows.csv:3", "a\nb"),
         (f"{tmp_path}/rows.csv:5", "e\nf"),
     ]
-
-
-def test_a_pointer_of_git_lfs_is_named(tmp_path):
-    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1234\nsize 9\n"
-    for name in ("rows.jsonl", "rows.json.gz", "rows.csv", "rows.parquet"):
-        with pytest.raises(UserError, match=rf"{name}: is a pointer of Git LFS, .*`git lfs pull`"):
-            read(tmp_path / name, pointer)

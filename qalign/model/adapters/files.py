@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 
+from qalign.config.paths import check_fetched
 from qalign.errors import UserError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -130,6 +131,7 @@ def _read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
             "PeftModel.from_pretrained(BASE, FOLDER).save_pretrained(FOLDER) converts it"
         )
     try:
+        check_fetched([file])
         reader: Any = safe_open(file, "np")
         with reader as opened:
             slices: dict[str, Any] = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
