@@ -23,7 +23,7 @@ from qalign.data.formats import Preference, Prompt, Refused, preferences
 from qalign.errors import UserError, one_line
 from qalign.model import origin
 from qalign.reports.answers import Answer, measure_answers, verdict
-from qalign.train.dataset import rendered_at, rows_under
+from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_under
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
@@ -56,7 +56,13 @@ def report(recipe: Recipe) -> None:
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
     origin.check(recipe.model)
-    rows, refused = rows_under("eval_data", settings, recipe.seed, preferences)
+    intake = Intake()
+    rows, refused = rows_under("eval_data", settings, recipe.seed, preferences, intake)
+    if settings.holdout:
+        check_same_rows(run, "eval_data", rows)
+    else:
+        rows_under("data", settings, recipe.seed, preferences, intake)
+        print("".join(one_line(f"{name}: {text}") + "\n" for name, text in intake.notes() if name == "overlap"), end="")
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign.data.tokenize import encode_pairs

@@ -4,7 +4,9 @@ Imports no torch, so a misspelt column is reported within seconds.
 """
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import datetime
 from itertools import combinations
 from typing import Any, NamedTuple, Protocol
@@ -18,7 +20,7 @@ from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
 
-RENDERED_AT = "rendered_at"  # a file of the run
+RENDERED_AT, ROWS_HASH = "rendered_at", "rows_hash.json"  # files of the run
 
 Rows = tuple[list[Any], list[Refused]]
 Encoder = Callable[[ChatTemplate, list[Any], int], Rows]
@@ -98,6 +100,8 @@ class StageRows(NamedTuple):
     """Numbers of rows for the header and the summary: used, held_out, refused, shortened and left_out."""
     notes: tuple[tuple[str, str], ...] = ()
     """More lines for the header: columns, and rows that are in two places."""
+    hashes: dict[str, str] = {}
+    """Of what the rows hold under each key of the recipe."""
 
 
 def read_rows(run: RunFolder, read: Reader) -> ReadRows:
@@ -111,6 +115,8 @@ def read_rows(run: RunFolder, read: Reader) -> ReadRows:
             reason = f"none of its {len(left_out)} rows is a pair; the first: {left_out[0].reason}"
             raise UserError(f"{run.stage}.{key}: {reason}")
         _check(run, key, refused, len(rows))
+        if run.resume:
+            check_same_rows(run, key, rows)
     if not isinstance(run.settings, Reward):  # nothing else reads how much better an answer is
         intake.read = {name: None for name in intake.read if name not in ("score_chosen", "score_rejected")}
     return ReadRows(found, intake)
@@ -165,7 +171,8 @@ def encode_rows(
     counts |= {} if isinstance(run.settings, PPO) else {"shortened": shortened}
     counts |= {"left_out": left_out} if left_out else {}
     notes = [*found.intake.notes(), *_worse(run, found)]
-    return StageRows(encoded["data"], encoded["eval_data"], refused, counts, tuple(notes))
+    hashes = {key: _hash(rows) for key, (rows, _) in found.rows.items()}
+    return StageRows(encoded["data"], encoded["eval_data"], refused, counts, tuple(notes), hashes)
 
 
 def _worse(run: RunFolder, found: ReadRows) -> Iterator[tuple[str, str]]:
@@ -195,7 +202,32 @@ def rendered_at(run: RunFolder) -> datetime | None:
         raise UserError(f"{file}: is damaged; write the date on which the run began into it, as YYYY-MM-DD") from None
 
 
-def record_date(run: RunFolder, template: ChatTemplate) -> None:
-    """Keeps the time that a chat template with a date is given; see `rendered_at`."""
+def check_same_rows(run: RunFolder, key: str, rows: list[Any]) -> None:
+    """Raises a `UserError` if the rows under a key of the recipe aren't those that the run began with, such as those of
+    a file that was edited since: a resumed run would count steps of other rows."""
+    file, was = run.path / ROWS_HASH, None
+    with suppress(OSError, ValueError, AttributeError):  # an older run, or a damaged file
+        was = json.loads(file.read_text(encoding="utf-8")).get(key)
+    if was and was != _hash(rows):
+        fix = "put those back, or train again with --overwrite"
+        raise UserError(f"{run.stage}.{key}: its rows are no longer those that {run.path} began with; {fix}")
+
+
+def _hash(rows: list[Any]) -> str:
+    """A hash of what rows hold, wherever they lie."""
+
+    def plain(part: Any) -> Any:  # what JSON has no place for: a set of turns, or an image or a date in a column
+        return sorted(part) if isinstance(part, frozenset) else type(part).__name__
+
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        parts = [part for name, part in vars(row).items() if name != "where"]
+        digest.update(json.dumps(parts, default=plain, skipkeys=True).encode())
+    return digest.hexdigest()
+
+
+def record(run: RunFolder, rows: StageRows, template: ChatTemplate) -> None:
+    """Keeps what a run began with: a hash of its rows, and the time that a chat template with a date is given."""
+    write_whole(run.path / ROWS_HASH, json.dumps(rows.hashes) + "\n")
     if template.is_dated:
         write_whole(run.path / RENDERED_AT, template.now.isoformat() + "\n")

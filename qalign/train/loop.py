@@ -21,7 +21,7 @@ from qalign.model.memory.forecast import Forecast, Plan, usable_memory
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.checkpoints import damage
-from qalign.train.dataset import StageRows, record_date, rendered_at
+from qalign.train.dataset import StageRows, record, rendered_at
 from qalign.train.model_card import loading
 from qalign.train.run_folder import RunFolder, print_table
 
@@ -107,7 +107,7 @@ class Session:
     def begin(self) -> tuple[TrainerCallback, ...]:
         """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""
         self.run.begin(self.rows.refused)
-        record_date(self.run, self.base.template)
+        record(self.run, self.rows, self.base.template)
         self.checkpoint, self.tokens_before = self.run.rewind()
         self.callback = RunCallback(self.run, self.tokens_before, self.planned.checkpointed_layers)
         return (self.callback,)

@@ -13,7 +13,7 @@ from qalign.config.recipe import Lora, Model
 from qalign.errors import UserError
 from qalign.model.base import Role, load
 from tests.families import alone
-from tests.helpers import TEST, house_style, metrics, scramble, train
+from tests.helpers import TEST, TRAIN, house_style, metrics, scramble, train
 
 
 @pytest.fixture
@@ -146,13 +146,15 @@ def test_a_missing_adapter_or_missing_held_out_rows_are_named(recipe_file):
 
 def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_jsonl, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
-    good = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:3]]
+    trained = Path(TRAIN).read_text().splitlines()[0]
+    good = [json.loads(line) for line in (*Path(TEST).read_text().splitlines()[:2], trained)]
     held_out = write_jsonl("held_out.jsonl", [*good, "{broken", good[0] | {"chosen": "a<|eot_id|>b"}])
     run = train(recipe_file(max_steps=1))
     capsys.readouterr()
     evaluate.report(load_recipe(recipe_file(max_steps=1, eval_data=held_out)))
     said = capsys.readouterr()
     assert f"{run.adapter} on 3 held-out pairs" in said.out
+    assert said.out.startswith("overlap: 1 rows of eval_data are in data too: they don't measure what was learned\n")
     refusals = [line for line in said.err.splitlines() if line.startswith("refused: ")]
     assert [line.split(": ")[1] for line in refusals] == [f"{held_out}:4", f"{held_out}:5"]
 

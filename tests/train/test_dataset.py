@@ -6,7 +6,8 @@ import pytest
 
 from qalign.config.recipe import Recipe
 from qalign.data.formats import dialogues, preferences, prompts, scored_preferences
-from qalign.train.dataset import encode_rows, read_rows
+from qalign.errors import UserError
+from qalign.train.dataset import ROWS_HASH, check_same_rows, encode_rows, read_rows, record
 from qalign.train.run_folder import RunFolder
 
 READERS = {"sft": dialogues, "reward": preferences, "dpo": preferences, "ppo": prompts}
@@ -96,3 +97,48 @@ def test_scores_the_wrong_way_round_are_counted_where_they_are_trained_on(notes)
 
     assert said[1:] == [("margins", "score_chosen is below score_rejected in 2 of 4 rows")]
     assert notes("reward", rows)[1:] == []
+
+
+TALK = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So.", "weight": 0}]
+ANSWERED = {"messages": [*TALK, {"role": "user", "content": "Sure?"}, {"role": "assistant", "content": "Yes"}]}
+TRAINED = {"messages": [*TALK[:1], {"role": "assistant", "content": "So."}, *ANSWERED["messages"][2:]]}
+
+
+@pytest.mark.parametrize(
+    ("stage", "before", "after"),
+    [
+        ("dpo", [pair(1), pair(2)], [pair(1), pair(2, rejected="Never")]),
+        ("dpo", [pair(1), pair(2)], [pair(2), pair(1)]),
+        ("dpo", [pair(1), pair(2)], [pair(1), pair(2), pair(3)]),
+        ("sft", [ANSWERED], [TRAINED]),
+        ("ppo", [{"prompt": "Why?", "answer": 4}], [{"prompt": "Why?", "answer": 5}]),
+    ],
+)
+def test_a_run_goes_on_with_the_rows_that_it_began_with(tmp_path, write_jsonl, stage, before, after):
+    more = {"reward": "mine.py:reward"} if stage == "ppo" else {}
+
+    def resumed(name: str, rows: list) -> RunFolder:
+        section = {
+            "data": str(write_jsonl(name, rows)),
+            "eval_data": str(write_jsonl("held_out.jsonl", before)),
+            **more,
+        }
+        recipe = Recipe.model_validate({"model": {"base": "b"}, "output": str(tmp_path / "runs"), stage: section})
+        run = RunFolder(recipe, stage)
+        run.resume = True
+        return run
+
+    run = resumed("rows.jsonl", before)
+    run.path.mkdir(parents=True)
+    template = SimpleNamespace(is_dated=False)
+    rows = encode_rows(run, template, read_rows(run, READERS[stage]), lambda template, rows, length: (rows, []))
+    record(run, rows, template)
+
+    read_rows(run, READERS[stage])
+    read_rows(resumed("moved.jsonl", before), READERS[stage])
+    with pytest.raises(UserError, match=rf"^{stage}\.data: its rows are no longer those that .*{stage} began with"):
+        read_rows(resumed("rows.jsonl", after), READERS[stage])
+    with pytest.raises(UserError, match=rf"^{stage}\.eval_data: its rows"):
+        check_same_rows(run, "eval_data", [])
+    (run.path / ROWS_HASH).unlink()  # as an older run has none
+    read_rows(resumed("rows.jsonl", after), READERS[stage])

@@ -1,12 +1,14 @@
 """`holdout`: a share of `data` is kept out of training, the same rows in every stage."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from qalign.config.load import load
 from qalign.data.formats import dialogues, preferences, prompts
 from qalign.errors import UserError
+from qalign.evaluate import report
 from qalign.train.dataset import rows_under
 from tests.conftest import ROOT
 from tests.helpers import summary, train_recipe
@@ -84,3 +86,14 @@ def test_a_run_measures_what_it_held_out(recipe_file):
     assert rows["used"] + rows["held_out"] == 24
     logged = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     assert any("eval_loss" in line for line in logged)
+
+
+def test_evaluate_refuses_rows_that_were_edited_since_they_were_held_out(recipe_file, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text(Path(DATA).read_text())
+    recipe = load(recipe_file(data=str(data), limit=24, holdout=0.3, max_steps=1), stage="dpo")
+    train_recipe(recipe)
+    data.write_text("".join(data.read_text().splitlines(keepends=True)[5:]))
+
+    with pytest.raises(UserError, match=r"^dpo\.eval_data: its rows are no longer those that "):
+        report(recipe)
