@@ -106,6 +106,10 @@ def _outcome(work: Callable[[], None]) -> int:
     try:
         if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
             raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            raise UserError("the current folder was deleted; change to one that is there") from None
         work()
     except UserError as error:
         return _failed(*error.lines)
@@ -184,5 +188,7 @@ def recipe_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     """A recipe with overrides; a command may add its own options."""
     parser = Parser(prog=program(name), description=(doc or "").partition("\n")[0])
     parser.add_argument("recipe", help="a recipe, such as recipes/smollm2_demo.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as dpo.max_steps=20 output=runs/try")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="such as dpo.max_steps=20 output=runs/try"
+    )
     return parser

@@ -69,9 +69,10 @@ class UserError(Exception):
 
 
 def did_you_mean(word: object, known: Iterable[str]) -> str:
-    """`"; did you mean 'learning_rate'?"` with the most similar known word; empty if none is similar."""
-    close = get_close_matches(str(word)[:LONGEST_WORD], list(known), n=1, cutoff=0.6)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    """`"; did you mean 'learning_rate'?"` with the most similar known word, in whatever case; empty if none is."""
+    words = {name.lower(): name for name in known}
+    close = get_close_matches(str(word)[:LONGEST_WORD].lower(), words, n=1, cutoff=0.6)
+    return f"; did you mean '{words[close[0]]}'?" if close else ""
 
 
 def disk_problem(error: BaseException, folder: Path | None = None) -> str | None:

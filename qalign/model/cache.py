@@ -15,6 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from qalign.config.atomic import new_folder
+from qalign.config.paths import expanded
+from qalign.errors import UserError
 
 HASHES, LOCK = "hashes.json", ".lock"
 PIECE = 2**24  # bytes that are hashed at once: the pieces of a file are hashed on all cores
@@ -23,7 +25,10 @@ LOCK_WAIT = 60  # seconds to wait for another process that writes
 
 def cache_folder() -> Path:
     """Where converted and quantised bases are cached: `$XDG_CACHE_HOME/qalign`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qalign"
+    cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    if str(cache).startswith("~"):
+        raise UserError("this user has no home folder; set XDG_CACHE_HOME to a folder for what is cached")
+    return cache / "qalign"
 
 
 def is_whole(folder: Path, *, weights: bool = True) -> bool:

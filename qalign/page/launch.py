@@ -15,6 +15,7 @@ from typing import Any
 
 from qalign.cli import Parser, run_parsed
 from qalign.config.load import load as load_recipe
+from qalign.config.paths import expanded
 from qalign.errors import UserError
 from qalign.model import origin
 from qalign.page.models import ModelEntry, available_models, default_pair
@@ -51,7 +52,10 @@ def serve(args: argparse.Namespace) -> None:
 
     auth = credentials(args.host, args.auth, share=args.share)
     recipe = load_recipe(args.recipe, files_of=("model",)) if args.recipe else None
-    found = available_models(args.models, Path(args.runs), recipe)
+    runs = expanded(args.runs)
+    if not runs.is_dir() and args.runs != "runs":
+        raise UserError(f"--runs {args.runs}: there is no such folder")
+    found = available_models(args.models, runs, recipe)
     if found:
         origin.check(found[1])
     votes = VoteFile(args.votes)
@@ -70,7 +74,7 @@ def serve(args: argparse.Namespace) -> None:
             print(f"loading {found[1].base} …", flush=True)
 
             def search() -> list[ModelEntry]:
-                return (available_models(args.models, Path(args.runs), recipe) or ([],))[0]
+                return (available_models(args.models, runs, recipe) or ([],))[0]
 
             page = Page(Chat(*found, pair, listeners), votes, search)
         launch(build(page, pair, logout=auth is not None), listener, args, auth, listeners)

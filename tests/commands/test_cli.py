@@ -60,6 +60,14 @@ def test_several_processes_are_refused(monkeypatch, capsys, size):
     assert "one GPU in one process" in capsys.readouterr().err
 
 
+def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert cli.exit_code(lambda: None) == 2
+    assert capsys.readouterr().err == "the current folder was deleted; change to one that is there\n"
+
+
 @pytest.mark.parametrize(("before", "after"), [(None, "0"), ("1,0", "1"), ("", "")])
 def test_one_gpu_is_seen(monkeypatch, before, after):
     if before is None:
@@ -106,7 +114,7 @@ def test_a_pipe_of_a_library_that_breaks_is_not_hidden():
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["dpo"], "arguments are required: recipe"),
+        (["dpo"], "arguments are required: recipe;"),
         (["dpo", "a.yaml", "--resume", "--overwrite"], "not allowed with argument --resume"),
         (["score", "a", "b", "--limit", "9" * 5000], "--limit: invalid int value"),
         (["merge", "a", "--onto", "\x1b[31m"], "invalid choice"),

@@ -59,6 +59,7 @@ def refused(base, folder: str) -> str:
     ("targets", "said"),
     [
         (["q_proj", "v_prj"], "'v_prj' fits no layer .*did you mean 'v_proj'.*it has q_proj, k_proj, v_proj, o_proj, "),
+        (["Q_proj"], "'Q_proj' fits no layer .*did you mean 'q_proj'"),
         (["no_such"], "'no_such' fits no layer .*it has q_proj"),
         (["proj"], "'proj' fits no layer"),
         (["self_attn"], "'self_attn' fits no layer"),

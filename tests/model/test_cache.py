@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from qalign.errors import UserError
 from qalign.model import cache
 from qalign.model.cache import HASHES, LOCK, is_whole, keep
 
@@ -169,3 +170,11 @@ def test_a_folder_that_another_process_has_kept_meanwhile_stays(folder):
     before = (folder / "config.json").stat().st_ino
     assert keep(folder, disk_full)  # nothing is written
     assert (folder / "config.json").stat().st_ino == before
+
+
+def test_a_user_without_a_home_folder_is_told_what_to_set(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "expanduser", lambda path: exec("raise RuntimeError('no home')"))
+
+    with pytest.raises(UserError, match=r"^this user has no home folder; set XDG_CACHE_HOME to a folder"):
+        cache.cache_folder()

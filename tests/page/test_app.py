@@ -216,6 +216,7 @@ def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(runs):
         (["--host", "nowhere.invalid", "--auth", "a:b"], "--host nowhere.invalid"),
         (["--host", "192.0.2.1", "--auth", "a:b"], "--host 192.0.2.1"),
         (["--host", "a" * 99, "--auth", "a:b"], "--host"),
+        (["--runs", "~nosuchuser/x"], "--runs ~nosuchuser/x: there is no such folder"),
         (["--votes", "/"], "--votes /: expected a file"),
         (["--votes", "/proc/votes.jsonl"], "--votes /proc/votes.jsonl: votes can't be written there"),
     ],
