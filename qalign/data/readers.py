@@ -29,7 +29,7 @@ BYTE_ORDER_MARKS = {
     codecs.BOM_UTF16_BE: "utf-16",
 }
 WRAPPERS = ("data", "rows", "examples", "instances", "records", "items")  # keys under which one object holds all rows
-SPLITS = re.compile(r"train(ing)?|test|val(id(ation)?)?|dev|eval(uation)?|(train|test)_\w+")
+SPLITS = re.compile(r"train(ing)?|test|val(id(ation)?)?|dev|eval(uation)?|(train|test)_\w+", re.IGNORECASE)
 # An object with a text or turns under such a key is a row, whatever lists it holds beside.
 OF_A_ROW = ("prompt", "question", "query", "instruction", "input", "text", "chosen", "completion", "output", "messages")
 MORE = "fields without a name"
@@ -182,7 +182,7 @@ def _rows_in(path: Path, split: str, value: Any) -> list[Any] | None:
     if not is_object(value):
         return value if is_list(value) else None
     keys = {name: _unnumbered(part) for name, part in value.items()}
-    if is_list(keys.get("columns")) and is_list(keys.get("data")):  # of pandas, orient='split'
+    if is_list(keys.get("columns")) and is_list(keys.get("data")) and all(map(is_list, keys["data"])):  # orient='split'
         return [dict(zip(keys["columns"], cells, strict=False)) for cells in keys["data"]]
     for name in (split, *WRAPPERS):
         if (rows := _rows_in(path, split, keys.get(name))) is not None:
@@ -201,7 +201,7 @@ def _rows_in(path: Path, split: str, value: Any) -> list[Any] | None:
     inside = {name: rows for name, rows in inside.items() if rows is not None}
     if len(inside) > 1:
         raise UserError(f"{path}: holds several lists of rows: {', '.join(inside)}; name one of them as `split`")
-    if not inside and len(lists) == len(keys):
+    if lists and not inside and len(lists) == len(keys):
         sizes = ", ".join(f"{name} {len(part)}" for name, part in lists.items())
         raise UserError(f"{path}: holds columns of different lengths ({sizes}); expected rows")
     return next(iter(inside.values()), None)

@@ -11,6 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations.integration_utils import (
     get_available_reporting_integrations,
@@ -179,6 +180,10 @@ def try_out(run: RunFolder) -> None:
     def build(trainer: dict[str, Any]) -> None:
         args = CONFIGS[stage](**values | trainer)
         args.get_process_log_level()
+        names = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
+        DataLoader([0], **{name: getattr(args, f"dataloader_{name}") for name in names})  # starts no worker yet
+        if args.torch_compile:
+            torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         weight = nn.Parameter(torch.zeros(8, 8, device="cuda" if on_gpu else "cpu"))
         make, options = Trainer.get_optimizer_cls_and_kwargs(args)
         optimizer = make([weight], **options | {"weight_decay": args.weight_decay})

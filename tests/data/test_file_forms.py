@@ -67,6 +67,7 @@ def test_an_object_that_is_a_row_itself_is_one(tmp_path, row):
 SEVERAL = {
     "splits": ({"test": ROWS, "validation": ROWS}, "has no 'train', but test, validation; name one of them as `split`"),
     "one other split": ({"test": ROWS}, "has no 'train', but test; name"),
+    "a split in capitals": ({"Train": ROWS}, "has no 'train', but Train; name"),
     "two lists": ({"results": ROWS, "mistakes": ROWS[:1]}, "holds several lists of rows: results, mistakes; name"),
     "uneven columns": (COLUMNS | {"chosen": ["a"]}, "different lengths (prompt 3, chosen 1, rejected 3)"),
 }
@@ -79,6 +80,13 @@ def test_an_object_in_which_several_lists_could_be_meant_is_one_line(tmp_path, v
     (line,) = caught.value.lines
     assert line.startswith(f"{tmp_path}/rows.json: ")
     assert complaint in line
+
+
+@pytest.mark.parametrize("value", [{}, {"data": None}, {"columns": ["prompt"], "data": [5]}, {"a": {"b": 1}}])
+def test_an_object_without_rows_is_a_row_that_is_refused(tmp_path, value):
+    rows, refused = read(tmp_path / "rows.json", json.dumps(value))
+
+    assert (rows, len(refused)) == ([], 1)
 
 
 def test_the_list_to_read_is_named_as_split(tmp_path):

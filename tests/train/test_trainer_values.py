@@ -42,6 +42,10 @@ def run_of(stage: str, trainer: dict) -> RunFolder:
         ("log_level", "loud", "KeyError: 'loud'"),
         ("run_name", 5, "is 5; expected a string"),
         ("dataloader_prefetch_factor", 2, "dataloader_num_workers"),
+        ("dataloader_multiprocessing_context", "nosuch", "num_workers"),
+        ("dataloader_persistent_workers", True, "num_workers"),
+        ("torch_compile_backend", "nosuch", "nosuch"),
+        ("torch_compile_mode", "nosuch", "nosuch"),
         ("debug", "nosuch", "nosuch is not a valid DebugOption"),
     ],
 )
