@@ -36,7 +36,7 @@ def report(recipe: Recipe, given: str | None) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     import torch
 
-    from qalign.model.loading import DTYPES, compute_dtype, device, load_config
+    from qalign.model.loading import DTYPES, compute_dtype, device, load_config, readable
     from qalign.model.memory.forecast import USABLE, Forecast, kv_cache_bytes, usable_memory
 
     spec, here = recipe.model, device().type
@@ -48,8 +48,10 @@ def report(recipe: Recipe, given: str | None) -> None:
     print(f"{what}, rows of up to {spec.max_length:,} tokens, {gib(memory)} usable on {where}", flush=True)
     forecasts = {}
     for stage in recipe.stages:
-        forecasts[stage] = Forecast(recipe, stage, config, where, dtype)
-        print_table(stage, lines(forecasts[stage], memory))
+        with readable(spec.base, "model.base", "can't be trained"):  # as it may have no class of language models
+            forecasts[stage] = Forecast(recipe, stage, config, where, dtype)
+            table_of_stage = lines(forecasts[stage], memory)
+        print_table(stage, table_of_stage)
     if dpo := forecasts.get("dpo"):
         held = {name: size for name, size in dpo.fixed.items() if name not in ("gradients", "optimiser")}
         held["KV cache"] = kv_cache_bytes(config, SIDE_BY_SIDE * spec.max_length, dtype.itemsize)

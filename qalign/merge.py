@@ -53,7 +53,8 @@ def merge(folder: str, onto: "Form", to: str | None) -> None:
 
 def _write(run: RunFolder, onto: "Form", target: Path) -> None:
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
-    from qalign.model.loading import mended_generation_config, save_tokenizer
+    from qalign.model.adapters import generation_config
+    from qalign.model.loading import save_tokenizer
 
     base, merged = _merged(run, onto)
     card = CARD.format(run=run, source=base.origin.source, words=WORDS[onto], name=run.path.parent.name)
@@ -62,7 +63,7 @@ def _write(run: RunFolder, onto: "Form", target: Path) -> None:
         save_tokenizer(base.tokenizer, aside)
         (aside / "README.md").write_text(card, encoding="utf-8")
     size = sum(file.stat().st_size for file in target.iterdir())
-    changed = mended_generation_config(base.origin)[1]
+    changed = generation_config.mended(base.origin)[1]
     lines = {
         "onto": WORDS[onto],
         "model": f"{target} ({size / 1e9:,.2f} GB, {str(merged.dtype).removeprefix('torch.')})",
@@ -79,8 +80,9 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
     from transformers import AutoConfig
 
     from qalign.model import lineage
-    from qalign.model.adapters.weights import generation_config
+    from qalign.model.adapters import generation_config
     from qalign.model.base import Role, load, load_classifier
+    from qalign.model.loading import set_dropout
 
     spec, is_reward = run.recipe.model, run.stage == "reward"
     if trained := lineage.read(run.adapter):  # `auto` may be another dtype here than where the run was trained
@@ -90,14 +92,18 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
     role = Role.REWARD if is_reward else Role.POLICY
     base.load_adapter(role, str(run.adapter), trainable=False)
     model: Any = base.model  # PEFT finds its methods at run time, so they have no types
-    with _untied(base.lm):
-        plain = model.merge_and_unload(safe_merge=True, adapter_names=[role])
+    try:
+        with _untied(base.lm):
+            plain = model.merge_and_unload(safe_merge=True, adapter_names=[role])
+    except (RuntimeError, ValueError) as error:  # such as a bias of LoRA on layers that have none
+        raise UserError(f"{run.path}: its adapter can't be merged: {error}") from None
     merged = _without_quantisation(plain)
+    published = AutoConfig.from_pretrained(base.origin.folder, trust_remote_code=False)
+    set_dropout(vars(merged.config), vars(published))
     if merged.dtype == torch.float32:
-        published = AutoConfig.from_pretrained(base.origin.folder, trust_remote_code=False).dtype
-        merged = merged.to(published if published in (torch.float16, torch.bfloat16) else torch.bfloat16)
+        merged = merged.to(published.dtype if published.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16)
     if not is_reward:  # `generate` and vLLM must stop where the answers of the training data end
-        merged.generation_config = generation_config(merged, base.template)
+        merged.generation_config = generation_config.trained(merged, base.template)
     return base, merged
 
 

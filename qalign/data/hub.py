@@ -95,10 +95,12 @@ def why(error: BaseException, name: str, kind: str, revision: str | None) -> str
             return f"the hub answers with error {status}; try again later"
         if type(cause).__module__.startswith("httpx"):  # the hub's client; which version of it differs
             return f"the hub can't be reached ({cause}); with HF_HUB_OFFLINE=1 a copy in the cache is used"
-    text = str(error).strip() or type(error).__name__
+    text = f"{error} is unknown or missing" if isinstance(error, KeyError) else str(error).strip()
+    text = text or type(error).__name__
     if "Config name is missing" in text:  # the second line is an example of code
         return f"{' '.join(text.partition('Example')[0].split())}; write {name}:CONFIG"
-    return text.splitlines()[0]
+    first, *others = text.splitlines()
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

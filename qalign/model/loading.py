@@ -7,16 +7,17 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import bitsandbytes
 import datasets
 import torch
 import transformers as tf
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt
 from torch import Tensor, nn
 
 from qalign.config.paths import expanded
@@ -24,12 +25,14 @@ from qalign.config.recipe import Model
 from qalign.data.hub import why
 from qalign.errors import UserError
 from qalign.model import cache, origin
+from qalign.model.adapters.generation_config import mended
 from qalign.model.adapters.targets import HEADS
 from qalign.model.origin import OTHER_CODE, Origin
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 Form = Literal["held", "dequantized", "original"]
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+# Of `from_pretrained`: it also says which tensors are missing or of another shape, which `_check_tensors` refuses.
+REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
 def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") -> tuple[Any, Any, Origin]:
@@ -48,6 +51,7 @@ def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") 
         raise UserError(
             f"model.base: '{spec.base}' is published in {spec.quantization}, so its unquantised weights aren't known"
         )
+    tokenizer = _tokenizer(found, spec.base, "model.base")
     with readable(spec.base, "model.base"):
         if form == "original" or (form == "dequantized" and spec.quantization == "none"):
             find(spec, weights=True)
@@ -58,7 +62,6 @@ def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") 
             lm = _held(spec, found, auto, dtype or compute_dtype(spec), where)
         if form == "dequantized" and spec.quantization != "none":
             lm = lm.dequantize(dtype=lm.dtype)
-        tokenizer = tf.AutoTokenizer.from_pretrained(**found.where, trust_remote_code=False)
     _check_tokens(tokenizer, lm, spec.base, "model.base")
     return lm, tokenizer, found
 
@@ -87,13 +90,15 @@ def readable(base: str, key: str, says: str = "can't be loaded") -> Generator[No
     except (UserError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a broken file raises whatever its reader happens to do with it
-        own = "custom code" in str(error) or ("does not recognize" in str(error) and _own_code(base))
-        reason = OTHER_CODE if own else f"{says}: {why(error, base, 'model', None)}"
+        text, reason = str(error), f"{says}: {why(error, base, 'model', None)}"
+        own = origin.has_own_code(expanded(base) / "config.json")
+        if "custom code" in text or (own and "does not recognize" in text):
+            reason = OTHER_CODE
+        elif "backend tokenizer" in text:
+            reason = "has no tokenizer that can be read here; add its tokenizer.json"
+        elif isinstance(error, UnpicklingError):
+            reason = "holds more than tensors in a pickle (.bin), which may run code when it is read; take .safetensors"
         raise UserError(f"{key}: '{base}' {reason}") from None
-
-
-def _own_code(base: str) -> bool:
-    return origin.has_own_code(expanded(base) / "config.json")
 
 
 def load_scorer(source: str, key: str, dtype: torch.dtype, where: torch.device) -> tuple[Any, Any]:
@@ -106,12 +111,22 @@ def load_scorer(source: str, key: str, dtype: torch.dtype, where: torch.device) 
         options["quantization_config"] = tf.BitsAndBytesConfig(load_in_4bit=True, **nf4)
     if found.is_local:
         origin.check_weights(Path(found.source), source, key)
+    tokenizer = _tokenizer(found, source, key)
     with readable(source, key):
-        tokenizer = tf.AutoTokenizer.from_pretrained(**found.where, trust_remote_code=False)
         model = _loaded(found, tf.AutoModelForSequenceClassification, **options).eval()
-    guard_4bit(model)
+        guard_4bit(model)
     _check_tokens(tokenizer, model, source, key)
     return model, tokenizer
+
+
+def _tokenizer(found: Origin, base: str, key: str) -> Any:
+    """A base's tokenizer, tried out: settings of wrong types are noticed only when it is used."""
+    with readable(base, key):
+        _config(found)  # which is read with the tokenizer, and would be blamed on it
+    with readable(base, key, "has a tokenizer that can't be read"):
+        tokenizer = tf.AutoTokenizer.from_pretrained(**found.where, trust_remote_code=False)
+        tokenizer("a")
+    return tokenizer
 
 
 def load_config(spec: Model) -> tf.PretrainedConfig:
@@ -172,18 +187,20 @@ def _config(found: Origin, **options: Any) -> tf.PretrainedConfig:
     """A base's config, with every kind of dropout at 0. Layers that call dropout as a function, as attention does in
     Granite, would otherwise apply it in training mode to every role, the reference included."""
     config = tf.AutoConfig.from_pretrained(**found.where, trust_remote_code=False, **options)
-    _silence(vars(config))
+    set_dropout(vars(config))
     return config
 
 
-def _silence(settings: dict[str, Any]) -> None:
+def set_dropout(settings: dict[str, Any], published: dict[str, Any] | None = None) -> None:
+    """Sets every kind of dropout of a config, nested ones included, to 0, or to what the `published` config says."""
     for name, value in settings.items():
+        theirs = None if published is None else published.get(name)
         if isinstance(value, tf.PretrainedConfig):
-            _silence(vars(value))
+            set_dropout(vars(value), None if theirs is None else vars(theirs))
         elif isinstance(value, dict):
-            _silence(value)
+            set_dropout(value, theirs)
         elif isinstance(value, float) and re.search("drop|jitter", str(name)):
-            settings[name] = 0.0
+            settings[name] = 0.0 if published is None else theirs
 
 
 def _loaded(found: Origin, auto: Any, labels: int | None = None, **options: Any) -> Any:
@@ -197,46 +214,27 @@ def _loaded(found: Origin, auto: Any, labels: int | None = None, **options: Any)
         if labels and isinstance(stored, dict) and stored.get("llm_int8_skip_modules"):
             stored["llm_int8_skip_modules"] = [*stored["llm_int8_skip_modules"], *HEADS]
     if not is_classifier:
-        options["generation_config"] = mended_generation_config(found)[0]
-    return auto.from_pretrained(**found.where, config=config, trust_remote_code=False, **options)
+        options["generation_config"] = mended(found)[0]
+    lm, report = auto.from_pretrained(**found.where, config=config, trust_remote_code=False, **options, **REPORTED)
+    _check_tensors(report, HEADS if labels else ())
+    if report["unexpected_keys"] and not is_classifier:
+        left = sorted(report["unexpected_keys"])
+        origin.note(f"note: {len(left)} tensors of '{found.source}' aren't used, such as {left[0]}")
+    return lm
 
 
-def mended_generation_config(found: Origin) -> tuple[tf.GenerationConfig | None, list[str]]:
-    """(A base's generation config without its contradictions, the settings that were changed or left out). The config
-    is None if there is none, or nothing is wrong with it. Otherwise transformers couldn't save it, or even read it."""
-    try:
-        if found.is_local:
-            file = Path(found.source) / "generation_config.json"
-        else:
-            file, _ = origin.fetch(found.source, "generation_config.json", found.revision, "model.base")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except (UserError, OSError, ValueError, RecursionError):
-        return None, []
-    if not isinstance(settings, dict):
-        return tf.GenerationConfig(), ["all of them"]
-    if _generation_config(settings):
-        return None, []
-    changed, sampling = [], {key: value for key, value in settings.items() if key in SAMPLING}
-    if sampling and not settings.get("do_sample") and _generation_config(sampling | {"do_sample": True}):
-        settings = {"do_sample": True} | settings | {"do_sample": True}  # as they were meant, by the values beside it
-        changed.append("do_sample")
-    kept: dict[str, Any] = {}
-    for key in sorted(settings, key=lambda name: name not in ("do_sample", "num_beams")):  # others depend on these
-        if _generation_config(kept | {key: settings[key]}):
-            kept[key] = settings[key]
-        else:
-            changed.append(key)
-    return _generation_config(kept), changed
+def _check_tensors(report: dict[str, Any], new: Sequence[str] = ()) -> None:
+    """Raises if a model isn't complete: transformers fills what is missing, or of another shape, with random numbers.
 
-
-def _generation_config(settings: dict[str, Any]) -> tf.GenerationConfig | None:
-    """None if transformers refuses the settings."""
-    try:
-        config = tf.GenerationConfig.from_dict(settings)
-        config.validate(strict=True)
-    except Exception:  # wrong types raise whatever the comparison raises
-        return None
-    return config
+    Args:
+        report: what `from_pretrained` says about the tensors that it found.
+        new: names of modules that are to be made anew.
+    """
+    if wrong := sorted(report["mismatched_keys"]):
+        name, found, expected = wrong[0]
+        raise ValueError(f"{name} has the shape {tuple(found)}, its config.json asks for {tuple(expected)}")
+    if missing := sorted(key for key in report["missing_keys"] if key.partition(".")[0] not in new):
+        raise ValueError(f"it lacks {len(missing)} of its tensors, such as {missing[0]}; copy the model again")
 
 
 def _converted(file: Path, *, weights: bool) -> Origin:
@@ -248,9 +246,10 @@ def _converted(file: Path, *, weights: bool) -> Origin:
         print(f"converting {file.name} once into {folder} …", flush=True)
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
         config = tf.GgufConfig(dequantize=True)
-        lm = tf.AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=config, dtype=torch.float16, trust_remote_code=False
+        lm, report = tf.AutoModelForCausalLM.from_pretrained(
+            **where, quantization_config=config, dtype=torch.float16, trust_remote_code=False, **REPORTED
         )
+        _check_tensors(report)
         tokenizer = tf.AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
 
         def write(aside: Path) -> None:
@@ -317,14 +316,20 @@ def _check_tokens(tokenizer: Any, lm: Any, base: str, key: str) -> None:
 
 def guard_4bit(lm: nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights in place at the first forward without gradients on a CPU with
-    AVX512-BF16, after which all gradients would be wrong without an error. Raises if that has happened already."""
+    AVX512-BF16, after which all gradients would be wrong without an error. Raises if that has happened already, or if
+    weights are not quantised as the config says."""
     for module in lm.modules():
+        is_quantised = not isinstance(module, Linear8bitLt) or isinstance(module.weight, Int8Params)
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+            state = getattr(module.weight, "quant_state", None)
+            is_quantised = state is not None and state.shape == (module.out_features, module.in_features)
+            if getattr(state, "packing_format_for_cpu", False):
                 raise RuntimeError(
                     "bitsandbytes has repacked the 4-bit weights, so gradients would be wrong; reload them"
                 )
+        if not is_quantised:
+            raise ValueError("its weights are not quantised, or of other shapes, than its config.json says")
 
 
 def tensor_bytes(tensor: Tensor) -> int:

@@ -10,15 +10,21 @@ import re
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
 
 from qalign.config.paths import check_fetched, expanded, looks_local, package_file
 from qalign.config.recipe import Model
 from qalign.data.hub import why
-from qalign.errors import UserError
+from qalign.errors import UserError, short
 
+# The largest number that a `config.json` may give each of these, far above that of any model: with more, building the
+# model would not end.
+BOUNDS = {"num_hidden_layers": 1000, "n_layer": 1000, "hidden_size": 10**6, "vocab_size": 10**7} | dict.fromkeys(
+    ("num_attention_heads", "num_key_value_heads", "intermediate_size", "max_position_embeddings"), 10**9
+)
 PATIENCE = 2.0  # seconds that the hub has to answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 OTHER_CODE = (
     "brings code of its own (`auto_map`), which qalign never runs, and transformers has no class for it; take a model "
@@ -73,6 +79,17 @@ class Origin:
         )
 
 
+class _Quantization(BaseModel):
+    """bitsandbytes' settings in a `config.json`, with its defaults."""
+
+    model_config = ConfigDict(strict=True)
+
+    load_in_4bit: bool = False
+    load_in_8bit: bool = False
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = "fp4"
+    bnb_4bit_use_double_quant: bool = False
+
+
 def gguf_file(spec: Model) -> Path | None:
     """The file of a base that is a `.gguf` file; None for another one."""
     if spec.base.startswith("package:"):
@@ -91,7 +108,7 @@ def find(spec: Model) -> Origin:
         )
     if stored and (stored.quantization, stored.double_quant) != (wanted, spec.double_quant):
         scales = "" if stored.quantization == "int8" else f", double_quant {str(stored.double_quant).lower()}"
-        _note(f"note: '{spec.base}' is stored in {stored.quantization}{scales}, and is used as it is")
+        note(f"note: '{spec.base}' is stored in {stored.quantization}{scales}, and is used as it is")
     return origin
 
 
@@ -115,7 +132,9 @@ def locate(base: str, revision: str | None, key: str) -> Origin:
             raise UserError(f"{key}: '{base}' is an adapter, not a model; name its base here, and it in start_from")
         raise UserError(f"{key}: '{base}' has no config.json, so it is no model folder of transformers")
     stored = _stored(_config(folder / "config.json", base, key), base, key)
-    files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".json"))
+    files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"))
+    if odd := next((f for f in files if not f.is_file()), None):  # reading a pipe would never end
+        raise UserError(f"{key}: {odd} is no file, or a broken link; copy the model again")
     state = " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
     return Origin(str(folder), None, None, f"{folder} {state}", stored)
 
@@ -172,8 +191,9 @@ def check_weights(folder: Path, base: str, key: str = "model.base") -> None:
             parts = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{key}: {index} can't be read ({error!r:.80}); copy the model again") from None
-        if missing := sorted(str(part) for part in parts if not (folder / str(part)).is_file()):
-            raise UserError(f"{key}: '{base}' lacks {len(missing)} files ({missing[0]}); copy the model again")
+        inside = {file.name for file in folder.iterdir()}  # transformers would read files elsewhere, too
+        if missing := sorted({str(part) for part in parts} - inside):
+            raise UserError(f"{key}: '{base}' lacks {len(missing)} files ({missing[0]:.80}); copy the model again")
     files = sorted(folder.glob("*.safetensors"))
     check_fetched([*files, *folder.glob("tokenizer*")], f"{key}: ")
     for file in files:
@@ -193,9 +213,16 @@ def _config(file: Path, base: str, key: str) -> dict[str, Any]:
         raise UserError(f"{key}: '{base}' can't be read: its config.json is broken ({error!s:.100})") from None
     if not isinstance(found, dict):
         raise UserError(f"{key}: '{base}' can't be read: its config.json holds no settings")
+    for part in (found, found.get("text_config")):
+        for name, bound in BOUNDS.items():
+            value = part.get(name) if isinstance(part, dict) else None
+            if isinstance(value, int) and not 1 <= value <= bound:
+                raise UserError(
+                    f"{key}: '{base}' has a broken config.json: {name} is {short(value)}; copy the model again"
+                )
     for name in ("config.json", "tokenizer_config.json"):
         if has_own_code(file.with_name(name)):
-            _note(f"note: '{base}' brings code of its own (`auto_map` in {name}), which is never run")
+            note(f"note: '{base}' brings code of its own (`auto_map` in {name}), which is never run")
     return found
 
 
@@ -210,23 +237,35 @@ def has_own_code(file: Path) -> bool:
 def _stored(config: dict[str, Any], base: str, key: str) -> Stored | None:
     text = config.get("text_config")
     inner = text.get("quantization_config") if isinstance(text, dict) else None
-    found = config.get("quantization_config") or inner
+    found = config.get("quantization_config") or config.get("compression_config") or inner
     if not found:
         return None
-    settings: dict[str, Any] = found if isinstance(found, dict) else {}
-    in_4_bits, in_8_bits = settings.get("load_in_4bit"), settings.get("load_in_8bit")
-    method = str(settings.get("quant_method") or ("bitsandbytes" if in_4_bits or in_8_bits else "an unknown format"))
-    if method != "bitsandbytes" or not (in_4_bits or in_8_bits):
+    settings: dict[str, Any] = (
+        {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
+    )
+    is_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
+    method = str(settings.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "an unknown format"))
+    if method != "bitsandbytes":
         raise UserError(
             f"{key}: '{base}' is stored in {method[:40].upper()}, which can't be trained on here; take the 16-bit "
             "original, or a copy in bitsandbytes' 4 bits"
         )
-    if in_8_bits:
+    try:
+        said = _Quantization.model_validate(settings)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise UserError(
+            f"{key}: '{base}' has a broken quantization_config: {name} is {short(settings[name])}"
+        ) from None
+    if said.load_in_4bit == said.load_in_8bit:
+        raise UserError(
+            f"{key}: '{base}' has a broken quantization_config: it is in 4 or in 8 bits, not in both or none"
+        )
+    if said.load_in_8bit:
         return Stored("int8", double_quant=True)
-    kind = str(settings.get("bnb_4bit_quant_type", "fp4"))
-    return Stored(kind, double_quant=bool(settings.get("bnb_4bit_use_double_quant", False)))
+    return Stored(said.bnb_4bit_quant_type, said.bnb_4bit_use_double_quant)
 
 
 @cache  # once a process
-def _note(text: str) -> None:
+def note(text: str) -> None:
     print(text, flush=True)

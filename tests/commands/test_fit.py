@@ -140,6 +140,18 @@ def test_a_config_that_cannot_be_read_is_one_line(text, recipe_path, bare, capsy
     assert line.startswith(f"model.base: '{bare}' can't be read: ")
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"model_type": "t5"}, {"hidden_act": "nosuch"}, {"rope_parameters": {"rope_type": "nosuch", "rope_theta": 1.0}}],
+)
+def test_a_config_of_no_model_that_can_be_trained_is_one_line(settings, recipe_path, bare, capsys):
+    config = Path(bare) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    assert leaving(fit.main, recipe_path, "--memory", "12GB") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"model.base: '{bare}' can't be trained: ")
+
+
 def test_errors_are_reported_before_torch_is_imported(recipe_path, tmp_path):
     """In a process of its own."""
     (tmp_path / "broken.yaml").write_text("model: {base: x\n")

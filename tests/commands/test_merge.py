@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 from bitsandbytes.functional import dequantize_4bit
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -41,6 +42,7 @@ def published(tiny_folder, tmp_path_factory) -> str:
     tokenizer = AutoTokenizer.from_pretrained(tiny_folder)
     tokenizer.eos_token = "<|end_of_text|>"
     lm = LlamaForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    lm.config.attention_dropout = 0.1  # off in training, but the published config's, and so the merged one's
     lm.config.eos_token_id = lm.generation_config.eos_token_id = tokenizer.eos_token_id
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -144,6 +146,13 @@ def test_the_weights_are_those_trained_on_plus_the_update_and_nothing_of_the_fou
     card = (target / "README.md").read_text()
     assert run.recipe.model.base in card
     assert "the dequantised base, on which the adapter was trained" in card
+
+
+def test_the_config_is_the_published_one(policy, published):
+    _, target = policy
+    before, after = (json.loads((Path(folder) / "config.json").read_text()) for folder in (published, target))
+    assert after["attention_dropout"] == 0.1
+    assert {key for key in before | after if before.get(key) != after.get(key)} == {"pad_token_id"}
 
 
 def test_tokenizer_template_and_end_of_turn_come_along(policy):
@@ -288,6 +297,18 @@ def test_what_cannot_be_merged_is_one_line(policy, copied, tmp_path, capsys):
     assert "is missing or damaged" in refusal(capsys, merge, str(copied), "dequantized", None)
     assert not (copied / "merged-dequantized").exists()
     assert not list(copied.glob(".merged*"))
+
+
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True", "ignore:.*invalid shape")
+def test_an_adapter_that_peft_cannot_merge_is_one_line(published, tmp_path, capsys):
+    """A bias of LoRA needs a layer that has a bias itself."""
+    config = LoraConfig(r=4, target_modules=["q_proj"], lora_bias=True, task_type="CAUSAL_LM")
+    get_peft_model(AutoModelForCausalLM.from_pretrained(published), config).save_pretrained(tmp_path / "biased")
+    changes = STRONG | {"start_from": str(tmp_path / "biased")}
+    run = run_stage(write_recipe(tmp_path, published, "dpo", **changes))
+    line = refusal(capsys, merge, str(run.path), "dequantized", None)
+    assert line.startswith(f"{run.path}: its adapter can't be merged: Impossible to merge LoRA with `lora_bias=True`")
+    assert not list(run.path.glob("*merged*"))
 
 
 def test_a_merge_that_fails_leaves_no_half_a_folder(policy, tmp_path, monkeypatch):

@@ -198,6 +198,10 @@ def test_peft_sees_no_regular_expression_of_a_stranger(spec, tmp_path, key):
         ({"modules_to_save": ["input_layernorm"]}, "lacks base_model.model.model.layers.0.input_layernorm.weight"),
         ({"modules_to_save": ["v_proj"]}, "lacks base_model.model.model.layers.0.self_attn.v_proj.weight"),
         ({"trainable_token_indices": [5]}, "lacks base_model.model.model.embed_tokens.token_adapter.trainable_tok"),
+        (
+            {"trainable_token_indices": {"embed_tokens": [5], "lm_head": [5]}},
+            "indices name lm_head, which is not",
+        ),
         ({"target_modules": "q_proj", "layers_to_transform": [0]}, "contradicts itself"),
         ({"layers_pattern": "layers"}, "contradicts itself"),
     ],

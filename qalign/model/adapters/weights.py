@@ -1,7 +1,6 @@
 """The weights of adapters on a base: LoftQ's initialisation, reading with checks, saving."""
 
 import tempfile
-from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,11 +12,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import end_of_turn_id
 from qalign.errors import UserError
+from qalign.model.adapters import generation_config
 from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS, AdapterFiles, read_files
 from qalign.model.adapters.targets import OUTPUT_LAYER_TAKEN, config_of, name_of, own_layers, own_modules
 from qalign.model.loading import save_tokenizer
@@ -123,8 +122,8 @@ def _check_shapes(
     if rows:
         (name,) = (_vocabulary_layers(lm) or [""])[:1]
         named: dict[str, list[int]] = rows if isinstance(rows, dict) else {name: rows}
-        if len(named) > 1 or not name.endswith(next(iter(named))):
-            raise UserError(f"its trainable_token_indices name {min(named)}, which is not the input embeddings")
+        if other := next((place for place in named if not name.endswith(place)), None):
+            raise UserError(f"its trainable_token_indices name {other}, which is not the input embeddings")
         numbers = next(iter(named.values()))
         wanted[f"{name}.token_adapter.trainable_tokens_delta"] = (len(numbers), hidden)
         if not all(0 <= number < len(cast(Any, lm.get_input_embeddings().weight)) for number in numbers):
@@ -183,18 +182,6 @@ def adapter_parameters(model: nn.Module, role: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def generation_config(lm: PreTrainedModel, template: ChatTemplate) -> GenerationConfig:
-    """How plain transformers should generate with a trained model: as the base does, but an answer also ends with the
-    end of turn that was trained."""
-    config, tokenizer = deepcopy(cast(GenerationConfig, lm.generation_config)), template.tokenizer
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [end_of_turn_id(template), *ends, tokenizer.eos_token_id]
-    config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
-    config.pad_token_id = tokenizer.pad_token_id
-    config.bos_token_id = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-    return config
-
-
 def save(model: peft.PeftModel, role: str, folder: Path, template: ChatTemplate, origin: Origin) -> None:
     """Writes an adapter with the tokenizer and its chat template into a folder, and for an adapter that gives answers
     how to generate them."""
@@ -206,6 +193,6 @@ def save(model: peft.PeftModel, role: str, folder: Path, template: ChatTemplate,
         saved = Path(temporary) / role
         save_tokenizer(template.tokenizer, saved)
         if lm.get_output_embeddings() is not None:
-            generation_config(lm, template).save_pretrained(saved)
+            generation_config.trained(lm, template).save_pretrained(saved)
         for file in saved.iterdir():
             file.replace(folder / file.name)

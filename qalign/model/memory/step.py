@@ -126,7 +126,7 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
     config = copy.deepcopy(config)
     text = config.get_text_config()
     text.num_hidden_layers = layers
-    if getattr(text, "layer_types", None):
+    if vars(text).get("layer_types"):  # in some families it follows from the number of layers
         pattern = layer_pattern(config)
         text.layer_types = [pattern[number % len(pattern)] for number in range(layers)]
     auto, task_type = tf.AutoModelForCausalLM, peft.TaskType.CAUSAL_LM
