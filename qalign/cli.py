@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import NoReturn, TextIO
 
 from qalign.config.load import load
+from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
-from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory
+from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, short
 from qalign.model import origin
 from qalign.train.run_folder import RunFolder
 
@@ -166,6 +167,16 @@ def report_command(name: str, stage: str, report: Callable[[Recipe], None], word
     """`python -m qalign.NAME RECIPE [key=value …]` for a report on a finished stage; does not return."""
     parser = recipe_parser(name, report.__doc__)
     run_parsed(parser, lambda args: report(load(args.recipe, args.overrides, stage)), words)
+
+
+def new_target(to: str | None, default: Path) -> Path:
+    """Where a command writes: what `--to` says, or by default; a `UserError` if something is there already."""
+    target = expanded(to) if to else default
+    if "\0" in str(target) or (to and to.startswith("~") and target == Path(to)):
+        raise UserError(f"--to: {short(to)} is no path, or of a user who doesn't exist")
+    if os.path.lexists(target):
+        raise UserError(f"{target}: exists already; name another with --to, or remove it")
+    return target
 
 
 def run_parsed(

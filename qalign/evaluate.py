@@ -58,6 +58,8 @@ def report(recipe: Recipe) -> None:
     origin.check(recipe.model)
     intake = Intake()
     rows, refused = rows_under("eval_data", settings, recipe.seed, preferences, intake)
+    if not rows:
+        check_usable("dpo.eval_data", 0, refused)
     if settings.holdout:
         check_same_rows(run, "eval_data", rows)
     else:

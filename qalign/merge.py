@@ -12,9 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalign.cli import Parser, program, run_parsed
+from qalign.cli import Parser, new_target, program, run_parsed
 from qalign.config.atomic import clear_leftovers, new_folder
-from qalign.config.paths import expanded
 from qalign.errors import UserError
 from qalign.model import origin
 from qalign.train.lock import locked
@@ -33,9 +32,7 @@ WORDS = {
 def merge(folder: str, onto: "Form", to: str | None) -> None:
     """Merge a run's adapter into its base, as a plain 16-bit model folder."""
     run = open_run(folder, ("ppo", "dpo", "sft", "reward"))
-    target = expanded(to) if to else run.path / f"merged-{onto}"
-    if target.exists():
-        raise UserError(f"{target}: exists already; name another with --to, or remove it")
+    target = new_target(to, run.path / f"merged-{onto}")
     origin.check(run.recipe.model)
     if onto == "original" and run.recipe.lora.init == "loftq":
         raise UserError(

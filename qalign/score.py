@@ -13,9 +13,9 @@ from pathlib import Path
 from statistics import mean, pstdev
 from typing import TYPE_CHECKING
 
-from qalign.cli import Parser, program, run_parsed
+from qalign.cli import Parser, new_target, program, run_parsed
 from qalign.config.atomic import replacing
-from qalign.config.paths import DATA_SUFFIXES, expanded
+from qalign.config.paths import DATA_SUFFIXES
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SHOWN, SHOWN_CHARACTERS = 3, 72
 SHAPES = '{"prompt", "completion"} (or "answer", "response"), {"messages"}, or {"prompt", "chosen", "rejected"}'
+EXPECTED = f"; a row is {SHAPES}"
 
 Read = tuple[dict, Preference | Dialogue, list[str]]  # a row of the file, its parsed form, the columns that it gets
 
@@ -40,13 +41,13 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     if limit is not None and limit < 1:
         raise UserError(f"--limit: {limit} is not a number of rows; expected at least 1")
     run = open_run(folder, ("reward",))
-    target = expanded(to) if to else _scored_name(Path(file))
-    if target.exists():
-        raise UserError(f"{target}: exists already; name another with --to, or remove it")
+    target = new_target(to, _scored_name(Path(file)))
     if not target.parent.is_dir():
         raise UserError(f"{target}: there is no folder {target.parent}")
     origin.check(run.recipe.model)
     read, refused = collect((Source(path=file),), "train", limit, 0, lambda raw, where: _parsed(raw, where, column))
+    if not read:
+        check_usable(file, 0, refused, EXPECTED)
 
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
     from qalign.model import lineage
@@ -57,7 +58,7 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
     rows, tokens, unfit = _encoded(base, read)
     refused += unfit
-    check_usable(file, len(rows), refused, f"; a row is {SHAPES}")
+    check_usable(file, len(rows), refused, EXPECTED)
     scores = _scores(base, tokens)
     with replacing(target) as aside, aside.open("w", encoding="utf-8") as opened:
         for (raw, _, names), found in zip(rows, scores, strict=True):

@@ -245,10 +245,9 @@ def _converted(file: Path, *, weights: bool) -> Origin:
     if not cache.is_whole(folder, weights=weights):
         print(f"converting {file.name} once into {folder} …", flush=True)
         where: dict[str, Any] = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-        config = tf.GgufConfig(dequantize=True)
-        lm, report = tf.AutoModelForCausalLM.from_pretrained(
-            **where, quantization_config=config, dtype=torch.float16, trust_remote_code=False, **REPORTED
-        )
+        auto: Any = tf.AutoModelForCausalLM
+        options = {"quantization_config": tf.GgufConfig(dequantize=True), "dtype": torch.float16, **REPORTED}
+        lm, report = auto.from_pretrained(**where, trust_remote_code=False, **options)
         _check_tensors(report)
         tokenizer = tf.AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
 

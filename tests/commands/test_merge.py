@@ -291,6 +291,11 @@ def test_what_cannot_be_merged_is_one_line(policy, copied, tmp_path, capsys):
         f"{target}: exists already; name another with --to, or remove it"
     )
     assert (target / "model.safetensors").stat().st_mtime_ns == before
+    for to in ("a\0b", "~nosuchuser/x"):
+        assert refusal(capsys, merge, str(run.path), "original", to).startswith("--to: ")
+    (tmp_path / "taken").symlink_to("nowhere")
+    assert "exists already" in refusal(capsys, merge, str(run.path), "original", str(tmp_path / "taken"))
+    (tmp_path / "taken").unlink()
     (tmp_path / "taken").write_text("precious")
     assert "exists already" in refusal(capsys, merge, str(run.path), "original", str(tmp_path / "taken"))
     (copied / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")

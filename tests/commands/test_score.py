@@ -210,6 +210,9 @@ def test_what_is_there_is_never_written_over(run, write_jsonl, tmp_path):
     assert target.read_text() == "precious"
     with pytest.raises(UserError, match="there is no folder"):
         score(str(run.path), file, str(tmp_path / "no" / "where.jsonl"), None)
+    for to in ("a\0b", "~nosuchuser/x"):
+        with pytest.raises(UserError, match=r"^--to: .* is no path, or of a user who doesn't exist"):
+            score(str(run.path), file, to, None)
 
 
 @pytest.mark.parametrize(
@@ -240,9 +243,9 @@ def test_a_column_that_a_row_has_already_is_never_replaced(run, write_jsonl, tmp
 
 def test_nothing_to_score_is_one_line_and_leaves_no_file(run, write_jsonl, tmp_path, monkeypatch):
     file = write_jsonl("texts.jsonl", [{"text": "plain"}, {"text": "text"}])
+    monkeypatch.setattr("qalign.model.base.load", lambda model, **_: pytest.fail("the base was loaded in vain"))
     with pytest.raises(UserError, match=r"holds no usable rows \(2 were refused\)"):
         score(str(run.path), file, None, None)
-    monkeypatch.setattr("qalign.model.base.load", lambda model, **_: pytest.fail("the base was loaded in vain"))
     with pytest.raises(UserError, match="there is no such file"):
         score(str(run.path), str(tmp_path / "missing.jsonl"), None, None)
     assert {path.name for path in tmp_path.iterdir()} == {"texts.jsonl"}
