@@ -3,7 +3,9 @@
 import hashlib
 import importlib
 import json
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -84,6 +86,17 @@ def leaving(main: Callable[..., object], *words: str) -> int:
     with pytest.raises(SystemExit) as left:
         main(words)
     return left.value.code
+
+
+@contextmanager
+def restored_signals() -> Iterator[None]:
+    """A stage's command takes over these signals: given back to pytest at the end."""
+    kept = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in kept.items():
+            signal.signal(number, handler)
 
 
 def refusal(capsys, command: Callable[..., object], *args) -> str:

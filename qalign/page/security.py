@@ -11,6 +11,7 @@ import json
 import os
 import re
 import socket
+import sys
 import time
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qalign.errors import UserError
+from qalign.errors import UserError, one_line
 from qalign.page.worker import Listeners
 
 AUTH_VARIABLE = "QALIGN_AUTH"
@@ -190,7 +191,13 @@ class Guard:
             if refusal := self._refusal(scope, headers):
                 await refusal(scope, receive, sender)
             else:
-                await self._pass_on(self._cleaned(scope, headers), _limited(receive), sender)
+                try:
+                    await self._pass_on(self._cleaned(scope, headers), _limited(receive), sender)
+                except Exception as error:  # of Gradio, about a made-up request: anybody could fill the terminal
+                    what = f"{scope['method']} {scope['path']}: {type(error).__name__}: {error}"
+                    print(one_line(f"the page could not answer {what}"), file=sys.stderr)
+                    if not sender.status:
+                        await PlainTextResponse("the page could not answer", 500)(scope, receive, sender)
         else:  # the page uses no websocket
             await send({"type": "websocket.close", "code": 1008})
 

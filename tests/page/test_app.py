@@ -13,9 +13,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from qalign.page import launch
 from qalign.page.launch import main
 from tests.chat_runs import finished_run, serving
 from tests.conftest import ROOT
+from tests.helpers import leaving
 
 SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, ""]  # in the order of `ui.ENTERED`, as the prompt and comment
 
@@ -180,26 +182,30 @@ generation.nucleus = lambda *args: (time.sleep(0.3), nucleus(*args))[1]
 """
 
 
-def test_who_hangs_up_stops_the_answer(runs):
+@pytest.fixture(scope="module")
+def slow(runs):
     with serving("--runs", str(runs), before=SLOW) as address, httpx.Client(base_url=address, timeout=60) as client:
-        number = function(client, "submit")
-        for session in ("gone1", "gone2"):
-            assert join(client, number, [None, *SETTINGS[:6], 190, 1, "", "Why?", ""], session).status_code == 200
-            next(event for event in events(client, session) if event["msg"] == "process_generating")
-        began = time.monotonic()
-        assert ask(client, "next")["success"]
-        assert time.monotonic() - began < 30  # each of the two would take a minute
+        yield client
 
 
-def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(runs):
-    with serving("--runs", str(runs), before=SLOW) as address, httpx.Client(base_url=address, timeout=60) as client:
-        number = function(client, "submit")
-        for index in range(20):  # each would take a minute
-            data = [None, *SETTINGS[:6], 190, 1, "", "Why?", ""]
-            assert join(client, number, data, f"unheard{index}").status_code == 200
-        began = time.monotonic()
-        assert ask(client, "heard")["success"]
-        assert time.monotonic() - began < 30
+def test_who_hangs_up_stops_the_answer(slow):
+    number = function(slow, "submit")
+    for session in ("gone1", "gone2"):
+        assert join(slow, number, [None, *SETTINGS[:6], 190, 1, "", "Why?", ""], session).status_code == 200
+        next(event for event in events(slow, session) if event["msg"] == "process_generating")
+    began = time.monotonic()
+    assert ask(slow, "next")["success"]
+    assert time.monotonic() - began < 30  # each of the two would take a minute
+
+
+def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(slow):
+    number = function(slow, "submit")
+    for index in range(20):  # each would take a minute
+        data = [None, *SETTINGS[:6], 190, 1, "", "Why?", ""]
+        assert join(slow, number, data, f"unheard{index}").status_code == 200
+    began = time.monotonic()
+    assert ask(slow, "heard")["success"]
+    assert time.monotonic() - began < 30
 
 
 @pytest.mark.parametrize(
@@ -241,8 +247,14 @@ def test_a_port_that_is_taken_is_a_line_before_anything_is_loaded(monkeypatch, t
     assert "Address already in use" in capsys.readouterr().err
 
 
-def test_with_a_password_nothing_is_served_without_it(runs):
-    with serving("--runs", str(runs), "--auth", "me:se:cret") as address, httpx.Client(base_url=address) as client:
+@pytest.fixture(scope="module")
+def behind_a_password(runs):
+    with serving("--runs", str(runs), "--auth", "me:se:cret") as address:
+        yield address
+
+
+def test_with_a_password_nothing_is_served_without_it(behind_a_password):
+    with httpx.Client(base_url=behind_a_password) as client:
         assert client.get("/config").status_code == 401
         assert join(client, 1, [], "x").status_code == 401
         assert login(client, "wrong").status_code == 400
@@ -280,8 +292,8 @@ def login(client: httpx.Client, password: str, **headers: str) -> httpx.Response
     return client.post("/login", data={"username": "me", "password": password}, headers=headers, timeout=60)
 
 
-def test_guessing_passwords_is_slow_and_one_try_waits_at_a_time(runs):
-    with serving("--runs", str(runs), "--auth", "me:se:cret") as address, httpx.Client(base_url=address) as client:
+def test_guessing_passwords_is_slow_and_one_try_waits_at_a_time(behind_a_password):
+    with httpx.Client(base_url=behind_a_password) as client:
         with ThreadPoolExecutor(30) as pool:
             began = time.monotonic()
             found = [answer.status_code for answer in pool.map(lambda _: login(client, "wrong"), range(60))]
@@ -325,6 +337,13 @@ def test_the_folder_of_the_page_is_removed_at_its_end_and_that_of_a_killed_one_a
     assert {*tmp_path.iterdir()} == {somebody, other}
 
 
-def test_without_a_run_the_page_says_which_command_makes_one(tmp_path):
-    with serving("--runs", str(tmp_path)) as address:
-        assert "python -m qalign.dpo recipes/smollm2_demo.yaml" in httpx.get(address).text
+def test_without_a_run_the_page_says_which_command_makes_one(tmp_path, monkeypatch):
+    shown = []
+    for variable in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
+        monkeypatch.setenv(variable, "")  # set by the page, taken back afterwards
+    monkeypatch.setattr(launch, "launch", lambda blocks, *_: shown.append(json.dumps(blocks.get_config_file())))
+    monkeypatch.chdir(tmp_path)
+
+    assert leaving(main, "--runs", str(tmp_path)) == 0
+
+    assert "python -m qalign.dpo recipes/smollm2_demo.yaml" in shown[0]

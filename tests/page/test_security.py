@@ -222,6 +222,18 @@ def test_a_request_is_small():
     assert post(call=b" " * 2**20).status == 400
 
 
+def test_what_gradio_cannot_answer_is_one_line_in_the_terminal(capsys):
+    async def page(scope, receive, send):
+        raise KeyError("no \x1b[31m" + "x" * 9999)
+
+    answered = request("/gradio_api/queue/data", query=b"session_hash=a", page=page)
+    assert (answered.status, answered.scope) == (500, None)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("the page could not answer GET /gradio_api/queue/data: KeyError: ")
+    assert line.isprintable()
+    assert len(line) <= 300
+
+
 def test_websockets_are_closed():
     sent = []
 

@@ -11,13 +11,14 @@ import pytest
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file, save_file
 
+from qalign import ppo
 from qalign.config.load import load as load_recipe
 from qalign.config.stages import PPO
 from qalign.errors import UserError
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.train.loop import planned_steps
 from tests.conftest import ROOT
-from tests.helpers import metrics, summary, train_recipe
+from tests.helpers import leaving, metrics, restored_signals, summary, train_recipe
 from tests.reward_runs import run_stage
 from tests.rl.conftest import assert_alike, change_json, logged
 
@@ -61,13 +62,10 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(value, recipe_of, held
         "eval_data": held_out, "eval_every": 2, "max_steps": 4, "value": value, "kl_target": 0.5, "save_every": 1,
         "judge": f"{rewards}:shrinking", "reward": str(reward_run.path), "scheduler": "linear",
     }  # fmt: skip
-    whole = run_stage(recipe_of("whole", **keys))
-    for stop in (0, 1, 3):
-        path = recipe_of("cut", **keys)
-        shutil.rmtree(Path(path).parent / "ppo", ignore_errors=True)
-        original = PPOTrainer.iterate
+    whole, path, original = run_stage(recipe_of("whole", **keys)), recipe_of("cut", **keys), PPOTrainer.iterate
+    for stop in (0, 1, 3):  # one run that is stopped three times
 
-        def dies(self, stop=stop, original=original):
+        def dies(self, stop=stop):
             if self.done == stop:
                 raise KeyboardInterrupt
             return original(self)
@@ -75,11 +73,11 @@ def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(value, recipe_of, held
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(PPOTrainer, "iterate", dies)
             with pytest.raises(KeyboardInterrupt):
-                run_stage(path)
-        resumed = run_stage(path, resume=True)
-        assert_alike(logged(whole), logged(resumed))
-        for name in ("samples/step-0.jsonl", "samples/step-4.jsonl"):
-            assert (whole.path / name).read_text() == (resumed.path / name).read_text()
+                run_stage(path, resume=stop > 0)
+    resumed = run_stage(path, resume=True)
+    assert_alike(logged(whole), logged(resumed))
+    for name in ("samples/step-0.jsonl", "samples/step-4.jsonl"):
+        assert (whole.path / name).read_text() == (resumed.path / name).read_text()
 
 
 def started(path: str, *more: str) -> subprocess.Popen:
@@ -146,14 +144,14 @@ def test_prompts_that_leave_no_room_are_refused_by_name(recipe_of, write_jsonl):
 
 
 @pytest.mark.parametrize("key", ["reward", "judge"])
-def test_a_scorer_that_fails_ends_the_run_and_costs_nothing_that_was_learned(key, recipe_of, held_out, rewards):
+def test_a_scorer_that_fails_ends_the_run_and_costs_nothing_that_was_learned(key, recipe_of, held_out, rewards, capfd):
     """It fails at its fourth call: in the fourth iteration, or at the evaluation after the third."""
     more = {"eval_data": held_out, "eval_every": 1} if key == "judge" else {}
     keys = {"save_every": 100, "max_steps": 6, key: f"{rewards}:broken", **more}
     path = recipe_of(**keys)
-    process = started(path)
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 2
+    with restored_signals():
+        assert leaving(ppo.main, path) == 2
+    output = "".join(capfd.readouterr())
     assert "Traceback" not in output
     (line,) = [line for line in output.splitlines() if line.startswith(f"ppo.{key}")]
     assert f"{rewards}:broken gave nan for an answer to " in line

@@ -67,23 +67,30 @@ def test_a_bug_is_not_taken_for_a_disk(recipe):
     assert disk_problem(FileNotFoundError(errno.ENOENT, "No such file")) is None
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
-@pytest.mark.parametrize(
-    "save",
-    [
-        "torch.save(weights, sys.argv[1])",
-        "safetensors.torch.save_file(weights, sys.argv[1])",
-        "tokenizers.Tokenizer(tokenizers.models.WordLevel({str(n): n for n in range(9999)})).save(sys.argv[1])",
-    ],
-)
-def test_what_torch_safetensors_and_tokenizers_raise_when_the_disk_refuses_is_known(save, tmp_path):
-    """They raise errors of their own, which name no file; a new version may word them differently."""
+SAVES = [
+    "torch.save(weights, sys.argv[1])",
+    "safetensors.torch.save_file(weights, sys.argv[1])",
+    "tokenizers.Tokenizer(tokenizers.models.WordLevel({str(n): n for n in range(9999)})).save(sys.argv[1])",
+]
+
+
+@pytest.fixture(scope="module")
+def problems(tmp_path_factory):
+    """What each of `SAVES` raises in a process that may write small files only, as `disk_problem` says it."""
     code = (
         "import resource, sys, safetensors.torch, tokenizers, torch\nfrom pathlib import Path\n"
         "from qalign.errors import disk_problem\nweights = {'a': torch.zeros(99999)}\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))\n"
-        f"try: {save}\nexcept Exception as error: print(disk_problem(error, Path('runs')))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path / "file"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("runs: "), f"HOOK BROKEN: {done.stdout}"
-    assert "; " in done.stdout
+    ) + "".join(f"try: {save}\nexcept Exception as error: print(disk_problem(error, Path('runs')))\n" for save in SAVES)
+    words = [sys.executable, "-c", code, tmp_path_factory.mktemp("disk") / "file"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such limit")
+@pytest.mark.parametrize("save", SAVES)
+def test_what_torch_safetensors_and_tokenizers_raise_when_the_disk_refuses_is_known(save, problems):
+    """They raise errors of their own, which name no file; a new version may word them differently."""
+    assert len(problems) == len(SAVES)
+    said = problems[SAVES.index(save)]
+    assert said.startswith("runs: "), f"HOOK BROKEN: {said}"
+    assert "; " in said

@@ -17,7 +17,7 @@ from qalign.errors import UserError
 from qalign.model.base import Role, load
 from qalign.score import score
 from tests.conftest import ROOT
-from tests.helpers import house_style
+from tests.helpers import house_style, train_recipe
 from tests.reward_runs import DATA, SHORT, write_recipe
 
 
@@ -150,9 +150,11 @@ def test_what_is_complete_is_skipped_from_another_folder_too(tiny_folder, tmp_pa
     shutil.copy(DATA / "house_style_train.jsonl", place / "rows.jsonl")
     path = Path(write_recipe(place, "model", data="rows.jsonl", max_steps=1)).rename(place / "recipe.yaml")
     path.write_text(path.read_text().replace(str(place), str(tmp_path / "runs")))
-    for folder, file, skipped in ((place, "recipe.yaml", 0), (tmp_path, "project/recipe.yaml", 1)):
-        monkeypatch.chdir(folder)
-        run_all(file, [], [])
-        assert capfd.readouterr().out.count("complete, skipped") == skipped
+    monkeypatch.chdir(place)
+    train_recipe(load_recipe("recipe.yaml", stage="reward"), "recipe.yaml", stage="reward")
+    assert "complete, skipped" not in capfd.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    run_all("project/recipe.yaml", [], [])
+    assert capfd.readouterr().out.count("complete, skipped") == 1
     score("runs/reward", str(place / "rows.jsonl"), "scored.jsonl", 2)
     assert len((tmp_path / "scored.jsonl").read_text().splitlines()) == 2

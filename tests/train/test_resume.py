@@ -1,11 +1,13 @@
 """A run that was stopped, killed or damaged goes on to the same numbers, in every stage."""
 
+import importlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from qalign.config.load import load as load_recipe
 from qalign.errors import Stopped, UserError
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
-from tests.helpers import metrics, summary
+from tests.helpers import leaving, metrics, restored_signals, summary
 from tests.reward_runs import run_stage
 from tests.train.runs import HELD_OUT, STAGES, assert_same_run, recipe_of
 
@@ -52,8 +54,8 @@ def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path,
     assert_same_run(resumed, whole)
 
 
-def started(path: str, *words: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", f"qalign.{Path(path).stem}", path, *words]
+def started(path: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", f"qalign.{Path(path).stem}", path]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
 
@@ -69,6 +71,15 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
     pytest.fail(f"no step {step} within two minutes")
 
 
+KILLED = {"limit": None, "max_steps": 40, "save_every": 5}
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tiny_folder, tmp_path_factory):
+    """The whole run of a stage, trained once."""
+    return cache(lambda stage: run_stage(recipe_of(tmp_path_factory.mktemp(stage), tiny_folder, stage, **KILLED)))
+
+
 @pytest.mark.parametrize(
     ("stage", "number", "code"),
     [
@@ -79,10 +90,10 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
         ("ppo", signal.SIGTERM, 143),
     ],
 )
-def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(stage, number, code, tiny_folder, tmp_path):
-    keys = {"limit": None, "max_steps": 40, "save_every": 5}
-    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
-    path, folder = recipe_of(tmp_path / "cut", tiny_folder, stage, **keys), tmp_path / "cut" / stage
+def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(
+    stage, number, code, never_stopped, tiny_folder, tmp_path, capsys
+):
+    path, folder = recipe_of(tmp_path / "cut", tiny_folder, stage, **KILLED), tmp_path / "cut" / stage
     process = started(path)
     wait_for_step(folder, 8, process)
     process.send_signal(number)
@@ -95,20 +106,27 @@ def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(stage,
         assert f"checkpoint-{reached}" in said, "it was saved where it stopped"
         assert "--resume" in said
         assert "Traceback" not in said
-    assert_same_run(run_stage(path, resume=True), whole)
+    assert_same_run(run_stage(path, resume=True), never_stopped(stage))
 
-    process = started(path, "--resume")
-    said = process.communicate(timeout=60)[0]
-    assert process.returncode == 0
-    assert "this run is complete" in said
+    capsys.readouterr()
+    with restored_signals():
+        assert leaving(importlib.import_module(f"qalign.{stage}").main, path, "--resume") == 0
+    assert "this run is complete" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_checkpoint_cut_short_is_not_resumed_from(stage, tiny_folder, tmp_path):
-    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, save_every=1))
-    path = recipe_of(tmp_path / "cut", tiny_folder, stage, save_every=1)
+@pytest.fixture(params=STAGES)
+def complete(request, tiny_folder, tmp_path):
+    """A run with a checkpoint at each step, to be damaged, with its recipe and a copy: (path, run, copy)."""
+    path = recipe_of(tmp_path / "cut", tiny_folder, request.param, save_every=1)
     run = run_stage(path)
+    whole = RunFolder(load_recipe(path, [f"output={tmp_path / 'whole'}"]), request.param)
+    shutil.copytree(run.path, whole.path)
     run.summary.unlink()
+    return path, run, whole
+
+
+def test_a_checkpoint_cut_short_is_not_resumed_from(complete):
+    path, run, whole = complete
     shutil.rmtree(run.adapter)
     newest = run.checkpoints / "checkpoint-3"
     (newest / "manifest.json").unlink()
@@ -178,12 +196,8 @@ def test_the_best_checkpoint_is_the_one_that_is_kept_after_a_resume_too(step, ti
         run_stage(path, resume=True)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_damaged_checkpoint_is_not_resumed_from(stage, tiny_folder, tmp_path, capsys):
-    whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, save_every=1))
-    path = recipe_of(tmp_path / "cut", tiny_folder, stage, save_every=1)
-    run = run_stage(path)
-    run.summary.unlink()
+def test_a_damaged_checkpoint_is_not_resumed_from(complete, capsys):
+    path, run, whole = complete
     state = next((run.checkpoints / "checkpoint-3").glob("*.pt"))
     content = bytearray(state.read_bytes())
     content[len(content) // 2] ^= 1
