@@ -25,6 +25,7 @@ from qalign.page.worker import Listeners
 MAX_WAITING = 24  # requests in the queue for the one model
 MAX_SESSIONS = 500  # whose dialogues are kept
 FIRST_PORT, TRIED_PORTS = 7860, 100
+RUNS = "runs"  # where recipes put runs; it need not be there yet
 PREFIX = "qalign-page-"  # of the folder for the page's own files
 NOT_NEEDED = ("run_history", "enable_monitoring", "ssr_mode", "pwa", "mcp_server")  # parts of Gradio
 
@@ -34,7 +35,7 @@ def main(words: Sequence[str] | None = None) -> None:
     program = "python app.py" if Path(sys.argv[0]).name == "app.py" else "qalign page"
     parser = Parser(prog=program, description="Base against aligned, side by side, in a browser.")
     parser.add_argument("models", nargs="*", metavar="RUN", help="runs or adapter folders to compare, or 'base'")
-    parser.add_argument("--runs", default="runs", metavar="FOLDER", help="folder of finished runs (default: runs)")
+    parser.add_argument("--runs", default=RUNS, metavar="FOLDER", help="folder of finished runs (default: runs)")
     parser.add_argument("--recipe", help="recipe whose base to load, if no run says it")
     parser.add_argument("--votes", default="votes.jsonl", metavar="FILE", help="file for votes (default: votes.jsonl)")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: this computer only)")
@@ -53,7 +54,7 @@ def serve(args: argparse.Namespace) -> None:
     auth = credentials(args.host, args.auth, share=args.share)
     recipe = load_recipe(args.recipe, files_of=("model",)) if args.recipe else None
     runs = expanded(args.runs)
-    if not runs.is_dir() and args.runs != "runs":
+    if args.runs != RUNS and not os.path.isdir(runs):
         raise UserError(f"--runs {args.runs}: there is no such folder")
     found = available_models(args.models, runs, recipe)
     if found:

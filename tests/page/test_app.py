@@ -13,11 +13,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from qalign.page import launch
 from qalign.page.launch import main
 from tests.chat_runs import finished_run, serving
 from tests.conftest import ROOT
-from tests.helpers import leaving
 
 SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, ""]  # in the order of `ui.ENTERED`, as the prompt and comment
 
@@ -213,6 +211,10 @@ def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(slow):
     [
         (["--share"], "--share puts the page on the internet"),
         (["runs/nowhere"], "there is no finished"),
+        *(
+            (["--runs", path], "there is no such folder")
+            for path in ("nowhere", "~nosuchuser/x", "n" * 300, "a\0b", "")
+        ),
         (["--recipe", "nowhere.yaml"], "there is no such recipe"),
         *(
             (["--port", port], f"--port {port}: expected a number from 1 to 65535")
@@ -337,13 +339,6 @@ def test_the_folder_of_the_page_is_removed_at_its_end_and_that_of_a_killed_one_a
     assert {*tmp_path.iterdir()} == {somebody, other}
 
 
-def test_without_a_run_the_page_says_which_command_makes_one(tmp_path, monkeypatch):
-    shown = []
-    for variable in ("GRADIO_TEMP_DIR", "GRADIO_ANALYTICS_ENABLED"):
-        monkeypatch.setenv(variable, "")  # set by the page, taken back afterwards
-    monkeypatch.setattr(launch, "launch", lambda blocks, *_: shown.append(json.dumps(blocks.get_config_file())))
-    monkeypatch.chdir(tmp_path)
-
-    assert leaving(main, "--runs", str(tmp_path)) == 0
-
-    assert "python -m qalign.dpo recipes/smollm2_demo.yaml" in shown[0]
+def test_without_a_run_the_page_says_which_command_makes_one(tmp_path):
+    with serving("--runs", str(tmp_path)) as address:
+        assert "python -m qalign.dpo recipes/smollm2_demo.yaml" in httpx.get(address).text
