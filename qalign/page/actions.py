@@ -90,23 +90,30 @@ class Page:
     def send(self, session: Session, inputs: Inputs) -> Iterator[View]:
         """Both answers as they grow. If that fails, the question returns to the prompt box, with the reason."""
         session.choose(inputs.first, inputs.second, blind=inputs.blind)
-        dialogues, replies = session.ask(inputs.prompt), []
-        this_round, controls = session.round, inputs.controls
+        dialogues, controls = session.ask(inputs.prompt), inputs.controls
+        kept = {name: getattr(controls, name) for name in ("temperature", "top_p", "max_new_tokens")}
+        growing = self.chat.answer(inputs.key, dialogues, controls)
+        yield from self._grow(session, inputs, growing, lambda replies: session.add_replies(replies, kept))
+
+    def _grow(
+        self, session: Session, inputs: Inputs, growing: Iterator[list[Reply]], keep: Callable[[list[Reply]], None]
+    ) -> Iterator[View]:
+        """Shows answers as they grow, and gives the last ones to `keep` unless the dialogue changes meanwhile."""
+        this_round, replies, is_new = session.round, [], not session.replies
         problem: dict[str, Any] = {}
         try:
-            yield self.view(session, busy=True, prompt="")
-            for replies in self.chat.answer(inputs.key, dialogues, controls):
-                if session.round != this_round:  # the dialogue was cleared meanwhile
+            yield self.view(session, busy=True, prompt="" if is_new else None)
+            for replies in growing:
+                if session.round != this_round or session.voted:
                     break
                 yield self.view(session, replies, busy=True)
-            if session.round == this_round:
+            if session.round == this_round and not session.voted:
                 if not replies:
                     raise UserError("stopped before the first token")
-                kept = {name: getattr(controls, name) for name in ("temperature", "top_p", "max_new_tokens")}
-                session.add_replies(replies, kept)
+                keep(replies)
         except Exception as error:
             if session.round == this_round:
-                problem = {"status": error_text(error), "prompt": inputs.prompt}
+                problem = {"status": error_text(error), "prompt": inputs.prompt if is_new else None}
         finally:  # also when the client has left
             if session.round == this_round and not session.replies:
                 session.undo()
@@ -126,21 +133,14 @@ class Page:
             yield self.view(session, status="No answer was cut." if not session.cut else "The vote is given already.")
             return
         session.round += 1
-        this_round, more = session.round, inputs.controls.max_new_tokens
-        replies: list[Reply] = []
-        problem: dict[str, Any] = {}
+        more, before = inputs.controls.max_new_tokens, max(len(r.ids) for r in session.replies if r.state in CUT)
         kept = {name: session.sampling[name] for name in ("temperature", "top_p")}
-        try:
-            for replies in self.chat.go_on(inputs.key, session.replies, Controls(**kept, max_new_tokens=more)):
-                if session.round != this_round or session.voted:
-                    break
-                yield self.view(session, replies, busy=True)
-            if replies and session.round == this_round and not session.voted:
-                before = max(len(reply.ids) for reply in session.replies if reply.state in CUT)
-                session.replace_replies(replies, {**kept, "max_new_tokens": before + more})
-        except Exception as error:
-            problem = {"status": error_text(error)}
-        yield self.view(session, differences=self.differences(session, wanted=inputs.differences), **problem)
+        growing = self.chat.go_on(inputs.key, session.replies, Controls(**kept, max_new_tokens=more))
+
+        def keep(replies: list[Reply]) -> None:
+            session.replace_replies(replies, {**kept, "max_new_tokens": before + more})
+
+        yield from self._grow(session, inputs, growing, keep)
 
     def edit(self, session: Session, inputs: Inputs) -> View:
         """Returns the last question to the prompt box and removes its answers."""

@@ -211,10 +211,7 @@ def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(slow):
     [
         (["--share"], "--share puts the page on the internet"),
         (["runs/nowhere"], "there is no finished"),
-        *(
-            (["--runs", path], "there is no such folder")
-            for path in ("nowhere", "~nosuchuser/x", "n" * 300, "a\0b", "")
-        ),
+        *((["--runs", path], "there is no such folder") for path in ("nowhere", "~nosuchuser/x", "n" * 300, "a\0b")),
         (["--recipe", "nowhere.yaml"], "there is no such recipe"),
         *(
             (["--port", port], f"--port {port}: expected a number from 1 to 65535")
