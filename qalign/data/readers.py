@@ -126,30 +126,27 @@ def _json(path: Path, split: str) -> Placed:
 
 def _values(line: str) -> list[Any]:
     """The JSON values on a line, one after another; a `BadRow` in place of what can't be parsed."""
-    values, start, line = list[Any](), 0, line.rstrip()
-    while (start := _next(line, start)) < len(line):
-        try:
-            value, start = DECODER.raw_decode(line, start)
-        except BadRow as error:
-            return [*values, error]
-        except json.JSONDecodeError as error:
-            kind = BadRow if error.pos < len(line) else _Unfinished
-            return [*values, kind(f"not valid JSON: {error.msg} at column {error.colno}")]
-        except (RecursionError, ValueError):  # Python's own limits, of depth and of an integer's digits
-            return [*values, BadRow("not readable JSON: nested too deeply, or a number too long")]
-        values.append(value)
+    values, line = list[Any](), line.rstrip()
+    try:
+        for _, value in _decoded(line):
+            values.append(value)
+    except BadRow as error:
+        values.append(error)
+    except json.JSONDecodeError as error:
+        kind = BadRow if error.pos < len(line) else _Unfinished
+        values.append(kind(f"not valid JSON: {error.msg} at column {error.colno}"))
+    except (RecursionError, ValueError):  # Python's own limits, of depth and of an integer's digits
+        values.append(BadRow("not readable JSON: nested too deeply, or a number too long"))
     return values
 
 
 def _document(path: Path, split: str, text: str) -> Placed:
     """JSON values that go over several lines each: usually one, an array."""
-    found, start, line = list[tuple[int, Any]](), 0, 1
+    found, line, at = list[tuple[int, Any]](), 1, 0
     try:
-        while (begin := _next(text, start)) < len(text):
-            line += text.count("\n", start, begin)
-            value, start = DECODER.raw_decode(text, begin)
+        for begin, value in _decoded(text):
+            line, at = line + text.count("\n", at, begin), begin
             found.append((line, value))
-            line += text.count("\n", begin, start)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON: {error.msg}") from None
     except BadRow as error:
@@ -159,11 +156,13 @@ def _document(path: Path, split: str, text: str) -> Placed:
     return ((f"{path}:{number}", value) for number, value in found)
 
 
-def _next(text: str, start: int) -> int:
-    """Where the next value begins: commas between values are no part of JSON lines, but plain."""
-    while start < len(text) and text[start] in " \t\r\n,":
-        start += 1
-    return start
+def _decoded(text: str) -> Iterator[tuple[int, Any]]:
+    """(position, value) of JSON values one after another. Commas between them are no part of JSON lines, but plain."""
+    start, end = 0, len(text)
+    while (start := next((at for at in range(start, end) if text[at] not in " \t\r\n,"), end)) < end:
+        begin = start
+        value, start = DECODER.raw_decode(text, begin)
+        yield begin, value
 
 
 def _whole(path: Path, split: str, value: Any, line: int) -> Placed:
