@@ -181,9 +181,8 @@ def try_out(run: RunFolder) -> None:
         args = CONFIGS[stage](**values | trainer)
         args.get_process_log_level()
         keys = ("num_workers", "prefetch_factor", "persistent_workers", "multiprocessing_context")
-        DataLoader(
-            cast(Any, [0]), **{name: getattr(args, f"dataloader_{name}") for name in names}
-        )  # starts no worker yet
+        loading = {key: getattr(args, f"dataloader_{key}") for key in keys}
+        DataLoader(cast(Any, [0]), **loading)  # starts no worker yet
         if args.torch_compile:
             torch.compile(nn.Identity(), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         weight = nn.Parameter(torch.zeros(8, 8, device="cuda" if on_gpu else "cpu"))
