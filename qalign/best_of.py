@@ -17,132 +17,122 @@ import argparse
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
-from itertools import count, takewhile
-from math import comb
+from itertools import count
+from math import ceil, comb
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from qalign.cli import run_parsed, stage_parser
-from qalign.config.atomic import LEFTOVER, write_whole
+from qalign.cli import run_parsed, stage_parser, work_in
+from qalign.config.atomic import write_whole
 from qalign.config.load import load
-from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT_RUN
 from qalign.data.formats import prompts
 from qalign.errors import UserError, short
-from qalign.model import origin
 from qalign.reports import ppo_report
 from qalign.reports.alarms import best_of_n_kl
+from qalign.train.checkpoints import METRICS, read_metrics, step_of
 from qalign.train.dataset import read_rows
-from qalign.train.lock import locked
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:  # its import takes seconds
+    from qalign.rl.ppo_setup import EncodedPrompt, Setup
     from qalign.rl.rollout_batch import SampledAnswers
 
-PICKS, PAIRS, SUMMARY, SETTINGS = "picks.jsonl", "pairs.jsonl", "summary.json", "recipe.json"
+PICKS, PAIRS = "picks.jsonl", "pairs.jsonl"
 ANSWERS_PER_PART = 64
+CHECKPOINTS = 10  # of a run
 MOST = 1024  # answers to a prompt
 
-Item = TypeVar("Item")
+
+class BestOfRun(RunFolder):
+    """`<output>/best_of/`: a run of the section `ppo`, whose `metrics.jsonl` has what was kept of each part."""
+
+    def __init__(self, recipe: Recipe, n: int, command_line: str = "RECIPE"):
+        super().__init__(recipe, "ppo", command_line, "best_of")
+        self.n = n
+
+    @property
+    def command(self) -> str:
+        return f"{super().command} n={self.n}"
+
+    @property
+    def further(self) -> str:
+        return "for more answers, choose another `output`"
+
+    def differences(self) -> dict[str, tuple[object, object]]:
+        began = read_metrics((self.last_checkpoint() or self.path) / METRICS)
+        was = next((line["n"] for line in began if "n" in line), self.n)
+        return super().differences() | ({} if was == self.n else {"n": (was, self.n)})
 
 
-def best_of(recipe: Recipe, n: int, command_line: str, *, resume: bool, overwrite: bool) -> None:
+def best_of(recipe: Recipe, run: BestOfRun) -> None:
     """Sample n answers to each prompt of a recipe's ppo section and keep the best, as data to train on."""
-    run = RunFolder(recipe, "ppo", command_line)
-    folder = run.path.parent / "best_of"
-    settings = {"n": n} | recipe.model_dump(mode="json")
-    _claim(folder, run, settings, resume=resume, overwrite=overwrite)
-    found = read_rows(run, prompts)
+    read = read_rows(run, prompts)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
+    from qalign.data.collate import MicroBatchLimit
+    from qalign.model.memory.forecast import Plan
+    from qalign.rl.ppo_setup import set_up
+    from qalign.rl.rewards import check_unchanged
+    from qalign.train.loop import Session
+
+    setup = set_up(run, read, trainable=False)
+    session = Session(run, setup.base, setup.rows)
+    session.planned = Plan(2 * recipe.model.max_length, 0)
+    session.micro = MicroBatchLimit(tokens=session.planned.tokens)
+    setup.scorers.attach(setup.base, session.micro)
+    session.begin()
+    scorers = [*setup.scorers.reward, *setup.scorers.judge]
+    if session.checkpoint:
+        check_unchanged(scorers, read_metrics(run.metrics)[0]["scorers"])
+    else:
+        run.log({"step": 0, "n": run.n, "scorers": [scorer.identity for scorer in scorers]})
+
+    size = max(1, ANSWERS_PER_PART // run.n)  # prompts that are sampled together
+    parts = [
+        (rows[start : start + size], rows is setup.rows.held_out)
+        for rows in (setup.rows.train, setup.rows.held_out)
+        for start in range(0, len(rows), size)
+    ]
+    steps = f"{len(parts):,}, each of {run.n} answers to {size} prompts"
+    session.print_header(steps, trainable="nothing: the policy only samples")
+    _sample(run, setup, parts, step_of(session.checkpoint) if session.checkpoint else 0)
+    _finish(run, setup.rows.counts)
+
+
+def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPrompt], bool]]", done: int) -> None:
+    """Samples answers to the prompts of all parts that are left, and logs what is kept of each: of training prompts the
+    picks and pairs, of held-out ones all scores. The number of a part seeds it, so that a resumed run repeats it."""
     from tqdm.auto import tqdm
 
-    from qalign.data.collate import MicroBatchLimit
-    from qalign.model.lineage import adapter_hash
-    from qalign.rl.ppo_setup import set_up
-    from qalign.rl.rewards import combined
+    from qalign.rl.rewards import RewardFailed, combined
 
-    setup = set_up(run, found, trainable=False)
-    setup.scorers.attach(setup.base, MicroBatchLimit(tokens=2 * recipe.model.max_length))
-    reward, judge = setup.scorers.reward, setup.scorers.judge
-
-    hashes = [scorer.identity for scorer in (*reward, *judge)] + [run.parent and adapter_hash(run.parent)]
-    done = _begin(folder, settings | {"weights": hashes}, resume=resume)
-    parts, seed = _parts(setup.rows.train, n), recipe.seed * 1_000_003
-    with tqdm(total=len(setup.rows.train), desc=f"best of {n}", unit="prompt") as bar:
-        for number, group in enumerate(parts):
-            if number >= done:
-                rows = setup.sample(group, n, seed + number)
-                _write_part(folder, number, rows, combined(reward, rows)[0].tolist())
-            bar.update(len(group))
-    points = []
-    if setup.rows.held_out:
-        held_out = enumerate(_parts(setup.rows.held_out, n), start=len(parts))
-        rows = [row for number, group in held_out for row in setup.sample(group, n, seed + number)]
-        rewarded = combined(reward, rows)[0].tolist()
-        points = curve(rewarded, combined(judge, rows)[0].tolist() if judge else None, n)
-    refused = [asdict(row) for row in setup.rows.refused]
-    _finish(folder, run, {"n": n, "prompts": setup.rows.counts, "held_out": points, "refused": refused})
+    reward, judge, every = setup.scorers.reward, setup.scorers.judge, ceil(len(parts) / CHECKPOINTS)
+    run.stop.patient = True
+    with tqdm(total=len(parts), initial=done, desc=f"best of {run.n}", unit="part") as bar:
+        for number, (group, is_held_out) in enumerate(parts[done:], start=done):
+            rows = setup.sample(group, run.n, run.recipe.seed * 1_000_003 + number)
+            try:
+                scores = combined(reward, rows)[0].tolist()
+                judged = combined(judge, rows)[0].tolist() if is_held_out and judge else None
+            except RewardFailed:  # keeps what was sampled before
+                if number:
+                    run.mark_whole(number, 0)
+                raise
+            run.log({"step": number + 1, **({"proxy": scores, "judge": judged} if is_held_out else kept(rows, scores))})
+            bar.update()
+            stopped, is_last = run.stop.number is not None, number + 1 == len(parts)
+            if stopped or is_last or (number + 1) % every == 0:
+                run.mark_whole(number + 1, 0)
+            if stopped and not is_last:
+                run.end_early(number + 1)
+    run.stop.patient = False
 
 
-def _claim(folder: Path, run: RunFolder, settings: dict[str, Any], *, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that this run may not write to, before anything is loaded. Deletes nothing yet."""
-    run.check_inputs(folder, overwrite=overwrite)
-    if all(file.is_dir() or LEFTOVER.fullmatch(file.name) for file in folder.rglob("*")):
-        return  # there is none, or it was cut short as it began
-    if not (folder / SETTINGS).is_file():
-        raise UserError(f"{folder}: holds files that are no run of best_of's; choose another `output`")
-    if not (resume or overwrite):
-        raise UserError(f"{folder}: holds a run; --resume continues it, --overwrite starts again")
-    if resume and not settings.items() <= _settings_of(folder).items():
-        raise UserError(f"{folder}: --resume needs the recipe and n that it began with; --overwrite starts again")
-
-
-def _settings_of(folder: Path) -> dict[str, Any]:
-    return _read(folder / SETTINGS, "--overwrite starts again")
-
-
-def _read(file: Path, fix: str) -> dict[str, Any]:
-    """A file that `write_whole` wrote; a `UserError` if it was damaged since."""
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise UserError(f"{file}: is damaged; {fix}") from None
-
-
-def _begin(folder: Path, settings: dict[str, Any], *, resume: bool) -> int:
-    """Prepares the folder; only now does `--overwrite` delete the old run. Returns the number of finished parts.
-    `settings` are the recipe, n, and the hashes of all adapters that sample or score."""
-    if resume and folder.exists():
-        if _settings_of(folder) != settings:
-            raise UserError(f"{folder}: the policy or a reward was trained again since this run began; use --overwrite")
-        return len(_finished_parts(folder))
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "parts").mkdir(parents=True)
-    write_whole(folder / SETTINGS, json.dumps(settings))
-    return 0
-
-
-def _parts(rows: list[Item], n: int) -> list[list[Item]]:
-    """Prompts in groups that are sampled together and written as one file, so that a resumed run repeats them."""
-    size = max(1, ANSWERS_PER_PART // n)
-    return [rows[start : start + size] for start in range(0, len(rows), size)]
-
-
-def _part_file(folder: Path, number: int) -> Path:
-    return folder / "parts" / f"{number}.json"
-
-
-def _finished_parts(folder: Path) -> list[Path]:
-    return list(takewhile(Path.is_file, (_part_file(folder, number) for number in count())))
-
-
-def _write_part(folder: Path, number: int, rows: "list[SampledAnswers]", scores: list[list[float]]) -> None:
-    """Writes the picks and pairs of one part."""
+def kept(rows: "list[SampledAnswers]", scores: list[list[float]]) -> dict[str, Any]:
+    """The picks and pairs of one part."""
     picks, pairs, without = [], [], 0
     for row, given in zip(rows, scores, strict=True):
         ended = [(score, text) for score, text, end in zip(given, row.texts, row.ended, strict=True) if end and text]
@@ -156,8 +146,7 @@ def _write_part(folder: Path, number: int, rows: "list[SampledAnswers]", scores:
         if best > worst and chosen.strip() != rejected.strip():
             pair = {**asked, "chosen": chosen, "rejected": rejected}
             pairs.append(pair | {"score_chosen": best, "score_rejected": worst, "where": row.prompt.where})
-    content = {"picks": picks, "pairs": pairs, "without": without}
-    write_whole(_part_file(folder, number), json.dumps(content, ensure_ascii=False))
+    return {"picks": picks, "pairs": pairs, "without": without}
 
 
 def curve(proxy: Sequence[Sequence[float]], judge: Sequence[Sequence[float]] | None, n: int) -> list[dict[str, Any]]:
@@ -186,24 +175,27 @@ def curve(proxy: Sequence[Sequence[float]], judge: Sequence[Sequence[float]] | N
     ]
 
 
-def _finish(folder: Path, run: RunFolder, facts: dict[str, Any]) -> None:
-    """Joins the parts, writes the summary, draws the report, and prints where everything is."""
-    parts = [_read(file, "delete it, then --resume makes it again") for file in _finished_parts(folder)]
-    picks, pairs = ([row for part in parts for row in part[name]] for name in ("picks", "pairs"))
+def _finish(run: BestOfRun, counts: dict[str, int]) -> None:
+    """Writes what was kept and the summary, draws the report, and prints where everything is."""
+    parts = read_metrics(run.metrics)
+    picks, pairs, proxy, judge = (
+        [row for part in parts for row in part.get(name) or ()] for name in ("picks", "pairs", "proxy", "judge")
+    )
     for name, rows in ((PICKS, picks), (PAIRS, pairs)):
-        write_whole(folder / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    without = sum(part["without"] for part in parts)
-    facts |= {"picks": len(picks), "pairs": len(pairs), "prompts_without_an_ended_answer": without}
-    write_whole(folder / SUMMARY, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
-    picture = ppo_report.redraw(folder.parent)
+        write_whole(run.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    without, points = sum(part.get("without", 0) for part in parts), curve(proxy, judge or None, run.n) if proxy else []
+    facts = {"n": run.n, "prompts": counts, "picks": len(picks), "pairs": len(pairs), "held_out": points}
+    facts |= {"prompts_without_an_ended_answer": without}
+    write_whole(run.summary, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+    picture = ppo_report.redraw(run.path.parent)
     none = f"; {without} prompts have no answer that ended by itself and says something" if without else ""
-    lines = [("picks", f"{len(picks)} in {folder / PICKS}{none}"), ("pairs", f"{len(pairs)} in {folder / PAIRS}")]
-    for point in facts["held_out"]:
+    lines = [("picks", f"{len(picks)} in {run.path / PICKS}{none}"), ("pairs", f"{len(pairs)} in {run.path / PAIRS}")]
+    for point in points:
         judged = "" if point["judge"] is None else f", judge {point['judge']:+.3f}"
         scores = f"held-out reward {point['proxy']:+.3f}{judged}, KL at most {point['kl_nats']:.2f} nats"
         lines.append((f"best of {point['n']}", scores))
     lines += [("report", f"{picture}: best of n next to PPO")] if picture else []
-    lines.append(("next", _next(run, folder / PAIRS, len(picks), len(pairs))))
+    lines.append(("next", _next(run, run.path / PAIRS, len(picks), len(pairs))))
     print_table("done", lines)
 
 
@@ -241,11 +233,8 @@ def main(words: Sequence[str] | None = None) -> None:
 
     def work(args: argparse.Namespace) -> None:
         n, overrides = _split_n(args.overrides)
-        recipe = load(args.recipe, overrides, "ppo")
-        command_line = shlex.join([args.recipe, *overrides])
-        with locked(expanded(recipe.output) / "best_of"):
-            origin.check(recipe.model)
-            best_of(recipe, n, command_line, resume=args.resume, overwrite=args.overwrite)
+        run = BestOfRun(load(args.recipe, overrides, "ppo"), n, shlex.join([args.recipe, *overrides]))
+        work_in(run, args, best_of)
 
     run_parsed(stage_parser("best_of", best_of.__doc__), work, words)
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn, TextIO, TypeVar
 
 from qalign.config.load import load
 from qalign.config.paths import expanded
@@ -40,6 +40,7 @@ COMMANDS = {
     "page": "open the comparison page in the browser",
 }
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
+Run = TypeVar("Run", bound=RunFolder)
 PIPE_CLOSED = 128 + 13  # as a program that SIGPIPE ended
 
 
@@ -149,18 +150,22 @@ def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words:
 
     def work(args: argparse.Namespace) -> None:
         recipe = load(args.recipe, args.overrides, stage)
-        run = RunFolder(recipe, stage, shlex.join([args.recipe, *args.overrides]))
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, run.stop)
-        with run.held():
-            run.claim(resume=args.resume, overwrite=args.overwrite)
-            if args.resume and run.complete:
-                print(f"{run.path}: this run is complete; {run.further}")
-            else:
-                origin.check(recipe.model)
-                train(recipe, run)
+        work_in(RunFolder(recipe, stage, shlex.join([args.recipe, *args.overrides])), args, train)
 
     run_parsed(stage_parser(stage, train.__doc__), work, words)
+
+
+def work_in(run: Run, args: argparse.Namespace, train: Callable[[Recipe, Run], None]) -> None:
+    """Does the work of a stage in a run folder that it holds, as `--resume` and `--overwrite` say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, run.stop)
+    with run.held():
+        run.claim(resume=args.resume, overwrite=args.overwrite)
+        if args.resume and run.complete:
+            print(f"{run.path}: this run is complete; {run.further}")
+        else:
+            origin.check(run.recipe.model)
+            train(run.recipe, run)
 
 
 def report_command(name: str, stage: str, report: Callable[[Recipe], None], words: Sequence[str] | None = None) -> None:

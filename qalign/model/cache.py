@@ -1,25 +1,22 @@
-"""The cache of converted and quantised bases: folders with the hashes of their files, verified each time they are used.
+"""The cache of converted and quantised bases: folders with a manifest, verified each time they are used.
 
 A cache that can't be written costs time, never the run. Imports no torch.
 """
 
-import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Generator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from qalign.config import manifest
 from qalign.config.atomic import new_folder
 from qalign.config.paths import expanded
 from qalign.errors import UserError
 
-HASHES, LOCK = "hashes.json", ".lock"
-PIECE = 2**24  # bytes that are hashed at once: the pieces of a file are hashed on all cores
+LOCK = ".lock"
 LOCK_WAIT = 60  # seconds to wait for another process that writes
 
 
@@ -53,8 +50,7 @@ def keep(folder: Path, write: Callable[[Path], object]) -> bool:
                 shutil.rmtree(folder)
             with new_folder(folder) as aside:
                 write(aside)
-                hashes = {name: [size, file_hash(aside / name)] for name, size in _sizes(aside).items()}
-                (aside / HASHES).write_text(json.dumps(hashes, indent=1), encoding="utf-8")
+                manifest.write(aside)
         return True
     except Exception as error:  # safetensors has errors of its own for a full disk
         reason = " ".join(str(error).split())[:120]
@@ -89,37 +85,9 @@ def alone(folder: Path, wait: float | None = None) -> Generator[None]:
 
 def _damage(folder: Path, *, weights: bool = True) -> str | None:
     """What is wrong with a folder of the cache; empty if nothing is, None if there is no such folder."""
-    try:
-        if not folder.is_dir():
-            return None
-        expected, found = json.loads((folder / HASHES).read_text(encoding="utf-8")), _sizes(folder)
-        for name in sorted({*expected, *found}):
-            size, content = expected.get(name, (None, None))
-            if found.get(name) != size:
-                return f"{name} has {found.get(name, 'no')} bytes, expected {size}"
-            if (weights or not name.endswith(".safetensors")) and file_hash(folder / name) != content:
-                return f"{name} has other content"
-    except FileNotFoundError:
-        return f"it has no {HASHES}"
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        return " ".join(str(error).split())
-    return ""
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """The bytes of each file, by its name in the folder."""
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != HASHES)
-    return {file.relative_to(folder).as_posix(): file.stat().st_size for file in files}
-
-
-def file_hash(file: Path) -> str:
-    """A hash of a file's content: BLAKE2b of the hashes of its pieces."""
-
-    def hashed(start: int) -> bytes:
-        with file.open("rb") as opened:
-            opened.seek(start)
-            return hashlib.blake2b(opened.read(PIECE), digest_size=32).digest()
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pieces = pool.map(hashed, range(0, file.stat().st_size, PIECE))
-        return hashlib.blake2b(b"".join(pieces), digest_size=32).hexdigest()
+    if not folder.is_dir():
+        return None
+    if problem := manifest.damage(folder, weights=weights):
+        return problem
+    added = set(manifest.names(folder)) - manifest.read(folder)["files"].keys()
+    return f"{min(added)} was added" if added else ""

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from qalign.config import manifest
 from qalign.config.atomic import replacing_folder, write_whole
 from qalign.config.stages import PPO
 from qalign.errors import not_finite
@@ -15,7 +16,6 @@ from qalign.reports import alarms, ppo_report
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import combined
 from qalign.rl.rollout_batch import RolloutBatch
-from qalign.train.checkpoints import sizes_and_hashes
 from qalign.train.run_folder import RunFolder
 
 SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
@@ -62,7 +62,7 @@ class Monitor:
             with replacing_folder(self.best) as aside:
                 self.trainer.base.save_adapter(Role.POLICY, aside)
                 lineage.write(aside, self.trainer.setup.origin)
-            self._best_files = sizes_and_hashes(self.best)
+            self._best_files = manifest.files(self.best)
         self.warnings = alarms.alarms(self.points, self.settings.patience)
         if self.warnings:
             self.alarm_steps.append(point.step)
@@ -102,7 +102,7 @@ class Monitor:
     @property
     def best_is_damaged(self) -> bool:
         """Whether the best adapter is no longer what was written, which a resumed session may not do again."""
-        return bool(self._best_files) and sizes_and_hashes(self.best) != self._best_files
+        return bool(self._best_files) and manifest.files(self.best) != self._best_files
 
     def samples(self) -> list[str]:
         """The last evaluation's answers with the highest reward, where reward hacking shows first, one line each."""

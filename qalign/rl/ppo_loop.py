@@ -9,12 +9,11 @@ import torch
 from tqdm.auto import tqdm
 
 from qalign.config.stages import PPO
-from qalign.errors import UserError
 from qalign.reports.alarms import best_point
 from qalign.rl.monitor import Monitor
 from qalign.rl.ppo_setup import bytes_by_role
 from qalign.rl.ppo_trainer import PPOTrainer
-from qalign.rl.rewards import ModelScorer, RewardFailed, Scorer
+from qalign.rl.rewards import ModelScorer, RewardFailed, Scorer, check_unchanged
 from qalign.train.checkpoints import discard, step_of
 from qalign.train.run_folder import RunFolder, print_table
 
@@ -143,12 +142,7 @@ class PPOLoop:
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-        for scorer, was in zip(self._scorers, state["scorers"], strict=True):
-            if was != scorer.identity:
-                raise UserError(
-                    f"{scorer.key}: the adapter of {scorer.name} was {was} when this run began and is "
-                    f"{scorer.identity} now; --overwrite starts again"
-                )
+        check_unchanged(self._scorers, state["scorers"])
         self.trainer.load_state(state["trainer"])
         self.monitor.load_state(state["watcher"])
         self.tokens_before, self.done_before = self.trainer.tokens_seen, self.trainer.done
@@ -211,7 +205,7 @@ def header(trainer: PPOTrainer, settings: PPO) -> dict[str, str]:
     prompts = settings.batch_size // settings.samples_per_prompt
     updates = f"{settings.update_epochs} × {settings.mini_batches} updates"
     return {
-        "trainable": f"{weights:,} weights of policy and value model",
+        "trainable": f"{weights:,} weights of policy and value model, in float32",
         "reference": trainer.base.reference,
         "reward": _names(trainer.scorers),
         "judge": _names(judges) if judges else "none: nothing but the reward itself tells whether it is hacked",

@@ -288,6 +288,14 @@ def combined(scorers: list[Scorer], rows: Sequence[SampledAnswers]) -> tuple[Ten
     return total, means
 
 
+def check_unchanged(scorers: list[Scorer], identities: list[str | None]) -> None:
+    """Raises a `UserError` if an adapter among the scorers isn't the one that a run began with."""
+    for scorer, was in zip(scorers, identities, strict=True):
+        if was != scorer.identity:
+            changed = f"was {was} when this run began and is {scorer.identity} now"
+            raise UserError(f"{scorer.key}: the adapter of {scorer.name} {changed}; --overwrite starts again")
+
+
 def value_start(scorers: list[Scorer]) -> AdapterScorer | None:
     """The reward adapter that the value model starts as a copy of; None without one."""
     return next((scorer for scorer in scorers if isinstance(scorer, AdapterScorer)), None)

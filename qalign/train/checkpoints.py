@@ -1,31 +1,18 @@
-"""Checkpoints of a run: the folders `checkpoints/checkpoint-STEP`, each whole once it has a manifest.
+"""Checkpoints of a run: folders `checkpoints/checkpoint-STEP`, each whole once it has a manifest. Imports no torch."""
 
-A manifest holds the size and the hash of every file, so damage is found before anything is loaded. Imports no torch.
-"""
-
-import hashlib
 import json
 import shutil
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from qalign.config import manifest
 from qalign.config.atomic import sync_folder, sync_tree, write_whole
+from qalign.config.manifest import MANIFEST, damage
 from qalign.errors import UserError
 
-MANIFEST = "manifest.json"
 METRICS = "metrics.jsonl"  # the run's, as it was at the checkpoint
 KEPT = 2  # checkpoints of a run, so that one is always whole
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a checkpoint says of itself."""
-
-    tokens_seen: int  # by the whole run until then
-    wall_seconds: float  # of the whole run until then
-    files: dict[str, dict[str, Any]]  # by path inside the checkpoint: its `bytes` and its `sha256`
 
 
 def step_of(checkpoint: Path) -> int:
@@ -42,10 +29,10 @@ def newest(folder: Path) -> Path | None:
 def mark_whole(checkpoint: Path, tokens_seen: int, wall_seconds: float, metrics: Path, keep: str | None = None) -> None:
     """Writes a checkpoint's manifest once all of it is on the disk, and deletes checkpoints older than the last two,
     except the one named `keep`."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
     write_whole(checkpoint / METRICS, metrics.read_bytes() if metrics.is_file() else b"")
     sync_tree(checkpoint)
-    kept = asdict(Manifest(tokens_seen, wall_seconds, sizes_and_hashes(checkpoint)))
-    write_whole(checkpoint / MANIFEST, json.dumps(kept | {"sha256": _own_hash(kept)}, indent=1) + "\n")
+    manifest.write(checkpoint, tokens_seen=tokens_seen, wall_seconds=wall_seconds)
     sync_folder(checkpoint.parent)
     marked = sorted((file.parent for file in checkpoint.parent.glob(f"checkpoint-*/{MANIFEST}")), key=step_of)
     for old in marked[:-KEPT]:
@@ -53,53 +40,10 @@ def mark_whole(checkpoint: Path, tokens_seen: int, wall_seconds: float, metrics:
             discard(old)
 
 
-def sizes_and_hashes(folder: Path) -> dict[str, dict[str, Any]]:
-    """`bytes` and `sha256` of every file in a folder, by its path in it; a manifest doesn't count."""
-    inside = sorted(file for file in folder.rglob("*") if file.is_file() and file.name != MANIFEST)
-    return {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in inside
-    }
-
-
 def discard(checkpoint: Path) -> None:
     """Deletes a checkpoint, its manifest first: one that is deleted in part doesn't count as whole."""
     (checkpoint / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(checkpoint, ignore_errors=True)
-
-
-def read_manifest(checkpoint: Path) -> Manifest:
-    """Raises a ValueError, in words, if it is missing or damaged; an OSError if the disk can't read it."""
-    file = checkpoint / MANIFEST
-    if not file.is_file():
-        raise ValueError(f"it has no {MANIFEST}: it was not written to its end")
-    try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
-        own = kept.pop("sha256")
-        manifest = Manifest(**kept)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        own, kept, manifest = None, {}, None
-    if manifest is None or own != _own_hash(kept):
-        raise ValueError(f"{MANIFEST} was changed")
-    return manifest
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, in words; None if it is as it was written."""
-    try:
-        manifest = read_manifest(checkpoint)
-        for name, wanted in manifest.files.items():
-            file, size = checkpoint / name, wanted["bytes"]
-            if not file.is_file():
-                return f"{name} is missing"
-            if (found := file.stat().st_size) != size:
-                return f"{name} has {found:,} bytes instead of {size:,}"
-            if _sha256(file) != wanted["sha256"]:
-                return f"{name} was changed"
-    except ValueError as error:
-        return str(error)
-    except OSError as error:
-        return f"{Path(error.filename or checkpoint).name}: {error.strerror}"
-    return None
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -131,12 +75,3 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             if isinstance(logged := json.loads(line), dict) and "step" in logged:
                 found.append(logged)
     return found
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _own_hash(kept: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()

@@ -11,16 +11,16 @@ from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from qalign.config.atomic import replacing_folder
+from qalign.config.manifest import damage
 from qalign.config.stages import PPO, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
-from qalign.errors import Stopped, UserError, out_of_memory
+from qalign.errors import UserError, out_of_memory
 from qalign.model import lineage
 from qalign.model.base import Base, Role
 from qalign.model.loading import reach_of
 from qalign.model.memory.forecast import Forecast, Plan, usable_memory
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
-from qalign.train.checkpoints import damage
 from qalign.train.dataset import StageRows, record, rendered_at
 from qalign.train.model_card import loading
 from qalign.train.run_folder import RunFolder, print_table
@@ -112,24 +112,24 @@ class Session:
         self.callback = RunCallback(self.run, self.tokens_before, self.planned.checkpointed_layers)
         return (self.callback,)
 
-    def print_header(self, steps: str, trainable: str | None = None, **more: str) -> None:
+    def print_header(self, steps: str, **more: str) -> None:
         """Prints what is about to be trained, on what, and against what. `steps` is their number and the size of each
-        in words, `trainable` the trained weights in words (by default the adapter's), `more` the stage's own lines."""
+        in words, `more` the stage's own lines, which may replace others."""
         run, base, model = self.run, self.base, self.run.recipe.model
         weights, size = base.count_parameters()
-        trainable = trainable or f"{weights:,} adapter parameters ({weights / size:.2%} of the base)"
         lines = {
             "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
             "held in": f"{model.quantization}, computing in {base.precision}",
             "chat template": base.template,
-            "trainable": f"{trainable}, in float32" + (f", starting from {run.parent}" if run.parent else ""),
+            "trainable": f"{weights:,} adapter parameters ({weights / size:.2%} of the base), in float32",
+            **({"": f"starting from {run.parent}"} if run.parent else {}),
             **more,
             "rows": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.rows.counts.items()),
             "steps": f"{steps}, {self.micro}{self.planned}",
         }
         if run.resume:
             lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
-        print_table(f"qalign {run.stage} → {run.path}", [*lines.items(), *self.rows.notes])
+        print_table(f"qalign {run.name} → {run.path}", [*lines.items(), *self.rows.notes])
 
     def train(self, trainer: Trainer, **more: str) -> dict[str, Any]:
         """Prints the header, with `more` lines of the stage, and runs `Trainer` as `to_the_end` says."""
@@ -184,9 +184,7 @@ class Session:
         except torch.OutOfMemoryError as error:
             raise out_of_memory(error, _smaller(run), f" with {self.micro}{self.planned}") from None
         if run.stop.number is not None and done < planned:
-            print(f"stopped after step {done}; the checkpoint is {run.last_checkpoint()}")
-            print(f"go on with: python -m qalign.{run.stage} {run.command_line} --resume", flush=True)
-            raise Stopped(run.stop.number)
+            run.end_early(done)
         seconds = time.monotonic() - began
         with replacing_folder(run.adapter) as aside:
             self.base.save_adapter(self.role, aside)

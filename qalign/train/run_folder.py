@@ -12,10 +12,11 @@ from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
+from qalign.config import manifest
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
 from qalign.config.load import dump
 from qalign.config.paths import absolute, expanded, function_of, looks_local
@@ -23,7 +24,7 @@ from qalign.config.recipe import Recipe, differences
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
 from qalign.data.formats import Refused
-from qalign.errors import MAX_LINE, StopRequest, UserError, did_you_mean, disk_problem, one_line
+from qalign.errors import MAX_LINE, Stopped, StopRequest, UserError, did_you_mean, disk_problem, one_line
 from qalign.model import lineage
 from qalign.train import checkpoints
 from qalign.train.lock import locked
@@ -39,12 +40,13 @@ class RunFolder:
 
     Attributes:
         command_line: recipe and overrides as the user typed them, for hints on what to type next.
+        name: of folder and command: the stage's, or `best_of`, which works on the recipe's section of the stage `ppo`.
         resume: True if this session continues the run that is there.
     """
 
-    def __init__(self, recipe: Recipe, stage: str, command_line: str = "RECIPE"):
-        self.recipe, self.stage, self.command_line = recipe, stage, command_line
-        self.path = expanded(recipe.output) / stage
+    def __init__(self, recipe: Recipe, stage: str, command_line: str = "RECIPE", name: str | None = None):
+        self.recipe, self.stage, self.command_line, self.name = recipe, stage, command_line, name or stage
+        self.path = expanded(recipe.output) / self.name
         self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.metrics, self.summary = self.path / checkpoints.METRICS, self.path / "summary.json"
         self.stop, self.resume, self._began = StopRequest(), False, time.monotonic()
@@ -73,6 +75,11 @@ class RunFolder:
     @property
     def complete(self) -> bool:
         return self.summary.is_file()
+
+    @property
+    def command(self) -> str:
+        """What the user typed."""
+        return f"python -m qalign.{self.name} {self.command_line}"
 
     @property
     def further(self) -> str:
@@ -117,8 +124,8 @@ class RunFolder:
         except Exception as error:
             if problem := disk_problem(error, self.path):
                 begun = self.metrics.is_file() and not back
-                how = f"python -m qalign.{self.stage} {self.command_line} --resume"
-                raise UserError(f"{problem}; " + (f"then go on with: {how}" if begun else "nothing was lost")) from None
+                what = f"then go on with: {self.command} --resume" if begun else "nothing was lost"
+                raise UserError(f"{problem}; {what}") from None
             if isinstance(error, FileNotFoundError) and not self.path.is_dir():
                 raise UserError(f"{self.path}: can't be made there, or was deleted or moved during the run") from None
             raise
@@ -128,8 +135,11 @@ class RunFolder:
         old = self._replaced
         if not old.exists():
             return False
-        last = checkpoints.newest(self.checkpoints)
-        if self.complete or (last and checkpoints.step_of(last)) or not (old / "recipe.yaml").is_file():
+        if (
+            self.complete
+            or ((last := self.last_checkpoint()) and checkpoints.step_of(last))
+            or not (old / "recipe.yaml").is_file()
+        ):
             shutil.rmtree(old, ignore_errors=True)
             return False
         if self._home.exists():
@@ -150,8 +160,9 @@ class RunFolder:
         self.resume = resume
         self._check_place()
         self.check_inputs(self.path, overwrite=overwrite)
-        if not self.path.exists() or all(_of_a_start(file.name) for file in self.path.iterdir()):
-            return
+        names = {file.name for file in self.path.iterdir()} if self.path.exists() else set[str]()
+        if all(LEFTOVER.fullmatch(name) for name in names - {REFUSED, PARENT}):
+            return  # there is no run, or a start that was cut short
         if not (self.path / "recipe.yaml").is_file():
             raise UserError(f"{self.path}: holds files that don't belong to a qalign run; choose another `output`")
         if overwrite:
@@ -159,8 +170,7 @@ class RunFolder:
         if not resume:
             if self.complete:
                 raise UserError(f"{self.path}: holds a complete run; --overwrite replaces it; {self.further}")
-            ways = "--resume continues it, --overwrite starts again"
-            raise UserError(f"{self.path}: holds a run that was stopped; {ways}")
+            raise UserError(f"{self.path}: holds a stopped run; --resume continues it, --overwrite starts again")
         if changed := self.changes():
             if self.complete:
                 raise UserError(f"{self.path}: is complete, with another recipe ({changed}); {self.further}")
@@ -189,12 +199,9 @@ class RunFolder:
     def check_parent(self) -> None:
         """Raises a `UserError` if the adapter that the run started from was trained again since."""
         parent, mark = self.parent, self.path / PARENT
-        if mark.is_file():
-            was = mark.read_text(encoding="utf-8", errors="replace")
-        else:  # an older run
-            was = (kept := lineage.read(self.adapter)) and kept.parent_hash
+        was = mark.read_text(encoding="utf-8", errors="replace") if mark.is_file() else None
         if parent and was and was != (now := lineage.adapter_hash(parent)):
-            fix = f"train it again with python -m qalign.{self.stage} {self.command_line} --overwrite"
+            fix = f"start again with {self.command} --overwrite"
             raise UserError(f"{self.path}: started from an adapter {was}, but {parent} is {now} now; {fix}")
 
     def differences(self) -> dict[str, tuple[object, object]]:
@@ -263,9 +270,9 @@ class RunFolder:
         write_whole(self.metrics, kept)
         if checkpoint is None:
             return None, 0
-        manifest = checkpoints.read_manifest(checkpoint)
-        self._began -= manifest.wall_seconds
-        return checkpoint, manifest.tokens_seen
+        facts = manifest.read(checkpoint)
+        self._began -= facts["wall_seconds"]
+        return checkpoint, facts["tokens_seen"]
 
     def last_checkpoint(self) -> Path | None:
         """The newest checkpoint that was written completely."""
@@ -279,6 +286,12 @@ class RunFolder:
         if step:  # PPO has a checkpoint of step 0, before anything was learned
             self._put_back()
 
+    def end_early(self, done: int) -> NoReturn:
+        """Ends the command after a stop that was asked for, with a checkpoint of step `done`. Says how to go on."""
+        print(f"stopped after step {done}; the checkpoint is {self.last_checkpoint()}")
+        print(f"go on with: {self.command} --resume", flush=True)
+        raise Stopped(self.stop.number or 0)
+
     def log(self, line: dict[str, Any]) -> None:
         """Appends a line to `metrics.jsonl`."""
         with self.metrics.open("a", encoding="utf-8") as file:
@@ -287,10 +300,8 @@ class RunFolder:
     def finish(self, next_command: str, base: str, code: str, **facts: Any) -> None:
         """Writes the model card and `summary.json`, which marks the run as complete, and prints what to type next.
 
-        Args:
-            base: folder or hub id of the base.
-            code: Python for the card, which loads the adapter without qalign.
-            facts: for the summary; `tokens_per_second` and `peak_bytes` at least.
+        `base` is the base's folder or hub id, `code` Python for the card that loads the adapter without qalign, and
+        `facts` are for the summary: `tokens_per_second` and `peak_bytes` at least.
         """
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
         card = model_card(self.adapter, self.stage, self.recipe.model.base, base, code, facts)
@@ -333,11 +344,6 @@ def _read_recipe(file: Path) -> Recipe:
     except (OSError, UserError) as error:
         reason = getattr(error, "strerror", None) or str(error)
     raise UserError(f"{file}: the recipe that this run was trained with can't be read: {reason}")
-
-
-def _of_a_start(name: str) -> bool:
-    """Whether a start that was cut short before it wrote `recipe.yaml` can have left a file of this name."""
-    return name in (REFUSED, PARENT) or bool(LEFTOVER.fullmatch(name))
 
 
 def print_table(title: str, rows: Iterable[tuple[str, object]]) -> None:

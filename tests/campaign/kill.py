@@ -1,5 +1,5 @@
-"""Kills every stage with SIGKILL, at random times and at every named moment, resumes it, and compares weights and
-metrics with a run that was never killed. All must be equal, to the bit.
+"""Kills every stage and best_of with SIGKILL, at random times and at every named moment, resumes them, and compares
+weights and metrics with a run that was never killed. All must be equal, to the bit.
 
     python -m tests.campaign.kill [--short] [--stages dpo ppo] [--seed 0]
 
@@ -23,7 +23,8 @@ from qalign.model.base import Base
 from qalign.rl.ppo_loop import PPOLoop
 from qalign.train.callbacks import RunCallback
 from qalign.train.run_folder import RunFolder
-from tests.campaign.lab import Lab, Outcome, Table, campaign, plain, start
+from tests.campaign.lab import SECTIONS, Lab, Outcome, Table, campaign, plain, start
+from tests.train.runs import STAGES
 
 RANDOM = 20
 FILES = ((os, ("replace", "rename")), (shutil, ("rmtree",)), (torch, ("save",)))  # named with the last path given
@@ -131,7 +132,7 @@ def kill_overwrite(lab: Lab, stage: str, moment: Moment) -> list[str]:
     shutil.rmtree(run.path, ignore_errors=True)
     old = lab.folder / "old" / stage
     if not old.exists():
-        start(stage, [path, f"{stage}.learning_rate=0.5"])
+        start(stage, [path, f"{run.stage}.learning_rate=0.5"])
         shutil.copytree(run.path, old)
     else:
         shutil.copytree(old, run.path)
@@ -167,7 +168,7 @@ def work(lab: Lab, args: Namespace, table: Table) -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    return campaign(__doc__ or "", work, words)
+    return campaign(__doc__ or "", work, words, (*STAGES, *SECTIONS))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVI
 import torch
 from safetensors.torch import load_file
 
+from qalign.rl import ppo_setup
 from qalign.train.run_folder import RunFolder
 from tests.conftest import tiny_model
 from tests.train.runs import CLOCK, HELD_OUT, STAGES, WEIGHTS, recipe_of
@@ -29,6 +30,7 @@ from tests.train.runs import CLOCK, HELD_OUT, STAGES, WEIGHTS, recipe_of
 Prepare = Callable[[], None]
 # Three steps, the last in the middle of an epoch; dropout, so that the random generators count; a report at the end.
 KEYS = {"limit": 20, "max_steps": 3, "save_every": 1, "eval_data": HELD_OUT, "eval_every": 2, "lora": {"dropout": 0.1}}
+SECTIONS = {"best_of": "ppo"}  # of the recipe, for a command that is no stage
 TIMEOUT = 300  # seconds
 
 
@@ -59,6 +61,8 @@ def start(stage: str, words: Sequence[str], prepare: Prepare | None = None, kill
         try:
             if prepare:
                 prepare()
+            if stage == "best_of":  # a tenth of the tiny model's tokens ends an answer: there are answers to keep
+                ppo_setup.stop_ids_of = lambda *_: tuple(range(0, 2006, 10))
             importlib.import_module(f"qalign.{stage}").main(words)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
@@ -90,14 +94,15 @@ class Lab:
 
     def recipe(self, stage: str, name: str, **keys) -> tuple[str, RunFolder]:
         """(a recipe of a stage with an output of its own, that run)."""
-        path = recipe_of(self.folder / name, self.base, stage, **KEYS | keys)
-        return path, self.run(path)
+        path = recipe_of(self.folder / f"{name}_{stage}", self.base, SECTIONS.get(stage, stage), **KEYS | keys)
+        return (path := str(Path(path).rename(Path(path).with_stem(stage)))), self.run(path)
 
     def run(self, path: str) -> RunFolder:
         from qalign.config.load import load
 
         stage = Path(path).stem
-        return RunFolder(load(path, stage=stage), stage, path)
+        section = SECTIONS.get(stage, stage)
+        return RunFolder(load(path, stage=section), section, path, stage)
 
     def whole(self, stage: str) -> RunFolder:
         """The run of a stage that nothing happened to; made once."""
@@ -111,7 +116,7 @@ class Lab:
 
     def differences(self, run: RunFolder) -> list[str]:
         """How a finished run differs from the one that nothing happened to, the clock apart, and what it left lying."""
-        whole, found = self.whole(run.stage), []
+        whole, found = self.whole(run.name), []
         if not run.complete:
             return ["it is not complete"]
         one, other = (_timeless(each.metrics) for each in (run, whole))
@@ -130,12 +135,14 @@ class Lab:
                 if any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[1]):
                     found.append(f"the weights of {name}")
         facts = [json.loads(each.summary.read_text()) for each in (run, whole)]
+        for name in ("picks.jsonl", "pairs.jsonl"):  # of best_of
+            found += [name] * (_lines(run.path / name) != _lines(whole.path / name))
         found += [f"{k} of the summary" for k in ("steps", "tokens", "rows", "trust", "held_out", "alarm_steps")
                   if facts[0].get(k) != facts[1].get(k)]  # fmt: skip
         samples = run.path / "samples", whole.path / "samples"
         if _contents(samples[0]) != _contents(samples[1]):
             found.append(f"the samples: {_files(samples[0])}")
-        left = [*run.path.rglob(".*"), *run.path.parent.glob(f".{run.stage}.replaced")]
+        left = [*run.path.rglob(".*"), *run.path.parent.glob(f".{run.name}.replaced")]
         if left or len(list(run.checkpoints.iterdir())) > 3:  # the third one waits for the next to be written
             found.append(f"left lying: {[path.name for path in left]}, {_files(run.checkpoints)}")
         return found
@@ -144,6 +151,10 @@ class Lab:
 def _timeless(metrics: Path) -> list[dict]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     return [{name: value for name, value in line.items() if not name.startswith(CLOCK)} for line in lines]
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.is_file() else []
 
 
 def _contents(folder: Path) -> list[bytes]:
@@ -169,7 +180,7 @@ class Table:
 
     def print(self) -> None:
         kinds = sorted({kind for _, kind, _ in self.counts})
-        stages = sorted({stage for stage, _, _ in self.counts}, key=STAGES.index)
+        stages = sorted({stage for stage, _, _ in self.counts}, key=[*STAGES, *SECTIONS].index)
         print(f"\n{'':<28}" + "".join(f"{stage:>12}" for stage in stages))
         for kind in kinds:
             right = {stage: self.counts[stage, kind, True] for stage in stages}
@@ -182,11 +193,11 @@ class Table:
 Work = Callable[[Lab, argparse.Namespace, Table], None]
 
 
-def campaign(doc: str, work: Work, words: Sequence[str] | None = None) -> int:
+def campaign(doc: str, work: Work, words: Sequence[str] | None = None, stages: tuple[str, ...] = STAGES) -> int:
     """Parses the command line of a campaign, runs it in a temporary folder, prints its table; 1 if it found a fault."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="a few cases of each kind, as CI runs it")
-    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--stages", nargs="+", default=list(stages), choices=stages)
     parser.add_argument("--seed", type=int, default=0)
     args, table = parser.parse_args(words), Table(Counter(), [])
     folder = Path(tempfile.mkdtemp(prefix="campaign-"))

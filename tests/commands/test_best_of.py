@@ -3,6 +3,10 @@
 import itertools
 import json
 import math
+import shutil
+import signal
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,12 +14,13 @@ from safetensors.torch import load_file, save_file
 
 from qalign import best_of as module
 from qalign import dpo, sft
-from qalign.best_of import best_of, curve
+from qalign.best_of import BestOfRun, best_of, curve
 from qalign.config.load import load
 from qalign.data.formats import Prompt, canonical, canonical_dialogue
 from qalign.data.tokenize import TokenAnswers
-from qalign.errors import UserError
+from qalign.errors import Stopped, UserError
 from qalign.rl.rollout_batch import SampledAnswers
+from qalign.train.checkpoints import mark_whole
 from qalign.train.lock import locked
 from qalign.train.run_folder import RunFolder
 from tests.helpers import TRAIN, leaving
@@ -26,6 +31,9 @@ def few(completion_ids):
 
 def many(completion_ids):
     return [float(len(ids)) for ids in completion_ids]
+
+def broken(**_):
+    return 1 / 0
 """
 
 
@@ -50,39 +58,40 @@ def recipe_path(tmp_path, tiny_folder, monkeypatch) -> str:
     return str(path)
 
 
-def made(path: str, n: int = 4, *overrides: str, resume: bool = False, overwrite: bool = False):
-    recipe = load(path, list(overrides), "ppo")
-    best_of(recipe, n, path, resume=resume, overwrite=overwrite)
-    folder = RunFolder(recipe, "ppo").path.parent / "best_of"
-    rows = {name: [json.loads(line) for line in (folder / name).read_text().splitlines()] for name in FILES}
-    return folder, rows["picks.jsonl"], rows["pairs.jsonl"], json.loads((folder / "summary.json").read_text())
-
-
 FILES = ("picks.jsonl", "pairs.jsonl")
+
+
+def made(path: str, n: int = 4, *overrides: str, resume: bool = False, overwrite: bool = False):
+    """The run's folder, its picks, its pairs and its summary."""
+    run = BestOfRun(load(path, list(overrides), "ppo"), n, path)
+    with run.held():
+        run.claim(resume=resume, overwrite=overwrite)
+        if not (resume and run.complete):
+            best_of(run.recipe, run)
+    rows = [[json.loads(line) for line in (run.path / name).read_text().splitlines()] for name in FILES]
+    return run.path, *rows, json.loads(run.summary.read_text())
 
 
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-def kept(tmp_path, texts, ended, scores, tools=()) -> dict:
+def kept(texts, ended, scores, tools=()) -> dict:
     prompt = Prompt(({"role": "user", "content": "Why?"},), "rows.jsonl:1", {}, tools)
     row = SampledAnswers(prompt, TokenAnswers([1], tuple([[2]] * len(texts))), tuple(texts), tuple(ended))
-    (tmp_path / "parts").mkdir()
-    module._write_part(tmp_path, 0, [row], [scores])
-    return json.loads((tmp_path / "parts" / "0.json").read_text())
+    return module.kept([row], [scores])
 
 
-def test_the_best_and_the_worst_of_those_that_ended_are_kept(tmp_path):
-    found = kept(tmp_path, ["a", "b", "c", "d"], [True, False, True, True], [1.0, 9.0, -2.0, 3.0])
+def test_the_best_and_the_worst_of_those_that_ended_are_kept():
+    found = kept(["a", "b", "c", "d"], [True, False, True, True], [1.0, 9.0, -2.0, 3.0])
     (pick,), (pair,) = found["picks"], found["pairs"]
     assert (pick["completion"], pick["reward"]) == ("d", 3.0)
     assert (pair["chosen"], pair["rejected"], pair["score_chosen"], pair["score_rejected"]) == ("d", "c", 3.0, -2.0)
     assert pair["prompt"] == [{"role": "user", "content": "Why?"}]
 
 
-def test_the_tools_of_a_prompt_are_kept_for_training(tmp_path):
+def test_the_tools_of_a_prompt_are_kept_for_training():
     weather = {"type": "function", "function": {"name": "weather"}}
-    found = kept(tmp_path, ["a", "b"], [True, True], [1.0, 2.0], (weather,))
+    found = kept(["a", "b"], [True, True], [1.0, 2.0], (weather,))
     assert canonical(found["pairs"][0], "").tools == (weather,)
     assert canonical_dialogue(found["picks"][0], "").tools == (weather,)
 
@@ -97,8 +106,8 @@ def test_the_tools_of_a_prompt_are_kept_for_training(tmp_path):
         (["", "b"], [True, True], [9.0, 2.0], 1, 0),  # no answer at all
     ],
 )
-def test_where_there_is_no_pair(texts, ended, scores, picks, without, tmp_path):
-    found = kept(tmp_path, texts, ended, scores)
+def test_where_there_is_no_pair(texts, ended, scores, picks, without):
+    found = kept(texts, ended, scores)
     assert (len(found["picks"]), len(found["pairs"]), found["without"]) == (picks, 0, without)
 
 
@@ -152,17 +161,64 @@ def test_what_it_leaves_trains(recipe_path, tmp_path):
         assert json.loads(run.summary.read_text())["rows"]["used"] == len(pairs if stage == "dpo" else picks)
 
 
-def test_it_goes_on_where_it_was_cut_off_to_the_same_files(recipe_path, monkeypatch):
-    monkeypatch.setattr(module, "ANSWERS_PER_PART", 8)  # three parts of two prompts
-    folder, *whole = made(recipe_path)
-    for name in ("summary.json", *FILES, "parts/1.json", "parts/2.json"):
+@pytest.fixture
+def many_parts(monkeypatch):
+    """Three parts of two training prompts, and two of held-out ones."""
+    monkeypatch.setattr(module, "ANSWERS_PER_PART", 8)
+
+
+def cut_at(folder: Path, step: int) -> None:
+    """What a kill leaves after a checkpoint: more of the log, no more checkpoints, no results."""
+    for name in ("summary.json", *FILES):
         (folder / name).unlink()
-    with pytest.raises(UserError, match=r"best_of: holds a run; --resume .* --overwrite"):
+    for later in range(step + 1, 6):
+        shutil.rmtree(folder / "checkpoints" / f"checkpoint-{later}", ignore_errors=True)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "picks": [{"half')
+
+
+@pytest.mark.parametrize("step", [4, 5])
+def test_it_goes_on_where_it_was_cut_off_to_the_same_files(step, recipe_path, many_parts):
+    folder, *whole = made(recipe_path)
+    log = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UserError, match=r"best_of: is complete, with another recipe \(n is 2, was 4\)"):
+        made(recipe_path, 2, resume=True)
+    cut_at(folder, step)
+    with pytest.raises(UserError, match=r"best_of: holds a stopped run; --resume .* --overwrite"):
         made(recipe_path)
-    with pytest.raises(UserError, match=r"best_of: --resume needs .* --overwrite"):
+    with pytest.raises(UserError, match=r"best_of: --resume needs the recipe .* changed: n is 2, was 4"):
         made(recipe_path, 2, resume=True)
     assert list(made(recipe_path, resume=True)[1:]) == whole
+    assert (folder / "metrics.jsonl").read_bytes() == log
     assert made(recipe_path, 2, overwrite=True)[3]["n"] == 2
+
+
+def test_a_damaged_checkpoint_costs_one_part(recipe_path, many_parts, capsys):
+    folder, *whole = made(recipe_path)
+    cut_at(folder, 5)
+    damaged = folder / "checkpoints" / "checkpoint-5" / "metrics.jsonl"
+    damaged.write_bytes(damaged.read_bytes().replace(b"prompt", b"PROMPT", 1))
+    assert list(made(recipe_path, resume=True)[1:]) == whole
+    assert "metrics.jsonl was changed; going back to checkpoint-4" in capsys.readouterr().out
+
+
+def test_ctrl_c_keeps_what_was_sampled(recipe_path, many_parts, monkeypatch, capsys):
+    _, *whole = made(recipe_path)
+    log = BestOfRun.log
+
+    def log_and_stop(self, line):
+        log(self, line)
+        if line["step"] == 3:
+            self.stop.number = signal.SIGINT
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BestOfRun, "log", log_and_stop)
+        with pytest.raises(Stopped):
+            made(recipe_path, overwrite=True)
+    said = capsys.readouterr().out
+    assert "checkpoint-3" in said
+    assert f"go on with: python -m qalign.best_of {recipe_path} n=4 --resume" in said
+    assert list(made(recipe_path, resume=True)[1:]) == whole
 
 
 def test_another_policy_or_reward_than_it_began_with_is_noticed(recipe_path, tmp_path):
@@ -175,44 +231,72 @@ def test_another_policy_or_reward_than_it_began_with_is_noticed(recipe_path, tmp
     assert list(made(recipe_path, 4, start, resume=True)[1:]) == whole
     weights = load_file(run.adapter / "adapter_model.safetensors")
     save_file({name: tensor + 1 for name, tensor in weights.items()}, run.adapter / "adapter_model.safetensors")
-    with pytest.raises(UserError, match="was trained again since this run began"):
+    with pytest.raises(UserError, match=r"started from an adapter \w+, but .* now; start again with .*best_of"):
         made(recipe_path, 4, start, resume=True)
-    assert len(list((folder / "parts").iterdir())) > 0
+    assert (folder / "summary.json").is_file()
 
 
-def test_what_was_sampled_is_kept_until_all_else_is_there(recipe_path, tmp_path):
-    folder, *whole = made(recipe_path)
-    with pytest.raises(UserError, match="lies in the folder that this run writes to"):
-        made(recipe_path, 4, f"ppo.data={folder / 'picks.jsonl'}", overwrite=True)
-    with pytest.raises(UserError, match="there is no finished reward run"):
-        made(recipe_path, 4, "ppo.reward=reward", overwrite=True)
-    assert [json.loads(line) for line in (folder / "picks.jsonl").read_text().splitlines()] == whole[0]
-    with pytest.raises(UserError, match="there is no finished reward run"):  # leaves nothing that would be in the way
-        made(recipe_path, 4, "ppo.reward=reward", f"output={tmp_path / 'new'}")
-    assert not (tmp_path / "new" / "best_of").exists()
+def test_a_reward_that_was_trained_again_is_noticed(recipe_path, many_parts):
+    folder, *_ = made(recipe_path)
+    cut_at(folder, 5)
+    for checkpoint in (folder / "checkpoints").iterdir():
+        log = (checkpoint / "metrics.jsonl").read_text().replace('"scorers": [null', '"scorers": ["12ab"', 1)
+        shutil.rmtree(checkpoint)
+        (folder / "metrics.jsonl").write_text(log)
+        mark_whole(checkpoint, 0, 0.0, folder / "metrics.jsonl")
+    with pytest.raises(UserError, match=r"ppo\.reward: the adapter of few was 12ab when this run began"):
+        made(recipe_path, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["ppo.data={folder}/picks.jsonl"], "lies in the folder that this run writes to"),
+        (["ppo.reward=reward"], "there is no finished reward run"),
+        (["ppo.reward={folder}/../../mine.py:broken"], "broken raised ZeroDivisionError"),
+    ],
+)
+def test_a_mistake_costs_no_finished_run(overrides, problem, recipe_path, tmp_path):
+    folder, *_ = made(recipe_path)
+    old = {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    changed = [word.format(folder=folder) for word in overrides]
+    with pytest.raises(UserError, match=problem):
+        made(recipe_path, 4, *changed, overwrite=True)
+    assert {file.name: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == old
+    assert not (tmp_path / "runs" / ".best_of.replaced").exists()
 
 
 def test_a_folder_of_someone_elses_is_left_alone(recipe_path, tmp_path):
     (tmp_path / "runs" / "best_of").mkdir(parents=True)
     (tmp_path / "runs" / "best_of" / "thesis.txt").write_text("mine")
     for overwrite in (False, True):
-        with pytest.raises(UserError, match="holds files that are no run of best_of's"):
+        with pytest.raises(UserError, match="holds files that don't belong to a qalign run"):
             made(recipe_path, overwrite=overwrite)
     assert (tmp_path / "runs" / "best_of" / "thesis.txt").exists()
 
 
-def test_a_start_that_was_cut_short_or_damaged_may_begin_again(recipe_path, tmp_path, capsys):
-    folder = tmp_path / "best_of"
-    run = RunFolder(load(recipe_path, [f"output={tmp_path}"], "ppo"), "ppo")
-    (folder / "parts").mkdir(parents=True)
-    (folder / ".recipe.qalign-12.json").touch()
-    module._claim(folder, run, {}, resume=False, overwrite=False)
-    (folder / module.SETTINGS).write_text('{"n": 1')
-    with pytest.raises(UserError, match=r"recipe\.json: is damaged; --overwrite starts again"):
-        module._claim(folder, run, {}, resume=True, overwrite=False)
-    with locked(folder):
-        assert leaving(module.main, recipe_path, f"output={tmp_path}") == 2
+def test_one_process_at_a_time(recipe_path, tmp_path, capsys):
+    with locked(tmp_path / "runs" / "best_of"):
+        assert leaving(module.main, recipe_path) == 2
     assert "is using this run folder" in capsys.readouterr().err
+
+
+def test_it_says_what_it_reads_and_keeps_the_date(recipe_path, tmp_path, capsys, write_jsonl):
+    (tmp_path / "dated.jinja").write_text(
+        "{{ strftime_now('%Y') }}{% for m in messages %}{{ m.role + ':' + m.content }}{% endfor %}"
+    )
+    rows = write_jsonl("rows.jsonl", [{"prompt": f"Why {number}?", "source": "forum"} for number in range(4)])
+    words = (f"model.chat_template={tmp_path}/dated.jinja", f"ppo.data={rows}", "ppo.eval_data=null", "ppo.limit=null")
+    folder, *_ = made(recipe_path, 4, *words)
+    said = capsys.readouterr().out
+    assert "columns read: prompt" in said
+    assert "columns not used: source" in said
+    assert str(datetime.now().year) in said
+
+    cut_at(folder, 1)
+    (folder / "rendered_at").write_text("2020-02-03\n")
+    made(recipe_path, 4, *words, resume=True)
+    assert "2020-02-03" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("word", ["n=1", "n=x", "n=", "n=-4", "n=2.5"])

@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from qalign.config import manifest
+from qalign.config.manifest import MANIFEST
 from qalign.errors import UserError
 from qalign.model import cache
-from qalign.model.cache import HASHES, LOCK, is_whole, keep
+from qalign.model.cache import LOCK, is_whole, keep
 
 
 @pytest.fixture
@@ -45,27 +47,31 @@ def test_what_is_kept_is_whole_and_nothing_else_is(folder, capsys):
     assert not is_whole(folder)
     assert keep(folder, written)
     assert is_whole(folder)
-    assert set(json.loads((folder / HASHES).read_text())) == {"config.json", "model.safetensors", "inner/more.txt"}
+    assert set(json.loads((folder / MANIFEST).read_text())["files"]) == {
+        "config.json",
+        "model.safetensors",
+        "inner/more.txt",
+    }
     assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
     ("damage", "problem"),
     [
-        (lambda folder: flip(folder / "model.safetensors"), "model.safetensors has other content"),
+        (lambda folder: flip(folder / "model.safetensors"), "model.safetensors was changed"),
         (
             lambda folder: os.truncate(folder / "model.safetensors", 100),
-            "model.safetensors has 100 bytes, expected 1024",
+            "model.safetensors has 100 bytes instead of 1,024",
         ),
-        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors has no bytes"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json has other content"),
-        (lambda folder: (folder / "inner" / "more.txt").unlink(), "inner/more.txt has no bytes"),
-        (lambda folder: (folder / "added.py").write_text("1"), "added.py has 1 bytes, expected None"),
-        (lambda folder: (folder / HASHES).unlink(), "it has no hashes.json"),
-        (lambda folder: (folder / HASHES).write_text("[]"), ""),
-        (lambda folder: (folder / HASHES).write_text('{"config.json": 3}'), ""),
-        (lambda folder: (folder / HASHES).write_text("{"), ""),
-        (lambda folder: (folder / HASHES).write_bytes(b"\xff"), ""),
+        (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors is missing"),
+        (lambda folder: (folder / "config.json").write_text("[]"), "config.json was changed"),
+        (lambda folder: (folder / "inner" / "more.txt").unlink(), "inner/more.txt is missing"),
+        (lambda folder: (folder / "added.py").write_text("1"), "added.py was added"),
+        (lambda folder: (folder / MANIFEST).unlink(), "it has no manifest.json"),
+        (lambda folder: (folder / MANIFEST).write_text("[]"), ""),
+        (lambda folder: (folder / MANIFEST).write_text('{"config.json": 3}'), ""),
+        (lambda folder: (folder / MANIFEST).write_text("{"), ""),
+        (lambda folder: (folder / MANIFEST).write_bytes(b"\xff"), ""),
     ],
 )
 def test_every_damage_is_said_and_mended(damage, problem, folder, capsys):
@@ -83,8 +89,8 @@ def test_every_damage_is_said_and_mended(damage, problem, folder, capsys):
 def test_weights_that_are_not_read_are_not_hashed(folder, monkeypatch):
     keep(folder, written)
     hashed = []
-    real = cache.file_hash
-    monkeypatch.setattr(cache, "file_hash", lambda file: hashed.append(file.name) or real(file))
+    real = manifest.file_hash
+    monkeypatch.setattr(manifest, "file_hash", lambda file: hashed.append(file.name) or real(file))
     assert is_whole(folder, weights=False)
     assert sorted(hashed) == ["config.json", "more.txt"]
     flip(folder / "model.safetensors")
@@ -94,13 +100,13 @@ def test_weights_that_are_not_read_are_not_hashed(folder, monkeypatch):
 
 
 def test_the_hash_is_over_every_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(cache, "PIECE", 100)
+    monkeypatch.setattr(manifest, "PIECE", 100)
     content = bytes(range(250))
     (tmp_path / "file").write_bytes(content)
     pieces = b"".join(hashlib.blake2b(content[n : n + 100], digest_size=32).digest() for n in (0, 100, 200))
-    assert cache.file_hash(tmp_path / "file") == hashlib.blake2b(pieces, digest_size=32).hexdigest()
+    assert manifest.file_hash(tmp_path / "file") == hashlib.blake2b(pieces, digest_size=32).hexdigest()
     (tmp_path / "empty").write_bytes(b"")
-    assert cache.file_hash(tmp_path / "empty") == hashlib.blake2b(b"", digest_size=32).hexdigest()
+    assert manifest.file_hash(tmp_path / "empty") == hashlib.blake2b(b"", digest_size=32).hexdigest()
 
 
 def disk_full(aside: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qalign.config import manifest
 from qalign.errors import UserError
 from qalign.train import checkpoints
 
@@ -61,12 +62,12 @@ def test_a_damaged_checkpoint_is_named_and_the_older_one_is_used(tmp_path, kind,
 def test_no_bit_of_a_manifest_changes_unnoticed(tmp_path):
     """Its numbers count as much as the files."""
     checkpoint = write(tmp_path, 5)
-    file = checkpoint / checkpoints.MANIFEST
+    file = checkpoint / manifest.MANIFEST
     for place in range(file.stat().st_size):
         flip(file, place)
-        assert checkpoints.damage(checkpoint), place
+        assert manifest.damage(checkpoint), place
         flip(file, place)
-    assert checkpoints.damage(checkpoint) is None
+    assert manifest.damage(checkpoint) is None
 
 
 def test_where_all_are_damaged_each_is_named_with_what_to_do(tmp_path):
@@ -92,7 +93,7 @@ def test_two_are_kept_whatever_the_clock_says_and_the_best_one(tmp_path):
     assert sorted(path.name for path in tmp_path.glob("c*")) == ["checkpoint-10", "checkpoint-11"]
     checkpoints.mark_whole(write(tmp_path, 12, whole=False), 1, 1.0, tmp_path / "metrics.jsonl", "checkpoint-10")
     assert sorted(path.name for path in tmp_path.glob("c*")) == ["checkpoint-10", "checkpoint-11", "checkpoint-12"]
-    assert checkpoints.read_manifest(tmp_path / "checkpoint-11").tokens_seen == 110
+    assert manifest.read(tmp_path / "checkpoint-11")["tokens_seen"] == 110
 
 
 def test_the_lines_of_damaged_metrics_that_are_whole_are_read(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import transformers as tf
 
 from qalign import evaluate, score
-from qalign.best_of import best_of
+from qalign.best_of import BestOfRun, best_of
 from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
 from qalign.model.loading import reach_of
@@ -98,7 +98,7 @@ def test_ppo_and_best_of_whose_answers_may_fill_max_length_refuse_it(tmp_path, s
     path = write_recipe(tmp_path, short, "ppo", **keys)
     assert refused(path).startswith("model.max_length: 512 is beyond the 64 tokens that '")
     with pytest.raises(UserError, match=r"model\.max_length: 512 is beyond the 64 tokens"):
-        best_of(load_recipe(path), 2, path, resume=False, overwrite=False)
+        best_of(recipe := load_recipe(path), BestOfRun(recipe, 2))
     assert run_stage(write_recipe(tmp_path, short, "ppo", **keys, model={"max_length": REACH})).complete
 
 

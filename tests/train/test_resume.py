@@ -46,7 +46,7 @@ def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path,
     said = capsys.readouterr().out
     assert str(checkpoint) in said
     assert f"python -m qalign.{stage} {path} --resume" in said
-    with pytest.raises(UserError, match="holds a run that was stopped"):
+    with pytest.raises(UserError, match="holds a stopped run"):
         run_stage(path)
     resumed = run_stage(path, resume=True)
     assert f"resuming       {checkpoint}" in capsys.readouterr().out

@@ -21,7 +21,7 @@ def test_a_taken_folder_is_refused_and_overwrite_deletes_only_when_training_begi
     run.claim(**FRESH)
     assert not run.path.exists(), "a new folder is free, and made only when training begins"
     begun(recipe)
-    with pytest.raises(UserError, match=r"holds a run that was stopped; --resume .*, --overwrite"):
+    with pytest.raises(UserError, match=r"holds a stopped run; --resume .*, --overwrite"):
         run.claim(**FRESH)
     finished(recipe)
     with pytest.raises(UserError, match="holds a complete run"):
@@ -146,7 +146,7 @@ def test_resume_needs_the_adapter_that_it_started_from(recipe, tmp_path):
     folder(recipe, start_from=str(parent)).claim(**RESUME)
     was = lineage.adapter_hash(parent)
     (parent / lineage.WEIGHTS).write_bytes(b"trained again")
-    fix = "train it again with python -m qalign.dpo recipe.yaml --overwrite"
+    fix = "start again with python -m qalign.dpo recipe.yaml --overwrite"
     with pytest.raises(UserError, match=rf"started from an adapter {was}, but {parent} is \w{{16}} now; {fix}"):
         folder(recipe, start_from=str(parent)).claim(**RESUME)
     folder(recipe, start_from=str(parent)).claim(**OVERWRITE)
