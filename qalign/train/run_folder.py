@@ -135,11 +135,8 @@ class RunFolder:
         old = self._replaced
         if not old.exists():
             return False
-        if (
-            self.complete
-            or ((last := self.last_checkpoint()) and checkpoints.step_of(last))
-            or not (old / "recipe.yaml").is_file()
-        ):
+        last = checkpoints.newest(self.checkpoints)
+        if self.complete or (last and checkpoints.step_of(last)) or not (old / "recipe.yaml").is_file():
             shutil.rmtree(old, ignore_errors=True)
             return False
         if self._home.exists():
@@ -176,8 +173,7 @@ class RunFolder:
                 raise UserError(f"{self.path}: is complete, with another recipe ({changed}); {self.further}")
             raise UserError(f"{self.path}: --resume needs the recipe that the run began with; changed: {changed}")
         self.check_parent()
-        if not self.complete:
-            self._checkpoint = checkpoints.newest_whole(self.checkpoints)
+        self._checkpoint = None if self.complete else checkpoints.newest_whole(self.checkpoints)
 
     def check_inputs(self, folder: Path, *, overwrite: bool = False) -> None:
         """Raises a `UserError` if something that the stage reads lies in a folder that will be written to. (The run's
@@ -281,8 +277,8 @@ class RunFolder:
     def mark_whole(self, step: int, tokens_seen: int, keep: str | None = None) -> None:
         """Marks a checkpoint as whole once all of it is on the disk: `--resume` trusts only marked ones. Older ones go,
         except the last two and the one named `keep`; with the first one, the run that `--overwrite` replaces."""
-        folder = self.checkpoints / f"checkpoint-{step}"
-        checkpoints.mark_whole(folder, tokens_seen, self.wall_seconds, self.metrics, keep)
+        place = self.checkpoints / f"checkpoint-{step}"
+        checkpoints.mark_whole(place, tokens_seen, self.wall_seconds, self.metrics, keep)
         if step:  # PPO has a checkpoint of step 0, before anything was learned
             self._put_back()
 
