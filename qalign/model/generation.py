@@ -25,7 +25,7 @@ from qalign.data.formats import Message
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_id
 from qalign.errors import UserError
-from qalign.model.base import Base
+from qalign.model.base import Base, Role
 from qalign.model.memory.forecast import free_memory, kv_cache_bytes
 
 COMPACT_AT = 0.25  # ended rows leave the batch once they are this share of it, because leaving copies the KV cache
@@ -275,6 +275,8 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
         return TransformersEngine()
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
         raise UserError("ppo.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
+    if _is_more_than_lora(getattr(base.model, "peft_config", {}).get(Role.POLICY)):
+        raise UserError("ppo.engine: 'vllm' takes plain LoRA alone, no DoRA and no modules_to_save; use 'transformers'")
     spec = base.spec  # of a base that is stored in 4 bits, vLLM loads the same weights
     if base.origin.stored is None and (spec.quantization != "nf4" or not spec.double_quant):
         held = f"is '{spec.quantization}'" if spec.quantization != "nf4" else "has double_quant: false"

@@ -150,6 +150,8 @@ class FunctionScorer(Scorer):
         module, _, name = source.rpartition(":")
         super().__init__(key, source, weight, name)
         self.function = import_function(key, module, name)
+        if any(map(inspect.iscoroutinefunction, (self.function, getattr(self.function, "__call__", None)))):  # noqa: B004
+            raise UserError(f"{key}: '{source}' is async; write a function that returns the scores, with asyncio.run")
         try:
             self._parameters = inspect.signature(self.function).parameters
         except ValueError:  # of some functions written in C
@@ -183,6 +185,8 @@ class FunctionScorer(Scorer):
         try:
             with user_code():
                 found = self.function(**self._arguments(rows))
+                if inspect.iscoroutine(found):
+                    found.close()  # or Python warns that it was never awaited
                 given = listed(found, sum(len(row.texts) for row in rows))  # a generator runs only here
         except Failed as failed:
             for row in rows if len(rows) > 1 else ():

@@ -289,6 +289,14 @@ def test_vllm_makes_room_for_the_adapters_own_rank(tiny_base, vllm, rank, room):
     assert vllm["options"]["max_lora_rank"] == room
 
 
+def test_vllm_is_not_given_an_adapter_that_it_cannot_serve(tiny_base, vllm, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    tiny_base.add_adapter(Role.POLICY, Lora(dora=True))
+    monkeypatch.setattr(tiny_base, "lm", types.SimpleNamespace(device=torch.device("cuda")))
+    with pytest.raises(UserError, match=r"ppo\.engine: .*no DoRA.*use 'transformers'"):
+        generation.engine("vllm", tiny_base, 64)
+
+
 @pytest.mark.parametrize(
     ("device", "held", "problem"),
     [

@@ -202,6 +202,7 @@ def test_a_function_is_given_what_it_names(function, tiny_base):
         ("return (1 / (text != 'Elbe') for text in completions)", "ZeroDivisionError on an answer to rows.jsonl:2"),
         ("return [0.0] * 3", "3 scores for 4 answers, the first to rows.jsonl:1"),
         ("return None", "gave None"),
+        ("import asyncio; return asyncio.sleep(0)", "gave <coroutine object sleep"),
         ("return [10**400, 0, 0, 0]", "an answer to rows.jsonl:1; expected a finite number"),
         ("return [0, 0, float('nan'), 0]", "gave nan for an answer to rows.jsonl:2"),
         ("return [0, 0, float('inf'), 0]", "gave inf for an answer to rows.jsonl:2"),
@@ -242,6 +243,8 @@ def test_tensors_and_numbers_of_numpy_are_numbers_and_the_users_stop_is_no_error
         ("import nothing_of_this_name\n", "ModuleNotFoundError: No module named 'nothing_of_this_name'"),
         ("score = 3\n", "is int, expected a function"),
         ("other = 3\n", "AttributeError"),
+        ("async def score(completions):\n    return [0.0]\n", "is async"),
+        ("class Judge:\n    async def __call__(self, **_):\n        return [0.0]\nscore = Judge()\n", "is async"),
     ],
 )
 def test_what_is_no_function_is_one_line(text, message, function):
