@@ -299,6 +299,7 @@ def _is_call(body: bytes) -> bool:
     a value in the form of a file."""
     try:
         call = json.loads(body)
+        json.dumps(call, ensure_ascii=False).encode()  # half a character can't be sent back, not even in an error
     except (ValueError, RecursionError):
         return False
     plain = (str, int, float, bool, type(None))

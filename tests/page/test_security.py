@@ -201,6 +201,7 @@ def test_a_route_has_its_methods_only():
     [
         *({**CALL, "data": ["base", value]} for value in (["a"], {"path": "/etc/passwd"}, [], {})),
         {**CALL, "data": [{"path": "http://10.0.0.1/", "meta": {"_type": "gradio.FileData"}}]},
+        {**CALL, "data": ["\ud800"]},
         {**CALL, "data": {"a": 1}}, {**CALL, "data": None}, {**CALL, "session_hash": ["a"]}, b"[]", b"{", b"",
         b'{"data": ' + b"[" * 50000 + b"]" * 50000 + b"}", b'{"data": [' + b"9" * 5000 + b"]}", b"\xff",
     ],
