@@ -14,22 +14,20 @@ from itertools import islice
 from typing import Any, TypeVar
 
 from qalign.config.stages import Source
-from qalign.data.messages import UNTRAINED, Message, Turns, as_turns, calls, is_empty, same
+from qalign.data.messages import UNTRAINED, Message, Turns, as_dialogue, as_turns, calls, is_empty, same
 from qalign.data.readers import BadRow, NoPair, read
 from qalign.data.shapes import (
-    DIALOGUES,
     OPENINGS,
     REJECTED,
     RawRow,
     Shape,
     detect,
-    dialogue,
     opening_turns,
     split_prompt,
     tools,
     with_system,
 )
-from qalign.data.texts import SPEAKER, check_not_templated, check_text, is_object
+from qalign.data.texts import DIALOGUES, SPEAKER, check_not_templated, check_text, is_object, without_nulls
 
 Row = TypeVar("Row")
 Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the others
@@ -114,11 +112,12 @@ def collect(
         taken: list[Row] = []
         wanted = source.limit or limit
         end = source.skip + wanted if wanted else None
+        is_json = source.path.removesuffix(".gz").endswith((".json", ".jsonl"))  # its nulls are the writer's own
         for where, raw in islice(read(source, source.split or split), source.skip, end):
             try:
                 if isinstance(raw, BadRow):
                     raise raw
-                noted = RawRow(raw) if is_object(raw) else raw
+                noted = RawRow(raw if is_json else without_nulls(raw)) if is_object(raw) else raw
                 taken.append(convert(noted, where))
                 if saw:
                     saw(source, noted, taken[-1])
@@ -221,7 +220,7 @@ def _imitated(row: RawRow, before: str | None, answer: str) -> tuple[Turns, int]
     if before:
         opening = opening_turns(row, before)
         return opening + as_turns(row[answer], answer, "assistant"), 0 if before == "instruction" else len(opening)
-    return with_system(row, dialogue(row, answer) if answer in DIALOGUES else as_turns(row[answer], answer)), 0
+    return with_system(row, (as_dialogue if answer in DIALOGUES else as_turns)(row[answer], answer)), 0
 
 
 def _plain_text(shape: Shape) -> str:

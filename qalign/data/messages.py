@@ -8,24 +8,28 @@ import json
 import re
 import reprlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 from qalign.data.readers import BadRow
 from qalign.data.texts import (
+    CALLS,
     CONTENT,
     EMPTY,
-    OBJECTS,
     SPEAKER,
     from_text,
     is_list,
+    is_nothing,
     is_object,
     is_transcript,
     kind_of,
     listed,
-    short,
+    role_of,
     transcript,
     unpacked,
+    unwrapped,
 )
+from qalign.errors import short
 
 Message = dict[str, Any]
 """One turn of a dialogue: `role` (system, user, assistant or tool) and `content`, a text ("" where an assistant only
@@ -34,18 +38,13 @@ form with parsed arguments. It has no other keys."""
 Turns = list[Message]
 
 UNTRAINED = "untrained"  # key of an assistant's turn with `weight: 0`, until `qalign.data.formats` takes it out
-_CALLS = "calls"  # sharegpt's speaker of tool calls, who is the assistant
-
-_NAMES = {
-    "user": "user human prompter",
-    "assistant": "assistant gpt chatgpt bard bing model ai bot chatbot",
-    "system": "system developer",
-    "tool": "tool function observation ipython tool_response function_response tool_result function_result",
-    _CALLS: "function_call tool_call",
-}
-_ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
+_ASKS = {"input", "human", "user", "question", "query", "instruction", "prompt"}  # keys of a pair, as Capybara has it
+_ANSWERS = {"output", "assistant", "gpt", "bot", "answer", "response", "completion"}
 _THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thoughts", "thought")
-_CALL_IN_TEXT = re.compile(r"<tool_call|<function|\[TOOL_CALLS\]|<\|python_tag\|>|[\"']name[\"']\s*:")
+# How a text calls a tool: Hermes', Mistral's, Llama 3's, Glaive's and ToolACE's way.
+_CALL_IN_TEXT = re.compile(
+    r"<tool_call|<function|\[TOOL_CALLS\]|<\|python_tag\|>|[\"']name[\"']\s*:|^\s*+\[[\w .]+\(.*\)\]\s*$"
+)
 _TRAINED = ("weight", "train", "training", "loss")  # of OpenAI, Axolotl and ms-swift
 _MEDIA = {"image": "images are", "audio": "audio is", "video": "videos are", "file": "files are"}
 # Facts about a turn that no template reads. They are named in the header as not used; other unknown keys refuse a row.
@@ -66,16 +65,45 @@ def as_turns(value: Any, name: str, role: str = "user") -> Turns:
     if isinstance(value, str):
         return transcript(value) if is_transcript(value) else [{"role": role, "content": value}]
     turns: Turns = []
-    for item in value if is_list(value) else [value]:
+    found = unwrapped(value, name)
+    for item in found if is_list(found) else [found]:
         item = unpacked(item, name)
         if not is_object(item):
             raise BadRow(f"{name}: expected a text or turns, found {kind_of(value)}")
         turn = _turn({key: part for key, part in item.items() if part is not None}, name)
-        if turn.pop(_CALLS, False) and turns and turns[-1]["role"] == "assistant":
+        if turn.pop(CALLS, False) and turns and turns[-1]["role"] == "assistant":
             _join(turns[-1], turn, name)
         elif turn["role"] != "system" or turn["content"].strip():
             turns.append(turn)
     return turns
+
+
+def as_dialogue(value: Any, name: str) -> Turns:
+    """The turns of a list in any spelling: turns, pairs of question and answer, or texts of the user and the assistant
+    in turn (LIMA)."""
+    value = unpacked(value, name)
+    if isinstance(value, str):
+        try:
+            value = from_text(value, name)
+        except BadRow:
+            raise BadRow(f"{name}: expected a list of turns, found str") from None
+    found = unwrapped(value, name)
+    if not is_list(found):
+        raise BadRow(f"{name}: expected a list of turns, found {type(found).__name__}")
+    items = [unpacked(item, name) for item in found]
+    pairs = [[item] if isinstance(item, str) else _pair(item) for item in items]
+    texts = [text for pair in pairs for text in pair]
+    if not all(pairs) or len(texts) not in (len(items), 2 * len(items)):
+        return as_turns(items, name)
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def _pair(value: Any) -> list[str]:
+    """[question, answer], also of an object with these two alone; empty for anything else."""
+    if is_object(value):
+        told = {key: text for key, text in value.items() if text is not None}
+        value = [told[key] for keys in (_ASKS, _ANSWERS) for key in told if key in keys] if len(told) == 2 else []
+    return [*value] if is_list(value) and len(value) == 2 and all(isinstance(text, str) for text in value) else []
 
 
 def calls(turn: Message) -> bool:
@@ -88,13 +116,17 @@ def is_empty(turn: Message) -> bool:
     return not (turn["content"].strip() or turn["role"] == "tool" or turn.get("tool_calls"))
 
 
-def same(one: Message, other: Message) -> bool:
-    """Whether two turns are equal but for white space around the text."""
-    return one == other or _bare(one) == _bare(other)
+def same(one: Message, other: Message, within: bool = False) -> bool:
+    """Whether two turns are equal but for white space around the text, and `within` it."""
+    return one == other or _bare(one, within) == _bare(other, within)
 
 
-def _bare(turn: Message) -> Message:
-    return {key: value for key, value in turn.items() if key != UNTRAINED} | {"content": turn["content"].strip()}
+def _bare(turn: Message, within: bool) -> Message:
+    return {
+        key: (" ".join(value.split()) if within else value.strip()) if isinstance(value, str) else value
+        for key, value in turn.items()
+        if key != UNTRAINED
+    }
 
 
 def _join(turn: Message, calls: Message, name: str) -> None:
@@ -109,7 +141,7 @@ def _turn(raw: dict[str, Any], name: str) -> Message:
     if media := next((key for key in raw if raw[key] and medium(key)), None):
         raise BadRow(f"{name}: {medium(media)} not supported")
     speaker = take(raw, SPEAKER, name)
-    role = _ROLES.get(speaker.strip().lower()) if isinstance(speaker, str) else None
+    role = role_of(speaker)
     if speaker is None:
         raise BadRow(f"{name}: a turn has no role" + (f"; it has {listed(raw)}" if raw else ""))
     if role is None:
@@ -117,12 +149,12 @@ def _turn(raw: dict[str, Any], name: str) -> Message:
             f"{name}: unknown role {reprlib.repr(speaker)}; known: system, user, assistant, tool, human, gpt …"
         )
     content, calls = take(raw, CONTENT, name), _calls(raw, name)
-    if role == _CALLS:
+    if role == CALLS:
         content, calls = "", [*calls, *_parsed_calls(content, name)]
     if content is None and not calls:
         raise BadRow(f"{name}: the {role}'s turn has no content" + (f"; it has {listed(raw)}" if raw else ""))
     text, thoughts = _text("" if content is None else content, name)
-    turn: Message = {"role": "assistant" if role == _CALLS else role, "content": text}
+    turn: Message = {"role": "assistant" if role == CALLS else role, "content": text}
     raw |= {"thoughts in the content": thoughts}
     extras = {"reasoning_content": take(raw, (*_THOUGHTS, "thoughts in the content"), name), "tool_calls": calls}
     extras |= {"name": take(raw, ("name", "tool_name"), name), "tool_call_id": raw.pop("tool_call_id", None)}
@@ -133,7 +165,7 @@ def _turn(raw: dict[str, Any], name: str) -> Message:
         raise BadRow(
             f"{name}: a turn has {listed(unknown)}, which nothing here reads; remove it, or say it in the text"
         )
-    return turn | {_CALLS: True} if role == _CALLS else turn
+    return turn | {CALLS: True} if role == CALLS else turn
 
 
 def take(raw: dict[str, Any], keys: Iterable[str], name: str) -> Any:
@@ -153,10 +185,11 @@ def is_harmless(key: Any) -> bool:
 
 def unread_keys(value: Any) -> Iterator[str]:
     """Keys of turns under a column that was read, which nothing reads: the harmless ones, as others refuse the row."""
-    turns = unpacked(value, "")
-    for turn in turns if is_list(turns) else [turns]:
-        if is_object(turn) and any(key in turn for key in SPEAKER):
-            yield from (key for key, part in turn.items() if part not in (None, *EMPTY) and is_harmless(key))
+    with suppress(BadRow):  # a text that is none of turns may look like turns
+        turns = unwrapped(unpacked(value, ""), "")
+        for turn in turns if is_list(turns) else [turns]:
+            if is_object(turn) and any(key in turn for key in SPEAKER):
+                yield from (key for key, part in turn.items() if part not in (None, *EMPTY) and is_harmless(key))
 
 
 def _checked(key: str, value: Any, role: str, name: str) -> Any:
@@ -183,7 +216,7 @@ def _is_untrained(raw: dict[str, Any], role: str, name: str) -> bool:
 
 def _text(content: Any, name: str) -> tuple[str, str]:
     """(text, thoughts) of a turn's content: a text, or parts that are texts."""
-    content = _unpacked_parts(content, name)
+    content = _unpacked_parts(content)
     if isinstance(content, str):
         return content, ""
     if not is_list(content) and not is_object(content):
@@ -220,17 +253,15 @@ def medium(kind: Any) -> str | None:
     return next((are for word, are in _MEDIA.items() if {word, f"{word}s"} & {*words}), None)
 
 
-def _unpacked_parts(value: Any, name: str) -> Any:
-    """Parts of a turn's content that a file holds as text, as a list; any other value as it is."""
-    if not isinstance(value, str) or not OBJECTS.match(value):
-        return value
+def _unpacked_parts(value: Any) -> Any:
+    """Parts of a turn's content that a file holds as JSON text, as a list; any other value as it is."""
     try:
-        found = from_text(value, name)
-    except BadRow:
+        found: list[Any] = json.loads(value) if isinstance(value, str) and re.match(r"\[\s*+\{", value) else []
+    except (ValueError, RecursionError):
         return value
     is_part = [
-        is_object(part) and (medium(part.get("type")) or (part.get("type"), "text" in part) == ("text", True))
-        for part in (found if is_list(found) else [])
+        is_object(part) and (medium(part.get("type")) or ("text", {"type", "text"}) == (part.get("type"), part.keys()))
+        for part in found
     ]
     return found if is_part and all(is_part) else value
 
@@ -239,13 +270,20 @@ def _unpacked_parts(value: Any, name: str) -> Any:
 
 
 def _calls(raw: dict[str, Any], name: str) -> list[dict[str, Any]]:
-    many, one = raw.pop("tool_calls", None), raw.pop("function_call", None)
-    return [call for given in (many, one) if given for call in _parsed_calls(given, name)]
+    given = [raw.pop(key, None) for key in ("tool_calls", "function_call")]
+    return [call for some in given if not is_nothing(some) for call in _parsed_calls(some, name)]
 
 
 def _parsed_calls(given: Any, name: str) -> list[dict[str, Any]]:
-    found = from_text(given, name) if isinstance(given, str) else without_nulls(given, name)
-    return [_call(call, name) for call in (found if is_list(found) else [found])]
+    found = given
+    if isinstance(given, str) and given.strip().startswith("<tool_call>"):
+        found = [text for text in re.split(r"\s*</?tool_call>\s*", given) if text]
+    found = _read(found, name)
+    return [_call(_read(call, name), name) for call in (found if is_list(found) else [found])]
+
+
+def _read(value: Any, name: str) -> Any:
+    return from_text(value, name) if isinstance(value, str) and not is_nothing(value) else value
 
 
 def _call(raw: Any, name: str) -> dict[str, Any]:
@@ -253,11 +291,10 @@ def _call(raw: Any, name: str) -> dict[str, Any]:
     call: dict[str, Any] = dict(raw) if is_object(raw) else {}
     function = call.pop("function", None)
     call |= function if is_object(function) else {"name": function} if function else {}
+    call = {key: value for key, value in call.items() if value is not None}
     kind, called, number = call.pop("type", "function"), call.pop("name", None), call.pop("id", None)
     arguments = take(call, ("arguments", "parameters", "args"), name)
-    if isinstance(arguments, str) and arguments.strip():
-        arguments = from_text(arguments, name)
-    arguments = arguments or dict[str, Any]()
+    arguments = dict[str, Any]() if is_nothing(arguments) else _read(arguments, name)
     if (
         kind != "function"
         or not isinstance(called, str)
@@ -272,10 +309,10 @@ def _call(raw: Any, name: str) -> dict[str, Any]:
 
 
 def as_tools(value: Any, name: str) -> tuple[dict[str, Any], ...]:
-    """A row's tools, schemas of functions as a list or as JSON text, in OpenAI's form."""
-    found: Any = from_text(value, name) if isinstance(value, str) and value.strip() else without_nulls(value, name)
-    schemas: list[Any] = found if is_list(found) else [None] if found else []
-    tools = [_tool(schema) for schema in schemas]
+    """A row's tools, schemas of functions, in OpenAI's form: one or a list, each and all perhaps as JSON text."""
+    found: Any = _read(value, name)
+    schemas: list[Any] = [] if is_nothing(value) or is_nothing(found) else found if is_list(found) else [found]
+    tools = [_tool(_read(schema, name)) for schema in schemas]
     if not all(isinstance(tool["function"].get("name"), str) and is_json(tool) for tool in tools):
         raise BadRow(f"{name}: expected a list of function schemas, each with a name; found {short(value)}")
     return tuple(tools)
@@ -289,18 +326,9 @@ def _tool(schema: Any) -> dict[str, Any]:
     return {"type": "function", "function": {key: value for key, value in schema.items() if key != "type"}}
 
 
-def without_nulls(value: Any, name: str) -> Any:
-    """Parquet gives every object all keys that any row's has, with nulls; those aren't part of a call or a schema."""
-    if not is_json(value):
-        raise BadRow(f"{name}: expected values as in JSON, found {short(value)}")
-
-    def told(found: dict[str, Any]) -> dict[str, Any]:
-        return {key: part for key, part in found.items() if part is not None}
-
-    return json.loads(json.dumps(value), object_hook=told)
-
-
 def is_json(value: Any) -> bool:
+    for _ in range(100):  # what renders it or prints it needs some depth of its own
+        value = [value]
     try:
         json.dumps(value)
     except (TypeError, ValueError, RecursionError):  # dates and bytes out of Parquet, for example

@@ -7,32 +7,35 @@ MT-bench, questions with answers, plain text.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
-from qalign.data.messages import Message, Turns, as_tools, as_turns, medium, same, take
+from qalign.data.messages import Turns, as_dialogue, as_tools, as_turns, medium, same, take
 from qalign.data.readers import BadRow, NoPair
 from qalign.data.texts import (
+    DIALOGUES,
     EMPTY,
+    TOOLS,
     from_text,
+    is_blank,
     is_list,
+    is_nothing,
     is_object,
     is_transcript,
     listed,
-    short,
     transcript,
     unpacked,
 )
+from qalign.errors import short
 
-DIALOGUES = ("messages", "conversations", "conversation", "contents")
 _REQUESTS = ("instruction", "question", "query")  # texts that an `input` or a `context` may complete
 _SYSTEM = (
     *("system", "system_prompt", "system_message", "sys_prompt", "systemPrompt"),
     *("system_instruction", "systemInstruction"),  # Gemini's
 )
-_NOTHING = ("", "nan", "none", "null")  # as a CSV may spell that a row has no system prompt
-_TOOLS = ("tools", "functions")
 # (key of the turns before, key of the answer), in order of precedence.
 OPENINGS = ("prompt", *DIALOGUES, "turns", "question", "query", "input", "instruction")
 _ANSWERED = (
@@ -46,7 +49,7 @@ _STEMS = ("conversation", "response", "answer", "completion", "output")  # of tw
 _SIDES = (("a", "b"), ("0", "1"), ("1", "2"), ("j", "k"))
 REJECTED = ("rejected", "non_preferred_output")
 _WINNERS = ("winner", "better_response_id", "preferred", "preference")
-_ABSENT_IF_EMPTY = (*DIALOGUES, *_TOOLS, "turns", "history", "label")  # a CSV gives every row every column
+_ABSENT_IF_EMPTY = ("history", "label")
 
 
 class RawRow(dict[str, Any]):
@@ -97,12 +100,26 @@ def detect(raw: Any) -> Shape:
         raise BadRow(f"expected an object with keys, found {type(raw).__name__}")
     row = RawRow(raw)
     for key, value in raw.items():
-        if value is None or (key in _ABSENT_IF_EMPTY and isinstance(value, str) and not value.strip()):
+        if value is None or (key in _ABSENT_IF_EMPTY and is_nothing(value)):
             del row[key]
     for key in _MEDIA:
         if row.peek(key) not in (None, *EMPTY):
             raise BadRow(f"{key}: {medium(key)} not supported")
     _system(row)
+    filled = RawRow(row)  # in a file of several shapes, each row leaves the columns of the others empty
+    for key in row:
+        if is_blank(row.peek(key)) and not (key in _REQUESTS and _told(row)):
+            del filled[key]
+    shape, other = _shape(row), replace(_shape(filled), row=row)
+    answers = (other.chosen is not None, other.rejected is not None)
+    is_whole = all(answers) or (not any(answers) and (other.imitated or ("text" in filled and not other.opening)))
+    found = other if is_whole else shape
+    if shape.opening and not other.opening and (not isinstance(found.chosen or "", str) or _is_dialogue(row, "chosen")):
+        return replace(found, opening=None)  # its empty prompt is another shape's: the answers hold their own
+    return replace(found, opening=other.opening or shape.opening)
+
+
+def _shape(row: RawRow) -> Shape:
     chosen, rejected, no_pair = _ranked(row)
     is_ranked = chosen is not None or rejected is not None
     return Shape(row, chosen, rejected, no_pair, _opening_key(row, is_ranked), next(_imitated(row), None))
@@ -167,8 +184,13 @@ def _winner(row: RawRow, one: str, two: str) -> str | None:
 def _imitated(row: RawRow) -> Iterator[tuple[str | None, str]]:
     yield from ((None, key) for key in DIALOGUES if key in row)
     yield from ((before, answer) for before, answer in _ANSWERED if before in row and answer in row)
-    if is_transcript(row.peek("text")):  # last: alpaca's first edition has the whole row in 'text' too, in a template
+    if _is_dialogue(row, "text"):  # last: alpaca's first edition has the whole row in 'text' too, in a template
         yield None, "text"
+
+
+def _is_dialogue(row: RawRow, key: str) -> bool:
+    text = row.peek(key)
+    return is_transcript(text) or unpacked(text, key) is not text
 
 
 def _opening_key(row: RawRow, is_ranked: bool) -> str | None:
@@ -178,9 +200,9 @@ def _opening_key(row: RawRow, is_ranked: bool) -> str | None:
     if "instruction" in row and ("prompt" not in row or ("output" in row and not is_ranked)):
         return "instruction"
     # 'prompt' first: UltraFeedback binarized also has 'messages', which hold the chosen answer too.
-    found = (key for key in OPENINGS if key in row and not (is_ranked and key == "turns"))
-    text = "text" if not is_ranked and is_transcript(row.peek("text")) else None
-    return next(found, text)
+    if found := next((key for key in OPENINGS if key in row and not (is_ranked and key == "turns")), None):
+        return found
+    return "text" if not is_ranked and _is_dialogue(row, "text") else None
 
 
 def opening_turns(row: RawRow, key: str | None) -> Turns:
@@ -194,21 +216,24 @@ def with_system(row: RawRow, turns: Turns) -> Turns:
     system = _system(row)
     if not system or not turns or turns[0]["role"] != "system":
         return system + turns
-    if not same(system[0], turns[0]):
+    if not same(system[0], turns[0], within=True):
         raise BadRow("two system prompts that differ: a column, and the dialogue's first turn")
     return turns
 
 
 def _system(row: RawRow) -> Turns:
     """The turn of a `system` column, which is none if it is empty."""
-    found = {key: row.peek(key) for key in _SYSTEM if key in row}
-    for key, text in found.items():
-        if is_object(text) and "parts" in text:
-            found[key] = text = "".join(turn["content"] for turn in as_turns(text | {"role": "system"}, key))
+    found = {key: row.peek(key) for key in _SYSTEM if not is_nothing(row.peek(key))}
+    for key, value in found.items():
+        text = unpacked(value, key)
+        if text is not value or (is_object(text) and "parts" in text):  # turns stored as text, and Gemini's turn
+            turns = as_turns(text | {"role": "system"} if is_object(text) else text, key)
+            if others := [turn["role"] for turn in turns if turn["role"] != "system"]:
+                raise BadRow(f"{key}: expected a text, found turns of the {others[0]}")
+            text = found[key] = "".join(turn["content"] for turn in turns)
         if not isinstance(text, str):
             raise BadRow(f"{key}: expected a text, found {type(text).__name__}")
-    told = {key: text for key, text in found.items() if text.strip().lower() not in _NOTHING}
-    text = take(told, _SYSTEM, "the row")
+    text = take(found, _SYSTEM, "the row")
     return [{"role": "system", "content": text}] if text else []
 
 
@@ -216,8 +241,7 @@ def tools(row: RawRow) -> tuple[dict[str, Any], ...]:
     """The functions that the row says may be called."""
     if "preferred_output" in row and is_object(opening := row.peek("input")):
         return as_tools(opening.get("tools"), "input.tools")
-    name = next((key for key in _TOOLS if key in row), None)
-    return as_tools(row[name], name) if name else ()
+    return next((found for key in TOOLS if key in row and (found := as_tools(row[key], key))), ())
 
 
 def _opening(row: RawRow, key: str) -> Turns:
@@ -226,47 +250,44 @@ def _opening(row: RawRow, key: str) -> Turns:
         if not is_list(value) or not value or not isinstance(value[0], str):
             raise BadRow("turns: expected a list of the user's texts")
         return [{"role": "user", "content": value[0]}]
-    if key == "instruction" or (key in _REQUESTS and isinstance(value, str)):
-        value = _request(row, value)
     if key == "input":  # OpenAI's preferences have the messages in it
         value = from_text(value, key) if isinstance(value, str) and value.lstrip().startswith('{"messages"') else value
         value = value.get("messages") if is_object(value) and "messages" in value else value
-    if key == "instruction":
-        turns = [{"role": "user", "content": value}]
-    else:
-        turns = dialogue(row, key) if key in DIALOGUES else as_turns(value, key)
+    value = unpacked(value, key)
+    if key == "instruction" and not (isinstance(value, str) or value is not row[key]):
+        raise BadRow("instruction and input: expected texts")
+    is_text = isinstance(value, str)
+    value = _request(row, key, value) if is_text and key in ("prompt", *_REQUESTS) else value
+    turns = as_dialogue(value, key) if key in DIALOGUES else as_turns(value, key)
     if key != "text" and turns and turns[-1] == {"role": "assistant", "content": ""}:  # HH's prompts end "Assistant:"
         turns.pop()
-    return [*_history(row), *turns] if isinstance(value, str) and "history" in row else turns
+    return [*_history(row["history"]), *turns] if is_text and "history" in row else turns
 
 
-def dialogue(row: RawRow, key: str) -> Turns:
-    """The turns under a key such as `messages`, which must be a list."""
-    value = unpacked(row[key], key)
-    if not is_list(value):
-        raise BadRow(f"{key}: expected a list of turns, found {type(value).__name__}")
-    return as_turns(value, key)
-
-
-def _request(row: RawRow, text: Any) -> str:
-    """An instruction or question with its `input`; Dolly's and question answering's is a `context`."""
-    more = row.get("input", "")
-    if "context" in row and isinstance(row.peek("context"), str) and more in EMPTY:
-        more = row["context"]
-    if not isinstance(text, str) or not isinstance(more, str):
+def _request(row: RawRow, key: str, text: str) -> str:
+    """An instruction or question with its `input`; Dolly's and question answering's is a `context`. A prompt may hold
+    it already."""
+    names = _told(row)
+    if key == "prompt" and (not names or row.peek(names[0]) in text or any(name in row for name in _REQUESTS)):
+        return text
+    more = row[names[0]] if names else row.get("input", "")
+    if not isinstance(more, str) and not is_blank(more):
         raise BadRow("instruction and input: expected texts")
-    return "\n".join(part for part in (text, more) if part.strip()) if more.strip() else text
+    return "\n".join(part for part in (text, more) if part.strip()) if names else text
 
 
-def _history(row: RawRow) -> Iterator[Message]:
-    """The turns before a request: a list of [question, answer], as alpaca has it."""
-    pairs = row["history"]
-    pairs = from_text(pairs, "history") if isinstance(pairs, str) else pairs
-    for pair in pairs if is_list(pairs) else [pairs]:
-        if not is_list(pair) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise BadRow("history: expected a list of [question, answer] texts")
-        yield {"role": "user", "content": pair[0]}
-        yield {"role": "assistant", "content": pair[1]}
+def _told(row: RawRow) -> list[str]:
+    """Names of the texts that complete an instruction or a question, the one that counts first."""
+    return [name for name in ("input", "context") if isinstance(row.peek(name), str) and not is_blank(row.peek(name))]
+
+
+def _history(value: Any) -> Turns:
+    """The turns before a request: a list of [question, answer], as alpaca has it, or of turns."""
+    with suppress(BadRow):
+        turns = as_dialogue(value, "history")
+        if not turns or turns[-1]["role"] == "assistant":
+            return turns
+    raise BadRow("history: expected a list of [question, answer] texts, or of turns that end with an answer")
 
 
 def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Turns, Turns]:
@@ -280,7 +301,7 @@ def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Tur
     told = chosen
     chosen, rejected = as_turns(chosen, "chosen", "assistant"), as_turns(rejected, "rejected", "assistant")
     shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and same(chosen[shared], rejected[shared]):
+    while shared < min(len(chosen), len(rejected)) - 1 and same(chosen[shared], rejected[shared], within=True):
         shared += 1
     if not asked and not shared:
         if isinstance(told, str) and not opening:
@@ -288,6 +309,8 @@ def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Tur
         raise BadRow("the prompt is empty, and chosen and rejected do not share one")
     repeated, system = chosen[:shared], [turn for turn in opening if turn["role"] == "system"]
     again = [turn for turn in repeated if turn["role"] != "system"]
+    if asked and asked[-1]["role"] == "assistant" and _same(again, asked[:-1]):  # of a whole dialogue, all but the end
+        opening, asked = opening[:-1], asked[:-1]
     if len(again) < len(asked) or not _same(again[: len(asked)], asked):
         return opening, chosen, rejected
     if len(again) == len(repeated):  # no system turn is repeated
@@ -298,4 +321,4 @@ def split_prompt(opening: Turns, chosen: Any, rejected: Any) -> tuple[Turns, Tur
 
 
 def _same(turns: Turns, others: Turns) -> bool:
-    return len(turns) == len(others) and all(map(same, turns, others))
+    return len(turns) == len(others) and all(map(partial(same, within=True), turns, others))

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from qalign.config.recipe import Model
+from qalign.data.messages import Message
 from qalign.data.readers import BadRow
-from qalign.data.shapes import Message
 from qalign.errors import UserError, one_line, short, within
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase; its own type hints are too loose to check against

@@ -4,22 +4,53 @@ import ast
 import io
 import json
 import re
-import reprlib
 import tokenize
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from qalign.data.readers import BadRow, is_list, is_object
+from qalign.errors import short
 
+DIALOGUES = ("messages", "conversations", "conversation", "contents")  # keys of a list of turns
 SPEAKER, CONTENT = ("role", "from"), ("content", "value", "text", "parts")  # keys of a turn
 EMPTY: tuple[Any, ...] = ("", [], {})  # CSV and Parquet files give a column to all rows if one has it
+TOOLS = ("tools", "functions")  # columns
+CALLS = "calls"  # sharegpt's speaker of tool calls, who is the assistant
+_NAMES = {
+    "user": "user human prompter",
+    "assistant": "assistant gpt chatgpt bard bing model ai bot chatbot agent",
+    "system": "system developer",
+    "tool": "tool function observation environment ipython tool_response function_response tool_result function_result"
+    " tool_results",
+    CALLS: "function_call tool_call",
+}
+_ROLES = {name: role for role, names in _NAMES.items() for name in names.split()}
 
-# Possessive (`*+`): without it a text of many blanks takes hours.
-OBJECTS = re.compile(r"""\s*+(array\()?+[\[(]?+\s*+\{\s*+["']\w+["']\s*+:""")
 LONGEST_PYTHON = 1_000_000  # characters: Python's own parser takes a hundred times as much memory, and a minute
-_SPOKEN = re.compile(
-    r"""["'](role|from)["']\s*:\s*["'](user|assistant|system|human|gpt|model|tool)["']""", re.IGNORECASE
+# How stored turns begin and what they hold, well written or not: with doubled, escaped, curly or no quotes, in YAML, or
+# as Python prints objects. Possessive (`*+`): without it a text of many blanks takes hours.
+_QUOTES = r"""(?:["'`\\“”‘’]|&quot;|&#3[49];)"""
+_KNOWN = f"(?:{'|'.join(sorted(_ROLES, reverse=True)).replace('_', '[ _-]')})"
+_ROLE = rf"(?:role|from){_QUOTES}*+\s*+[:=]\s*+[\[<]?\s*+(?:\w+\.)?{_QUOTES}*+{_KNOWN}"
+_STORED = re.compile(
+    rf"(?:array\(|[\[(\s]|{_QUOTES})*+"
+    rf"(?:\{{\s*+{_QUOTES}*+\w+{_QUOTES}*+\s*+[:=]|\w*Message\(|(?:(?<=\[)\w+\()?(?:role|from|content)\s*+="
+    rf"|{_KNOWN}{_QUOTES}++\s*+,)",
+    re.IGNORECASE,
 )
+_SPOKEN = re.compile(
+    rf"\b{_ROLE}(?![\w@.-])|[\[(]\s*+{_QUOTES}++{_KNOWN}{_QUOTES}++\s*+,|\b(?:Human|AI|System|User|Assistant)Message\(",
+    re.IGNORECASE,
+)
+_YAML = re.compile(
+    rf"(?:\w+:\s*+)?(?:- *)?(?:{_ROLE}{_QUOTES}*+[ \r]*\n[ -]*(?:content|value|text):"
+    rf"|(?:content|value|text):[^\n]*\n(?:[ \t]+[^\n]*\n)*[ ]*{_ROLE}{_QUOTES}*+[ \r]*(?:\n|\Z))"
+)
+# Who speaks in a transcript: HH-RLHF's, with any line ends, and Guanaco's, `### Human: … ### Assistant: …`.
+_ASKED = re.compile(r"[\s\ufeff]*?(\r?\n\r?\n|### ?)?Human:")
+_SPEAKERS = {
+    mark: re.compile(rf"(?:\A[\s\ufeff]*+(?:### ?)?|{mark})(Human|Assistant):") for mark in (r"\r?\n\r?\n", "### ?")
+}
 # What the chat templates of ChatML, Llama 2, Llama 3, Mistral, Gemma, Phi and Zephyr write around a turn.
 _BEGINNING = re.compile(
     r"\s*+(<s>|<bos>|<\|begin_of_text\|>)?+\s*+"
@@ -28,38 +59,114 @@ _BEGINNING = re.compile(
 _END = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|\[/INST\]) *\n?$")
 
 
+def role_of(speaker: Any) -> str | None:
+    """The role that a speaker's name means, however it is written: `Tool-Response:` is a tool's."""
+    return _ROLES.get(re.sub(r"[\s_-]+", "_", speaker.strip(" :.\n").lower())) if isinstance(speaker, str) else None
+
+
+def is_blank(value: Any) -> bool:
+    """Whether a cell is empty; pandas has NaN there."""
+    return value is None or value in EMPTY or value != value or (isinstance(value, str) and not value.strip())
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a cell is empty or says so, where no text can stand: `nan`, `null` …"""
+    return is_blank(value) or (isinstance(value, str) and value.strip().lower() in ("nan", "none", "null"))
+
+
+def without_nulls(value: Any, within: bool = False) -> Any:
+    """A row without the nulls `within` tool calls and tools: Parquet gives every object all keys that any row's has."""
+    if is_list(value):
+        return [without_nulls(item, within) for item in value]
+    if not is_object(value):
+        return value
+    return {
+        key: without_nulls(item, within or key in ("tool_calls", "function_call", *TOOLS))
+        for key, item in value.items()
+        if not (within and item is None)
+    }
+
+
 def is_transcript(text: Any) -> bool:
-    """Whether a value is an HH-RLHF transcript: `\\n\\nHuman: … \\n\\nAssistant: …`."""
-    return isinstance(text, str) and text.startswith("\n\nHuman:")
+    """Whether a value is a transcript: `\\n\\nHuman: … \\n\\nAssistant: …`, perhaps without the line before it."""
+    asked = _ASKED.match(text) if isinstance(text, str) else None
+    return asked is not None and ((asked[1] or "#")[0] != "#" or "Assistant" in _speakers(text).findall(text))
+
+
+def _speakers(text: str) -> re.Pattern[str]:
+    return _SPEAKERS["### ?" if text.lstrip("\ufeff \t\r\n").startswith("#") else r"\r?\n\r?\n"]
 
 
 def transcript(text: str) -> list[dict[str, Any]]:
-    """The turns of an HH transcript; a `BadRow` if it has text before them."""
-    before, *spoken = text.split("\n\nHuman:")
-    if before.strip():
+    """The turns of a transcript; a `BadRow` if it has text before them."""
+    before, *spoken = _speakers(text).split(text)
+    if before.strip() or spoken[:1] == ["Assistant"]:
         raise BadRow("the transcript has text before its first 'Human:' turn")
-    turns: list[dict[str, Any]] = []
-    for human in spoken:
-        said, *replies = human.split("\n\nAssistant:")
-        turns.append({"role": "user", "content": said.strip()})
-        turns += ({"role": "assistant", "content": reply.strip()} for reply in replies)
-    return turns
+    turns = zip(spoken[::2], spoken[1::2], strict=True)
+    return [{"role": "user" if name == "Human" else "assistant", "content": said.strip()} for name, said in turns]
 
 
 def unpacked(value: Any, name: str) -> Any:
-    """Turns that a CSV or Parquet file holds as text, as a list or an object; any other value as it is."""
-    if not isinstance(value, str) or not OBJECTS.match(value):
+    """Turns that a file holds as text, as a list or an object; any other value as it is. A `BadRow` if a text is
+    spoken turns from its beginning on, but can't be read: it would be learned as an answer."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip("\ufeff \t\r\n")
+    if (fenced := re.fullmatch(r"```\w*\s*\n(.*)```", text, re.DOTALL)) and "```" not in fenced[1]:
+        text = fenced[1].strip()
+    if not (_YAML.match(text) or (_STORED.match(text) and _SPOKEN.search(text))):
         return value
     try:
-        found = from_text(value, name)
+        found = from_text(text, name)
     except BadRow:
-        if _SPOKEN.search(value):
-            raise BadRow(f"{name}: looks like turns stored as text, but is neither JSON nor a Python list") from None
-        return value
-    items = found if is_list(found) else [found]
-    needed = (SPEAKER, (*CONTENT, "tool_calls", "function_call"))
-    is_turns = all(is_object(item) and all(any(key in item for key in keys) for keys in needed) for item in items)
-    return found if is_turns else value
+        if _goes_on_in_prose(text):
+            return value
+        raise BadRow(f"{name}: looks like turns stored as text, but is neither JSON nor a Python list") from None
+    found = unwrapped(found, name)
+    return found if any(_is_turn(unpacked(item, name)) for item in (found if is_list(found) else [found])) else value
+
+
+def _goes_on_in_prose(text: str) -> bool:
+    """Whether a text is JSON and then words, such as an answer that explains what it shows."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip(" \t\r\n,;")[:1].isalpha()
+
+
+def unwrapped(value: Any, name: str) -> Any:
+    """Turns out of what may stand around them: a text of its own, a list of one list, `{"messages": …}`, a list of
+    [role, text], and columns of lists, as Arrow has them."""
+    for _ in range(3):
+        if isinstance(value, str):
+            value = from_text(value, name)
+        elif is_list(value) and value and all(map(_is_role_and_text, value)):
+            return [{"role": role, "content": text} for role, text in value]
+        elif is_list(value) and len(value) == 1 and (is_list(value[0]) or _wrapper(value[0])):
+            value = value[0]
+        elif is_object(value) and (key := _wrapper(value)):
+            if others := [other for other in value if other != key and value[other] not in (None, *EMPTY)]:
+                raise BadRow(f"{name}: holds {key} and {listed(others)}; give each a column of its own")
+            value = value[key]
+    if is_object(value) and any(is_list(value.get(key)) for key in SPEAKER):
+        lists = {key: parts for key, parts in value.items() if is_list(parts)}
+        if len({len(parts) for parts in lists.values()}) == 1 and len(lists) == len(value):
+            return [dict(zip(lists, parts, strict=True)) for parts in zip(*lists.values(), strict=True)]
+    return value
+
+
+def _wrapper(value: Any) -> str | None:
+    return next((key for key in DIALOGUES if is_object(value) and key in value), None)
+
+
+def _is_role_and_text(value: Any) -> bool:
+    return is_list(value) and len(value) == 2 and role_of(value[0]) is not None and isinstance(value[1], str)
+
+
+def _is_turn(value: Any) -> bool:
+    keys = (*CONTENT, "tool_calls", "function_call")
+    return is_object(value) and any(role_of(value.get(key)) for key in SPEAKER) and any(key in value for key in keys)
 
 
 def from_text(text: str, name: str) -> Any:
@@ -99,10 +206,6 @@ def listed(names: Iterable[Any]) -> str:
     printable = [str(name) if str(name).isprintable() else repr(name) for name in names]
     short_ones = [name if len(name) <= 40 else f"{name[:39]}…" for name in printable]
     return ", ".join(short_ones[:12]) + (f" and {len(short_ones) - 12} more" if len(short_ones) > 12 else "")
-
-
-def short(value: Any) -> str:
-    return reprlib.repr(value)[:80]
 
 
 def check_not_templated(text: str) -> None:

@@ -104,6 +104,8 @@ RANKED = {  # name: (prompt, row); the answers are Yes and No
     "a prompt that the answers repeat with other white space": (
         [user("Why? ")], {"prompt": "Why? ", "chosen": [user("Why?"), YES], "rejected": [user(" Why?"), NO]}),
     "columns that are empty in a CSV": (ASKED, {**SAME, "messages": "", "tools": " ", "history": "", "turns": ""}),
+    "a whole dialogue, of which the answers repeat all but the end": (
+        TALKED, {"messages": [*TALKED, assistant("So")], **opened(TALKED)}),
     "two dialogues and a winner": (
         TALKED, {"conversation_a": [*TALKED, NO], "conversation_b": [*TALKED, YES], "winner": "model_b", "turn": 2}),
     "two answers and a winner": (
@@ -182,6 +184,17 @@ DIALOGUES = {  # name: (turns, index of the first that is trained on, row)
     "a system turn in the middle": (
         [*TALKED[:2], system("Be brief."), *ASKED, YES], 0,
         {"messages": [*TALKED[:2], system("Be brief."), *ASKED, YES]}),
+    "pairs, as Capybara has them": (
+        [*TALKED, YES], 0,
+        {"source": "x", "conversation": [{"input": "Hi", "output": "Hello"}, {"input": "Why?", "output": "Yes"}]}),
+    "texts in turn, as LIMA has them": ([*TALKED, YES], 0, {"conversations": ["Hi", "Hello", "Why?", "Yes"]}),
+    "columns of lists, as Arrow has them": (
+        [*ASKED, YES], 0, {"messages": {"role": ["user", "assistant"], "content": ["Why?", "Yes"]}}),
+    "a history of turns": ([*TALKED, YES], 0, {"instruction": "Why?", "history": TALKED[:2], "output": "Yes"}),
+    "prompt, input and completion": (
+        [user("Translate:\nJa"), YES], 1, {"prompt": "Translate:", "input": "Ja", "completion": "Yes"}),
+    "a prompt that holds its context": (
+        [user("It rains. Why?"), YES], 1, {"prompt": "It rains. Why?", "context": "It rains.", "response": "Yes"}),
     "preferred output alone": ([*TALKED, YES], 3, {"input": {"messages": TALKED}, "preferred_output": YES}),
 }
 FIRST_QUESTION = ("ultrachat", "prompt and completion, a completion of three turns")  # where the prompt says it ends

@@ -1,10 +1,11 @@
-"""What a turn holds: roles, parts of a content, thoughts, tool calls, weights; and turns that are stored as text."""
+"""What a turn holds: roles, parts of a content, thoughts, tool calls and weights."""
 
 import json
 
 import pytest
 
-from qalign.data.formats import canonical, canonical_dialogue, canonical_prompt
+from qalign.config.stages import Source
+from qalign.data.formats import canonical, canonical_dialogue, canonical_prompt, dialogues
 from qalign.data.readers import BadRow
 from tests.data.shapes import ASKED, NO, TALKED, YES, assistant, gpt, human, system, user
 
@@ -24,12 +25,12 @@ def refusal(*turns, **columns) -> str:
 # --- roles and content -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["user", "User", " HUMAN ", "prompter"])
+@pytest.mark.parametrize("name", ["user", "User", " HUMAN ", "prompter", "USER:"])
 def test_names_of_the_user(name):
     assert turns_of({"role": name, "content": "Why?"}, YES) == [*ASKED, YES]
 
 
-@pytest.mark.parametrize("name", ["Assistant", "gpt", "chatgpt", "bard", "bing", "model", "ai", "bot", "chatbot"])
+@pytest.mark.parametrize("name", ["Assistant", "gpt", "chatgpt", "bard", "bing", "model", "bot", "agent", "ASSISTANT:"])
 def test_names_of_the_assistant(name):
     assert turns_of(*ASKED, {"role": name, "content": "Yes"}) == [*ASKED, YES]
 
@@ -39,7 +40,9 @@ def test_names_of_the_system(name):
     assert turns_of({"role": name, "content": "Be brief."}, *ASKED, YES) == [system("Be brief."), *ASKED, YES]
 
 
-@pytest.mark.parametrize("name", ["tool", "function", "observation", "ipython", "tool_response", "function_response"])
+@pytest.mark.parametrize(
+    "name", ["tool", "function", "observation", "ipython", "tool-response", "Tool Response", "environment"]
+)
 def test_names_of_a_tool(name):
     assert turns_of(*ASKED, CALLED, {"role": name, "content": "5"}, YES)[2] == {"role": "tool", "content": "5"}
 
@@ -57,6 +60,7 @@ def test_names_of_a_tool(name):
         {"role": "user", "text": "Why?"},
         {"role": "user", "content": "Why?", "value": "Why?"},
         {"from": "user", "content": '[{"type": "text", "text": "Why?"}]'},
+        {"role": "user", "content": "Why?", "header": {"a": 1}, "country": "US", "toxic": False, "hashed_ip": "h"},
         {"role": "user", "content": "Why?", "id": 7, "created_at": "noon", "turn_identifier": 3, "images": []},
         {"role": "user", "content": "Why?", "weight": 0, "tool_calls": [], "reasoning_content": "", "name": None},
     ],
@@ -117,19 +121,22 @@ CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city"
 CALLED = assistant("") | {"tool_calls": [CALL]}
 SCHEMA = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 SUNNY = {"role": "tool", "content": "sun"}
+TOOLACE = assistant('[Get Weather(city="Rome"), now()]')
 
 
 @pytest.mark.parametrize(
     "turn",
     [
         {"role": "assistant", "content": None, "tool_calls": [CALL]},
-        {"role": "assistant", "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL | {"id": None, "index": None}]},
         assistant("")
         | {"tool_calls": [{"function": {"name": "weather", "arguments": '{"city": "Rome"}'}, "index": 0}]},
-        assistant("") | {"tool_calls": [{"name": "weather", "arguments": {"city": "Rome", "unit": None}}]},
+        assistant("") | {"tool_calls": [{"name": "weather", "arguments": {"city": "Rome"}}]},
         assistant("") | {"tool_calls": json.dumps([CALL])},
         assistant("") | {"function_call": {"name": "weather", "parameters": {"city": "Rome"}}},
         {"from": "function_call", "value": '{"name": "weather", "arguments": {"city": "Rome"}}'},
+        {"from": "function_call", "value": f"<tool_call>\n{json.dumps(CALL['function'])}\n</tool_call>"},
+        {"role": "assistant", "content": "", "tool_calls": [json.dumps(CALL)], "function_call": "null"},
         {"role": "tool_call", "content": '[{"name": "weather", "arguments": "{\\"city\\": \\"Rome\\"}"}]'},
     ],
     ids=str,
@@ -153,12 +160,30 @@ def test_sharegpts_calls_in_a_row_are_one_turn_with_the_words_before_them():
     assert list(row.turns) == [*ASKED, assistant("Let me look.") | {"tool_calls": [CALL, CALL]}]
 
 
-def test_nulls_that_a_call_spells_in_json_are_arguments():
-    call = {"name": "weather", "arguments": '{"city": null}'}
-    assert turns_of(*ASKED, assistant("") | {"tool_calls": [call]})[1]["tool_calls"][0]["function"] == {
-        "name": "weather",
-        "arguments": {"city": None},
-    }
+@pytest.mark.parametrize("arguments", ['{"city": null}', {"city": None}])
+def test_nulls_that_a_call_has_in_json_are_arguments(arguments, write_jsonl):
+    call = {"name": "weather", "arguments": arguments}
+    row = {"messages": [*ASKED, assistant("") | {"tool_calls": [call]}], "tools": [SCHEMA | {"strict": None}]}
+
+    (read,), _ = dialogues((Source(path=str(write_jsonl("calls.jsonl", [row]))),), "train", None, 0)
+
+    assert read.turns[1]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": None}}
+    assert read.tools == (SCHEMA | {"strict": None},)
+
+
+def test_nulls_with_which_parquet_fills_calls_and_tools_are_none(tmp_path):
+    """It gives every object all the keys that any row's has."""
+    call = {"name": "weather", "arguments": {"city": "Rome"}}
+    other = {"name": "time", "arguments": {"zone": "UTC"}}
+    rows = [{"messages": [*ASKED, assistant("") | {"tool_calls": [one]}], "tools": [SCHEMA]} for one in (call, other)]
+    rows[1]["tools"] = [{"type": "function", "function": {"name": "time", "strict": True}}]
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet").write_table(pyarrow.Table.from_pylist(rows), tmp_path / "calls.parquet")
+
+    read, _ = dialogues((Source(path=str(tmp_path / "calls.parquet")),), "train", None, 0)
+
+    assert [row.turns[1]["tool_calls"][0]["function"] for row in read] == [call, other]
+    assert [list(row.tools) for row in read] == [row["tools"] for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +194,9 @@ def test_nulls_that_a_call_spells_in_json_are_arguments():
         ({"arguments": {}}, "a tool call needs a function's name"),
         ({"type": "retrieval", "name": "weather"}, "a tool call needs a function's name"),
         ({"name": "weather", "mood": "sad"}, "a tool call has mood"),
-        ("weather", "a tool call needs a function's name"),
+        ("null", "a tool call needs a function's name"),
+        ("<tool_call>{}</tool_call> as said", "'<tool_call>{}</tool_call> as said' is neither JSON"),
+        ("weather", "'weather' is neither JSON nor a Python list"),
         (5, "a tool call needs a function's name"),
     ],
     ids=str,
@@ -184,6 +211,7 @@ def test_only_an_assistant_calls_and_only_after_a_call_a_tool_speaks():
     assert turns_of(*ASKED, CALLED, SUNNY, SUNNY, YES)[2:4] == [SUNNY, SUNNY]
     spelt = assistant('<tool_call>{"name": "weather", "arguments": {}}</tool_call>')  # Hermes' rows
     assert turns_of(*ASKED, spelt, SUNNY, YES) == [*ASKED, spelt, SUNNY, YES]
+    assert turns_of(*ASKED, TOOLACE, SUNNY, YES) == [*ASKED, TOOLACE, SUNNY, YES]
     assert turns_of(*ASKED, CALLED, {"role": "tool", "content": ""}, YES)[2]["content"] == ""
 
 
@@ -193,7 +221,10 @@ def test_only_an_assistant_calls_and_only_after_a_call_a_tool_speaks():
         {"tools": [SCHEMA]},
         {"tools": json.dumps([SCHEMA])},
         {"tools": json.dumps([SCHEMA["function"]])},  # sharegpt's
-        {"tools": [SCHEMA["function"] | {"type": "function", "strict": None}]},
+        {"tools": [SCHEMA["function"] | {"type": "function"}]},
+        {"tools": SCHEMA},
+        {"tools": json.dumps(SCHEMA["function"])},
+        {"tools": [json.dumps(SCHEMA)]},
         {"functions": [SCHEMA["function"]]},
     ],
     ids=str,
@@ -215,7 +246,7 @@ def test_tools_of_openais_preferences_stand_in_the_input():
     assert row.tools == (SCHEMA,)
 
 
-@pytest.mark.parametrize("tools", [[], "", " ", "[]", None])
+@pytest.mark.parametrize("tools", [[], "", " ", "[]", None, "nan", "null", float("nan")])
 def test_an_empty_tools_column_is_none(tools):
     assert canonical_dialogue({"messages": [*ASKED, YES], "tools": tools}, "").tools == ()
 
@@ -264,76 +295,3 @@ def test_weights_of_an_answer_and_of_its_prompt():
 def test_a_weight_that_cannot_be_kept_refuses_the_row(turn, reason):
     assert reason in refusal(*ASKED, turn)
     assert "the user's turn can't be trained on" in refusal(user("Why?") | {"train": True}, YES)
-
-
-# --- turns stored as text --------------------------------------------------------------------------------------------
-
-NUMPY = "[{'role': 'user', 'content': 'It\\'s } {?'}\n {'content': 'Yes', 'role': 'assistant'}]"
-STORED = {
-    "JSON": json.dumps,
-    "JSON with spaces": lambda turns: json.dumps(turns, indent=1),
-    "pandas": str,
-    "a tuple": lambda turns: str(tuple(turns)),
-    "NumPy": lambda turns: str(turns).replace("}, {", "}\n {"),
-    "NumPy on one line": lambda turns: str(turns).replace("}, {", "} {"),
-    "NumPy's repr": lambda turns: f"array({turns}, dtype=object)".replace("}, {", "},\n       {"),
-}
-
-
-@pytest.mark.parametrize("write", STORED.values(), ids=STORED)
-def test_turns_stored_as_text_are_read(write):
-    whole = write([*TALKED, YES])
-    pair = {"prompt": write(TALKED), "chosen": write([YES]), "rejected": write([NO])}
-
-    for key in ("messages", "conversations", "conversation"):
-        assert list(canonical_dialogue({key: whole}, "").turns) == [*TALKED, YES]
-    row = canonical(pair, "")
-    assert (list(row.prompt), row.chosen, row.rejected) == (TALKED, YES, NO)
-    assert list(canonical_prompt(pair, "").turns) == TALKED
-    repeated = canonical({"chosen": whole, "rejected": write([*TALKED, NO])}, "")
-    assert (list(repeated.prompt), repeated.chosen) == (TALKED, YES)
-    done = canonical_dialogue({"prompt": write(TALKED), "completion": write([YES])}, "")
-    assert list(done.turns) == [*TALKED, YES]
-
-
-def test_braces_and_quotes_within_a_stored_text_are_text():
-    assert list(canonical_dialogue({"messages": NUMPY}, "").turns) == [user("It's } {?"), YES]
-
-
-def test_a_list_of_turns_that_are_each_stored_as_text():
-    assert list(canonical_dialogue({"messages": [json.dumps(turn) for turn in (*ASKED, YES)]}, "").turns) == [
-        *ASKED,
-        YES,
-    ]
-
-
-def test_a_history_stored_as_text():
-    row = {"instruction": "Why?", "history": '[["Hi", "Hello"]]', "output": "Yes"}
-    assert list(canonical_dialogue(row, "").turns) == [*TALKED, YES]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "[1, 2, 3]",
-        '{"name": "Ann", "age": 5}',
-        '[{"name": "Ann"}, {"name": "Bob"}]',
-        '{"role": "admin"}',
-        '["Yes", "No"]',
-        '[{"name": "Ann"',
-        "{'a': 1}",
-        "[INST",
-    ],
-)
-def test_other_json_is_a_text_like_any_other(text):
-    row = canonical({"prompt": text, "chosen": text, "rejected": "No"}, "")
-    assert (row.prompt[0], row.chosen) == (user(text), assistant(text))
-
-
-@pytest.mark.parametrize("key", ["prompt", "chosen", "rejected"])
-def test_turns_stored_as_text_that_is_broken_refuse_the_row(key):
-    row = {"prompt": "Why?", "chosen": "Yes", "rejected": "No"} | {key: str(ASKED)[:-5]}
-    with pytest.raises(
-        BadRow, match=f"^{key}: looks like turns stored as text, but is neither JSON nor a Python list$"
-    ):
-        canonical(row, "")

@@ -38,6 +38,17 @@ dialogues = pytest.mark.parametrize(("turns", "first_trained", "raw"), DIALOGUES
 SIDED = {  # without those in which another column says which answer is rejected
     name: case for name, case in RANKED.items() if {"chosen", "preferred_output", "output"} & case[1].keys()
 }
+FILLED = {
+    "a pair": SAME,
+    "a pair that repeats the prompt": {"chosen": [*TALKED, YES], "rejected": [*TALKED, NO]},
+    "transcripts": {side: f"\n\nHuman: Why?\n\nAssistant: {side}" for side in ("chosen", "rejected")},
+    "a question and two answers": {"question": "Why?", "response_a": "Yes", "response_b": "No", "winner": "a"},
+    "messages": {"messages": [*TALKED, YES]},
+    "prompt and completion": {"prompt": "Why?", "completion": "Yes"},
+    "alpaca": {"instruction": "Why?", "input": "", "output": "Yes"},
+    "a system prompt": {"system": "Be brief.", "conversations": [*TALKED, YES]},
+    "a text": {"text": "Once."},
+}
 NULLS = dict.fromkeys(COLUMNS)  # Parquet files and `datasets` give every row every column
 
 
@@ -78,6 +89,26 @@ def test_the_prompt_of_a_dialogue_ends_with_its_last_question_or_where_the_row_s
     assert prompted(DIALOGUES[name][2]) == (turns[:1] if name in FIRST_QUESTION else turns[:-1])
 
 
+@pytest.mark.parametrize("empty", ["", " ", [], float("nan")], ids=repr)
+@pytest.mark.parametrize("name", FILLED)
+def test_empty_cells_of_a_file_of_several_shapes_are_absent(empty, name):
+    cells = dict.fromkeys({key for raw in FILLED.values() for key in raw}, empty)
+    raw = FILLED[name]
+
+    for convert in (canonical, canonical_dialogue, canonical_prompt):
+        expected = outcome_or_reason(convert, raw)
+        assert outcome_or_reason(convert, cells | raw) == expected or isinstance(expected, str)
+    assert canonical_dialogue(cells | raw, "") == canonical_dialogue(raw, "")
+
+
+def outcome_or_reason(convert, raw):
+    try:
+        row = convert(raw, "")
+    except BadRow as refusal:
+        return str(refusal)
+    return row.turns if isinstance(row, Prompt) else row
+
+
 @pytest.mark.parametrize(("prompt", "raw"), PROMPTS.values(), ids=PROMPTS.keys())
 def test_a_prompt(prompt, raw):
     for row in (raw, NULLS | raw):  # with its columns, for functions that score answers
@@ -112,7 +143,7 @@ def test_of_a_row_with_many_keys_the_most_telling_is_imitated():
         del everything["output" if key == "instruction" else key]
 
 
-@pytest.mark.parametrize("text", ["Once.", " Once\n\na time. ", "Human: Hi\n\nAssistant: Hello", "\n\nAssistant: 5"])
+@pytest.mark.parametrize("text", ["Once.", " Once\n\na time. ", "Human: Hi\nAssistant: Hello", "\n\nAssistant: 5"])
 def test_plain_text_is_kept_as_it_is(text):
     assert canonical_dialogue({"text": text, "id": 7, "label": True}, "a.txt:1") == PlainText(text, "a.txt:1")
 
@@ -128,6 +159,19 @@ def test_texts_keep_their_white_space_and_lines():
     assert canonical_dialogue(raw, "").turns == (*asked, assistant(" Yes,\n\nof course.\n"))
     assert canonical_prompt(raw, "").turns == asked
     assert prompted({"prompt": "Why?\n\nAssistant: Yes"}) == [user("Why?\n\nAssistant: Yes")]  # no transcript
+
+
+@pytest.mark.parametrize(("told", "repeated"), [("a  b\nc", "a b c"), ("a\r\nb", "a\nb"), ("a\u00a0b ", "a b")])
+def test_a_prompt_that_the_answers_repeat_with_other_white_space_is_the_same(told, repeated):
+    raw = {"prompt": told, "chosen": [user(repeated), YES], "rejected": [user(f"{repeated}\n"), NO]}
+
+    assert canonical(raw, "") == Preference((user(told),), YES, NO, "")
+    assert canonical_dialogue(raw, "").turns == (user(told), YES)
+
+
+def test_answers_that_differ_in_white_space_inside_are_two():
+    row = canonical({"prompt": "Code?", "chosen": "if a:\n    b", "rejected": "if a:\nb"}, "")
+    assert row.chosen != row.rejected
 
 
 def test_a_transcript_loses_the_white_space_around_its_turns_and_none_within():
