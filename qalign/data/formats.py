@@ -308,8 +308,9 @@ def _check_order(turns: Turns, name: str, last: str) -> None:
         raise BadRow(f"{name} is empty")
     if not any(turn["role"] == "user" for turn in spoken):
         raise BadRow(f"{name} has no user's turn")
-    if before["role"] not in (last, "tool" if last == "user" else last):
-        raise BadRow(f"{name} ends with the {before['role']}'s turn, expected the {last}'s")
+    end = before if last == "user" else turns[-1]  # nothing follows a system turn after the last answer
+    if end["role"] not in (last, "tool" if last == "user" else last):
+        raise BadRow(f"{name} ends with the {end['role']}'s turn, expected the {last}'s")
 
 
 def _settled(turns: Turns) -> tuple[Turns, frozenset[int]]:

@@ -1,12 +1,12 @@
 """A tokenizer with its chat template, and everything else that decides how a dialogue becomes text.
 
 They travel together, as one `ChatTemplate`, through training, evaluation, sampling and the page, so that a dialogue is
-rendered in one way everywhere. A template may leave out what it has no place for without an error: `check_prompt` and
-`check_answer` look for every part of a row in the rendered text, and refuse the row if one is missing.
+rendered in one way everywhere. A template may leave out what it has no place for without an error; that is found by
+`qalign.data.template_checks`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -16,7 +16,7 @@ from typing import Any
 from qalign.config.recipe import Model
 from qalign.data.messages import Message
 from qalign.data.readers import BadRow
-from qalign.errors import UserError, one_line, short, within
+from qalign.errors import UserError, one_line, within
 
 Tokenizer = Any  # transformers' PreTrainedTokenizerBase; its own type hints are too loose to check against
 Tools = Sequence[dict[str, Any]]  # schemas of functions
@@ -30,7 +30,7 @@ PLAIN_TEMPLATE = """\
 would never be learned)."""
 
 MOVE_IT = "model.system_turn: into_user puts it before the next user turn"
-PROBES = {"content": "probe of an answer", "reasoning_content": "probe of a thought", "tool_calls": "probe_call"}
+ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 SECONDS = 10  # in which a template must have rendered a short dialogue
 LATE = f"model.chat_template: the chat template takes more than {SECONDS} s for one question; give another"
 DIRECTIVES = "aAbBcCdDeFgGhHIjklmMnpPrRsStTuUVwWxXyYzZ"  # of C's strftime, after a %
@@ -46,6 +46,7 @@ class ChatTemplate:
     now: datetime = field(default_factory=datetime.now)  # what the template is told when it asks for the date
     words: str = "the model's own"  # which template this is
     tools: Tools = ()  # of one row; see `with_tools`
+    left_out: set[str] = field(default_factory=set[str])  # facts of turns that it doesn't show; for the header
 
     def __str__(self) -> str:
         return self.words + (f", with the date {self.now:%Y-%m-%d}" if self.is_dated else "")
@@ -124,11 +125,10 @@ class ChatTemplate:
     def _takes_arguments_as_text(self) -> bool:
         """Whether the template writes the arguments of a call as they are, so that they must be JSON already. (As an
         object they would raise, or be written as Python writes them.)"""
-        asked = {"role": "user", "content": "a"}
         for arguments, as_text in (({"probe": "call"}, False), ('{"probe": "call"}', True)):
-            answer = {"role": "assistant", "content": "", "tool_calls": [_call("probe", arguments)]}
+            answer = {"role": "assistant", "content": "", "tool_calls": [call_of("probe", arguments)]}
             try:
-                text = self.tokenizer.apply_chat_template([asked, answer], tokenize=False, **self.kwargs)
+                text = self.tokenizer.apply_chat_template([ASKED, answer], tokenize=False, **self.kwargs)
             except Exception:
                 continue
             if "{'probe': 'call'}" not in text:
@@ -151,6 +151,11 @@ def _date_macro(now: datetime) -> str:
     )
     marked = r"format | replace('%%', '\x00')" + replaced + r" | replace('\x00', '%')"
     return "{%- macro strftime_now(format) %}{{ " + marked + " }}{% endmacro %}\n"  # Jinja drops the last newline
+
+
+def call_of(name: str, arguments: object) -> dict[str, Any]:
+    """A tool call in OpenAI's form."""
+    return {"id": "probe0001", "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def _with_arguments_as_text(turn: Message) -> Message:
@@ -221,116 +226,44 @@ def _probed(template: ChatTemplate) -> str:
     return text
 
 
-# --- is every part of a row in the rendered text? --------------------------------------------------------------------
+# --- how a turn ends -----------------------------------------------------------------------------------------------
 
 
-def check_prompt(template: ChatTemplate, turns: Sequence[Message], text: str) -> None:
-    """Raises a `BadRow` if the template leaves out a turn, a call or the tools of a prompt. (Thoughts of earlier
-    answers may be left out: that is what the model sees at inference.)
-
-    Args:
-        text: the prompt as the template rendered it.
-    """
-    leaves_out = f"the chat template ({template.words}) leaves out"
-    if template.tools or any(turn.keys() > {"role", "content"} for turn in turns):
-        lost = _lost_turns(template, turns)
-    else:
-        lost = _lost_roles(template, tuple(turn["role"] for turn in turns))
-    if lost:
-        role = turns[lost[0]]["role"]
-        fix = f"; {MOVE_IT}" if role == "system" else ""
-        raise BadRow(f"{leaves_out} turn {lost[0] + 1}, the {role}'s{fix}")
-    for turn in turns:
-        if missing := next(_missing_words(turn.get("tool_calls", ()), text), None):
-            raise BadRow(f"{leaves_out} part of a tool call: {short(missing)}")
-    if template.tools:
-        names = [str(tool.get("function", tool).get("name", "")) for tool in template.tools]
-        missing = next((name for name in names if name not in text), None)
-        if missing is not None or text == replace(template, tools=()).render(turns, add_generation_prompt=True):
-            raise BadRow(f"{leaves_out} the row's tools" + (f": {short(missing)}" if missing else ""))
+def through_end_of_turn(template: ChatTemplate, text: str) -> str:
+    """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
+    closing = _closing(template, text)
+    if not closing:
+        return text.rstrip() + template.tokenizer.eos_token
+    if len(closing) > 1:  # a special token may close a tool call, before the one that ends the turn
+        end, *after = _usual_closing(template) or [None]
+        usual = [place for token, place in closing if token == end]
+        return text[: (usual or [place for token, place in closing if token not in after][-1:] or [closing[0][1]])[0]]
+    return text[: closing[0][1]]
 
 
-@lru_cache(maxsize=4096)
-def _lost_roles(template: ChatTemplate, roles: tuple[str, ...]) -> tuple[int, ...]:
-    return _lost_turns(template, [{"role": role, "content": "a"} for role in roles])
+def _closing(template: ChatTemplate, text: str) -> list[tuple[str, int]]:
+    """The special tokens at the end of a text, each with the index after it."""
+    special, body = special_tokens(template.tokenizer), text.rstrip()
+    found: list[tuple[str, int]] = []
+    while body.endswith(special):
+        token = max(filter(body.endswith, special), key=len)
+        found.insert(0, (token, len(body)))
+        body = body.removesuffix(token).rstrip()
+    return found
 
 
-def _lost_turns(template: ChatTemplate, turns: Sequence[Message]) -> tuple[int, ...]:
-    """Indices of the turns that the template doesn't render, whatever they say."""
-    probes = [
-        turn if turn["role"] == "assistant" else turn | {"content": f"probe {number}."}
-        for number, turn in enumerate(turns)
-    ]
+@lru_cache(maxsize=4)
+def _usual_closing(template: ChatTemplate) -> list[str]:
+    """The special tokens after an answer without tool calls: the end of turn first."""
     try:
-        text = template.render(probes, add_generation_prompt=True)
-    except BadRow:  # it refuses the probes, but took what the turns say
-        return ()
-    said = ((number, turn["content"]) for number, turn in enumerate(probes) if turn["role"] != "assistant")
-    return tuple(number for number, content in said if content not in text)
+        text = template.render([ASKED, ANSWERED], add_generation_prompt=False)
+    except BadRow:
+        return []
+    return [token for token, _ in _closing(template, text)]
 
 
-def check_answer(template: ChatTemplate, prompt: Sequence[Message], answer: Message, text: str, start: int) -> None:
-    """Raises a `BadRow` if the template leaves out a part of an answer.
-
-    Args:
-        text: the dialogue as the template rendered it; the answer begins about at `start`.
-    """
-    leaves_out = f"the chat template ({template.words}) leaves out"
-    for key in ("content", "reasoning_content"):
-        said = answer.get(key, "")
-        if not _holds(text, said, start):
-            lines = (line for line in said.splitlines() if not _holds(text, line, start))
-            raise BadRow(f"{leaves_out} part of the answer's {key}: {short(next(lines, said))}")
-    calls = answer.get("tool_calls", ())
-    if missing := next(_missing_words(calls, text[start:]), None):
-        raise BadRow(f"{leaves_out} part of the answer's tool_calls: {short(missing)}")
-    if not (calls or answer.get("reasoning_content")):
-        return
-    # What the parts say may stand in the text by chance, such as a thought "4" before an answer "4".
-    probes = {key: probe for key, probe in PROBES.items() if answer.get(key)}
-    other = answer | probes | ({"tool_calls": [_call(PROBES["tool_calls"], {})]} if calls else {})
-    try:
-        found = template.render([*prompt, other], add_generation_prompt=False)
-    except BadRow:  # it refuses the probes, but took what the answer says
-        return
-    if lost := next((key for key, probe in probes.items() if probe not in found), None):
-        raise BadRow(f"{leaves_out} the answer's {lost}")
-
-
-def _call(name: str, arguments: object) -> dict[str, Any]:
-    return {"id": "probe0001", "type": "function", "function": {"name": name, "arguments": arguments}}
-
-
-def _holds(text: str, part: str, start: int) -> bool:
-    """Whether a text has a part that ends after `start`. White space doesn't count: templates trim and rearrange it."""
-    at = text.rfind(part.strip())
-    if (at >= 0 and at + len(part.strip()) > start) or not part.strip():
-        return True
-    bare = "".join(part.split())
-    at = "".join(text.split()).rfind(bare)
-    return at >= 0 and at + len(bare) > len("".join(text[:start].split()))
-
-
-def _missing_words(calls: Sequence[dict[str, Any]], text: str) -> Iterator[str]:
-    """The names and arguments of calls that a text lacks, in whichever way the template writes them."""
-    for call in calls:
-        function = call["function"]
-        for word in (function["name"], *leaves(function["arguments"])):
-            spellings = {str(word), json.dumps(word), json.dumps(word, ensure_ascii=False), repr(word)}
-            if isinstance(word, str):
-                spellings |= {spelling[1:-1] for spelling in spellings if spelling != word}
-            if not any(_holds(text, spelling, 0) for spelling in spellings):
-                yield str(word)
-
-
-def leaves(value: Any) -> Iterator[Any]:
-    """Everything in a value of JSON that is no list and no object, the keys of objects included."""
-    left = [value]
-    while left:
-        item = left.pop()
-        if isinstance(item, dict):
-            left += [*item.values(), *item]
-        elif isinstance(item, (list, tuple)):
-            left += item
-        else:
-            yield item
+@lru_cache(maxsize=4)
+def special_tokens(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """The special tokens as text; EOS counts as one even if it isn't marked as special."""
+    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return tuple(sorted({tokenizer.eos_token, *marked}))

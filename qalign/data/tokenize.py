@@ -7,6 +7,7 @@ with one BOS; the supervised ids are exactly the answer and its end of turn. Eac
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple, TypeVar
@@ -15,13 +16,14 @@ from tqdm.auto import tqdm
 
 from qalign.data.formats import Dialogue, Message, PlainText, Preference, Prompt, Read, Refused
 from qalign.data.readers import BadRow
-from qalign.data.templates import ChatTemplate, Tokenizer, check_answer, check_prompt, leaves
+from qalign.data.template_checks import check_answer, check_prompt, leaves
+from qalign.data.templates import ANSWERED, ASKED, ChatTemplate, call_of, special_tokens, through_end_of_turn
 from qalign.errors import UserError
 
 Row = TypeVar("Row", bound=Preference | Dialogue | PlainText | Prompt)
 Encoded = TypeVar("Encoded")
 
-ASKED, ANSWERED = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+TOOL = {"type": "function", "function": {"name": "call", "description": "", "parameters": {}}}
 IGNORED = -100  # the label of tokens outside the loss, as PyTorch's cross entropy has it
 # A longer row is refused before it is tokenised, which takes a second and 250 MB for each million characters. English
 # has 4 to 5 of them a token; the longest tokens in use, runs of spaces or of one sign, have 128.
@@ -185,10 +187,21 @@ def encode_prompt(template: ChatTemplate, prompt: Sequence[Message]) -> list[int
 
 def end_of_turn_id(template: ChatTemplate) -> int:
     """The id with which the template ends an assistant's turn; a `UserError` if it can't render one."""
+    return end_of_turn_ids(template)[0]
+
+
+@lru_cache(maxsize=4)
+def end_of_turn_ids(template: ChatTemplate) -> tuple[int, ...]:
+    """The same, and the ids with which it ends a turn that calls a tool, if they are others."""
     try:
-        return _encode(template, [ASKED], [ANSWERED], 0).answer_ids[0][-1]
+        found = [_encode(template, [ASKED], [ANSWERED], 0).answer_ids[0][-1]]
     except BadRow as reason:
         raise UserError(f"model.chat_template: no end of turn can be found: {reason}") from None
+    for content in ("", "b"):
+        with suppress(BadRow):  # a template that has no place for calls
+            calling = ANSWERED | {"content": content, "tool_calls": [call_of("call", {})]}
+            found.append(_encode(template.with_tools([TOOL]), [ASKED], [calling], 0).answer_ids[0][-1])
+    return tuple(dict.fromkeys(found))
 
 
 def pad_for_scores(template: ChatTemplate) -> str:
@@ -278,7 +291,7 @@ def _encode(
         text = template.render([*prompt, answer], add_generation_prompt=False)
         if not text.startswith(prompt_text):
             raise BadRow("the chat template renders a prompt differently once it is answered; see chat_template_kwargs")
-        text = _through_end_of_turn(template, text)
+        text = through_end_of_turn(template, text)
         found.texts.append(text)
         found.answer_ids.append(_answer_ids(template, found.prompt_ids, text, len(prompt_text)))
     return found
@@ -297,42 +310,6 @@ def _answer_ids(template: ChatTemplate, prompt_ids: list[int], text: str, start:
     return rest
 
 
-def _through_end_of_turn(template: ChatTemplate, text: str) -> str:
-    """Cuts what a template writes after the end of turn (ChatML's newline, Phi-3's EOS); adds EOS if it wrote none."""
-    closing = _closing(template, text)
-    if not closing:
-        return text.rstrip() + template.tokenizer.eos_token
-    ends = dict(reversed(closing))  # a special token may close a tool call, before the one that ends every turn
-    return text[: ends.get(_usual_end(template) if len(ends) > 1 else None, closing[0][1])]
-
-
-def _closing(template: ChatTemplate, text: str) -> list[tuple[str | None, int]]:
-    """The special tokens at the end of a text, each with the index after it."""
-    special, body = _special(template.tokenizer), text.rstrip()
-    found: list[tuple[str | None, int]] = []
-    while body.endswith(special):
-        token = max(filter(body.endswith, special), key=len)
-        found.insert(0, (token, len(body)))
-        body = body.removesuffix(token).rstrip()
-    return found
-
-
-@lru_cache(maxsize=4)
-def _usual_end(template: ChatTemplate) -> str | None:
-    """The first special token after an answer without tool calls."""
-    try:
-        return _closing(template, template.render([ASKED, ANSWERED], add_generation_prompt=False))[0][0]
-    except (BadRow, IndexError):
-        return None
-
-
-@lru_cache(maxsize=4)
-def _special(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The special tokens as text; EOS counts as one even if it isn't marked as special."""
-    marked = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return tuple(sorted({tokenizer.eos_token, *marked}))
-
-
 def _check_texts(template: ChatTemplate, turns: Sequence[Message | str], max_length: int) -> None:
     """Refuses a row before anything is computed from it: one that is far too long, or one that spells a special token,
     which would be read as one (a forged end of turn)."""
@@ -343,5 +320,5 @@ def _check_texts(template: ChatTemplate, turns: Sequence[Message | str], max_len
     if len(turns) > (most_turns := max(LEAST_TURNS, max_length)):
         raise BadRow(f"the row has {len(turns):,} turns; at most {most_turns:,} are taken at this max_length; split it")
     text = "\0".join(texts)
-    if found := next((token for token in _special(template.tokenizer) if token in text), None):
+    if found := next((token for token in special_tokens(template.tokenizer) if token in text), None):
         raise BadRow(f"the text contains the model's special token {found}")

@@ -23,7 +23,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from qalign.data.formats import Message
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import encode_prompt, end_of_turn_id
+from qalign.data.tokenize import encode_prompt, end_of_turn_ids
 from qalign.errors import UserError
 from qalign.model.base import Base, Role
 from qalign.model.memory.forecast import free_memory, kv_cache_bytes
@@ -288,8 +288,8 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
 
 
 def stop_ids_of(template: ChatTemplate) -> tuple[int, ...]:
-    """The ids that end an answer: the chat template's end of turn, then EOS if it is another."""
-    return tuple(dict.fromkeys([end_of_turn_id(template), cast("int", template.tokenizer.eos_token_id)]))
+    """The ids that end an answer: the chat template's ends of turn, then EOS if it is another."""
+    return tuple(dict.fromkeys([*end_of_turn_ids(template), cast("int", template.tokenizer.eos_token_id)]))
 
 
 def with_end_of_turn(answer: list[int], stop_ids: tuple[int, ...]) -> list[int]:

@@ -21,7 +21,8 @@ from qalign.config.stages import REWARD_RUN, RewardSource
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
 from qalign.data.readers import BadRow
-from qalign.data.templates import ChatTemplate, check_prompt
+from qalign.data.template_checks import check_prompt
+from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenAnswers, pad_for_scores
 from qalign.errors import UserError
 from qalign.model import lineage

@@ -171,6 +171,8 @@ def encode_rows(
     counts |= {} if isinstance(run.settings, PPO) else {"shortened": shortened}
     counts |= {"left_out": left_out} if left_out else {}
     notes = [*found.intake.notes(), *_worse(run, found)]
+    if template.left_out:
+        notes.append(("", f"not used by the chat template: {', '.join(sorted(template.left_out))}"))
     hashes = {key: _hash(rows) for key, (rows, _) in found.rows.items()}
     return StageRows(encoded["data"], encoded["eval_data"], refused, counts, tuple(notes), hashes)
 

@@ -130,6 +130,7 @@ DIALOGUES = [
     ({"conversations": [BRIEF]}, "the dialogue is empty"),
     ({"messages": ASKED}, "the dialogue ends with the user's turn, expected the assistant's"),
     ({"conversations": LISTED}, "the dialogue ends with the user's turn, expected the assistant's"),
+    ({"messages": [*ANSWERED, BRIEF]}, "the dialogue ends with the system's turn, expected the assistant's"),
     ({"messages": [HELLO, HELLO, *ANSWERED]}, "turn 2 of the dialogue is the assistant's, expected the user's"),
     ({"messages": [HELLO]}, "the dialogue has no user's turn"),
     ({"messages": [HI, *ANSWERED]}, "turn 2 of the dialogue is the user's, expected the assistant's"),

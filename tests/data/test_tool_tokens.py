@@ -194,11 +194,15 @@ THOUGHT = "<think>\nWith care.\n</think>\n\n4"
         (STRIPS, THOUGHT, "'<think>'"),
         ("m.content[:10] }}", "It is four, I think.", "'It is four, I think.'"),
         ("m.content.split('\n')[0] }}", "Yes.\nIt is four.", "'It is four.'"),
+        ("m.content.split() | join(' ') }}", "Yes.\n    So", "'Yes..n    So'"),
+        ("m.content | replace('  ', ' ') }}", "Yes.\n  So", "'Yes..n  So'"),
+        ("m.content | tojson }}", "Yes.\nSo", "'Yes..nSo'"),
         ("m.content | lower }}", "IT IS four.", "'IT IS four.'"),
     ],
-    ids=["strips thoughts", "cuts", "keeps a line", "lowers"],
+    ids=["strips thoughts", "cuts", "keeps a line", "joins lines", "narrows spaces", "writes JSON", "lowers"],
 )
 def test_an_answer_of_which_the_template_loses_a_part_is_refused(content, answer, reason):
+    content = content.replace(" }}", " if m.role == 'assistant' else m.content }}") if "if" not in content else content
     template, other = changed("m.content }}", content), {"role": "assistant", "content": "four"}
     answer = {"role": "assistant", "content": answer}
 
@@ -213,17 +217,22 @@ def test_an_answer_of_which_the_template_loses_a_part_is_refused(content, answer
     assert encode_dialogue(template, Dialogue((ASKED, other), 0, "w"), 500)
 
 
-@pytest.mark.parametrize("content", ["m.content | trim }}", "m.content.split() | join(' ') }}"])
-def test_white_space_that_a_template_trims_is_no_loss(content):
+def test_white_space_that_a_template_trims_is_no_loss():
     answer = {"role": "assistant", "content": "  It is\n\nfour. \n"}
-    assert encode_dialogue(changed("m.content }}", content), Dialogue((ASKED, answer), 0, "w"), 500)
+    for asked in (ASKED, {"role": "user", "content": " \nWeather\n  in Rome? "}):
+        assert encode_dialogue(changed("m.content }}", "m.content | trim }}"), Dialogue((asked, answer), 0, "w"), 500)
+
+
+def test_white_space_around_the_tags_of_a_thought_may_be_rearranged():
+    """Qwen3's template puts two newlines after it."""
+    rearranged = "m.content.replace('</think>', '\n</think>\n\n') if m.role == 'assistant' else m.content }}"
+    answer = {"role": "assistant", "content": "<think>\nWith care.</think> \n4"}
+    assert encode_dialogue(changed("m.content }}", rearranged), Dialogue((ASKED, answer), 0, "w"), 500)
 
 
 def test_answers_that_are_rendered_alike_are_no_pair():
-    one, two = ({"role": "assistant", "content": text} for text in ("It is four.", "It is  four."))
+    one, two = ({"role": "assistant", "content": text} for text in ("It is four.", " It is four.\n"))
 
     assert encode_pair(templated(READS_ALL), Preference((ASKED,), one, two, "w"), 500)
     with pytest.raises(BadRow, match=r"the chat template \(the model's own\) renders .* as the same answer"):
-        encode_pair(
-            changed("m.content }}", "m.content.split() | join(' ') }}"), Preference((ASKED,), one, two, "w"), 500
-        )
+        encode_pair(changed("m.content }}", "m.content | trim }}"), Preference((ASKED,), one, two, "w"), 500)

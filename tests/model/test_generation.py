@@ -14,12 +14,17 @@ from qalign.errors import UserError
 from qalign.model import generation
 from qalign.model.base import Role
 from qalign.model.generation import Request, Sampling, TransformersEngine, stream, uniform_draws
+from tests.data.chat_families import templated
 from tests.helpers import scramble
 from tests.model.conftest import save_plain
 
 TEXTS = ("Why?", "What is a good first line for a book report?", "Name three rivers, please.", "Why?")
 TOKENS = 20
 PROMPTS = [[{"role": "user", "content": text}] for text in TEXTS]
+CALLING = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + (m.tool_calls | string if m.tool_calls else '') }}"
+    "{{ '<|end_header_id|>' if m.tool_calls else '<|eot_id|>' }}{% endfor %}{{ 'assistant:' if add_generation_prompt }}"
+)
 FIFTH = tuple(range(0, 128_256, 5))  # a fifth of all tokens ends an answer
 
 
@@ -121,7 +126,12 @@ def test_a_prompt_is_read_once_and_complete_answers_leave_the_batch(base, ids):
 def test_a_reward_model_reads_every_answer_at_its_end_of_turn(base):
     stop_ids = generation.stop_ids_of(base.template)
     assert base.tokenizer.convert_ids_to_tokens(list(stop_ids)) == ["<|eot_id|>"], "EOS and the end of turn are one"
-    assert [generation.with_end_of_turn(a, (3, 4)) for a in ([5, 6, 3], [5, 6, 4], [5, 6])] == [[5, 6, 3]] * 3
+    template = templated(CALLING)  # its end of turn, of a turn that calls, and EOS are three
+    template.tokenizer.eos_token = "<|end_of_text|>"
+    end, call, eos = stops = generation.stop_ids_of(template)
+    assert template.tokenizer.convert_ids_to_tokens(stops) == ["<|eot_id|>", "<|end_header_id|>", "<|end_of_text|>"]
+    ended = [generation.with_end_of_turn(a, stops) for a in ([5, 6, end], [5, 6, eos], [5, 6], [5, 6, call])]
+    assert ended == [[5, 6, end]] * 4
 
 
 def sampling(base, temperature: float = 0.0, top_p: float = 1.0) -> Sampling:

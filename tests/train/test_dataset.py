@@ -17,7 +17,7 @@ READERS = {"sft": dialogues, "reward": preferences, "dpo": preferences, "ppo": p
 def notes(tmp_path, write_jsonl):
     """The header's lines on rows: `data` and `eval_data` are lists of files, each a list of rows."""
 
-    def lines(stage: str, *files: list, eval_data: list | None = None, takes=(), read=None, **keys) -> list:
+    def lines(stage: str, *files: list, eval_data=None, takes=(), read=None, left_out=(), **keys) -> list:
         section = {"data": [write_jsonl(f"{number}.jsonl", rows) for number, rows in enumerate(files)], **keys}
         section |= {"eval_data": write_jsonl("held_out.jsonl", eval_data)} if eval_data else {}
         section |= {"reward": "mine.py:reward", "batch_size": 4, "samples_per_prompt": 2} if stage == "ppo" else {}
@@ -25,7 +25,8 @@ def notes(tmp_path, write_jsonl):
         run = RunFolder(recipe, stage)
         found = read_rows(run, read or READERS[stage])
         found.intake.by_rewards = set(takes)
-        encoded = encode_rows(run, SimpleNamespace(), found, lambda template, rows, length: (rows, []))
+        template = SimpleNamespace(left_out=set(left_out))
+        encoded = encode_rows(run, template, found, lambda template, rows, length: (rows, []))
         return [(name, text.replace(str(tmp_path) + "/", "")) for name, text in encoded.notes]
 
     return lines
@@ -57,6 +58,11 @@ def test_columns_are_named_once_with_what_reads_them(notes, stage, row, read, un
     expected = [("data", f"columns read: {read}")] + ([("", f"columns not used: {unread}")] if unread else [])
 
     assert notes(stage, [row]) == expected
+
+
+def test_facts_of_turns_that_the_template_does_not_show_are_named(notes):
+    said = notes("sft", [{"prompt": "1?", "completion": "Yes"}], left_out=["tool_call_id", "name"])
+    assert said[-1] == ("", "not used by the chat template: name, tool_call_id")
 
 
 def test_a_column_is_not_used_if_no_row_of_any_source_has_it_read(notes):
@@ -130,7 +136,7 @@ def test_a_run_goes_on_with_the_rows_that_it_began_with(tmp_path, write_jsonl, s
 
     run = resumed("rows.jsonl", before)
     run.path.mkdir(parents=True)
-    template = SimpleNamespace(is_dated=False)
+    template = SimpleNamespace(is_dated=False, left_out=set())
     rows = encode_rows(run, template, read_rows(run, READERS[stage]), lambda template, rows, length: (rows, []))
     record(run, rows, template)
 

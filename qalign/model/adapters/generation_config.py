@@ -8,7 +8,7 @@ from typing import Any, cast
 import transformers as tf
 
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import end_of_turn_id
+from qalign.data.tokenize import end_of_turn_ids
 from qalign.errors import UserError
 from qalign.model import origin
 from qalign.model.origin import Origin
@@ -78,7 +78,7 @@ def trained(lm: tf.PreTrainedModel, template: ChatTemplate) -> tf.GenerationConf
     end of turn that was trained."""
     config, tokenizer = deepcopy(cast(tf.GenerationConfig, lm.generation_config)), template.tokenizer
     ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [end_of_turn_id(template), *ends, tokenizer.eos_token_id]
+    ends = [*end_of_turn_ids(template), *ends, tokenizer.eos_token_id]
     config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -1,5 +1,6 @@
 """Which layers of a base an adapter is put on, from a recipe or from a stranger's file."""
 
+import math
 import re
 import time
 from collections.abc import Iterable
@@ -22,7 +23,8 @@ LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # by PEFT's LoRA
 HEADS = ("score", "classifier")  # of sequence classifiers: set apart by `Base`
 MATCHING_SECONDS = 2.0  # for all regular expressions of one adapter
-_PLAIN = re.compile(r"[\w.-]+")
+MAX_COUNT = 10_000  # product of the counts in a regular expression, such as {2,9}: compiling has no time limit
+_PLAIN, _COUNT = re.compile(r"[\w.-]+"), re.compile(r"\{(\d{0,20}),?(\d{0,20})\}")
 
 
 def own_modules(lm: nn.Module) -> dict[str, nn.Module]:
@@ -103,6 +105,9 @@ class Matcher:
         """The names that the pattern matches completely; a `UserError` if it can't be read or takes too long."""
         shown = f"{self.where}: the regular expression {pattern[:60]!r}{'…' if len(pattern) > 60 else ''}"
         try:
+            counts = (max(1, int(one)) for pair in _COUNT.findall(pattern) for one in pair if one)
+            if math.prod(counts) > MAX_COUNT or time.monotonic() > self.deadline:
+                raise TimeoutError
             re.compile(pattern)  # refuses what only `regex` knows, such as recursion, which can take gigabytes
             compiled = regex.compile(pattern)
             return [n for n in names if compiled.fullmatch(n, timeout=max(1e-3, self.deadline - time.monotonic()))]
