@@ -114,8 +114,15 @@ def _json(path: Path, split: str) -> Placed:
         values = _values(first)
         broken = bool(values) and isinstance(values[-1], BadRow)
         if broken and (first.lstrip().startswith("[") or isinstance(values[-1], _Unfinished)):
-            yield from _document(path, split, "\n" * (number - 1) + first + "".join(file))
-            return
+            rest = "".join(file)
+            try:
+                yield from _document(path, split, "\n" * (number - 1) + first + rest)
+                return
+            except UserError:  # JSON lines, if the next line is whole
+                below = rest.split("\n")
+                if any(isinstance(value, BadRow) for value in _values(below[0]) or [BadRow("")]):
+                    raise
+            lines = ((place, line) for place, line in enumerate(below, start=number + 1) if line.strip())
         second = next(lines, None)
         if second is None and len(values) == 1 and not broken:
             yield from _whole(path, split, values[0], number)
