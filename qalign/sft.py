@@ -14,6 +14,7 @@ from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT
 from qalign.data.formats import dialogues
+from qalign.errors import UserError
 from qalign.train.dataset import encode_rows, read_rows
 from qalign.train.run_folder import RunFolder
 
@@ -27,11 +28,11 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.model.base import load
     from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
-    from qalign.train.sft_trainer import SupervisedTrainer, check_packing
+    from qalign.train.sft_trainer import SupervisedTrainer
 
     settings, base = cast(SFT, run.settings), load_base(run, load)
-    if settings.packing:
-        check_packing(base.lm)
+    if settings.packing and base.padding_reason:
+        raise UserError(f"sft.packing: {type(base.lm).__name__} {base.padding_reason}; set it to false")
     rows = encode_rows(run, base.template, read, encode_dialogues)
     session = Session(run, base, rows)
     session.add_adapter()

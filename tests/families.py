@@ -1,10 +1,14 @@
 """Tiny random models of many families, pairs of every awkward shape, and log-probs of each answer in a row of its own:
 no padding, no packing, full logits, eager attention. That uses no code of qalign, so it gives the expected values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import transformers as tf
 
 from qalign.data.tokenize import TokenPair
+from qalign.model.packing.packing import Packing, packing_of
 
 VOCABULARY = 64
 
@@ -39,32 +43,58 @@ SERVED = {
     "gpt-neox": lambda s: tf.GPTNeoXConfig(**_without_groups(s)),
 }
 
-# Families that can't, and the reason that `why_not_packed` gives.
+# Families with layers that mix tokens without attention, whose modules get a row for each sequence, and these modules.
+_GATED = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+    "layer_types": ["linear_attention", "full_attention"],
+}  # fmt: skip
+_MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8}
+_NEMOTRON = {
+    "layers_block_type": ["mamba", "attention", "mlp"], "num_hidden_layers": 3, "head_dim": 8, "chunk_size": 8,
+    "ssm_state_size": 8, "mamba_num_heads": 4, "mamba_head_dim": 16, "n_groups": 2,
+}  # fmt: skip
+_KIMI = {
+    "layer_types": ["linear_attention", "full_attention"], "num_key_value_heads": 4, "linear_head_dim": 8,
+    "linear_num_heads": 4, "q_lora_rank": None, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16,
+}  # fmt: skip
+_GRANITE = {
+    **_MAMBA, **_EXPERTS, "layer_types": ["mamba", "attention"], "mamba_chunk_size": 8, "shared_intermediate_size": 16,
+}  # fmt: skip
+_JAMBA = {
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "mamba_d_state": 8,
+    "num_experts": 2,
+    "num_experts_per_tok": 1,
+}
+HYBRIDS = {
+    "qwen3_5_text": ({**_GATED, "head_dim": 8}, "Qwen3_5GatedDeltaNet"),
+    "qwen3_5_moe_text": ({**_GATED, **_EXPERTS, "head_dim": 8, "num_experts": 2}, "Qwen3_5MoeGatedDeltaNet"),
+    "qwen3_next": ({**_GATED, **_EXPERTS, "head_dim": 8, "num_experts": 2}, "Qwen3NextGatedDeltaNet"),
+    "olmo_hybrid": ({**_GATED, "num_key_value_heads": 4, "linear_num_key_heads": 4}, "OlmoHybridGatedDeltaNet"),
+    "lfm2": ({"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}, "Lfm2ShortConv"),
+    "lfm3": ({"sliding_window": 6, "head_dim": 8}, "Lfm3ShortConv"),
+    "granitemoehybrid": (_GRANITE, "GraniteMoeHybridMambaLayer"),
+    "nemotron_h": (_NEMOTRON, "NemotronHMamba2Mixer"),
+    "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8}, "Mamba2Mixer"),
+    "jamba": (_JAMBA, "JambaMambaMixer"),
+    "bamba": ({**_MAMBA, "attn_layer_indices": [1]}, "BambaMixer"),
+    "kimi_linear": (_KIMI, "KimiLinearDeltaAttention"),
+    "minimax": (
+        {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
+        "MiniMaxLightningAttention",
+    ),
+}
+
+# Families that can't run packed rows, and the reason.
 UNSERVED = {
-    "falcon": (lambda s: tf.FalconConfig(**_without_groups(s), alibi=True), "AttentionInterface in 0 of 2 layers"),
+    "falcon": (lambda s: tf.FalconConfig(**_without_groups(s), alibi=True), "mixes tokens in FalconAttention"),
     "mpt": (
         lambda s: tf.MptConfig(vocab_size=s["vocab_size"], d_model=32, n_layers=2, n_heads=4),
-        "AttentionInterface in 0 of 2 layers",
+        "mixes tokens in MptAttention",
     ),
-    "jamba": (
-        lambda s: tf.JambaConfig(
-            **s, use_mamba_kernels=False, attn_layer_period=2, attn_layer_offset=1, num_experts=2, num_experts_per_tok=1
-        ),
-        "has layers of another kind (linear_attention)",
-    ),
-    "bamba": (
-        lambda s: tf.BambaConfig(**s, attn_layer_indices=[1], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=8),
-        "has layers of another kind (linear_attention)",
-    ),
-    "qwen3-next": (lambda s: tf.Qwen3NextConfig(**s, head_dim=8), "has layers of another kind (linear_attention)"),
-    "llama4": (
-        lambda s: tf.Llama4TextConfig(**s, head_dim=8, attention_chunk_size=8),
-        "has layers of another kind (chunked_attention)",
-    ),
-    "gpt2": (
-        lambda s: tf.GPT2Config(vocab_size=s["vocab_size"], n_embd=32, n_layer=2, n_head=4),
-        "has dropout in its attention",
-    ),
+    "llama4": (lambda s: tf.Llama4TextConfig(**s, head_dim=8, attention_chunk_size=8), "can't run packed rows"),
     "stablelm": (lambda s: tf.StableLmConfig(**s), "can't run packed rows (this attention needs a packed batch"),
 }
 
@@ -74,13 +104,22 @@ def _without_groups(small: dict) -> dict:
 
 
 def config(name: str, vocabulary: int = VOCABULARY):
+    if name in HYBRIDS:
+        return tf.AutoConfig.for_model(name, **_small(vocabulary) | HYBRIDS[name][0])
     make = SERVED[name] if name in SERVED else UNSERVED[name][0]
     return make(_small(vocabulary))
 
 
+@contextmanager
+def packed_attention(lm) -> Iterator[None]:
+    """The model set to packed rows, whether or not they are exact."""
+    with Packing(packing_of(lm).mixers).open(lm):
+        yield
+
+
 def precision(name: str) -> torch.dtype:
-    """The widest dtype that a family computes in: gpt-oss' experts don't support float64."""
-    return torch.float32 if name == "gpt-oss" else torch.float64
+    """The widest dtype that a family computes in: some experts and states are float32."""
+    return torch.float32 if name == "gpt-oss" or name in HYBRIDS else torch.float64
 
 
 def family(name: str, vocabulary: int = VOCABULARY, spread: float = 0.25, dtype: torch.dtype | None = None):

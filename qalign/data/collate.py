@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from qalign.data.tokenize import TokenAnswers, TokenPair
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.nn.attention.flex_attention import BlockMask
 
 AnsweredPrompt = TokenPair | TokenAnswers  # within a batch, each has the same number of answers
@@ -58,12 +59,14 @@ class Segment:
 class Layout:
     """Groups of one prefix and its branches, packed one after the other into one row without padding."""
 
-    groups: tuple[tuple[int, tuple[int, ...]], ...]  # (length of the prefix, lengths of its branches); may be 0
+    # (length of the prefix, lengths of its branches); may be 0. A dialogue of SFT is a prefix without branches.
+    groups: tuple[tuple[int, tuple[int, ...]], ...]
     segments: list[Segment] = field(init=False, repr=False)  # in the order in which they stand in the row
     starts: list[list[int]] = field(init=False, repr=False)  # row indices of a group's prefix and branches
-    # The sliding window that each layer asked for in its forward, in tokens; None for full attention.
-    windows: list[int | None] = field(init=False, repr=False, default_factory=list[int | None])
+    # Of each call of the attention: the module, and its sliding window in tokens; None for full attention.
+    calls: "list[tuple[nn.Module, int | None]]" = field(init=False, repr=False, default_factory=list)
     _masks: "dict[int | None, BlockMask]" = field(init=False, repr=False, default_factory=dict)
+    _sequences: dict[torch.device, tuple[Tensor, Tensor]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self):
         self.segments, self.starts, end = [], [], 0
@@ -82,6 +85,24 @@ class Layout:
         """Position ids, int64 `(1, tokens)`: each branch continues the positions of its prefix."""
         runs = [torch.arange(s.first_position, s.first_position + s.own[1] - s.own[0]) for s in self.segments]
         return torch.cat(runs)[None]
+
+    def sequences(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Whole sequences, each prefix with one of its branches, as rows: where their tokens stand in the packed row,
+        int64 `(sequences, longest)`, short ones padded with their last token, and where each token of the packed row
+        stands in these rows, flattened: int64 `(tokens,)`."""
+        if device not in self._sequences:
+            rows: list[Tensor] = []
+            for (prefix_length, branches), (prefix, *starts) in zip(self.groups, self.starts, strict=True):
+                trunk = torch.arange(prefix, prefix + prefix_length)
+                ends = [torch.arange(s, s + length) for s, length in zip(starts, branches, strict=True)]
+                rows += [torch.cat([trunk, branch]) for branch in ends] or [trunk]
+            rows = [row for row in rows if len(row)]
+            longest, places = max(map(len, rows)), torch.empty(self.tokens, dtype=torch.int64)
+            for number, row in enumerate(rows):
+                places[row] = number * longest + torch.arange(len(row))
+            padded = [torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows]
+            self._sequences[device] = torch.stack(padded).to(device), places.to(device)
+        return self._sequences[device]
 
     def block_mask(self, window: int | None, device: torch.device) -> "BlockMask":
         """FlexAttention's mask of this layout, computed once per sliding `window` (in tokens; None is full attention).

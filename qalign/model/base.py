@@ -26,11 +26,11 @@ from qalign.errors import UserError
 from qalign.model.adapters import targets, weights
 from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.weights import adapter_parameters
-from qalign.model.attention import packed_attention, why_not_packed
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
 from qalign.model.origin import Origin
+from qalign.model.packing.packing import Packing, packing_of
 
 UNFIT = (KeyError, TypeError, RuntimeError, ValueError, SafetensorError)  # raised for adapters that are broken
 
@@ -256,16 +256,23 @@ class Base:
         return self._heads[Role.VALUE](states)[:, 0]
 
     @cached_property
+    def packing(self) -> Packing:
+        """How packed rows are run."""
+        with torch.no_grad(), self.acting_as(self.role):  # without gradients no adapter has dropout
+            return packing_of(self.lm)
+
+    @property
     def padding_reason(self) -> str | None:
         """Why answers are padded to a row each instead of packed behind a shared prompt; None if they are packed."""
-        with torch.no_grad(), self.acting_as(self.role):  # without gradients no adapter has dropout
-            return why_not_packed(self.lm)
+        return self.packing.reason
 
     @property
     def layout_in_words(self) -> str:
         """How the prompts of pairs are run, in words."""
-        padded = f"twice a pair, padded: {type(self.lm).__name__} {self.padding_reason}"
-        return padded if self.padding_reason else "once a pair, packed without padding"
+        if self.padding_reason:
+            return f"twice a pair, padded: {type(self.lm).__name__} {self.padding_reason}"
+        rows = f" (but in {mixers}, a row an answer)" if (mixers := str(self.packing.mixers)) else ""
+        return f"once a pair, packed without padding{rows}"
 
     def batch(
         self, rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped"
@@ -285,7 +292,7 @@ class Base:
     @contextmanager
     def packed_attention(self) -> Iterator[None]:
         """Switches the model to the attention for what `batch` makes. The backward belongs inside too."""
-        with nullcontext() if self.padding_reason else packed_attention(self.lm):
+        with nullcontext() if self.padding_reason else self.packing.open(self.lm):
             yield
 
     def save_adapter(self, role: str, folder: Path) -> None:

@@ -1,18 +1,19 @@
 """TRL's `SFTTrainer` on qalign's token ids."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
+from typing import Any, cast
 
 import datasets
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
+from trl.trainer.sft_trainer import SFTTrainer
 
+from qalign.data.collate import Layout
 from qalign.data.tokenize import IGNORED, TokenDialogue
-from qalign.errors import UserError
 from qalign.model.base import Base
 from qalign.train.adapter_trainer import AdapterTrainer
 
@@ -36,8 +37,16 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
             super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
         self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """TRL's; packed dialogues are run like packed pairs, as transformers' masks don't keep them apart in every
+        family, and mask what could be skipped."""
+        with self.base.packed_attention() if cast(SFTConfig, self.args).packing else nullcontext():
+            return super().training_step(model, inputs, num_items_in_batch)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss: the mean over all supervised tokens of the optimiser step."""
+        if "attention_mask" not in inputs:
+            inputs = packed_row(inputs)
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         loss = found[0] if return_outputs else found
         if not torch.isfinite(loss):
@@ -70,27 +79,13 @@ def float32_kept(model: nn.Module) -> Iterator[None]:
             parameter.data = weights[name]
 
 
-def check_packing(lm: PreTrainedModel) -> None:
-    """Checks that dialogues packed into one row don't see each other: the logits of the second must not depend on the
-    first. Some families ignore position ids that start again (gpt-oss, Falcon, OPT), others carry a state (Mamba).
-
-    Raises:
-        UserError: they see each other, or this family can't take packed rows.
-    """
-    collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
-    found, family = [], type(lm).__name__
-    for first in (range(8), range(8, 16)):
-        batch = collate([{"input_ids": [*first, *range(16, 24)], "seq_lengths": [8, 8]}])
-        inputs = {key: value.to(lm.device) if torch.is_tensor(value) else value for key, value in batch.items()}
-        del inputs["labels"]
-        try:
-            with torch.no_grad():
-                found.append(lm(**inputs, use_cache=False).logits[0, 8:].float())
-        except (TypeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"sft.packing: {family} can't take packed rows; set it to false ({reason})") from None
-    if (found[0] - found[1]).abs().max() > 0.01 * found[0].abs().max():  # exactly 0, but for experts and int8
-        raise UserError(f"sft.packing: in {family} packed dialogues would see each other; set it to false")
+def packed_row(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A row of dialogues that TRL has packed, as qalign's attention takes it: with a layout in place of what TRL gives
+    to other attentions. Its position ids, int64 `(1, tokens)`, start again with each dialogue."""
+    starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+    lengths = [end - start for start, end in pairwise([*starts, inputs["position_ids"].shape[1]])]
+    layout = Layout(tuple((length, ()) for length in lengths))
+    return {name: inputs[name] for name in ("input_ids", "labels", "position_ids")} | {"layout": layout}
 
 
 def _columns(rows: list[TokenDialogue] | None) -> datasets.Dataset | None:
@@ -99,12 +94,11 @@ def _columns(rows: list[TokenDialogue] | None) -> datasets.Dataset | None:
     return datasets.Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]})
 
 
-def _sequences(inputs: dict[str, Tensor]) -> Iterator[tuple[int, ...]]:
+def _sequences(inputs: dict[str, Any]) -> Iterator[tuple[int, ...]]:
     """The rows of a batch as ids, from padded rows or one packed row."""
     if "attention_mask" in inputs:
         for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True):
             yield tuple(ids[mask.bool()].tolist())
     else:
-        starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-        for start, end in zip(starts, [*starts[1:], None], strict=True):
-            yield tuple(inputs["input_ids"][0, start:end].tolist())
+        for (start, *_), (length, _) in zip(inputs["layout"].starts, inputs["layout"].groups, strict=True):
+            yield tuple(inputs["input_ids"][0, start : start + length].tolist())

@@ -12,11 +12,12 @@ from qalign.data.collate import Layout, pack
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair
 from qalign.losses import preference_loss
-from qalign.model import attention, logps
-from qalign.model.attention import packed_attention, why_not_packed
+from qalign.model import logps
+from qalign.model.packing import attention
+from qalign.model.packing.packing import Packing, packing_of
 from tests.conftest import FIXTURES
 from tests.data.test_packing import GROUPS, sees
-from tests.families import SERVED, UNSERVED, VOCABULARY, alone, family, random_pairs
+from tests.families import HYBRIDS, SERVED, UNSERVED, VOCABULARY, alone, family, packed_attention, random_pairs
 from tests.helpers import house_style
 
 uncompiled = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
@@ -160,7 +161,7 @@ def test_gradient_checkpointing_changes_nothing(name):
         lm.activation_checkpointing_enable({"use_reentrant": False})
         batch = pack(pairs)
         checkpointed = outcome(lm, logps.pair_logps(lm, batch), around)
-    assert len(batch.layout.windows) == 4, "the two layers weren't computed again: nothing is shown"
+    assert len(batch.layout.calls) == 4, "the two layers weren't computed again: nothing is shown"
     assert_same(checkpointed, plain, 1e-6)
 
 
@@ -179,13 +180,13 @@ def test_flex_attention_gives_the_same_numbers(monkeypatch, name):
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [*product(SERVED, [torch.float32, torch.bfloat16]), *product(UNSERVED, [torch.float32])],
+    [*product([*SERVED, *HYBRIDS], [torch.float32, torch.bfloat16]), *product(UNSERVED, [torch.float32])],
 )
 def test_families_that_are_served_are_told_from_the_others(name, dtype):
     lm = family(name, spread=0.1, dtype=dtype)
     before = lm.config._attn_implementation
-    reason = why_not_packed(lm)
-    assert reason is None if name in SERVED else UNSERVED[name][1] in reason
+    reason = packing_of(lm).reason
+    assert UNSERVED[name][1] in reason if name in UNSERVED else reason is None
     assert lm.config._attn_implementation == before
 
 
@@ -196,25 +197,31 @@ def ignores_positions(lm) -> None:
 
 
 def sees_neighbours(lm) -> None:
-    """As a state-space layer does: what stands before in the row is carried along."""
-    lm.base_model.layers[1].mlp.register_forward_hook(lambda _, inputs, output: output + 0.2 * output.cumsum(dim=1))
+    """What stands before in the row is carried along, outside of all layers."""
+    real = lm.base_model.forward
+
+    def forward(*args, **more):
+        output = real(*args, **more)
+        output.last_hidden_state = output.last_hidden_state + 0.2 * output.last_hidden_state.cumsum(dim=1)
+        return output
+
+    lm.base_model.forward = forward
 
 
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (lambda lm: setattr(lm.config, "attention_dropout", 0.1), "has dropout in its attention"),
         # No layer asks for the window, which is longer than the pairs that are tried, so no number tells.
         (lambda lm: setattr(lm.config, "sliding_window", 512), "doesn't pass its sliding window on"),
         (ignores_positions, "gives an answer other hidden states than it has in a row of its own"),
         (sees_neighbours, "gives an answer other hidden states than it has in a row of its own"),
     ],
-    ids=["dropout", "window", "positions", "neighbours"],
+    ids=["window", "positions", "neighbours"],
 )
 def test_a_model_that_would_go_wrong_in_a_packed_row_is_noticed(change, reason):
     lm = family("llama", spread=0.1)
     change(lm)
-    assert why_not_packed(lm) == reason
+    assert packing_of(lm).reason == reason
 
 
 @pytest.mark.parametrize("before", ["eager", "sdpa"])
@@ -241,5 +248,5 @@ def test_rows_that_are_not_packed_and_dropout_are_refused():
         lm(input_ids=torch.tensor([[3, 4, 5]]))
     lm.config.attention_dropout = lm.base_model.layers[0].self_attn.attention_dropout = 0.1
     lm.train()
-    with packed_attention(lm), pytest.raises(ValueError, match="dropout in attention"):
+    with Packing().open(lm), pytest.raises(ValueError, match="dropout in attention"):
         packed(lm, random_pairs())

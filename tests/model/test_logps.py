@@ -10,8 +10,7 @@ from qalign.data.collate import pack, pad
 from qalign.data.tokenize import TokenPair
 from qalign.errors import UserError
 from qalign.model import logps
-from qalign.model.attention import packed_attention
-from tests.families import alone, family, random_pairs
+from tests.families import alone, family, packed_attention, random_pairs
 
 # How pairs become a batch, and what the model has to be told for it.
 WAYS = {"packed": (pack, packed_attention), "padded": (lambda pairs: pad(pairs, 0), lambda lm: nullcontext())}

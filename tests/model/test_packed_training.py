@@ -11,7 +11,7 @@ from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer
 from tests.conftest import FIXTURES
-from tests.families import SERVED, UNSERVED, alone, family, random_pairs
+from tests.families import HYBRIDS, SERVED, UNSERVED, alone, family, random_pairs
 from tests.helpers import dpo_config, scramble
 
 
@@ -26,11 +26,14 @@ def small_base(name: str, folder):
     return base
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "falcon", "stablelm", "jamba"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "falcon", "stablelm", "jamba", "lfm2"])
 def test_a_step_of_the_trainer_is_the_same_whichever_way_pairs_are_run(name, tmp_path):
     base = small_base(name, tmp_path / "model")
     if name in SERVED:
         assert base.layout_in_words == "once a pair, packed without padding"
+    elif name in HYBRIDS:
+        wanted = f"once a pair, packed without padding (but in {HYBRIDS[name][1]}, a row an answer)"
+        assert base.layout_in_words == wanted
     else:
         assert base.layout_in_words.startswith(f"twice a pair, padded: {type(base.lm).__name__} ")
         assert UNSERVED[name][1] in base.layout_in_words

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qalign.config.recipe import Model
+from qalign.data.collate import Layout
 from qalign.data.tokenize import IGNORED
 from qalign.errors import UserError
 from qalign.model.base import Base
-from qalign.train.sft_trainer import SupervisedTrainer, check_packing
+from qalign.train.sft_trainer import SupervisedTrainer, packed_row
 from tests.conftest import FIXTURES
 from tests.reward_runs import run_stage, write_recipe
 from tests.train.talks import config, logps_alone, mean_loss, rows, scrambled, write_talks
@@ -43,6 +44,14 @@ KINDS = {
     "gemma3_text": ALTERNATING,
     "phi3": {"sliding_window": 8},
     "gpt_oss": {**ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
 }
 
 
@@ -55,7 +64,7 @@ def kind_folder(tmp_path_factory):
         if kind not in made:
             made[kind] = str(tmp_path_factory.mktemp("kinds") / kind)
             torch.manual_seed(0)
-            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY | KINDS[kind]))
+            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY | KINDS.get(kind, {})))
             for parameter in lm.parameters():
                 if parameter.dim() > 1:  # large enough that every token matters
                     torch.nn.init.normal_(parameter, std=0.1)
@@ -72,8 +81,9 @@ def packer(base: Base, folder) -> SupervisedTrainer:
 
 
 @torch.no_grad()
-def difference_by_packing(base: Base, trainer: SupervisedTrainer, without: tuple[str, ...] = ()) -> float:
-    """The most by which packing changes the log-prob of any supervised token; each row must be there once."""
+def difference_by_packing(base: Base, trainer: SupervisedTrainer, *, apart: bool = True) -> float:
+    """The most by which packing changes the log-prob of any supervised token; each row must be there once. `apart` may
+    be False for what it would be if packed dialogues were one."""
     left = {tuple(row.ids): row for row in rows(base.tokenizer)}
     assert len(trainer.train_dataset) < len(left) - 2, "too little was packed to show anything"
     most = 0.0
@@ -81,9 +91,11 @@ def difference_by_packing(base: Base, trainer: SupervisedTrainer, without: tuple
     for batch in trainer.get_train_dataloader():
         starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
         assert len(starts) > 2
-        inputs = {name: value for name, value in batch.items() if name not in without}
-        found = base.model(**inputs, use_cache=False, fused_lm_head=True).log_probs[0].double()
-        for start, end in zip(starts, [*starts[1:], batch["input_ids"].shape[1]], strict=True):
+        tokens = batch["input_ids"].shape[1]
+        batch = packed_row(batch) | ({} if apart else {"layout": Layout(((tokens, ()),))})
+        with base.packed_attention():
+            found = base.model(**batch, use_cache=False, fused_lm_head=True).log_probs[0].double()
+        for start, end in zip(starts, [*starts[1:], tokens], strict=True):
             row = left.pop(tuple(batch["input_ids"][0, start:end].tolist()))
             learned = torch.tensor(row.labels[1:]) != IGNORED
             most = max(most, (found[start : end - 1][learned] - logps_alone(base, row)).abs().max().item())
@@ -91,42 +103,22 @@ def difference_by_packing(base: Base, trainer: SupervisedTrainer, without: tuple
     return most
 
 
-@pytest.mark.parametrize(
-    ("kind", "attention"),
-    [(kind, way) for kind in ("llama", "mistral", "qwen3", "gemma3_text", "phi3") for way in ("sdpa", "eager")]
-    + [("gemma2", "eager")],  # it has no other
-)
-def test_packed_dialogues_do_not_see_each_other(kind_folder, tmp_path, kind, attention):
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_dialogues_do_not_see_each_other(kind_folder, tmp_path, kind):
     quantization = "nf4" if kind == "llama" else "none"
     base = scrambled(Model(base=kind_folder(kind), quantization=quantization, compute_dtype="float32"))
-    base.lm.set_attn_implementation(attention)
-    check_packing(base.lm)
+    assert base.padding_reason is None
     trainer = packer(base, tmp_path)
     assert difference_by_packing(base, trainer) < 1e-5
-    # What the test would find if they did:
-    assert difference_by_packing(base, trainer, without=("position_ids",)) > 1e-3
+    assert difference_by_packing(base, trainer, apart=False) > 1e-3, "the test would not notice"
 
 
-def test_a_family_in_which_packed_dialogues_see_each_other_is_refused(kind_folder, tmp_path):
-    """transformers makes the mask of gpt-oss without regard to positions."""
-    folder, talks = kind_folder("gpt_oss"), write_talks(tmp_path)
-    base = scrambled(Model(base=folder, quantization="none", compute_dtype="float32"))
-    assert difference_by_packing(base, packer(base, tmp_path)) > 1e-3
+def test_a_family_that_cannot_run_packed_rows_is_refused(kind_folder, tmp_path):
+    folder, talks = kind_folder("stablelm"), write_talks(tmp_path)
     keys = {"data": talks, "model": {"quantization": "none"}, "max_steps": 1}
-    with pytest.raises(UserError, match=r"^sft.packing: in GptOssForCausalLM packed dialogues would see each other"):
+    with pytest.raises(UserError, match=r"^sft.packing: StableLmForCausalLM .*; set it to false$"):
         run_stage(write_recipe(tmp_path / "packed", folder, "sft", packing=True, **keys))
     assert run_stage(write_recipe(tmp_path / "padded", folder, "sft", **keys)).complete
-
-
-def test_a_family_that_cannot_be_given_packed_rows_is_refused(tiny_base):
-    def forward(**inputs):
-        raise ValueError("can't keep packed sequences apart\nwithout `causal_conv1d`")
-
-    tiny_base.lm.forward = forward
-    with pytest.raises(
-        UserError, match=r"set it to false \(can't keep packed sequences apart without `causal_conv1d`\)"
-    ):
-        check_packing(tiny_base.lm)
 
 
 # --- the loss --------------------------------------------------------------------------------------------------------

@@ -22,8 +22,8 @@ from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, Layout, pack
 from qalign.data.tokenize import TokenPair
 from qalign.model.adapters.targets import new_config
-from qalign.model.attention import BLOCK_QUERIES
 from qalign.model.logps import pair_logps
+from qalign.model.packing.attention import BLOCK_QUERIES
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _AttentionShape(torch.autograd.Function):
-    """What attention keeps and allocates, without its maths: a fused kernel, or the blocks of `qalign.model.attention`,
+    """What attention keeps and allocates, without its maths: a fused kernel, or the blocks of qalign's own attention,
     whose backward takes 14 bytes for each query of a block and each token that it sees."""
 
     @staticmethod

@@ -6,17 +6,15 @@ the `layout=` that the model's forward was given. It supports what model familie
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import AuxRequest, flex_attention
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import AttentionInterface
 
-from qalign.data.collate import Layout, pack
-from qalign.data.tokenize import TokenPair
+from qalign.data.collate import Layout
 
 NAME = "qalign_shared_prompt"
 BLOCK_QUERIES = 128  # small enough to skip most of what the causal mask excludes, large enough for matrix products
@@ -51,7 +49,7 @@ def packed_row_attention(
         raise ValueError("this attention needs a packed batch; leave `packed_attention` for anything else")
     if position_bias is not None or dropout:
         raise ValueError("packed rows support neither dropout in attention nor position biases")
-    layout.windows.append(sliding_window)
+    layout.calls.append((module, sliding_window))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = _flex if _flex_runs_on(query) else _BlockAttention.apply
     output = cast(Tensor, attend(query[0], key[0], value[0], s_aux, layout, scaling, sliding_window, softcap))
@@ -59,59 +57,6 @@ def packed_row_attention(
 
 
 AttentionInterface.register(NAME, packed_row_attention)
-
-
-@contextmanager
-def packed_attention(lm: PreTrainedModel) -> Iterator[None]:
-    """Switches the model to this attention; inside it accepts packed rows only. The backward must run inside too, as
-    gradient checkpointing computes the forward again."""
-    before = lm.config.get_text_config()._attn_implementation or "eager"
-    lm.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        lm.set_attn_implementation(before)
-
-
-@torch.no_grad()
-def why_not_packed(lm: PreTrainedModel) -> str | None:
-    """The reason why a model can't run packed rows, in words; None if it can.
-
-    Its config is read and two packed pairs are run. Every layer must call this attention, and an answer must have the
-    hidden states of a row of its own. ALiBi fails, as it measures distances in the row instead of positions, and so do
-    state-space layers, which carry the neighbouring answer along.
-    """
-    config = lm.config.get_text_config()
-    layer_types = getattr(config, "layer_types", None) or ()
-    unknown = set(layer_types) - {"full_attention", "sliding_attention"}
-    if unknown or getattr(config, "attention_chunk_size", None):
-        return f"has layers of another kind ({', '.join(sorted(unknown)) or 'attention in chunks'})"
-    if any(getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")):
-        return "has dropout in its attention"
-    ids = [number * (config.vocab_size - 1) // 30 for number in range(30)]
-    prompt, one, other, end = ids[:12], ids[12:20], ids[20:28], ids[28:]
-    layouts, found = [], []
-    try:
-        with packed_attention(lm):
-            for first in (one, other):
-                batch = pack([TokenPair(prompt, first, end, "")]).to(lm.device)
-                states = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
-                found.append(states[0, batch.last_tokens[1]])
-                layouts.append(cast(Layout, batch.layout))
-    except (AssertionError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        return f"can't run packed rows ({' '.join(str(error).split())[:100]})"
-    alone = torch.tensor([prompt + end[:1]], device=lm.device)
-    expected = lm.base_model(input_ids=alone, use_cache=False).last_hidden_state[0, -1]
-    windows = layouts[0].windows
-    if len(windows) != config.num_hidden_layers:
-        return f"uses transformers' AttentionInterface in {len(windows)} of {config.num_hidden_layers} layers"
-    # Rounding to 16 bits moves hidden states by 1 to 3%; seeing a neighbour moved SmolLM2's by 27 to 36%.
-    tolerance = 1e-3 if torch.finfo(lm.dtype).eps < 1e-4 else 0.1
-    if any((state - expected).float().norm() > tolerance * expected.float().norm() for state in found):
-        return "gives an answer other hidden states than it has in a row of its own"
-    slides = "sliding_attention" in (layer_types or ["sliding_attention"])
-    slides &= bool(getattr(config, "sliding_window", None)) and getattr(config, "use_sliding_window", True)
-    return "doesn't pass its sliding window on" if slides and config.sliding_window not in windows else None
 
 
 class _Block(NamedTuple):
