@@ -37,7 +37,8 @@ def report(recipe: Recipe, given: str | None) -> None:
     import torch
 
     from qalign.model.loading import DTYPES, compute_dtype, device, load_config, readable
-    from qalign.model.memory.forecast import USABLE, Forecast, kv_cache_bytes, usable_memory
+    from qalign.model.memory.forecast import USABLE, Forecast, usable_memory
+    from qalign.model.memory.kv_cache import measured_cache
 
     spec, here = recipe.model, device().type
     where = here if card is None else "cuda"
@@ -54,7 +55,7 @@ def report(recipe: Recipe, given: str | None) -> None:
         print_table(stage, table_of_stage)
     if dpo := forecasts.get("dpo"):
         held = {name: size for name, size in dpo.fixed.items() if name not in ("gradients", "optimiser")}
-        held["KV cache"] = kv_cache_bytes(config, SIDE_BY_SIDE * spec.max_length, dtype.itemsize)
+        held["KV cache"] = SIDE_BY_SIDE * measured_cache(dpo.model()).bytes(spec.max_length)
         print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
 
 

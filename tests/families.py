@@ -24,6 +24,11 @@ def _small(vocabulary: int) -> dict:
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 _TURNS = {"layer_types": ["sliding_attention", "full_attention"]}
 
+_GEMMA4 = {  # the last two layers use the keys of the first two; their heads are of two sizes
+    "num_hidden_layers": 4, "layer_types": 2 * _TURNS["layer_types"], "num_kv_shared_layers": 2, "head_dim": 8,
+    "global_head_dim": 16, "sliding_window": 6, "hidden_size_per_layer_input": 8,
+}  # fmt: skip
+
 # Families that can run packed rows. Sliding windows are shorter than the rows.
 SERVED = {
     "llama": lambda s: tf.LlamaConfig(**s),
@@ -35,6 +40,7 @@ SERVED = {
         **s, head_dim=8, sliding_window=4, final_logit_softcapping=5.0, attn_logit_softcapping=2.0
     ),
     "gemma3": lambda s: tf.Gemma3TextConfig(**s, **_TURNS, head_dim=8, sliding_window=6),
+    "gemma4": lambda s: tf.Gemma4TextConfig(**s | _GEMMA4 | {"vocab_size_per_layer_input": s["vocab_size"]}),
     "phi3": lambda s: tf.Phi3Config(**s, sliding_window=9),
     "olmo2": lambda s: tf.Olmo2Config(**s),
     "gpt-oss": lambda s: tf.GptOssConfig(**s, **_EXPERTS, head_dim=8, sliding_window=6),
@@ -74,7 +80,7 @@ HYBRIDS = {
     "qwen3_next": ({**_GATED, **_EXPERTS, "head_dim": 8, "num_experts": 2}, "Qwen3NextGatedDeltaNet"),
     "olmo_hybrid": ({**_GATED, "num_key_value_heads": 4, "linear_num_key_heads": 4}, "OlmoHybridGatedDeltaNet"),
     "lfm2": ({"layer_types": ["conv", "full_attention"], "block_multiple_of": 16}, "Lfm2ShortConv"),
-    "lfm3": ({"sliding_window": 6, "head_dim": 8}, "Lfm3ShortConv"),
+    "lfm3": ({"layer_types": ["conv", "full_attention"], "head_dim": 8}, "Lfm3ShortConv"),
     "granitemoehybrid": (_GRANITE, "GraniteMoeHybridMambaLayer"),
     "nemotron_h": (_NEMOTRON, "NemotronHMamba2Mixer"),
     "mamba2": ({"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 2, "chunk_size": 8}, "Mamba2Mixer"),

@@ -29,6 +29,7 @@ from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
+from qalign.model.memory.kv_cache import RowCache, measured_cache
 from qalign.model.origin import Origin
 from qalign.model.packing.packing import Packing, packing_of
 
@@ -265,6 +266,11 @@ class Base:
     def padding_reason(self) -> str | None:
         """Why answers are padded to a row each instead of packed behind a shared prompt; None if they are packed."""
         return self.packing.reason
+
+    @cached_property
+    def row_cache(self) -> RowCache:
+        """The memory that a row takes while it is sampled."""
+        return measured_cache(self.lm)
 
     @property
     def layout_in_words(self) -> str:

@@ -8,6 +8,7 @@ import importlib.util
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any, cast
 
 import peft
 import torch
-from torch import Tensor
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
@@ -26,7 +28,7 @@ from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_ids
 from qalign.errors import UserError
 from qalign.model.base import Base, Role
-from qalign.model.memory.forecast import free_memory, kv_cache_bytes
+from qalign.model.memory.forecast import free_memory
 
 COMPACT_AT = 0.25  # ended rows leave the batch once they are this share of it, because leaving copies the KV cache
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
@@ -103,6 +105,7 @@ def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: 
     While the iterator is suspended, the base stays in its role and gradients are off: exhaust it in one thread, or
     close it. `choose` samples the next tokens; it is `nucleus` if left out.
     """
+    base.row_cache  # noqa: B018  (a `UserError` for a model that can't be sampled from)
     turns = deque((batch, _decode(base, batch, sampling, choose or nucleus)) for batch in _batches(base, requests))
     while turns:
         batch, steps = turns.popleft()
@@ -121,10 +124,23 @@ def _batches(base: Base, requests: Sequence[Request]) -> list[dict[int, Request]
     """The requests by number, in groups that one forward pass can serve. PEFT mixes only plain LoRA adapters in one."""
     roles = sorted({request.role for request in requests})
     configs = [getattr(base.model, "peft_config", {}).get(role) for role in roles]
-    if len(roles) == 1 or not any(map(_is_more_than_lora, configs)):
+    if len(roles) == 1 or (_keeps_rows_apart(base) and not any(map(_is_more_than_lora, configs))):
         return [dict(enumerate(requests))]
     shuffle(roles)  # in a blind comparison, the order of answering must not tell which model is which
     return [{number: request for number, request in enumerate(requests) if request.role == role} for role in roles]
+
+
+def _keeps_rows_apart(base: Base) -> bool:
+    """Whether every layer with an adapter is given the rows of a batch apart. (Some shared experts are given the tokens
+    of all rows as one row.)"""
+    batch, sizes = torch.ones(3, 2, dtype=torch.int64, device=base.lm.device), set[int]()
+    with ExitStack() as hooks, torch.no_grad(), base.acting_as(base.role):
+        for module in base.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                hook = cast(nn.Module, module).register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
+                hooks.callback(hook.remove)
+        base.lm.base_model(input_ids=batch, use_cache=False)
+    return sizes <= {len(batch)}
 
 
 def _is_more_than_lora(config: peft.LoraConfig | None) -> bool:
@@ -174,7 +190,7 @@ def _prompt_inputs(base: Base, requests: Sequence[Request]) -> dict[str, Any]:
 
 def _select(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
     """Keeps these rows of the inputs and of their KV cache, in this order; a row may be named several times."""
-    inputs["past_key_values"].batch_select_indices(torch.tensor(rows, device=inputs["attention_mask"].device))
+    inputs["past_key_values"].reorder_cache(torch.tensor(rows, device=inputs["attention_mask"].device))
     names = {"adapter_names": [inputs["adapter_names"][row] for row in rows]} if "adapter_names" in inputs else {}
     return inputs | {name: inputs[name][rows] for name in ("attention_mask", "position_ids")} | names
 
@@ -192,10 +208,10 @@ class TransformersEngine:
         answers: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         max_tokens = max(map(len, prompts)) + sampling.max_new_tokens
-        prompt_bytes = kv_cache_bytes(base.lm.config, max_tokens, base.dtype.itemsize) * num_samples
-        size = max(1, int(CACHE_SHARE * free_memory(base.lm.device.type)) // prompt_bytes)
         choose = inverse_cdf if sampling.top_p >= 1 else nucleus
         with torch.no_grad(), base.acting_as(role):
+            prompt_bytes = base.row_cache.bytes(max_tokens) * num_samples
+            size = max(1, int(CACHE_SHARE * free_memory(base.lm.device.type)) // prompt_bytes)
             for start in range(0, len(order), size):
                 numbers = order[start : start + size]
                 for step in stream(base, [requests[number] for number in numbers], sampling, choose):

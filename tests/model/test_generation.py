@@ -109,6 +109,7 @@ def test_samples_do_not_depend_on_which_answers_share_a_batch(base, ids, monkeyp
 
 
 def test_a_prompt_is_read_once_and_complete_answers_leave_the_batch(base, ids):
+    assert base.row_cache.bytes(1) > 0, "measured before, with forward passes of its own"
     rows = []
     hook = base.lm.base_model.register_forward_pre_hook(
         lambda _, args, kwargs: rows.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True

@@ -12,11 +12,14 @@ import transformers as tf
 from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
 from qalign.config.stages import REFERENCE_FREE, STAGES
+from qalign.errors import UserError
 from qalign.model.base import Role, load, load_classifier
 from qalign.model.memory import forecast as memory
-from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, free_memory, kv_cache_bytes, usable_memory
+from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, free_memory, usable_memory
+from qalign.model.memory.kv_cache import measured_cache
 from qalign.train.callbacks import limit_checkpointing
 from tests.families import config as family_config
+from tests.families import family
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 GIB = 2**30
@@ -333,6 +336,21 @@ def test_what_may_still_be_allocated_holds_no_context_of_the_driver(monkeypatch)
 
 def test_a_kv_cache_by_hand():
     """Mistral: 8 key heads of 128 in 32 layers, keys and values; 131,072 bytes a token in 16 bits."""
-    assert kv_cache_bytes(shape("Mistral-7B-v0.3"), 1000, 2) == 131_072_000
-    assert kv_cache_bytes(shape("Qwen3-4B-Instruct-2507"), 1, 2) == 2 * 36 * 8 * 128 * 2
-    assert kv_cache_bytes(tf.GPT2Config(n_layer=2, n_head=4, n_embd=32), 10, 4) == 2 * 2 * 32 * 10 * 4
+
+    def cached(config: tf.PretrainedConfig, tokens: int) -> int:
+        with torch.device("meta"):
+            lm = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        return measured_cache(lm).bytes(tokens)
+
+    assert cached(shape("Mistral-7B-v0.3"), 1000) == 131_072_000
+    assert cached(shape("Qwen3-4B-Instruct-2507"), 1) == 2 * 36 * 8 * 128 * 2
+    # Every second layer keeps no more than its window of 6 tokens: 2 key heads of 8.
+    assert cached(family_config("gemma3"), 100) == 2 * 2 * 8 * 2 * (100 + 6)
+    # A layer without attention keeps 3 tokens of its convolution, 32 wide, whatever the length (transformers keeps 4).
+    assert cached(family_config("lfm2"), 100) == 2 * 2 * 8 * 2 * 100 + 32 * 3 * 2
+
+
+def test_a_model_with_a_cache_of_its_own_is_refused():
+    for name in ("mamba2", "minimax"):
+        with pytest.raises(UserError, match=r"can't be sampled from, as it has a cache of its own"):
+            measured_cache(family(name))

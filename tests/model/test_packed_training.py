@@ -18,7 +18,7 @@ from tests.helpers import dpo_config, scramble
 def small_base(name: str, folder):
     """A family as qalign loads it, with a policy that does something."""
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
-    family(name, len(tokenizer), dtype=torch.float32, spread=0.1).save_pretrained(folder)
+    family(name, len(tokenizer) + 10, dtype=torch.float32, spread=0.1).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     base = load(Model(base=str(folder), compute_dtype="float32", quantization="none"))
     base.add_adapter(Role.POLICY, Lora(r=4))

@@ -75,7 +75,7 @@ class Forecast:
         return Forecast(recipe, self.stage, self.config, self.device, self.dtype)
 
     def _fixed(self) -> dict[str, int]:
-        lm, settings, width = self._model(self.layers), self.settings, self.dtype.itemsize
+        lm, settings, width = self.model(), self.settings, self.dtype.itemsize
         weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, adapter
@@ -97,8 +97,9 @@ class Forecast:
         }
         return fixed | ({"CUDA context": CUDA_CONTEXT} if self.device == "cuda" else {})
 
-    def _model(self, layers: int) -> PreTrainedModel:
-        return meta_model(self.recipe, self.stage, self.config, self.dtype, layers)
+    def model(self, layers: int | None = None) -> PreTrainedModel:
+        """The base with the stage's adapter on the meta device, with all layers or fewer."""
+        return meta_model(self.recipe, self.stage, self.config, self.dtype, layers or self.layers)
 
     def step(self, tokens: int, *, checkpointing: bool) -> Step:
         """The memory of a micro-batch of this many tokens. Two models of few layers are run; memory is linear in the
@@ -106,7 +107,7 @@ class Forecast:
         key = tokens, checkpointing
         if key not in self._steps:
             few = min(self.layers, 2 * len(layer_pattern(self.config)))
-            models = (self._model(layers) for layers in (few, 2 * few))
+            models = (self.model(layers) for layers in (few, 2 * few))
             one, other = (run_step(lm, self.recipe, self.stage, self.device, *key) for lm in models)
             slope = (other.activations - one.activations) / few
             self._steps[key] = Step(int(one.activations + slope * (self.layers - few)), other.logits, other.backward)
@@ -188,11 +189,3 @@ def free_memory(device: str) -> int:
     if device == "cpu":
         return usable_memory(device)
     return max(0, usable_memory(device) - CUDA_CONTEXT - torch.cuda.memory_allocated())
-
-
-def kv_cache_bytes(config: PretrainedConfig, tokens: int, width: int) -> int:
-    """Bytes of the keys and values of all layers for this many tokens, with `width` bytes per number."""
-    text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * tokens * width
