@@ -43,6 +43,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         packing_strategy="bfd",
         eval_packing=False,
         neftune_noise_alpha=settings.neftune_alpha,
+        router_aux_loss_coef=0.0,  # TRL would add the router loss of the base's config to what is logged as the loss
     )
     with naming_trainer(run.stage, settings.trainer):
         trainer: Any = SupervisedTrainer(base, args, rows.train, rows.held_out or None, session.begin())

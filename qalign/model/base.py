@@ -26,6 +26,7 @@ from qalign.errors import UserError
 from qalign.model.adapters import targets, weights
 from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.weights import adapter_parameters
+from qalign.model.experts.weights import held_parameters
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
@@ -68,7 +69,7 @@ class Base:
     def __init__(self, lm: PreTrainedModel, template: ChatTemplate, origin: Origin, spec: Model):
         lm.requires_grad_(False)
         lm.eval()
-        self.lm, self.dtype, self._base_parameters = lm, lm.dtype, lm.num_parameters()
+        self.lm, self.dtype, self._base_parameters = lm, lm.dtype, lm.num_parameters() + held_parameters(lm)
         self.model: PreTrainedModel | peft.PeftModel = lm
         self.template, self.tokenizer, self.origin, self.spec = template, template.tokenizer, origin, spec
         self.max_length = min(spec.max_length, reach_of(lm.config) or spec.max_length)

@@ -11,14 +11,14 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import bitsandbytes
 import datasets
 import torch
 import transformers as tf
-from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.utils.quantization_config import Mxfp4Config
 
 from qalign.config.paths import expanded
 from qalign.config.recipe import Model
@@ -27,6 +27,7 @@ from qalign.errors import UserError
 from qalign.model import cache, origin
 from qalign.model.adapters.generation_config import mended
 from qalign.model.adapters.targets import HEADS
+from qalign.model.experts.quantizer import FourBitConfig, guard_4bit
 from qalign.model.origin import OTHER_CODE, Origin
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -47,10 +48,8 @@ def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") 
     auto = tf.AutoModelForSequenceClassification if classifier else tf.AutoModelForCausalLM
     found = find(spec)
     spec = found.held(spec)
-    if form == "original" and found.stored:
-        raise UserError(
-            f"model.base: '{spec.base}' is published in {spec.quantization}, so its unquantised weights aren't known"
-        )
+    if form == "original" and (stored := spec.quantization if found.stored else found.experts):
+        raise UserError(f"model.base: '{spec.base}' is published in {stored}, so its unquantised weights aren't known")
     tokenizer = _tokenizer(found, spec.base, "model.base")
     with readable(spec.base, "model.base"):
         if form == "original" or (form == "dequantized" and spec.quantization == "none"):
@@ -108,7 +107,7 @@ def load_scorer(source: str, key: str, dtype: torch.dtype, where: torch.device) 
     nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": where}}
     if not found.stored:
-        options["quantization_config"] = tf.BitsAndBytesConfig(load_in_4bit=True, **nf4)
+        options["quantization_config"] = FourBitConfig(experts=found.experts or "nf4", **nf4)
     if found.is_local:
         origin.check_weights(Path(found.source), source, key)
     tokenizer = _tokenizer(found, source, key)
@@ -207,6 +206,10 @@ def _loaded(found: Origin, auto: Any, labels: int | None = None, **options: Any)
     """A model from where it was found, with the options of `from_pretrained`; `labels` for a new head."""
     is_classifier = auto is tf.AutoModelForSequenceClassification
     config = _config(found, **({"num_labels": labels} if labels else {}))
+    if found.experts and options.get("quantization_config"):
+        del cast(Any, config).quantization_config  # which says no more than that the experts are in MXFP4
+    elif found.experts:
+        options["quantization_config"] = Mxfp4Config(dequantize=True)
     for part in (config, config.get_text_config()):
         stored = getattr(part, "quantization_config", None)
         if isinstance(stored, dict) and isinstance(options.get("dtype"), torch.dtype):
@@ -276,6 +279,7 @@ def _held(spec: Model, found: Origin, auto: Any, dtype: torch.dtype, where: torc
         config = tf.BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
         return _loaded(found, auto, labels, quantization_config=config, **place)
     settings: dict[str, Any] = {
+        "experts": found.experts or spec.quantization,
         "bnb_4bit_quant_type": spec.quantization,
         "bnb_4bit_use_double_quant": spec.double_quant,
         "bnb_4bit_compute_dtype": str(dtype).removeprefix("torch."),
@@ -283,7 +287,7 @@ def _held(spec: Model, found: Origin, auto: Any, dtype: torch.dtype, where: torc
     versions = [bitsandbytes.__version__, tf.__version__]
     key = hashlib.sha256(json.dumps([found.identity, settings, versions]).encode()).hexdigest()[:16]
     folder = cache.cache_folder() / f"{spec.quantization}-{key}"
-    fresh = {"quantization_config": tf.BitsAndBytesConfig(load_in_4bit=True, **settings), **place}
+    fresh = {"quantization_config": FourBitConfig(**settings), **place}
     is_kept, lm = cache.is_whole(folder), None
     if not is_kept:
         find(spec, weights=True)
@@ -311,24 +315,6 @@ def _check_tokens(tokenizer: Any, lm: Any, base: str, key: str) -> None:
             f"({extra[0][:40]!r} has the id {beyond[extra[0]]}, the model has {rows} rows); remove them from the "
             "tokenizer, or resize the model's embeddings and train them"
         )
-
-
-def guard_4bit(lm: nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights in place at the first forward without gradients on a CPU with
-    AVX512-BF16, after which all gradients would be wrong without an error. Raises if that has happened already, or if
-    weights are not quantised as the config says."""
-    for module in lm.modules():
-        is_quantised = not isinstance(module, Linear8bitLt) or isinstance(module.weight, Int8Params)
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
-            state = getattr(module.weight, "quant_state", None)
-            is_quantised = state is not None and state.shape == (module.out_features, module.in_features)
-            if getattr(state, "packing_format_for_cpu", False):
-                raise RuntimeError(
-                    "bitsandbytes has repacked the 4-bit weights, so gradients would be wrong; reload them"
-                )
-        if not is_quantised:
-            raise ValueError("its weights are not quantised, or of other shapes, than its config.json says")
 
 
 def tensor_bytes(tensor: Tensor) -> int:

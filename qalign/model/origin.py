@@ -49,6 +49,7 @@ class Origin:
     hub_revision: str | None  # the revision to request from the hub
     identity: str  # a text that changes when the weights do
     stored: Stored | None = None  # None for a base in 16 or 32 bits
+    experts: Literal["mxfp4"] | None = None  # how a base in 16 bits stores its experts, if not in 16 bits (gpt-oss)
     is_reached: bool = True  # whether the hub answered; if not, only its cache is used
 
     @property
@@ -101,6 +102,11 @@ def find(spec: Model) -> Origin:
     """A recipe's base, which is no `.gguf` file; a `UserError` if it isn't there, or its kind can't be used."""
     origin = locate(spec.base, spec.revision, "model.base")
     stored, wanted = origin.stored, spec.quantization
+    if origin.experts and wanted == "int8":
+        raise UserError(
+            f"model.quantization: '{spec.base}' stores its experts in {origin.experts}, so they can't be in int8; "
+            "write quantization: nf4 for 4 bits, or none for 16 bits"
+        )
     if stored and wanted not in (stored.quantization, "nf4"):  # nf4 is the default, and so no one's choice
         raise UserError(
             f"model.quantization: '{spec.base}' is stored in {stored.quantization}, so it can't be in {wanted}; write "
@@ -121,8 +127,8 @@ def locate(base: str, revision: str | None, key: str) -> Origin:
     if not looks_local(base):
         file, is_reached = fetch(base, "config.json", revision, key)
         commit = file.parent.name
-        stored = _stored(_config(file, base, key), base, key)
-        return Origin(base, commit, revision, f"{base}@{commit}", stored, is_reached)
+        stored, experts = _stored(_config(file, base, key), base, key)
+        return Origin(base, commit, revision, f"{base}@{commit}", stored, experts, is_reached)
     folder = Path(os.path.realpath(expanded(base)))
     if not folder.is_dir():
         near = f"; it is a file, did you mean '{folder.parent}'?" if folder.is_file() else ""
@@ -131,12 +137,12 @@ def locate(base: str, revision: str | None, key: str) -> Origin:
         if (folder / "adapter_config.json").is_file():
             raise UserError(f"{key}: '{base}' is an adapter, not a model; name its base here, and it in start_from")
         raise UserError(f"{key}: '{base}' has no config.json, so it is no model folder of transformers")
-    stored = _stored(_config(folder / "config.json", base, key), base, key)
+    stored, experts = _stored(_config(folder / "config.json", base, key), base, key)
     files = sorted(f for f in folder.glob("*") if f.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"))
     if odd := next((f for f in files if not f.is_file()), None):  # reading a pipe would never end
         raise UserError(f"{key}: {odd} is no file, or a broken link; copy the model again")
     state = " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
-    return Origin(str(folder), None, None, f"{folder} {state}", stored)
+    return Origin(str(folder), None, None, f"{folder} {state}", stored, experts)
 
 
 def check(spec: Model) -> None:
@@ -234,17 +240,20 @@ def has_own_code(file: Path) -> bool:
         return False
 
 
-def _stored(config: dict[str, Any], base: str, key: str) -> Stored | None:
+def _stored(config: dict[str, Any], base: str, key: str) -> tuple[Stored | None, Literal["mxfp4"] | None]:
+    """(How bitsandbytes has quantised a base, how its experts are stored); None for what is in 16 bits."""
     text = config.get("text_config")
     inner = text.get("quantization_config") if isinstance(text, dict) else None
     found = config.get("quantization_config") or config.get("compression_config") or inner
     if not found:
-        return None
+        return None, None
     settings: dict[str, Any] = (
         {key: value for key, value in found.items() if value is not None} if isinstance(found, dict) else {}
     )
     is_bitsandbytes = settings.get("load_in_4bit") or settings.get("load_in_8bit")
     method = str(settings.get("quant_method") or ("bitsandbytes" if is_bitsandbytes else "an unknown format"))
+    if method == "mxfp4":
+        return None, "mxfp4"
     if method != "bitsandbytes":
         raise UserError(
             f"{key}: '{base}' is stored in {method[:40].upper()}, which can't be trained on here; take the 16-bit "
@@ -262,8 +271,8 @@ def _stored(config: dict[str, Any], base: str, key: str) -> Stored | None:
             f"{key}: '{base}' has a broken quantization_config: it is in 4 or in 8 bits, not in both or none"
         )
     if said.load_in_8bit:
-        return Stored("int8", double_quant=True)
-    return Stored(said.bnb_4bit_quant_type, said.bnb_4bit_use_double_quant)
+        return Stored("int8", double_quant=True), None
+    return Stored(said.bnb_4bit_quant_type, said.bnb_4bit_use_double_quant), None
 
 
 @cache  # once a process

@@ -261,7 +261,7 @@ def test_broken_settings_of_bitsandbytes_are_one_line(settings, said, folder):
         find(Model(base=str(folder)))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "mxfp4", "fp8", "compressed-tensors", "hqq", ""])
+@pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "hqq", ""])
 def test_other_formats_are_refused_by_name(method, folder):
     stored_as(folder, {"quant_method": method, "bits": 4})
     name = method.upper() or "AN UNKNOWN FORMAT"
