@@ -4,10 +4,13 @@ import math
 import re
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any
 
 import peft
 import regex
+import torch
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
@@ -46,11 +49,71 @@ def own_layers(lm: nn.Module) -> dict[str, nn.Module]:
 
 
 def text_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
-    """Those of `own_layers` that texts train: neither those of a vision tower nor the output layer."""
+    """Those of `own_layers` that texts train: not those of a vision tower, the output layer, routers, or layers that
+    the forward of a text leaves out."""
     decoder = lm.get_decoder()
     prefix = next(f"{name}." if name else "" for name, module in lm.named_modules() if module is decoder)
-    output = name_of(lm, lm.get_output_embeddings())
-    return {name: layer for name, layer in own_layers(lm).items() if name.startswith(prefix) and name != output}
+    others = {name_of(lm, lm.get_output_embeddings()), *routers(lm)}
+    layers = {name: layer for name, layer in own_layers(lm).items() if name.startswith(prefix) and name not in others}
+    used = _used(decoder, layers.values())
+    return {name: layer for name, layer in layers.items() if layer in used}
+
+
+@torch.no_grad()
+def _used(decoder: nn.Module, layers: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those of these layers that the forward of a text calls; all of them if the model can't be run like that."""
+    used: set[nn.Module] = set()
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(lambda module, _: used.add(module)).remove)
+        try:
+            ids = torch.arange(3, device=next(decoder.parameters()).device)[None]
+            decoder(input_ids=ids, use_cache=False)
+        except Exception:  # on the meta device, whatever a model's code does with numbers that aren't there
+            return set(layers)
+    return used
+
+
+def routers(lm: nn.Module) -> list[str]:
+    """The names of the layers that choose a token's experts: next to a module with experts, they have an output for
+    each expert. They get no adapter, so that all roles choose by the same weights."""
+    layers, found = own_layers(lm), []
+    for name, (_, count) in expert_tensors(lm).items():
+        block = name.rpartition(".")[0].rpartition(".")[0]
+        found += [n for n, layer in layers.items() if n.startswith(f"{block}.") and _outputs(layer) == count]
+    return list(dict.fromkeys(found))
+
+
+def _outputs(layer: nn.Module) -> int | None:
+    return getattr(layer, "out_features", None)
+
+
+def expert_tensors(lm: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """The tensors that hold a weight for each expert, by name: (their module, the number of experts)."""
+    found: dict[str, tuple[nn.Module, int]] = {}
+    for name, module in own_modules(lm).items():
+        if not isinstance(module, (*ADAPTABLE, BaseTunerLayer)):
+            shapes = {part: tensor.shape for part, tensor in module.named_parameters(recurse=False)}
+            shapes |= {part: held.shape for part, held in getattr(module, "four_bit", {}).items()}
+            found |= {f"{name}.{part}": (module, shape[0]) for part, shape in shapes.items() if len(shape) == 3}
+    return {name: (module, count) for name, (module, count) in found.items() if count > 1}
+
+
+def _refused_by_peft(lm: PreTrainedModel, leaves: Iterable[str]) -> set[str]:
+    """The names of layers on which PEFT puts no adapter in this type of model. It refuses some in state spaces, and
+    takes some for experts of a checkpoint of transformers 4. It is asked, on layers of one weight."""
+    refused = set()
+    for leaf in leaves:
+        model: Any = nn.Module()
+        model.config = lm.config
+        model.add_module(leaf, nn.Linear(1, 1))
+        try:
+            peft.inject_adapter_in_model(peft.LoraConfig(r=1, target_modules=[leaf]), model)
+        except ValueError:
+            refused.add(leaf)
+        else:
+            refused |= set() if isinstance(getattr(model, leaf), LoraLinear) else {leaf}
+    return refused
 
 
 def name_of(lm: nn.Module, wanted: nn.Module | None) -> str | None:
@@ -75,19 +138,34 @@ def _targets(targets: str | list[str], lm: PreTrainedModel, base: str) -> list[s
     """The names to give PEFT for `lora.targets`."""
     layers, output = text_layers(lm), name_of(lm, lm.get_output_embeddings())
     linear = [name for name, layer in layers.items() if isinstance(layer, LINEAR)]
+    refused = _refused_by_peft(lm, dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    linear = [name for name in linear if name.rpartition(".")[2] not in refused]
     if targets == "all-linear":
         return linear
+    names = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
+    has = f"; it has {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
     for target in targets:
         if not any(_ends_with(name, [target]) for name in layers):
             if output and _ends_with(output, [target]):
                 raise UserError(f"lora.targets: '{target}': {OUTPUT_LAYER_TAKEN}")
-            names = list(dict.fromkeys(name.rpartition(".")[2] for name in linear))
-            hint = f"{did_you_mean(target, names)}; it has {', '.join(names[:12])}{' …' if len(names) > 12 else ''}"
-            raise UserError(f"lora.targets: '{target}' fits no layer of {base}'s language model{hint}")
+            reason = _why_none(target, lm) or f"fits no layer of {base}'s language model{did_you_mean(target, names)}"
+            raise UserError(f"lora.targets: '{target}' {reason}{has}")
+        if target.rpartition(".")[2] in refused:
+            raise UserError(f"lora.targets: PEFT puts no adapter on '{target}' of {lm.config.model_type}{has}")
     others = [name for name in own_layers(lm) if name not in layers and name != output]
-    if any(_ends_with(name, targets) for name in others):  # of a vision tower
+    if any(_ends_with(name, targets) for name in others):  # of a vision tower, or routers
         return [name for name in layers if _ends_with(name, targets)]
     return list(targets)
+
+
+def _why_none(target: str, lm: PreTrainedModel) -> str | None:
+    """Why a target that fits no layer that texts train gets no adapter, if it is one of a mixture of experts."""
+    tensors = expert_tensors(lm)
+    if any(_ends_with(name, [target]) or _ends_with(name.rpartition(".")[0], [target]) for name in tensors):
+        return "holds all experts in one tensor, on which PEFT puts no adapter that works in 4 bits and by roles"
+    if any(_ends_with(name, [target]) for name in routers(lm)):
+        return "chooses the experts, so it gets no adapter: all roles must choose by the same weights"
+    return None
 
 
 def _ends_with(name: str, targets: Iterable[str]) -> bool:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PretrainedConfig
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
@@ -36,6 +36,18 @@ class FourBitConfig(BitsAndBytesConfig):
 
 
 register_quantization_config(NAME)(FourBitConfig)
+
+
+def experts_kind(config: PretrainedConfig, quantization: str) -> Kind | None:
+    """How the experts of a base are held if a recipe asks for `quantization`; None in 16 bits."""
+    stored = getattr(config, "quantization_config", None) or {}
+    stored = stored if isinstance(stored, dict) else vars(stored)
+    if quantization not in ("nf4", "fp4"):
+        return None
+    if "mxfp4" in (stored.get("quant_method"), stored.get("experts")):
+        return "mxfp4"
+    # A base that bitsandbytes has quantised already is used as it is.
+    return cast(Kind, quantization) if stored.get("quant_method") in (None, NAME) else None
 
 
 class _Quantize(Bnb4bitQuantize):

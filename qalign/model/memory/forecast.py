@@ -15,8 +15,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qalign.config.paths import function_of, is_own_model
 from qalign.config.recipe import Model, Recipe
 from qalign.config.stages import PPO, REFERENCE_FREE
+from qalign.model.experts.quantizer import experts_kind
+from qalign.model.experts.weights import held_bytes
 from qalign.model.loading import reach_of
-from qalign.model.memory.step import Step, is_quantized, layer_pattern, meta_model, run_step
+from qalign.model.memory.step import Step, is_expert, is_quantized, layer_pattern, meta_model, run_step
 
 CUDA_CONTEXT = 700 * 2**20  # bytes of the driver and of cuBLAS' workspaces; they differ by card and driver
 USABLE = 0.95  # the usable share of a memory, as allocators leave gaps
@@ -165,6 +167,8 @@ def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: M
     """Bytes of a weight in memory. 4-bit weights have a float32 scale per 64; double quantisation packs that into a
     byte, with a float32 scale per 256 of these."""
     count = parameter.numel()
+    if (kind := experts_kind(lm.config, spec.quantization)) and is_expert(name, lm):
+        return held_bytes(tuple(parameter.shape), kind, double_quant=spec.double_quant)
     if spec.quantization == "none" or not is_quantized(parameter, name, lm):
         return count * width
     if spec.quantization == "int8":

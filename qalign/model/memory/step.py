@@ -8,6 +8,7 @@ forecast. Attention, SFT's head and bitsandbytes' unpacking of weights are repla
 import copy
 import weakref
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import peft
@@ -17,11 +18,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, Layout, pack
 from qalign.data.tokenize import TokenPair
 from qalign.model.adapters.targets import new_config
+from qalign.model.experts.quantizer import experts_kind
+from qalign.model.experts.weights import names_of, run_experts
 from qalign.model.logps import pair_logps
 from qalign.model.packing.attention import BLOCK_QUERIES
 
@@ -95,6 +99,26 @@ def _blocks(module, query, key, value, attention_mask, *, layout: Layout, **_: A
     return cast(Tensor, _AttentionShape.apply(query, key, value, seen)).transpose(1, 2).contiguous(), None
 
 
+class _ProductShape(torch.autograd.Function):
+    """What a product of rows with 4-bit experts allocates; it keeps nothing (`qalign.model.experts.weights`)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows, inputs, outputs):
+        ctx.inputs = inputs
+        return rows.new_empty(len(rows), outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor):
+        return grad_outputs[0].new_empty(len(grad_outputs[0]), ctx.inputs), None, None
+
+
+def _experts_product(module, name: str, rows: Tensor, choices: Tensor) -> Tensor:
+    inputs, outputs = getattr(module, name).shape[1:] if module.is_transposed else getattr(module, name).shape[:0:-1]
+    return cast(Tensor, _ProductShape.apply(rows, inputs, outputs))
+
+
+_EXPERTS = "qalign_experts_shape"
+ALL_EXPERTS_FUNCTIONS.register(_EXPERTS, partial(run_experts, product=_experts_product))
 _ATTENTION = {"cuda": "qalign_fused_shape", "cpu": "qalign_blocks_shape"}
 AttentionInterface.register(_ATTENTION["cuda"], _fused)
 AttentionInterface.register(_ATTENTION["cpu"], _blocks)
@@ -134,6 +158,7 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
         auto, task_type, config.num_labels = tf.AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS, 1
     with torch.device("meta"):
         lm: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        lm.set_experts_implementation(_EXPERTS)
         adapter = new_config(recipe.lora, lm, recipe.model.base)
         adapter.task_type = task_type
         peft.get_peft_model(lm, adapter, autocast_adapter_dtype=False)
@@ -150,6 +175,12 @@ def layer_pattern(config: PretrainedConfig) -> list[str]:
         if all(kind == kinds[number % length] for number, kind in enumerate(kinds)):
             return kinds[:length]
     return kinds
+
+
+def is_expert(name: str, lm: PreTrainedModel) -> bool:
+    """Whether a weight is a tensor of all experts of a layer that can be held in 4 bits."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in names_of(lm.get_submodule(module))
 
 
 def is_quantized(parameter: nn.Parameter, name: str, lm: PreTrainedModel) -> bool:
@@ -192,8 +223,10 @@ def run_step(lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, token
         loss.backward()
         backward = counted.peak - activations
     if recipe.model.quantization != "none":  # bitsandbytes unpacks the largest weight while it multiplies
-        sizes = [parameter.numel() for name, parameter in lm.named_parameters() if is_quantized(parameter, name, lm)]
-        backward += max(sizes) * lm.dtype.itemsize
+        unpacked = [parameter for name, parameter in lm.named_parameters() if is_quantized(parameter, name, lm)]
+        if experts_kind(lm.config, recipe.model.quantization):  # one expert at a time
+            unpacked += [parameter[0] for name, parameter in lm.named_parameters() if is_expert(name, lm)]
+        backward += max(parameter.numel() for parameter in unpacked) * lm.dtype.itemsize
     return Step(activations, logits, backward)
 
 
