@@ -7,14 +7,19 @@ import bitsandbytes as bnb
 import pytest
 import torch
 import transformers as tf
+from bitsandbytes.nn import Linear4bit
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qalign.model.experts.weights as experts
-from qalign.config.recipe import Model
+from qalign.config.recipe import Lora, Model, Recipe
+from qalign.config.stages import SFT, Source
 from qalign.errors import UserError
-from qalign.model.loading import load_weights, tensor_bytes
+from qalign.model.base import load
+from qalign.model.loading import load_config, load_weights, tensor_bytes
+from qalign.model.memory.forecast import Forecast
 from tests.moe_models import FAMILIES, publish_in_mxfp4, save
 
+PARTS = ("_blocks", "_scales", "_scale_offsets")
 IDS = torch.arange(10, 50)[None]
 
 
@@ -190,3 +195,27 @@ def test_bfloat16_experts_round_as_transformers_does(folder):
     with torch.no_grad():
         found, expected = (model(input_ids=IDS, use_cache=False).logits.float() for model in (lm, plain))
     assert relative(found, expected) < 0.02
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"jamba"}))
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_the_forecast_counts_experts_as_they_are_held(name, double_quant, folder):
+    spec = Model(base=folder(name), compute_dtype="float32", double_quant=double_quant)
+    assert_forecast(spec)
+
+
+def test_the_forecast_counts_mxfp4_experts_as_they_are_held(mxfp4):
+    assert_forecast(Model(base=mxfp4, compute_dtype="float32"))
+
+
+def assert_forecast(spec: Model) -> None:
+    recipe = Recipe(model=spec, lora=Lora(r=4), output="unused", sft=SFT(data=[Source(path="rows.jsonl")]))
+    base = load(spec)
+    linear = [module for module in base.lm.modules() if isinstance(module, Linear4bit)]
+    others = sum((16 + 256 * spec.double_quant) * 4 + 4 for _ in linear)  # tables, the same for all sizes
+    others += sum(b.nbytes for name, b in base.lm.named_buffers() if not name.endswith(PARTS))
+    gates = sum(4 * module.in_features for module in linear if module.out_features == 1)  # counted as 16 bits
+    for config in (load_config(spec), base.lm.config):  # as `fit` and as a stage see it
+        found = Forecast(recipe, "sft", config, "cpu", torch.float32).fixed["base"]
+        assert found == pytest.approx(base.held_bytes - others, abs=8 * len(linear) + gates)
+    assert base.count_parameters()[1] == sum(p.numel() for p in held(spec.base, form="dequantized").parameters())

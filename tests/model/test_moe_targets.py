@@ -78,7 +78,7 @@ def test_layers_that_peft_refuses_are_left_out(base_of):
 
 
 @pytest.mark.parametrize(
-    "name, target, reason",
+    ("name", "target", "reason"),
     [
         ("qwen3_moe", "experts", "holds all experts in one tensor"),
         ("qwen3_moe", "gate_up_proj", "holds all experts in one tensor"),

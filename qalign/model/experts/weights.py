@@ -33,7 +33,7 @@ class Held:
     """How one of a module's tensors is held: the kind of numbers, and its shape before it was quantised."""
 
     kind: Kind
-    shape: tuple[int, int, int]  # (experts, rows, columns)
+    shape: tuple[int, ...]  # (experts, rows, columns)
 
 
 def names_of(module: nn.Module) -> tuple[str, ...]:
@@ -51,7 +51,7 @@ def held_parameters(model: nn.Module) -> int:
 
 def hold(module: nn.Module, name: str, weight: Tensor, kind: Literal["nf4", "fp4"], *, double_quant: bool) -> None:
     """Replaces the tensor `name` of an experts module by `weight`, quantised expert by expert."""
-    _make_room(module, name, Held(kind, cast(Any, tuple(weight.shape))))
+    _make_room(module, name, Held(kind, tuple(weight.shape)))
     found = [
         bnb.quantize_4bit(expert.contiguous(), quant_type=kind, compress_statistics=double_quant) for expert in weight
     ]
@@ -65,7 +65,7 @@ def hold(module: nn.Module, name: str, weight: Tensor, kind: Literal["nf4", "fp4
 def make_room(module: nn.Module, name: str, kind: Kind, *, double_quant: bool) -> None:
     """Replaces the tensor `name` of an experts module on the meta device by empty ones, for quantised weights that are
     read from a file."""
-    held = Held(kind, cast(Any, tuple(getattr(module, name).shape)))
+    held = Held(kind, tuple(getattr(module, name).shape))
     shapes = _shapes(held, bool(module.is_transposed), double_quant)
     _make_room(module, name, held)
     for part, (shape, dtype) in shapes.items():
@@ -95,7 +95,7 @@ def _shapes(held: Held, is_transposed: bool, double_quant: bool) -> dict[str, tu
     return found
 
 
-def held_bytes(shape: tuple[int, int, int], kind: Kind, *, double_quant: bool) -> int:
+def held_bytes(shape: tuple[int, ...], kind: Kind, *, double_quant: bool) -> int:
     """The memory of a tensor of experts of this shape, with its scales."""
     return sum(prod(size) * dtype.itemsize for size, dtype in _shapes(Held(kind, shape), False, double_quant).values())
 

@@ -168,7 +168,7 @@ def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: M
     byte, with a float32 scale per 256 of these."""
     count = parameter.numel()
     if (kind := experts_kind(lm.config, spec.quantization)) and is_expert(name, lm):
-        return held_bytes(tuple(parameter.shape), kind, double_quant=spec.double_quant)
+        return held_bytes(parameter.shape, kind, double_quant=spec.double_quant)
     if spec.quantization == "none" or not is_quantized(parameter, name, lm):
         return count * width
     if spec.quantization == "int8":
