@@ -55,7 +55,7 @@ def config(name: str, **more):
         "moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4,
         "num_experts_per_tok": 2,
     }  # fmt: skip
-    return made(**{key: value for key, value in small.items() if key in known} | FAMILIES[name] | more)
+    return made(**{key: value for key, value in small.items() if key in known} | FAMILIES.get(name, {}) | more)
 
 
 def save(name: str, folder: Path, **more) -> str:

@@ -26,9 +26,8 @@ from qalign.errors import UserError
 from qalign.model.adapters import targets, weights
 from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.weights import adapter_parameters
-from qalign.model.experts.weights import held_parameters
 from qalign.model.lineage import Lineage, describe
-from qalign.model.loading import Form, load_weights, reach_of, tensor_bytes
+from qalign.model.loading import Form, load_weights, parameter_count, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head
 from qalign.model.memory.kv_cache import RowCache, measured_cache
 from qalign.model.origin import Origin
@@ -69,7 +68,7 @@ class Base:
     def __init__(self, lm: PreTrainedModel, template: ChatTemplate, origin: Origin, spec: Model):
         lm.requires_grad_(False)
         lm.eval()
-        self.lm, self.dtype, self._base_parameters = lm, lm.dtype, lm.num_parameters() + held_parameters(lm)
+        self.lm, self.dtype, self._base_parameters = lm, lm.dtype, parameter_count(lm)
         self.model: PreTrainedModel | peft.PeftModel = lm
         self.template, self.tokenizer, self.origin, self.spec = template, template.tokenizer, origin, spec
         self.max_length = min(spec.max_length, reach_of(lm.config) or spec.max_length)

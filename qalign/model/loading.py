@@ -28,6 +28,7 @@ from qalign.model import cache, origin
 from qalign.model.adapters.generation_config import mended
 from qalign.model.adapters.targets import HEADS
 from qalign.model.experts.quantizer import FourBitConfig, guard_4bit
+from qalign.model.experts.weights import held_parameters
 from qalign.model.origin import OTHER_CODE, Origin
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -315,6 +316,11 @@ def _check_tokens(tokenizer: Any, lm: Any, base: str, key: str) -> None:
             f"({extra[0][:40]!r} has the id {beyond[extra[0]]}, the model has {rows} rows); remove them from the "
             "tokenizer, or resize the model's embeddings and train them"
         )
+
+
+def parameter_count(lm: tf.PreTrainedModel) -> int:
+    """The number of a model's weights; 4-bit ones are counted one by one."""
+    return lm.num_parameters() + held_parameters(lm)
 
 
 def tensor_bytes(tensor: Tensor) -> int:

@@ -17,6 +17,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, out_of_memory
 from qalign.model import lineage
 from qalign.model.base import Base, Role
+from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
 from qalign.model.memory.forecast import Forecast, Plan, usable_memory
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, try_out
@@ -117,9 +118,10 @@ class Session:
         in words, `more` the stage's own lines, which may replace others."""
         run, base, model = self.run, self.base, self.run.recipe.model
         weights, size = base.count_parameters()
+        experts = "" if model.quantization == "none" else experts_in_words(base.lm)
         lines = {
             "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
-            "held in": f"{model.quantization}, computing in {base.precision}",
+            "held in": f"{model.quantization}{experts}, computing in {base.precision}",
             "chat template": base.template,
             "trainable": f"{weights:,} adapter parameters ({weights / size:.2%} of the base), in float32",
             **({"": f"starting from {run.parent}"} if run.parent else {}),

@@ -219,3 +219,19 @@ def assert_forecast(spec: Model) -> None:
         found = Forecast(recipe, "sft", config, "cpu", torch.float32).fixed["base"]
         assert found == pytest.approx(base.held_bytes - others, abs=8 * len(linear) + gates)
     assert base.count_parameters()[1] == sum(p.numel() for p in held(spec.base, form="dequantized").parameters())
+
+
+def test_the_header_says_how_experts_are_held(folder, mxfp4, tmp_path):
+    assert experts.experts_in_words(held(folder("qwen3_moe"))) == ""
+    assert experts.experts_in_words(held(mxfp4)) == ", experts in mxfp4"
+    in_16_bits = {"num_hidden_layers": 2, "interleave_moe_layer_step": 1, "attention_chunk_size": 64}
+    for lm in (
+        held(folder("qwen3_moe"), quantization="int8"),
+        held(save("llama4_text", tmp_path / "llama4", **in_16_bits)),  # not through transformers' interface
+    ):
+        names = [
+            name for name in dict(lm.named_parameters()) if name.endswith(("experts.gate_up_proj", "experts.down_proj"))
+        ]
+        share = sum(lm.get_parameter(name).numel() for name in names) / lm.num_parameters()
+        assert share > 0.05
+        assert experts.experts_in_words(lm) == f", but experts in 16 bits: {share:.0%} of the weights"

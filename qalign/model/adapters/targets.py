@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from qalign.config.recipe import Lora
 from qalign.errors import UserError, did_you_mean
 from qalign.model.adapters.files import LoraSettings
+from qalign.model.experts.weights import expert_tensors
 
 OUTPUT_LAYER_TAKEN = "the output layer can't have an adapter, as log-probs use its frozen weight"
 LINEAR = (nn.Linear, Conv1D)
@@ -78,7 +79,7 @@ def routers(lm: nn.Module) -> list[str]:
     """The names of the layers that choose a token's experts: next to a module with experts, they have an output for
     each expert. They get no adapter, so that all roles choose by the same weights."""
     layers, found = own_layers(lm), []
-    for name, (_, count) in expert_tensors(lm).items():
+    for name, count in expert_tensors(lm).items():
         block = name.rpartition(".")[0].rpartition(".")[0]
         found += [n for n, layer in layers.items() if n.startswith(f"{block}.") and _outputs(layer) == count]
     return list(dict.fromkeys(found))
@@ -86,17 +87,6 @@ def routers(lm: nn.Module) -> list[str]:
 
 def _outputs(layer: nn.Module) -> int | None:
     return getattr(layer, "out_features", None)
-
-
-def expert_tensors(lm: nn.Module) -> dict[str, tuple[nn.Module, int]]:
-    """The tensors that hold a weight for each expert, by name: (their module, the number of experts)."""
-    found: dict[str, tuple[nn.Module, int]] = {}
-    for name, module in own_modules(lm).items():
-        if not isinstance(module, (*ADAPTABLE, BaseTunerLayer)):
-            shapes = {part: tensor.shape for part, tensor in module.named_parameters(recurse=False)}
-            shapes |= {part: held.shape for part, held in getattr(module, "four_bit", {}).items()}
-            found |= {f"{name}.{part}": (module, shape[0]) for part, shape in shapes.items() if len(shape) == 3}
-    return {name: (module, count) for name, (module, count) in found.items() if count > 1}
 
 
 def _refused_by_peft(lm: PreTrainedModel, leaves: Iterable[str]) -> set[str]:

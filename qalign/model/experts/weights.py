@@ -18,6 +18,7 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor, nn
 from torch.nn.functional import embedding
+from transformers import PreTrainedModel
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 NAME = "qalign_4bit"  # in `ExpertsInterface`
@@ -47,6 +48,28 @@ def names_of(module: nn.Module) -> tuple[str, ...]:
 def held_parameters(model: nn.Module) -> int:
     """The number of expert weights that are held in 4 bits."""
     return sum(prod(held.shape) for module in model.modules() for held in getattr(module, "four_bit", {}).values())
+
+
+def expert_tensors(lm: nn.Module) -> dict[str, int]:
+    """The names of the tensors that hold a weight for each expert, in 4 bits or not, with the number of experts."""
+    found = {}
+    for name, module in lm.named_modules():
+        shapes = (
+            {} if isinstance(module, nn.Conv1d) else {n: p.shape for n, p in module.named_parameters(recurse=False)}
+        )
+        shapes |= {part: held.shape for part, held in getattr(module, "four_bit", {}).items()}
+        found |= {f"{name}.{part}": s[0] for part, s in shapes.items() if len(s) == 3 and s[0] > 1}
+    return found
+
+
+def experts_in_words(lm: PreTrainedModel) -> str:
+    """How the experts of a quantised base are held, where it isn't as its other weights are; for a header."""
+    kinds = {held.kind for module in lm.modules() for held in getattr(module, "four_bit", {}).values()}
+    if "mxfp4" in kinds:
+        return ", experts in mxfp4"
+    plain = expert_tensors(lm).keys() & dict(lm.named_parameters()).keys()
+    share = sum(lm.get_parameter(name).numel() for name in plain) / (lm.num_parameters() + held_parameters(lm))
+    return f", but experts in 16 bits: {share:.0%} of the weights" if plain else ""
 
 
 def hold(module: nn.Module, name: str, weight: Tensor, kind: Literal["nf4", "fp4"], *, double_quant: bool) -> None:
