@@ -69,9 +69,9 @@ class Lora(Section):
     """LoRA dropout: the share of the adapter's inputs set to zero during training, never for the reference. Try 0.05 if
     the held-out loss rises while the training loss falls."""
     targets: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1), _one_name] = "all-linear"
-    """LoRA target modules: `all-linear` (every linear layer of the language model but the output layer), or a list of
-    module names such as `[q_proj, v_proj]`, which is smaller and learns less. `layers.0.mlp.up_proj` is that of layer
-    0."""
+    """LoRA target modules: `all-linear` (every linear layer of the language model but the output layer, and in mixtures
+    of experts but routers and routed experts), or a list of module names such as `[q_proj, v_proj]`, which is smaller
+    and learns less. `layers.0.mlp.up_proj` is that of layer 0."""
     rslora: bool = False
     """Rank-stabilised LoRA (arXiv:2312.03732): scales by alpha / sqrt(r) instead of alpha / r. For ranks of 64 or
     more."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers as tf
 from bitsandbytes.nn import Linear4bit
+from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 import qalign.model.experts.weights as experts
@@ -235,3 +236,16 @@ def test_the_header_says_how_experts_are_held(folder, mxfp4, tmp_path):
         share = sum(lm.get_parameter(name).numel() for name in names) / lm.num_parameters()
         assert share > 0.05
         assert experts.experts_in_words(lm) == f", but experts in 16 bits: {share:.0%} of the weights"
+
+
+def test_a_base_that_lacks_experts_is_refused(tmp_path):
+    path = save("qwen3_moe", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    kept = {name: tensor for name, tensor in weights.items() if "layers.1.mlp.experts" not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    assert len(kept) < len(weights)
+    with pytest.raises(
+        UserError, match=r"lacks 2 of the weights of Qwen3MoeForCausalLM, such as model\.layers\.1\.mlp"
+    ):
+        held(path)
