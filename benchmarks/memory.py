@@ -72,10 +72,10 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
     """Bytes over the base and its adapters at the peak of a step."""
     import torch
 
-    from qalign.model.base import Role, load, load_classifier
+    from qalign.model.base import Role, load
     from qalign.model.memory.step import LiveBytes
 
-    base = load_classifier(recipe.model) if stage == "reward" else load(recipe.model)
+    base = load(recipe.model)
     base.add_adapter(Role.REWARD if stage == "reward" else Role.POLICY, recipe.lora)
     trainer = trainer_of(stage, recipe, base, rows_of(stage, tokens, count), checkpointing)
     if checkpointing:

@@ -25,13 +25,12 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs
-    from qalign.model.base import load
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
     from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import PreferenceTrainer
 
-    settings, base = cast(DPO, run.settings), load_base(run, load)
+    settings, base = cast(DPO, run.settings), load_base(run)
     pairs = encode_rows(run, base.template, read, encode_pairs)
     session = Session(run, base, pairs)
     needs_reference = settings.loss not in REFERENCE_FREE

@@ -78,13 +78,12 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
 
     from qalign.model import lineage
     from qalign.model.adapters import generation_config
-    from qalign.model.base import Role, load, load_classifier
-    from qalign.model.loading import set_dropout
+    from qalign.model.base import Role, load
 
     spec, is_reward = run.recipe.model, run.stage == "reward"
     if trained := lineage.read(run.adapter):  # `auto` may be another dtype here than where the run was trained
         spec = spec.model_copy(update={"compute_dtype": trained.compute_dtype})
-    base = (load_classifier if is_reward else load)(spec, onto)
+    base = load(spec, onto)
     lineage.check(str(run.path), run.adapter, base.lineage(run.stage))
     role = Role.REWARD if is_reward else Role.POLICY
     base.load_adapter(role, str(run.adapter), trainable=False)
@@ -94,9 +93,8 @@ def _merged(run: RunFolder, onto: "Form") -> tuple["Base", Any]:
             plain = model.merge_and_unload(safe_merge=True, adapter_names=[role])
     except (RuntimeError, ValueError) as error:  # such as a bias of LoRA on layers that have none
         raise UserError(f"{run.path}: its adapter can't be merged: {error}") from None
-    merged = _without_quantisation(plain)
+    merged = _fresh(_classifier(base) if is_reward else type(plain), plain)
     published = AutoConfig.from_pretrained(base.origin.folder, trust_remote_code=False)
-    set_dropout(vars(merged.config), vars(published))
     if merged.dtype == torch.float32:
         merged = merged.to(published.dtype if published.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16)
     if not is_reward:  # `generate` and vLLM must stop where the answers of the training data end
@@ -125,16 +123,37 @@ def _untied(lm: Any) -> Generator[None]:
             config.tie_word_embeddings = tied
 
 
-def _without_quantisation(merged: Any) -> Any:
+def _classifier(base: "Base") -> Any:
+    """The sequence classifier of transformers that a reward model becomes, as the base's config asks for it."""
+    import transformers as tf
+
+    from qalign.data.tokenize import pad_for_scores
+
+    base.tokenizer.pad_token, config = pad_for_scores(base.template), base.lm.config
+    config.num_labels, config.get_text_config().pad_token_id = 1, base.tokenizer.pad_token_id
+    if type(config) not in tf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{base.spec.base}: transformers has no sequence classifier of this family, so a merged reward model could "
+            "not be loaded; the README.md in the adapter's folder shows how to load the adapter"
+        )
+    return tf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING[type(config)]
+
+
+def _fresh(kind: Any, merged: Any) -> Any:
     """The same tensors in a fresh model: transformers 5.23 can't save a model that was loaded from 4-bit files, not
-    even after it is dequantised."""
+    even after it is dequantised. A sequence classifier has no use for the language model's own head."""
     import torch
 
+    from qalign.model.adapters.targets import name_of
+
     with torch.device("meta"):
-        fresh = type(merged)(merged.config)
-    fresh.load_state_dict(merged.state_dict(), assign=True)
+        fresh = kind(merged.config)
+    tensors, names = merged.state_dict(), fresh.state_dict().keys()
+    head = f"{name_of(merged, merged.get_output_embeddings())}."
+    kept = {name: t for name, t in tensors.items() if name in names or not name.startswith(head)}
+    fresh.load_state_dict(kept, assign=True)
     fresh.tie_weights()
-    if merged.can_generate():
+    if fresh.can_generate():
         fresh.generation_config = merged.generation_config
     return fresh
 

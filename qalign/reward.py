@@ -25,13 +25,14 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     read = read_rows(run, scored_preferences if settings.margin else preferences)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
-    from qalign.data.tokenize import encode_pairs
-    from qalign.model.base import Role, load_classifier
+    from qalign.data.tokenize import encode_pairs, pad_for_scores
+    from qalign.model.base import Role
     from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import RewardModelTrainer
 
-    base = load_base(run, load_classifier)
+    base = load_base(run)
+    base.lm.set_output_embeddings(None)  # a head of its own takes its place
     pairs = encode_rows(run, base.template, read, encode_pairs)
     session = Session(run, base, pairs, Role.REWARD)
     session.add_adapter()
@@ -40,7 +41,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     with naming_trainer(run.stage, settings.trainer):
         trainer = RewardModelTrainer(base, settings, args, micro, pairs.train, pairs.held_out or None, callbacks)
 
-    head = f"{base.lm.config.hidden_size:,} weights, unquantised, in float32, read at the end of the answer's turn"
+    hidden = base.lm.config.get_text_config().hidden_size
+    head = f"{hidden:,} weights, unquantised, in float32, read at the end of the answer's turn"
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
     facts = session.train(trainer, head=head, loss=loss, prompts=base.layout_in_words)
@@ -49,10 +51,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         if not scores.isfinite().all():
             raise scores_not_finite(base.precision)
         facts |= _report(run, pairs.held_out, scores.tolist())
-    pad = base.tokenizer.pad_token
     session.finish(
         f"python -m qalign.score {shlex.quote(str(run.path))} FILE.jsonl",
-        pooling=f"the last token that is not {pad}: the end of the answer's turn",
+        pooling=f"the last token that is not {pad_for_scores(base.template)}: the end of the answer's turn",
         **facts,
     )
 

@@ -25,12 +25,11 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import IGNORED, encode_dialogues
-    from qalign.model.base import load
     from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.sft_trainer import SupervisedTrainer
 
-    settings, base = cast(SFT, run.settings), load_base(run, load)
+    settings, base = cast(SFT, run.settings), load_base(run)
     if settings.packing and base.padding_reason:
         raise UserError(f"sft.packing: {type(base.lm).__name__} {base.padding_reason}; set it to false")
     rows = encode_rows(run, base.template, read, encode_dialogues)

@@ -6,7 +6,7 @@ from datetime import datetime
 from enum import StrEnum
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import peft
 import torch
@@ -21,14 +21,13 @@ from qalign.config.recipe import Lora, Model
 from qalign.data import collate
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.templates import ChatTemplate, prepare_template
-from qalign.data.tokenize import pad_for_scores
 from qalign.errors import UserError
 from qalign.model.adapters import targets, weights
-from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
+from qalign.model.adapters.files import HEAD, SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, parameter_count, reach_of, tensor_bytes
-from qalign.model.logps import ScalarHead, check_head
+from qalign.model.logps import ScalarHead, check_head, new_head
 from qalign.model.memory.kv_cache import RowCache, measured_cache
 from qalign.model.origin import Origin
 from qalign.model.packing.packing import Packing, packing_of
@@ -54,41 +53,39 @@ class Base:
     """A frozen base with its adapters.
 
     Attributes:
-        lm: the language model, or a reward model's sequence classifier, with the adapters in it.
+        lm: the language model with the adapters in it, and once a role gives scores with a head `score`.
         model: `lm`, or the `PeftModel` around it once there is an adapter.
         tokenizer: with a chat template, one BOS and a pad token.
         origin: where the weights come from.
         template: where the chat template comes from, in words.
         max_length: `model.max_length`, or how far the base reaches if that is less; for commands on a finished run.
         dtype: the dtype of matrix products; adapters are float32 and autocast to it.
+        left_out: the parts of the checkpoint that no text reaches, which are not held.
         reference: what the reference is made of, in words.
         role, role_switches: the active role, and the number of role changes so far.
     """
 
-    def __init__(self, lm: PreTrainedModel, template: ChatTemplate, origin: Origin, spec: Model):
+    def __init__(
+        self, lm: PreTrainedModel, template: ChatTemplate, origin: Origin, spec: Model, left_out: Sequence[str] = ()
+    ):
         lm.requires_grad_(False)
         lm.eval()
         self.lm, self.dtype, self._base_parameters = lm, lm.dtype, parameter_count(lm)
         self.model: PreTrainedModel | peft.PeftModel = lm
         self.template, self.tokenizer, self.origin, self.spec = template, template.tokenizer, origin, spec
         self.max_length = min(spec.max_length, reach_of(lm.config) or spec.max_length)
-        self.reference = "the base with adapters off"
+        self.left_out, self.reference = left_out, "the base with adapters off"
         self.role: str = Role.BASE
         self.role_switches = 0
-        self._heads: dict[str, nn.Module] = {}
+        self._heads: dict[str, ScalarHead] = {}
         self._trained: set[str] = set()
 
-    @property
-    def is_classifier(self) -> bool:
-        """Whether `lm` outputs scores instead of logits of tokens."""
-        return self.lm.get_output_embeddings() is None
-
     def add_adapter(self, role: str, lora: Lora) -> None:
-        """Adds a new trainable adapter, which starts as a no-op except with `init: loftq`; a `UserError` if one of its
-        targets fits no layer of the language model, or the output layer."""
+        """Adds a new trainable adapter, a no-op at first except with `init: loftq`; with a random head for a role
+        that gives scores. A `UserError` if a target fits no layer of the language model, or the output layer."""
         config = targets.new_config(lora, self.lm, self.spec.base)
         try:
-            self._attach(role, config)
+            self._attach(role, config, with_head=_gives_scores(role))
             if lora.init == "loftq":
                 original, *_ = load_weights(self.spec, form="original")
                 weights.start_with_loftq(self.model, original, role)
@@ -97,10 +94,11 @@ class Base:
         self._settle(role, trainable=True)
 
     def add_head(self, role: str) -> None:
-        """Adds a trainable scalar head that starts at 0, for a value model that doesn't start from a reward model."""
-        head = ScalarHead(self.lm.config.get_text_config().hidden_size, self.lm.device)
-        nn.init.zeros_(head.weight)
-        self._heads[role] = head
+        """Adds a trainable scalar head that starts at 0, for a value model that doesn't start from a reward model. A
+        head that is there already is set to 0."""
+        if role not in self._heads:
+            self._heads[role] = new_head(self.lm)
+        nn.init.zeros_(self._heads[role].weight)
 
     def load_adapter(self, role: str, folder: str, *, trainable: bool) -> None:
         """Adds a copy of a saved PEFT adapter, with its score head if it has one, as a `Role` or under a further name.
@@ -109,16 +107,14 @@ class Base:
             UserError: it was made for another model, or can't share the base. Nothing of it stays on the base.
         """
         config, tensors = weights.read(folder, self.lm, self.spec.base, trainable=trainable)
-        if SCORE_HEAD in tensors and role.partition("_")[0] not in SCORING:
+        if SCORE_HEAD in tensors and not _gives_scores(role):
             raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
+        if SCORE_HEAD not in tensors and _gives_scores(role) and not trainable:
+            raise UserError(f"{folder}: gives answers; expected a reward adapter, which gives scores")
         try:
-            if self.is_classifier:
-                tensors.setdefault(SCORE_HEAD, cast(nn.Linear, self.lm.score).weight)  # an SFT adapter has none
-            elif SCORE_HEAD in tensors:
-                weight = tensors.pop(SCORE_HEAD)
-                self._heads[role] = ScalarHead(weight.shape[1], weight.device).requires_grad_(trainable)
-                self._heads[role].weight.data = weight.float()
-            self._attach(role, config)
+            self._attach(role, config, with_head=_gives_scores(role))
+            if role in self._heads:  # an SFT adapter, from which a reward model starts, has none: its head is new
+                tensors.setdefault(SCORE_HEAD, self._heads[role].weight.detach())
             weights.fill(cast(peft.PeftModel, self.model), role, tensors, folder, self.spec.base)
         except BaseException as error:
             if self.role == role:
@@ -137,36 +133,42 @@ class Base:
         self.load_adapter(Role.REFERENCE, folder, trainable=False)
         self.reference = f"the base with a frozen copy of the adapter {folder}"
 
-    def _attach(self, role: str, config: peft.LoraConfig) -> None:
-        """Adds an adapter to the layers; the first adapter becomes the active role."""
-        if self.is_classifier:
-            config.modules_to_save = [*(config.modules_to_save or ()), "score"]
+    def _attach(self, role: str, config: peft.LoraConfig, *, with_head: bool) -> None:
+        """Adds an adapter to the layers, and for a role that gives scores a copy of the head; the first adapter becomes
+        the active role."""
+        if with_head:
+            if not hasattr(self.lm, HEAD):
+                self.lm.score = new_head(self.lm)
+            config.modules_to_save = [*(config.modules_to_save or ()), HEAD]
         config.base_model_name_or_path = config.revision = None  # set when the adapter is saved
-        config.task_type = peft.TaskType.SEQ_CLS if self.is_classifier else peft.TaskType.CAUSAL_LM
+        config.task_type = peft.TaskType.CAUSAL_LM
         if isinstance(self.model, peft.PeftModel):
             self.model.add_adapter(role, config)
         else:
             self.model = cast(peft.PeftModel, peft.get_peft_model(self.lm, config, adapter_name=role))
             self.role = role
-        if self.is_classifier:
-            self._heads[role] = cast(nn.Module, self.lm.score)
+        if with_head:
+            self._heads[role] = cast(Any, self.lm.score).modules_to_save[role]
+            self._heads[role].reset_parameters()
 
     def _settle(self, role: str, *, trainable: bool) -> None:
         """Makes a new adapter float32 (PEFT leaves some of it in the base's dtype, and updates round away in 16 bits),
-        and makes every trained role trainable again, as PEFT freezes all adapters except the active one."""
+        and makes the trained roles trainable, and no other, as PEFT goes by which one is active."""
         if trainable:
             self._trained.add(role)
         for parameter in adapter_parameters(self.model, role).values():
             parameter.data = parameter.data.float()
+        self.model.requires_grad_(False)
         for trained in self._trained:
             for parameter in adapter_parameters(self.model, trained).values():
                 parameter.requires_grad_(True)
 
     def trained_weights(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role's adapter, and of its head if it has one, by name."""
-        found = {} if self.is_classifier else adapter_parameters(self.model, role)
+        found = adapter_parameters(self.model, role)
         if role in self._heads:
-            found["score.weight"] = cast(nn.Parameter, self._heads[role].weight)
+            head = cast(nn.Parameter, self._heads[role].weight)
+            found = {name: weight for name, weight in found.items() if weight is not head} | {f"{HEAD}.weight": head}
         return found
 
     @property
@@ -182,8 +184,13 @@ class Base:
     def held_bytes(self) -> int:
         """Memory of the base's own weights and buffers, including the scales of 4-bit weights."""
         added = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
+        added |= {id(p) for p in getattr(self.lm, HEAD, nn.Module()).parameters()}
         tensors = (*self.model.parameters(), *self.model.buffers())
         return sum(tensor_bytes(tensor) for tensor in tensors if id(tensor) not in added)
+
+    def train(self) -> None:
+        """Training mode, as `weights.set_training` means it."""
+        weights.set_training(self.model)
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[PreTrainedModel]:
@@ -303,7 +310,8 @@ class Base:
 
     def save_adapter(self, role: str, folder: Path) -> None:
         """Writes an adapter, the tokenizer and its chat template into a folder, as plain PEFT saves them."""
-        weights.save(cast(peft.PeftModel, self.model), role, folder, self.template, self.origin)
+        model = cast(peft.PeftModel, self.model)
+        weights.save(model, role, folder, self.template, self.origin, exact_names=bool(self.left_out))
 
     def restore_adapter(self, role: str, folder: Path) -> None:
         """Gives an adapter the weights that `save_adapter` wrote, such as a checkpoint's."""
@@ -324,6 +332,10 @@ class Base:
         return sum(p.numel() for p in self.model.parameters() if p.requires_grad), self._base_parameters
 
 
+def _gives_scores(role: str) -> bool:
+    return role.partition("_")[0] in SCORING
+
+
 def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
     for parameter, wanted in flags:
         parameter.requires_grad_(wanted)
@@ -334,19 +346,5 @@ def load(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:
     lm, tokenizer, origin = load_weights(spec, form=form)
     template = prepare_template(tokenizer, spec, now)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
-    if form == "held":
-        check_head(lm)
-    return Base(lm, template, origin, origin.held(spec))
-
-
-def load_classifier(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:
-    """The base of a recipe as a sequence classifier with one label, to train a reward model. Its float32 head is
-    initialised from PyTorch's generator. A `UserError` if it can't be read or its family has no such class."""
-    lm, tokenizer, origin = load_weights(spec, classifier=True, form=form)
-    head = getattr(lm, "score", None)
-    if not isinstance(head, nn.Linear):
-        raise UserError(f"model.base: {type(lm).__name__} has no 'score' head, so it can't be a reward model here")
-    template = prepare_template(tokenizer, spec, now)
-    tokenizer.pad_token = pad_for_scores(template)
-    lm.score, lm.config.get_text_config().pad_token_id = ScalarHead(head.in_features, lm.device), tokenizer.pad_token_id
-    return Base(lm, template, origin, origin.held(spec))
+    left_out = targets.leave_out(lm, lambda: check_head(lm)) if form == "held" else ()
+    return Base(lm, template, origin, origin.held(spec), left_out)

@@ -3,11 +3,10 @@
 import atexit
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,7 +25,6 @@ from qalign.data.hub import why
 from qalign.errors import UserError
 from qalign.model import cache, origin
 from qalign.model.adapters.generation_config import mended
-from qalign.model.adapters.targets import HEADS
 from qalign.model.experts.quantizer import FourBitConfig, guard_4bit
 from qalign.model.experts.weights import held_parameters
 from qalign.model.origin import OTHER_CODE, Origin
@@ -37,16 +35,14 @@ Form = Literal["held", "dequantized", "original"]
 REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
-def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") -> tuple[Any, Any, Origin]:
+def load_weights(spec: Model, *, form: Form = "held") -> tuple[Any, Any, Origin]:
     """A recipe's base: (model, its tokenizer unchanged, `Origin`); a `UserError` if it can't be found, fetched or read.
 
     Args:
-        classifier: a sequence classifier with one label, its head new and not quantised, instead of a language model.
         form: `held` as the recipe says, on the best device; `dequantized`, the weights that this computes with, and
             `original`, the published ones, both in 16 bits on the CPU.
     """
     _quiet()
-    auto = tf.AutoModelForSequenceClassification if classifier else tf.AutoModelForCausalLM
     found = find(spec)
     spec = found.held(spec)
     if form == "original" and (stored := spec.quantization if found.stored else found.experts):
@@ -55,11 +51,11 @@ def load_weights(spec: Model, *, classifier: bool = False, form: Form = "held") 
     with readable(spec.base, "model.base"):
         if form == "original" or (form == "dequantized" and spec.quantization == "none"):
             find(spec, weights=True)
-            lm = _loaded(found, auto, 1 if classifier else None, dtype="auto")
+            lm = _loaded(found, dtype="auto")
         else:
             dtype = DTYPES.get(spec.compute_dtype) if form == "dequantized" else None
             where = device() if form == "held" else torch.device("cpu")
-            lm = _held(spec, found, auto, dtype or compute_dtype(spec), where)
+            lm = _held(spec, found, dtype or compute_dtype(spec), where)
         if form == "dequantized" and spec.quantization != "none":
             lm = lm.dequantize(dtype=lm.dtype)
     _check_tokens(tokenizer, lm, spec.base, "model.base")
@@ -113,7 +109,7 @@ def load_scorer(source: str, key: str, dtype: torch.dtype, where: torch.device) 
         origin.check_weights(Path(found.source), source, key)
     tokenizer = _tokenizer(found, source, key)
     with readable(source, key):
-        model = _loaded(found, tf.AutoModelForSequenceClassification, **options).eval()
+        model = _loaded(found, scores=True, **options).eval()
         guard_4bit(model)
     _check_tokens(tokenizer, model, source, key)
     return model, tokenizer
@@ -122,7 +118,7 @@ def load_scorer(source: str, key: str, dtype: torch.dtype, where: torch.device) 
 def _tokenizer(found: Origin, base: str, key: str) -> Any:
     """A base's tokenizer, tried out: settings of wrong types are noticed only when it is used."""
     with readable(base, key):
-        _config(found)  # which is read with the tokenizer, and would be blamed on it
+        config_at(found)  # which is read with the tokenizer, and would be blamed on it
     with readable(base, key, "has a tokenizer that can't be read"):
         tokenizer = tf.AutoTokenizer.from_pretrained(**found.where, trust_remote_code=False)
         tokenizer("a")
@@ -135,7 +131,18 @@ def load_config(spec: Model) -> tf.PretrainedConfig:
     with readable(spec.base, "model.base", "can't be read"):
         if file := origin.gguf_file(spec):
             return tf.AutoConfig.from_pretrained(str(file.parent), gguf_file=file.name, trust_remote_code=False)
-        return _config(origin.find(spec))
+        return config_at(origin.find(spec))
+
+
+def config_at(found: Origin) -> tf.PretrainedConfig:
+    """The config of a model that was found."""
+    return tf.AutoConfig.from_pretrained(**found.where, trust_remote_code=False)
+
+
+def auto_class(config: tf.PretrainedConfig) -> Any:
+    """The class of transformers that makes a language model of a config: some have only one that also reads images."""
+    is_known = type(config) in tf.MODEL_FOR_CAUSAL_LM_MAPPING
+    return tf.AutoModelForCausalLM if is_known else tf.AutoModelForImageTextToText
 
 
 def reach_of(config: tf.PretrainedConfig) -> int | None:
@@ -183,30 +190,10 @@ def compute_dtype(spec: Model) -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
-def _config(found: Origin, **options: Any) -> tf.PretrainedConfig:
-    """A base's config, with every kind of dropout at 0. Layers that call dropout as a function, as attention does in
-    Granite, would otherwise apply it in training mode to every role, the reference included."""
-    config = tf.AutoConfig.from_pretrained(**found.where, trust_remote_code=False, **options)
-    set_dropout(vars(config))
-    return config
-
-
-def set_dropout(settings: dict[str, Any], published: dict[str, Any] | None = None) -> None:
-    """Sets every kind of dropout of a config, nested ones included, to 0, or to what the `published` config says."""
-    for name, value in settings.items():
-        theirs = None if published is None else published.get(name)
-        if isinstance(value, tf.PretrainedConfig):
-            set_dropout(vars(value), None if theirs is None else vars(theirs))
-        elif isinstance(value, dict):
-            set_dropout(value, theirs)
-        elif isinstance(value, float) and re.search("drop|jitter", str(name)):
-            settings[name] = 0.0 if published is None else theirs
-
-
-def _loaded(found: Origin, auto: Any, labels: int | None = None, **options: Any) -> Any:
-    """A model from where it was found, with the options of `from_pretrained`; `labels` for a new head."""
-    is_classifier = auto is tf.AutoModelForSequenceClassification
-    config = _config(found, **({"num_labels": labels} if labels else {}))
+def _loaded(found: Origin, *, scores: bool = False, **options: Any) -> Any:
+    """A language model from where it was found, or a model that gives `scores`, with the options of
+    `from_pretrained`."""
+    config = config_at(found)
     if found.experts and options.get("quantization_config"):
         del cast(Any, config).quantization_config  # which says no more than that the experts are in MXFP4
     elif found.experts:
@@ -215,29 +202,24 @@ def _loaded(found: Origin, auto: Any, labels: int | None = None, **options: Any)
         stored = getattr(part, "quantization_config", None)
         if isinstance(stored, dict) and isinstance(options.get("dtype"), torch.dtype):
             stored["bnb_4bit_compute_dtype"] = str(options["dtype"]).removeprefix("torch.")
-        if labels and isinstance(stored, dict) and stored.get("llm_int8_skip_modules"):
-            stored["llm_int8_skip_modules"] = [*stored["llm_int8_skip_modules"], *HEADS]
-    if not is_classifier:
+    auto = tf.AutoModelForSequenceClassification if scores else auto_class(config)
+    if not scores:
         options["generation_config"] = mended(found)[0]
     lm, report = auto.from_pretrained(**found.where, config=config, trust_remote_code=False, **options, **REPORTED)
-    _check_tensors(report, HEADS if labels else ())
-    if report["unexpected_keys"] and not is_classifier:
+    _check_tensors(report)
+    if report["unexpected_keys"] and not scores:
         left = sorted(report["unexpected_keys"])
         origin.note(f"note: {len(left)} tensors of '{found.source}' aren't used, such as {left[0]}")
     return lm
 
 
-def _check_tensors(report: dict[str, Any], new: Sequence[str] = ()) -> None:
+def _check_tensors(report: dict[str, Any]) -> None:
     """Raises if a model isn't complete: transformers fills what is missing, or of another shape, with random numbers.
-
-    Args:
-        report: what `from_pretrained` says about the tensors that it found.
-        new: names of modules that are to be made anew.
-    """
+    `report` is what `from_pretrained` says about the tensors that it found."""
     if wrong := sorted(report["mismatched_keys"]):
         name, found, expected = wrong[0]
         raise ValueError(f"{name} has the shape {tuple(found)}, its config.json asks for {tuple(expected)}")
-    if missing := sorted(key for key in report["missing_keys"] if key.partition(".")[0] not in new):
+    if missing := sorted(report["missing_keys"]):
         raise ValueError(f"it lacks {len(missing)} of its tensors, such as {missing[0]}; copy the model again")
 
 
@@ -267,18 +249,17 @@ def _converted(file: Path, *, weights: bool) -> Origin:
     return Origin(str(folder), digest, None, f"gguf-{digest}")
 
 
-def _held(spec: Model, found: Origin, auto: Any, dtype: torch.dtype, where: torch.device) -> Any:
+def _held(spec: Model, found: Origin, dtype: torch.dtype, where: torch.device) -> Any:
     """The base as the recipe holds it; 4-bit ones come from the cache, from which they load in a tenth of the time."""
     place: dict[str, Any] = {"dtype": dtype, "device_map": {"": where}}
-    labels = 1 if auto is tf.AutoModelForSequenceClassification else None
     if found.stored:
-        lm = _loaded(found, auto, labels, **place)
+        lm = _loaded(found, **place)
         guard_4bit(lm)
         return lm
     if spec.quantization in ("none", "int8"):
         find(spec, weights=True)
         config = tf.BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
-        return _loaded(found, auto, labels, quantization_config=config, **place)
+        return _loaded(found, quantization_config=config, **place)
     settings: dict[str, Any] = {
         "experts": found.experts or spec.quantization,
         "bnb_4bit_quant_type": spec.quantization,
@@ -293,13 +274,10 @@ def _held(spec: Model, found: Origin, auto: Any, dtype: torch.dtype, where: torc
     if not is_kept:
         find(spec, weights=True)
         print(f"quantising {found.source} once into {folder} …", flush=True)
-        lm = _loaded(found, tf.AutoModelForCausalLM, **fresh)
+        lm = _loaded(found, **fresh)
         is_kept = cache.keep(folder, lm.save_pretrained)  # freshly quantised and before any forward: see guard_4bit
-        if auto is not tf.AutoModelForCausalLM:
-            lm = None  # only one of the two in memory at a time
     if lm is None:
-        kept = Origin(str(folder), None, None, "")
-        lm = _loaded(kept, auto, labels, **place) if is_kept else _loaded(found, auto, labels, **fresh)
+        lm = _loaded(Origin(str(folder), None, None, ""), **place)
     guard_4bit(lm)
     return lm
 

@@ -4,11 +4,13 @@ The language model head runs only at positions that predict a token of an answer
 the full logits never exist in memory.
 """
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
 
 from qalign.data.collate import AnswerBatch
 from qalign.errors import UserError
@@ -23,11 +25,18 @@ class ScalarHead(nn.Linear):
 
     def __init__(self, hidden: int, device: torch.device | None = None, dtype: torch.dtype = torch.float32):
         super().__init__(hidden, 1, bias=False, device=device, dtype=dtype)
-        nn.init.normal_(self.weight, std=(hidden + 1) ** -0.5)
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=(self.in_features + 1) ** -0.5)
 
     def forward(self, input: Tensor) -> Tensor:
         with torch.autocast(input.device.type, enabled=False):
             return super().forward(input.to(self.weight.dtype))
+
+
+def new_head(lm: PreTrainedModel) -> ScalarHead:
+    """A scalar head for a model's hidden states, not initialised yet."""
+    return cast(ScalarHead, nn.utils.skip_init(ScalarHead, lm.config.get_text_config().hidden_size, device=lm.device))
 
 
 def pair_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
@@ -103,18 +112,43 @@ class _HeadLogps(torch.autograd.Function):
         return (grad_outputs[0][:, None] * directions).to(directions.dtype), None, None, None
 
 
+@dataclass
+class _GivenStates(ModelOutput):
+    """What a backbone would return that has computed these states, and nothing else."""
+
+    last_hidden_state: Tensor | None = None
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class _Given(nn.Module):
+    """Stands in for a backbone and computes nothing; everything else is read from the backbone."""
+
+    def __init__(self, backbone: nn.Module, states: Tensor):
+        super().__init__()
+        self.backbone, self.states = backbone, states
+
+    def forward(self, *_: Any, **__: Any) -> _GivenStates:
+        return _GivenStates(self.states)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("backbone"), name)
+
+
 def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `(tokens, hidden)`, with the scale or soft cap that some families apply after the head;
-    `check_head` verifies that they are the model's own."""
-    config = lm.config.get_text_config()
-    logits = _head(lm)(hidden)
-    if scale := getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * scale
-    if scaling := getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / scaling
-    if cap := getattr(config, "final_logit_softcapping", None):  # Gemma 2
-        logits = torch.tanh(logits / cap) * cap
-    return logits
+    """Logits of hidden states `(tokens, hidden)`: the model's own forward with a backbone that returns these states. So
+    what a family does with them, such as a scale or a soft cap, is done; `check_head` verifies it."""
+    backbone, states = lm.base_model, hidden[None]
+    setattr(lm, lm.base_model_prefix, _Given(backbone, states))
+    try:
+        return lm(inputs_embeds=states, use_cache=False).logits[0]
+    finally:
+        setattr(lm, lm.base_model_prefix, backbone)
 
 
 @torch.no_grad()

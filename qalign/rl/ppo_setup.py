@@ -24,7 +24,7 @@ from qalign.model.loading import load_config, reach_of
 from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.adapter_trainer import built, schedule_from_one, try_out
-from qalign.train.callbacks import limit_checkpointing
+from qalign.train.callbacks import checkpoint_layers
 from qalign.train.dataset import ReadRows, StageRows, encode_rows, rendered_at
 from qalign.train.loop import Session
 from qalign.train.run_folder import RunFolder
@@ -109,14 +109,13 @@ def add_value_model(base: Base, recipe: Recipe, scorers: list[Scorer]) -> None:
 
 
 def make_deterministic(base: Base, checkpointed_layers: int) -> None:
-    """Turns dropout off, so that the policy that learns has the log-probs of the policy that sampled (N+ details: Huang
-    et al. 2024, arXiv:2403.17031), and recomputes the activations of the first `checkpointed_layers` layers."""
+    """Turns the adapters' dropout off, so that the policy that learns has the log-probs of the policy that sampled (N+
+    details: Huang et al. 2024, arXiv:2403.17031), and recomputes the activations of the first `checkpointed_layers`
+    layers."""
     for module in base.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    if checkpointed_layers:
-        base.lm.activation_checkpointing_enable({"use_reentrant": False})
-        limit_checkpointing(base.lm, checkpointed_layers)
+    checkpoint_layers(base.lm, checkpointed_layers)
 
 
 def make_optimizer(

@@ -190,7 +190,7 @@ class PPOTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         with self._timed("update"), self.base.packed_attention():
-            self.base.model.train()  # checkpointing works in training mode only; dropout is 0
+            self.base.train()
             for mini in (mini for epoch in passes for mini in self._mini_batches(rollout.rows, epoch)):
                 found = self._gradients(rollout, mini)
                 self._check(found)

@@ -313,7 +313,7 @@ def _check_adapter(key: str, folder: Path, recipe: Recipe) -> None:
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
     head = files.shapes.get(SCORE_HEAD)
-    if not files.is_classifier or head is None:
+    if head is None:
         raise UserError(f"{key}: {folder} gives no scores; expected a reward adapter (SEQ_CLS)")
     hidden = load_config(recipe.model).get_text_config().hidden_size
     if head[1] != hidden:

@@ -2,7 +2,7 @@
 1; the check for NaN; adapters as checkpoints."""
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -48,6 +48,11 @@ class AdapterTrainer(Trainer):
             warmup = self.args.get_warmup_steps(num_training_steps)
             self.lr_scheduler = schedule_from_one(kind, used, warmup, num_training_steps, self.args)
         return self.lr_scheduler
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        """Undoes `Trainer`'s `model.train()`, which comes right before it."""
+        self.base.train()
+        return super().compute_loss_context_manager()
 
     def check_finite(self, losses: Tensor, rows: Sequence[str]) -> None:
         """Raises a `UserError` that names the rows whose loss `(rows,)` is not finite; one loss blames all rows."""

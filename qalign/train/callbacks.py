@@ -3,6 +3,8 @@
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ class RunCallback(TrainerCallback):
         self._mark = (time.monotonic(), tokens_before)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        limit_checkpointing(kwargs["model"], self._checkpointed_layers)
+        checkpoint_layers(kwargs["model"], self._checkpointed_layers)
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.run.stage, unit="step")
         self._mark = (time.monotonic(), self._mark[1])
         self.run.stop.patient = True
@@ -90,9 +92,24 @@ class RunCallback(TrainerCallback):
         self._bar.close()
 
 
-def limit_checkpointing(model: nn.Module, planned: int) -> None:
-    """Limits gradient checkpointing to the first `planned` layers; `Trainer` switches it on for all."""
+def checkpoint_layers(model: Any, planned: int) -> None:
+    """Gradient checkpointing of the first `planned` layers; `Trainer` switches it on for all. The layers ask for
+    training mode, and are put into evaluation mode while they run: in some families they have dropout."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+    @contextmanager
+    def evaluating() -> Iterator[None]:
+        for layer in layers[:planned]:
+            layer.training = False
+        try:
+            yield
+        finally:
+            for layer in layers[:planned]:
+                layer.training = True
+
+    if planned:
+        contexts = {"context_fn": lambda: (evaluating(), evaluating())}  # of the forward pass, and of its repetition
+        model.activation_checkpointing_enable({"use_reentrant": False, **contexts})
     for number, layer in enumerate(layers):
         layer.gradient_checkpointing = number < planned
 

@@ -16,7 +16,7 @@ from qalign.config.stages import PPO, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, out_of_memory
 from qalign.model import lineage
-from qalign.model.base import Base, Role
+from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
 from qalign.model.memory.forecast import Forecast, Plan, usable_memory
@@ -29,11 +29,9 @@ from qalign.train.run_folder import RunFolder, print_table
 FEW_STEPS = 10  # of the optimiser: with Adam and a warm-up, fewer hardly move an adapter
 
 
-def load_base(run: RunFolder, load: Callable[..., Base]) -> Base:
-    """The recipe's base model, loaded after the values under `trainer:` were tried out. The seed is set first: a reward
-    model's head is drawn while it loads."""
+def load_base(run: RunFolder) -> Base:
+    """The recipe's base model, loaded after the values under `trainer:` were tried out."""
     try_out(run)
-    set_seed(run.recipe.seed)
     return load(run.recipe.model, now=rendered_at(run) if run.resume else None)
 
 
@@ -122,6 +120,7 @@ class Session:
         lines = {
             "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
             "held in": f"{model.quantization}{experts}, computing in {base.precision}",
+            **({"left out": f"{', '.join(base.left_out)}: no text reaches it"} if base.left_out else {}),
             "chat template": base.template,
             "trainable": f"{weights:,} adapter parameters ({weights / size:.2%} of the base), in float32",
             **({"": f"starting from {run.parent}"} if run.parent else {}),

@@ -8,19 +8,27 @@ from typing import TYPE_CHECKING, Any
 
 from qalign import __version__
 from qalign.config.recipe import flat
-from qalign.data.tokenize import end_of_turn_id
+from qalign.data.tokenize import end_of_turn_id, pad_for_scores
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from qalign.model.base import Base
 
+AUTO = """\
+model = AutoPeftModelFor{task}.from_pretrained(
+    folder, {labels}device_map="auto", {options}
+)"""
+BY_HAND = """\
+lm = {auto}.from_pretrained(
+    {base}, device_map="auto", {options}
+)"""
 ANSWERS = """\
-from peft import AutoPeftModelForCausalLM
+from peft import {peft}
 from transformers import {names}, GenerationConfig
 
 folder = {folder}
-{quantization}model = AutoPeftModelForCausalLM.from_pretrained(
-    folder, device_map="auto", {options}
-)
+{quantization}{model}
 model.generation_config = GenerationConfig.from_pretrained(folder)  # an answer ends where it did in training
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
@@ -29,20 +37,28 @@ inputs = tokenizer.apply_chat_template(turns, add_generation_prompt=True, {templ
 answer = model.generate(**inputs.to(model.device), max_new_tokens=256)[0, inputs["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True))"""
 SCORES = """\
-from peft import AutoPeftModelForSequenceClassification
+import torch
+from peft import {peft}
 from transformers import {names}
 
 folder = {folder}
-{quantization}# The score is read at the last token that is no padding, which must be the end of the answer's turn.
-model = AutoPeftModelForSequenceClassification.from_pretrained(
-    folder, num_labels=1, pad_token_id={pad}, device_map="auto", {options}
-)
+{quantization}{model}
 tokenizer = AutoTokenizer.from_pretrained(folder)
 
 turns = [{{"role": "user", "content": "2 + 2?"}}, {{"role": "assistant", "content": "4"}}]
 ids = tokenizer.apply_chat_template(turns, {template})["input_ids"].to(model.device)
 ids = ids[:, : (ids[0] == {end}).nonzero()[-1] + 1]  # a template may write more after the end of the turn
-print(model(input_ids=ids).logits.item())"""
+with torch.no_grad():
+    print({score}.item())"""
+# What reads a score, of a sequence classifier and of a language model with a head beside its own.
+OF_CLASSIFIER = """
+# The score is read at the last token that is no padding, which must be the end of the answer's turn.
+model.config.get_text_config().pad_token_id = {pad}"""
+OF_LANGUAGE_MODEL = """
+# transformers has no sequence classifier that this adapter fits: the head is put on the language model.
+lm.score = torch.nn.Linear(lm.config.get_text_config().hidden_size, 1, bias=False, device=lm.device)"""
+OTHER_NAMES = """
+# In AutoModelForImageTextToText the layers have other names: there this adapter would do nothing."""
 # The cost was measured in docs/merging.md: `--onto original`.
 QUANTIZATION = """\
 # On the 16-bit base, without this, it is another model than the one that was trained: with SmolLM2-135M
@@ -75,7 +91,49 @@ Trained with qalign on `{model}`. Made with {versions}.
 def loading(base: "Base", adapter: Path) -> str:
     """Python code that loads what was trained on a base, without qalign: an adapter in the folder `adapter`, on the
     base as it was held. It generates an answer, or scores one."""
-    spec, dtype, template = base.spec, str(base.dtype).removeprefix("torch."), base.template
+    from qalign.model.adapters.files import HEAD  # here, as what only reads a finished run must not wait for torch
+    from qalign.model.adapters.targets import text_layers
+    from qalign.model.loading import auto_class, config_at
+
+    gives_scores = hasattr(base.lm, HEAD) and "policy" not in base.adapters
+    config, layers = config_at(base.origin), list(text_layers(base.lm))
+    auto, (quantization, options) = auto_class(config).__name__, _held(base)
+    names = ["AutoTokenizer", *(["BitsAndBytesConfig"] if quantization else [])]
+    by_hand, task = auto != "AutoModelForCausalLM", "CausalLM"
+    if gives_scores:
+        by_hand, task = not _has_layers("SequenceClassification", config, [*layers, HEAD]), "SequenceClassification"
+    score = "model(input_ids=ids).logits"
+    if by_hand:
+        where, revision = _quoted(base.origin.source), base.origin.hub_revision
+        where += f", revision={_quoted(revision)}" if revision else ""
+        model = BY_HAND.format(auto=auto, base=where, options=options)
+        model += (OF_LANGUAGE_MODEL if gives_scores else "") + "\nmodel = PeftModel.from_pretrained(lm, folder)"
+        names, peft = [auto, *names], "PeftModel"
+        score = "lm.score(lm.base_model(input_ids=ids).last_hidden_state[0, -1].float())"
+    else:
+        model = AUTO.format(task=task, labels="num_labels=1, " if gives_scores else "", options=options)
+        pad = base.tokenizer.convert_tokens_to_ids(pad_for_scores(base.template))
+        model += OF_CLASSIFIER.format(pad=pad) if gives_scores else ""
+        peft = f"AutoPeftModelFor{task}"
+    if auto == "AutoModelForCausalLM" and _has_layers("ImageTextToText", config, layers) is False:
+        model += OTHER_NAMES
+    return (SCORES if gives_scores else ANSWERS).format(
+        peft=peft,
+        names=", ".join(names),
+        folder=_quoted(str(adapter)),
+        quantization=quantization,
+        model=model,
+        template=_keywords({**base.template.kwargs, "return_dict": True, "return_tensors": "pt"}),
+        end=end_of_turn_id(base.template),
+        score=score,
+    )
+
+
+def _held(base: "Base") -> tuple[str, str]:
+    """(The code that says how a base was quantised, the options that load it so.)"""
+    spec, dtype = base.spec, str(base.dtype).removeprefix("torch.")
+    if spec.quantization == "none" or base.origin.stored is not None:  # one that is stored quantised loads as it is
+        return "", f"dtype={_quoted(dtype)}"
     settings = {"load_in_8bit": True}
     if spec.quantization != "int8":
         settings = {
@@ -84,20 +142,25 @@ def loading(base: "Base", adapter: Path) -> str:
             "bnb_4bit_use_double_quant": spec.double_quant,
             "bnb_4bit_compute_dtype": dtype,
         }
-    # A base that is stored quantised loads as it is.
-    is_quantised_here = spec.quantization != "none" and base.origin.stored is None
-    quantization = QUANTIZATION.format(settings=_keywords(settings)) if is_quantised_here else ""
-    options = f"dtype={_quoted(dtype)}" + (", quantization_config=quantization" if is_quantised_here else "")
-    filled = {
-        "folder": _quoted(str(adapter)),
-        "names": "AutoTokenizer, BitsAndBytesConfig" if is_quantised_here else "AutoTokenizer",
-        "quantization": quantization,
-        "options": options,
-        "template": _keywords({**template.kwargs, "return_dict": True, "return_tensors": "pt"}),
+    code = QUANTIZATION.format(settings=_keywords(settings))
+    return code, f"dtype={_quoted(dtype)}, quantization_config=quantization"
+
+
+def _has_layers(task: str, config: "PretrainedConfig", layers: list[str]) -> bool | None:
+    """Whether another class of transformers for the same checkpoint has layers of these names, so that an adapter fits
+    it; None if there is no such class."""
+    import torch
+    import transformers as tf
+
+    classes = {
+        "SequenceClassification": (tf.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, tf.AutoModelForSequenceClassification),
+        "ImageTextToText": (tf.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, tf.AutoModelForImageTextToText),
     }
-    if base.is_classifier:
-        return SCORES.format(**filled, pad=template.tokenizer.pad_token_id, end=end_of_turn_id(template))
-    return ANSWERS.format(**filled)
+    known, auto = classes[task]
+    if type(config) not in known:
+        return None
+    with torch.device("meta"):
+        return set(layers) <= {name for name, _ in auto.from_config(config, trust_remote_code=False).named_modules()}
 
 
 def _keywords(values: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """TRL's `SFTTrainer` on qalign's token ids."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from typing import Any, cast
 
@@ -42,6 +42,11 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         family, and mask what could be skipped."""
         with self.base.packed_attention() if cast(SFTConfig, self.args).packing else nullcontext():
             return super().training_step(model, inputs, num_items_in_batch)
+
+    def compute_loss_context_manager(self) -> ExitStack:
+        found = super().compute_loss_context_manager()
+        self.base.lm.get_input_embeddings().training = True  # NEFTune's hook asks for it
+        return found
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss: the mean over all supervised tokens of the optimiser step."""

@@ -36,7 +36,6 @@ def refused(folder: str) -> str:
 
 def test_what_a_folder_holds(tmp_path):
     files = read_files(adapter(tmp_path / "a", {"lora_alpha": 16.5, "rank_pattern": {"q_proj": 2}}))
-    assert not files.is_classifier
     assert files.shapes == {A: (2, 8), B: (8, 2)}
     assert files.settings.lora_alpha == 16.5
     assert files.settings.model_dump(exclude_none=True).keys() == {"r", "lora_alpha", "target_modules", "rank_pattern"}

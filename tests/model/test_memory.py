@@ -13,11 +13,11 @@ from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
 from qalign.config.stages import REFERENCE_FREE, STAGES
 from qalign.errors import UserError
-from qalign.model.base import Role, load, load_classifier
+from qalign.model.base import Role, load
 from qalign.model.memory import forecast as memory
 from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, free_memory, usable_memory
 from qalign.model.memory.kv_cache import measured_cache
-from qalign.train.callbacks import limit_checkpointing
+from qalign.train.callbacks import checkpoint_layers
 from tests.families import config as family_config
 from tests.families import family
 
@@ -110,7 +110,7 @@ def test_a_step_takes_what_is_forecast(stage, dtype, checkpointing, tiny_folder,
 
 @pytest.mark.parametrize("checkpointed", [0, 2, 6])
 def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatch):
-    """Six layers (the forecast runs two and four), of which some are checkpointed as `limit_checkpointing` does it."""
+    """Six layers (the forecast runs two and four), of which some are checkpointed as `checkpoint_layers` does it."""
     forecast = forecast_of(variant(num_hidden_layers=6))
     real = benchmark.trainer_of
 
@@ -118,9 +118,9 @@ def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatc
         trainer = real(*args)
         enable = trainer.model.activation_checkpointing_enable
 
-        def enable_some(*words):
-            enable(*words)
-            limit_checkpointing(trainer.model, checkpointed)
+        def enable_some(*_):
+            trainer.model.activation_checkpointing_enable = enable
+            checkpoint_layers(trainer.model, checkpointed)
 
         trainer.model.activation_checkpointing_enable = enable_some
         return trainer
@@ -200,9 +200,8 @@ def test_the_base_takes_what_its_tensors_hold(model, tiny_folder):
 @pytest.mark.parametrize("stage", STAGES)
 def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
     forecast = forecast_of(tiny_folder, stage)
-    classifier = stage == "reward"
-    base = (load_classifier if classifier else load)(forecast.recipe.model)
-    base.add_adapter(Role.REWARD if classifier else Role.POLICY, forecast.recipe.lora)
+    base = load(forecast.recipe.model)
+    base.add_adapter(Role.REWARD if stage == "reward" else Role.POLICY, forecast.recipe.lora)
     weights = [p for p in base.model.parameters() if p.requires_grad]
     for weight in weights:
         weight.grad = torch.ones_like(weight)

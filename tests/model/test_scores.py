@@ -2,41 +2,44 @@
 
 import pytest
 import torch
+from peft import AutoPeftModelForSequenceClassification
+from safetensors.torch import load_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import TokenPair, end_of_turn_id
-from qalign.model.base import Role, load, load_classifier
+from qalign.data.tokenize import TokenPair, end_of_turn_id, pad_for_scores
+from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
+from qalign.model.base import Role, load
 from qalign.model.logps import ScalarHead
 from tests.conftest import FIXTURES
 from tests.families import family
 from tests.helpers import house_style, scramble
-from tests.model.conftest import IDS, gradient, logits, state
+from tests.model.conftest import gradient, logits, state
 
 LORA = Lora(r=4, alpha=8)
 
 
-def reward_classifier(spec):
+def reward_model(spec):
+    base = load(spec)
     torch.manual_seed(1)
-    classifier = load_classifier(spec)
-    classifier.add_adapter(Role.REWARD, LORA)
-    scramble(classifier, Role.REWARD)
-    return classifier
+    base.add_adapter(Role.REWARD, LORA)
+    scramble(base, Role.REWARD)
+    return base
 
 
 @pytest.fixture(scope="module")
 def adapter(tiny_folder, tmp_path_factory) -> str:
-    """A reward adapter that does something, saved by the classifier that it was made on."""
+    """A reward adapter that does something."""
     folder = tmp_path_factory.mktemp("reward") / "a"
-    reward_classifier(Model(base=tiny_folder, compute_dtype="float32")).save_adapter(Role.REWARD, folder)
+    reward_model(Model(base=tiny_folder, compute_dtype="float32")).save_adapter(Role.REWARD, folder)
     return str(folder)
 
 
-def with_reward(spec, adapter: str, loaded=load):
-    base = loaded(spec)
+def with_reward(spec, adapter: str):
+    base = load(spec)
     base.load_adapter(Role.REWARD, adapter, trainable=False)
     return base
 
@@ -66,15 +69,13 @@ def test_a_fresh_head_is_small_and_computes_in_its_own_precision():
 
 
 @pytest.mark.parametrize("layout", ["packed", "padded"])
-@pytest.mark.parametrize("loaded", [load, load_classifier])
-def test_the_score_is_read_at_the_end_of_turn_also_where_that_pads(spec, adapter, loaded, layout):
+def test_the_score_is_read_at_the_end_of_turn_also_where_that_pads(spec, adapter, layout):
     """Llama's template has pad = end of turn. The hidden states are computed one row at a time, without padding."""
-    base = with_reward(spec, adapter, loaded)
+    base = with_reward(spec, adapter)
     if layout == "padded":
         base.__dict__["padding_reason"] = "to see whether it matters"
-    if loaded is load:
-        assert base.tokenizer.pad_token_id == end_of_turn_id(base.template)
-    head = reward_classifier(spec).lm.score.modules_to_save[Role.REWARD].weight.detach()[0].double()
+    assert base.tokenizer.pad_token_id == end_of_turn_id(base.template)
+    head = load_file(f"{adapter}/{WEIGHTS}")[SCORE_HEAD][0].double()
     pairs = pairs_of(base.tokenizer)
     at_end, before = torch.zeros(2, len(pairs), 2)
     for row, pair in enumerate(pairs):
@@ -88,20 +89,20 @@ def test_the_score_is_read_at_the_end_of_turn_also_where_that_pads(spec, adapter
 
 @pytest.mark.parametrize("name", ["llama3", "zephyr", "mistral_v03"])
 def test_transformers_own_pooling_reads_the_same_token(tmp_path, name):
-    """The classifier's pad token is chosen for it; with the tokenizer's usual pad = end of turn it reads another."""
+    """By plain PEFT. The saved pad token is chosen for it; with the usual pad = end of turn it reads another."""
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / name)
     family("llama", len(tokenizer), spread=0.1, dtype=torch.float32).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    base = reward_classifier(Model(base=str(tmp_path), compute_dtype="float32", quantization="none"))
+    base = reward_model(Model(base=str(tmp_path), compute_dtype="float32", quantization="none"))
     pairs = pairs_of(base.tokenizer)
-    lm, pad, end = base.lm, base.tokenizer.pad_token_id, end_of_turn_id(base.template)
+    base.save_adapter(Role.REWARD, tmp_path / "a")
+    pad, end = tokenizer.convert_tokens_to_ids(pad_for_scores(base.template)), end_of_turn_id(base.template)
     assert pad != end
-    assert lm.config.pad_token_id == pad
+    lm = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "a", num_labels=1, pad_token_id=pad)
     expected = scores(base, pairs).flatten()
     rows = [torch.tensor(pair.prompt_ids + answer) for pair in pairs for answer in pair.answers]
     ids = pad_sequence(rows, batch_first=True, padding_value=pad)
     mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-    lm.eval()
     with torch.no_grad():
         pooled = lm(input_ids=ids, attention_mask=mask).logits[:, 0]
         lm.config.pad_token_id = end
@@ -121,17 +122,16 @@ def test_scores_do_not_depend_on_batch_or_order(spec, adapter):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_reward_adapter_scores_alike_on_a_language_model_and_on_the_classifier(spec, tmp_path, dtype):
+def test_a_reward_adapter_scores_alike_after_it_was_saved(spec, tmp_path, dtype):
     """In one and the same batch: to the last bit, in bfloat16 too."""
     spec = spec.model_copy(update={"compute_dtype": dtype})
-    trained = reward_classifier(spec)
+    trained = reward_model(spec)
     trained.save_adapter(Role.REWARD, tmp_path)
-    causal, classifier = (with_reward(spec, str(tmp_path), loaded) for loaded in (load, load_classifier))
-    pairs = pairs_of(causal.tokenizer)
-    found = scores(causal, pairs)
+    loaded = with_reward(spec, str(tmp_path))
+    pairs = pairs_of(loaded.tokenizer)
+    found = scores(loaded, pairs)
     assert found.dtype == torch.float32
-    assert torch.equal(found, scores(classifier, pairs))
-    assert torch.equal(found, scores(trained, pairs))  # as before it was saved
+    assert torch.equal(found, scores(trained, pairs))
 
 
 def test_bfloat16_moves_scores_by_its_rounding_and_no_more(spec, adapter):
@@ -184,7 +184,7 @@ def test_scoring_leaves_everything_as_it_was_also_amid_training(spec, adapter):
     base = load(spec)
     base.add_adapter(Role.POLICY, LORA)
     base.load_adapter(Role.REWARD, adapter, trainable=False)
-    base.model.train()
+    base.train()
     base.model.base_model.model.model.layers[0].eval()  # an unusual mix of modes must come back too
     next(p for n, p in base.model.named_parameters() if ".lora_A.policy." in n).requires_grad_(False)
     before, first = state(base), gradient(base)
@@ -196,14 +196,14 @@ def test_scoring_leaves_everything_as_it_was_also_amid_training(spec, adapter):
 
 
 def test_a_scoring_role_has_no_dropout(spec):
-    classifier = load_classifier(spec)
-    classifier.add_adapter(Role.REWARD, Lora(r=4, dropout=0.5))
-    scramble(classifier, Role.REWARD)
-    classifier.model.train()
-    pairs = pairs_of(classifier.tokenizer)
-    assert torch.equal(scores(classifier, pairs), scores(classifier, pairs))
-    with torch.no_grad():
-        one, other = (classifier.lm(input_ids=IDS).logits for _ in range(2))
+    base = load(spec)
+    base.add_adapter(Role.REWARD, Lora(r=4, dropout=0.5))
+    scramble(base, Role.REWARD)
+    base.train()
+    pairs = pairs_of(base.tokenizer)
+    assert torch.equal(scores(base, pairs), scores(base, pairs))
+    with base.packed_attention():
+        one, other = (base.pair_scores(Role.REWARD, pairs) for _ in range(2))
     assert not torch.equal(one, other)  # in training it has
 
 

@@ -126,7 +126,13 @@ def test_several_are_added_up_with_their_weights(attached, reward_run, tiny_base
 SPOILT = [
     ("was trained on the base", lambda folder, _: change_json(folder / "lineage.json", base="meta-llama/Llama-3.1-8B")),
     ("lost its score head", lambda folder, weights: save_file(weights, folder / WEIGHTS)),
-    ("gives no scores", lambda folder, _: change_json(folder / "adapter_config.json", task_type="CAUSAL_LM")),
+    (
+        "gives no scores",
+        lambda folder, weights: (
+            change_json(folder / "adapter_config.json", task_type="CAUSAL_LM", modules_to_save=None),
+            save_file(weights, folder / WEIGHTS),
+        ),
+    ),
     (
         "expected one label",
         lambda folder, weights: save_file({**weights, SCORE_HEAD: torch.zeros(3, 64)}, folder / WEIGHTS),

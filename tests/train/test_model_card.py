@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.tokenize import encode_prompt
-from qalign.model.base import Role, load, load_classifier
+from qalign.model.base import Role, load
 from qalign.model.generation import Sampling, TransformersEngine
 from qalign.model.loading import guard_4bit
 from qalign.train.model_card import loading
@@ -58,14 +58,15 @@ def test_the_code_loads_the_policy_that_was_trained(tiny_folder, tmp_path, capsy
 @pytest.mark.parametrize("held", HELD, ids=str)
 def test_the_code_scores_as_the_reward_model_that_was_trained(tiny_folder, tmp_path, capsys, held):
     torch.manual_seed(1)
-    base = load_classifier(Model(**{"base": tiny_folder, "compute_dtype": "float32", **held}))
+    base = load(Model(**{"base": tiny_folder, "compute_dtype": "float32", **held}))
     base.add_adapter(Role.REWARD, Lora(r=4))
     scramble(base, Role.REWARD)
     base.save_adapter(Role.REWARD, tmp_path / "a")
     found = executed(loading(base, tmp_path / "a"))
     printed = float(capsys.readouterr().out.splitlines()[-1])
     with torch.no_grad(), base.acting_as(Role.REWARD) as lm:
-        expected = lm(input_ids=found["ids"]).logits.item()
+        states = lm.base_model(input_ids=found["ids"]).last_hidden_state
+        expected = lm.score(states[0, -1]).item()
     assert printed == pytest.approx(expected, abs=1e-4 if base.dtype == torch.float32 else 0.02 * abs(expected))
     assert found["tokenizer"].decode(found["ids"][0]).endswith("4<|eot_id|>")
 

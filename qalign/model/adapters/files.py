@@ -15,7 +15,8 @@ from qalign.config.paths import check_fetched
 from qalign.errors import UserError
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-SCORE_HEAD = "base_model.model.score.weight"  # its name in the file of a sequence classifier's adapter
+HEAD = "score"  # of a model that gives scores: the name of the module in transformers' sequence classifiers
+SCORE_HEAD = f"base_model.model.{HEAD}.weight"  # in the file of a reward adapter
 MAX_CONFIG_BYTES = 2**22
 # Initialisations that leave the base as it is. Others move part of its weights into the adapter, which is then wrong on
 # the unchanged base: PiSSA, OLoRA, CorDA, LoRA-GA, and PEFT's LoftQ.
@@ -63,7 +64,6 @@ class AdapterFiles(BaseModel):
     """What an adapter's folder says about it."""
 
     settings: LoraSettings
-    is_classifier: bool  # made on a sequence classifier, as reward adapters are
     shapes: dict[str, tuple[int, ...]]  # of the tensors, by their names in the file
 
 
@@ -73,13 +73,12 @@ def read_files(folder: str | Path) -> AdapterFiles:
     config = _read_config(Path(folder))
     settings = _read_settings(folder, config)
     shapes = _read_shapes(Path(folder))
-    is_classifier = config.get("task_type") == "SEQ_CLS"
     head = shapes.get(SCORE_HEAD)
-    if is_classifier and head is None:
+    if config.get("task_type") == "SEQ_CLS" and head is None:
         raise UserError(f"{folder}: this reward adapter has lost its score head; train it again")
     if head is not None and (len(head) != 2 or head[0] != 1):
         raise UserError(f"{folder}: the score head has the shape {head}; expected one label, (1, hidden size)")
-    return AdapterFiles(settings=settings, is_classifier=is_classifier, shapes=shapes)
+    return AdapterFiles(settings=settings, shapes=shapes)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

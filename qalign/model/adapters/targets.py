@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -25,7 +25,7 @@ from qalign.model.experts.weights import expert_tensors
 OUTPUT_LAYER_TAKEN = "the output layer can't have an adapter, as log-probs use its frozen weight"
 LINEAR = (nn.Linear, Conv1D)
 ADAPTABLE = (*LINEAR, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)  # by PEFT's LoRA
-HEADS = ("score", "classifier")  # of sequence classifiers: set apart by `Base`
+HEADS = ("score", "classifier")  # of models that give scores: set apart by `Base`
 MATCHING_SECONDS = 2.0  # for all regular expressions of one adapter
 MAX_COUNT = 10_000  # product of the counts in a regular expression, such as {2,9}: compiling has no time limit
 _PLAIN, _COUNT = re.compile(r"[\w.-]+"), re.compile(r"\{(\d{0,20}),?(\d{0,20})\}")
@@ -46,7 +46,8 @@ def own_modules(lm: nn.Module) -> dict[str, nn.Module]:
 
 def own_layers(lm: nn.Module) -> dict[str, nn.Module]:
     """The base's own layers that can have an adapter, by name."""
-    return {name: module for name, module in own_modules(lm).items() if isinstance(module, ADAPTABLE)}
+    modules = own_modules(lm).items()
+    return {name: module for name, module in modules if isinstance(module, ADAPTABLE) and name not in HEADS}
 
 
 def text_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
@@ -104,6 +105,39 @@ def _refused_by_peft(lm: PreTrainedModel, leaves: Iterable[str]) -> set[str]:
         else:
             refused |= set() if isinstance(getattr(model, leaf), LoraLinear) else {leaf}
     return refused
+
+
+def leave_out(lm: PreTrainedModel, run: Callable[[], object]) -> list[str]:
+    """Releases what no text reaches, such as the tower that reads images, and returns the names. Of the layers and the
+    experts none is released: `run`, which runs a text through the model, may not reach every expert."""
+    called: set[nn.Module] = set()
+    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in lm.modules()]
+    run()
+    for hook in hooks:
+        hook.remove()
+    found = list(_unreached(lm, called))
+    for parent, name, _ in found:
+        setattr(parent, name, None)
+    try:
+        if found:
+            run()
+    except (AttributeError, TypeError):  # its weights are read past its forward
+        for parent, name, module in found:
+            setattr(parent, name, module)
+        return []
+    return [name for _, name, _ in found]
+
+
+def _unreached(module: nn.Module, called: set[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """The largest modules with weights that weren't called: (its parent, its name there, the module)."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList | nn.ModuleDict):
+            continue
+        if called.isdisjoint(child.modules()):
+            if any(True for _ in child.parameters()):
+                yield module, name, child
+        else:
+            yield from _unreached(child, called)
 
 
 def name_of(lm: nn.Module, wanted: nn.Module | None) -> str | None:

@@ -13,11 +13,13 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.data.templates import ChatTemplate
+from qalign.data.tokenize import pad_for_scores
 from qalign.errors import UserError
 from qalign.model.adapters import generation_config
-from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS, AdapterFiles, read_files
+from qalign.model.adapters.files import HEAD, SCORE_HEAD, WEIGHTS, AdapterFiles, read_files
 from qalign.model.adapters.targets import OUTPUT_LAYER_TAKEN, config_of, name_of, own_layers, own_modules
 from qalign.model.loading import save_tokenizer
 from qalign.model.origin import Origin
@@ -182,17 +184,41 @@ def adapter_parameters(model: nn.Module, role: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def save(model: peft.PeftModel, role: str, folder: Path, template: ChatTemplate, origin: Origin) -> None:
-    """Writes an adapter with the tokenizer and its chat template into a folder, and for an adapter that gives answers
-    how to generate them."""
+def set_training(model: nn.Module) -> None:
+    """Puts the adapters' dropout into training mode, and leaves the base in evaluation mode: no role has dropout of the
+    base's own, which some families call as a function. Layers with gradient checkpointing ask for the flag too, and TRL
+    asks the outermost module."""
+    model.eval()
+    model.training = isinstance(model, peft.PeftModel)
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = module.gradient_checkpointing
+        elif isinstance(module, LoraLayer):
+            module.lora_dropout.train()
+
+
+def save(
+    model: peft.PeftModel, role: str, folder: Path, template: ChatTemplate, origin: Origin, *, exact_names: bool
+) -> None:
+    """Writes an adapter with the tokenizer and its chat template into a folder: one that gives scores as PEFT saves a
+    sequence classifier's, one that gives answers with how to generate them. `exact_names` names each layer in full, as
+    the checkpoint has others whose names end alike."""
     config, lm = cast(peft.LoraConfig, model.peft_config[role]), cast(PreTrainedModel, model.get_base_model())
     config.base_model_name_or_path, config.revision = origin.source, origin.hub_revision
+    if exact_names:
+        layers = [(name, layer) for name, layer in lm.named_modules() if isinstance(layer, LoraLayer)]
+        config.target_modules = [name for name, layer in layers if role in layer.r]
+    gives_scores = HEAD in (config.modules_to_save or ())
+    config.task_type = peft.TaskType.SEQ_CLS if gives_scores else peft.TaskType.CAUSAL_LM
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:  # PEFT writes into a folder of the role's name
         model.save_pretrained(temporary, selected_adapters=[role], save_embedding_layers=False)
         saved = Path(temporary) / role
-        save_tokenizer(template.tokenizer, saved)
-        if lm.get_output_embeddings() is not None:
+        usual, tokenizer = template.tokenizer.pad_token, template.tokenizer
+        tokenizer.pad_token = pad_for_scores(template) if gives_scores else usual
+        save_tokenizer(tokenizer, saved)
+        tokenizer.pad_token = usual
+        if not gives_scores:
             generation_config.trained(lm, template).save_pretrained(saved)
         for file in saved.iterdir():
             file.replace(folder / file.name)

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import peft
 import torch
-import transformers as tf
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -23,9 +22,11 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, Layout, pack
 from qalign.data.tokenize import TokenPair
-from qalign.model.adapters.targets import new_config
+from qalign.model.adapters.targets import leave_out, new_config
+from qalign.model.adapters.weights import set_training
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import names_of, run_experts
+from qalign.model.loading import auto_class
 from qalign.model.logps import pair_logps
 from qalign.model.packing.attention import BLOCK_QUERIES
 
@@ -153,18 +154,21 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
     if vars(text).get("layer_types"):  # in some families it follows from the number of layers
         pattern = layer_pattern(config)
         text.layer_types = [pattern[number % len(pattern)] for number in range(layers)]
-    auto, task_type = tf.AutoModelForCausalLM, peft.TaskType.CAUSAL_LM
-    if stage == "reward":
-        auto, task_type, config.num_labels = tf.AutoModelForSequenceClassification, peft.TaskType.SEQ_CLS, 1
     with torch.device("meta"):
-        lm: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+        lm: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         lm.set_experts_implementation(_EXPERTS)
+    if sum(isinstance(module, PreTrainedModel) for module in lm.modules()) > 2:  # it reads more than texts
+        lm.set_attn_implementation(_ATTENTION["cuda"])
+        leave_out(lm, lambda: lm(**_batch(stage, 9).inputs, use_cache=False))
+    if stage == "reward":
+        lm.set_output_embeddings(None)
+    with torch.device("meta"):
         adapter = new_config(recipe.lora, lm, recipe.model.base)
-        adapter.task_type = task_type
+        adapter.task_type = peft.TaskType.CAUSAL_LM
         peft.get_peft_model(lm, adapter, autocast_adapter_dtype=False)
         lm.to(dtype)  # pyright: ignore[reportArgumentType]  (adapters too: autocast computes with copies of them)
         if stage == "reward":  # a ScalarHead asks for autocast, which the meta device doesn't have
-            lm.score = nn.Linear(cast(nn.Linear, lm.score).in_features, 1, bias=False)
+            lm.score = nn.Linear(text.hidden_size, 1, bias=False)
     return lm
 
 
@@ -198,9 +202,9 @@ def is_quantized(parameter: nn.Parameter, name: str, lm: PreTrainedModel) -> boo
 def run_step(lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, tokens: int, checkpointing: bool) -> Step:
     """Runs one step of a stage with this many tokens on a model that `meta_model` made, and counts what a `device`
     (`cuda` or `cpu`) would allocate."""
-    lm.train()
     if checkpointing:
         lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+    set_training(lm)
     lm.set_attn_implementation(_ATTENTION[device])
     if device == "cpu" and lm.dtype != torch.float32:
         for name, module in lm.named_modules():  # there PEFT casts inputs itself, as it asks for CUDA's autocast
