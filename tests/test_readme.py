@@ -12,7 +12,8 @@ from qalign.fit import memory_of
 from tests.conftest import ROOT
 
 DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"]
-DOCUMENTS += ["SECURITY.md", "AGENTS.md", "docs/decisions.md", "docs/merging.md", "docs/ppo.md", "docs/recipe.md"]
+DOCUMENTS += ["SECURITY.md", "AGENTS.md"]
+DOCUMENTS += [f"docs/{name}.md" for name in ("decisions", "merging", "models", "ppo", "recipe")]
 LINES = [
     (document, line.strip())
     for document in DOCUMENTS

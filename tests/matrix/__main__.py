@@ -39,7 +39,7 @@ from tests.matrix.families import FAMILIES, SHORT, save
 
 DOCUMENT = ROOT / "docs" / "models.md"
 CPU_SECONDS = 60  # a command may take; it needs one to three
-# Column: (command, words behind the recipe). Each needs only what the ones before it made.
+# By column: the command and the words behind the recipe.
 COMMANDS = {
     "sft": ("sft", ()),
     "sft packed": ("sft", ("sft.packing=true", "--overwrite")),
@@ -52,6 +52,7 @@ COMMANDS = {
     "merge": ("merge", ()),
     "fit": ("fit", ("model.compute_dtype=bfloat16", "--memory", "8GB")),
 }
+NEEDED = {"ppo, reward model": "reward", "evaluate": "dpo", "merge": "dpo"}  # what a command works on
 RANKS = ("FAILS", "no", "yes")
 PAIRS, SHARE = "pairs", "4 bits"
 COLUMNS = ("family", "models", *COMMANDS, PAIRS, SHARE)
@@ -63,7 +64,7 @@ keys, experts, towers …), for a step or two on a CPU in float32 with an NF4 ba
 published model learns. Versions: {versions}. Written by `python -m tests.matrix`.
 
 - **yes** the command ended well; DPO's first loss was ln 2 too, as it must be while policy and reference are equal.
-  **no** it refused with one line, which stands below. **FAILS** a fault of qalign's.
+  **no** it refused with one line, which stands below, or what it works on is missing. **FAILS** a fault of qalign's.
 - **pairs**: *packed* runs the prompt of a pair once, both answers behind it, without padding. Modules named behind it
   mix tokens without attention, and inside them each answer has a row with the prompt of its own. *padded* runs the
   prompt twice, and says why.
@@ -96,6 +97,9 @@ def try_family(name: str, folder: Path) -> Row:
     save(name, folder / "base")
     recipe = write_recipe(folder)
     for column, (command, words) in COMMANDS.items():
+        if row.cells.get(NEEDED.get(column, ""), "yes") != "yes":
+            row.cells[column] = "no"
+            continue
         first = str(folder / "runs" / "dpo") if command == "merge" else recipe
         outcome = start(command, [first, *words], _limit_time)
         wrong = _first_loss_off(folder / "runs") if column == "dpo" and outcome.code == 0 else None
@@ -171,9 +175,12 @@ def _said(outcome: Outcome, folder: str) -> str:
     """What a command said at its end, and after a traceback the last line of qalign's in it."""
     if outcome.code < 0:
         return f"stopped by signal {-outcome.code}, after {CPU_SECONDS} seconds of computing if it is 9"
-    places = re.findall(rf'File "{ROOT}/(qalign/\S+)", line (\d+)', outcome.said)
-    place = f" ({':'.join(places[-1])})" if outcome.code != 2 and places else ""
-    line = outcome.last_line.replace(f"{folder}/", "").replace("|", "/")
+    line, place = outcome.last_line, ""
+    if outcome.code != 2:  # a progress bar may stand behind the traceback
+        line = (re.findall(r"^[\w.]+(?:Error|Exception)\b.*", outcome.said, flags=re.MULTILINE) or [line])[-1]
+        places = re.findall(rf'File "{ROOT}/(qalign/\S+)", line (\d+)', outcome.said)
+        place = f" ({':'.join(places[-1])})" if places else ""
+    line = line.replace(f"{folder}/", "").replace("|", "/")
     return f"{line[:240]}{'…' * (len(line) > 240)}{place}"
 
 
@@ -201,10 +208,15 @@ def document(rows: list[Row]) -> str:
     names = ("transformers", "peft", "trl", "bitsandbytes", "torch")
     versions = ", ".join(f"{name} {version(name).partition('+')[0]}" for name in names)
     table = [_line(*COLUMNS), _line(*["---"] * len(COLUMNS)), *(row.line for row in rows)]
-    notes = [
-        f"\n### {row.name}\n" + "".join(f"\n- {c}: {row.notes[c]}" for c in row.notes) for row in rows if row.notes
-    ]
+    notes = [_notes(row) for row in rows if row.notes]
     return TEXT.format(versions=versions, table="\n".join(table), notes="\n".join(notes) or "Nothing.")
+
+
+def _notes(row: Row) -> str:
+    by_reason: dict[str, list[str]] = {}
+    for column, reason in row.notes.items():
+        by_reason.setdefault(reason, []).append(column)
+    return f"\n`{row.name}`:\n" + "".join(f"\n- {'; '.join(columns)}: {why}" for why, columns in by_reason.items())
 
 
 def main() -> int:

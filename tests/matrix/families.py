@@ -35,6 +35,8 @@ GEMMA4 = {
     "global_head_dim": 32, "num_global_key_value_heads": 1, "hidden_size_per_layer_input": 16,
     "vocab_size_per_layer_input": VOCABULARY, "final_logit_softcapping": 30.0,
 }  # fmt: skip
+GEMMA4_LARGE = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True}
+GEMMA4_EXPERTS = {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
 GEMMA3N = {
     **GEMMA4, "intermediate_size": [128] * 4, "laurel_rank": 8, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
 }  # fmt: skip
@@ -62,12 +64,11 @@ def _qwen_wrapper(model_type: str) -> tf.PretrainedConfig:
     return _wrapper(model_type, _text(f"{model_type}_text", **MOST_LINEAR), vision, **TOKENS)
 
 
-def _gemma4_wrapper() -> tf.PretrainedConfig:
-    vision = {**TOWER, "model_type": "gemma4_vision", "head_dim": 16, **NO_GROUPS, "global_head_dim": 16}
-    tokens = {"boi_token_id": 2013, "eoi_token_id": 2014, "boa_token_id": 2015, "eoa_token_index": 2016}
-    vision["num_key_value_heads"] = 2
-    ids = {"image_token_id": 2010, "video_token_id": 2011, "audio_token_id": 2012, **tokens}
-    return _wrapper("gemma4", _text("gemma4_text", **GEMMA4), vision, audio_config=None, **ids)
+def _gemma4_wrapper(**more: Any) -> tf.PretrainedConfig:
+    vision = {**TOWER, "model_type": "gemma4_vision", "head_dim": 16, "num_key_value_heads": 2, "global_head_dim": 16}
+    ids = {"image_token_id": 2010, "video_token_id": 2011, "audio_token_id": 2012, "boi_token_id": 2013}
+    ids |= {"eoi_token_id": 2014, "boa_token_id": 2015, "eoa_token_index": 2016}
+    return _wrapper("gemma4", _text("gemma4_text", **GEMMA4 | more), vision, audio_config=None, **ids)
 
 
 def _gemma3_wrapper() -> tf.PretrainedConfig:
@@ -90,7 +91,7 @@ def _own(model_type: str, **more: Any) -> Callable[[], tf.PretrainedConfig]:
     return lambda: _text(model_type, **more)
 
 
-# By `model_type`: models published under it, and a config.
+# By `model_type` (behind a comma, which models of it): models published under it, and a config.
 FAMILIES: dict[str, tuple[str, Callable[[], tf.PretrainedConfig]]] = {
     "apertus": ("Apertus 8B", _own("apertus")),
     "bamba": ("Bamba 9B", _known("bamba")),
@@ -106,7 +107,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], tf.PretrainedConfig]]] = {
         _own("ernie4_5_moe", moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
     ),
     "exaone4": ("EXAONE 4.0", _own("exaone4", **SLIDING, **TURNS)),
-    "falcon": ("Falcon 7B with ALiBi", _known("falcon")),
+    "falcon": ("Falcon RW 1B", _known("falcon")),
     "falcon_h1": (
         "Falcon-H1",
         _own("falcon_h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=16,
@@ -117,7 +118,9 @@ FAMILIES: dict[str, tuple[str, Callable[[], tf.PretrainedConfig]]] = {
     "gemma3": ("Gemma 3 4B, 12B, 27B", _gemma3_wrapper),
     "gemma3_text": ("Gemma 3 270M, 1B", _known("gemma3")),
     "gemma3n_text": ("the text model of Gemma 3n", _own("gemma3n_text", **GEMMA3N)),
-    "gemma4": ("Gemma 4 E2B, E4B, 31B", _gemma4_wrapper),
+    "gemma4": ("Gemma 4 E2B, E4B", _gemma4_wrapper),
+    "gemma4, large": ("Gemma 4 31B", lambda: _gemma4_wrapper(**GEMMA4_LARGE)),
+    "gemma4, experts": ("Gemma 4 26B-A4B", lambda: _gemma4_wrapper(**GEMMA4_LARGE, **GEMMA4_EXPERTS)),
     "gemma4_text": ("the text model of Gemma 4", _known("gemma4")),
     "glm4": ("GLM-4 9B, GLM-Z1", _own("glm4")),
     "glm4_moe": ("GLM-4.5, 4.6", _own("glm4_moe", first_k_dense_replace=1, num_mtp_layers=0)),
@@ -154,8 +157,8 @@ FAMILIES: dict[str, tuple[str, Callable[[], tf.PretrainedConfig]]] = {
     "phimoe": ("Phi-3.5-MoE", _own("phimoe")),
     "qwen2": ("Qwen2, Qwen2.5", _known("qwen2")),
     "qwen3": ("Qwen3", _known("qwen3")),
-    "qwen3_5": ("Qwen3.5 0.8B to 27B", lambda: _qwen_wrapper("qwen3_5")),
-    "qwen3_5_moe": ("Qwen3.5 35B-A3B", lambda: _qwen_wrapper("qwen3_5_moe")),
+    "qwen3_5": ("Qwen3.5, dense", lambda: _qwen_wrapper("qwen3_5")),
+    "qwen3_5_moe": ("Qwen3.5, with experts", lambda: _qwen_wrapper("qwen3_5_moe")),
     "qwen3_5_text": ("the text model of Qwen3.5", _known("qwen3_5_text")),
     "qwen3_moe": ("Qwen3 30B-A3B", _own("qwen3_moe")),
     "qwen3_next": ("Qwen3-Next", _known("qwen3_next")),
@@ -165,7 +168,7 @@ FAMILIES: dict[str, tuple[str, Callable[[], tf.PretrainedConfig]]] = {
     ),
     "seed_oss": ("Seed-OSS", _own("seed_oss", attention_dropout=0.1, residual_dropout=0.1)),
     "smollm3": ("SmolLM3", _own("smollm3", no_rope_layers=[1, 0])),
-    "stablelm": ("StableLM", _known("stablelm")),
+    "stablelm": ("StableLM 2", _known("stablelm")),
     "starcoder2": ("StarCoder2", _own("starcoder2", **SLIDING)),
     "zamba2": (
         "Zamba2",
