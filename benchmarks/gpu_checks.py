@@ -14,17 +14,20 @@ from pathlib import Path
 import torch
 import yaml
 from torch.nn.attention.flex_attention import flex_attention
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.gpu_sides import TINY, as_base, fixture_tokenizer, random_lm, random_pair
 from qalign import dpo
 from qalign.config.load import load
 from qalign.config.recipe import Lora
 from qalign.data.collate import Layout, pack, pad
-from qalign.model import attention
 from qalign.model.base import Role
+from qalign.model.experts import weights
 from qalign.model.loading import device
 from qalign.model.logps import pair_logps
+from qalign.model.packing import attention
 from qalign.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +145,43 @@ def nf4(dtype: torch.dtype):
     return good, f"log-probs {errors[0]:.1e}, adapter's gradient {errors[1]:.1e}"
 
 
+def experts(family: str, kind: str, dtype: torch.dtype):
+    """Experts in 4 bits against transformers' own loop over the same weights, dequantised: output, gradient, bits."""
+    made = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeExperts), "gpt_oss": (GptOssConfig, GptOssExperts)}
+    config = made[family][0](hidden_size=256, intermediate_size=128, moe_intermediate_size=128, num_local_experts=16)
+    generator = torch.Generator(device()).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=device()).to(dtype)
+
+    module = made[family][1](config).to(device(), dtype).requires_grad_(False)
+    config._experts_implementation = weights.NAME
+    for name in weights.names_of(module):
+        weight = 0.1 * random(*getattr(module, name).shape)
+        if kind == "mxfp4":
+            weights.make_room(module, name, kind, double_quant=False)
+            for part, low, high in (("blocks", 0, 256), ("scales", 120, 126)):
+                size = getattr(module, f"{name}_{part}").shape
+                found = torch.randint(low, high, size, generator=generator, device=device()).to(torch.uint8)
+                setattr(module, f"{name}_{part}", found)
+        else:
+            weights.hold(module, name, weight, kind, double_quant=True)
+        if module.has_bias:
+            setattr(module, f"{name}_bias", torch.nn.Parameter(random(*getattr(module, f"{name}_bias").shape), False))
+    states, upstream = random(300, 256).requires_grad_(), random(300, 256)
+    scores, chosen = random(300, module.num_experts).softmax(-1).topk(4)
+    held, count = sum(buffer.nbytes for buffer in module.buffers()), weights.held_parameters(module)
+    results = []
+    for implementation in (weights.NAME, "eager"):
+        config._experts_implementation = implementation
+        output = module(states, chosen, scores)
+        results.append([output, *torch.autograd.grad(output, states, upstream)])
+        weights.release(module, dtype)
+    errors = [off(*both) for both in zip(*results, strict=True)]
+    figures = f"output {errors[0]:.1e}, gradient {errors[1]:.1e}, {8 * held / count:.2f} bits a weight"
+    return max(errors) <= TOLERANCES[dtype] and 8 * held / count < 4.3, figures
+
+
 class Stage:
     """The DPO command on a tiny model, in a folder of its own."""
 
@@ -209,6 +249,8 @@ def check() -> int:
     attempt(f"{many}, two kinds of layers", recompilations, (None, 40), 3.0, needs_cuda=True)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         attempt(f"NF4 and autocast, {str(dtype).removeprefix('torch.')}", nf4, dtype)
+        for family, kind in (("qwen3_moe", "nf4"), ("gpt_oss", "nf4"), ("gpt_oss", "mxfp4")):
+            attempt(f"experts, {family} in {kind}, {str(dtype).removeprefix('torch.')}", experts, family, kind, dtype)
     with tempfile.TemporaryDirectory() as folder:
         stage = Stage(Path(folder))
         attempt("DPO stage, bfloat16, adamw_torch", stage.trains, "bfloat16", "adamw_torch")

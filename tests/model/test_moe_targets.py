@@ -1,5 +1,6 @@
 """Which layers of a mixture of experts get an adapter, and roles on one."""
 
+import peft
 import pytest
 import torch
 import transformers as tf
@@ -113,3 +114,13 @@ def test_roles_are_decoded_together_as_they_are_alone(name, base_of, monkeypatch
     together = decoded(requests)
     assert together == [decoded([request])[0] for request in requests]
     assert together[0] != together[1]
+
+
+def test_an_adapter_from_elsewhere_that_changes_routers_is_said(base_of, tmp_path, capsys):
+    for target, count in (("wg", 1), ("q_proj", 0)):
+        config = peft.LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=[target])
+        peft.get_peft_model(base_of("hunyuan_v1_moe").lm, config).save_pretrained(tmp_path / target)
+        capsys.readouterr()
+        base_of("hunyuan_v1_moe").load_adapter(Role.POLICY, str(tmp_path / target), trainable=False)
+        said = capsys.readouterr().out
+        assert said.count(f"{tmp_path / target} changes routers (model.layers.0.mlp.gate.wg)") == count

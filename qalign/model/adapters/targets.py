@@ -21,6 +21,7 @@ from qalign.config.recipe import Lora
 from qalign.errors import UserError, did_you_mean
 from qalign.model.adapters.files import LoraSettings
 from qalign.model.experts.weights import expert_tensors
+from qalign.model.origin import note
 
 OUTPUT_LAYER_TAKEN = "the output layer can't have an adapter, as log-probs use its frozen weight"
 LINEAR = (nn.Linear, Conv1D)
@@ -238,6 +239,8 @@ def config_of(settings: LoraSettings, lm: PreTrainedModel, folder: str) -> tuple
     if isinstance(config.exclude_modules, str):
         config.exclude_modules = matcher.fitting(config.exclude_modules, layers)
     fitting = [name for name in layers if check_target_module_exists(config, name)]
+    if changed := [name for name in routers(lm) if name in fitting]:
+        note(f"note: {folder} changes routers ({changed[0]}), so its role chooses experts as no other role does")
     ranks: dict[str, int] = dict.fromkeys(fitting, config.r)
     for key in ("rank_pattern", "alpha_pattern"):
         left, plain = fitting, {}
