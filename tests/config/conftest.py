@@ -1,4 +1,5 @@
-"""What the tests of recipe files share: small recipes as text, and fixtures that load them or return their problems."""
+"""What the tests of recipe files share: small recipes as text, fixtures that load them or return their problems, and
+the shipped recipes."""
 
 from pathlib import Path
 
@@ -6,9 +7,12 @@ import pytest
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward
+from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward, Stage
 from qalign.errors import UserError
+from tests.conftest import ROOT
 
+NAMES = sorted(file.stem for file in (ROOT / "recipes").glob("*.y*ml"))
+DEMO = "smollm2_demo"
 SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
 GOOD = """\
 model:
@@ -109,3 +113,33 @@ def scorers(folder) -> Path:
     (folder / "empty").mkdir()
     (folder / "notes.txt").touch()
     return folder
+
+
+# --- the shipped recipes ---------------------------------------------------------------------------------------------
+
+
+def text_of(name: str) -> str:
+    return (ROOT / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+@pytest.fixture(params=NAMES)
+def name(request, monkeypatch) -> str:
+    """Each shipped recipe; the current directory is the project's, as the recipes say."""
+    monkeypatch.chdir(ROOT)
+    return request.param
+
+
+@pytest.fixture
+def recipe(name) -> Recipe:
+    return load(f"recipes/{name}.yaml")
+
+
+@pytest.fixture(params=STAGES)
+def stage(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def settings(recipe, stage) -> Stage:
+    """Each stage's section of each recipe."""
+    return getattr(recipe, stage)
