@@ -9,7 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from qalign.config.load import load
 from qalign.config.stages import STAGES
@@ -17,6 +17,7 @@ from qalign.data.formats import canonical
 from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import encode_pair
 from qalign.model.base import Base, Role
+from qalign.model.loading import auto_class
 from qalign.model.memory.forecast import USABLE, Forecast, longest_row
 from tests.config.conftest import DEMO, NAMES, text_of
 from tests.conftest import FIXTURES, ROOT
@@ -48,6 +49,9 @@ SHAPES = {
     "smollm2_demo": Shape("SmolLM2-135M-Instruct", 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))),
     "smollm3_3b": Shape("SmolLM3-3B", 36 * (2 * (2048 + 2048) + 2 * (2048 + 512) + 3 * (2048 + 11008)), 8),
     "olmo3_7b": Shape("Olmo-3-7B-Instruct", 32 * (4 * (4096 + 4096) + 3 * (4096 + 11008)), 12),
+    "ministral3_8b": Shape(
+        "Ministral-3-8B-Instruct-2512", 34 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)), 12
+    ),
     "gpt_oss_20b": Shape("gpt-oss-20b", 24 * (2 * (2880 + 4096) + 2 * (2880 + 512)), 16),  # attention alone
 }
 
@@ -63,13 +67,14 @@ def test_every_shipped_recipe_has_a_shape():
 
 def test_the_adapter_fits_the_base(name, recipe, config):
     with torch.device("meta"):
-        base = Base(AutoModelForCausalLM.from_config(config), ChatTemplate(None), name, recipe.model)
+        base = Base(auto_class(config).from_config(config), ChatTemplate(None), name, recipe.model)
         linear = {place for place, layer in base.lm.named_modules() if isinstance(layer, nn.Linear)}
         base.add_adapter(Role.POLICY, recipe.lora)
 
     assert base.count_parameters()[0] == recipe.lora.r * SHAPES[name].per_rank
     adapted = {place.removesuffix(".lora_A") for place, _ in base.lm.named_modules() if place.endswith(".lora_A")}
-    assert adapted == linear - {"lm_head"}
+    text = {place for place in linear if "language_model." in place}  # of a model that also reads images
+    assert adapted == (text or linear) - {"lm_head"}
     assert {p.dtype for p in base.model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -154,13 +159,21 @@ SMALL = {  # in place of a published config's own sizes
     "sliding_window": 16, "num_local_experts": 2, "num_experts_per_tok": 1, "no_rope_layers": [1, 0],
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     "global_head_dim": 16, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 2,
+    "vocab_size": 2048, "vocab_size_per_layer_input": 2048,  # more than the tokenizer has, as is usual
+}  # fmt: skip
+
+
+TOWERS = {  # that read images
+    "mistral3": {
+        "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16,
+        "num_attention_heads": 2, "patch_size": 4, "image_size": 16,
+    },
 }  # fmt: skip
 
 
 def small(published: dict, tokenizer) -> dict:
     """A published config with few small layers, two of each kind."""
-    sizes = SMALL | {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer)}
-    found = published | {key: size for key, size in sizes.items() if key in published}
+    found = published | {key: size for key, size in SMALL.items() if key in published}
     found |= {"head_dim": 8, "num_hidden_layers": 2, "pad_token_id": None}
     if "layer_types" in published:
         found["layer_types"] = 2 * list(dict.fromkeys(published["layer_types"]))
@@ -174,9 +187,15 @@ def tiny_model(name: str, folder: Path) -> str:
     kind = "mistral_v03" if name == "mistral7b" else "llama3"
     tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / kind)
     published = json.loads((FIXTURES / "configs" / SHAPES[name].fixture / "config.json").read_text(encoding="utf-8"))
-    config = AutoConfig.for_model(**small(published, tokenizer))
+    if "text_config" in published:
+        text = small(published["text_config"], tokenizer)
+        published |= {"text_config": text, "vision_config": TOWERS[published["model_type"]]}
+    else:
+        published = small(published, tokenizer)
+    config = AutoConfig.for_model(**published)
+    auto = AutoModelForImageTextToText if "text_config" in published else AutoModelForCausalLM
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    auto.from_config(config, dtype=torch.float32).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
