@@ -25,11 +25,15 @@ def _table(name: str) -> Any:
     return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
+def _by_key(table: dict[str, list[str]]) -> dict[str, str]:
+    return {key: said for said, keys in table.items() for key in keys}
+
+
 OWN_KEYS = {"sft": SFT.model_fields, "reward": Reward.model_fields, "dpo": DPO.model_fields, "ppo": PPO.model_fields}
 _TABLES = _table("trainer_keys.yaml")
-OWNED: dict[str, dict[str, str]] = _TABLES["owned"]
+OWNED: dict[str, dict[str, str]] = {stage: _by_key(table) for stage, table in _TABLES["owned"].items()}
 WITHOUT_EFFECT: dict[str, list[str]] = _TABLES["without_effect"]
-REFUSED: dict[str, dict[str, str]] = _TABLES["refused"]
+REFUSED: dict[str, dict[str, str]] = {stage: _by_key(table) for stage, table in _TABLES["refused"].items()}
 AT_MOST: dict[str, float] = _TABLES["at_most"]
 _ALIASES: dict[str, list[str]] = {}  # another kit's name of a key: the keys that it may mean
 for _key, _names in _table("aliases.yaml").items():
