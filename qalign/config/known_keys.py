@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from qalign.config.paths import Keys, Place, Problem, as_keys
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward
+from qalign.config.stages import STAGES
 from qalign.errors import did_you_mean, short
 
 
@@ -29,7 +29,6 @@ def _by_key(table: dict[str, list[str]]) -> dict[str, str]:
     return {key: said for said, keys in table.items() for key in keys}
 
 
-OWN_KEYS = {"sft": SFT.model_fields, "reward": Reward.model_fields, "dpo": DPO.model_fields, "ppo": PPO.model_fields}
 _TABLES = _table("trainer_keys.yaml")
 OWNED: dict[str, dict[str, str]] = {stage: _by_key(table) for stage, table in _TABLES["owned"].items()}
 WITHOUT_EFFECT: dict[str, list[str]] = _TABLES["without_effect"]
@@ -67,7 +66,7 @@ def unknown_trainer_keys(raw: Keys) -> Iterator[Problem]:
         known = trainer_keys(stage) if trainer else set[str]()
         for key, value in trainer.items():
             place, most = (stage, "trainer", key), AT_MOST.get(key, AT_MOST["*"])
-            owner = key if key in OWN_KEYS[stage] else OWNED[stage].get(key) or OWNED["*"].get(key)
+            owner = key if key in section_at((stage,)).model_fields else OWNED[stage].get(key) or OWNED["*"].get(key)
             if owner:
                 inside = "" if "." in owner or owner in Recipe.model_fields else f"{stage}."
                 yield place, f"trainer.{key}: set it as {inside}{owner}"

@@ -52,8 +52,7 @@ def load(
         stage: a section that the recipe must have. Files that other stages need may then be missing.
         files_of: the sections whose files must be there, if no stage is given.
 
-    Raises:
-        UserError: one line a problem, all problems at once, each with `file:line`.
+    Raises a `UserError` with all problems at once, one line each, with `file:line`.
     """
     file = recipe_file(path)
     raw, lines = parse(file)

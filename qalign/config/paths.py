@@ -88,11 +88,7 @@ def is_own_model(source: str) -> bool:
 
 
 def package_file(path: str) -> Path:
-    """The file of `package:NAME/FILE`, found without importing the package.
-
-    Raises:
-        UserError: the package is not installed, or has no such file.
-    """
+    """The file of `package:NAME/FILE`, found without importing the package; a `UserError` if it isn't there."""
     name, _, inside = path.removeprefix("package:").partition("/")
     spec = _module(name)
     if spec is None or not spec.submodule_search_locations:

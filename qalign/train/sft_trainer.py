@@ -72,11 +72,8 @@ def float32_kept(model: nn.Module) -> Iterator[None]:
 
 def check_packing(lm: PreTrainedModel) -> None:
     """Checks that dialogues packed into one row don't see each other: the logits of the second must not depend on the
-    first. Some families ignore position ids that start again (gpt-oss, Falcon, OPT), others carry a state (Mamba).
-
-    Raises:
-        UserError: they see each other, or this family can't take packed rows.
-    """
+    first. Some families ignore position ids that start again (gpt-oss, Falcon, OPT), others carry a state (Mamba). A
+    `UserError` if they do, or this family can't take packed rows."""
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True)
     found, family = [], type(lm).__name__
     for first in (range(8), range(8, 16)):
