@@ -141,12 +141,8 @@ class Recipe(Section):
 
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:
-    """The dotted keys that differ, each with (value then, value now). `output` and other stages' sections don't count.
-
-    Args:
-        kept: the recipe that the run of `stage` began with, as it was written into the run folder.
-        output: where that run lies now.
-    """
+    """The dotted keys that differ between the recipe that a run of `stage` began with and this one, each with (value
+    then, value now). `output`, where the run lies now, and other stages' sections don't count."""
     was = str(kept.get("output", "")) or "."
     with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
         kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it

@@ -21,9 +21,11 @@ Lines = dict[Place, list[int]]  # the line numbers of every key and list item; s
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + name for name in ("str", "merge", "value")} | {"!"}  # `<<` and `=` as values are text
 _SCALARS = {f"{_TAG}null": "null", f"{_TAG}bool": "boolean", f"{_TAG}int": "whole number", f"{_TAG}float": "number"}
-
-
-_TAGS = {yaml.ScalarNode: {*_SCALARS, *_TEXT}, yaml.SequenceNode: {f"{_TAG}seq"}, yaml.MappingNode: {f"{_TAG}map"}}
+_TAGS: dict[type[yaml.Node], set[str]] = {
+    yaml.ScalarNode: {*_SCALARS, *_TEXT},
+    yaml.SequenceNode: {f"{_TAG}seq"},
+    yaml.MappingNode: {f"{_TAG}map"},
+}
 
 
 class BadYaml(Exception):

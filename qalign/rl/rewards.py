@@ -79,7 +79,16 @@ class AdapterScorer(Scorer):
         super().__init__(key, str(folder), weight, _short_name(folder))
         self.folder = folder
         lineage.check_base(key, folder, recipe.model.base, recipe.model.revision)
-        _check_adapter(key, folder, recipe)
+        try:
+            files = read_files(folder)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        head = files.shapes.get(SCORE_HEAD)
+        if not files.is_classifier or head is None:
+            raise UserError(f"{key}: {folder} gives no scores; expected a reward adapter (SEQ_CLS)")
+        if head[1] != (hidden := load_config(recipe.model).get_text_config().hidden_size):
+            found = f"was trained on a base of hidden size {head[1]}, '{recipe.model.base}' has {hidden}"
+            raise UserError(f"{key}: {folder} {found}")
         self.identity = lineage.adapter_hash(folder)
 
     def attach(self, base: Base, role: str, limit: MicroBatchLimit) -> None:
@@ -293,21 +302,6 @@ def check_unchanged(scorers: list[Scorer], identities: list[str | None]) -> None
 def value_start(scorers: list[Scorer]) -> AdapterScorer | None:
     """The reward adapter that the value model starts as a copy of; None without one."""
     return next((scorer for scorer in scorers if isinstance(scorer, AdapterScorer)), None)
-
-
-def _check_adapter(key: str, folder: Path, recipe: Recipe) -> None:
-    """Refuses a folder that holds no reward adapter for this base, from its files alone."""
-    try:
-        files = read_files(folder)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-    head = files.shapes.get(SCORE_HEAD)
-    if not files.is_classifier or head is None:
-        raise UserError(f"{key}: {folder} gives no scores; expected a reward adapter (SEQ_CLS)")
-    hidden = load_config(recipe.model).get_text_config().hidden_size
-    if head[1] != hidden:
-        found = f"was trained on a base of hidden size {head[1]}, '{recipe.model.base}' has {hidden}"
-        raise UserError(f"{key}: {folder} {found}")
 
 
 def _short_name(folder: Path) -> str:

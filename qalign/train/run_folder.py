@@ -157,7 +157,7 @@ class RunFolder:
         recipe. Deletes nothing yet."""
         self.resume = resume
         self._check_place()
-        self.check_inputs(self.path, overwrite=overwrite)
+        self.check_inputs(overwrite=overwrite)
         names = {file.name for file in self.path.iterdir()} if self.path.exists() else set[str]()
         if all(LEFTOVER.fullmatch(name) for name in names - {REFUSED, PARENT}):
             return  # there is no run, or a start that was cut short
@@ -176,9 +176,9 @@ class RunFolder:
         self.check_parent()
         self._checkpoint = None if self.complete else checkpoints.newest_whole(self.checkpoints)
 
-    def check_inputs(self, folder: Path, *, overwrite: bool = False) -> None:
-        """Raises a `UserError` if something that the stage reads lies in a folder that will be written to. (The run's
-        own recipe may, unless it is to be overwritten.)"""
+    def check_inputs(self, *, overwrite: bool) -> None:
+        """Raises a `UserError` if something that the stage reads lies in this folder. (The run's own recipe may, unless
+        it is to be overwritten.)"""
         model = self.recipe.model
         inputs = [("model.base", model.base), ("model.chat_template", model.chat_template)]
         inputs += [(f"{self.stage}.start_from", self.parent)]
@@ -190,7 +190,7 @@ class RunFolder:
         for key in ("data", "eval_data"):
             inputs += [(f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ()]
         for key, used in inputs:
-            if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(os.path.realpath(folder)):
+            if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(self._home):
                 raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
 
     def check_parent(self) -> None:
