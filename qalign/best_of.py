@@ -84,7 +84,7 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
     session.micro = MicroBatchLimit(tokens=session.planned.tokens)
     setup.scorers.attach(setup.base, session.micro)
     session.begin()
-    scorers = [*setup.scorers.reward, *setup.scorers.judge]
+    scorers = setup.scorers.all
     if session.checkpoint:
         check_unchanged(scorers, read_metrics(run.metrics)[0]["scorers"])
     else:

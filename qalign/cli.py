@@ -61,11 +61,8 @@ HELP = "\n".join(
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """The console script: runs a command, or all stages of a recipe; does not return.
-
-    Args:
-        words: of the command line; those of this process if left out.
-    """
+    """The console script: runs a command, or all stages of a recipe; does not return. `words` are the command line's,
+    by default those of this process."""
     first, *others = [*(sys.argv[1:] if words is None else words)] or ["--help"]
     if first in ("-h", "--help"):
         sys.exit(exit_code(lambda: print(HELP)))
@@ -166,12 +163,6 @@ def work_in(run: Run, args: argparse.Namespace, train: Callable[[Recipe, Run], N
         else:
             origin.check(run.recipe.model)
             train(run.recipe, run)
-
-
-def report_command(name: str, stage: str, report: Callable[[Recipe], None], words: Sequence[str] | None = None) -> None:
-    """`python -m qalign.NAME RECIPE [key=value …]` for a report on a finished stage; does not return."""
-    parser = recipe_parser(name, report.__doc__)
-    run_parsed(parser, lambda args: report(load(args.recipe, args.overrides, stage)), words)
 
 
 def new_target(to: str | None, default: Path) -> Path:

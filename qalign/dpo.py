@@ -26,7 +26,6 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
-    from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import PreferenceTrainer
 
@@ -40,11 +39,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     reference = base.reference if needs_reference else "none: this loss needs no reference"
 
     session.plan(max(map(base.tokens_taken, pairs.train)))
-    args, micro, callbacks = session.config(settings.batch_size), session.micro, session.begin()
-    with naming_trainer(run.stage, settings.trainer):
-        trainer = PreferenceTrainer(
-            base, settings, references, args, micro, pairs.train, pairs.held_out or None, callbacks
-        )
+    trainer = session.trainer(
+        lambda args, *data: PreferenceTrainer(base, settings, references, args, session.micro, *data)
+    )
     loss = f"{settings.loss}, beta {settings.beta:g}"
     facts = session.train(trainer, reference=reference, loss=loss, prompts=base.layout_in_words)
     references.save()

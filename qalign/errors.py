@@ -56,9 +56,9 @@ def one_line(text: object, limit: int | None = MAX_LINE) -> str:
 
 def short(value: object) -> str:
     """The repr of a value from a recipe or a row, short enough for an error; half a surrogate pair is escaped too."""
-    with suppress(RecursionError):
+    with suppress(Exception):  # nested too deeply, or its own `__repr__` fails
         return one_line(repr(value), MAX_VALUE)
-    return f"a {type(value).__name__}, nested too deeply"
+    return f"an object of {type(value).__name__}"
 
 
 class UserError(Exception):

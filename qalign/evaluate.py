@@ -15,8 +15,9 @@ from math import sqrt
 from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qalign.cli import report_command
+from qalign.cli import recipe_parser, run_parsed
 from qalign.config.atomic import write_whole
+from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO
 from qalign.data.formats import Preference, Prompt, Refused, preferences
@@ -236,7 +237,8 @@ def _print_answers(answered: Answered) -> None:
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    report_command("evaluate", "dpo", report, words)
+    parser = recipe_parser("evaluate", report.__doc__)
+    run_parsed(parser, lambda args: report(load(args.recipe, args.overrides, "dpo")), words)
 
 
 if __name__ == "__main__":

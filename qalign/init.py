@@ -29,11 +29,8 @@ def list_recipes() -> None:
 
 
 def write_recipe(name: str, *, full: bool = False) -> None:
-    """Writes a shipped recipe and the local files that it names into the working folder; `full`: with every key.
-
-    Raises:
-        UserError: there is no such recipe, or the file is already here.
-    """
+    """Writes a shipped recipe and the local files that it names into the working folder; `full`: with every key. A
+    `UserError` if there is no such recipe, or the file is already here."""
     source, target = RECIPES / f"{name}.yaml", Path(f"{name}.yaml")
     names = sorted(file.stem for file in RECIPES.glob("*.yaml"))
     if name not in names:

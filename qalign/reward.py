@@ -27,7 +27,6 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs, pad_for_scores
     from qalign.model.base import Role
-    from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.pair_trainers import RewardModelTrainer
 
@@ -37,9 +36,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session = Session(run, base, pairs, Role.REWARD)
     session.add_adapter()
     session.plan(max(map(base.tokens_taken, pairs.train)))
-    args, micro, callbacks = session.config(settings.batch_size), session.micro, session.begin()
-    with naming_trainer(run.stage, settings.trainer):
-        trainer = RewardModelTrainer(base, settings, args, micro, pairs.train, pairs.held_out or None, callbacks)
+    trainer = session.trainer(lambda args, *data: RewardModelTrainer(base, settings, args, session.micro, *data))
 
     hidden = base.lm.config.get_text_config().hidden_size
     head = f"{hidden:,} weights, unquantised, in float32, read at the end of the answer's turn"
@@ -47,7 +44,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
     facts = session.train(trainer, head=head, loss=loss, prompts=base.layout_in_words)
     if pairs.held_out:
-        scores = base.answer_scores(Role.REWARD, pairs.held_out, micro, progress=True)
+        scores = base.answer_scores(Role.REWARD, pairs.held_out, session.micro, progress=True)
         if not scores.isfinite().all():
             raise scores_not_finite(base.precision)
         facts |= _report(run, pairs.held_out, scores.tolist())

@@ -8,7 +8,7 @@ turn, whether or not the chat template marks them. Departure from TRL: adapters 
 
 import shlex
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
@@ -25,7 +25,6 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import IGNORED, encode_dialogues
-    from qalign.train.adapter_trainer import naming_trainer
     from qalign.train.loop import Session, load_base
     from qalign.train.sft_trainer import SupervisedTrainer
 
@@ -36,16 +35,14 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session = Session(run, base, rows)
     session.add_adapter()
     session.plan(recipe.model.max_length if settings.packing else max(map(len, rows.train)))
-    args = session.config(
-        rows=session.micro.pairs,
+    trainer = session.trainer(
+        lambda args, *data: SupervisedTrainer(base, args, *data),
         packing=settings.packing,
         packing_strategy="bfd",
         eval_packing=False,
         neftune_noise_alpha=settings.neftune_alpha,
         router_aux_loss_coef=0.0,  # TRL would add the router loss of the base's config to what is logged as the loss
     )
-    with naming_trainer(run.stage, settings.trainer):
-        trainer: Any = SupervisedTrainer(base, args, rows.train, rows.held_out or None, session.begin())
 
     supervised = sum(label != IGNORED for row in rows.train for label in row.labels)
     packed = f"{len(rows.train):,} sequences in {len(trainer.train_dataset):,} rows" if settings.packing else "none"

@@ -19,13 +19,9 @@ LEFTOVER = re.compile(rf"\.(?P<name>.+){re.escape(MARK)}\w+(\.\w+)?")
 
 @contextmanager
 def replacing(file: Path) -> Generator[Path]:
-    """Yields a temporary path to write to, which replaces `file` when the block ends without an error.
-
-    It keeps the suffix of `file` (`report.png` is written as `.report.qalign-123.png`): some writers depend on it.
-
-    Raises:
-        OSError: the disk refuses it; the old content is kept.
-    """
+    """Yields a temporary path to write to, which replaces `file` when the block ends without an error. It keeps the
+    suffix of `file` (`report.png` is written as `.report.qalign-123.png`): some writers depend on it. Raises an OSError
+    if the disk refuses it; the old content is kept."""
     aside = file.with_name(f".{file.stem}{MARK}{os.getpid()}{file.suffix}")
     try:
         yield aside
@@ -44,13 +40,8 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Generator[Path]:
-    """Yields a temporary folder, which is renamed to `folder` when the block ends without an error.
-
-    Its files get the user's default permissions. If another process creates `folder` meanwhile, that one stays.
-
-    Raises:
-        OSError: the disk refuses it.
-    """
+    """Yields a temporary folder, which is renamed to `folder` when the block ends without an error. Its files get the
+    user's default permissions. If another process creates `folder` meanwhile, that one stays."""
     with _written_aside(folder) as aside:
         yield aside
         sync_tree(aside)
@@ -64,11 +55,8 @@ def new_folder(folder: Path) -> Generator[Path]:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Generator[Path]:
-    """Like `new_folder`, but what is in `folder` is replaced, as a whole: no file of the old one stays.
-
-    Raises:
-        OSError: the disk refuses it; the old folder is kept.
-    """
+    """Like `new_folder`, but what is in `folder` is replaced, as a whole: no file of the old one stays. If the disk
+    refuses it, which raises an OSError, the old folder is kept."""
     with _written_aside(folder) as aside:
         yield aside
         sync_tree(aside)

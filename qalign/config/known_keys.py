@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from qalign.config.paths import Keys, Place, Problem, as_keys
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward
+from qalign.config.stages import STAGES
 from qalign.errors import did_you_mean, short
 
 
@@ -25,11 +25,14 @@ def _table(name: str) -> Any:
     return yaml.safe_load(Path(__file__).with_name(name).read_text(encoding="utf-8"))
 
 
-OWN_KEYS = {"sft": SFT.model_fields, "reward": Reward.model_fields, "dpo": DPO.model_fields, "ppo": PPO.model_fields}
+def _by_key(table: dict[str, list[str]]) -> dict[str, str]:
+    return {key: said for said, keys in table.items() for key in keys}
+
+
 _TABLES = _table("trainer_keys.yaml")
-OWNED: dict[str, dict[str, str]] = _TABLES["owned"]
+OWNED: dict[str, dict[str, str]] = {stage: _by_key(table) for stage, table in _TABLES["owned"].items()}
 WITHOUT_EFFECT: dict[str, list[str]] = _TABLES["without_effect"]
-REFUSED: dict[str, dict[str, str]] = _TABLES["refused"]
+REFUSED: dict[str, dict[str, str]] = {stage: _by_key(table) for stage, table in _TABLES["refused"].items()}
 AT_MOST: dict[str, float] = _TABLES["at_most"]
 _ALIASES: dict[str, list[str]] = {}  # another kit's name of a key: the keys that it may mean
 for _key, _names in _table("aliases.yaml").items():
@@ -63,7 +66,7 @@ def unknown_trainer_keys(raw: Keys) -> Iterator[Problem]:
         known = trainer_keys(stage) if trainer else set[str]()
         for key, value in trainer.items():
             place, most = (stage, "trainer", key), AT_MOST.get(key, AT_MOST["*"])
-            owner = key if key in OWN_KEYS[stage] else OWNED[stage].get(key) or OWNED["*"].get(key)
+            owner = key if key in section_at((stage,)).model_fields else OWNED[stage].get(key) or OWNED["*"].get(key)
             if owner:
                 inside = "" if "." in owner or owner in Recipe.model_fields else f"{stage}."
                 yield place, f"trainer.{key}: set it as {inside}{owner}"

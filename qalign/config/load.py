@@ -21,7 +21,7 @@ from qalign.config.yaml_file import MAX_DEPTH, BadYaml, Lines, dump_yaml, parse,
 from qalign.errors import UserError, did_you_mean, short
 
 MOST = 30  # problems that are listed
-ROWS_HELD_OUT = ("eval_data", "holdout")
+ROWS_HELD_OUT = {("eval_data",), ("holdout",)}
 HELD_OUT = ("eval_every", "judge")  # keys that have no meaning without held-out rows
 _SEVERAL_TYPES = {
     "micro_batch_size": f"'auto' or a whole number from 1 to {MAX_BATCH}",
@@ -52,8 +52,7 @@ def load(
         stage: a section that the recipe must have. Files that other stages need may then be missing.
         files_of: the sections whose files must be there, if no stage is given.
 
-    Raises:
-        UserError: one line a problem, all problems at once, each with `file:line`.
+    Raises a `UserError` with all problems at once, one line each, with `file:line`.
     """
     file = recipe_file(path)
     raw, lines = parse(file)
@@ -132,16 +131,11 @@ def _apply(raw: Keys, overrides: Sequence[str]) -> frozenset[Place]:
         if twice := next(_set_twice(lines), None):
             raise UserError(f"command line: '{word}': '{twice[0][-1]}' is set more than once; keep one")
         values[tuple(keys)] = section[keys[-1]]
-    for (name, *inside), value in values.items():
+    for name in {name for (name, *inside), value in values.items() if value is None and (*inside,) in ROWS_HELD_OUT}:
         section = as_keys(raw.get(str(name)))
-        if (
-            value is None
-            and inside in (["eval_data"], ["holdout"])
-            and not any(section.get(key) for key in ROWS_HELD_OUT)
-        ):
-            for key in HELD_OUT:
-                if (name, key) not in values:
-                    section.pop(key, None)
+        for key in () if any(section.get(rows) for (rows,) in ROWS_HELD_OUT) else HELD_OUT:
+            if (name, key) not in values:
+                section.pop(key, None)
     return frozenset(values)
 
 

@@ -28,6 +28,7 @@ from qalign.config.paths import (
     names_of_files,
     package_file,
     reward_adapter,
+    reward_place,
 )
 from qalign.config.stages import REWARD_RUN, SFT_RUN
 from qalign.errors import UserError, did_you_mean, short
@@ -147,12 +148,9 @@ def _judge_that_is_the_reward(raw: Keys, lookup: Lookup) -> Iterator[Problem]:
     """A judge that is the reward under another name. (`PPO.conflicts` refuses one under the same name.)"""
 
     def identity(source: str, place: Place) -> tuple[str, str]:
-        folders = lookup.folders(place)
-        if function := function_of(source):
-            where, name = function
-            return os.path.abspath(function_file(where, folders) or where), name
+        where, name = function_of(source) or (source, "")
         own = expanded(str(raw.get("output"))) / REWARD_RUN / "adapter" if source == REWARD_RUN else None
-        return os.path.abspath(own or reward_adapter(source, folders) or locate(source, folders) or source), ""
+        return os.path.abspath(own or reward_place(source, lookup.folders(place)) or where), name
 
     rewards = {identity(source, place): source for place, key, source in named_paths(raw) if key == "reward"}
     for place, key, source in named_paths(raw):

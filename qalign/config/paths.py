@@ -75,17 +75,20 @@ def reward_adapter(source: str, folders: Folders = HERE) -> Path | None:
     return next(filter(None, found), None)
 
 
+def reward_place(source: str, folders: Folders) -> Path | None:
+    """What a reward source names: the file of its function, the folder of its adapter, or another folder or file."""
+    if function := function_of(source):
+        return function_file(function[0], folders)
+    return reward_adapter(source, folders) or locate(source, folders)
+
+
 def is_own_model(source: str) -> bool:
     """Whether a reward is a model of its own: not the recipe's reward run, no function, no adapter."""
     return source != REWARD_RUN and not function_of(source) and not reward_adapter(source)
 
 
 def package_file(path: str) -> Path:
-    """The file of `package:NAME/FILE`, found without importing the package.
-
-    Raises:
-        UserError: the package is not installed, or has no such file.
-    """
+    """The file of `package:NAME/FILE`, found without importing the package; a `UserError` if it isn't there."""
     name, _, inside = path.removeprefix("package:").partition("/")
     spec = _module(name)
     if spec is None or not spec.submodule_search_locations:
@@ -173,23 +176,18 @@ def _module_file(name: str) -> Path | None:
     return Path(spec.origin) if spec and spec.origin and spec.has_location else None  # built-in modules have no file
 
 
-def _same_file(one: Path, other: Path | None) -> bool:
-    return other is not None and other.exists() and one.samefile(other)
-
-
 def resolved(raw: Keys, lookup: Lookup) -> Keys:
     """The recipe's keys with every local path as it is reached from the current directory."""
 
     def reached(place: Place, key: str, path: str) -> str:
         folders = lookup.folders(place)
-        found = locate(path, folders)
-        if key == "start_from":
-            found = adapter_folder(path, folders)
-        elif key in ("reward", "judge"):
-            if function := function_of(path):
-                file = function_file(function[0], folders)
-                return path if file is None or _same_file(file, _module_file(function[0])) else f"{file}:{function[1]}"
-            found = reward_adapter(path, folders) or found
+        is_reward = key in ("reward", "judge")
+        find = adapter_folder if key == "start_from" else reward_place if is_reward else locate
+        found = find(path, folders)
+        if is_reward and (function := function_of(path)):
+            module = _module_file(function[0])
+            is_module = found is None or (module is not None and module.exists() and found.samefile(module))
+            return path if is_module else f"{found}:{function[1]}"
         return f"./{found}" if str(found) == RUNS.get(key) else str(found or path)  # "./": a folder with a run's name
 
     return _replaced(raw, reached)

@@ -61,8 +61,7 @@ class Lora(Section):
     """The trained adapter: low-rank matrices next to the frozen weights (LoRA, arXiv:2106.09685)."""
 
     r: int = Field(default=16, ge=1, le=4096)
-    """LoRA rank r: of the trained matrices. 8 saves memory; take 32 or 64 if the style to learn is far from the
-    model's."""
+    """LoRA rank r: of the trained matrices. 8 saves memory; take 32 or 64 if the style is far from the model's."""
     alpha: float = Field(default=32.0, gt=0, le=100_000)
     """LoRA scale α: the update is multiplied by alpha / r. Keep it at twice the rank."""
     dropout: ShareBelowOne = 0.0
@@ -71,10 +70,9 @@ class Lora(Section):
     targets: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1), _one_name] = "all-linear"
     """LoRA target modules: `all-linear` (every linear layer of the language model but the output layer, and in mixtures
     of experts but routers and routed experts), or a list of module names such as `[q_proj, v_proj]`, which is smaller
-    and learns less. `layers.0.mlp.up_proj` is that of layer 0."""
+    and learns less, or `layers.0.mlp.up_proj`, of layer 0."""
     rslora: bool = False
-    """Rank-stabilised LoRA (arXiv:2312.03732): scales by alpha / sqrt(r) instead of alpha / r. For ranks of 64 or
-    more."""
+    """Rank-stabilised LoRA (arXiv:2312.03732): scales by alpha / sqrt(r), not alpha / r. For ranks of 64 and more."""
     dora: bool = False
     """DoRA (arXiv:2402.09353): learns the magnitude of each weight apart from its direction; slower, with more memory.
     Try it if r 4 or 8 learns too little and a higher rank doesn't fit."""
@@ -102,8 +100,7 @@ class Recipe(Section):
     lora: Lora = Lora()
     """LoRA adapter: the trained matrices; every stage has an adapter of its own with these settings."""
     output: str
-    """Output folder, relative to the current folder: each stage writes into `<output>/<stage>/`. Choose a new one for
-    each try."""
+    """Output folder, relative to the current one: each stage writes into `<output>/<stage>/`. Choose one per try."""
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Random seed: fixes the order of rows and the adapter's initial weights; the same seed on the same machine gives
     the same run. Change it to see how much of a result is chance."""
@@ -145,12 +142,8 @@ class Recipe(Section):
 
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:
-    """The dotted keys that differ, each with (value then, value now). `output` and other stages' sections don't count.
-
-    Args:
-        kept: the recipe that the run of `stage` began with, as it was written into the run folder.
-        output: where that run lies now.
-    """
+    """The dotted keys that differ between the recipe that a run of `stage` began with and this one, each with (value
+    then, value now). `output`, where the run lies now, and other stages' sections don't count."""
     was = str(kept.get("output", "")) or "."
     with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
         kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it

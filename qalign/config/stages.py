@@ -185,8 +185,7 @@ class Reward(Stage):
     """A reward model: learns to give the chosen answer of each pair a higher score (Bradley-Terry)."""
 
     learning_rate: LearningRate = 1e-4
-    """Peak learning rate: of adapter and score head. Halve it if the held-out loss rises, double it if accuracy stays
-    near 0.5."""
+    """Peak learning rate: of adapter and score head. Halve it if the held-out loss rises; double it at accuracy 0.5."""
     margin: bool = False
     """Margin loss (Llama 2, arXiv:2307.09288): asks for a score gap as large as `score_chosen - score_rejected` of the
     row. Turn it on if your rows have ratings that you trust."""
@@ -209,8 +208,7 @@ class DPO(Stage):
     """KL coefficient β: how strongly the policy is held to the reference (IPO's τ, SimPO's reward scale, ORPO's λ).
     Take 0.01 if answers hardly change, 0.3 if they get worse; about 2 for simpo, 5 for sigmoid_norm."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Label smoothing ε: the share of pairs believed to be labelled the wrong way round. Only for `robust`; 0.1 is
-    usual."""
+    """Label smoothing ε: the share of pairs believed to be labelled the wrong way round, for `robust`; 0.1 is usual."""
     gamma: NotNegative | None = None
     """SimPO margin γ: by how much the chosen answer should win; 0.5 when left out. Only for the loss `simpo`."""
     reference: Literal["cached", "in_step"] = "cached"
@@ -238,8 +236,7 @@ class PPO(Stage):
     data: Data
     """Training prompts: rows of any shape that the other stages read; answers in them are ignored."""
     eval_data: Data | None = None
-    """Held-out prompts: answered at the start, every `eval_every` iterations and at the end. Never put training rows
-    here."""
+    """Held-out prompts: answered at the start, every `eval_every` iterations and at the end. Never training rows."""
     epochs: Epochs = 1.0
     """Epochs: how often each prompt is answered, if `max_steps` doesn't set the number of iterations."""
     max_steps: Steps | None = None
@@ -263,8 +260,7 @@ class PPO(Stage):
     """Maximum answer length: in tokens; longer answers are cut. Prompts must leave this much room in
     `model.max_length`. Raise it if few answers end by themselves (`eval_ended`); time and memory grow with it."""
     temperature: Positive = 1.0
-    """Sampling temperature: log-probs are those of the scaled distribution. Leave it at 1: lower values explore
-    less."""
+    """Sampling temperature: log-probs are those of the scaled distribution. Leave it at 1: less explores less."""
     mini_batches: Count = 2
     """Mini-batches: optimiser steps in one pass over an iteration's answers. More give more, smaller updates."""
     update_epochs: Count = 2
@@ -279,8 +275,7 @@ class PPO(Stage):
     """KL early stopping, in nats per token: ends an iteration's updates when the policy is this far from the one that
     sampled. Lower it if the reward is unstable; null never stops."""
     clip: Positive = 0.2
-    """PPO clip range ε: a token's probability ratio earns nothing beyond 1 ± ε. Lower it to 0.1 if training is
-    unstable."""
+    """PPO clip range ε: a token's probability ratio earns nothing beyond 1 ± ε. Try 0.1 if training is unstable."""
     value: Literal["adapter", "trunk"] = "adapter"
     """Value model: `adapter` is an adapter and head of its own, initialised from the reward model; `trunk` is only a
     head on the policy's hidden states. Take `trunk` to save memory and time."""
@@ -307,8 +302,7 @@ class PPO(Stage):
     """Judge: rewards that score the held-out answers and are never trained on, in the same forms as `reward`. Set one
     to detect reward hacking: the judge falls while the reward rises."""
     patience: int = Field(default=3, ge=2, le=1_000)
-    """Alarm patience: evaluations in a row with falling judge and rising reward before the alarm. Larger is slower but
-    surer."""
+    """Alarm patience: evaluations in a row with falling judge and rising reward before the alarm. Larger is surer."""
     on_alarm: Literal["warn", "slow", "stop"] = "warn"
     """Alarm action: `warn` prints a warning, `slow` also doubles the KL coefficient (up to 16-fold), `stop` ends the
     run. The best adapter so far is kept in any case. Take `stop` for runs that nobody watches."""

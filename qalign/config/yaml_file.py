@@ -21,6 +21,11 @@ Lines = dict[Place, list[int]]  # the line numbers of every key and list item; s
 _TAG = "tag:yaml.org,2002:"
 _TEXT = {_TAG + name for name in ("str", "merge", "value")} | {"!"}  # `<<` and `=` as values are text
 _SCALARS = {f"{_TAG}null": "null", f"{_TAG}bool": "boolean", f"{_TAG}int": "whole number", f"{_TAG}float": "number"}
+_TAGS: dict[type[yaml.Node], set[str]] = {
+    yaml.ScalarNode: {*_SCALARS, *_TEXT},
+    yaml.SequenceNode: {f"{_TAG}seq"},
+    yaml.MappingNode: {f"{_TAG}map"},
+}
 
 
 class BadYaml(Exception):
@@ -122,15 +127,16 @@ class _Builder:
     def value(self, node: yaml.Node, place: Place = (), above: tuple[yaml.Node, ...] = ()) -> Any:
         """The value of a node, at this place of the recipe and below these nodes."""
         self._count(node, above)
+        if node.tag not in _TAGS[type(node)]:
+            tag = short(node.tag.replace(_TAG, "!!"))
+            raise BadYaml(_line(node), f"the tag {tag} has no meaning in a recipe; remove it")
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node)
         above = (*above, node)
-        if isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
+        if isinstance(node, yaml.SequenceNode):
             for index, item in enumerate(node.value):
                 self.lines.setdefault((*place, index), []).append(_line(item))
             return [self.value(item, (*place, index), above) for index, item in enumerate(node.value)]
-        if not isinstance(node, yaml.MappingNode) or node.tag != f"{_TAG}map":
-            raise BadYaml(_line(node), f"the tag {short(_written(node.tag))} has no meaning in a recipe; remove it")
         keys: Keys = {}
         for key, value in node.value:
             if key.tag != f"{_TAG}merge":
@@ -165,15 +171,13 @@ class _Builder:
 
     def _key(self, node: yaml.Node) -> str:
         """A key as it is written: `on` and `5` are words here."""
-        if not isinstance(node, yaml.ScalarNode) or node.tag not in {*_SCALARS, *_TEXT}:
+        if not isinstance(node, yaml.ScalarNode) or node.tag not in _TAGS[yaml.ScalarNode]:
             raise BadYaml(_line(node), "a key is a word, without a tag")
         return str(node.value)
 
     def _scalar(self, node: yaml.ScalarNode) -> Any:
         if node.tag in _TEXT:
             return node.value
-        if node.tag not in _SCALARS:
-            raise BadYaml(_line(node), f"the tag {short(_written(node.tag))} has no meaning in a recipe; remove it")
         try:
             return cast(Any, self.scalars.construct_object(node))  # pyright: ignore[reportUnknownMemberType]: untyped
         except Exception:  # what `!!int abc`, `0b_` or 5,000 digits raise differs with the type
@@ -182,7 +186,3 @@ class _Builder:
 
 def _line(node: yaml.Node) -> int:
     return node.start_mark.line + 1
-
-
-def _written(tag: str) -> str:
-    return tag.replace(_TAG, "!!")

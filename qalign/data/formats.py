@@ -145,7 +145,7 @@ def canonical(raw: Any, where: str) -> Preference:
         raise BadRow("an answer has weight 0, so it can't be trained on")
     if same(chosen, rejected):
         raise BadRow("chosen and rejected are the same answer")
-    return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row), _tools(shape.row))
+    return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row), tools(shape.row))
 
 
 def scored(raw: Any, where: str) -> Preference:
@@ -166,19 +166,16 @@ def _answer(turns: Turns, name: str) -> Message:
 
 
 def _margin(row: RawRow) -> float | None:
-    scores = [_number(row.get(key)) for key in ("score_chosen", "score_rejected")]
-    if scores[0] is None or scores[1] is None:
-        return None
-    margin = scores[0] - scores[1]
+    margin = _number(row.get("score_chosen")) - _number(row.get("score_rejected"))
     return margin if math.isfinite(margin) else None
 
 
-def _number(value: Any) -> float | None:
-    """A score; a CSV has numbers as texts. (Not isinstance: True is an int too, but no score.)"""
+def _number(value: Any) -> float:
+    """A score, NaN if it is none; a CSV has numbers as texts. (Not isinstance: True is an int too, but no score.)"""
     try:
-        return float(value) if type(value) in (int, float, str) else None
+        return float(value) if type(value) in (int, float, str) else math.nan
     except (ValueError, OverflowError):  # JSON has integers beyond every float
-        return None
+        return math.nan
 
 
 def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
@@ -212,7 +209,7 @@ def _imitable(shape: Shape, where: str) -> Dialogue | PlainText:
     trained = (number for number, turn in enumerate(turns) if turn["role"] == "assistant" and number >= first_trained)
     if untrained.issuperset(trained):
         raise BadRow("all of the assistant's turns have weight 0")
-    return Dialogue(tuple(turns), first_trained, where, _tools(shape.row), untrained)
+    return Dialogue(tuple(turns), first_trained, where, tools(shape.row), untrained)
 
 
 def _imitated(row: RawRow, before: str | None, answer: str) -> tuple[Turns, int]:
@@ -270,7 +267,7 @@ def canonical_prompt(raw: Any, where: str) -> Prompt:
         raise BadRow(f"no user's turn to answer: this row has {shape.keys}; expected {expected}")
     _check_order(turns, "the prompt", "user")
     turns, _ = _settled(turns)
-    return Prompt(tuple(turns), where, dict(shape.row), _tools(shape.row))
+    return Prompt(tuple(turns), where, dict(shape.row), tools(shape.row))
 
 
 def _check_pair(shape: Shape) -> None:
@@ -320,12 +317,6 @@ def _settled(turns: Turns) -> tuple[Turns, frozenset[int]]:
         check_text([json.dumps(turn, ensure_ascii=False)])
     untrained = frozenset(number for number, turn in enumerate(turns) if turn.get(UNTRAINED))
     return [{key: value for key, value in turn.items() if key != UNTRAINED} for turn in turns], untrained
-
-
-def _tools(row: RawRow) -> tuple[dict[str, Any], ...]:
-    found = tools(row)
-    check_text([json.dumps(found, ensure_ascii=False)])
-    return found
 
 
 # (sources, split, limit, seed) to rows and refused rows, as `collect` reads them.

@@ -22,6 +22,7 @@ from qalign.data.texts import (
     is_nothing,
     is_object,
     is_transcript,
+    json_list,
     kind_of,
     listed,
     role_of,
@@ -255,10 +256,7 @@ def medium(kind: Any) -> str | None:
 
 def _unpacked_parts(value: Any) -> Any:
     """Parts of a turn's content that a file holds as JSON text, as a list; any other value as it is."""
-    try:
-        found: list[Any] = json.loads(value) if isinstance(value, str) and re.match(r"\[\s*+\{", value) else []
-    except (ValueError, RecursionError):
-        return value
+    found = json_list(value)
     is_part = [
         is_object(part) and (medium(part.get("type")) or ("text", {"type", "text"}) == (part.get("type"), part.keys()))
         for part in found

@@ -19,12 +19,14 @@ from qalign.data.texts import (
     DIALOGUES,
     EMPTY,
     TOOLS,
+    check_text,
     from_text,
     is_blank,
     is_list,
     is_nothing,
     is_object,
     is_transcript,
+    json_list,
     listed,
     transcript,
     unpacked,
@@ -148,7 +150,8 @@ def _contest(row: RawRow) -> tuple[Any, Any, BadRow | None]:
             break
     else:
         return None, None, None
-    if all(map(_is_list_of_texts, (row.peek("prompt"), row.peek(first), row.peek(second)))):  # Kaggle's edition
+    lists = [json_list(row.peek(key)) for key in ("prompt", first, second)]
+    if all(lists) and all(isinstance(text, str) for texts in lists for text in texts):  # Kaggle's edition
         raise BadRow(f"prompt, {first}, {second}: lists of texts, stored as text; write one prompt and its answers")
     winner = one if one == "j" else _winner(row, one, two)
     if winner is None:
@@ -161,14 +164,6 @@ def _contest(row: RawRow) -> tuple[Any, Any, BadRow | None]:
     if winner.startswith("tie") or winner in ("draw", "both", "neither", "none", "both_bad", "bothbad", "equal"):
         return first, second, NoPair("a tie")
     return first, second, BadRow(f"winner: expected {one}, {two} or tie, found {short(winner)}")
-
-
-def _is_list_of_texts(value: Any) -> bool:
-    try:
-        found = json.loads(value)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return is_list(found) and all(isinstance(text, str) for text in found)
 
 
 def _winner(row: RawRow, one: str, two: str) -> str | None:
@@ -240,8 +235,11 @@ def _system(row: RawRow) -> Turns:
 def tools(row: RawRow) -> tuple[dict[str, Any], ...]:
     """The functions that the row says may be called."""
     if "preferred_output" in row and is_object(opening := row.peek("input")):
-        return as_tools(opening.get("tools"), "input.tools")
-    return next((found for key in TOOLS if key in row and (found := as_tools(row[key], key))), ())
+        found = as_tools(opening.get("tools"), "input.tools")
+    else:
+        found = next((found for key in TOOLS if key in row and (found := as_tools(row[key], key))), ())
+    check_text([json.dumps(found, ensure_ascii=False)])
+    return found
 
 
 def _opening(row: RawRow, key: str) -> Turns:

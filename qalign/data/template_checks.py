@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from qalign.data.messages import Message
-from qalign.data.readers import BadRow
+from qalign.data.readers import BadRow, is_object
 from qalign.data.templates import MOVE_IT, ChatTemplate, call_of
 from qalign.errors import short
 
@@ -147,11 +147,12 @@ def _missing_word(calls: Sequence[dict[str, Any]], text: str) -> str | None:
 
 def _schema_words(schemas: Any) -> Iterator[str]:
     """The names, descriptions, parameters and choices in the schemas of functions."""
-    left = [schemas]
+    left: list[Any] = [schemas]
     while left:
         item = left.pop(0)
-        if isinstance(item, dict):
-            parameters = item.get("properties") if isinstance(item.get("properties"), dict) else {}
+        if is_object(item):
+            properties = item.get("properties")
+            parameters = properties if is_object(properties) else {}
             words = [item.get("name"), item.get("description"), *parameters, *leaves(item.get("enum"))]
             yield from (word for word in words if isinstance(word, str))
             left += [*parameters.values(), *(part for key, part in item.items() if key != "properties")]

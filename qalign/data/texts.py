@@ -51,12 +51,18 @@ _ASKED = re.compile(r"[\s\ufeff]*?(\r?\n\r?\n|### ?)?Human:")
 _SPEAKERS = {
     mark: re.compile(rf"(?:\A[\s\ufeff]*+(?:### ?)?|{mark})(Human|Assistant):") for mark in (r"\r?\n\r?\n", "### ?")
 }
-# What the chat templates of ChatML, Llama 2, Llama 3, Mistral, Gemma, Phi and Zephyr write around a turn.
-_BEGINNING = re.compile(
-    r"\s*+(<s>|<bos>|<\|begin_of_text\|>)?+\s*+"
-    r"(<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|(system|user|assistant)\|>)"
+# What chat templates write around a turn: `<|im_start|>`, `<｜User｜>`, `<turn|>`, `[|user|]` … A mark without a part
+# of `_SIDE` in its name may belong to an answer: <|begin_of_thought|>, <|tool_call|>, <|fim_prefix|>.
+_SIDE = (
+    r"(?<![a-z])im_|(?:[be]o[stm]|bot|chatbot)(?![a-z])|user|human|assistant|system|observation|role|turn|header|message"
+    r"|channel|sentence|of_?text"
 )
-_END = re.compile(r"(<\|im_end\|>|<\|eot_id\|>|<end_of_turn>|<\|end\|>|\[/INST\]) *\n?$")
+_NAME = rf"(?:start|begin|end|[^\s<>|｜]{{0,40}}?(?:{_SIDE})[^\s<>|｜]{{0,40}})"
+_MARK = (
+    rf"(?:[<\[][|｜]{_NAME}[|｜]?[>\]]|<{_NAME}[|｜]>|<\w{{1,9}}_of_turn>|<<SYS>>"
+    r"|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|gMASK)\])"
+)
+_TEMPLATED = re.compile(rf"\A\s*+(?:<(?:s|(?:\w+:)?bos|BOS_TOKEN)>\s*+)?{_MARK}|{_MARK} *\n?\Z", re.IGNORECASE)
 
 
 def role_of(speaker: Any) -> str | None:
@@ -180,6 +186,16 @@ def from_text(text: str, name: str) -> Any:
     raise BadRow(f"{name}: {short(text)} is neither JSON nor a Python list")
 
 
+def json_list(value: Any) -> list[Any]:
+    """The list that a text spells as JSON; empty if it spells none."""
+    if not (isinstance(value, str) and value.startswith("[")):
+        return []
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return []
+
+
 def _numpy(text: str) -> Any:
     """NumPy writes an array of objects without commas: `[{…}\\n {…}]`, or as `array([…], dtype=object)`."""
     inside = re.fullmatch(r"array\((.*?)(,\s*dtype=object)?\)", text, re.DOTALL)
@@ -210,9 +226,9 @@ def listed(names: Iterable[Any]) -> str:
 
 def check_not_templated(text: str) -> None:
     """A text that was put through a chat template would be learned with the marks of that template in it."""
-    if mark := _BEGINNING.match(text) or _END.search(text):
-        mark = mark[0].strip()[:20]
-        raise BadRow(f"the text was put through a chat template ({mark} …); give it as messages, without a template")
+    if mark := _TEMPLATED.search(text):
+        found = mark[0].strip()[:20]
+        raise BadRow(f"the text was put through a chat template ({found} …); give it as messages, without a template")
 
 
 def check_text(texts: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
@@ -23,7 +23,7 @@ from qalign.errors import UserError
 Row = TypeVar("Row", bound=Preference | Dialogue | PlainText | Prompt)
 Encoded = TypeVar("Encoded")
 
-TOOL = {"type": "function", "function": {"name": "call", "description": "", "parameters": {}}}
+TOOL: dict[str, Any] = {"type": "function", "function": {"name": "call", "description": "", "parameters": {}}}
 IGNORED = -100  # the label of tokens outside the loss, as PyTorch's cross entropy has it
 # A longer row is refused before it is tokenised, which takes a second and 250 MB for each million characters. English
 # has 4 to 5 of them a token; the longest tokens in use, runs of spaces or of one sign, have 128.

@@ -20,8 +20,6 @@ from statistics import NormalDist
 from threading import Lock
 from typing import Any
 
-import numpy as np
-
 from qalign.config.atomic import sync_folder
 from qalign.errors import UserError
 from qalign.page.session import Reply
@@ -200,7 +198,7 @@ class Tally:
     @property
     def interval(self) -> list[float]:
         """95% confidence interval of the win rate (Wilson 1927)."""
-        return wilson(np.repeat([1.0, 0.0, 0.5], [self.wins, self.losses, self.ties + self.both_bad]))
+        return wilson(self.win_rate, self.votes)
 
     @property
     def votes_missing(self) -> int | None:

@@ -33,11 +33,8 @@ _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
 
 @dataclass(frozen=True)
 class EvalPoint:
-    """The figures of one evaluation on the held-out prompts. Standard deviations are over answers, divided by n.
-
-    Raises:
-        ValueError: a figure is not finite, there are no answers, or only one of `judge` and `judge_std` is given.
-    """
+    """The figures of one evaluation on the held-out prompts, all finite. Standard deviations are over answers, divided
+    by n."""
 
     step: int  # PPO iterations done; 0 is before training
     answers: int  # number of answers that the means are over
@@ -90,49 +87,20 @@ def repeated_lines(texts: Sequence[str]) -> float:
 
 def best_of_n_kl(n: int) -> float:
     """KL in nats of best-of-n sampling from the sampled policy: log n - (n - 1) / n (Stiennon et al. 2020, app. G.3).
-
-    An upper bound; tight if no single answer is likely (Beirami et al. 2024, arXiv:2401.01879).
-
-    Raises:
-        ValueError: n is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"best of n: n is {n}, expected at least 1")
+    An upper bound; tight if no single answer is likely (Beirami et al. 2024, arXiv:2401.01879)."""
     return log(n) - (n - 1) / n
 
 
 def best_point(points: Sequence[EvalPoint]) -> EvalPoint:
-    """The point with the highest judge; with the highest proxy unless every point has a judge. The earliest of equals.
-
-    Raises:
-        ValueError: there are no points.
-    """
-    if not points:
-        raise ValueError("there are no evaluation points; give at least one")
+    """The point with the highest judge; the highest proxy unless every point has a judge; the earliest of equals."""
     return max(points, key=_judge if _have_judge(points) else lambda point: point.proxy)
 
 
 def alarms(points: Sequence[EvalPoint], patience: int) -> list[str]:
     """Warnings about the last point, one sentence each; empty if all is well.
 
-    `points` are in the order of their steps; the first is from before training. An alarm is raised if
-
-    - the judge falls while the proxy rises. Either the judge was lower than at the point before for at least `patience`
-      points in a row, and this unbroken fall is over `SURE_ERRORS` standard errors; or the last `patience` points all
-      lie so far below the best one (a slow fall is seldom unbroken). The proxy must be higher at the last point than
-      where the fall began.
-    - answers grew to more than `LENGTH_RATIO` times their length, by at least `LENGTH_TOKENS` and by more than chance
-      explains; and the judge did not rise by over `RISE_ERRORS` standard errors or, without a judge, the proxy rose.
-    - answers repeat themselves: the share of repeated lines rose by more than `REPEATED_RISE`, or distinct-2 fell below
-      `DISTINCT_RATIO` of its first value.
-    - answers no longer end: more than `ENDED_BEFORE` of them did, now less than `ENDED_RATIO` of that share do, and the
-      difference is over `SURE_ERRORS` standard errors.
-
-    Raises:
-        ValueError: `patience` is below 1.
+    `points` are in the order of their steps; the first is from before training. docs/ppo.md lists the alarms.
     """
-    if patience < 1:
-        raise ValueError(f"patience is {patience}, expected at least 1: it is a number of evaluation points")
     if len(points) < 2:
         return []
     first, last = points[0], points[-1]
@@ -146,6 +114,8 @@ def alarms(points: Sequence[EvalPoint], patience: int) -> list[str]:
 
 
 def _judge_falls(points: Sequence[EvalPoint], patience: int) -> str | None:
+    """The judge fell at `patience` points in a row, or the last `patience` points are all far below the best one, as a
+    slow fall is seldom unbroken; and the proxy rose meanwhile."""
     if not _have_judge(points):
         return None
     last, best, falls = points[-1], best_point(points), 0

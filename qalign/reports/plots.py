@@ -17,11 +17,8 @@ BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E
 
 @contextmanager
 def picture(file: Path, inches: tuple[float, float], pad: float) -> Iterator["Figure"]:
-    """Yields an empty figure and saves it as a PNG of 100 pixels per inch once the block has ended without an error.
-
-    Raises:
-        OSError: the file can't be written; the old one is kept.
-    """
+    """Yields an empty figure and saves it whole, as a PNG of 100 pixels per inch, once the block has ended without an
+    error."""
     # Imported here, not above: a run that draws nothing should not wait. No pyplot, because it keeps global state.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -47,10 +47,7 @@ class BestOf:
 def draw(
     points: Sequence[EvalPoint], file: Path, *, best_of: Sequence[BestOf] = (), alarm_steps: Sequence[int] = ()
 ) -> None:
-    """Writes the report as a PNG of 1500 x 900 pixels; a `ValueError` if there are no points.
-
-    The first point is from before training. The file is written as `picture` does.
-    """
+    """Writes the report as a PNG of 1500 x 900 pixels. The first point is from before training."""
     with picture(file, (15, 9), pad=0.12) as figure:
         fill(figure, points, best_of, alarm_steps)
 
@@ -181,9 +178,9 @@ def _draw_band(axes: "Axes", points: Sequence[EvalPoint], name: str, colour: str
 
 def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:
     _draw_curve(axes, points, "ended", BLUE, label="answers that end")
-    from qalign.reports.reward_report import wilson_of  # it imports NumPy, which takes a while
+    from qalign.reports.reward_report import wilson  # it imports NumPy, which takes a while
 
-    bounds = [wilson_of(point.ended, point.answers) for point in points]
+    bounds = [wilson(point.ended, point.answers) for point in points]
     axes.vlines([point.step for point in points], *zip(*bounds, strict=True), color=BLUE, linewidth=1, alpha=0.5)
     _draw_curve(axes, points, "distinct", GREEN, label="distinct-2", **DASHED)
     _draw_curve(axes, points, "repeated", PURPLE, label="repeated lines")

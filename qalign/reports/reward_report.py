@@ -61,7 +61,7 @@ def measure(pairs: list[ScoredPair]) -> Figures:
         `length_correlation`: Spearman's, of score and length over all answers; None if either never varies.
 
     Raises:
-        ValueError: there are no pairs, or a score or margin is not finite.
+        ValueError: a score or margin is not finite.
     """
     _check(pairs)
     scores = np.array([(pair.chosen, pair.rejected) for pair in pairs], dtype=np.float64)  # (pairs, 2), as are tokens
@@ -71,7 +71,7 @@ def measure(pairs: list[ScoredPair]) -> Figures:
     return {
         "pairs": len(pairs),
         "accuracy": model.mean().item(),
-        "accuracy_interval": wilson(model),
+        "accuracy_interval": wilson(model.mean().item(), len(pairs)),
         **_beside_length_judge(model, _points(tokens[:, 0] - tokens[:, 1])),
         **_by_margin([pair.margin for pair in pairs], gap, model),
         **_calibration(np.abs(gap), model),
@@ -122,17 +122,12 @@ def draw(pairs: list[ScoredPair], figures: Figures, file: Path) -> None:
         _draw_lengths(lengths, pairs, figures)
 
 
-def wilson(points: np.ndarray) -> list[float]:
-    """95% score interval of a share (Wilson 1927), sound for few pairs and near 0 and 1: `(pairs,)` to `[low, high]`.
+def wilson(share: float, count: int) -> list[float]:
+    """95% score interval `[low, high]` of a share of `count` (Wilson 1927), sound for few pairs and near 0 and 1.
 
-    Its ends solve (p - share)² = z² p (1 - p) / pairs. SciPy has it for whole successes only; here a half point counts
+    Its ends solve (p - share)² = z² p (1 - p) / count. SciPy has it for whole successes only; here a half point counts
     as half a success, which makes the interval a little too wide, never too narrow.
     """
-    return wilson_of(points.mean().item(), len(points))
-
-
-def wilson_of(share: float, count: int) -> list[float]:
-    """The same interval of a share of `count`."""
     from scipy.stats import norm  # here, as in the next two functions: SciPy takes half a second to import
 
     ratio = float(norm.ppf(0.975)) ** 2 / count
@@ -167,8 +162,6 @@ def quantile_groups(values: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def _check(pairs: list[ScoredPair]) -> None:
-    if not pairs:
-        raise ValueError("there are no scored pairs to report on; give at least one")
     for number, pair in enumerate(pairs, 1):
         for name, value in vars(pair).items():
             if value is not None and not isfinite(value):
@@ -181,7 +174,8 @@ def _points(lead: np.ndarray) -> np.ndarray:
 
 
 def _group(points: np.ndarray) -> Figures:
-    return {"pairs": len(points), "accuracy": points.mean().item(), "interval": wilson(points)}
+    accuracy = points.mean().item()
+    return {"pairs": len(points), "accuracy": accuracy, "interval": wilson(accuracy, len(points))}
 
 
 def _beside_length_judge(model: np.ndarray, longer: np.ndarray) -> Figures:
@@ -193,7 +187,7 @@ def _beside_length_judge(model: np.ndarray, longer: np.ndarray) -> Figures:
         "length_accuracy": longer.mean().item(),
         "short_accuracy": 1 - longer.mean().item(),
         "length_judge": {"picks": picks, "accuracy": judge.mean().item()},
-        "length_interval": wilson(judge),
+        "length_interval": wilson(judge.mean().item(), len(judge)),
         "discordant": {"model": ahead, "length_judge": behind},
         "beats_length_judge_p": sign_test(ahead, behind),
         "agreement_with_length_judge": (model * judge + (1 - model) * (1 - judge)).mean().item(),

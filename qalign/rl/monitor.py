@@ -20,6 +20,8 @@ from qalign.train.run_folder import RunFolder
 
 SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
 SAMPLES_SHOWN = 3
+# Attributes by their names in a checkpoint, besides the points.
+KEPT = {"alarms": "alarm_steps", "warnings": "warnings", "clipped": "clip_fractions", "best_files": "_best_files"}
 
 
 class Monitor:
@@ -115,16 +117,11 @@ class Monitor:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
-        return {
-            "looks": [asdict(point) for point in self.points],
-            "alarms": self.alarm_steps,
-            "warnings": self.warnings,
-            "clipped": self.clip_fractions,
-            "best_files": self._best_files,
-        }
+        kept = {key: getattr(self, name) for key, name in KEPT.items()}
+        return {"looks": [asdict(point) for point in self.points], **kept}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Restores what `state` returned."""
         self.points = [alarms.EvalPoint(**point) for point in state["looks"]]
-        self.alarm_steps, self.clip_fractions = list(state["alarms"]), list(state["clipped"])
-        self.warnings, self._best_files = list(state["warnings"]), state["best_files"]
+        for key, name in KEPT.items():
+            setattr(self, name, state[key])

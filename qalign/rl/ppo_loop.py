@@ -29,15 +29,11 @@ class PPOLoop:
     def __init__(self, run: RunFolder, trainer: PPOTrainer, monitor: Monitor):
         self.run_folder, self.trainer, self.monitor, self.settings = run, trainer, monitor, cast(PPO, run.settings)
         self.tokens_before, self.done_before = 0, 0
-        self.alarmed = False
+        self.scorers, self.alarmed = trainer.setup.scorers.all, False
 
     def run(self, checkpoint: Path | None) -> tuple[int, int, int]:
-        """Runs all iterations that are left, from a checkpoint if there is one.
-
-        Returns:
-            Iterations done, iterations planned (after an alarm with `on_alarm: stop`, those done), and tokens sampled
-            by the whole run.
-        """
+        """Runs all iterations that are left, from a checkpoint if there is one. Returns those done, those planned (or
+        done, after an alarm with `on_alarm: stop`), and the tokens sampled by the whole run."""
         run, trainer, monitor = self.run_folder, self.trainer, self.monitor
         if checkpoint:
             self._load(checkpoint)
@@ -92,14 +88,13 @@ class PPOLoop:
 
     def _alike(self) -> list[str]:
         """A warning for every reward and judge that gave all answers of this session the same score."""
-        said = []
-        for scorer in self._scorers:
-            if scorer.lowest == scorer.highest:
-                told = "it tells no answers apart, so that " + (
-                    "nothing is judged" if scorer.key == "ppo.judge" else "the policy can't learn from it"
-                )
-                said.append(f"{scorer.key}: {scorer.name} gave every answer the same score, {scorer.lowest:g}: {told}")
-        return said
+        so = {"ppo.reward": "the policy can't learn from it", "ppo.judge": "nothing is judged"}
+        return [
+            f"{scorer.key}: {scorer.name} gave every answer the same score, {scorer.lowest:g}: "
+            f"it tells no answers apart, so that {so[scorer.key]}"
+            for scorer in self.scorers
+            if scorer.lowest == scorer.highest
+        ]
 
     def _evaluate(self) -> None:
         """Evaluates the held-out prompts and does what `on_alarm` says."""
@@ -126,23 +121,19 @@ class PPOLoop:
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
 
-    @property
-    def _scorers(self) -> list[Scorer]:
-        return [*self.trainer.scorers, *self.monitor.judges]
-
     def _save(self) -> None:
         """Writes a checkpoint."""
         folder = self.run_folder.checkpoints / f"checkpoint-{self.trainer.done}"
         discard(folder)
         folder.mkdir(parents=True)
-        identities = [scorer.identity for scorer in self._scorers]
+        identities = [scorer.identity for scorer in self.scorers]
         state = {"trainer": self.trainer.state(), "watcher": self.monitor.state(), "scorers": identities}
         torch.save(state, folder / STATE)
         self.run_folder.mark_whole(self.trainer.done, self.trainer.tokens_seen)
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
-        check_unchanged(self._scorers, state["scorers"])
+        check_unchanged(self.scorers, state["scorers"])
         self.trainer.load_state(state["trainer"])
         self.monitor.load_state(state["watcher"])
         self.tokens_before, self.done_before = self.trainer.tokens_seen, self.trainer.done
@@ -153,7 +144,7 @@ class PPOLoop:
         """Prints memory, speed and held-out scores; returns them for the summary."""
         trainer, monitor, seconds = self.trainer, self.monitor, self.trainer.seconds
         roles = bytes_by_role(trainer.base, trainer.optimizer)
-        others = {scorer.name: scorer.bytes for scorer in self._scorers if isinstance(scorer, ModelScorer)}
+        others = {scorer.name: scorer.bytes for scorer in self.scorers if isinstance(scorer, ModelScorer)}
         print_table("memory by role, in MiB", _memory_lines(roles, others))
         sampled = trainer.tokens_seen - self.tokens_before
         speeds = {part: round(sampled / max(1e-9, seconds[part]), 1) for part in PARTS}

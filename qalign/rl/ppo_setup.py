@@ -61,16 +61,9 @@ class Setup:
 
 
 def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
-    """Checks the scorers, loads the base, and puts the policy on it.
-
-    Args:
-        found: the prompts as `read_rows` returns them; those that leave no room for an answer are refused.
-        trainable: True for a policy that PPO trains, with a reference beside it; False for one that only samples.
-
-    Raises:
-        UserError: a scorer, the base or the starting adapter can't be loaded or doesn't fit the others, or
-            `model.max_length` is beyond the base's reach.
-    """
+    """Checks the scorers, loads the base, and puts the policy on it: `trainable` with a reference beside it, or one
+    that only samples. Prompts that leave no room for an answer are refused. A `UserError` if a scorer, the base or the
+    starting adapter can't be loaded or doesn't fit the others, or `model.max_length` is beyond the base's reach."""
     recipe, settings, parent = run.recipe, cast(PPO, run.settings), run.parent
     try_out(run)
     reach, length = reach_of(load_config(recipe.model)) or math.inf, recipe.model.max_length
@@ -124,9 +117,8 @@ def make_optimizer(
     """The optimiser; values under `trainer:` override the others. Adam's epsilon is 1e-5, not 1e-8 (Huang et al. 2023,
     "The N Implementation Details of RLHF with PPO").
 
-    Returns:
-        (the optimiser, the learning rate as a function of the number of iterations done, the norm that gradients are
-        clipped to: infinite for `max_grad_norm: 0`, which turns clipping off in transformers too).
+    Returns (it, the learning rate as a function of the number of iterations done, the norm that gradients are clipped
+    to: infinite for `max_grad_norm: 0`, which turns clipping off in transformers too).
     """
     values: dict[str, Any] = {
         "output_dir": "unused",

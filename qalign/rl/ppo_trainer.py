@@ -40,13 +40,10 @@ class PPOTrainer:
     Args:
         setup: the base with policy, reference, value model and scorers attached; the prompts.
         limit: bound of one forward pass; changes memory and speed, and no number.
-        checkpointed_layers: number of layers that recompute their activations in the backward pass.
-        iterations: of the whole run.
+        iterations: of the whole run; `done` counts the finished ones.
 
     Attributes:
-        done: number of finished iterations.
         kl_coefficient: its current value; `kl_target` and alarms change it.
-        moments: running mean and variance of all scores.
         value_units: (shift, factor); a value is factor × (output of the value head − shift).
         seconds: wall-clock time by part: rollout, scoring, update, all.
     """

@@ -24,14 +24,14 @@ from qalign.data.readers import BadRow
 from qalign.data.template_checks import check_prompt
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenAnswers, pad_for_scores
-from qalign.errors import UserError
+from qalign.errors import UserError, short
 from qalign.model import lineage
 from qalign.model.adapters.files import SCORE_HEAD, read_files
 from qalign.model.base import Base, Role
 from qalign.model.generation import stop_ids_of, with_end_of_turn
 from qalign.model.loading import load_config, load_scorer
 from qalign.rl.rollout_batch import SampledAnswers
-from qalign.rl.user_code import Failed, import_function, is_number, listed, shown, user_code
+from qalign.rl.user_code import Failed, import_function, is_number, listed, user_code
 from qalign.train.run_folder import RunFolder
 
 CLASSIFIER_BATCH_SIZE = 8
@@ -44,17 +44,14 @@ class RewardFailed(UserError):
 class Scorer(ABC):
     """Gives every sampled answer a score.
 
-    Attributes:
+    Args:
         key: `ppo.reward` or `ppo.judge`, for error messages.
         name: short name for metrics.
-        identity: hash of an adapter's weights, which a resumed run must find unchanged; None for other scorers.
-        bytes: memory of a model of its own.
-        lowest, highest: of all its scores so far; equal if it tells no answers apart.
     """
 
-    identity: str | None = None
-    bytes: int = 0
-    lowest, highest = math.inf, -math.inf
+    identity: str | None = None  # hash of an adapter's weights, which a resumed run must find unchanged
+    bytes: int = 0  # memory of a model of its own
+    lowest, highest = math.inf, -math.inf  # of all its scores so far; equal if it tells no answers apart
 
     def __init__(self, key: str, source: str, weight: float, name: str):
         self.key, self.source, self.weight, self.name = key, source, weight, name
@@ -82,7 +79,16 @@ class AdapterScorer(Scorer):
         super().__init__(key, str(folder), weight, _short_name(folder))
         self.folder = folder
         lineage.check_base(key, folder, recipe.model.base, recipe.model.revision)
-        _check_adapter(key, folder, recipe)
+        try:
+            files = read_files(folder)
+        except UserError as error:
+            raise UserError(f"{key}: {error}") from None
+        head = files.shapes.get(SCORE_HEAD)
+        if head is None:
+            raise UserError(f"{key}: {folder} gives no scores; expected a reward adapter (SEQ_CLS)")
+        if head[1] != (hidden := load_config(recipe.model).get_text_config().hidden_size):
+            found = f"was trained on a base of hidden size {head[1]}, '{recipe.model.base}' has {hidden}"
+            raise UserError(f"{key}: {folder} {found}")
         self.identity = lineage.adapter_hash(folder)
 
     def attach(self, base: Base, role: str, limit: MicroBatchLimit) -> None:
@@ -105,7 +111,8 @@ class ModelScorer(Scorer):
 
     def load(self, base: Base) -> None:
         self.model, self.tokenizer = load_scorer(self.source, self.key, base.dtype, base.lm.device)
-        _check_labels(self.key, f"'{self.source}'", self.model.config.num_labels)
+        if (labels := self.model.config.num_labels) != 1:
+            raise UserError(f"{self.key}: '{self.source}' has {labels} labels; expected a reward model, which has one")
         if not self.tokenizer.chat_template:
             raise UserError(f"{self.key}: '{self.source}' has no chat template, which scoring needs; add one to it")
         settings, words = base.template, f"that of '{self.source}'"
@@ -156,9 +163,8 @@ class FunctionScorer(Scorer):
         try:
             self._parameters = inspect.signature(self.function).parameters
         except ValueError:  # of some functions written in C
-            raise UserError(
-                f"{key}: '{source}' doesn't say which parameters it takes; write a function that calls it"
-            ) from None
+            fix = "write a function that calls it"
+            raise UserError(f"{key}: '{source}' doesn't say which parameters it takes; {fix}") from None
 
     def takes(self, name: str) -> bool:
         """Whether the function is given a column of the rows."""
@@ -175,7 +181,7 @@ class FunctionScorer(Scorer):
             raise self._error(f"gave {many} scores for {len(owners)} answers, the first to {where}")
         for score, row in zip(given, owners, strict=True):
             if not is_number(score):
-                raise self._error(f"gave {shown(score)} for an answer to {row.prompt.where}; expected a finite number")
+                raise self._error(f"gave {short(score)} for an answer to {row.prompt.where}; expected a finite number")
         return torch.tensor([float(score) for score in given], dtype=torch.float32).view(len(rows), -1)
 
     def _error(self, problem: str) -> UserError:
@@ -196,7 +202,7 @@ class FunctionScorer(Scorer):
             hint = "; completions are texts here" if reason.startswith("string indices must be") else ""
             raise self._error(f"raised {name} on an answer to {rows[0].prompt.where}: {reason}{hint}") from None
         if given is None:
-            raise self._error(f"gave {shown(found)}; expected a list with one number per answer")
+            raise self._error(f"gave {short(found)}; expected a list with one number per answer")
         return given
 
     def _arguments(self, rows: Sequence[SampledAnswers]) -> dict[str, list[Any]]:
@@ -222,15 +228,19 @@ class Scorers:
     judge: list[Scorer]
     """PPO never trains on their scores; they show whether the reward is hacked."""
 
+    @property
+    def all(self) -> list[Scorer]:
+        return [*self.reward, *self.judge]
+
     def takes(self, name: str) -> bool:
         """Whether a Python function among the scorers is given a column of the rows."""
-        return any(isinstance(scorer, FunctionScorer) and scorer.takes(name) for scorer in (*self.reward, *self.judge))
+        return any(isinstance(scorer, FunctionScorer) and scorer.takes(name) for scorer in self.all)
 
     def load_models(self, base: Base) -> int:
         """Loads the scorers that are models of their own. Returns their memory in bytes."""
-        for scorer in (*self.reward, *self.judge):
+        for scorer in self.all:
             scorer.load(base)
-        return sum(scorer.bytes for scorer in (*self.reward, *self.judge))
+        return sum(scorer.bytes for scorer in self.all)
 
     def attach(self, base: Base, limit: MicroBatchLimit) -> None:
         """Puts the adapters on the base, in the roles `reward`, `reward_2` and so on, `judge`, `judge_2` and so on."""
@@ -240,11 +250,8 @@ class Scorers:
 
 
 def open_scorers(recipe: Recipe, run: RunFolder) -> Scorers:
-    """The scorers under `ppo.reward` and `ppo.judge`, checked as far as possible without loading a model.
-
-    Raises:
-        UserError: a scorer can't be found or imported, doesn't fit the base, or has no finished reward run.
-    """
+    """The scorers under `ppo.reward` and `ppo.judge`, checked as far as possible without loading a model. A `UserError`
+    if one can't be found or imported, doesn't fit the base, or has no finished reward run."""
     found: dict[str, list[Scorer]] = {}
     for key in ("reward", "judge"):
         sources: Sequence[RewardSource] = getattr(recipe.ppo, key) or ()
@@ -258,15 +265,9 @@ def open_scorers(recipe: Recipe, run: RunFolder) -> Scorers:
 
 def _open(key: str, named: RewardSource, recipe: Recipe, run: RunFolder) -> Scorer:
     source, weight = named.source, named.weight
-    if source == REWARD_RUN:
-        own = RunFolder(recipe, REWARD_RUN)
-        if not own.complete:
-            fix = f"run python -m qalign.reward {run.command_line} first"
-            raise UserError(f"{key}: there is no finished reward run in {own.path}; {fix}")
-        return AdapterScorer(key, own.adapter, weight, recipe)
     if function_of(source):
         return FunctionScorer(key, source, weight)
-    if folder := reward_adapter(source):
+    if folder := run.own_adapter(key, REWARD_RUN) if source == REWARD_RUN else reward_adapter(source):
         return AdapterScorer(key, folder, weight, recipe)
     place = str(expanded(source)) if looks_local(source) else source
     return ModelScorer(key, place, weight, _short_name(Path(place)))
@@ -274,10 +275,7 @@ def _open(key: str, named: RewardSource, recipe: Recipe, run: RunFolder) -> Scor
 
 def combined(scorers: list[Scorer], rows: Sequence[SampledAnswers]) -> tuple[Tensor, dict[str, float]]:
     """(The weighted sum of all scores, float32 `(prompts, num_samples)`; the mean score of each scorer by its name.)
-
-    Raises:
-        RewardFailed: a score is not finite, or a function fails; the row is named.
-    """
+    Raises `RewardFailed`, which names the row, if a score is not finite or a function fails."""
     total, means = torch.zeros(len(rows), len(rows[0].texts)), {}
     for scorer in scorers:
         try:
@@ -304,26 +302,6 @@ def check_unchanged(scorers: list[Scorer], identities: list[str | None]) -> None
 def value_start(scorers: list[Scorer]) -> AdapterScorer | None:
     """The reward adapter that the value model starts as a copy of; None without one."""
     return next((scorer for scorer in scorers if isinstance(scorer, AdapterScorer)), None)
-
-
-def _check_adapter(key: str, folder: Path, recipe: Recipe) -> None:
-    """Refuses a folder that holds no reward adapter for this base, from its files alone."""
-    try:
-        files = read_files(folder)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-    head = files.shapes.get(SCORE_HEAD)
-    if head is None:
-        raise UserError(f"{key}: {folder} gives no scores; expected a reward adapter (SEQ_CLS)")
-    hidden = load_config(recipe.model).get_text_config().hidden_size
-    if head[1] != hidden:
-        found = f"was trained on a base of hidden size {head[1]}, '{recipe.model.base}' has {hidden}"
-        raise UserError(f"{key}: {folder} {found}")
-
-
-def _check_labels(key: str, name: str, labels: int) -> None:
-    if labels != 1:
-        raise UserError(f"{key}: {name} has {labels} labels; expected a reward model, which has one")
 
 
 def _short_name(folder: Path) -> str:

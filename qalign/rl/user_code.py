@@ -22,13 +22,13 @@ from typing import Any, cast
 import numpy
 import torch
 
-from qalign.errors import Stopped, UserError, one_line, short
+from qalign.errors import Stopped, UserError, one_line
 
 Setting = tuple[Callable[[], Any], Callable[[Any], Any]]  # how it is read, and how it is set
 
 
 class Failed(Exception):
-    """The user's code raised something. The text names it; `error` is what was raised."""
+    """The user's code raised something, which the text names."""
 
     def __init__(self, error: BaseException):
         try:
@@ -36,19 +36,14 @@ class Failed(Exception):
         except Exception:  # its own `__str__` fails
             reason = "an error that can't be printed"
         super().__init__(f"{type(error).__name__}: {reason}" if reason else type(error).__name__)
-        self.error = error
 
 
 @contextmanager
 def user_code(*, importing: bool = False) -> Iterator[None]:
     """Runs a block of the user's code. Whatever it raises, `sys.exit` included, becomes `Failed`, and it leaves the
     process as it was: gradients, dtypes, devices, threads and determinism of torch, the current folder, and so on. Its
-    random numbers are a stream of their own. Only an import may change `sys.path` and the warning filters.
-
-    Raises:
-        Failed: the code raised something.
-        Stopped, KeyboardInterrupt: the user asked to stop while it ran.
-    """
+    random numbers are a stream of their own. Only an import may change `sys.path` and the warning filters. `Stopped`
+    and the user's KeyboardInterrupt pass through."""
     settings = [*_torch_settings(), *_process_settings()] + ([] if importing else [SEARCH_PATH])
     before, ours = [(setter, getter()) for getter, setter in settings], random_state()
     set_random_state(_stream)
@@ -107,12 +102,10 @@ def _flag(owner: Any, name: str) -> Setting:
 
 def _torch_settings() -> Iterator[Setting]:
     yield torch.is_grad_enabled, torch.set_grad_enabled
-    yield torch.get_default_dtype, torch.set_default_dtype
-    yield torch.get_default_device, _set_default_device
-    yield torch.get_num_threads, torch.set_num_threads
-    yield torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     yield torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly
-    yield torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode
+    yield torch.get_default_device, lambda _: torch.set_default_device(None)  # nothing in qalign sets one
+    for name in ("default_dtype", "num_threads", "float32_matmul_precision", "deterministic_debug_mode"):
+        yield getattr(torch, f"get_{name}"), getattr(torch, f"set_{name}")
     for flag in ("deterministic", "benchmark", "enabled"):
         yield _flag(torch.backends.cudnn, flag)
     for device in ("cpu", "cuda"):
@@ -132,11 +125,6 @@ def _process_settings() -> Iterator[Setting]:
 
 
 SEARCH_PATH: Setting = lambda: list(sys.path), lambda path: sys.path.__setitem__(slice(None), path)
-
-
-def _set_default_device(device: torch.device) -> None:
-    if torch.get_default_device() != device:
-        torch.set_default_device(None)  # nothing in qalign sets one
 
 
 def _folder() -> str | None:
@@ -180,11 +168,3 @@ def is_number(score: Any) -> bool:
         return isfinite(score)
     except (TypeError, ValueError, OverflowError):  # no number at all, or an integer beyond any float
         return False
-
-
-def shown(value: Any) -> str:
-    """A value that a function gave, for an error."""
-    try:
-        return short(value)
-    except Exception:  # its own `__repr__` fails
-        return f"an object of {type(value).__name__}"

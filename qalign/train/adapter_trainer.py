@@ -31,12 +31,7 @@ Built = TypeVar("Built")
 
 
 class AdapterTrainer(Trainer):
-    """A `Trainer` of one adapter on a base that never changes.
-
-    Attributes:
-        base: the base with the adapter on it.
-        trained: the role of the adapter.
-    """
+    """A `Trainer` of one adapter, in the role `trained`, on a base that never changes."""
 
     base: Base
     trained: Role = Role.POLICY
@@ -83,14 +78,9 @@ def schedule_from_one(kind: str, optimizer: Optimizer, warmup: int, steps: int, 
     N + 1: no step has the rate 0, the last one included.
 
     Args:
-        kind: `linear`, `cosine` and so on.
         warmup: number of the step that has the peak learning rate; 0 for the first.
-        steps: number of all steps.
-        args: with `lr_scheduler_kwargs`, further arguments of the schedule.
-
-    Raises:
-        TypeError: the schedule doesn't take such an argument.
-        ValueError: an argument has a value that it can't take.
+        args: with `lr_scheduler_kwargs`, further arguments of the schedule; TypeError or ValueError if it takes none
+            such.
     """
     options: Any = args.lr_scheduler_kwargs
     schedule = get_scheduler(kind, optimizer, warmup, steps + 1, scheduler_specific_kwargs=options)

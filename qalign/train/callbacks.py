@@ -30,10 +30,7 @@ SHOWN = {
 
 class RunCallback(TrainerCallback):
     """The progress bar, `metrics.jsonl`, whole checkpoints, a clean stop, and checkpointing of the planned layers.
-
-    Attributes:
-        tokens_seen: by the whole run so far; trainers count from zero when they resume.
-    """
+    `tokens_seen` counts those of the whole run; trainers count from zero when they resume."""
 
     def __init__(self, run: RunFolder, tokens_before: int = 0, checkpointed_layers: int = 0):
         self.run, self.tokens_seen, self._before = run, tokens_before, tokens_before

@@ -48,11 +48,8 @@ def discard(checkpoint: Path) -> None:
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint in `checkpoints/` that is undamaged, after a line about each newer one that isn't. None if
-    there is none, nor a damaged one: a folder without a manifest was only cut short as it was written.
-
-    Raises:
-        UserError: there are checkpoints, and all are damaged.
-    """
+    there is none, nor a damaged one: a folder without a manifest was only cut short as it was written. A `UserError` if
+    all are damaged."""
     found = sorted((path for path in folder.glob("checkpoint-*") if path.is_dir()), key=step_of, reverse=True)
     problems: dict[Path, str] = {}
     for checkpoint in found:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from itertools import combinations
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from qalign.config.atomic import write_whole
 from qalign.config.stages import PPO, Reward, Source, Stage
@@ -23,19 +23,8 @@ from qalign.train.run_folder import RunFolder
 RENDERED_AT, ROWS_HASH = "rendered_at", "rows_hash.json"  # files of the run
 
 Rows = tuple[list[Any], list[Refused]]
+Reader = Callable[..., Rows]  # `preferences`, `dialogues` or `prompts` of `qalign.data.formats`
 Encoder = Callable[[ChatTemplate, list[Any], int], Rows]
-
-
-class Reader(Protocol):
-    def __call__(
-        self,
-        sources: tuple[Source, ...],
-        split: str,
-        limit: int | None,
-        seed: int,
-        *,
-        saw: Callable[..., None] | None = None,
-    ) -> Rows: ...
 
 
 class Intake:
@@ -134,9 +123,8 @@ def rows_under(key: str, settings: Stage, seed: int, read: Reader, intake: Intak
         return rows, refused
     if key == "data":
         return [row for row in rows if not _is_held_out(row, settings.holdout, seed)], refused
-    held_out = {
-        row.where: row for row in rows if _is_held_out(row, settings.holdout, seed)
-    }  # once, whatever its weight
+    # Each row once, whatever its weight.
+    held_out = {row.where: row for row in rows if _is_held_out(row, settings.holdout, seed)}
     if rows and len(held_out) in (0, len({row.where for row in rows})):
         raise UserError(f"holdout: {settings.holdout:g} of {len(rows)} rows leaves none on one side; use `eval_data`")
     return list(held_out.values()), []

@@ -23,11 +23,8 @@ def locked(folder: Path) -> Generator[None]:
 
     The lock file stays, and names its holder while there is one. A process that was killed leaves its name but no lock:
     the next one takes over, also after a restart or under another host name, and says so. A folder that can't be
-    locked, on some network shares, is used all the same, with a warning.
-
-    Raises:
-        UserError: another process holds it.
-        OSError: the lock file can't be written.
+    locked, on some network shares, is used all the same, with a warning. Raises a `UserError` if another process holds
+    it, an OSError if the lock file can't be written.
     """
     file = folder.with_name(f".{folder.name}.lock")
     file.parent.mkdir(parents=True, exist_ok=True)

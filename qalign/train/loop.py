@@ -20,7 +20,7 @@ from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
 from qalign.model.memory.forecast import Forecast, Plan, usable_memory
-from qalign.train.adapter_trainer import CONFIGS, built, config_values, try_out
+from qalign.train.adapter_trainer import CONFIGS, built, config_values, naming_trainer, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
 from qalign.train.model_card import loading
@@ -36,11 +36,7 @@ def load_base(run: RunFolder) -> Base:
 
 
 class Session:
-    """What one process does of a stage: its methods are called in this order.
-
-    Attributes:
-        origin: the lineage of the adapter that is trained.
-    """
+    """What one process does of a stage: its methods are called in this order."""
 
     planned: Plan
     micro: MicroBatchLimit  # how much goes through the model at once
@@ -50,16 +46,12 @@ class Session:
         self.run, self.base, self.rows, self.role = run, base, rows, role
         if run.stage != "ppo":  # whose rows are prompts; it checks `max_length` itself
             check_reach(base, rows)
-        self.origin = base.lineage(run.stage, run.parent)
+        self.origin = base.lineage(run.stage, run.parent)  # of the adapter that is trained
 
     def add_adapter(self, *, reference: bool = False) -> None:
         """Adds the adapter to train: new, or a copy of the one that `start_from` names, which must have been trained
-        with the same base, tokenizer and chat template.
-
-        Args:
-            reference: True keeps a frozen copy of that adapter as the reference. (A new adapter needs none: its
-                reference is the base with adapters off.)
-        """
+        with the same base, tokenizer and chat template. `reference` keeps a frozen copy of that one as the reference.
+        (A new adapter needs none: its reference is the base with adapters off.)"""
         set_seed(self.run.recipe.seed)
         if parent := self.run.parent:
             lineage.check(f"{self.run.stage}.start_from", parent, self.origin)
@@ -71,12 +63,8 @@ class Session:
 
     def plan(self, longest: int, other_bytes: int = 0) -> None:
         """Resolves the `auto` settings of the stage for this base and this device, or raises a `UserError` if not even
-        the longest row fits.
-
-        Args:
-            longest: tokens of the longest row; of a pair, both answers with the prompt once.
-            other_bytes: memory of models next to the base.
-        """
+        the longest row fits: of `longest` tokens, of a pair both answers with the prompt once. `other_bytes` is the
+        memory of models next to the base."""
         run, settings, device = self.run, self.run.settings, self.base.lm.device.type
         size, layers = rows_at_once(settings), settings.checkpointed_layers
         if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
@@ -95,13 +83,18 @@ class Session:
                 raise UserError(f"{run.stage}: {row} would take {needed} there are; {fit} says what would fit")
         self.planned, self.micro = found, micro_batch(settings, found, longest)
 
-    def config(self, rows: int, **special: Any) -> Any:
-        """The recipe as TRL's config of the stage; values under `trainer:` override all others. `rows` is how many the
-        trainer takes at once. (Trainers of pairs take a whole step's, and split it themselves.)"""
-        run, base = self.run, self.base
+    def trainer(self, build: Callable[..., Any], **special: Any) -> Any:
+        """Begins the run and builds the stage's trainer: `build(args, rows, held_out_rows, callbacks)`, where `args` is
+        TRL's config from the recipe; values under `trainer:` override all others."""
+        run, base, rows = self.run, self.base, self.micro.pairs
+        if run.stage != "sft":  # trainers of pairs take a whole step's, and split it themselves
+            rows = run.settings.batch_size
         checkpointing, on_gpu = self.planned.checkpointed_layers > 0, base.lm.device.type == "cuda"
-        values = config_values(run, rows, on_gpu=on_gpu, dtype=base.dtype, checkpointing=checkpointing)
-        return built(run.stage, run.settings.trainer, lambda given: CONFIGS[run.stage](**values | special | given))
+        values = config_values(run, cast(int, rows), on_gpu=on_gpu, dtype=base.dtype, checkpointing=checkpointing)
+        args = built(run.stage, run.settings.trainer, lambda given: CONFIGS[run.stage](**values | special | given))
+        callbacks = self.begin()
+        with naming_trainer(run.stage, run.settings.trainer):
+            return build(args, self.rows.train, self.rows.held_out or None, callbacks)
 
     def begin(self) -> tuple[TrainerCallback, ...]:
         """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""
@@ -168,17 +161,9 @@ class Session:
         self.base.restore_adapter(self.role, final)
 
     def to_the_end(self, loop: Callable[[], tuple[int, int, int]]) -> dict[str, Any]:
-        """Runs a training loop from the checkpoint to the end and saves the adapter.
-
-        Args:
-            loop: trains, and returns steps done, steps planned, and tokens seen, of the whole run.
-
-        Returns:
-            Facts for the summary: `steps` and `tokens` of the whole run, the others of this session.
-
-        Raises:
-            Stopped: the user or the system asked to stop; a checkpoint was written.
-        """
+        """Runs a training loop, which returns steps done, steps planned and tokens seen of the whole run, and saves the
+        adapter. Returns facts for the summary: `steps` and `tokens` of the whole run, the others of this session.
+        Raises `Stopped` if the user or the system asked to stop; a checkpoint was written."""
         run, began = self.run, time.monotonic()
         try:
             done, planned, tokens = loop()

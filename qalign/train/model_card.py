@@ -172,14 +172,8 @@ def _quoted(value: Any) -> str:
 
 
 def model_card(adapter: Path, stage: str, model: str, base: str, code: str, facts: dict[str, Any]) -> str:
-    """The card as Markdown.
-
-    Args:
-        model: the recipe's `model.base`.
-        base: folder or hub id of the base.
-        code: Python that loads the adapter, as from `loading`.
-        facts: of the summary, `versions` included.
-    """
+    """The card as Markdown, from the recipe's `model.base`, the base's folder or hub id, Python that loads the adapter
+    (as from `loading`), and the facts of the summary, `versions` included."""
     cells = ((name, " ".join(str(value).split()).replace("|", r"\|")) for name, value in flat(facts))
     table = "\n".join(f"| {name} | {text} |" for name, text in cells if not name.startswith("versions."))
     made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())

@@ -24,12 +24,8 @@ from qalign.train.adapter_trainer import AdapterTrainer
 
 
 class PairTrainer(AdapterTrainer):
-    """The loop that both share; a subclass defines `pair_losses`.
-
-    Args:
-        args: TRL's config; its batch sizes are the pairs of an optimiser step, its gradient accumulation is 1.
-        micro: how much one forward pass takes; it changes memory and speed, and no number.
-    """
+    """The loop that both share; a subclass defines `pair_losses`. The batch size in TRL's config `args` is the pairs of
+    an optimiser step, its gradient accumulation 1; `micro`, what one forward pass takes, changes no number."""
 
     # The loss of a micro-batch is divided by the pairs of the whole optimiser step (`num_items_in_batch`), so 8 × 1 and
     # 1 × 8 give the same curve, also in the epoch's last, shorter step.

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from qalign.config import manifest
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
 from qalign.config.load import dump
-from qalign.config.paths import absolute, expanded, function_of, looks_local
+from qalign.config.paths import absolute, expanded, function_of, looks_local, names_of_files
 from qalign.config.recipe import Recipe, differences
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
@@ -92,24 +92,25 @@ class RunFolder:
         run isn't finished, or the adapter was trained on another base."""
         key, start = f"{self.stage}.start_from", self.settings.start_from
         if start == SFT_RUN:
-            sft = RunFolder(self.recipe, SFT_RUN)
-            if not sft.complete:
-                fix = f"run python -m qalign.sft {self.command_line} first"
-                raise UserError(f"{key}: there is no finished SFT run in {sft.path}; {fix}")
-            start = str(sft.adapter)
+            start = str(self.own_adapter(key, SFT_RUN))
         if start:
             lineage.check_base(key, start, self.recipe.model.base, self.recipe.model.revision)
         return start
+
+    def own_adapter(self, key: str, stage: str) -> Path:
+        """The adapter of another stage of this recipe, which `key` names; a `UserError` if that run isn't finished."""
+        run = RunFolder(self.recipe, stage)
+        if not run.complete:
+            fix = f"run python -m qalign.{stage} {self.command_line} first"
+            raise UserError(f"{key}: there is no finished {stage} run in {run.path}; {fix}")
+        return run.adapter
 
     @contextmanager
     def held(self) -> Generator[None]:
         """Keeps other processes out of the folder while a stage works on it, and mends what a killed one left there.
 
-        If `--overwrite` set a run aside and the new one failed before its first checkpoint, the old run is put back.
-
-        Raises:
-            UserError: another process holds the folder; or the disk refused something meanwhile, such as a full one.
-        """
+        If `--overwrite` set a run aside and the new one failed before its first checkpoint, the old run is put back. A
+        `UserError` if another process holds the folder, or the disk refused something meanwhile."""
         self._check_place()
         back = False
         try:
@@ -156,7 +157,7 @@ class RunFolder:
         recipe. Deletes nothing yet."""
         self.resume = resume
         self._check_place()
-        self.check_inputs(self.path, overwrite=overwrite)
+        self.check_inputs(overwrite=overwrite)
         names = {file.name for file in self.path.iterdir()} if self.path.exists() else set[str]()
         if all(LEFTOVER.fullmatch(name) for name in names - {REFUSED, PARENT}):
             return  # there is no run, or a start that was cut short
@@ -175,9 +176,9 @@ class RunFolder:
         self.check_parent()
         self._checkpoint = None if self.complete else checkpoints.newest_whole(self.checkpoints)
 
-    def check_inputs(self, folder: Path, *, overwrite: bool = False) -> None:
-        """Raises a `UserError` if something that the stage reads lies in a folder that will be written to. (The run's
-        own recipe may, unless it is to be overwritten.)"""
+    def check_inputs(self, *, overwrite: bool) -> None:
+        """Raises a `UserError` if something that the stage reads lies in this folder. (The run's own recipe may, unless
+        it is to be overwritten.)"""
         model = self.recipe.model
         inputs = [("model.base", model.base), ("model.chat_template", model.chat_template)]
         inputs += [(f"{self.stage}.start_from", self.parent)]
@@ -189,7 +190,7 @@ class RunFolder:
         for key in ("data", "eval_data"):
             inputs += [(f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ()]
         for key, used in inputs:
-            if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(os.path.realpath(folder)):
+            if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(self._home):
                 raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")
 
     def check_parent(self) -> None:
@@ -295,10 +296,7 @@ class RunFolder:
 
     def finish(self, next_command: str, base: str, code: str, **facts: Any) -> None:
         """Writes the model card and `summary.json`, which marks the run as complete, and prints what to type next.
-
-        `base` is the base's folder or hub id, `code` Python for the card that loads the adapter without qalign, and
-        `facts` are for the summary: `tokens_per_second` and `peak_bytes` at least.
-        """
+        `facts` are for the summary: `tokens_per_second` and `peak_bytes` at least."""
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
         card = model_card(self.adapter, self.stage, self.recipe.model.base, base, code, facts)
         write_whole(self.adapter / "README.md", card)
@@ -309,19 +307,14 @@ class RunFolder:
 
 def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
     """The finished run in a folder such as `runs/demo/reward`; `runs/demo` and `runs/demo/reward/adapter` work too. In
-    `runs/demo`, the first of the accepted `stages` that has a finished run is taken.
-
-    Raises:
-        UserError: there is no finished run of such a stage, or its recipe can't be read.
-    """
+    `runs/demo`, the first of the accepted `stages` that has a finished run is taken; a `UserError` if none has."""
     given = expanded(folder)
     given = given if given.name else given.resolve()  # "." has no name, and a run is known by its folder's
     given = given.parent if given.name == "adapter" else given
     places = [*(given / stage for stage in stages), given]
     place = next((place for place in places if (place / "summary.json").is_file()), None)
     if place is None:
-        siblings = [file.name for file in given.parent.glob("*")] if given.parent.is_dir() else []
-        near = "" if given.is_dir() else did_you_mean(given.name, siblings)
+        near = "" if given.is_dir() else did_you_mean(given.name, names_of_files(given.parent))
         hint = near or f"; train one with python -m qalign.{stages[0]} RECIPE"
         raise UserError(f"{folder}: there is no finished {' or '.join(stages)} run{hint}")
     recipe = _read_recipe(place / "recipe.yaml")

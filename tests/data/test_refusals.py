@@ -263,3 +263,67 @@ def test_a_text_of_many_blanks_takes_no_time():
     """Nested repetitions took 3 s for 20,000 blanks, and hours for a million."""
     row = {"prompt": "Why?", "completion": " " * 1_000_000 + "Yes"}
     assert canonical_dialogue(row, "").turns[-1]["content"].strip() == "Yes"
+
+
+TEMPLATED = {
+    "ChatML": "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n",
+    "Llama 3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWhy?",
+    "Llama 4": "<|header_start|>user<|header_end|>\n\nWhy?",
+    "Llama 2, a system turn": "<<SYS>>\nBe brief.\n<</SYS>>\n\nWhy?",
+    "Mistral, a system turn": "<s>[SYSTEM_PROMPT]Be brief.[/SYSTEM_PROMPT][INST]Why?",
+    "Gemma": "<bos><start_of_turn>user\nWhy?",
+    "Gemma 4": "<bos><|turn>user\nWhy?",
+    "Phi": "<|user|>\nWhy?",
+    "DeepSeek": "<｜User｜>Why?<｜Assistant｜><think>\n",
+    "DeepSeek, a system turn": "<｜begin▁of▁sentence｜>Be brief.<｜User｜>Why?<｜Assistant｜><think>\n",
+    "Command R": "<BOS_TOKEN><|START_OF_TURN_TOKEN|><|USER_TOKEN|>Why?",
+    "gpt-oss": "<|start|>user<|message|>Why?<|end|><|start|>assistant",
+    "gpt-oss, an answer": "<|start|>assistant<|channel|>final<|message|>Yes",
+    "Granite": "<|start_of_role|>user<|end_of_role|>Why?",
+    "GLM": "[gMASK]<sop><|user|>\nWhy?",
+    "GLM, a tool's turn": "<|observation|>\n5",
+    "Kimi": "<|im_user|>user<|im_middle|>Why?",
+    "EXAONE": "[|user|]Why?",
+    "Hunyuan": "<｜hy_User｜>Why?",
+    **{
+        f"the end {end}": f"Yes{end}"
+        for end in ("<|eot|>", "<|return|>", "<turn|>", "<|END_OF_TURN_TOKEN|>", "<|eom_id|>")
+    },
+    **{
+        f"the end {end}": f"Yes{end}\n"
+        for end in ("<｜end▁of▁sentence｜>", "<|end_of_text|>", "<|endoftext|>", "[|endofturn|]")
+    },
+}
+
+
+@pytest.mark.parametrize("text", TEMPLATED.values(), ids=TEMPLATED)
+def test_a_text_that_any_familys_template_made_is_refused(text):
+    for raw in ({"text": text}, {"prompt": text, "completion": "Yes"}, {"prompt": "Why?", "completion": text}):
+        with pytest.raises(BadRow, match="was put through a chat template"):
+            canonical_dialogue(raw, "")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|begin_of_thought|>\nHm.\n<|end_of_thought|>\n<|begin_of_solution|>\n4\n<|end_of_solution|>",
+        '<|python_tag|>{"name": "f"}',
+        "<｜tool▁calls▁begin｜>f<｜tool▁calls▁end｜>",
+        "<|fim_prefix|>def f<|fim_suffix|>1<|fim_middle|>",
+        "Qwen writes <|im_start|>user before a turn, and <|im_end|> after it.",
+        "<s>Old</s> <b>new</b>",
+        "<user>Ann</user>",
+        "<|> is `or` in Haskell: a <|> b",
+        "[x | x <- xs]",
+        "⟨ψ|φ⟩, or <ψ|φ>",
+        "[INST",
+        "[USER] Ann",
+    ],
+)
+def test_other_marks_and_marks_in_a_sentence_are_text(text):
+    assert canonical_dialogue({"prompt": text, "completion": text}, "").turns == (user(text), assistant(text))
+
+
+def test_long_marks_take_no_time():
+    for text in ("<|" + "user" * 200_000, "<|user" * 100_000 + "Yes", "Yes" + "<|end|> " * 100_000 + "Yes"):
+        canonical_dialogue({"prompt": "Why?", "completion": "Yes " + text}, "")

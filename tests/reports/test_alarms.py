@@ -80,8 +80,6 @@ def test_the_kl_of_best_of_n_by_hand_and_as_sampling_gives_it():
     for n in (2, 4, 16):
         density = n * ranks ** (n - 1)
         assert best_of_n_kl(n) == pytest.approx((density * np.log(density)).mean(), abs=1e-4)
-    with pytest.raises(ValueError, match="n is 0, expected at least 1"):
-        best_of_n_kl(0)
 
 
 def test_the_best_point_is_the_judges_or_without_one_the_rewards():
@@ -90,8 +88,6 @@ def test_the_best_point_is_the_judges_or_without_one_the_rewards():
     unjudged = [replace(point, judge=None, judge_std=None) for point in points]
     assert best_point(unjudged).step == 30
     assert best_point([points[0], unjudged[1], points[2]]).step == 20  # two scales are not compared
-    with pytest.raises(ValueError, match="there are no evaluation points"):
-        best_point([])
 
 
 @pytest.mark.parametrize(
@@ -209,5 +205,3 @@ def test_every_alarm_is_one_line_and_compares_with_the_start():
     assert not alarms([*points, replace(points[0], step=40)], patience=3)  # all is well again
     unjudged = [replace(point, judge=None, judge_std=None) for point in history([3, 2, 1, 0])]
     assert not alarms(unjudged, patience=3)  # without a judge, nothing is said of it
-    with pytest.raises(ValueError, match="patience is 0"):
-        alarms(points, patience=0)

@@ -38,8 +38,6 @@ def test_figures_of_answers_by_hand():
     assert found["looping"] == 0.25
     assert found["length"] == (6 * 3 + 15) / 4
     assert found["distinct"] == pytest.approx((3 * 1.0 + 3 / 8) / 4)
-    with pytest.raises(ValueError, match="no answers"):
-        measure_answers([])
 
 
 def figures(*, before=0.4, after=0.4, gained=0, lost=0, reward=1.0, pairs=50, loss="sigmoid", was=(), now=()) -> dict:

@@ -3,7 +3,6 @@
 import math
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from matplotlib.collections import LineCollection, PathCollection
 from matplotlib.colors import to_hex
@@ -65,8 +64,7 @@ def test_intervals_of_95_percent_by_hand():
     heights = band.get_paths()[0].vertices[:, 1]
     assert (min(heights), max(heights)) == pytest.approx((1 - half, 7 + half))
     (ended,) = bars(found["Do answers end, and do they loop?"])
-    points = np.array([1.0] * 4 + [0.0] * 4)  # half of eight
-    assert [end[1] for end in ended[2]] == pytest.approx(wilson(points))
+    assert [end[1] for end in ended[2]] == pytest.approx(wilson(0.5, 8))
     single = panels([replace(START, answers=1)])
     assert [end[1] for end in bars(single[GAINS])[0][0]] == [0.0, 0.0], "one answer has no known spread"
 
@@ -145,7 +143,7 @@ def test_answers_that_all_score_alike_give_no_unit():
 
 
 def test_no_points_is_an_error_and_leaves_no_file(tmp_path):
-    with pytest.raises(ValueError, match="there are no evaluation points"):
+    with pytest.raises(ValueError, match="empty"):
         draw([], tmp_path / "ppo.png")
     assert not list(tmp_path.iterdir())
 

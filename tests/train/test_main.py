@@ -140,7 +140,7 @@ def test_a_stage_that_fails_stops_the_chain_with_its_code(tiny_folder, tmp_path,
     with pytest.raises(SystemExit) as left:
         run_all(path, [], [])
     assert left.value.code == 2
-    assert "there is no finished SFT run" in capfd.readouterr().err
+    assert "there is no finished sft run" in capfd.readouterr().err
 
 
 def test_what_is_complete_is_skipped_from_another_folder_too(tiny_folder, tmp_path, monkeypatch, capfd):
