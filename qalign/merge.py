@@ -66,6 +66,8 @@ def _write(run: RunFolder, onto: "Form", target: Path) -> None:
         "model": f"{target} ({size / 1e9:,.2f} GB, {str(merged.dtype).removeprefix('torch.')})",
         "load it with": f'{type(merged).__name__}.from_pretrained("{target}")',
     }
+    if base.left_out:
+        lines["left out"] = f"{', '.join(base.left_out)}: this is the text model alone"
     if changed:
         lines["generation"] = f"the base's settings contradict each other; changed or left out: {', '.join(changed)}"
     print_table(f"merged {run.path}", lines.items())

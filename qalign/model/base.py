@@ -26,7 +26,7 @@ from qalign.model.adapters import targets, weights
 from qalign.model.adapters.files import HEAD, SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.lineage import Lineage, describe
-from qalign.model.loading import Form, load_weights, parameter_count, reach_of, tensor_bytes
+from qalign.model.loading import Form, load_weights, parameter_count, parts_left_out, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head, new_head
 from qalign.model.memory.kv_cache import RowCache, measured_cache
 from qalign.model.origin import Origin
@@ -346,5 +346,5 @@ def load(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:
     lm, tokenizer, origin = load_weights(spec, form=form)
     template = prepare_template(tokenizer, spec, now)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
-    left_out = targets.leave_out(lm, lambda: check_head(lm)) if form == "held" else ()
-    return Base(lm, template, origin, origin.held(spec), left_out)
+    left_out = targets.leave_out(lm, lambda: check_head(lm)) if form == "held" else []
+    return Base(lm, template, origin, origin.held(spec), [*left_out, *parts_left_out(lm, origin)])

@@ -145,6 +145,13 @@ def auto_class(config: tf.PretrainedConfig) -> Any:
     return tf.AutoModelForCausalLM if is_known else tf.AutoModelForImageTextToText
 
 
+def parts_left_out(lm: tf.PreTrainedModel, found: Origin) -> list[str]:
+    """What a checkpoint has beside the text model that was loaded alone, as Qwen3.5's is."""
+    whole = config_at(found)
+    others = [name for name in whole.sub_configs if name != "text_config"]
+    return [] if type(lm.config) is type(whole) else [name.removesuffix("_config") for name in others]
+
+
 def reach_of(config: tf.PretrainedConfig) -> int | None:
     """How many positions a base has: the longest row that it can read, in tokens. None without a limit (ALiBi, state
     spaces).

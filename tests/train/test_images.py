@@ -70,5 +70,13 @@ def test_what_reads_images_is_not_held_and_not_forecast(folder, tmp_path):
     assert Forecast(recipe, "dpo", load_config(spec), "cpu", torch.float32).fixed["base"] == base.held_bytes - buffers
 
 
+def test_a_text_model_that_is_loaded_alone_is_said(tiny_folder, tmp_path, capsys):
+    folder = saved("qwen3_5", tiny_folder, tmp_path / "model", images=True)
+    run = run_stage(write_recipe(tmp_path / "run", folder, "sft", limit=4, max_steps=1))
+    assert "left out       vision: no text reaches it" in capsys.readouterr().out
+    merge(str(run.path), "dequantized", None)
+    assert "left out       vision: this is the text model alone" in capsys.readouterr().out
+
+
 def test_other_models_are_held_whole(tiny_folder):
     assert load(Model(base=tiny_folder, compute_dtype="float32")).left_out == []
