@@ -36,6 +36,14 @@ class Shape(NamedTuple):
     card: int | None = None  # the recipe's GPU in GB
 
 
+def gated(hidden: int, mlp: int) -> int:
+    """Of Qwen3.5: 8 layers of attention, whose queries come with a gate, and 24 of Gated DeltaNet (q, k and v in one
+    layer, the gate z, b and a a number for each of 32 heads, the output)."""
+    attention = (hidden + 2 * 4096) + 2 * (hidden + 1024) + (4096 + hidden)
+    delta = (hidden + 8192) + (hidden + 4096) + 2 * (hidden + 32) + (4096 + hidden)
+    return 8 * attention + 24 * delta + 32 * 3 * (hidden + mlp)
+
+
 SHAPES = {
     "mistral7b": Shape("Mistral-7B-v0.3", 32 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)), 12),
     # The raw base has the shapes of the Instruct model.
@@ -52,6 +60,8 @@ SHAPES = {
     "ministral3_8b": Shape(
         "Ministral-3-8B-Instruct-2512", 34 * (2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)), 12
     ),
+    "qwen3.5_4b": Shape("Qwen3.5-4B", gated(2560, 9216), 8),
+    "qwen3.5_9b": Shape("Qwen3.5-9B", gated(4096, 12288), 12),
     "gpt_oss_20b": Shape("gpt-oss-20b", 24 * (2 * (2880 + 4096) + 2 * (2880 + 512)), 16),  # attention alone
 }
 
@@ -106,7 +116,7 @@ SMOLLM3 = """\
 {{- message.content + "<|im_end|>\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" + empty }}{% endif %}"""
-ENDS = {"qwen3_5_think": "<|im_end|>", "gptoss": "<|return|>", "smollm3": "<|im_end|>", "gemma4_v5": "<turn|>"}
+ENDS = {"qwen3_5_think": "<|im_end|>", "gptoss": "<|return|>", "smollm3": "<|im_end|>"}
 THOUGHTLESS = {"role": "assistant", "content": "No, they root in cold soil."}
 THOUGHTFUL = THOUGHTLESS | {"reasoning_content": "Bulbs need cold."}
 
@@ -129,6 +139,8 @@ def learned(name: str, family: str, answer: dict, **kwargs) -> str:
     ("name", "family", "text"),
     [
         ("smollm3_3b", "smollm3", "No, they root in cold soil.<|im_end|>"),
+        ("qwen3.5_4b", "qwen3_5_think", "No, they root in cold soil.<|im_end|>"),
+        ("qwen3.5_9b", "qwen3_5_think", "No, they root in cold soil.<|im_end|>"),
         ("gpt_oss_20b", "gptoss", "<|channel|>final<|message|>No, they root in cold soil.<|return|>"),
     ],
     indirect=["name"],
@@ -143,6 +155,13 @@ def test_thoughts_in_the_text_of_smollm3_are_kept_once_the_recipe_is_changed(nam
     thought = {"role": "assistant", "content": "<think>\nBulbs need cold.\n</think>\n\nNo."}
 
     assert learned(name, "smollm3", thought, instead={"enable_thinking": True}) == thought["content"] + "<|im_end|>"
+
+
+@pytest.mark.parametrize("name", ["qwen3.5_4b", "qwen3.5_9b"], indirect=True)
+def test_thoughts_of_rows_are_kept_without_the_line_that_leaves_them_out(name):
+    text = learned(name, "qwen3_5_think", THOUGHTFUL, instead={})
+
+    assert text == "Bulbs need cold.\n</think>\n\nNo, they root in cold soil.<|im_end|>"
 
 
 @pytest.mark.parametrize("name", ["gpt_oss_20b"], indirect=True)
@@ -168,13 +187,17 @@ TOWERS = {  # that read images
         "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16,
         "num_attention_heads": 2, "patch_size": 4, "image_size": 16,
     },
+    "qwen3_5": {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
+        "num_position_embeddings": 16, "patch_size": 4,
+    },
 }  # fmt: skip
 
 
 def small(published: dict, tokenizer) -> dict:
     """A published config with few small layers, two of each kind."""
     found = published | {key: size for key, size in SMALL.items() if key in published}
-    found |= {"head_dim": 8, "num_hidden_layers": 2, "pad_token_id": None}
+    found |= {"head_dim": 8, "num_hidden_layers": 2, "pad_token_id": 0}
     if "layer_types" in published:
         found["layer_types"] = 2 * list(dict.fromkeys(published["layer_types"]))
         found["num_hidden_layers"] = len(found["layer_types"])
