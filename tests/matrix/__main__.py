@@ -61,7 +61,8 @@ TEXT = """# Which model families work
 Family is `model_type` in a model's `config.json`; what isn't listed may work too, as qalign has no list of families.
 Every command ran on a tiny random model of each family, with its peculiarities on (windows shorter than rows, shared
 keys, experts, towers …), for a step or two on a CPU in float32 with an NF4 base. That shows what runs, not how well a
-published model learns. `python -m tests.matrix` wrote this page, with {versions}.
+published model learns. `python -m tests.matrix` wrote this page, with
+{versions}.
 
 - **sft** to **fit** are commands. *sft packed* has `sft.packing: true`. *ppo, function* is rewarded by a Python
   function, *ppo, reward model* by the recipe's own reward run.
