@@ -18,7 +18,7 @@ from qalign.config.stages import PPO, REFERENCE_FREE
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import held_bytes
 from qalign.model.loading import reach_of
-from qalign.model.memory.step import Step, is_expert, is_quantized, layer_pattern, meta_model, run_step
+from qalign.model.memory.step import Step, StepModel, is_expert, is_quantized, meta_model
 
 CUDA_CONTEXT = 700 * 2**20  # bytes of the driver and of cuBLAS' workspaces; they differ by card and driver
 USABLE = 0.95  # the usable share of a memory, as allocators leave gaps
@@ -70,6 +70,7 @@ class Forecast:
         self.layers: int = self.config.get_text_config().num_hidden_layers
         self.reach = reach_of(config) or 2**20
         self._steps: dict[tuple[int, bool], Step] = {}
+        self._models: dict[bool, StepModel] = {}
         self.fixed = self._fixed()
 
     def with_recipe(self, recipe: Recipe) -> "Forecast":
@@ -99,20 +100,18 @@ class Forecast:
         }
         return fixed | ({"CUDA context": CUDA_CONTEXT} if self.device == "cuda" else {})
 
-    def model(self, layers: int | None = None) -> PreTrainedModel:
-        """The base with the stage's adapter on the meta device, with all layers or fewer."""
-        return meta_model(self.recipe, self.stage, self.config, self.dtype, layers or self.layers)
+    def model(self) -> PreTrainedModel:
+        """The base with the stage's adapter on the meta device."""
+        return meta_model(self.recipe, self.stage, self.config, self.dtype)
 
     def step(self, tokens: int, *, checkpointing: bool) -> Step:
-        """The memory of a micro-batch of this many tokens. Two models of few layers are run; memory is linear in the
-        number of layers."""
+        """The memory of a micro-batch of this many tokens."""
+        if checkpointing not in self._models:
+            options = {"checkpointing": checkpointing}
+            self._models[checkpointing] = StepModel(self.model(), self.recipe, self.stage, self.device, **options)
         key = tokens, checkpointing
         if key not in self._steps:
-            few = min(self.layers, 2 * len(layer_pattern(self.config)))
-            models = (self.model(layers) for layers in (few, 2 * few))
-            one, other = (run_step(lm, self.recipe, self.stage, self.device, *key) for lm in models)
-            slope = (other.activations - one.activations) / few
-            self._steps[key] = Step(int(one.activations + slope * (self.layers - few)), other.logits, other.backward)
+            self._steps[key] = self._models[checkpointing].run(tokens)
         return self._steps[key]
 
     def total(self, tokens: int, checkpointed: int) -> int:
@@ -136,11 +135,15 @@ class Forecast:
         if (at_high := self.total(high, checkpointed)) <= memory:  # linear beyond one chunk of the head
             per_token = (self.total(2 * high, checkpointed) - at_high) / high
             return high + int((memory - at_high) / per_token)
-        if self.total(low, checkpointed) > memory:
+        if (at_low := self.total(low, checkpointed)) > memory:
             return 0
-        while high - low > 32:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self.total(middle, checkpointed) <= memory else (low, middle)
+        while high - low > 32:  # nearly a straight line, so a few steps find it
+            guess = low + (memory - at_low) * (high - low) // (at_high - at_low)
+            guess = min(max(guess, low + 16), high - 16)
+            if (found := self.total(guess, checkpointed)) <= memory:
+                low, at_low = guess, found
+            else:
+                high, at_high = guess, found
         return low
 
     def plan(self, memory: int, longest: int) -> Plan | None:

@@ -7,6 +7,7 @@ forecast. Attention, SFT's head and bitsandbytes' unpacking of weights are repla
 
 import copy
 import weakref
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -28,6 +29,7 @@ from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import names_of, run_experts
 from qalign.model.loading import auto_class
 from qalign.model.logps import pair_logps
+from qalign.model.memory.layers import keep_one_of_each_kind
 from qalign.model.packing.attention import BLOCK_QUERIES
 
 
@@ -77,7 +79,8 @@ class _AttentionShape(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query, key, value, seen):
-        output, logsums = torch.empty_like(query), query.new_empty(query.shape[:-1], dtype=torch.float32)
+        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        logsums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.seen = seen
         ctx.save_for_backward(query, key, value, output, logsums)
         return output
@@ -91,11 +94,13 @@ class _AttentionShape(torch.autograd.Function):
         return *made[:3], None
 
 
-def _fused(module, query, key, value, attention_mask, **_: Any):
+def _fused(module, query, key, value, attention_mask, *, layout: Layout, **_: Any):
+    layout.calls.append((module, None))
     return cast(Tensor, _AttentionShape.apply(query, key, value, 0)).transpose(1, 2).contiguous(), None
 
 
 def _blocks(module, query, key, value, attention_mask, *, layout: Layout, **_: Any):
+    layout.calls.append((module, None))
     seen = max(segment.first_position + segment.own[1] - segment.own[0] for segment in layout.segments)
     return cast(Tensor, _AttentionShape.apply(query, key, value, seen)).transpose(1, 2).contiguous(), None
 
@@ -146,14 +151,9 @@ class _TiledHead(torch.autograd.Function):
         return grad.to(hidden.dtype), None, None
 
 
-def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torch.dtype, layers: int):
-    """The base with this many layers and a stage's adapter, on the meta device, in the dtype that it computes in."""
+def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The base with a stage's adapter on the meta device, in the dtype that it computes in."""
     config = copy.deepcopy(config)
-    text = config.get_text_config()
-    text.num_hidden_layers = layers
-    if vars(text).get("layer_types"):  # in some families it follows from the number of layers
-        pattern = layer_pattern(config)
-        text.layer_types = [pattern[number % len(pattern)] for number in range(layers)]
     with torch.device("meta"):
         lm: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype, trust_remote_code=False)
         lm.set_experts_implementation(_EXPERTS)
@@ -168,17 +168,8 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
         peft.get_peft_model(lm, adapter, autocast_adapter_dtype=False)
         lm.to(dtype)  # pyright: ignore[reportArgumentType]  (adapters too: autocast computes with copies of them)
         if stage == "reward":  # a ScalarHead asks for autocast, which the meta device doesn't have
-            lm.score = nn.Linear(text.hidden_size, 1, bias=False)
+            lm.score = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
     return lm
-
-
-def layer_pattern(config: PretrainedConfig) -> list[str]:
-    """The kinds of layers, up to where they repeat."""
-    kinds = list(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
-    for length in range(1, len(kinds)):
-        if all(kind == kinds[number % length] for number, kind in enumerate(kinds)):
-            return kinds[:length]
-    return kinds
 
 
 def is_expert(name: str, lm: PreTrainedModel) -> bool:
@@ -199,39 +190,68 @@ def is_quantized(parameter: nn.Parameter, name: str, lm: PreTrainedModel) -> boo
     return isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings() and parameter.shape[0] > 1
 
 
-def run_step(lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, tokens: int, checkpointing: bool) -> Step:
-    """Runs one step of a stage with this many tokens on a model that `meta_model` made, and counts what a `device`
+class StepModel:
+    """A model that `meta_model` made, with one layer of each kind, to run steps of a stage on and count what a `device`
     (`cuda` or `cpu`) would allocate."""
-    if checkpointing:
-        lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-    set_training(lm)
-    lm.set_attn_implementation(_ATTENTION[device])
-    if device == "cpu" and lm.dtype != torch.float32:
-        for name, module in lm.named_modules():  # there PEFT casts inputs itself, as it asks for CUDA's autocast
-            if "lora_A." in name:
-                module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
-    for parameter in lm.parameters():
-        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-    batch = _batch(stage, tokens)
-    with LiveBytes() as counted:
-        at_head: list[int] = []
 
-        def mark(*_: Any) -> None:
-            at_head.append(counted.live)
-            counted.peak = counted.live
+    def __init__(self, lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, *, checkpointing: bool):
+        self.lm, self.recipe, self.stage, self.device = lm, recipe, stage, device
+        lm.set_attn_implementation(_ATTENTION[device])
+        self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, _batch(stage, 9)))
+        if checkpointing:
+            lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        set_training(lm)
+        if device == "cpu" and lm.dtype != torch.float32:
+            for name, module in lm.named_modules():  # there PEFT casts inputs itself, as it asks for CUDA's autocast
+                if "lora_A." in name:
+                    module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+        for parameter in lm.parameters():
+            parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
-        lm.base_model.register_forward_hook(mark)
-        loss = _loss(lm, stage, device, batch)
-        activations = at_head[0]
-        logits, counted.peak = counted.peak - activations, counted.live
-        loss.backward()
-        backward = counted.peak - activations
-    if recipe.model.quantization != "none":  # bitsandbytes unpacks the largest weight while it multiplies
-        unpacked = [parameter for name, parameter in lm.named_parameters() if is_quantized(parameter, name, lm)]
-        if experts_kind(lm.config, recipe.model.quantization):  # one expert at a time
-            unpacked += [parameter[0] for name, parameter in lm.named_parameters() if is_expert(name, lm)]
-        backward += max(parameter.numel() for parameter in unpacked) * lm.dtype.itemsize
-    return Step(activations, logits, backward)
+    def run(self, tokens: int) -> Step:
+        """Counts one step with this many tokens."""
+        lm, batch, kept = self.lm, _batch(self.stage, tokens), dict[nn.Module, int]()
+        with LiveBytes() as counted, ExitStack() as hooks:
+            at_head: list[int] = []
+
+            def before(layer: nn.Module, _inputs: Any) -> None:
+                kept[layer] = -counted.live
+
+            def after(layer: nn.Module, _inputs: Any, _output: Any) -> None:
+                if not at_head:  # else it is computed again
+                    kept[layer] += counted.live
+
+            def mark(*_: Any) -> None:
+                at_head.append(counted.live)
+                counted.peak = counted.live
+
+            for layer in self.layers:
+                hooks.callback(layer.register_forward_pre_hook(before).remove)
+                hooks.callback(layer.register_forward_hook(after).remove)
+            hooks.callback(lm.base_model.register_forward_hook(mark).remove)
+            loss = _loss(lm, self.stage, self.device, batch)
+            seen = at_head[0]
+            logits, counted.peak = counted.peak - seen, counted.live
+            growth = dict(kept)
+            loss.backward()
+            backward = counted.peak - seen
+        layout = cast(Layout, batch.layout)
+        rows = layout.sequences(torch.device("cpu"))[0].numel() / layout.tokens
+        attention = {module for module, _ in layout.calls}
+        # A layer without attention runs a row a sequence.
+        shares = {layer: 1 if attention.intersection(layer.modules()) else rows for layer in self.layers}
+        more = sum(growth[layer] * (many * shares[layer] - 1) for layer, many in self.layers.items())
+        return Step(int(seen + more), logits, backward + self._unpacked())
+
+    def _unpacked(self) -> int:
+        """Bytes of the largest weight, which bitsandbytes unpacks while it multiplies."""
+        lm, quantization = self.lm, self.recipe.model.quantization
+        if quantization == "none":
+            return 0
+        found = [parameter for name, parameter in lm.named_parameters() if is_quantized(parameter, name, lm)]
+        if experts_kind(lm.config, quantization):  # one expert at a time
+            found += [parameter[0] for name, parameter in lm.named_parameters() if is_expert(name, lm)]
+        return max(parameter.numel() for parameter in found) * lm.dtype.itemsize
 
 
 def _batch(stage: str, tokens: int) -> AnswerBatch:

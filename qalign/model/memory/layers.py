@@ -1,0 +1,39 @@
+"""One layer of each kind instead of all layers of a model: what all of them take is worked out from these."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+class _Skipped(nn.Module):
+    """In place of a layer: passes on the hidden states that it is given."""
+
+    def forward(self, hidden_states: Any, *_: Any, **__: Any) -> Any:
+        return hidden_states
+
+
+def keep_one_of_each_kind(lm: PreTrainedModel, trial: Callable[[], object]) -> dict[nn.Module, int]:
+    """Replaces layers by ones that do nothing, so that one of each kind is left, if the model can run so: `trial` runs
+    it. Returns the layers that are left, and how many of their kind there were."""
+    config = lm.config.get_text_config()
+    count = config.num_hidden_layers
+    lists = (module for module in lm.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    layers = next((module for module in lists if len(module) == count), None)
+    if layers is None:
+        return {}
+    types, all_layers, kinds = getattr(config, "layer_types", None) or [None] * count, list(layers), {}
+    for number, layer in enumerate(all_layers):
+        shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())
+        kinds.setdefault((types[number], type(layer), shapes), []).append(number)
+    for which in (-1, 0):  # some layers use the keys of the last ones of other kinds, some those of earlier ones
+        kept = {numbers[which]: len(numbers) for numbers in kinds.values()}
+        for number in range(count):
+            layers[number] = all_layers[number] if number in kept else _Skipped()
+        try:
+            trial()
+            return {all_layers[number]: many for number, many in kept.items()}
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            layers[:] = all_layers
+    return dict.fromkeys(all_layers, 1)
