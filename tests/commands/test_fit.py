@@ -27,17 +27,18 @@ GIB = 2**30
 @pytest.fixture(scope="module", autouse=True)
 def each_step_once():
     """The same step of the same model is run once for all tests here."""
-    run, known = memory.run_step, {}
+    run, known = memory.StepModel.run, {}
 
-    def remembered(lm, recipe, stage, *args):
-        config, kind = lm.config.to_json_string(use_diff=False), type(lm).__name__
-        key = (config, kind, stage, lm.dtype, str(recipe.lora), recipe.model.quantization, args)
+    def remembered(self, tokens):
+        config, recipe = self.lm.config.to_json_string(use_diff=False), self.recipe
+        about = (config, self.stage, self.lm.dtype, str(recipe.lora), recipe.model.quantization)
+        key = (*about, self.device, self.checkpointing, tokens)
         if key not in known:
-            known[key] = run(lm, recipe, stage, *args)
+            known[key] = run(self, tokens)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory, "run_step", remembered)
+        patch.setattr(memory.StepModel, "run", remembered)
         yield
 
 

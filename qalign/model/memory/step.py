@@ -195,7 +195,7 @@ class StepModel:
     (`cuda` or `cpu`) would allocate."""
 
     def __init__(self, lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, *, checkpointing: bool):
-        self.lm, self.recipe, self.stage, self.device = lm, recipe, stage, device
+        self.lm, self.recipe, self.stage, self.device, self.checkpointing = lm, recipe, stage, device, checkpointing
         lm.set_attn_implementation(_ATTENTION[device])
         self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, _batch(stage, 9)))
         if checkpointing:
@@ -218,8 +218,7 @@ class StepModel:
                 kept[layer] = -counted.live
 
             def after(layer: nn.Module, _inputs: Any, _output: Any) -> None:
-                if not at_head:  # else it is computed again
-                    kept[layer] += counted.live
+                kept[layer] += counted.live
 
             def mark(*_: Any) -> None:
                 at_head.append(counted.live)
@@ -230,9 +229,8 @@ class StepModel:
                 hooks.callback(layer.register_forward_hook(after).remove)
             hooks.callback(lm.base_model.register_forward_hook(mark).remove)
             loss = _loss(lm, self.stage, self.device, batch)
-            seen = at_head[0]
+            seen, growth = at_head[0], dict(kept)  # the backward may compute layers again
             logits, counted.peak = counted.peak - seen, counted.live
-            growth = dict(kept)
             loss.backward()
             backward = counted.peak - seen
         layout = cast(Layout, batch.layout)
