@@ -55,8 +55,11 @@ def report(recipe: Recipe, given: str | None) -> None:
         print_table(stage, table_of_stage)
     if dpo := forecasts.get("dpo"):
         held = {name: size for name, size in dpo.fixed.items() if name not in ("gradients", "optimiser")}
-        held["KV cache"] = SIDE_BY_SIDE * measured_cache(dpo.model()).bytes(spec.max_length)
-        print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
+        try:
+            held["KV cache"] = SIDE_BY_SIDE * measured_cache(dpo.model()).bytes(spec.max_length)
+            print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
+        except UserError as error:  # the other stages train all the same
+            print(f"evaluate: {error}")
 
 
 def as_stored(recipe: Recipe) -> Recipe:

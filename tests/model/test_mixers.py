@@ -62,6 +62,12 @@ def test_layers_computed_again_use_the_layout_of_their_own_batch():
     assert all((own[name] - grad).norm() < 1e-4 * grad.norm() for name, grad in expected.items())
 
 
+def test_a_token_whose_embedding_is_zero_hides_nothing():
+    lm = family("qwen3_5_text")
+    lm.get_input_embeddings().weight.data[[0, 2]] = 0.0  # the first of 30 ids spread over 64 are 0 and 2
+    assert str(packing_of(lm).mixers) == "Qwen3_5GatedDeltaNet"
+
+
 class Shifted(nn.Module):
     """Adds a part of the token before: it mixes, around a module that does too."""
 

@@ -35,5 +35,6 @@ def keep_one_of_each_kind(lm: PreTrainedModel, trial: Callable[[], object]) -> d
             trial()
             return {all_layers[number]: many for number, many in kept.items()}
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
-            layers[:] = all_layers
+            for number, layer in enumerate(all_layers):
+                layers[number] = layer
     return dict.fromkeys(all_layers, 1)

@@ -32,6 +32,9 @@ from qalign.model.logps import pair_logps
 from qalign.model.memory.layers import keep_one_of_each_kind
 from qalign.model.packing.attention import BLOCK_QUERIES
 
+HEAD_TOKENS = 4096  # of a tile of TRL's head
+SCANNED = 512  # tokens: the longest row that models are run with which may go through it token by token
+
 
 @dataclass(frozen=True)
 class Step:
@@ -79,7 +82,7 @@ class _AttentionShape(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query, key, value, seen):
-        output = query.new_empty(*query.shape[:-1], value.shape[-1])
+        output = torch.empty_like(query[..., : value.shape[-1]])  # in the order of the query, so without a copy below
         logsums = query.new_empty(query.shape[:-1], dtype=torch.float32)
         ctx.seen = seen
         ctx.save_for_backward(query, key, value, output, logsums)
@@ -94,8 +97,9 @@ class _AttentionShape(torch.autograd.Function):
         return *made[:3], None
 
 
-def _fused(module, query, key, value, attention_mask, *, layout: Layout, **_: Any):
-    layout.calls.append((module, None))
+def _fused(module, query, key, value, attention_mask, *, layout: Layout | None = None, **_: Any):
+    if layout is not None:
+        layout.calls.append((module, None))
     return cast(Tensor, _AttentionShape.apply(query, key, value, 0)).transpose(1, 2).contiguous(), None
 
 
@@ -136,7 +140,7 @@ class _TiledHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden, vocabulary, temporaries):
-        ctx.tile = (min(hidden.shape[0], 4096), 32768)
+        ctx.tile = (min(hidden.shape[0], HEAD_TOKENS), 32768)
         ctx.temporaries = (ctx.tile[0], min(vocabulary, 32768), temporaries)
         ctx.save_for_backward(hidden)
         hidden.new_empty(ctx.tile)
@@ -198,6 +202,14 @@ class StepModel:
         self.lm, self.recipe, self.stage, self.device, self.checkpointing = lm, recipe, stage, device, checkpointing
         lm.set_attn_implementation(_ATTENTION[device])
         self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, _batch(stage, 9)))
+        trial = _batch(stage, 9)
+        _states(lm, trial)
+        self.attention = {module for module, _ in cast(Layout, trial.layout).calls}
+        self.scans = any(not self.attention.intersection(layer.modules()) for layer in self.layers)
+        self._known: dict[int, Step] = {}
+        self._copied = 0
+        # The layers that are left stand for ones behind others, whose states have gradients.
+        lm.get_input_embeddings().register_forward_hook(self._with_gradients)
         if checkpointing:
             lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         set_training(lm)
@@ -208,13 +220,37 @@ class StepModel:
         for parameter in lm.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
+    def _with_gradients(self, _module: nn.Module, _inputs: Any, states: Tensor) -> Tensor:
+        self._copied = states.nbytes
+        return states.requires_grad_().clone()
+
     def run(self, tokens: int) -> Step:
+        """The memory of one step with this many tokens. Layers without attention may go through a sequence token by
+        token, so a model that has some is run with fewer tokens, from where its memory grows in a straight line."""
+        if not self.scans or tokens <= SCANNED:
+            return self._counted(tokens)
+        for count in (SCANNED // 2, SCANNED):
+            if count not in self._known:
+                self._known[count] = self._counted(count)
+        few, more = self._known[SCANNED // 2], self._known[SCANNED]
+        rise = (tokens - SCANNED) / (SCANNED - SCANNED // 2)
+        tiles = (min(tokens, HEAD_TOKENS) - SCANNED) / (SCANNED - SCANNED // 2)
+        return Step(
+            int(more.activations + rise * (more.activations - few.activations)),
+            int(more.logits + tiles * (more.logits - few.logits)),
+            int(more.backward + rise * (more.backward - few.backward)),
+        )
+
+    def _counted(self, tokens: int) -> Step:
         """Counts one step with this many tokens."""
         lm, batch, kept = self.lm, _batch(self.stage, tokens), dict[nn.Module, int]()
+        given: dict[nn.Module, tuple[weakref.ref[Any], int]] = {}
         with LiveBytes() as counted, ExitStack() as hooks:
             at_head: list[int] = []
 
-            def before(layer: nn.Module, _inputs: Any) -> None:
+            def before(layer: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+                states = inputs[0] if inputs else named["hidden_states"]
+                given[layer] = weakref.ref(states.untyped_storage()), states.nbytes
                 kept[layer] = -counted.live
 
             def after(layer: nn.Module, _inputs: Any, _output: Any) -> None:
@@ -223,9 +259,11 @@ class StepModel:
             def mark(*_: Any) -> None:
                 at_head.append(counted.live)
                 counted.peak = counted.live
+                for layer, (states, size) in given.items():  # what isn't kept goes once its layer is done
+                    kept[layer] -= size if states() is None else 0
 
             for layer in self.layers:
-                hooks.callback(layer.register_forward_pre_hook(before).remove)
+                hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(after).remove)
             hooks.callback(lm.base_model.register_forward_hook(mark).remove)
             loss = _loss(lm, self.stage, self.device, batch)
@@ -235,11 +273,10 @@ class StepModel:
             backward = counted.peak - seen
         layout = cast(Layout, batch.layout)
         rows = layout.sequences(torch.device("cpu"))[0].numel() / layout.tokens
-        attention = {module for module, _ in layout.calls}
         # A layer without attention runs a row a sequence.
-        shares = {layer: 1 if attention.intersection(layer.modules()) else rows for layer in self.layers}
+        shares = {layer: 1 if self.attention.intersection(layer.modules()) else rows for layer in self.layers}
         more = sum(growth[layer] * (many * shares[layer] - 1) for layer, many in self.layers.items())
-        return Step(int(seen + more), logits, backward + self._unpacked())
+        return Step(int(seen - self._copied + more), logits, backward + self._unpacked())
 
     def _unpacked(self) -> int:
         """Bytes of the largest weight, which bitsandbytes unpacks while it multiplies."""

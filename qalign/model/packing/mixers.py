@@ -122,7 +122,7 @@ def _mixes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     shape = (1, PROBE_TOKENS)
 
     def other(states: Tensor) -> Tensor:
-        return torch.cat([-3 * states[:, :1], states[:, 1:]], dim=1) if states.is_floating_point() else states
+        return torch.cat([-3 * states[:, -1:], states[:, 1:]], dim=1) if states.is_floating_point() else states
 
     try:
         changed_args, changed_kwargs = _mapped(other, shape, (args, kwargs))

@@ -48,7 +48,8 @@ def packing_of(lm: PreTrainedModel) -> Packing:
     Its modules that mix tokens without attention are found, and packed pairs are run: an answer must have the hidden
     states of a row of its own. ALiBi fails, as it measures distances in the row instead of positions.
     """
-    ids = [number * (lm.config.get_text_config().vocab_size - 1) // 30 for number in range(30)]
+    # From 1: the first id may be the padding, whose embedding is 0.
+    ids = [number * (lm.config.get_text_config().vocab_size - 1) // 30 for number in range(1, 31)]
     prompt, one, other, end = ids[:12], ids[12:20], ids[20:28], ids[28:]
     probe = Layout(((PROBE_TOKENS, ()),))
     alone = torch.tensor([prompt + end[:1]], device=lm.device)
