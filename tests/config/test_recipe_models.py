@@ -36,6 +36,14 @@ class Shape(NamedTuple):
     card: int | None = None  # the recipe's GPU in GB
 
 
+# Of 42 layers 7 see everything, with heads of 512, not 256. Only the first 24, 4 of the 7 among them, have k and v.
+# Each layer has a gate and a projection for its own 256 numbers a token, which one layer makes for all.
+GEMMA4_E4B = (
+    35 * 2 * (2560 + 2048) + 7 * 2 * (2560 + 4096) + 20 * 2 * (2560 + 512) + 4 * 2 * (2560 + 1024)
+    + 42 * 3 * (2560 + 10240) + 42 * 2 * (2560 + 256) + (2560 + 42 * 256)
+)  # fmt: skip
+
+
 def gated(hidden: int, mlp: int) -> int:
     """Of Qwen3.5: 8 layers of attention, whose queries come with a gate, and 24 of Gated DeltaNet (q, k and v in one
     layer, the gate z, b and a a number for each of 32 heads, the output)."""
@@ -62,6 +70,7 @@ SHAPES = {
     ),
     "qwen3.5_4b": Shape("Qwen3.5-4B", gated(2560, 9216), 8),
     "qwen3.5_9b": Shape("Qwen3.5-9B", gated(4096, 12288), 12),
+    "gemma4_e4b": Shape("gemma-4-E4B-it", GEMMA4_E4B, 12),
     "gpt_oss_20b": Shape("gpt-oss-20b", 24 * (2 * (2880 + 4096) + 2 * (2880 + 512)), 16),  # attention alone
 }
 
@@ -116,7 +125,7 @@ SMOLLM3 = """\
 {{- message.content + "<|im_end|>\n" }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|im_start|>assistant\n" + empty }}{% endif %}"""
-ENDS = {"qwen3_5_think": "<|im_end|>", "gptoss": "<|return|>", "smollm3": "<|im_end|>"}
+ENDS = {"qwen3_5_think": "<|im_end|>", "gptoss": "<|return|>", "smollm3": "<|im_end|>", "gemma4_v5": "<turn|>"}
 THOUGHTLESS = {"role": "assistant", "content": "No, they root in cold soil."}
 THOUGHTFUL = THOUGHTLESS | {"reasoning_content": "Bulbs need cold."}
 
@@ -141,6 +150,7 @@ def learned(name: str, family: str, answer: dict, **kwargs) -> str:
         ("smollm3_3b", "smollm3", "No, they root in cold soil.<|im_end|>"),
         ("qwen3.5_4b", "qwen3_5_think", "No, they root in cold soil.<|im_end|>"),
         ("qwen3.5_9b", "qwen3_5_think", "No, they root in cold soil.<|im_end|>"),
+        ("gemma4_e4b", "gemma4_v5", "No, they root in cold soil.<turn|>"),
         ("gpt_oss_20b", "gptoss", "<|channel|>final<|message|>No, they root in cold soil.<|return|>"),
     ],
     indirect=["name"],
@@ -186,6 +196,10 @@ TOWERS = {  # that read images
     "mistral3": {
         "model_type": "pixtral", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "head_dim": 16,
         "num_attention_heads": 2, "patch_size": 4, "image_size": 16,
+    },
+    "gemma4": {
+        "model_type": "gemma4_vision", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "global_head_dim": 16,
     },
     "qwen3_5": {
         "depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32,
