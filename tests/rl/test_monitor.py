@@ -25,7 +25,9 @@ def planted(monkeypatch, tiny_folder, recipe_of, held_out, rewards):
             "max_new_tokens": 40, "patience": 2, "learning_rate": 2e-2, "kl_coefficient": 0.0,
             "missing_eos_penalty": 0.0, "limit": 4, "on_alarm": "stop",
         }  # fmt: skip
-        return run_stage(recipe_of(**keys))
+        path = Path(recipe_of(**keys))
+        path.write_text(f"{path.read_text()}\nseed: 5\n")  # with some seeds, ten iterations are too few to learn it
+        return run_stage(str(path))
 
     return run
 

@@ -6,7 +6,6 @@ import pytest
 
 from qalign.config.load import load as load_recipe
 from qalign.errors import UserError
-from qalign.model.base import load
 from qalign.train.dataset import RENDERED_AT, rendered_at
 from qalign.train.loop import load_base
 from qalign.train.run_folder import RunFolder
@@ -34,7 +33,7 @@ def test_a_run_records_the_date_and_is_resumed_with_it(dated):
     asked = [{"role": "user", "content": "Hi"}]
     for resume, year in ((True, 2020), (False, before.year)):
         run.resume = resume
-        template = load_base(run, load).template
+        template = load_base(run).template
         assert template.now.year == year
         assert f"{year}user:Hi" in template.render(asked, add_generation_prompt=True)
 

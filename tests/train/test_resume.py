@@ -170,7 +170,8 @@ def test_what_was_killed_after_the_last_step_resumes_without_another(stage, leng
 def test_the_best_checkpoint_is_the_one_that_is_kept_after_a_resume_too(step, tiny_folder, tmp_path, monkeypatch):
     """With steps this large the first one is the best. Its checkpoint goes on being kept, and is verified."""
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
-    keys = {"eval_data": HELD_OUT, "eval_every": 1, "save_every": 1, "trainer": {**best, "eval_on_start": True}}
+    keys = {"eval_data": HELD_OUT, "eval_every": 1, "save_every": 1, "learning_rate": 0.2}
+    keys["trainer"] = {**best, "eval_on_start": True}
     whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, "dpo", **keys))
     losses = {line["step"]: line["eval_loss"] for line in metrics(whole) if line["step"] and "eval_loss" in line}
     assert min(losses, key=losses.get) == 1, losses
