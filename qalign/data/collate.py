@@ -117,12 +117,14 @@ class Layout:
         for number, starts in enumerate(self.starts):
             for which, start in enumerate(starts):
                 group[start:], branch[start:] = number, which
-        group, branch, position = (tensor.to(device) for tensor in (group, branch, self.positions()[0]))
+        # The window as a tensor: a number would be compiled in, once for each window and for none.
+        reach = torch.tensor(self.tokens if window is None else window)
+        group, branch, position, reach = (tensor.to(device) for tensor in (group, branch, self.positions()[0], reach))
 
         def sees(_batch: Tensor | int, _head: Tensor | int, query: Tensor, key: Tensor) -> Tensor:
             seen = (group[query] == group[key]) & (query >= key)
             seen = seen & ((branch[key] == 0) | (branch[key] == branch[query]))
-            return seen if window is None else seen & (position[query] - position[key] < window)
+            return seen & (position[query] - position[key] < reach)
 
         count = -(-self.tokens // _BLOCK)
         keys = torch.arange(self.tokens, device=device)
