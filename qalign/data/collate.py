@@ -86,22 +86,25 @@ class Layout:
         runs = [torch.arange(s.first_position, s.first_position + s.own[1] - s.own[0]) for s in self.segments]
         return torch.cat(runs)[None]
 
+    def places(self) -> list[list[int]]:
+        """Where the tokens of each whole sequence, a prefix with one of its branches, stand in the packed row."""
+        found: list[list[int]] = []
+        for (prefix_length, branches), (prefix, *starts) in zip(self.groups, self.starts, strict=True):
+            trunk = [*range(prefix, prefix + prefix_length)]
+            found += [[*trunk, *range(s, s + n)] for s, n in zip(starts, branches, strict=True)] or [trunk]
+        return found
+
     def sequences(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Whole sequences, each prefix with one of its branches, as rows: where their tokens stand in the packed row,
-        int64 `(sequences, longest)`, short ones padded with their last token, and where each token of the packed row
-        stands in these rows, flattened: int64 `(tokens,)`."""
+        """Whole sequences as rows: where their tokens stand in the packed row, int64 `(sequences, longest)`, short ones
+        padded with their last token, and where each token of the packed row stands in these rows, flattened: int64
+        `(tokens,)`."""
         if device not in self._sequences:
-            rows: list[Tensor] = []
-            for (prefix_length, branches), (prefix, *starts) in zip(self.groups, self.starts, strict=True):
-                trunk = torch.arange(prefix, prefix + prefix_length)
-                ends = [torch.arange(s, s + length) for s, length in zip(starts, branches, strict=True)]
-                rows += [torch.cat([trunk, branch]) for branch in ends] or [trunk]
-            rows = [row for row in rows if len(row)]
-            longest, places = max(map(len, rows)), torch.empty(self.tokens, dtype=torch.int64)
+            rows = [torch.tensor(places) for places in self.places() if places]
+            longest, home = max(map(len, rows)), torch.empty(self.tokens, dtype=torch.int64)
             for number, row in enumerate(rows):
-                places[row] = number * longest + torch.arange(len(row))
+                home[row] = number * longest + torch.arange(len(row))
             padded = [torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows]
-            self._sequences[device] = torch.stack(padded).to(device), places.to(device)
+            self._sequences[device] = torch.stack(padded).to(device), home.to(device)
         return self._sequences[device]
 
     def block_mask(self, window: int | None, device: torch.device) -> "BlockMask":
@@ -193,12 +196,7 @@ def pack(rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept
         for sequence in sequences:
             ids += sequence[shared:]
     layout = Layout(tuple(groups))
-    indices = [
-        [*range(prefix, prefix + shared), *range(branch, branch + length)]
-        for (shared, lengths), (prefix, *branches) in zip(layout.groups, layout.starts, strict=True)
-        for length, branch in zip(lengths, branches, strict=True)
-    ]
-    return _batch(rows, torch.tensor([ids]), indices, position_ids=layout.positions(), layout=layout)
+    return _batch(rows, torch.tensor([ids]), layout.places(), position_ids=layout.positions(), layout=layout)
 
 
 def pad(rows: Sequence[AnsweredPrompt], pad_token_id: int) -> AnswerBatch:

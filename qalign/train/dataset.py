@@ -193,8 +193,8 @@ def rendered_at(run: RunFolder) -> datetime | None:
 
 
 def check_same_rows(run: RunFolder, key: str, rows: list[Any]) -> None:
-    """Raises a `UserError` if the rows under a key of the recipe aren't those that the run began with, such as those of
-    a file that was edited since: a resumed run would count steps of other rows."""
+    """Compares the rows under a key of the recipe with those that the run began with: a `UserError` if they differ, as
+    after a file was edited, because a resumed run would count steps of other rows."""
     file, was = run.path / ROWS_HASH, None
     with suppress(OSError, ValueError, AttributeError):  # an older run, or a damaged file
         was = json.loads(file.read_text(encoding="utf-8")).get(key)

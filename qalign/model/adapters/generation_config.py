@@ -68,17 +68,19 @@ def _usable(settings: dict[str, Any]) -> tf.GenerationConfig | None:
 
 def _ids(config: tf.GenerationConfig) -> list[bool]:
     """Whether each special token of a config is an id, as a whole number from 0 on."""
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    found = (config.bos_token_id, config.pad_token_id, *ends)
+    found = (config.bos_token_id, config.pad_token_id, *_ends(config))
     return [type(token) is int and token >= 0 for token in found if token is not None]
+
+
+def _ends(config: tf.GenerationConfig) -> list[Any]:
+    return config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
 
 
 def trained(lm: tf.PreTrainedModel, template: ChatTemplate) -> tf.GenerationConfig:
     """How plain transformers should generate with a trained model: as the base does, but an answer also ends with the
     end of turn that was trained."""
     config, tokenizer = deepcopy(cast(tf.GenerationConfig, lm.generation_config)), template.tokenizer
-    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = [*end_of_turn_ids(template), *ends, tokenizer.eos_token_id]
+    ends = [*end_of_turn_ids(template), *_ends(config), tokenizer.eos_token_id]
     config.eos_token_id = list(dict.fromkeys(end for end in ends if end is not None))
     config.pad_token_id = tokenizer.pad_token_id
     config.bos_token_id = config.bos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id

@@ -3,7 +3,7 @@
 import math
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -58,23 +58,28 @@ def text_layers(lm: PreTrainedModel) -> dict[str, nn.Module]:
     prefix = next(f"{name}." if name else "" for name, module in lm.named_modules() if module is decoder)
     others = {name_of(lm, lm.get_output_embeddings()), *routers(lm)}
     layers = {name: layer for name, layer in own_layers(lm).items() if name.startswith(prefix) and name not in others}
-    used = _used(decoder, layers.values())
+    used = _used(decoder, list(layers.values()))
     return {name: layer for name, layer in layers.items() if layer in used}
 
 
 @torch.no_grad()
-def _used(decoder: nn.Module, layers: Iterable[nn.Module]) -> set[nn.Module]:
+def _used(decoder: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Module]:
     """Those of these layers that the forward of a text calls; all of them if the model can't be run like that."""
-    used: set[nn.Module] = set()
+    try:
+        ids = torch.arange(3, device=next(decoder.parameters()).device)[None]
+        return _called_by(lambda: decoder(input_ids=ids, use_cache=False), layers)
+    except Exception:  # on the meta device, whatever a model's code does with numbers that aren't there
+        return set(layers)
+
+
+def _called_by(run: Callable[[], object], modules: Iterable[nn.Module]) -> set[nn.Module]:
+    """Those of these modules that `run` calls."""
+    called: set[nn.Module] = set()
     with ExitStack() as hooks:
-        for layer in layers:
-            hooks.callback(layer.register_forward_pre_hook(lambda module, _: used.add(module)).remove)
-        try:
-            ids = torch.arange(3, device=next(decoder.parameters()).device)[None]
-            decoder(input_ids=ids, use_cache=False)
-        except Exception:  # on the meta device, whatever a model's code does with numbers that aren't there
-            return set(layers)
-    return used
+        for module in modules:
+            hooks.callback(module.register_forward_pre_hook(lambda module, _: called.add(module)).remove)
+        run()
+    return called
 
 
 def routers(lm: nn.Module) -> list[str]:
@@ -111,12 +116,7 @@ def _refused_by_peft(lm: PreTrainedModel, leaves: Iterable[str]) -> set[str]:
 def leave_out(lm: PreTrainedModel, run: Callable[[], object]) -> list[str]:
     """Releases what no text reaches, such as the tower that reads images, and returns the names. Of the layers and the
     experts none is released: `run`, which runs a text through the model, may not reach every expert."""
-    called: set[nn.Module] = set()
-    hooks = [module.register_forward_pre_hook(lambda module, _: called.add(module)) for module in lm.modules()]
-    run()
-    for hook in hooks:
-        hook.remove()
-    found = list(_unreached(lm, called))
+    found = list(_unreached(lm, _called_by(run, lm.modules())))
     for parent, name, _ in found:
         setattr(parent, name, None)
     try:

@@ -22,6 +22,7 @@ def keep_one_of_each_kind(lm: PreTrainedModel, trial: Callable[[], object]) -> d
     lists = (module for module in lm.get_decoder().modules() if isinstance(module, nn.ModuleList))
     layers = next((module for module in lists if len(module) == count), None)
     if layers is None:
+        trial()
         return {}
     types, all_layers, kinds = getattr(config, "layer_types", None) or [None] * count, list(layers), {}
     for number, layer in enumerate(all_layers):
@@ -37,4 +38,5 @@ def keep_one_of_each_kind(lm: PreTrainedModel, trial: Callable[[], object]) -> d
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
             for number, layer in enumerate(all_layers):
                 layers[number] = layer
+    trial()
     return dict.fromkeys(all_layers, 1)

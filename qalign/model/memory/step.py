@@ -201,9 +201,8 @@ class StepModel:
     def __init__(self, lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, *, checkpointing: bool):
         self.lm, self.recipe, self.stage, self.device, self.checkpointing = lm, recipe, stage, device, checkpointing
         lm.set_attn_implementation(_ATTENTION[device])
-        self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, _batch(stage, 9)))
         trial = _batch(stage, 9)
-        _states(lm, trial)
+        self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, trial))
         self.attention = {module for module, _ in cast(Layout, trial.layout).calls}
         self.scans = any(not self.attention.intersection(layer.modules()) for layer in self.layers)
         self._known: dict[int, Step] = {}
