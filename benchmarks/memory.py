@@ -87,10 +87,10 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        with base.packed_attention() if stage != "sft" else torch.enable_grad():
+        with base.packed_attention():
             trainer.training_step(model, batch)
         return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as counted, base.packed_attention() if stage != "sft" else torch.enable_grad():
+    with LiveBytes() as counted, base.packed_attention():
         trainer.training_step(model, batch)
     return counted.peak
 

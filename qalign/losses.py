@@ -209,12 +209,6 @@ def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float
     return 0.5 * torch.maximum(free_error, bounded_error), bounded_error > free_error
 
 
-def entropy(logits: Tensor) -> Tensor:
-    """Entropy of the next token in nats: `(..., vocabulary)` to `(...)`."""
-    logps = logits.log_softmax(dim=-1)
-    return -(logps.exp() * logps).sum(dim=-1)
-
-
 @dataclass(frozen=True)
 class Moments:
     """Running mean and variance of scores."""

@@ -150,13 +150,6 @@ def test_clipped_value_loss_by_hand(value, old, target, loss, clipped):
     assert was.item() is clipped
 
 
-def test_entropy_by_hand():
-    assert losses.entropy(torch.zeros(3, 4)).tolist() == pytest.approx([math.log(4)] * 3)
-    logits = torch.tensor([0.7, 0.2, 0.1], dtype=torch.float64).log() + 5
-    expected = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1))
-    assert losses.entropy(logits).item() == pytest.approx(expected, rel=1e-12)
-
-
 # --- scores and KL coefficient ---------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ the full logits never exist in memory.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,6 @@ from transformers.utils.generic import ModelOutput
 
 from qalign.data.collate import AnswerBatch
 from qalign.errors import UserError
-from qalign.losses import entropy
 
 _CHUNK_ELEMENTS = 2**25  # of one chunk of logits: 128 MB in float32, for any vocabulary
 
@@ -60,14 +59,21 @@ def answer_states(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
 def state_logps(lm: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs `(targets,)` in nats of tokens, from the hidden states before them, under the distribution that
     sampling at this temperature draws from."""
-    return cast(Tensor, _HeadLogps.apply(states, targets, lm, temperature))
+    logps, *_ = cast(tuple[Tensor, ...], _HeadLogps.apply(states, targets, lm, temperature, False))
+    return logps
 
 
-@torch.no_grad()
-def state_entropies(lm: PreTrainedModel, states: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropies `(targets,)` of that distribution, in nats."""
-    chunks = states.split(_chunk_size(lm))
-    return torch.cat([entropy(head_logits(lm, chunk).float() / temperature) for chunk in chunks])
+class TokenScores(NamedTuple):
+    """What a model says about some tokens, each `(targets,)`; gradients reach `logps` alone."""
+
+    logps: Tensor  # float32, nats
+    entropies: Tensor  # float32, nats: of the whole distribution
+    is_top: Tensor  # bool: no token is more likely; of equally likely ones the first counts
+
+
+def token_scores(lm: PreTrainedModel, states: Tensor, targets: Tensor, temperature: float = 1.0) -> TokenScores:
+    """`state_logps` and what else the same logits say, without a second product with the output layer."""
+    return TokenScores(*cast(tuple[Tensor, ...], _HeadLogps.apply(states, targets, lm, temperature, True)))
 
 
 def _chunk_size(lm: PreTrainedModel) -> int:
@@ -84,10 +90,10 @@ class _HeadLogps(torch.autograd.Function):
     backward would take three."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm: PreTrainedModel, temperature: float) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, lm: PreTrainedModel, temperature: float, all_scores: bool):
         size = _chunk_size(lm)
         wants_grad = ctx.needs_input_grad[0]
-        logps, directions = [], []
+        logps, entropies, is_top, directions = [], [], [], []
         for states, ids in zip(hidden.split(size), targets.split(size), strict=True):
             with torch.set_grad_enabled(wants_grad):
                 states = states.detach().requires_grad_(wants_grad)
@@ -97,19 +103,26 @@ class _HeadLogps(torch.autograd.Function):
             weights = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
             chosen = weights.gather(1, ids[:, None])
             top = weights.amax(dim=1, keepdim=True)
+            is_top += [weights.argmax(dim=1) == ids] if all_scores else []
             total = weights.sub_(top).exp_().sum(dim=1, keepdim=True)  # in place: each pass over the logits costs time
             logps.append((chosen - top - total.log())[:, 0])
+            if all_scores:
+                mean = (weights * logits.detach()).sum(dim=1, keepdim=True) / total
+                entropies.append((top + total.log() - mean)[:, 0])
             if wants_grad:
                 slope = weights.div_(-total).scatter_add_(1, ids[:, None], torch.ones_like(chosen))
                 directions.append(torch.autograd.grad(logits, states, slope.to(logits.dtype))[0])
         if wants_grad:
             ctx.save_for_backward(torch.cat(directions))
-        return torch.cat(logps)
+        if not all_scores:
+            return torch.cat(logps), None, None
+        ctx.mark_non_differentiable(others := torch.cat(entropies), tops := torch.cat(is_top))
+        return torch.cat(logps), others, tops
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor):
         (directions,) = ctx.saved_tensors
-        return (grad_outputs[0][:, None] * directions).to(directions.dtype), None, None, None
+        return (grad_outputs[0][:, None] * directions).to(directions.dtype), None, None, None, None
 
 
 @dataclass

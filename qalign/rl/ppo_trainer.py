@@ -22,7 +22,7 @@ from qalign.config.stages import PPO
 from qalign.data.collate import AnswerBatch, MicroBatchLimit
 from qalign.errors import UserError, gradients_not_finite, not_finite
 from qalign.model.base import Role
-from qalign.model.logps import answer_states, state_entropies, state_logps
+from qalign.model.logps import answer_states, state_logps, token_scores
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
 from qalign.rl.rewards import combined, value_start
 from qalign.rl.rollout_batch import Indices, RolloutBatch, SampledAnswers
@@ -113,8 +113,8 @@ class PPOTrainer:
         if role is Role.VALUE or (role is Role.POLICY and not self._value_adapter):
             rollout.values[where] = self._values(states).cpu()
         if role is Role.POLICY:
-            rollout.old_logps[where] = state_logps(lm, states, batch.targets, temperature).cpu()
-            rollout.entropies[where] = state_entropies(lm, states, temperature).cpu()
+            found = token_scores(lm, states, batch.targets, temperature)
+            rollout.old_logps[where], rollout.entropies[where] = found.logps.cpu(), found.entropies.cpu()
         if role is Role.REFERENCE:
             rollout.reference_logps[where] = state_logps(lm, states, batch.targets, temperature).cpu()
 

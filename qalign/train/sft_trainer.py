@@ -1,9 +1,9 @@
 """TRL's `SFTTrainer` on qalign's token ids."""
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
-from itertools import pairwise
-from typing import Any, cast
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import chain
+from typing import Any
 
 import datasets
 import torch
@@ -11,16 +11,20 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from qalign.data.collate import Layout
 from qalign.data.tokenize import IGNORED, TokenDialogue
 from qalign.model.base import Base
+from qalign.model.logps import token_scores
 from qalign.train.adapter_trainer import AdapterTrainer
 
 
 class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     """TRL's `SFTTrainer` on rows that are token ids already, with float32 adapters and plain adapter folders as
-    checkpoints. `base` has a trainable policy; held-out rows are never packed."""
+    checkpoints. Its loop, losses and metrics stay; two things are qalign's own. The rows of a micro-batch stand behind
+    one another without padding, where the base can run packed rows. And the head runs at supervised positions alone.
+    (TRL's does so on CUDA only.) `base` has a trainable policy; held-out rows are never packed into full rows."""
 
     def __init__(
         self,
@@ -35,13 +39,19 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         with float32_kept(base.model):
             data: dict[str, Any] = {"train_dataset": _columns(train_rows), "eval_dataset": _columns(eval_rows)}
             super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
+        # NEFTune's noise depends on the length of a row, so there a row stays one dialogue unless `packing` is set.
+        self.without_padding = args.packing or not (base.padding_reason or args.neftune_noise_alpha)
+        if self.without_padding:
+            self.data_collator = packed_row
         self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
-    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """TRL's; packed dialogues are run like packed pairs, as transformers' masks don't keep them apart in every
-        family, and mask what could be skipped."""
-        with self.base.packed_attention() if cast(SFTConfig, self.args).packing else nullcontext():
-            return super().training_step(model, inputs, num_items_in_batch)
+    def packed_attention(self) -> AbstractContextManager[None]:
+        """The attention for what the collator makes; the backward belongs inside too."""
+        return self.base.packed_attention() if self.without_padding else nullcontext()
+
+    def train(self, *args, **kwargs):
+        with self.packed_attention():
+            return super().train(*args, **kwargs)
 
     def compute_loss_context_manager(self) -> ExitStack:
         found = super().compute_loss_context_manager()
@@ -50,20 +60,28 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss: the mean over all supervised tokens of the optimiser step."""
-        if "attention_mask" not in inputs:
-            inputs = packed_row(inputs)
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        called: Any = model if self.aux_loss_enabled else self._with_own_head  # its own adds the router loss
+        found = super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         loss = found[0] if return_outputs else found
         if not torch.isfinite(loss):
             self.check_finite(loss, [self._places.get(ids, "a row") for ids in _sequences(inputs)])
         return found
+
+    def _with_own_head(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:
+        """The model as TRL's `compute_loss` calls it, which takes sums over what it returns; here supervised positions
+        alone."""
+        lm, learned = self.base.lm, labels[:, 1:] != IGNORED
+        states = lm.base_model(**inputs).last_hidden_state[:, :-1][learned]
+        logps, entropies, is_top = token_scores(lm, states, labels[:, 1:][learned])
+        mask = torch.ones_like(is_top)
+        return FusedCausalLMOutput(log_probs=logps, entropy=entropies, is_top1=is_top, label_mask=mask)  # pyright: ignore[reportArgumentType]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The mean over all supervised tokens of the held-out rows. (`Trainer` takes the mean of its batches' means,
         which depends on the batch size.)"""
         self.base.model.eval()
         total, tokens = 0.0, 0
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), self.packed_attention():
             for inputs in self.get_eval_dataloader(eval_dataset):
                 tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
                 total += self.compute_loss(self.base.model, inputs, num_items_in_batch=1).item()
@@ -84,13 +102,14 @@ def float32_kept(model: nn.Module) -> Iterator[None]:
             parameter.data = weights[name]
 
 
-def packed_row(inputs: dict[str, Any]) -> dict[str, Any]:
-    """A row of dialogues that TRL has packed, as qalign's attention takes it: with a layout in place of what TRL gives
-    to other attentions. Its position ids, int64 `(1, tokens)`, start again with each dialogue."""
-    starts = (inputs["position_ids"][0] == 0).nonzero()[:, 0].tolist()
-    lengths = [end - start for start, end in pairwise([*starts, inputs["position_ids"].shape[1]])]
+def packed_row(examples: list[dict[str, list[int]]]) -> dict[str, Any]:
+    """The rows of a micro-batch as one row without padding, with a layout that keeps its dialogues apart. Rows that TRL
+    has packed say in `seq_lengths` which dialogues they hold."""
+    lengths = [length for row in examples for length in row.get("seq_lengths", [len(row["input_ids"])])]
     layout = Layout(tuple((length, ()) for length in lengths))
-    return {name: inputs[name] for name in ("input_ids", "labels", "position_ids")} | {"layout": layout}
+    ids, labels = (torch.tensor([[*chain(*(row[name] for row in examples))]]) for name in ("input_ids", "labels"))
+    labels[:, [start for (start,) in layout.starts]] = IGNORED  # no token before them predicts them
+    return {"input_ids": ids, "labels": labels, "position_ids": layout.positions(), "layout": layout}
 
 
 def _columns(rows: list[TokenDialogue] | None) -> datasets.Dataset | None:

@@ -52,6 +52,27 @@ def test_in_16_bits_log_probs_are_those_of_what_is_sampled_from(tiny_folder, tem
     torch.testing.assert_close(slope, wanted, rtol=2e-2, atol=2e-2 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_entropies_and_most_likely_tokens(tiny_folder, dtype, temperature, monkeypatch):
+    """Over several chunks. In bfloat16 many logits tie, and of those the first is the most likely one."""
+    lm = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
+    lm.lm_head.requires_grad_(False)
+    monkeypatch.setattr(logps, "_CHUNK_ELEMENTS", 7 * lm.config.vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    states = (torch.randn(40, lm.config.hidden_size, generator=generator) * 8).to(dtype)
+    logits = lm.lm_head(states).float()
+    last = logits.shape[1] - 1 - logits.flip(1).argmax(dim=1)  # of those that are most likely
+    targets = torch.where(torch.arange(40) % 2 == 0, logits.argmax(dim=1), last)
+    found = logps.token_scores(lm, states.requires_grad_(True), targets, temperature)
+    assert torch.equal(found.logps, logps.state_logps(lm, states, targets, temperature))
+    expected = torch.distributions.Categorical(logits=logits / temperature).entropy()
+    torch.testing.assert_close(found.entropies, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(found.is_top, logits.argmax(dim=1) == targets)
+    assert found.is_top.sum() < 40 or dtype == torch.float32, "the test would not notice which of two counts"
+    assert (found.logps.requires_grad, found.entropies.requires_grad) == (True, False)
+
+
 @ways
 def test_each_token_has_the_log_prob_of_the_full_softmax(model, pairs, way):
     batched, told = WAYS[way]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qalign.config.load import load
+from tests.train.talks import write_kind
 
 
 @pytest.fixture(scope="module")
@@ -22,3 +23,17 @@ def recipe(tmp_path, tiny_folder, write_jsonl):
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {{base: {tiny_folder}}}\noutput: {tmp_path / 'runs'}\ndpo: {{data: {data}}}\n")
     return load(str(path))
+
+
+@pytest.fixture(scope="session")
+def kind_folder(tmp_path_factory):
+    """Gives a folder with a tiny random model of some family (`tests.train.talks.KINDS`)."""
+    made = {}
+
+    def folder(kind: str) -> str:
+        if kind not in made:
+            made[kind] = str(tmp_path_factory.mktemp("kinds") / kind)
+            write_kind(kind, made[kind])
+        return made[kind]
+
+    return folder

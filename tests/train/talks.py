@@ -5,12 +5,14 @@ from pathlib import Path
 
 import torch
 import trl
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.formats import Dialogue, PlainText
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogues
 from qalign.model.base import Base, Role, load
+from tests.conftest import FIXTURES
 from tests.data.test_tokenize import plain
 from tests.helpers import plain_config, scramble
 
@@ -79,3 +81,43 @@ def logps_alone(base: Base, row: TokenDialogue) -> torch.Tensor:
 def mean_loss(base: Base, sequences: list[TokenDialogue]) -> float:
     """The mean over all supervised tokens of some rows."""
     return -torch.cat([logps_alone(base, row) for row in sequences]).mean().item()
+
+
+# --- tiny models of some families ------------------------------------------------------------------------------------
+
+TINY = {
+    "vocab_size": 2006, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "pad_token_id": 2002, "bos_token_id": 2000,
+    "eos_token_id": 2005,
+}  # fmt: skip
+ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS = {
+    "llama": {},
+    "mistral": {"sliding_window": 8},
+    "qwen3": {},
+    "gemma2": {**ALTERNATING, "final_logit_softcapping": 3.0, "attn_logit_softcapping": 2.0},
+    "gemma3_text": ALTERNATING,
+    "phi3": {"sliding_window": 8},
+    "granite": {"logits_scaling": 4.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3},
+    "cohere": {"logit_scale": 0.25},
+    "gpt_oss": {**ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "qwen3_5_text": {
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16,
+        "linear_value_head_dim": 16,
+    },
+}
+
+
+def write_kind(kind: str, folder: str) -> None:
+    """Writes a random model of 2 layers of some family, as a plain model folder with Llama 3's kind of tokenizer."""
+    torch.manual_seed(0)
+    lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY | KINDS.get(kind, {})))
+    for parameter in lm.parameters():
+        if parameter.dim() > 1:  # large enough that every token matters
+            torch.nn.init.normal_(parameter, std=0.1)
+    lm.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3").save_pretrained(folder)

@@ -4,17 +4,15 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qalign.config.recipe import Model
 from qalign.data.collate import Layout
 from qalign.data.tokenize import IGNORED
 from qalign.errors import UserError
 from qalign.model.base import Base
-from qalign.train.sft_trainer import SupervisedTrainer, packed_row
-from tests.conftest import FIXTURES
+from qalign.train.sft_trainer import SupervisedTrainer
 from tests.reward_runs import run_stage, write_recipe
-from tests.train.talks import config, logps_alone, mean_loss, rows, scrambled, write_talks
+from tests.train.talks import KINDS, config, logps_alone, mean_loss, rows, scrambled, write_talks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -29,50 +27,6 @@ def losses(trainer) -> list[float]:
 
 
 # --- packing ---------------------------------------------------------------------------------------------------------
-
-TINY = {
-    "vocab_size": 2006, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "initializer_range": 0.1, "pad_token_id": 2002, "bos_token_id": 2000,
-    "eos_token_id": 2005,
-}  # fmt: skip
-ALTERNATING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
-KINDS = {
-    "llama": {},
-    "mistral": {"sliding_window": 8},
-    "qwen3": {},
-    "gemma2": ALTERNATING,
-    "gemma3_text": ALTERNATING,
-    "phi3": {"sliding_window": 8},
-    "gpt_oss": {**ALTERNATING, "num_local_experts": 2, "num_experts_per_tok": 1},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "qwen3_5_text": {
-        "layer_types": ["linear_attention", "full_attention"],
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 16,
-        "linear_value_head_dim": 16,
-    },
-}
-
-
-@pytest.fixture(scope="session")
-def kind_folder(tmp_path_factory):
-    """Gives a random model of 2 layers of some family, as a plain model folder with Llama 3's kind of tokenizer."""
-    made = {}
-
-    def folder(kind: str) -> str:
-        if kind not in made:
-            made[kind] = str(tmp_path_factory.mktemp("kinds") / kind)
-            torch.manual_seed(0)
-            lm = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY | KINDS.get(kind, {})))
-            for parameter in lm.parameters():
-                if parameter.dim() > 1:  # large enough that every token matters
-                    torch.nn.init.normal_(parameter, std=0.1)
-            lm.save_pretrained(made[kind])
-            AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3").save_pretrained(made[kind])
-        return made[kind]
-
-    return folder
 
 
 def packer(base: Base, folder) -> SupervisedTrainer:
@@ -89,10 +43,9 @@ def difference_by_packing(base: Base, trainer: SupervisedTrainer, *, apart: bool
     most = 0.0
     base.model.eval()
     for batch in trainer.get_train_dataloader():
-        starts = (batch["position_ids"][0] == 0).nonzero()[:, 0].tolist()
+        tokens, starts = batch["input_ids"].shape[1], [start for (start,) in batch["layout"].starts]
         assert len(starts) > 2
-        tokens = batch["input_ids"].shape[1]
-        batch = packed_row(batch) | ({} if apart else {"layout": Layout(((tokens, ()),))})
+        batch |= {} if apart else {"layout": Layout(((tokens, ()),))}
         with base.packed_attention():
             found = base.model(**batch, use_cache=False, fused_lm_head=True).log_probs[0].double()
         for start, end in zip(starts, [*starts[1:], tokens], strict=True):

@@ -2,7 +2,7 @@
 tensors have a shape and no data, and the bytes of the tensors that are alive are counted.
 
 It runs the same code as training (head in chunks, checkpointing, adapters), so a change of that code changes the
-forecast. Attention, SFT's head and bitsandbytes' unpacking of weights are replaced by what they allocate.
+forecast. Attention and bitsandbytes' unpacking of weights are replaced by what they allocate.
 """
 
 import copy
@@ -28,11 +28,10 @@ from qalign.model.adapters.weights import set_training
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import names_of, run_experts
 from qalign.model.loading import auto_class
-from qalign.model.logps import pair_logps
+from qalign.model.logps import state_logps, token_scores
 from qalign.model.memory.layers import keep_one_of_each_kind
 from qalign.model.packing.attention import BLOCK_QUERIES
 
-HEAD_TOKENS = 4096  # of a tile of TRL's head
 SCANNED = 512  # tokens: the longest row that models are run with which may go through it token by token
 
 
@@ -134,27 +133,6 @@ AttentionInterface.register(_ATTENTION["cuda"], _fused)
 AttentionInterface.register(_ATTENTION["cpu"], _blocks)
 
 
-class _TiledHead(torch.autograd.Function):
-    """What the head of TRL's `SFTTrainer` allocates: logits in tiles of up to 4,096 tokens by 32,768 words, and on a
-    CPU 29 bytes of temporaries for each logit of a tile (`trl.kernels.chunked_logprob`)."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden, vocabulary, temporaries):
-        ctx.tile = (min(hidden.shape[0], HEAD_TOKENS), 32768)
-        ctx.temporaries = (ctx.tile[0], min(vocabulary, 32768), temporaries)
-        ctx.save_for_backward(hidden)
-        hidden.new_empty(ctx.tile)
-        return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor):
-        (hidden,) = ctx.saved_tensors
-        grad = torch.empty_like(hidden, dtype=torch.float32)
-        tiles = hidden.new_empty(ctx.tile), hidden.new_empty(ctx.temporaries, dtype=torch.uint8)
-        del tiles
-        return grad.to(hidden.dtype), None, None
-
-
 def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The base with a stage's adapter on the meta device, in the dtype that it computes in."""
     config = copy.deepcopy(config)
@@ -233,10 +211,9 @@ class StepModel:
                 self._known[count] = self._counted(count)
         few, more = self._known[SCANNED // 2], self._known[SCANNED]
         rise = (tokens - SCANNED) / (SCANNED - SCANNED // 2)
-        tiles = (min(tokens, HEAD_TOKENS) - SCANNED) / (SCANNED - SCANNED // 2)
         return Step(
             int(more.activations + rise * (more.activations - few.activations)),
-            int(more.logits + tiles * (more.logits - few.logits)),
+            self._logits(tokens),
             int(more.backward + rise * (more.backward - few.backward)),
         )
 
@@ -265,7 +242,7 @@ class StepModel:
                 hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(after).remove)
             hooks.callback(lm.base_model.register_forward_hook(mark).remove)
-            loss = _loss(lm, self.stage, self.device, batch)
+            loss = _loss(lm, self.stage, batch, _states(lm, batch))
             seen, growth = at_head[0], dict(kept)  # the backward may compute layers again
             logits, counted.peak = counted.peak - seen, counted.live
             loss.backward()
@@ -276,6 +253,14 @@ class StepModel:
         shares = {layer: 1 if self.attention.intersection(layer.modules()) else rows for layer in self.layers}
         more = sum(growth[layer] * (many * shares[layer] - 1) for layer, many in self.layers.items())
         return Step(int(seen - self._copied + more), logits, backward + self._unpacked())
+
+    def _logits(self, tokens: int) -> int:
+        """The head's peak alone, in addition to the hidden states."""
+        batch, width = _batch(self.stage, tokens), self.lm.config.get_text_config().hidden_size
+        hidden = torch.empty(tokens, width, dtype=self.lm.dtype, device="meta", requires_grad=True)
+        with LiveBytes() as counted:
+            _loss(self.lm, self.stage, batch, hidden)
+        return counted.peak
 
     def _unpacked(self) -> int:
         """Bytes of the largest weight, which bitsandbytes unpacks while it multiplies."""
@@ -296,15 +281,14 @@ def _batch(stage: str, tokens: int) -> AnswerBatch:
     return pack([pair], last_token="kept" if stage == "reward" else "dropped").to(torch.device("meta"))
 
 
-def _loss(lm: PreTrainedModel, stage: str, device: str, batch: AnswerBatch) -> Tensor:
-    """A stage's loss, up to arithmetic on a few numbers per row. It keeps no intermediate result alive."""
-    if stage == "sft":
-        vocabulary = cast(nn.Linear, lm.get_output_embeddings()).weight.shape[0]
-        temporaries = 0 if device == "cuda" else 29
-        return cast(Tensor, _TiledHead.apply(_states(lm, batch), vocabulary, temporaries)).sum()
+def _loss(lm: PreTrainedModel, stage: str, batch: AnswerBatch, hidden: Tensor) -> Tensor:
+    """A stage's loss from hidden states `(tokens, hidden)`, up to arithmetic on a few numbers per row. It keeps no
+    intermediate result alive."""
+    if stage == "sft":  # at most every token is supervised, as in plain texts
+        return token_scores(lm, hidden, batch.input_ids[0]).logps.sum()
     if stage == "reward":
-        return cast(nn.Linear, lm.score)(_states(lm, batch)[batch.last_tokens].float()).sum()
-    return pair_logps(lm, batch).sum()
+        return cast(nn.Linear, lm.score)(hidden[batch.last_tokens].float()).sum()
+    return state_logps(lm, hidden[batch.predictors], batch.targets).sum()
 
 
 def _states(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
