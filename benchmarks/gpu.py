@@ -113,7 +113,7 @@ def measure(side, steps: list, deadline: float, found: dict) -> dict:
 
 def longest_pair(side, limit: int, vocabulary: int, deadline: float) -> int:
     """Tokens of the longest pair that a step of one pair fits; half of them are the prompt, the rest each answer."""
-    from benchmarks.gpu_sides import random_pair
+    from benchmarks.random_models import random_pair
 
     def fits(length: int) -> bool:
         pair = random_pair([length // 2] * 3, vocabulary, f"of {length}")

@@ -18,7 +18,7 @@ from transformers import GptOssConfig, LlamaConfig, LlamaForCausalLM, Qwen3MoeCo
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from benchmarks.gpu_sides import TINY, as_base, fixture_tokenizer, random_lm, random_pair
+from benchmarks.random_models import TINY, as_base, fixture_tokenizer, random_lm, random_pair
 from qalign import dpo
 from qalign.config.load import load
 from qalign.config.recipe import Lora

@@ -19,7 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.gpu_sides import FIXTURES, fixture_tokenizer, pairs_like
+from benchmarks.gpu_sides import pairs_like
+from benchmarks.random_models import FIXTURES, fixture_tokenizer
 from qalign.config.recipe import Lora, Model
 from qalign.model.base import Base, Role, load
 from qalign.model.generation import Sampling, TransformersEngine

