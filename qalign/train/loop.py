@@ -244,8 +244,8 @@ def rows_at_once(settings: Stage) -> int | Literal["auto"]:
 
 
 def micro_batch(settings: Stage, planned: Plan, longest: int) -> MicroBatchLimit:
-    """How much one forward pass takes. SFT's rows are drawn by TRL's loop, so for `auto` it takes the largest divisor of
-    `batch_size` with which a micro-batch of the longest rows stays within the plan."""
+    """How much one forward pass takes. SFT's rows are drawn by TRL's loop, so for `auto` it takes the largest divisor
+    of `batch_size` with which a micro-batch of the longest rows stays within the plan."""
     size = rows_at_once(settings)
     if size == "auto" and not isinstance(settings, SFT):
         return MicroBatchLimit(tokens=planned.tokens)
