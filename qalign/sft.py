@@ -3,8 +3,8 @@
     python -m qalign.sft RECIPE [key=value …] [--resume | --overwrite]
 
 TRL's `SFTTrainer` runs it on token ids made by qalign: only the assistant's turns are supervised, each with its end of
-turn, whether or not the chat template marks them. Departures from TRL: adapters stay float32 on a 4-bit base, nothing is
-computed on padding, and the output layer runs at supervised positions alone.
+turn, whether or not the chat template marks them. Departures from TRL: adapters stay float32 on a 4-bit base, nothing
+is computed on padding, and the output layer runs at supervised positions alone.
 """
 
 import shlex
