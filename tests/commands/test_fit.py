@@ -29,12 +29,12 @@ def each_step_once():
     """The same step of the same model is run once for all tests here."""
     run, known = memory.StepModel.run, {}
 
-    def remembered(self, tokens):
+    def remembered(self, tokens, *, checkpointing):
         config, recipe = self.lm.config.to_json_string(use_diff=False), self.recipe
         about = (config, self.stage, self.lm.dtype, str(recipe.lora), recipe.model.quantization)
-        key = (*about, self.device, self.checkpointing, tokens)
+        key = (*about, self.lm.config._attn_implementation, checkpointing, tokens)
         if key not in known:
-            known[key] = run(self, tokens)
+            known[key] = run(self, tokens, checkpointing=checkpointing)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:

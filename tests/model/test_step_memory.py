@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+import transformers as tf
 
+from qalign.config.recipe import Recipe
+from qalign.model.memory import forecast as memory
 from qalign.model.memory.step import LiveBytes
 
 
@@ -40,3 +43,28 @@ def test_live_bytes_see_what_autograd_keeps(device):
         assert counted.peak >= 400 + 400 + 4
         weight.grad = None
         assert counted.live == 0
+
+
+def test_a_plan_builds_the_model_once_and_runs_each_step_once(tiny_folder, monkeypatch):
+    """A model of 32 layers with its adapter takes a second; a plan tries some numbers of tokens, with and without
+    checkpointing."""
+    built, run, real, step = [], [], memory.meta_model, memory.StepModel.run
+    monkeypatch.setattr(memory, "meta_model", lambda *args: built.append(args) or real(*args))
+
+    def counted(self, tokens, *, checkpointing):
+        run.append((tokens, checkpointing))
+        return step(self, tokens, checkpointing=checkpointing)
+
+    monkeypatch.setattr(memory.StepModel, "run", counted)
+    keys = {"model": {"base": tiny_folder}, "output": "unused", "dpo": {"data": "unused"}}
+    config = tf.AutoConfig.from_pretrained(tiny_folder)
+    forecast = memory.Forecast(Recipe.model_validate(keys), "dpo", config, "cuda", torch.bfloat16)
+    with_all, with_none = (forecast.total(8192, layers) for layers in (forecast.layers, 0))
+    assert with_all < with_none
+    planned = forecast.plan((with_all + with_none) // 2, 300)
+    assert 0 < planned.checkpointed_layers <= forecast.layers
+    assert len(built) == 1
+    assert len(run) == len(set(run)) <= 6
+    assert forecast.total(8192, 0) == with_none  # whatever ran in between
+    again = memory.Forecast(Recipe.model_validate(keys), "dpo", config, "cuda", torch.bfloat16)
+    assert (again.total(8192, 0), again.total(8192, again.layers)) == (with_none, with_all)

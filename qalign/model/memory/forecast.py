@@ -70,15 +70,16 @@ class Forecast:
         self.layers: int = self.config.get_text_config().num_hidden_layers
         self.reach = reach_of(config) or 2**20
         self._steps: dict[tuple[int, bool], Step] = {}
-        self._models: dict[bool, StepModel] = {}
-        self.fixed = self._fixed()
+        lm = self.model()
+        self.fixed = self._fixed(lm)
+        self._step_model = StepModel(lm, recipe, stage, device)  # cuts it down
 
     def with_recipe(self, recipe: Recipe) -> "Forecast":
         """The forecast for another recipe: same stage, base, device and dtype."""
         return Forecast(recipe, self.stage, self.config, self.device, self.dtype)
 
-    def _fixed(self) -> dict[str, int]:
-        lm, settings, width = self.model(), self.settings, self.dtype.itemsize
+    def _fixed(self, lm: PreTrainedModel) -> dict[str, int]:
+        settings, width = self.settings, self.dtype.itemsize
         weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, adapter
@@ -106,12 +107,9 @@ class Forecast:
 
     def step(self, tokens: int, *, checkpointing: bool) -> Step:
         """The memory of a micro-batch of this many tokens."""
-        if checkpointing not in self._models:
-            options = {"checkpointing": checkpointing}
-            self._models[checkpointing] = StepModel(self.model(), self.recipe, self.stage, self.device, **options)
         key = tokens, checkpointing
         if key not in self._steps:
-            self._steps[key] = self._models[checkpointing].run(tokens)
+            self._steps[key] = self._step_model.run(tokens, checkpointing=checkpointing)
         return self._steps[key]
 
     def total(self, tokens: int, checkpointed: int) -> int:

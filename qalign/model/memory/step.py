@@ -176,20 +176,17 @@ class StepModel:
     """A model that `meta_model` made, with one layer of each kind, to run steps of a stage on and count what a `device`
     (`cuda` or `cpu`) would allocate."""
 
-    def __init__(self, lm: PreTrainedModel, recipe: Recipe, stage: str, device: str, *, checkpointing: bool):
-        self.lm, self.recipe, self.stage, self.device, self.checkpointing = lm, recipe, stage, device, checkpointing
+    def __init__(self, lm: PreTrainedModel, recipe: Recipe, stage: str, device: str):
+        self.lm, self.recipe, self.stage = lm, recipe, stage
         lm.set_attn_implementation(_ATTENTION[device])
         trial = _batch(stage, 9)
         self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, trial))
         self.attention = {module for module, _ in cast(Layout, trial.layout).calls}
         self.scans = any(not self.attention.intersection(layer.modules()) for layer in self.layers)
-        self._known: dict[int, Step] = {}
+        self._known: dict[tuple[int, bool], Step] = {}
         self._copied = 0
         # The layers that are left stand for ones behind others, whose states have gradients.
         lm.get_input_embeddings().register_forward_hook(self._with_gradients)
-        if checkpointing:
-            lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
-        set_training(lm)
         if device == "cpu" and lm.dtype != torch.float32:
             for name, module in lm.named_modules():  # there PEFT casts inputs itself, as it asks for CUDA's autocast
                 if "lora_A." in name:
@@ -201,15 +198,22 @@ class StepModel:
         self._copied = states.nbytes
         return states.requires_grad_().clone()
 
-    def run(self, tokens: int) -> Step:
-        """The memory of one step with this many tokens. Layers without attention may go through a sequence token by
-        token, so a model that has some is run with fewer tokens, from where its memory grows in a straight line."""
+    def run(self, tokens: int, *, checkpointing: bool) -> Step:
+        """The memory of one step with this many tokens, with all layers checkpointed or none. Layers without attention
+        may go through a sequence token by token, so a model that has some is run with fewer tokens, from where its
+        memory grows in a straight line."""
+        if checkpointing:
+            self.lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        else:
+            self.lm.activation_checkpointing_disable()
+        set_training(self.lm)
         if not self.scans or tokens <= SCANNED:
             return self._counted(tokens)
-        for count in (SCANNED // 2, SCANNED):
-            if count not in self._known:
-                self._known[count] = self._counted(count)
-        few, more = self._known[SCANNED // 2], self._known[SCANNED]
+        sizes = [(count, checkpointing) for count in (SCANNED // 2, SCANNED)]
+        for key in sizes:
+            if key not in self._known:
+                self._known[key] = self._counted(key[0])
+        few, more = (self._known[key] for key in sizes)
         rise = (tokens - SCANNED) / (SCANNED - SCANNED // 2)
         return Step(
             int(more.activations + rise * (more.activations - few.activations)),
