@@ -10,6 +10,7 @@ import argparse
 import importlib
 import logging
 import os
+import platform
 import select
 import shlex
 import signal
@@ -23,7 +24,7 @@ from qalign.config.load import load
 from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
 from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, short
-from qalign.model import origin
+from qalign.model import cache, origin
 from qalign.train.run_folder import RunFolder
 
 COMMANDS = {
@@ -84,8 +85,7 @@ def program(name: str = "") -> str:
 
 def exit_code(work: Callable[[], None]) -> int:
     """Runs `work`. Returns 0, or 2 after one printed line for each error, or 128 + the signal that stopped it."""
-    # One process uses one GPU: with several visible, Trainer would split batches over them.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    _set_up_torch()
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without arrows must not stop a run
@@ -99,6 +99,19 @@ def exit_code(work: Callable[[], None]) -> int:
         if not any([_reader_is_gone(sys.stdout), _reader_is_gone(sys.stderr)]):
             raise  # another pipe, of a library
         return PIPE_CLOSED
+
+
+def _set_up_torch() -> None:
+    """Sets what torch reads from the environment when it starts. Whatever the user has set stays."""
+    # One process uses one GPU: with several visible, Trainer would split batches over them.
+    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    for name, folder in cache.compile_caches().items():
+        os.environ.setdefault(name, folder)
+    # Segments that can't grow leave gaps: DPO at 7B reserved 23.3 GiB for 19.0. WSL's driver refuses them
+    # (pytorch/pytorch issue 192330), and Windows and macOS don't have them.
+    has_segments = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if has_segments and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _outcome(work: Callable[[], None]) -> int:

@@ -1,4 +1,5 @@
-"""The cache of converted and quantised bases: folders with a manifest, verified each time they are used.
+"""The cache of converted and quantised bases: folders with a manifest, verified each time they are used. Beside
+them stands what PyTorch compiles.
 
 A cache that can't be written costs time, never the run. Imports no torch.
 """
@@ -26,6 +27,17 @@ def cache_folder() -> Path:
     if str(cache).startswith("~"):
         raise UserError("this user has no home folder; set XDG_CACHE_HOME to a folder for what is cached")
     return cache / "qalign"
+
+
+def compile_caches() -> dict[str, str]:
+    """Environment variables that make PyTorch and Triton keep in the cache what they compile, so that only the first
+    run waits for FlexAttention. (PyTorch's own place is a temporary folder.) Empty if the cache can't be written."""
+    with suppress(UserError, OSError):
+        folder = Path(os.path.abspath(cache_folder() / "compiled"))
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+    return {}
 
 
 def is_whole(folder: Path, *, weights: bool = True) -> bool:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -76,6 +77,58 @@ def test_one_gpu_is_seen(monkeypatch, before, after):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
     cli.exit_code(lambda: None)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == after
+
+
+@pytest.mark.parametrize(
+    ("kernel", "given", "expected"),
+    [
+        ("6.8.0-generic", {}, {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}),
+        ("6.8.0-generic", {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        ("6.8.0-generic", {"PYTORCH_CUDA_ALLOC_CONF": ""}, {"PYTORCH_CUDA_ALLOC_CONF": ""}),
+        ("5.15.90.1-microsoft-standard-WSL2", {}, {}),
+    ],
+)
+def test_memory_is_taken_in_segments_that_grow_where_the_driver_has_them(monkeypatch, kernel, given, expected):
+    monkeypatch.setattr(os, "environ", {"HOME": "/nowhere", **given})
+    monkeypatch.setattr(platform, "release", lambda: kernel)
+    cli.exit_code(lambda: None)
+    assert {name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")} == expected
+
+
+@pytest.mark.parametrize("given", [{}, {"TRITON_CACHE_DIR": "mine"}])
+def test_what_is_compiled_is_kept_in_the_cache(monkeypatch, tmp_path, given):
+    monkeypatch.setattr(os, "environ", {"XDG_CACHE_HOME": str(tmp_path), **given})
+    cli.exit_code(lambda: None)
+    folder = tmp_path / "qalign" / "compiled"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == given.get("TRITON_CACHE_DIR", str(folder / "triton"))
+
+
+def test_a_cache_that_cannot_be_written_is_not_used_for_what_is_compiled(monkeypatch, tmp_path, capsys):
+    (tmp_path / "qalign").write_text("a file in its place")
+    for given in ({"XDG_CACHE_HOME": str(tmp_path)}, {"XDG_CACHE_HOME": "~nobody-by-this-name/.cache"}):
+        monkeypatch.setattr(os, "environ", dict(given))
+        assert cli.exit_code(lambda: None) == 0
+        assert not {"TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"} & os.environ.keys()
+    assert capsys.readouterr().err == ""
+
+
+def test_torch_finds_these_settings(tmp_path):
+    """It is imported after them, by a command's own work."""
+    code = """if True:
+        import sys
+        from qalign import cli
+        def work():
+            assert "torch" not in sys.modules
+            from torch._inductor.runtime import cache_dir_utils
+            print(cache_dir_utils.cache_dir(), cache_dir_utils.triton_cache_dir(0))
+        sys.exit(cli.exit_code(work))
+    """
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        environment.pop(name, None)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert found.stdout.split() == [str(tmp_path / "qalign" / "compiled" / name) for name in ("inductor", "triton")]
 
 
 def test_out_of_memory_anywhere_is_one_line(capsys):
