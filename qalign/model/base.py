@@ -10,7 +10,6 @@ from typing import Any, Literal, cast
 
 import peft
 import torch
-from peft.tuners.tuners_utils import BaseTuner
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.errors import UserError
 from qalign.model.adapters import targets, weights
 from qalign.model.adapters.files import HEAD, SCORE_HEAD, WEIGHTS
+from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, parameter_count, parts_left_out, reach_of, tensor_bytes
@@ -59,7 +59,7 @@ class Base:
         origin: where the weights come from.
         template: where the chat template comes from, in words.
         max_length: `model.max_length`, or how far the base reaches if that is less; for commands on a finished run.
-        dtype: the dtype of matrix products; adapters are float32 and autocast to it.
+        dtype, device: of matrix products; adapters are float32 and autocast to it.
         left_out: the parts of the checkpoint that no text reaches, which are not held.
         reference: what the reference is made of, in words.
         role, role_switches: the active role, and the number of role changes so far.
@@ -70,7 +70,8 @@ class Base:
     ):
         lm.requires_grad_(False)
         lm.eval()
-        self.lm, self.dtype, self._base_parameters = lm, lm.dtype, parameter_count(lm)
+        self._switch = AdapterSwitch(lm)
+        self.lm, self.dtype, self.device, self._base_parameters = lm, lm.dtype, lm.device, parameter_count(lm)
         self.model: PreTrainedModel | peft.PeftModel = lm
         self.template, self.tokenizer, self.origin, self.spec = template, template.tokenizer, origin, spec
         self.max_length = min(spec.max_length, reach_of(lm.config) or spec.max_length)
@@ -85,13 +86,14 @@ class Base:
         that gives scores. A `UserError` if a target fits no layer of the language model, or the output layer."""
         config = targets.new_config(lora, self.lm, self.spec.base)
         try:
-            self._attach(role, config, with_head=_gives_scores(role))
-            if lora.init == "loftq":
-                original, *_ = load_weights(self.spec, form="original")
-                weights.start_with_loftq(self.model, original, role)
+            with self._changing_adapters():
+                self._attach(role, config, with_head=_gives_scores(role))
+                if lora.init == "loftq":
+                    original, *_ = load_weights(self.spec, form="original")
+                    weights.start_with_loftq(self.model, original, role)
+                self._settle(role, trainable=True)
         except ValueError as error:
             raise UserError(f"lora: no adapter can be put on {self.spec.base}: {error}") from None
-        self._settle(role, trainable=True)
 
     def add_head(self, role: str) -> None:
         """Adds a trainable scalar head that starts at 0, for a value model that doesn't start from a reward model. A
@@ -111,22 +113,22 @@ class Base:
             raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
         if SCORE_HEAD not in tensors and _gives_scores(role) and not trainable:
             raise UserError(f"{folder}: gives answers; expected a reward adapter, which gives scores")
-        try:
-            self._attach(role, config, with_head=_gives_scores(role))
-            if role in self._heads:  # an SFT adapter, from which a reward model starts, has none: its head is new
-                tensors.setdefault(SCORE_HEAD, self._heads[role].weight.detach())
-            weights.fill(cast(peft.PeftModel, self.model), role, tensors, folder, self.spec.base)
-        except BaseException as error:
-            if self.role == role:
-                self._switch(Role.BASE)
-            if role in self._configs:
-                cast(peft.PeftModel, self.model).delete_adapter(role)
-            self._heads.pop(role, None)
-            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, UNFIT):
-                raise
-            reason = " ".join((str(error) or repr(error)).splitlines()[:2])
-            raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.spec.base}: {reason}") from None
-        self._settle(role, trainable=trainable)
+        with self._changing_adapters():
+            try:
+                self._attach(role, config, with_head=_gives_scores(role))
+                if role in self._heads:  # an SFT adapter, from which a reward model starts, has none: its head is new
+                    tensors.setdefault(SCORE_HEAD, self._heads[role].weight.detach())
+                weights.fill(cast(peft.PeftModel, self.model), role, tensors, folder, self.spec.base)
+                self._settle(role, trainable=trainable)
+            except BaseException as error:
+                self.role = Role.BASE if self.role == role else self.role
+                if role in self._configs:
+                    cast(peft.PeftModel, self.model).delete_adapter(role)
+                self._heads.pop(role, None)
+                if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, UNFIT):
+                    raise
+                reason = " ".join((str(error) or repr(error)).splitlines()[:2])
+                raise UserError(f"{folder}: this adapter is broken or doesn't fit {self.spec.base}: {reason}") from None
 
     def load_reference(self, folder: str) -> None:
         """Makes a frozen copy of a saved adapter the reference. Call it after the policy was made."""
@@ -151,21 +153,31 @@ class Base:
             self._heads[role] = cast(Any, self.lm.score).modules_to_save[role]
             self._heads[role].reset_parameters()
 
+    @contextmanager
+    def _changing_adapters(self) -> Iterator[None]:
+        """For PEFT to add or delete an adapter."""
+        self._switch.put_adapters_in_place()
+        try:
+            yield
+        finally:
+            weights.make_trainable(self.model, self._trained)
+            self._switch = AdapterSwitch(self.model)
+            flags = self._switch.flags()
+            self._switch.activate(self.role if self.role in self._configs else None)
+            self._switch.restore(flags)
+
     def _settle(self, role: str, *, trainable: bool) -> None:
         """Makes a new adapter float32 (PEFT leaves some of it in the base's dtype, and updates round away in 16 bits),
-        and makes the trained roles trainable, and no other, as PEFT goes by which one is active."""
+        and trained or not."""
         if trainable:
             self._trained.add(role)
         for parameter in adapter_parameters(self.model, role).values():
             parameter.data = parameter.data.float()
-        self.model.requires_grad_(False)
-        for trained in self._trained:
-            for parameter in adapter_parameters(self.model, trained).values():
-                parameter.requires_grad_(True)
 
     def trained_weights(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role's adapter, and of its head if it has one, by name."""
-        found = adapter_parameters(self.model, role)
+        with self.acting_as(role):
+            found = adapter_parameters(self.model, role)
         if role in self._heads:
             head = cast(nn.Parameter, self._heads[role].weight)
             found = {name: weight for name, weight in found.items() if weight is not head} | {f"{HEAD}.weight": head}
@@ -189,8 +201,8 @@ class Base:
         return sum(tensor_bytes(tensor) for tensor in tensors if id(tensor) not in added)
 
     def train(self) -> None:
-        """Training mode, as `weights.set_training` means it."""
-        weights.set_training(self.model)
+        """Training mode, as `AdapterSwitch.train` means it."""
+        self._switch.train()
 
     @contextmanager
     def acting_as(self, role: str) -> Iterator[PreTrainedModel]:
@@ -199,35 +211,25 @@ class Base:
 
         Only a trained role has dropout, and only while gradients are enabled. All roles compute in the same dtype.
         """
-        before = self.role
-        flags = [(p, p.requires_grad) for p in self.model.parameters()]
-        modes = [module for module in self.model.modules() if module.training]
+        before, flags = self.role, self._switch.flags()
         try:
-            self._switch(role)
-            if role in self._trained and torch.is_grad_enabled():
-                _restore(flags)  # PEFT's switch makes everything trainable that it activates
-            else:
-                self.model.eval()
-                self.model.requires_grad_(False)
-            with torch.autocast(self.lm.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            self._play(role)
+            if role not in self._trained or not torch.is_grad_enabled():
+                self._switch.restore(([], []))
+            elif role != before:  # PEFT may have changed them
+                self._switch.restore(flags)
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
                 yield self.lm
         finally:
-            self._switch(before)
-            _restore(flags)
-            for module in modes:
-                module.training = True
+            self._play(before)
+            self._switch.restore(flags)
 
-    def _switch(self, role: str) -> None:
+    def _play(self, role: str) -> None:
         if role == self.role or not isinstance(self.model, peft.PeftModel):
             return
         self.role_switches += 1
-        tuner = cast(BaseTuner, self.model.base_model)
-        if role in self._configs:
-            tuner.enable_adapter_layers()
-            self.model.set_adapter(role)
-        else:
-            tuner.disable_adapter_layers()
-        self.role = role
+        self.role = role  # first, so that a switch that is interrupted is undone
+        self._switch.activate(role if role in self._configs else None)
 
     def pair_scores(self, role: str, rows: Sequence[AnsweredPrompt]) -> Tensor:
         """A reward model's scores, float32 `(rows, answers each)`, with gradients if they are enabled and the role is
@@ -292,7 +294,7 @@ class Base:
     ) -> AnswerBatch:
         """Pairs, or prompts with answers, as tensors on the model's device, to be run inside `packed_attention`."""
         batch = pad(rows, self.tokenizer.pad_token_id) if self.padding_reason else pack(rows, last_token=last_token)
-        return batch.to(self.lm.device)
+        return batch.to(self.device)
 
     def tokens_taken(self, row: AnsweredPrompt) -> int:
         """The number of tokens that a pair, or a prompt with its answers, adds to a forward pass."""
@@ -311,12 +313,14 @@ class Base:
     def save_adapter(self, role: str, folder: Path) -> None:
         """Writes an adapter, the tokenizer and its chat template into a folder, as plain PEFT saves them."""
         model = cast(peft.PeftModel, self.model)
-        weights.save(model, role, folder, self.template, self.origin, exact_names=bool(self.left_out))
+        with self.acting_as(role):
+            weights.save(model, role, folder, self.template, self.origin, exact_names=bool(self.left_out))
 
     def restore_adapter(self, role: str, folder: Path) -> None:
         """Gives an adapter the weights that `save_adapter` wrote, such as a checkpoint's."""
-        tensors = load_file(folder / WEIGHTS, device=str(self.lm.device))
-        weights.fill(cast(peft.PeftModel, self.model), role, tensors, str(folder), self.spec.base)
+        tensors = load_file(folder / WEIGHTS, device=str(self.device))
+        with self.acting_as(role):
+            weights.fill(cast(peft.PeftModel, self.model), role, tensors, str(folder), self.spec.base)
 
     def lineage(self, stage: str, parent: str | None = None) -> Lineage:
         """The lineage of an adapter that is trained on this base, starting from the adapter folder `parent`."""
@@ -325,7 +329,7 @@ class Base:
     @property
     def precision(self) -> str:
         """The dtype and device of the computation, in words."""
-        return f"{str(self.dtype).removeprefix('torch.')} on {self.lm.device.type}"
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device.type}"
 
     def count_parameters(self) -> tuple[int, int]:
         """(trained parameters, the base's own parameters); 4-bit weights are counted one by one."""
@@ -334,11 +338,6 @@ class Base:
 
 def _gives_scores(role: str) -> bool:
     return role.partition("_")[0] in SCORING
-
-
-def _restore(flags: list[tuple[nn.Parameter, bool]]) -> None:
-    for parameter, wanted in flags:
-        parameter.requires_grad_(wanted)
 
 
 def load(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.model.adapters.files import WEIGHTS
-from qalign.model.adapters.weights import set_training
+from qalign.model.adapters.switch import AdapterSwitch
 from qalign.train.callbacks import checkpoint_layers
 from tests.helpers import metrics
 from tests.reward_runs import run_stage, write_recipe
@@ -49,7 +49,7 @@ def test_a_base_has_no_dropout_of_its_own_and_checkpointed_layers_run_again(name
     model.train()
     assert not torch.equal(gradients(model)[0], expected[0]), "it would have dropout"
     checkpoint_layers(model, checkpointed)
-    set_training(model)
+    AdapterSwitch(model).train()
     calls: list[int] = []
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for number, layer in enumerate(layers):
@@ -63,11 +63,11 @@ def test_a_base_has_no_dropout_of_its_own_and_checkpointed_layers_run_again(name
 
 def test_the_adapters_dropout_stays():
     model = adapted("granite", lora_dropout=0.5)
-    set_training(model)
+    AdapterSwitch(model).train()
     assert not torch.equal(gradients(model)[0], gradients(model)[0])
     assert not model.get_base_model().training
     assert model.training, "TRL asks the outermost module"
-    set_training(model.get_base_model())
+    AdapterSwitch(model.get_base_model()).train()
     assert not any(module.training for module in model.get_base_model().modules() if type(module).__name__ == "Linear")
 
 

@@ -1,6 +1,7 @@
 """The weights of adapters on a base: LoftQ's initialisation, reading with checks, saving."""
 
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +14,6 @@ from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import pad_for_scores
@@ -184,17 +184,12 @@ def adapter_parameters(model: nn.Module, role: str) -> dict[str, nn.Parameter]:
     return found
 
 
-def set_training(model: nn.Module) -> None:
-    """Puts the adapters' dropout into training mode, and leaves the base in evaluation mode: no role has dropout of the
-    base's own, which some families call as a function. Layers with gradient checkpointing ask for the flag too, and TRL
-    asks the outermost module."""
-    model.eval()
-    model.training = isinstance(model, peft.PeftModel)
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = module.gradient_checkpointing
-        elif isinstance(module, LoraLayer):
-            module.lora_dropout.train()
+def make_trainable(model: nn.Module, roles: Iterable[str]) -> None:
+    """Makes the adapters of these roles trainable, and nothing else: PEFT goes by which adapter is active."""
+    model.requires_grad_(False)
+    for role in roles:
+        for parameter in adapter_parameters(model, role).values():
+            parameter.requires_grad_(True)
 
 
 def save(

@@ -23,8 +23,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, Layout, pack
 from qalign.data.tokenize import TokenPair
+from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.targets import leave_out, new_config
-from qalign.model.adapters.weights import set_training
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import names_of, run_experts
 from qalign.model.loading import auto_class
@@ -206,7 +206,7 @@ class StepModel:
             self.lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         else:
             self.lm.activation_checkpointing_disable()
-        set_training(self.lm)
+        AdapterSwitch(self.lm).train()
         if not self.scans or tokens <= SCANNED:
             return self._counted(tokens)
         sizes = [(count, checkpointing) for count in (SCANNED // 2, SCANNED)]
