@@ -7,30 +7,28 @@ on the seed and the model, but not on which answers share a batch or when others
 import importlib.util
 import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 from random import shuffle
-from typing import Any, cast
+from typing import cast
 
-import peft
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from qalign.data.formats import Message
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_ids
 from qalign.errors import UserError
 from qalign.model.base import Base, Role
+from qalign.model.decoding.adapters import is_plain_lora, serves, spans_of
+from qalign.model.decoding.decoder import Decoder, decoder_of
+from qalign.model.decoding.rows import prompt_inputs
 from qalign.model.memory.forecast import free_memory
 
-COMPACT_AT = 0.25  # ended rows leave the batch once they are this share of it, because leaving copies the KV cache
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
 GREEDY_BELOW = 1e-3  # nucleus sampling below this temperature is greedy: dividing the logits by less could overflow
 TURN_TOKENS = 8  # steps of one batch before the next batch's turn: a change of role costs a third of a token on SmolLM2
@@ -99,100 +97,68 @@ def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: 
     """Decodes the answers to all requests token by token, and yields the new tokens after each step. An answer is
     complete with one of `stop_ids`, or with `max_new_tokens` tokens.
 
-    Roles whose adapters PEFT can mix in one batch are decoded together: a 4-bit base spends most of a step on unpacking
-    its weights, so two roles take little longer than one. Adapters that are more than LoRA take turns.
+    Roles with plain LoRA adapters are decoded together: a 4-bit base spends most of a step on unpacking its weights, so
+    two roles take little longer than one. Adapters that are more than LoRA take turns.
 
-    While the iterator is suspended, the base stays in its role and gradients are off: exhaust it in one thread, or
-    close it. `choose` samples the next tokens; it is `nucleus` if left out.
+    While the iterator is suspended, the base stays in a role and gradients are off: exhaust it in one thread, or close
+    it. `choose` samples the next tokens; it is `nucleus` if left out.
     """
     base.row_cache  # noqa: B018  (a `UserError` for a model that can't be sampled from)
-    turns = deque((batch, _decode(base, batch, sampling, choose or nucleus)) for batch in _batches(base, requests))
-    while turns:
-        batch, steps = turns.popleft()
-        roles = [request.role for request in batch.values()]
-        role = next((role for role in roles if role in base.adapters), roles[0])  # PEFT mixes while adapters are on
-        with torch.no_grad(), base.acting_as(role):
-            for _ in range(TURN_TOKENS) if turns else count():
-                if (step := next(steps, None)) is None:
-                    break
-                yield step
-            else:
-                turns.append((batch, steps))
+    decoder, roles = decoder_of(base), {request.role for request in requests}
+    held = {role for role in roles if serves(base, role)}
+    with torch.no_grad(), decoder.session(base, held), ExitStack() as closing:
+        turns = deque[tuple[str, Iterator[Step]]]()
+        for batch in _batches(base, decoder, requests):
+            role = next(iter(batch.values())).role
+            steps = _decode(base, decoder, batch, sampling, choose or nucleus)
+            closing.callback(steps.close)
+            turns.append((Role.BASE if role in held else role, steps))
+        while turns:
+            role, steps = turns.popleft()
+            with base.acting_as(role), decoder.adapters.on():
+                for _ in range(TURN_TOKENS) if turns else count():
+                    if (step := next(steps, None)) is None:
+                        break
+                    yield step
+                else:
+                    turns.append((role, steps))
 
 
-def _batches(base: Base, requests: Sequence[Request]) -> list[dict[int, Request]]:
-    """The requests by number, in groups that one forward pass can serve. PEFT mixes only plain LoRA adapters in one."""
+def _batches(base: Base, decoder: Decoder, requests: Sequence[Request]) -> list[dict[int, Request]]:
+    """The requests by number, in groups that one forward pass can serve, roles beside each other."""
     roles = sorted({request.role for request in requests})
-    configs = [getattr(base.model, "peft_config", {}).get(role) for role in roles]
-    if len(roles) == 1 or (_keeps_rows_apart(base) and not any(map(_is_more_than_lora, configs))):
-        return [dict(enumerate(requests))]
     shuffle(roles)  # in a blind comparison, the order of answering must not tell which model is which
-    return [{number: request for number, request in enumerate(requests) if request.role == role} for role in roles]
+    by_role = [{number: request for number, request in enumerate(requests) if request.role == role} for role in roles]
+    if len(roles) > 1 and decoder.adapters.mixes(base, roles):
+        return [{number: request for group in by_role for number, request in group.items()}]
+    return by_role
 
 
-def _keeps_rows_apart(base: Base) -> bool:
-    """Whether every layer with an adapter is given the rows of a batch apart. (Some shared experts are given the tokens
-    of all rows as one row.)"""
-    batch, sizes = torch.ones(3, 2, dtype=torch.int64, device=base.lm.device), set[int]()
-    with ExitStack() as hooks, torch.no_grad(), base.acting_as(base.role):
-        for module in base.model.modules():
-            if isinstance(module, BaseTunerLayer):
-                hook = cast(nn.Module, module).register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
-                hooks.callback(hook.remove)
-        base.lm.base_model(input_ids=batch, use_cache=False)
-    return sizes <= {len(batch)}
-
-
-def _is_more_than_lora(config: peft.LoraConfig | None) -> bool:
-    return config is not None and bool(config.use_dora or config.modules_to_save or config.trainable_token_indices)
-
-
-def _decode(base: Base, batch: dict[int, Request], sampling: Sampling, choose: Choose) -> Iterator[Step]:
-    """Decodes one batch. Complete answers leave it once they are `COMPACT_AT` of its rows."""
-    rows = [(number, sample) for number, request in batch.items() for sample in range(len(request.draws))]
-    running, stop_ids = set(rows), frozenset(sampling.stop_ids)
-    draws = torch.cat([request.draws for request in batch.values()]).to(base.lm.device)
-    inputs = _prompt_inputs(base, list(batch.values()))
-    model = base.model if "adapter_names" in inputs else base.lm
-    for length in range(sampling.max_new_tokens):
-        logits = model(**inputs).logits[:, -1]
-        if len(logits) < len(rows):  # a prompt is read once for all its answers
-            prompt_rows = [place for place, request in enumerate(batch.values()) for _ in request.draws]
-            logits, inputs = logits[prompt_rows], _select(inputs, prompt_rows)
-        tokens = choose(logits, draws[:, length], sampling)
-        step = [(*row, token) for row, token in zip(rows, tokens.tolist(), strict=True)]
-        yield [grown for grown in step if grown[:2] in running]
-        running -= {(number, sample) for number, sample, token in step if token in stop_ids}
-        if not running:
-            return
-        if len(running) <= (1 - COMPACT_AT) * len(rows):
-            kept = [place for place, row in enumerate(rows) if row in running]
-            rows, draws, tokens, inputs = [rows[k] for k in kept], draws[kept], tokens[kept], _select(inputs, kept)
-        inputs["input_ids"], inputs["position_ids"] = tokens[:, None], inputs["position_ids"][:, -1:] + 1
-        inputs["attention_mask"] = pad(inputs["attention_mask"], (0, 1), value=1)
-
-
-def _prompt_inputs(base: Base, requests: Sequence[Request]) -> dict[str, Any]:
-    """What the model reads first. Prompts are padded on the left, so that all answers begin in the same column."""
-    prompts = [torch.tensor(request.prompt_ids, device=base.lm.device) for request in requests]
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, padding_side="left")
-    adapters = [request.role if request.role in base.adapters else "__base__" for request in requests]
-    return {
-        "input_ids": pad_sequence(prompts, True, base.tokenizer.pad_token_id, padding_side="left"),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-        "past_key_values": DynamicCache(config=base.lm.config),
-        "use_cache": True,
-        # An index instead of 1, which gives the head a strided slice: 80 times slower in bfloat16 on a CPU.
-        "logits_to_keep": mask.new_tensor([-1]),
-    } | ({"adapter_names": adapters} if len(set(adapters)) > 1 else {})  # PEFT's, one for each row
-
-
-def _select(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Keeps these rows of the inputs and of their KV cache, in this order; a row may be named several times."""
-    inputs["past_key_values"].reorder_cache(torch.tensor(rows, device=inputs["attention_mask"].device))
-    names = {"adapter_names": [inputs["adapter_names"][row] for row in rows]} if "adapter_names" in inputs else {}
-    return inputs | {name: inputs[name][rows] for name in ("attention_mask", "position_ids")} | names
+def _decode(
+    base: Base, decoder: Decoder, batch: dict[int, Request], sampling: Sampling, choose: Choose
+) -> Generator[Step]:
+    """Decodes one batch. Complete answers leave it when that pays."""
+    answers = [(number, sample) for number, request in batch.items() for sample in range(len(request.draws))]
+    running, stop_ids = set(answers), frozenset(sampling.stop_ids)
+    requests = list(batch.values())
+    draws = torch.cat([request.draws for request in requests]).to(base.lm.device)
+    prompts = [place for place, request in enumerate(requests) for _ in request.draws]
+    inputs = prompt_inputs(base.lm, [request.prompt_ids for request in requests], base.tokenizer.pad_token_id)
+    with decoder.adapters.answering(spans_of([request.role for request in requests])):
+        logits = base.lm(**inputs).logits[prompts, -1]
+    roles = [requests[place].role for place in prompts]
+    with decoder.rows(base, inputs, prompts, roles, sampling.max_new_tokens) as rows:
+        for length in range(sampling.max_new_tokens):
+            tokens = choose(logits, draws[:, length], sampling)
+            step = [(*answer, token) for answer, token in zip(answers, tokens.tolist(), strict=True)]
+            yield [grown for grown in step if grown[:2] in running]
+            running -= {(number, sample) for number, sample, token in step if token in stop_ids}
+            if not running or length + 1 == sampling.max_new_tokens:
+                return
+            kept = [place for place, answer in enumerate(answers) if answer in running]
+            if len(kept) < len(answers) and rows.keep(kept):
+                answers, draws, tokens = [answers[place] for place in kept], draws[kept], tokens[kept]
+            logits = rows.step(tokens)
 
 
 class TransformersEngine:
@@ -208,10 +174,10 @@ class TransformersEngine:
         answers: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
         max_tokens = max(map(len, prompts)) + sampling.max_new_tokens
-        choose = inverse_cdf if sampling.top_p >= 1 else nucleus
-        with torch.no_grad(), base.acting_as(role):
-            prompt_bytes = base.row_cache.bytes(max_tokens) * num_samples
-            size = max(1, int(CACHE_SHARE * free_memory(base.lm.device.type)) // prompt_bytes)
+        choose, decoder = inverse_cdf if sampling.top_p >= 1 else nucleus, decoder_of(base)
+        with decoder.session(base, ()):
+            memory = CACHE_SHARE * free_memory(base.lm.device.type)
+            size = max(1, decoder.rows_within(memory, base, max_tokens) // num_samples)
             for start in range(0, len(order), size):
                 numbers = order[start : start + size]
                 for step in stream(base, [requests[number] for number in numbers], sampling, choose):
@@ -291,7 +257,7 @@ def engine(name: str, base: Base, max_tokens: int) -> Engine:
         return TransformersEngine()
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
         raise UserError("ppo.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
-    if _is_more_than_lora(getattr(base.model, "peft_config", {}).get(Role.POLICY)):
+    if not is_plain_lora(getattr(base.model, "peft_config", {}).get(Role.POLICY)):
         raise UserError("ppo.engine: 'vllm' takes plain LoRA alone, no DoRA and no modules_to_save; use 'transformers'")
     spec = base.spec  # of a base that is stored in 4 bits, vLLM loads the same weights
     if base.origin.stored is None and (spec.quantization != "nf4" or not spec.double_quant):

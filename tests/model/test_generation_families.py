@@ -5,8 +5,9 @@ import torch
 
 from qalign.model import generation
 from qalign.model.base import Role
+from qalign.model.decoding import decoder, rows
 from qalign.model.generation import Request, Sampling, stream, uniform_draws
-from tests.families import HYBRIDS
+from tests.families import HYBRIDS, SERVED
 from tests.model.test_generation import one_by_one, sample
 from tests.model.test_packed_training import small_base
 
@@ -54,3 +55,21 @@ def test_two_roles_side_by_side_say_what_each_says_alone(name, tmp_path):
     assert list(found.values()) == [
         one_by_one(base, wanted.role, wanted.prompt_ids, how, wanted.draws[0]) for wanted in requests
     ]
+
+
+@pytest.mark.parametrize("name", [*SERVED, *KINDS[3:], "falcon", "mpt", "stablelm"])
+def test_a_static_cache_gives_what_a_growing_one_gives(name, tmp_path, monkeypatch):
+    """With padding, several answers a prompt, rows that leave, windows that are passed, and more columns half-way."""
+    base, ids, how = small_base(name, tmp_path), prompts(), Sampling(24, 1.0, FIFTH[::4])
+    monkeypatch.setattr(rows, "COLUMNS", 8)
+    expected = sample(base, ids, how, num_samples=3)
+    monkeypatch.setattr(decoder, "DEVICES", ("cpu",))
+    shapes = set()
+    hook = base.lm.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.add(tuple(kwargs["attention_mask"].shape)), with_kwargs=True
+    )
+    assert sample(base, ids, how, num_samples=3) == expected
+    hook.remove()
+    assert decoder.decoder_of(base).reason is None
+    assert len({count for count, _ in shapes if count > 4}) > 1, "some left"
+    assert len({columns for _, columns in shapes if columns > 30}) > 1, "and the columns became more"

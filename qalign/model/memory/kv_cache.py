@@ -18,9 +18,10 @@ class RowCache:
 
     layers: tuple[tuple[int, int, int | None], ...]
 
-    def bytes(self, tokens: int) -> int:
-        """Bytes of a row of this many tokens."""
-        return sum(fixed + each * (min(tokens, most or tokens) - _SHORT) for fixed, each, most in self.layers)
+    def bytes(self, tokens: int, *, windows: bool = True) -> int:
+        """Bytes of a row of this many tokens; without `windows`, layers with a sliding window keep all of them."""
+        kept = [(fixed, each, (windows and most) or tokens) for fixed, each, most in self.layers]
+        return sum(fixed + each * (min(tokens, most) - _SHORT) for fixed, each, most in kept)
 
 
 @torch.no_grad()

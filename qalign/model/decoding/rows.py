@@ -1,0 +1,118 @@
+"""The rows of a batch while they are decoded: in a cache that grows, or in one that stays where it is.
+
+Both read a prompt once for all its answers, and let rows leave whose answers are complete.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import DynamicCache, PreTrainedModel
+
+from qalign.model.decoding.adapters import HeldAdapters, spans_of
+from qalign.model.decoding.graphs import Steps
+
+COMPACT_AT = 0.25  # ended rows leave a growing cache once they are this share of it, because leaving copies the cache
+COLUMNS = 256  # a static cache has a multiple of it: so many tokens are decoded before another graph is captured
+
+
+def row_bucket(rows: int) -> int:
+    """How many rows a step has for so many answers: a power of 2, or from 16 a multiple of 8."""
+    return 1 << (rows - 1).bit_length() if rows <= 16 else -(-rows // 8) * 8
+
+
+def column_bucket(tokens: int) -> int:
+    """How many columns a static cache has for so many tokens."""
+    return -(-tokens // COLUMNS) * COLUMNS
+
+
+def prompt_inputs(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
+    """What the model reads first. Prompts are padded on the left, so that all answers begin in the same column."""
+    rows = [torch.tensor(prompt, device=lm.device) for prompt in prompts]
+    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side="left")
+    return {
+        "input_ids": pad_sequence(rows, True, pad_id, padding_side="left"),
+        "attention_mask": mask,
+        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
+        "past_key_values": DynamicCache(config=lm.config),
+        "use_cache": True,
+        # An index instead of 1, which gives the head a strided slice: 80 times slower in bfloat16 on a CPU.
+        "logits_to_keep": mask.new_tensor([-1]),
+    }
+
+
+class GrowingRows:
+    """Rows whose cache grows by a column at every step.
+
+    Args:
+        inputs: `prompt_inputs` that were read.
+        prompts: the number of each row's prompt.
+        roles: the role of each row.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        adapters: HeldAdapters,
+        inputs: dict[str, Any],
+        prompts: list[int],
+        roles: Sequence[str],
+    ):
+        self._lm, self._adapters, self._inputs, self._roles = lm, adapters, inputs, list(roles)
+        if prompts != list(range(len(inputs["input_ids"]))):
+            self._select(prompts)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The logits after each row's next token: `(rows, vocabulary)`."""
+        inputs = self._inputs
+        inputs["input_ids"], inputs["position_ids"] = tokens[:, None], inputs["position_ids"][:, -1:] + 1
+        inputs["attention_mask"] = pad(inputs["attention_mask"], (0, 1), value=1)
+        with self._adapters.answering(spans_of(self._roles)):
+            return self._lm(**inputs).logits[:, -1]
+
+    def keep(self, rows: list[int]) -> bool:
+        """Keeps these rows alone, if that is worth it: whether it was."""
+        if len(rows) > (1 - COMPACT_AT) * len(self._roles):
+            return False
+        self._roles = [self._roles[row] for row in rows]
+        self._select(rows)
+        return True
+
+    def _select(self, rows: list[int]) -> None:
+        self._inputs["past_key_values"].reorder_cache(torch.tensor(rows, device=self._lm.device))
+        self._inputs |= {name: self._inputs[name][rows] for name in ("attention_mask", "position_ids")}
+
+
+class StaticRows:
+    """Rows in a cache of fixed size, as `GrowingRows`. What is missing to a bucket are copies of the last row."""
+
+    def __init__(self, steps: Steps, inputs: dict[str, Any], prompts: list[int], roles: Sequence[str]):
+        self._steps, self._roles, self._read = steps, list(roles), inputs["input_ids"].shape[1]
+        self._columns = 0
+        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        steps.cache.fill(inputs.pop("past_key_values"), mask, positions, self._bucket(prompts))
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """The logits after each row's next token: `(rows, vocabulary)`, until the next step."""
+        cache, rows = self._steps.cache, row_bucket(len(tokens))
+        cache.tokens[: len(tokens), 0] = tokens
+        cache.tokens[len(tokens) : rows] = tokens[-1]
+        self._read += 1
+        if self._read > self._columns:  # this bucket and the next one, so that no graph is for a few tokens alone
+            self._columns = min(column_bucket(self._read + COLUMNS), cache.columns)
+        return self._steps.run(rows, self._columns, spans_of(self._roles))[: len(tokens)]
+
+    def keep(self, rows: list[int]) -> bool:
+        """Keeps these rows alone, if that is worth it: whether it was."""
+        if row_bucket(len(rows)) > row_bucket(len(self._roles)) // 2:  # fewer are hardly faster
+            return False
+        self._roles = [self._roles[row] for row in rows]
+        self._steps.cache.keep(self._bucket(rows), self._read)
+        return True
+
+    def _bucket(self, rows: list[int]) -> Tensor:
+        filled = rows + rows[-1:] * (row_bucket(len(rows)) - len(rows))
+        return torch.tensor(filled, device=self._steps.cache.column.device)
