@@ -20,7 +20,7 @@ setup: .venv/ready  ## make .venv with the pinned requirements
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-lock: setup  ## write requirements.lock anew, after a change of requirements.txt
+lock: setup  ## write the lock files anew, after a change of requirements.txt or requirements-gpu.txt
 	$(BIN)/python .ci/lock.py
 
 docs: setup  ## write the recipe's reference and its schema anew, after a change of a recipe key

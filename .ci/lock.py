@@ -1,9 +1,10 @@
-"""Writes requirements.lock and requirements-cuda.lock: every version of requirements.txt, with the hashes of its files.
+"""Writes requirements.lock and requirements-cuda.lock: every version of requirements.txt and requirements-gpu.txt, with
+the hashes of their files.
 
     make lock
 
 pip refuses a file whose hash isn't listed, so nobody can slip another one in. What only PyTorch's CUDA build needs (3
-GB) has a file of its own; `make setup` installs that file only where pip took this build.
+GB), and the fused kernels for it, have a file of their own; `make setup` installs it only where pip took this build.
 """
 
 import re
@@ -12,13 +13,14 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-CUDA = ("nvidia-", "cuda-", "triton")
+CUDA = ("nvidia-", "cuda-", "triton", "liger-")
 HEAD = "# Written by `make lock` from requirements.txt; do not edit.\n"
 
 
 def main() -> None:
     options = ["--universal", "--generate-hashes", "--python-version=3.11", "--no-header", "--no-annotate"]
-    command = [sys.executable, "-m", "uv", "pip", "compile", "requirements.txt", "--no-emit-index-url", *options]
+    files = ["requirements.txt", "requirements-gpu.txt"]
+    command = [sys.executable, "-m", "uv", "pip", "compile", *files, "--no-emit-index-url", *options]
     text = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     entries = re.split(r"^(?=\w)", text, flags=re.M)
     for name, cuda in (("requirements.lock", False), ("requirements-cuda.lock", True)):

@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 import tomllib
+from itertools import chain
 
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -20,7 +21,7 @@ FIXED_IN = {  # the first version without the hole: CVE-2024-56326 and CVE-2025-
 
 def needed() -> dict[str, Requirement]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    listed = [*project["dependencies"], *project["optional-dependencies"]["page"]]
+    listed = [*project["dependencies"], *chain(*project["optional-dependencies"].values())]
     return {canonicalize_name(found.name): found for found in map(Requirement, listed)}
 
 
@@ -46,10 +47,12 @@ def test_what_is_imported_is_declared():
 
 
 def test_every_pinned_version_is_locked_with_hashes():
-    locked = re.findall(r"^([\w.-]+)==(\S+).*\n((?: +--hash=\S+.*\n)+)", (ROOT / "requirements.lock").read_text(), re.M)
+    files = {name: (ROOT / f"requirements{name}").read_text() for name in (".lock", "-cuda.lock", ".txt", "-gpu.txt")}
+    locks = files[".lock"] + files["-cuda.lock"]
+    locked = re.findall(r"^([\w.-]+)==(\S+).*\n((?: +--hash=\S+.*\n)+)", locks, re.M)
     versions = {canonicalize_name(name): version for name, version, _ in locked}
-    for line in (ROOT / "requirements.txt").read_text().splitlines():
+    for line in (files[".txt"] + files["-gpu.txt"]).splitlines():
         if "==" in line and not line.startswith("#"):
-            name, version = line.split("==")
+            name, version = line.partition(" ;")[0].split("==")
             assert versions[canonicalize_name(name)] == version
             assert needed().get(canonicalize_name(name), Requirement(name)).specifier.contains(version)

@@ -37,6 +37,9 @@ class Model(Section):
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype: the dtype of matrix products. `auto` is bfloat16 where the device is fast at it, else float16 on
     GPUs and float32 on CPUs. Take float32 if the loss is not finite."""
+    fused_kernels: bool = True
+    """Fused kernels: on a GPU, runs norms, rotary embeddings and MLPs with liger-kernel where it is installed and gives
+    the same numbers to the rounding of the compute dtype. The header says what it runs. It has no effect on a CPU."""
     max_length: int = Field(default=2048, ge=16, le=MAX_TOKENS)
     """Maximum sequence length, in tokens: prompt and answer together. The oldest turns are dropped to fit; an answer is
     never cut. Lower it when memory runs out."""

@@ -25,6 +25,7 @@ from qalign.model.adapters import targets, weights
 from qalign.model.adapters.files import HEAD, SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.weights import adapter_parameters
+from qalign.model.kernels import fuse
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, parameter_count, parts_left_out, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, check_head, new_head
@@ -62,6 +63,7 @@ class Base:
         dtype, device: of matrix products; adapters are float32 and autocast to it.
         left_out: the parts of the checkpoint that no text reaches, which are not held.
         reference: what the reference is made of, in words.
+        kernels: the fused kernels that it runs with, in words; None on a CPU, or where the recipe wants none.
         role, role_switches: the active role, and the number of role changes so far.
     """
 
@@ -76,6 +78,7 @@ class Base:
         self.template, self.tokenizer, self.origin, self.spec = template, template.tokenizer, origin, spec
         self.max_length = min(spec.max_length, reach_of(lm.config) or spec.max_length)
         self.left_out, self.reference = left_out, "the base with adapters off"
+        self.kernels: str | None = None
         self.role: str = Role.BASE
         self.role_switches = 0
         self._heads: dict[str, ScalarHead] = {}
@@ -104,10 +107,7 @@ class Base:
 
     def load_adapter(self, role: str, folder: str, *, trainable: bool) -> None:
         """Adds a copy of a saved PEFT adapter, with its score head if it has one, as a `Role` or under a further name.
-
-        Raises:
-            UserError: it was made for another model, or can't share the base. Nothing of it stays on the base.
-        """
+        A `UserError` if it was made for another model or can't share the base; nothing of it stays on the base then."""
         config, tensors = weights.read(folder, self.lm, self.spec.base, trainable=trainable)
         if SCORE_HEAD in tensors and not _gives_scores(role):
             raise UserError(f"{folder}: is a reward adapter, which gives scores; expected one that gives answers")
@@ -243,15 +243,12 @@ class Base:
     def answer_scores(
         self, role: str, rows: Sequence[AnsweredPrompt], limit: MicroBatchLimit, *, progress: bool = False
     ) -> Tensor:
-        """A reward model's scores of many answers, computed in the packed layout that it was trained in.
+        """A reward model's scores of many answers, computed in the packed layout that it was trained in: float32
+        `(rows, answers each)` on the CPU, in the order given.
 
         Args:
             rows: prompts with the same number of answers each; the score is read at an answer's last token.
             limit: how much one forward pass takes; it changes memory and speed, and no score.
-            progress: whether to show a progress bar.
-
-        Returns:
-            float32 `(rows, answers each)` on the CPU, in the order given.
         """
         numbers = {id(row): number for number, row in enumerate(rows)}
         found = torch.zeros(len(rows), len(rows[0].answers))
@@ -346,4 +343,6 @@ def load(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:
     template = prepare_template(tokenizer, spec, now)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
     left_out = targets.leave_out(lm, lambda: check_head(lm)) if form == "held" else []
-    return Base(lm, template, origin, origin.held(spec), [*left_out, *parts_left_out(lm, origin)])
+    base = Base(lm, template, origin, origin.held(spec), [*left_out, *parts_left_out(lm, origin)])
+    base.kernels = fuse(lm) if form == "held" and spec.fused_kernels else None
+    return base

@@ -43,9 +43,9 @@ class ReferenceLogps:
 class CachedReferenceLogps(ReferenceLogps):
     """Log-probs of the reference, cached in a file.
 
-    The file's name is a hash of the base, quantisation, dtype, versions, reference adapter and template; inside, each
-    pair is identified by a hash of its ids. What is read is verified with a checksum, and by computing once more the
-    first cached pairs that are needed. `adapter` is the folder of the reference adapter, if it has one.
+    The file's name is a hash of base, quantisation, dtype, kernels, versions, reference adapter and template; in it,
+    a hash of its ids identifies a pair. What is read is verified with a checksum, and by computing once more the first
+    cached pairs that are needed. `adapter` is the folder of the reference adapter, if it has one.
     """
 
     def __init__(self, base: Base, adapter: str | None):
@@ -54,6 +54,7 @@ class CachedReferenceLogps(ReferenceLogps):
         made_on = asdict(base.lineage("", adapter)) | {"base": base.origin.identity, "parent": None}
         device, padded = base.lm.device.type, base.padding_reason
         made_on |= {"double_quant": base.spec.double_quant, "device": device, "padded": padded}
+        made_on["kernels"] = base.kernels
         scale = (Path(adapter) / "adapter_config.json").read_text(encoding="utf-8") if adapter else None
         key = json.dumps([made_with, made_on, scale], sort_keys=True)
         self.file = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"

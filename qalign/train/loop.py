@@ -113,6 +113,7 @@ class Session:
         lines = {
             "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
             "held in": f"{model.quantization}{experts}, computing in {base.precision}",
+            **({"fused kernels": base.kernels} if base.kernels else {}),
             **({"left out": f"{', '.join(base.left_out)}: no text reaches it"} if base.left_out else {}),
             "chat template": base.template,
             "trainable": f"{weights:,} adapter parameters ({weights / size:.2%} of the base), in float32",
