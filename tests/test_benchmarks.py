@@ -39,6 +39,17 @@ def test_it_runs_on_a_cpu(tmp_path):
     assert "| qalign-cached | " in (tmp_path / "gpu_tiny.md").read_text()
 
 
+def test_decoding_is_timed_on_a_cpu():
+    words = "--shape tiny --answers 3 --prompt 9 --tokens 10 --families llama lfm2"
+    command = [sys.executable, "benchmarks/decode.py", *words.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stdout
+    for name in ("llama", "lfm2"):
+        assert f"{name}: of 5 answers 5 sampled and 5 greedy ones are the same" in done.stdout
+    assert done.stdout.count("ms a step") == 4
+
+
 @pytest.mark.true_model  # not SmolLM2, but as slow
 def test_all_sides_run_the_same_pairs(tmp_path):
     runs = tiny(tmp_path, "qalign-in_step", "trl-defaults", "trl-best")
