@@ -1,6 +1,7 @@
 """Packed rows give the log-probs, loss and gradients of each answer in a row of its own, for every family that can run
 them; the other families are recognised."""
 
+import shutil
 from itertools import product
 
 import pytest
@@ -124,6 +125,45 @@ def test_flex_attention_is_the_formula(kind, heads, key_heads):
     with torch.no_grad():
         found = attention._flex(*inputs, layout, 0.7, window, softcap, run=flex_attention)
     torch.testing.assert_close(found, formula(*inputs, GROUPS, window, softcap, 0.7), rtol=1e-10, atol=1e-10)
+
+
+def compiled(run, layouts: list[Layout], softcap: float | None, sinks: bool) -> None:
+    """Compiles attention with windows and without for the first layout, and runs all of them with that; in float32."""
+    draw = torch.Generator().manual_seed(3)
+    with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
+        for layout, window in product(layouts, (None, 40)):
+            shapes = [(2, layout.tokens, 16), (1, layout.tokens, 16), (1, layout.tokens, 16), (2,)]
+            *inputs, each_head = (torch.randn(shape, generator=draw) for shape in shapes)
+            inputs.append(each_head if sinks else None)
+            found = attention._flex(*inputs, layout, 0.125, window, softcap, run=run)
+            expected = attention._BlockAttention.apply(*inputs, Layout(layout.groups), 0.125, window, softcap)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("softcap", "sinks"), [(50.0, False), (None, True), (3.0, True)], ids=["Gemma 2", "gpt-oss", "both"]
+)
+def test_flex_attention_is_compiled_once_for_all_lengths_and_windows(softcap, sinks):
+    """After eight compilations it would run uncompiled, with all scores in memory."""
+    torch.compiler.reset()
+    layouts = [Layout(((140 + 97 * n, (1 + 13 * n, 60 + 31 * n)), (150, (7 * n + 1, 12)))) for n in range(4)]
+    blocks = [-(-layout.tokens // 128) for layout in layouts]
+    assert blocks == [3, 4, 6, 7]  # PyTorch takes 1 for a constant, and a size that other dimensions have, too
+    compiled(torch.compile(flex_attention, dynamic=True, backend="aot_eager"), layouts, softcap, sinks)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for the CPU with it")
+def test_a_soft_cap_has_a_lowering(monkeypatch):
+    """As CUDA runs it, for any length; with sinks it needs what PyTorch doesn't lower for CPUs."""
+    torch.compiler.reset()
+    layouts = [Layout(((80 + 17 * n, (1 + 3 * n, 40 + n)), (30, (7 * n + 1, 12)))) for n in range(4)]
+    for layout, window in product(layouts, (None, 40)):
+        for tensor in layout.block_mask(window, torch.device("cpu")).as_tuple():
+            if isinstance(
+                tensor, torch.Tensor
+            ):  # the number of blocks, which PyTorch's kernel for CPUs takes for another
+                torch._dynamo.mark_static(tensor)
+    compiled(torch.compile(flex_attention, dynamic=True), layouts, 50.0, sinks=False)
 
 
 def test_probabilities_are_kept_wide_in_16_bits():

@@ -196,19 +196,29 @@ def _flex(query, key, value, sinks, layout: Layout, scaling, window, softcap, ru
     if groups & (groups - 1):  # its kernels share keys between heads for powers of two only
         key, value, groups = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0), 1
 
-    def capped(score, _batch, _head, _query, _key):
-        return softcap * torch.tanh(score / softcap)
+    # A number in the closure would become a symbol of the dynamic compilation, which has no lowering. A tensor has one.
+    cap = _constant(softcap, query.device) if softcap else None
 
-    output, more = (run or _compiled_flex())(
+    def capped(score, _batch, _head, _query, _key):
+        return cap * torch.tanh(score / cap)
+
+    found = (run or _compiled_flex())(
         query[None],
         key[None],
         value[None],
-        score_mod=capped if softcap else None,
+        score_mod=None if cap is None else capped,
         block_mask=layout.block_mask(window, query.device),
         scale=scaling,
         enable_gqa=groups > 1,
-        return_aux=AuxRequest(lse=True),
+        return_aux=None if sinks is None else AuxRequest(lse=True),
     )
-    if sinks is not None:
-        output = output * torch.sigmoid(more.lse - sinks[None, :, None].to(more.lse.dtype))[..., None].to(output.dtype)
-    return output[0]
+    if sinks is None:
+        return found[0]
+    output, more = found
+    return (output * torch.sigmoid(more.lse - sinks[None, :, None].to(more.lse.dtype))[..., None].to(output.dtype))[0]
+
+
+@lru_cache
+def _constant(value: float, device: torch.device) -> Tensor:
+    """A number as a tensor, copied to the device once."""
+    return torch.tensor(value, dtype=torch.float32, device=device)
