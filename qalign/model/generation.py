@@ -83,7 +83,8 @@ def nucleus(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     if not logits.amax(dim=-1).isfinite().all():  # a token that is ruled out may have -inf
         raise UserError(
             f"the model gives no numbers in {str(logits.dtype).removeprefix('torch.')} on {logits.device.type}: the "
-            "range of this dtype is too small, or an adapter is broken; try another model.compute_dtype"
+            "range of this dtype is too small, or the weights of the base or an adapter are not finite; try another "
+            "model.compute_dtype"
         )
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
