@@ -101,11 +101,9 @@ def read(folder: str | Path) -> Lineage | None:
 
 
 def check_base(key: str, folder: str | Path, base: str, revision: str | None) -> None:
-    """Compares what can be compared before the model is loaded: the adapter's weights with their hash, its base and, if
-    the recipe pins a commit, its revision. Arguments and errors as for `check`."""
+    """Compares what can be compared before the model is loaded: the adapter's base and, if the recipe pins a commit,
+    its revision. Arguments and errors as for `check`."""
     kept = read(folder)
-    if kept:
-        _check_weights(key, folder, kept)
     pinned = revision if revision and len(revision) == 40 else None
     if kept and (conflict := _base_conflict(kept, base, pinned)):
         raise UserError(f"{key}: {folder} was trained {conflict}")
@@ -126,7 +124,9 @@ def check(key: str, folder: str | Path, ours: Lineage) -> None:
     if kept is None:
         return
     conflicts = []
-    _check_weights(key, folder, kept)
+    if kept.weights_hash and kept.weights_hash != adapter_hash(folder):
+        weights = f"{key}: {folder}: {WEIGHTS} is not as it was written: damaged, or changed by hand"
+        raise UserError(f"{weights}; train it again, or delete {FILE} there if you changed it")
     if conflict := _base_conflict(kept, ours.base, ours.revision):
         conflicts.append(conflict)
     elif kept.config_hash != ours.config_hash:
@@ -140,12 +140,6 @@ def check(key: str, folder: str | Path, ours: Lineage) -> None:
         conflicts.append(f"with the chat template {theirs}, this recipe's is {own}")
     if conflicts:
         raise UserError(*(f"{key}: {folder} was trained {conflict}" for conflict in conflicts))
-
-
-def _check_weights(key: str, folder: str | Path, kept: Lineage) -> None:
-    if kept.weights_hash and kept.weights_hash != adapter_hash(folder):
-        weights = f"{key}: {folder}: {WEIGHTS} is not as it was written: damaged, or changed by hand"
-        raise UserError(f"{weights}; train it again, or delete {FILE} there if you changed it")
 
 
 def _base_conflict(kept: Lineage, base: str, revision: str | None) -> str | None:
