@@ -27,7 +27,7 @@ from qalign.model.adapters.files import HEAD, SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, parameter_count, parts_left_out, reach_of, tensor_bytes
-from qalign.model.logps import ScalarHead, check_head, new_head
+from qalign.model.logps import ScalarHead, backbone, check_head, new_head
 from qalign.model.memory.kv_cache import RowCache, measured_cache
 from qalign.model.origin import Origin
 from qalign.model.packing.packing import Packing, packing_of
@@ -234,22 +234,20 @@ class Base:
         trained. Call it inside `packed_attention`."""
         with self.acting_as(role) as lm:
             batch = self.batch(rows, last_token="kept")
-            hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
+            hidden = backbone(lm)(**batch.inputs, use_cache=False).last_hidden_state
             return self._heads[role](hidden.flatten(0, 1)[batch.last_tokens]).view(batch.lengths.shape)
 
     @torch.no_grad()
     def answer_scores(
         self, role: str, rows: Sequence[AnsweredPrompt], limit: MicroBatchLimit, *, progress: bool = False
     ) -> Tensor:
-        """A reward model's scores of many answers, computed in the packed layout that it was trained in.
+        """A reward model's scores of many answers, in the packed layout that it was trained in: float32 `(rows, answers
+        each)` on the CPU, in the order given.
 
         Args:
             rows: prompts with the same number of answers each; the score is read at an answer's last token.
             limit: how much one forward pass takes; it changes memory and speed, and no score.
             progress: whether to show a progress bar.
-
-        Returns:
-            float32 `(rows, answers each)` on the CPU, in the order given.
         """
         numbers = {id(row): number for number, row in enumerate(rows)}
         found = torch.zeros(len(rows), len(rows[0].answers))
@@ -276,8 +274,9 @@ class Base:
 
     @cached_property
     def row_cache(self) -> RowCache:
-        """The memory that a row takes while it is sampled."""
-        return measured_cache(self.lm)
+        """What a row takes while it is sampled, and what the model calls its cache."""
+        with torch.no_grad(), self.acting_as(self.role):
+            return measured_cache(self.lm)
 
     @property
     def layout_in_words(self) -> str:

@@ -20,7 +20,6 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from qalign.data.formats import Message
@@ -28,7 +27,9 @@ from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_ids
 from qalign.errors import UserError
 from qalign.model.base import Base, Role
+from qalign.model.logps import backbone
 from qalign.model.memory.forecast import free_memory
+from qalign.model.memory.kv_cache import padded_prompts, uncached_logits
 
 COMPACT_AT = 0.25  # ended rows leave the batch once they are this share of it, because leaving copies the KV cache
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
@@ -106,7 +107,6 @@ def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: 
     While the iterator is suspended, the base stays in its role and gradients are off: exhaust it in one thread, or
     close it. `choose` samples the next tokens; it is `nucleus` if left out.
     """
-    base.row_cache  # noqa: B018  (a `UserError` for a model that can't be sampled from)
     turns = deque((batch, _decode(base, batch, sampling, choose or nucleus)) for batch in _batches(base, requests))
     while turns:
         batch, steps = turns.popleft()
@@ -125,7 +125,9 @@ def _batches(base: Base, requests: Sequence[Request]) -> list[dict[int, Request]
     """The requests by number, in groups that one forward pass can serve. PEFT mixes only plain LoRA adapters in one."""
     roles = sorted({request.role for request in requests})
     configs = [getattr(base.model, "peft_config", {}).get(role) for role in roles]
-    if len(roles) == 1 or (_keeps_rows_apart(base) and not any(map(_is_more_than_lora, configs))):
+    if len(roles) == 1 or (
+        base.row_cache.name and _keeps_rows_apart(base) and not any(map(_is_more_than_lora, configs))
+    ):
         return [dict(enumerate(requests))]
     shuffle(roles)  # in a blind comparison, the order of answering must not tell which model is which
     return [{number: request for number, request in enumerate(requests) if request.role == role} for role in roles]
@@ -140,7 +142,7 @@ def _keeps_rows_apart(base: Base) -> bool:
             if isinstance(module, BaseTunerLayer):
                 hook = cast(nn.Module, module).register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
                 hooks.callback(hook.remove)
-        base.lm.base_model(input_ids=batch, use_cache=False)
+        backbone(base.lm)(input_ids=batch, use_cache=False)
     return sizes <= {len(batch)}
 
 
@@ -154,12 +156,12 @@ def _decode(base: Base, batch: dict[int, Request], sampling: Sampling, choose: C
     running, stop_ids = set(rows), frozenset(sampling.stop_ids)
     draws = torch.cat([request.draws for request in batch.values()]).to(base.lm.device)
     inputs = _prompt_inputs(base, list(batch.values()))
-    model = base.model if "adapter_names" in inputs else base.lm
+    model, cache = base.model if "adapter_names" in inputs else base.lm, base.row_cache.name
     for length in range(sampling.max_new_tokens):
-        logits = model(**inputs).logits[:, -1]
+        logits = model(**inputs).logits[:, -1] if cache else uncached_logits(base.lm, inputs)
         if len(logits) < len(rows):  # a prompt is read once for all its answers
             prompt_rows = [place for place, request in enumerate(batch.values()) for _ in request.draws]
-            logits, inputs = logits[prompt_rows], _select(inputs, prompt_rows)
+            logits, inputs = logits[prompt_rows], _select(inputs, prompt_rows, cache)
         tokens = choose(logits, draws[:, length], sampling)
         step = [(*row, token) for row, token in zip(rows, tokens.tolist(), strict=True)]
         yield [grown for grown in step if grown[:2] in running]
@@ -168,32 +170,32 @@ def _decode(base: Base, batch: dict[int, Request], sampling: Sampling, choose: C
             return
         if len(running) <= (1 - COMPACT_AT) * len(rows):
             kept = [place for place, row in enumerate(rows) if row in running]
-            rows, draws, tokens, inputs = [rows[k] for k in kept], draws[kept], tokens[kept], _select(inputs, kept)
-        inputs["input_ids"], inputs["position_ids"] = tokens[:, None], inputs["position_ids"][:, -1:] + 1
+            rows, draws, tokens = [rows[k] for k in kept], draws[kept], tokens[kept]
+            inputs = _select(inputs, kept, cache)
+        before = inputs["input_ids"][:, :0] if cache else inputs["input_ids"]
+        inputs["input_ids"] = torch.cat([before, tokens[:, None]], dim=1)
+        inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
         inputs["attention_mask"] = pad(inputs["attention_mask"], (0, 1), value=1)
 
 
 def _prompt_inputs(base: Base, requests: Sequence[Request]) -> dict[str, Any]:
-    """What the model reads first. Prompts are padded on the left, so that all answers begin in the same column."""
+    """What the model reads first."""
     prompts = [torch.tensor(request.prompt_ids, device=base.lm.device) for request in requests]
-    mask = pad_sequence([torch.ones_like(prompt) for prompt in prompts], True, 0, padding_side="left")
+    inputs = padded_prompts(prompts, base.tokenizer.pad_token_id)
+    if name := base.row_cache.name:
+        inputs |= {name: DynamicCache(config=base.lm.config), "use_cache": True}
+    # An index instead of 1, which gives the head a strided slice: 80 times slower in bfloat16 on a CPU.
+    inputs["logits_to_keep"] = inputs["input_ids"].new_tensor([-1])
     adapters = [request.role if request.role in base.adapters else "__base__" for request in requests]
-    return {
-        "input_ids": pad_sequence(prompts, True, base.tokenizer.pad_token_id, padding_side="left"),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-        "past_key_values": DynamicCache(config=base.lm.config),
-        "use_cache": True,
-        # An index instead of 1, which gives the head a strided slice: 80 times slower in bfloat16 on a CPU.
-        "logits_to_keep": mask.new_tensor([-1]),
-    } | ({"adapter_names": adapters} if len(set(adapters)) > 1 else {})  # PEFT's, one for each row
+    return inputs | ({"adapter_names": adapters} if len(set(adapters)) > 1 else {})  # PEFT's, one for each row
 
 
-def _select(inputs: dict[str, Any], rows: list[int]) -> dict[str, Any]:
-    """Keeps these rows of the inputs and of their KV cache, in this order; a row may be named several times."""
-    inputs["past_key_values"].reorder_cache(torch.tensor(rows, device=inputs["attention_mask"].device))
+def _select(inputs: dict[str, Any], rows: list[int], cache: str | None) -> dict[str, Any]:
+    """Keeps these rows of the inputs and of their cache, in this order; a row may be named several times."""
+    if cache:
+        inputs[cache].reorder_cache(torch.tensor(rows, device=inputs["attention_mask"].device))
     names = {"adapter_names": [inputs["adapter_names"][row] for row in rows]} if "adapter_names" in inputs else {}
-    return inputs | {name: inputs[name][rows] for name in ("attention_mask", "position_ids")} | names
+    return inputs | {name: inputs[name][rows] for name in ("input_ids", "attention_mask", "position_ids")} | names
 
 
 class TransformersEngine:

@@ -6,7 +6,7 @@ import torch
 from qalign.model import generation
 from qalign.model.base import Role
 from qalign.model.generation import Request, Sampling, stream, uniform_draws
-from tests.families import HYBRIDS
+from tests.families import HYBRIDS, UNSERVED
 from tests.model.test_generation import one_by_one, sample
 from tests.model.test_packed_training import small_base
 
@@ -15,7 +15,8 @@ KINDS = [
     "gemma3",
     "gemma4",
     "gpt-oss",
-    *(name for name in HYBRIDS if name not in ("mamba2", "nemotron_h", "minimax", "qwen3_next")),
+    *HYBRIDS,
+    *UNSERVED,
 ]
 
 
@@ -41,9 +42,9 @@ def test_answers_in_a_batch_are_those_of_full_forward_passes(name, tmp_path):
     assert sample(base, ids, greedy, num_samples=1) == expected
 
 
-@pytest.mark.parametrize("name", ["gemma4", "qwen3_5_moe_text", "lfm2"])
+@pytest.mark.parametrize("name", ["gemma4", "qwen3_5_moe_text", "lfm2", "minimax"])
 def test_two_roles_side_by_side_say_what_each_says_alone(name, tmp_path):
-    """Also where experts that all tokens share are given the tokens of both rows as one row."""
+    """Also where experts that all tokens share are given the tokens of both rows as one row, and without a cache."""
     base, how = small_base(name, tmp_path), Sampling(8, 1.0, ())
     first, second = prompts()[:2]
     requests = [Request(Role.POLICY, first, uniform_draws(1, 1, 8)), Request(Role.BASE, second, uniform_draws(2, 1, 8))]
