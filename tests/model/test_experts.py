@@ -256,7 +256,8 @@ def test_a_base_that_lacks_experts_is_refused(tmp_path):
 def falcon(tmp_path_factory) -> str:
     """A family whose layers are of a subclass of `nn.Linear`, which bitsandbytes alone leaves as they are."""
     path = tmp_path_factory.mktemp("falcon") / "model"
-    family("falcon", 2048, dtype=torch.float32).save_pretrained(path)
+    config = tf.FalconConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     tf.AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3").save_pretrained(path)
     return str(path)
 
@@ -268,7 +269,7 @@ def test_layers_that_compute_as_linear_ones_are_held_in_4_bits(falcon):
     computed, original = held(falcon, form="dequantized"), held(falcon, quantization="none")
     assert_same(lm, computed)
     for name in layers.keys() - {"lm_head"}:
-        assert 0.01 < relative(computed.get_submodule(name).weight, original.get_submodule(name).weight) < 0.25
+        assert 0.01 < relative(computed.get_submodule(name).weight, original.get_submodule(name).weight) < 0.12
 
 
 def test_int8_that_would_quantise_nothing_is_one_line(falcon):
