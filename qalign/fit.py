@@ -55,11 +55,9 @@ def report(recipe: Recipe, given: str | None) -> None:
         print_table(stage, table_of_stage)
     if dpo := forecasts.get("dpo"):
         held = {name: size for name, size in dpo.fixed.items() if name not in ("gradients", "optimiser")}
-        try:
-            held["KV cache"] = SIDE_BY_SIDE * measured_cache(dpo.model()).bytes(spec.max_length)
-            print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
-        except UserError as error:  # the other stages train all the same
-            print(f"evaluate: {error}")
+        cache = measured_cache(dpo.model())
+        held["KV cache" if cache.name else "whole rows"] = SIDE_BY_SIDE * cache.bytes(spec.max_length)
+        print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
 
 
 def as_stored(recipe: Recipe) -> Recipe:

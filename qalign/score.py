@@ -40,6 +40,8 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     """Score answers with a trained reward model."""
     if limit is not None and limit < 1:
         raise UserError(f"--limit: {limit} is not a number of rows; expected at least 1")
+    if not column.strip():
+        raise UserError("--column: the name is empty; expected a name such as 'reward'")
     run = open_run(folder, ("reward",))
     target = new_target(to, _scored_name(Path(file)))
     if not target.parent.is_dir():

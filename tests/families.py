@@ -91,6 +91,7 @@ HYBRIDS = {
         {**_EXPERTS, "layer_types": ["linear_attention", "full_attention"], "head_dim": 8},
         "MiniMaxLightningAttention",
     ),
+    "recurrent_gemma": ({"num_hidden_layers": 3, "attention_window_size": 64}, "RecurrentGemmaRecurrentBlock"),
 }
 
 # Families that can't run packed rows, and the reason.
@@ -100,8 +101,14 @@ UNSERVED = {
         lambda s: tf.MptConfig(vocab_size=s["vocab_size"], d_model=32, n_layers=2, n_heads=4),
         "mixes tokens in MptAttention",
     ),
-    "llama4": (lambda s: tf.Llama4TextConfig(**s, head_dim=8, attention_chunk_size=8), "can't run packed rows"),
-    "stablelm": (lambda s: tf.StableLmConfig(**s), "can't run packed rows (this attention needs a packed batch"),
+    "llama4": (
+        lambda s: tf.Llama4TextConfig(**s, head_dim=8, attention_chunk_size=8),
+        "gives an answer other hidden states",
+    ),
+    "stablelm": (
+        lambda s: tf.StableLmConfig(**s),
+        "has attention that isn't told where the texts of a packed row begin",
+    ),
 }
 
 

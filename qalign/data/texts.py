@@ -46,10 +46,12 @@ _YAML = re.compile(
     rf"(?:\w+:\s*+)?(?:- *)?(?:{_ROLE}{_QUOTES}*+[ \r]*\n[ -]*(?:content|value|text):"
     rf"|(?:content|value|text):[^\n]*\n(?:[ \t]+[^\n]*\n)*[ ]*{_ROLE}{_QUOTES}*+[ \r]*(?:\n|\Z))"
 )
-# Who speaks in a transcript: HH-RLHF's, with any line ends, and Guanaco's, `### Human: … ### Assistant: …`.
-_ASKED = re.compile(r"[\s\ufeff]*?(\r?\n\r?\n|### ?)?Human:")
+# Who speaks in a transcript: HH-RLHF's, with any line ends, and Guanaco's, `### Human: … ### Assistant: …`; others
+# write `User:` or `USER:`.
+_ASKED = re.compile(r"[\s\ufeff]*?(\r?\n\r?\n|### ?)?(Human|User|USER):")
 _SPEAKERS = {
-    mark: re.compile(rf"(?:\A[\s\ufeff]*+(?:### ?)?|{mark})(Human|Assistant):") for mark in (r"\r?\n\r?\n", "### ?")
+    mark: re.compile(rf"(?:\A[\s\ufeff]*+(?:### ?)?|{mark})(Human|User|USER|Assistant|ASSISTANT):")
+    for mark in (r"\r?\n\r?\n", "### ?")
 }
 # What chat templates write around a turn: `<|im_start|>`, `<｜User｜>`, `<turn|>`, `[|user|]` … A mark without a part
 # of `_SIDE` in its name may belong to an answer: <|begin_of_thought|>, <|tool_call|>, <|fim_prefix|>.
@@ -96,7 +98,10 @@ def without_nulls(value: Any, within: bool = False) -> Any:
 def is_transcript(text: Any) -> bool:
     """Whether a value is a transcript: `\\n\\nHuman: … \\n\\nAssistant: …`, perhaps without the line before it."""
     asked = _ASKED.match(text) if isinstance(text, str) else None
-    return asked is not None and ((asked[1] or "#")[0] != "#" or "Assistant" in _speakers(text).findall(text))
+    if asked is None:
+        return False
+    sure = asked[2] == "Human" and (asked[1] or "#")[0] != "#"
+    return sure or any(role_of(name) == "assistant" for name in _speakers(text).findall(text))
 
 
 def _speakers(text: str) -> re.Pattern[str]:
@@ -106,10 +111,10 @@ def _speakers(text: str) -> re.Pattern[str]:
 def transcript(text: str) -> list[dict[str, Any]]:
     """The turns of a transcript; a `BadRow` if it has text before them."""
     before, *spoken = _speakers(text).split(text)
-    if before.strip() or spoken[:1] == ["Assistant"]:
+    if before.strip() or (spoken and role_of(spoken[0]) == "assistant"):
         raise BadRow("the transcript has text before its first 'Human:' turn")
     turns = zip(spoken[::2], spoken[1::2], strict=True)
-    return [{"role": "user" if name == "Human" else "assistant", "content": said.strip()} for name, said in turns]
+    return [{"role": role_of(name), "content": said.strip()} for name, said in turns]
 
 
 def unpacked(value: Any, name: str) -> Any:

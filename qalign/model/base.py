@@ -28,7 +28,7 @@ from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.kernels import fuse
 from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, parameter_count, parts_left_out, reach_of, tensor_bytes
-from qalign.model.logps import ScalarHead, check_head, new_head
+from qalign.model.logps import ScalarHead, backbone, check_head, new_head
 from qalign.model.memory.kv_cache import RowCache, measured_cache
 from qalign.model.origin import Origin
 from qalign.model.packing.packing import Packing, packing_of
@@ -236,7 +236,7 @@ class Base:
         trained. Call it inside `packed_attention`."""
         with self.acting_as(role) as lm:
             batch = self.batch(rows, last_token="kept")
-            hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
+            hidden = backbone(lm)(**batch.inputs, use_cache=False).last_hidden_state
             return self._heads[role](hidden.flatten(0, 1)[batch.last_tokens]).view(batch.lengths.shape)
 
     @torch.no_grad()
@@ -275,8 +275,9 @@ class Base:
 
     @cached_property
     def row_cache(self) -> RowCache:
-        """The memory that a row takes while it is sampled."""
-        return measured_cache(self.lm)
+        """What a row takes while it is sampled, and what the model calls its cache."""
+        with torch.no_grad(), self.acting_as(self.role):
+            return measured_cache(self.lm)
 
     @property
     def layout_in_words(self) -> str:

@@ -26,7 +26,7 @@ from qalign.errors import UserError
 from qalign.model.base import Base, Role
 from qalign.model.decoding.adapters import is_plain_lora, serves, spans_of
 from qalign.model.decoding.decoder import Decoder, decoder_of
-from qalign.model.decoding.rows import prompt_inputs
+from qalign.model.decoding.rows import last_logits, prompt_inputs
 from qalign.model.memory.forecast import free_memory
 
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
@@ -81,7 +81,8 @@ def nucleus(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     if not logits.amax(dim=-1).isfinite().all():  # a token that is ruled out may have -inf
         raise UserError(
             f"the model gives no numbers in {str(logits.dtype).removeprefix('torch.')} on {logits.device.type}: the "
-            "range of this dtype is too small, or an adapter is broken; try another model.compute_dtype"
+            "range of this dtype is too small, or the weights of the base or an adapter are not finite; try another "
+            "model.compute_dtype"
         )
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
@@ -103,7 +104,6 @@ def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: 
     While the iterator is suspended, the base stays in a role and gradients are off: exhaust it in one thread, or close
     it. `choose` samples the next tokens; it is `nucleus` if left out.
     """
-    base.row_cache  # noqa: B018  (a `UserError` for a model that can't be sampled from)
     decoder, roles = decoder_of(base), {request.role for request in requests}
     held = {role for role in roles if serves(base, role)}
     with torch.no_grad(), decoder.session(base, held), ExitStack() as closing:
@@ -143,9 +143,10 @@ def _decode(
     requests = list(batch.values())
     draws = torch.cat([request.draws for request in requests]).to(base.lm.device)
     prompts = [place for place, request in enumerate(requests) for _ in request.draws]
-    inputs = prompt_inputs(base.lm, [request.prompt_ids for request in requests], base.tokenizer.pad_token_id)
+    ids, pad_id = [request.prompt_ids for request in requests], base.tokenizer.pad_token_id
+    inputs = prompt_inputs(base.lm, ids, pad_id, base.row_cache.name)
     with decoder.adapters.answering(spans_of([request.role for request in requests])):
-        logits = base.lm(**inputs).logits[prompts, -1]
+        logits = last_logits(base.lm, inputs)[prompts]
     roles = [requests[place].role for place in prompts]
     with decoder.rows(base, inputs, prompts, roles, sampling.max_new_tokens) as rows:
         for length in range(sampling.max_new_tokens):

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from qalign.model.logps import backbone
+
 TOKENS = 16  # of the trial
 ROTARY = "apply_rotary_pos_emb"  # transformers' name, as a global of the module that defines an attention layer
 GATED = ("gate_proj", "up_proj", "down_proj")
@@ -93,7 +95,7 @@ def _inputs(lm: PreTrainedModel) -> dict[nn.Module, tuple[tuple[Any, ...], dict[
                 hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
         words = cast(nn.Embedding, lm.get_input_embeddings()).weight.shape[0]
         ids = torch.arange(1, TOKENS + 1, device=lm.device)[None] * 7 % words
-        lm.base_model(input_ids=ids, use_cache=False)
+        backbone(lm)(input_ids=ids, use_cache=False)
     return given
 
 

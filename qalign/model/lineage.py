@@ -6,7 +6,7 @@ lineages turns that into an error message.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +37,7 @@ class Lineage:
     compute_dtype: str  # of matrix products
     parent: str | None = None  # the adapter folder that training started from
     parent_hash: str | None = None  # of that adapter's weights
+    weights_hash: str | None = None  # of its own weights, as they were written; older adapters have none
 
 
 def digest(content: bytes | str) -> str:
@@ -74,8 +75,9 @@ def describe(base: "Base", stage: str, parent: str | None) -> Lineage:
 
 
 def write(folder: Path, lineage: Lineage) -> None:
-    """Saves a lineage in an adapter's folder, with local paths made absolute: it is read from other directories too."""
-    kept = asdict(lineage)
+    """Saves a lineage in an adapter's folder, beside its weights; local paths are made absolute, as it is read from
+    other directories too."""
+    kept = asdict(replace(lineage, weights_hash=adapter_hash(folder)))
     kept |= {key: absolute_path(kept[key]) for key in ("base", "parent") if kept[key]}
     write_whole(folder / FILE, json.dumps(kept, indent=1) + "\n")
 
@@ -86,9 +88,10 @@ def read(folder: str | Path) -> Lineage | None:
     if not file.is_file():
         return None
     try:
-        kept = json.loads(file.read_text(encoding="utf-8"))
+        kept = {"weights_hash": None} | json.loads(file.read_text(encoding="utf-8"))
         found = {field.name: kept[field.name] for field in fields(Lineage)}
-        lacking = {name for name in ("revision", "parent", "parent_hash") if found[name] is None}
+        optional = ("revision", "parent", "parent_hash", "weights_hash")
+        lacking = {name for name in optional if found[name] is None}
         texts = found | found["special_tokens"]  # a TypeError if it is no object
         if wrong := [name for name in texts.keys() - {"special_tokens", *lacking} if not isinstance(texts[name], str)]:
             raise TypeError(f"{wrong[0]} is no text")
@@ -114,12 +117,16 @@ def check(key: str, folder: str | Path, ours: Lineage) -> None:
         ours: the lineage that an adapter trained on this model would have.
 
     Raises:
-        UserError: they contradict each other; one line per contradiction, with both sides.
+        UserError: they contradict each other, one line per contradiction, with both sides; or the adapter's weights
+            were changed since.
     """
     kept = read(folder)
     if kept is None:
         return
     conflicts = []
+    if kept.weights_hash and kept.weights_hash != adapter_hash(folder):
+        weights = f"{key}: {folder}: {WEIGHTS} is not as it was written: damaged, or changed by hand"
+        raise UserError(f"{weights}; train it again, or delete {FILE} there if you changed it")
     if conflict := _base_conflict(kept, ours.base, ours.revision):
         conflicts.append(conflict)
     elif kept.config_hash != ours.config_hash:

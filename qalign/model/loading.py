@@ -16,6 +16,7 @@ import bitsandbytes
 import datasets
 import torch
 import transformers as tf
+from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor
 from transformers.utils.quantization_config import Mxfp4Config
 
@@ -160,8 +161,9 @@ def reach_of(config: tf.PretrainedConfig) -> int | None:
     readings counts, as in vLLM. Scaling that each kind of layer has for itself is counted in already (Gemma 3).
     """
     text = config.get_text_config()
-    reach = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's name
-    if not reach or getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
+    # `max_seq_len` is MPT's name, in which transformers computes ALiBi up to there.
+    reach = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    if not reach or getattr(text, "alibi", False):
         return None
     rope = getattr(text, "rope_parameters", None) or {}
     original = rope.get("original_max_position_embeddings") or reach
@@ -266,7 +268,12 @@ def _held(spec: Model, found: Origin, dtype: torch.dtype, where: torch.device) -
     if spec.quantization in ("none", "int8"):
         find(spec, weights=True)
         config = tf.BitsAndBytesConfig(load_in_8bit=True) if spec.quantization == "int8" else None
-        return _loaded(found, quantization_config=config, **place)
+        lm = _loaded(found, quantization_config=config, **place)
+        if config and not any(isinstance(module, Linear8bitLt) for module in lm.modules()):
+            raise UserError(
+                f"model.base: '{spec.base}' has no layer that bitsandbytes holds in int8; set model.quantization to nf4"
+            )
+        return lm
     settings: dict[str, Any] = {
         "experts": found.experts or spec.quantization,
         "bnb_4bit_quant_type": spec.quantization,

@@ -33,6 +33,21 @@ class ScalarHead(nn.Linear):
             return super().forward(input.to(self.weight.dtype))
 
 
+def backbone(lm: PreTrainedModel) -> PreTrainedModel:
+    """The part of a language model that computes its hidden states."""
+    return cast(PreTrainedModel, getattr(lm, _backbone_name(lm)))
+
+
+def _backbone_name(lm: PreTrainedModel) -> str:
+    """The name that its class gives, or the first model inside it: Llama 4's text model says the name that it has in
+    the model that also reads images."""
+    if lm.base_model is not lm:
+        return lm.base_model_prefix
+    if inside := [name for name, part in lm.named_children() if isinstance(part, PreTrainedModel)]:
+        return inside[0]
+    raise UserError(f"model.base: {type(lm).__name__} has no part that computes hidden states apart from its head")
+
+
 def new_head(lm: PreTrainedModel) -> ScalarHead:
     """A scalar head for a model's hidden states, not initialised yet."""
     return cast(ScalarHead, nn.utils.skip_init(ScalarHead, lm.config.get_text_config().hidden_size, device=lm.device))
@@ -52,7 +67,7 @@ def completion_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
 
 def answer_states(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     """Hidden states that predict the tokens of the answers: `(targets, hidden)`, in the order of `batch.targets`."""
-    hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state
+    hidden = backbone(lm)(**batch.inputs, use_cache=False).last_hidden_state
     return hidden.flatten(0, 1)[batch.predictors]
 
 
@@ -156,12 +171,13 @@ class _Given(nn.Module):
 def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits of hidden states `(tokens, hidden)`: the model's own forward with a backbone that returns these states. So
     what a family does with them, such as a scale or a soft cap, is done; `check_head` verifies it."""
-    backbone, states = lm.base_model, hidden[None]
-    setattr(lm, lm.base_model_prefix, _Given(backbone, states))
+    name, states = _backbone_name(lm), hidden[None]
+    own = getattr(lm, name)
+    setattr(lm, name, _Given(own, states))
     try:
         return lm(inputs_embeds=states, use_cache=False).logits[0]
     finally:
-        setattr(lm, lm.base_model_prefix, backbone)
+        setattr(lm, name, own)
 
 
 @torch.no_grad()
@@ -172,7 +188,7 @@ def check_head(lm: PreTrainedModel) -> None:
         raise UserError(f"model.base: {type(lm).__name__} has no output layer to take log-probs from")
     ids = torch.arange(8, device=lm.device)[None]
     own = lm(input_ids=ids, use_cache=False).logits[0].float()
-    ours = head_logits(lm, lm.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
+    ours = head_logits(lm, backbone(lm)(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
     if not own.isfinite().all():
         raise UserError(f"model.compute_dtype: {lm.dtype} overflows in this model; use float32 or bfloat16")
     if not torch.allclose(own, ours, rtol=1e-2, atol=1e-2):

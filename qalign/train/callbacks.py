@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qalign.errors import gradients_not_finite
+from qalign.errors import UserError, did_you_mean, gradients_not_finite
 from qalign.train.run_folder import RunFolder
 
 # What the bar shows of a step, by the names under which TRL's trainers log.
@@ -77,7 +77,13 @@ class RunCallback(TrainerCallback):
         self.run.log(line)
 
     def on_evaluate(self, args, state, control, **kwargs):
-        tqdm.write(f"step {state.global_step}: held-out {_shown(kwargs['metrics'], 'eval_')}")
+        metrics, best = kwargs["metrics"], (args.metric_for_best_model or "").removeprefix("eval_")
+        if best and best not in (known := {name.removeprefix("eval_") for name in metrics}):
+            raise UserError(
+                f"{self.run.stage}.trainer.metric_for_best_model: there is no '{best}' among the figures of held-out "
+                f"rows{did_you_mean(best, known)}; they have {', '.join(sorted(known))}"
+            )
+        tqdm.write(f"step {state.global_step}: held-out {_shown(metrics, 'eval_')}")
         self._mark = (time.monotonic(), self._mark[1])
 
     def on_save(self, args, state, control, **_):

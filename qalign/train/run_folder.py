@@ -123,12 +123,12 @@ class RunFolder:
                 finally:
                     back = self._put_back()
         except Exception as error:
+            if isinstance(error, FileNotFoundError) and not self.path.is_dir():
+                raise UserError(f"{self.path}: can't be made there, or was deleted or moved during the run") from None
             if problem := disk_problem(error, self.path):
                 begun = self.metrics.is_file() and not back
                 what = f"then go on with: {self.command} --resume" if begun else "nothing was lost"
                 raise UserError(f"{problem}; {what}") from None
-            if isinstance(error, FileNotFoundError) and not self.path.is_dir():
-                raise UserError(f"{self.path}: can't be made there, or was deleted or moved during the run") from None
             raise
 
     def _put_back(self) -> bool:

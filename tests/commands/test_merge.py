@@ -299,7 +299,7 @@ def test_what_cannot_be_merged_is_one_line(policy, copied, tmp_path, capsys):
     (tmp_path / "taken").write_text("precious")
     assert "exists already" in refusal(capsys, merge, str(run.path), "original", str(tmp_path / "taken"))
     (copied / "adapter" / "adapter_model.safetensors").write_bytes(b"cut short")
-    assert "is missing or damaged" in refusal(capsys, merge, str(copied), "dequantized", None)
+    assert "is not as it was written: damaged" in refusal(capsys, merge, str(copied), "dequantized", None)
     assert not (copied / "merged-dequantized").exists()
     assert not list(copied.glob(".merged*"))
 

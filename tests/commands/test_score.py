@@ -268,6 +268,10 @@ def test_a_limit_below_one_is_refused(run, tmp_path, capsys, limit):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_column_without_a_name_is_refused(run, tmp_path, capsys):
+    assert "--column: the name is empty" in refusal(capsys, score, str(run.path), TEST, str(tmp_path / "x"), 1, " ")
+
+
 def one_line(folder, capsys) -> str:
     """What the command says about a run that it can't use."""
     return refusal(capsys, score, str(folder), TEST, None, 1)

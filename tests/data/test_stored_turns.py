@@ -130,6 +130,7 @@ def test_an_object_of_messages_and_more_as_text_refuses_the_row():
         "The user says: Human: Hi\n\nAssistant: Hello",
         "Human: a member of the species Homo sapiens.",
         "User, please wait.",
+        "User: ann\n\nHost: example.org",
     ],
 )
 def test_other_json_and_words_about_roles_are_a_text_like_any_other(text):
@@ -147,6 +148,9 @@ def test_other_json_and_words_about_roles_are_a_text_like_any_other(text):
         lambda text: "\ufeff" + text,
         lambda text: text.replace("\n\n", "### ").strip(),
         lambda text: text.replace("\n\n", "\n### ").strip(),
+        lambda text: text.replace("Human:", "User:"),
+        lambda text: text.replace("Human:", "USER:").replace("Assistant:", "ASSISTANT:").strip(),
+        lambda text: text.replace("Human:", "User:").replace("\n\n", "\n### ").strip(),
     ],
 )
 def test_transcripts_in_other_spellings(spell):

@@ -16,8 +16,11 @@ from qalign.config.recipe import Lora, Model, Recipe
 from qalign.config.stages import SFT, Source
 from qalign.errors import UserError
 from qalign.model.base import load
+from qalign.model.experts.quantizer import is_linear
 from qalign.model.loading import load_config, load_weights, tensor_bytes
 from qalign.model.memory.forecast import Forecast
+from tests.conftest import FIXTURES
+from tests.families import family
 from tests.moe_models import FAMILIES, publish_in_mxfp4, save
 
 PARTS = ("_blocks", "_scales", "_scale_offsets")
@@ -247,3 +250,34 @@ def test_a_base_that_lacks_experts_is_refused(tmp_path):
     assert len(kept) < len(weights)
     with pytest.raises(UserError, match=r"it lacks 2 of its tensors, such as model\.layers\.1\.mlp"):
         held(path)
+
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory) -> str:
+    """A family whose layers are of a subclass of `nn.Linear`, which bitsandbytes alone leaves as they are."""
+    path = tmp_path_factory.mktemp("falcon") / "model"
+    config = tf.FalconConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    tf.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    tf.AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3").save_pretrained(path)
+    return str(path)
+
+
+def test_layers_that_compute_as_linear_ones_are_held_in_4_bits(falcon):
+    lm = held(falcon)
+    layers = {name: module for name, module in lm.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert {name for name, module in layers.items() if not isinstance(module, Linear4bit)} == {"lm_head"}
+    computed, original = held(falcon, form="dequantized"), held(falcon, quantization="none")
+    assert_same(lm, computed)
+    for name in layers.keys() - {"lm_head"}:
+        assert 0.01 < relative(computed.get_submodule(name).weight, original.get_submodule(name).weight) < 0.12
+
+
+def test_int8_that_would_quantise_nothing_is_one_line(falcon):
+    with pytest.raises(UserError, match=r"has no layer that bitsandbytes holds in int8; set model\.quantization"):
+        held(falcon, quantization="int8")
+
+
+def test_routers_are_no_linear_layers():
+    lm = family("llama4")
+    kinds = {type(module).__name__: is_linear(module) for module in lm.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {"Linear": True, "Llama4Router": False}

@@ -83,6 +83,19 @@ def test_a_local_base_is_known_from_another_folder(tmp_path, monkeypatch):
     lineage.check("x", tmp_path, dataclasses.replace(ours, base=f"{tmp_path}/models/mine"))
 
 
+def test_weights_that_changed_since_are_one_line(tmp_path):
+    """PEFT loads a file with a flipped bit without a word."""
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes(bytes(range(100)))
+    lineage.write(tmp_path, OURS)
+    lineage.check("dpo.start_from", tmp_path, OURS)
+    weights.write_bytes(bytes([*range(99), 98]))
+    with pytest.raises(UserError, match=r"dpo.start_from: .*safetensors is not as it was written: damaged, or changed"):
+        lineage.check("dpo.start_from", tmp_path, OURS)
+    (tmp_path / lineage.FILE).write_text(json.dumps(dataclasses.asdict(OURS)))  # as older adapters have it: no hash
+    lineage.check("dpo.start_from", tmp_path, OURS)
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -146,6 +146,15 @@ def test_families(name, way):
     torch.testing.assert_close(found(lm, pairs, way), alone(lm, pairs), rtol=1e-6, atol=1e-6)
 
 
+def test_a_backbone_that_its_class_calls_by_another_name():
+    lm = family("llama4")
+    assert lm.base_model is lm, "or this tests nothing"
+    assert logps.backbone(lm) is lm.model
+    logps.check_head(lm)
+    pairs = random_pairs()
+    torch.testing.assert_close(logps.pair_logps(lm, pad(pairs, 0)), alone(lm, pairs), rtol=1e-5, atol=1e-4)
+
+
 def test_an_unknown_head_is_noticed():
     lm = family("qwen3")
     original = lm.forward

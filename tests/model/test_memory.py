@@ -12,14 +12,11 @@ import transformers as tf
 from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
 from qalign.config.stages import REFERENCE_FREE, STAGES
-from qalign.errors import UserError
 from qalign.model.base import Role, load
 from qalign.model.memory import forecast as memory
 from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, free_memory, usable_memory
-from qalign.model.memory.kv_cache import measured_cache
 from qalign.train.callbacks import checkpoint_layers
 from tests.families import config as family_config
-from tests.families import family
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 GIB = 2**30
@@ -142,6 +139,19 @@ def test_layers_of_several_kinds(name):
         assert forecast.layers == layers
         found[layers] = forecast.step(300, checkpointing=False).activations
     assert (found[8] - found[1]) / (found[3] - found[1]) == pytest.approx(7 / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("stage", STEPS)
+def test_layers_that_return_a_tuple(stage):
+    """As Falcon-H1's do: one layer is run for all of a kind, and each counts alike."""
+    sizes = {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 16, "mamba_chunk_size": 16}
+    small = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 512}
+    found = {}
+    for layers in (1, 2, 8):
+        forecast = forecast_of(tf.FalconH1Config(**small, **sizes, num_hidden_layers=layers), stage)
+        found[layers] = forecast.step(300, checkpointing=False).activations
+        assert len(forecast._models[False].layers) == 1
+    assert found[8] - found[1] == 7 * (found[2] - found[1]) > 0
 
 
 def test_a_model_with_fewer_layers_than_its_pattern_is_run_as_it_is():
@@ -330,25 +340,3 @@ def test_what_may_still_be_allocated_holds_no_context_of_the_driver(monkeypatch)
     assert free_memory("cuda") == pytest.approx(10.3 * GIB, abs=1)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 23 * GIB)
     assert free_memory("cuda") == 0
-
-
-def test_a_kv_cache_by_hand():
-    """Mistral: 8 key heads of 128 in 32 layers, keys and values; 131,072 bytes a token in 16 bits."""
-
-    def cached(config: tf.PretrainedConfig, tokens: int) -> int:
-        with torch.device("meta"):
-            lm = tf.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        return measured_cache(lm).bytes(tokens)
-
-    assert cached(shape("Mistral-7B-v0.3"), 1000) == 131_072_000
-    assert cached(shape("Qwen3-4B-Instruct-2507"), 1) == 2 * 36 * 8 * 128 * 2
-    # Every second layer keeps no more than its window of 6 tokens: 2 key heads of 8.
-    assert cached(family_config("gemma3"), 100) == 2 * 2 * 8 * 2 * (100 + 6)
-    # A layer without attention keeps 3 tokens of its convolution, 32 wide, whatever the length (transformers keeps 4).
-    assert cached(family_config("lfm2"), 100) == 2 * 2 * 8 * 2 * 100 + 32 * 3 * 2
-
-
-def test_a_model_with_a_cache_of_its_own_is_refused():
-    for name in ("mamba2", "minimax"):
-        with pytest.raises(UserError, match=r"can't be sampled from, as it has a cache of its own"):
-            measured_cache(family(name))

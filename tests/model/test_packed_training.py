@@ -26,7 +26,7 @@ def small_base(name: str, folder):
     return base
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "falcon", "stablelm", "jamba", "lfm2"])
+@pytest.mark.parametrize("name", ["llama", "mistral", "falcon", "stablelm", "llama4", "jamba", "lfm2"])
 def test_a_step_of_the_trainer_is_the_same_whichever_way_pairs_are_run(name, tmp_path):
     base = small_base(name, tmp_path / "model")
     if name in SERVED:

@@ -109,6 +109,7 @@ def test_several_are_added_up_with_their_weights(attached, reward_run, tiny_base
     other = shutil.copytree(reward_run.adapter, tmp_path / "other" / "adapter")
     weights = load_file(other / WEIGHTS)
     save_file({**weights, SCORE_HEAD: -3 * weights[SCORE_HEAD]}, other / WEIGHTS)
+    (other / "lineage.json").unlink()  # it has the hash of the weights as they were trained
     (tmp_path / "mine.py").write_text("def length(completions):\n    return [len(text) for text in completions]\n")
     function = {"source": f"{tmp_path / 'mine.py'}:length", "weight": 2.0}
     scorers = attached([str(reward_run.path), {"source": str(other), "weight": 0.5}, function]).reward

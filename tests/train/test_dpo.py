@@ -36,6 +36,12 @@ def test_the_best_checkpoint_can_be_the_one_that_is_kept(recipe_file):
     assert all(torch.equal(kept[name], checkpoint[name]) for name in kept)
 
 
+def test_a_best_checkpoint_by_a_figure_that_is_not_measured_is_one_line(recipe_file):
+    keys = {"metric_for_best_model": "eval_losss"}
+    with pytest.raises(UserError, match=r"no 'losss' among .*; did you mean 'loss'\?; they have .*rewards/margins"):
+        train(recipe_file(eval_data=TEST, eval_every=1, max_steps=2, trainer=keys))
+
+
 @pytest.mark.parametrize("reference", ["cached", "in_step"])
 def test_the_first_loss_is_ln_2_from_a_new_adapter_and_from_a_trained_one(recipe_file, capsys, reference):
     first = train(recipe_file(max_steps=4, reference=reference))

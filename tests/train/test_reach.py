@@ -37,8 +37,7 @@ def rope(kind: str, **keys) -> dict:
         (tf.FalconConfig(alibi=True), None),
         (tf.FalconConfig(alibi=False, max_position_embeddings=91), 91),
         (tf.BloomConfig(), None),
-        (tf.MptConfig(), None),
-        (tf.MptConfig(max_seq_len=92, attn_config={"alibi": False}), 92),
+        (tf.MptConfig(max_seq_len=92), 92),
         (tf.MambaConfig(), None),
     ],
 )  # fmt: skip

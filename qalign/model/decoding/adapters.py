@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qalign.model.base import Base, Role
+from qalign.model.logps import backbone
 
 Spans = tuple[tuple[str, tuple[int, int] | None], ...]  # (role, its first row and the row after its last: None, all)
 Pair = tuple[Tensor, Tensor, Tensor | None]  # A `(in, rank)`, B `(rank, out)` times the scale, the bias times the scale
@@ -123,7 +124,7 @@ def _keeps_rows_apart(base: Base, layers: Iterable[nn.Module]) -> bool:
         for layer in layers:
             hook = layer.register_forward_pre_hook(lambda _, inputs: sizes.add(len(inputs[0])))
             hooks.callback(hook.remove)
-        base.lm.base_model(input_ids=batch, use_cache=False)
+        backbone(base.lm)(input_ids=batch, use_cache=False)
     return sizes <= {len(batch)}
 
 

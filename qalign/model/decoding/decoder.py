@@ -128,6 +128,8 @@ class Decoder:
 
     def _trial(self, base: Base) -> str | None:
         """Why a static cache doesn't serve, if it doesn't: some rows are decoded in both ways."""
+        if base.row_cache.name != "past_key_values":
+            return "the cache isn't one of keys and values"
         lm, words = base.lm, base.lm.config.get_text_config().vocab_size - 1
         ids = [number * words // 30 for number in range(1, 31)]  # from 1: the first may be the padding
         tokens, prompts, roles = torch.tensor(ids[18:]).view(4, 3).to(lm.device), [0, 1, 1], 3 * [Role.BASE]

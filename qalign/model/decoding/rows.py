@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 
 from qalign.model.decoding.adapters import HeldAdapters, spans_of
 from qalign.model.decoding.graphs import Steps
+from qalign.model.memory.kv_cache import padded_prompts, uncached_logits
 
 COMPACT_AT = 0.25  # ended rows leave a growing cache once they are this share of it, because leaving copies the cache
 COLUMNS = 256  # a static cache has a multiple of it: so many tokens are decoded before another graph is captured
@@ -29,23 +29,25 @@ def column_bucket(tokens: int) -> int:
     return -(-tokens // COLUMNS) * COLUMNS
 
 
-def prompt_inputs(lm: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Any]:
-    """What the model reads first. Prompts are padded on the left, so that all answers begin in the same column."""
-    rows = [torch.tensor(prompt, device=lm.device) for prompt in prompts]
-    mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, padding_side="left")
-    return {
-        "input_ids": pad_sequence(rows, True, pad_id, padding_side="left"),
-        "attention_mask": mask,
-        "position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0),
-        "past_key_values": DynamicCache(config=lm.config),
-        "use_cache": True,
-        # An index instead of 1, which gives the head a strided slice: 80 times slower in bfloat16 on a CPU.
-        "logits_to_keep": mask.new_tensor([-1]),
-    }
+def prompt_inputs(
+    lm: PreTrainedModel, prompts: Sequence[Sequence[int]], pad_id: int, cache: str | None = "past_key_values"
+) -> dict[str, Any]:
+    """What the model reads first, with a `RowCache`'s name for the cache, if it has one."""
+    inputs = padded_prompts([torch.tensor(prompt, device=lm.device) for prompt in prompts], pad_id)
+    if cache is None:
+        return inputs
+    # An index instead of 1, which gives the head a strided slice: 80 times slower in bfloat16 on a CPU.
+    last = {"logits_to_keep": inputs["input_ids"].new_tensor([-1])}
+    return inputs | last | {cache: DynamicCache(config=lm.config), "use_cache": True}
+
+
+def last_logits(lm: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    """Logits after the last tokens of what is read, with a cache or without one: `(rows, vocabulary)`."""
+    return lm(**inputs).logits[:, -1] if "use_cache" in inputs else uncached_logits(lm, inputs)
 
 
 class GrowingRows:
-    """Rows whose cache grows by a column at every step.
+    """Rows whose cache, or whose input if there is none, grows by a column at every step.
 
     Args:
         inputs: `prompt_inputs` that were read.
@@ -68,10 +70,12 @@ class GrowingRows:
     def step(self, tokens: Tensor) -> Tensor:
         """The logits after each row's next token: `(rows, vocabulary)`."""
         inputs = self._inputs
-        inputs["input_ids"], inputs["position_ids"] = tokens[:, None], inputs["position_ids"][:, -1:] + 1
+        before = inputs["input_ids"][:, :0] if "use_cache" in inputs else inputs["input_ids"]
+        inputs["input_ids"] = torch.cat([before, tokens[:, None]], dim=1)
+        inputs["position_ids"] = inputs["position_ids"][:, -1:] + 1
         inputs["attention_mask"] = pad(inputs["attention_mask"], (0, 1), value=1)
         with self._adapters.answering(spans_of(self._roles)):
-            return self._lm(**inputs).logits[:, -1]
+            return last_logits(self._lm, inputs)
 
     def keep(self, rows: list[int]) -> bool:
         """Keeps these rows alone, if that is worth it: whether it was."""
@@ -82,8 +86,10 @@ class GrowingRows:
         return True
 
     def _select(self, rows: list[int]) -> None:
-        self._inputs["past_key_values"].reorder_cache(torch.tensor(rows, device=self._lm.device))
-        self._inputs |= {name: self._inputs[name][rows] for name in ("attention_mask", "position_ids")}
+        kept: Any = torch.tensor(rows, device=self._lm.device)
+        for cache in (each for each in self._inputs.values() if isinstance(each, DynamicCache)):
+            cache.reorder_cache(kept)
+        self._inputs |= {name: self._inputs[name][rows] for name in ("input_ids", "attention_mask", "position_ids")}
 
 
 class StaticRows:

@@ -2,7 +2,8 @@
 quantises every weight as soon as it is read, so never more than one layer's experts are in memory in 16 bits.
 """
 
-from typing import Any, cast
+from functools import cache
+from typing import Any, TypeGuard, cast
 
 import torch
 from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt
@@ -50,6 +51,23 @@ def experts_kind(config: PretrainedConfig, quantization: str) -> Kind | None:
     return cast(Kind, quantization) if stored.get("quant_method") in (None, NAME) else None
 
 
+@cache
+def _computes_as_linear(kind: type[nn.Linear]) -> bool:
+    """Whether a subclass of `nn.Linear` computes the same, as Falcon's does; routers don't."""
+    with torch.device("cpu"), torch.no_grad():
+        plain, rows = nn.Linear(3, 2), torch.eye(3)
+        plain.weight.copy_(torch.arange(6).view(2, 3))
+        try:
+            return bool(torch.allclose(kind.forward(plain, rows), plain(rows)))
+        except (AttributeError, RuntimeError, TypeError):
+            return False
+
+
+def is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module is a linear layer that can be held in 4 bits."""
+    return isinstance(module, nn.Linear) and (type(module) is nn.Linear or _computes_as_linear(type(module)))
+
+
 class _Quantize(Bnb4bitQuantize):
     """Quantises a weight that has just been read, in the place where it belongs."""
 
@@ -79,6 +97,12 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):
         return _Quantize(self)
 
     def _process_model_before_weight_loading(self, model, device_map, **kwargs):
+        for name, module in list(model.named_modules()):
+            if is_linear(module) and type(module) is not nn.Linear:  # bitsandbytes asks for the class itself
+                with torch.device("meta"):
+                    sizes = module.in_features, module.out_features
+                    plain = nn.Linear(*sizes, bias=module.bias is not None, dtype=module.weight.dtype)
+                model.set_submodule(name, plain)
         super()._process_model_before_weight_loading(model, device_map, **kwargs)
         config = cast(FourBitConfig, self.quantization_config)
         model.set_experts_implementation(NAME)

@@ -25,10 +25,10 @@ from qalign.data.collate import AnswerBatch, Layout, pack
 from qalign.data.tokenize import TokenPair
 from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.targets import leave_out, new_config
-from qalign.model.experts.quantizer import experts_kind
+from qalign.model.experts.quantizer import experts_kind, is_linear
 from qalign.model.experts.weights import names_of, run_experts
 from qalign.model.loading import auto_class
-from qalign.model.logps import state_logps, token_scores
+from qalign.model.logps import backbone, state_logps, token_scores
 from qalign.model.memory.layers import keep_one_of_each_kind
 from qalign.model.packing.attention import BLOCK_QUERIES
 
@@ -169,7 +169,7 @@ def is_quantized(parameter: nn.Parameter, name: str, lm: PreTrainedModel) -> boo
     if any(module in name for module in skipped):
         return False
     layer = lm.get_submodule(name.rpartition(".")[0])
-    return isinstance(layer, nn.Linear) and layer is not lm.get_output_embeddings() and parameter.shape[0] > 1
+    return is_linear(layer) and layer is not lm.get_output_embeddings() and parameter.shape[0] > 1
 
 
 class StepModel:
@@ -180,7 +180,8 @@ class StepModel:
         self.lm, self.recipe, self.stage = lm, recipe, stage
         lm.set_attn_implementation(_ATTENTION[device])
         trial = _batch(stage, 9)
-        self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, trial))
+        shape = (trial.input_ids.numel(), lm.config.get_text_config().hidden_size)
+        self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, trial).shape == shape)
         self.attention = {module for module, _ in cast(Layout, trial.layout).calls}
         self.scans = any(not self.attention.intersection(layer.modules()) for layer in self.layers)
         self._known: dict[tuple[int, bool], Step] = {}
@@ -245,7 +246,7 @@ class StepModel:
             for layer in self.layers:
                 hooks.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
                 hooks.callback(layer.register_forward_hook(after).remove)
-            hooks.callback(lm.base_model.register_forward_hook(mark).remove)
+            hooks.callback(backbone(lm).register_forward_hook(mark).remove)
             loss = _loss(lm, self.stage, batch, _states(lm, batch))
             seen, growth = at_head[0], dict(kept)  # the backward may compute layers again
             logits, counted.peak = counted.peak - seen, counted.live
@@ -296,4 +297,4 @@ def _loss(lm: PreTrainedModel, stage: str, batch: AnswerBatch, hidden: Tensor) -
 
 
 def _states(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
-    return lm.base_model(**batch.inputs, use_cache=False).last_hidden_state[0]
+    return backbone(lm)(**batch.inputs, use_cache=False).last_hidden_state[0]

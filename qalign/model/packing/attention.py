@@ -20,6 +20,10 @@ NAME = "qalign_shared_prompt"
 BLOCK_QUERIES = 128  # small enough to skip most of what the causal mask excludes, large enough for matrix products
 
 
+class UnservedAttention(ValueError):
+    """Why a model's attention can't run packed rows, in words that a user is shown behind the model's name."""
+
+
 def packed_row_attention(
     module: nn.Module,
     query: Tensor,
@@ -43,12 +47,13 @@ def packed_row_attention(
         key, value: `(1, key_heads, tokens, head_dim)`.
 
     Returns:
-        (`(1, tokens, heads, head_dim)`, None). Raises a `ValueError` for rows or layers that are not supported.
+        (`(1, tokens, heads, head_dim)`, None). Raises `UnservedAttention` for layers, or rows that aren't packed.
     """
-    if layout is None or attention_mask is not None:
-        raise ValueError("this attention needs a packed batch; leave `packed_attention` for anything else")
-    if position_bias is not None or dropout:
-        raise ValueError("packed rows support neither dropout in attention nor position biases")
+    if layout is None:
+        raise UnservedAttention("has attention that isn't told where the texts of a packed row begin")
+    if attention_mask is not None or position_bias is not None or dropout:
+        what = "dropout" if dropout else "a mask of its own" if position_bias is None else "position biases"
+        raise UnservedAttention(f"has {what} in attention")
     layout.calls.append((module, sliding_window))
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = _flex if _flex_runs_on(query) else _BlockAttention.apply
@@ -197,7 +202,7 @@ def _flex(query, key, value, sinks, layout: Layout, scaling, window, softcap, ru
         key, value, groups = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0), 1
 
     # A number in the closure would become a symbol of the dynamic compilation, which has no lowering. A tensor has one.
-    cap = _constant(softcap, query.device) if softcap else None
+    cap: Any = _constant(softcap, query.device) if softcap else None
 
     def capped(score, _batch, _head, _query, _key):
         return cap * torch.tanh(score / cap)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalign.data.collate import Layout
+from qalign.model.logps import backbone
 
 PROBE_TOKENS = 11  # a prime, so that no other dimension is taken for the tokens
 
@@ -85,9 +86,9 @@ def find_mixers(lm: PreTrainedModel, layout: Layout, ids: Tensor) -> list[Mixers
         calls[module] = args, kwargs
 
     with ExitStack() as hooks:
-        for module in lm.base_model.modules():
+        for module in backbone(lm).modules():
             hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        lm.base_model(input_ids=ids, position_ids=layout.positions().to(ids.device), layout=layout, use_cache=False)
+        backbone(lm)(input_ids=ids, position_ids=layout.positions().to(ids.device), layout=layout, use_cache=False)
     attention = {module for module, _ in layout.calls}
     around, known = dict[nn.Module, nn.Module](), dict[Any, bool]()
 
@@ -104,7 +105,7 @@ def find_mixers(lm: PreTrainedModel, layout: Layout, ids: Tensor) -> list[Mixers
         return found
 
     informed = tuple(module for module, (_, kwargs) in calls.items() if kwargs.get("layout"))
-    mixers = tuple(mixer for part in _called(lm.base_model, calls) for mixer in visit(part))
+    mixers = tuple(mixer for part in _called(backbone(lm), calls) for mixer in visit(part))
     options = [Mixers(mixers, informed)]
     while (wider := tuple(dict.fromkeys(around.get(module, module) for module in mixers))) != mixers:
         options.append(Mixers(mixers := wider, informed))

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 
 from qalign.data.collate import Layout, pack
 from qalign.data.tokenize import TokenPair
-from qalign.model.packing.attention import NAME
+from qalign.model.logps import backbone
+from qalign.model.packing.attention import NAME, UnservedAttention
 from qalign.model.packing.mixers import PROBE_TOKENS, Mixers, find_mixers
 
 # Kinds of layers whose attention is over all tokens or over a window. (Others choose the keys by their number or by
@@ -54,9 +55,11 @@ def packing_of(lm: PreTrainedModel) -> Packing:
     probe = Layout(((PROBE_TOKENS, ()),))
     alone = torch.tensor([prompt + end[:1]], device=lm.device)
     try:
-        expected = lm.base_model(input_ids=alone, use_cache=False).last_hidden_state[0, -1]
+        expected = backbone(lm)(input_ids=alone, use_cache=False).last_hidden_state[0, -1]
         with Packing().open(lm):
             mixers = find_mixers(lm, probe, alone[:, :PROBE_TOKENS])
+    except UnservedAttention as error:
+        return Packing(reason=str(error))
     except _ERRORS as error:
         return Packing(reason=f"can't run packed rows ({' '.join(str(error).split())[:100]})")
     # Rounding to 16 bits moves hidden states by 1 to 3%; seeing a neighbour moved SmolLM2's by 27 to 36%.
@@ -78,7 +81,7 @@ def _answer_state(lm: PreTrainedModel, packing: Packing, prompt: list[int], firs
     """The hidden state of the first token of the answer `end`, packed behind `prompt` beside the answer `first`."""
     batch = pack([TokenPair(prompt, first, end, "")]).to(lm.device)
     with packing.open(lm):
-        return lm.base_model(**batch.inputs, use_cache=False).last_hidden_state[0, batch.last_tokens[1]]
+        return backbone(lm)(**batch.inputs, use_cache=False).last_hidden_state[0, batch.last_tokens[1]]
 
 
 def _unseen(lm: PreTrainedModel, probe: Layout) -> str | None:
