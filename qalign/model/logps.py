@@ -155,11 +155,12 @@ def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits of hidden states `(tokens, hidden)`: the model's own forward with a backbone that returns these states. So
     what a family does with them, such as a scale or a soft cap, is done; `check_head` verifies it."""
     own, states = backbone(lm), hidden[None]
-    setattr(lm, lm.base_model_prefix, _Given(own, states))
+    name = cast(str, lm.base_model_prefix)
+    setattr(lm, name, _Given(own, states))
     try:
         return lm(inputs_embeds=states, use_cache=False).logits[0]
     finally:
-        setattr(lm, lm.base_model_prefix, own)
+        setattr(lm, name, own)
 
 
 @torch.no_grad()
