@@ -34,18 +34,14 @@ class ScalarHead(nn.Linear):
 
 
 def backbone(lm: PreTrainedModel) -> PreTrainedModel:
-    """The part of a language model that computes its hidden states."""
-    return cast(PreTrainedModel, getattr(lm, _backbone_name(lm)))
-
-
-def _backbone_name(lm: PreTrainedModel) -> str:
-    """The name that its class gives, or the first model inside it: Llama 4's text model says the name that it has in
-    the model that also reads images."""
-    if lm.base_model is not lm:
-        return lm.base_model_prefix
-    if inside := [name for name, part in lm.named_children() if isinstance(part, PreTrainedModel)]:
-        return inside[0]
-    raise UserError(f"model.base: {type(lm).__name__} has no part that computes hidden states apart from its head")
+    """The part of a language model that computes its hidden states: `base_model`. Where its class gives a name that no
+    part has, as Llama 4's text model does, the model is told the name of the first model inside it."""
+    if lm.base_model is lm:
+        inside = [name for name, part in lm.named_children() if isinstance(part, PreTrainedModel)]
+        if not inside:
+            raise UserError(f"model.base: {type(lm).__name__} computes no hidden states apart from its head")
+        lm.base_model_prefix = inside[0]
+    return cast(PreTrainedModel, lm.base_model)
 
 
 def new_head(lm: PreTrainedModel) -> ScalarHead:
@@ -171,8 +167,8 @@ class _Given(nn.Module):
 def head_logits(lm: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Logits of hidden states `(tokens, hidden)`: the model's own forward with a backbone that returns these states. So
     what a family does with them, such as a scale or a soft cap, is done; `check_head` verifies it."""
-    name, states = _backbone_name(lm), hidden[None]
-    own = getattr(lm, name)
+    own, states = backbone(lm), hidden[None]
+    name = cast(str, lm.base_model_prefix)
     setattr(lm, name, _Given(own, states))
     try:
         return lm(inputs_embeds=states, use_cache=False).logits[0]

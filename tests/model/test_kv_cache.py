@@ -74,3 +74,12 @@ def test_a_cache_that_would_go_wrong_is_not_used(change, reason, dtype, monkeypa
     assert (with_cache.name, without.name) == ("past_key_values", None)
     assert capsys.readouterr().out.endswith(f"is sampled without a cache, slowly, as it {reason}\n")
     assert without.bytes(200) - without.bytes(100) > with_cache.bytes(200) - with_cache.bytes(100) > 0
+
+
+def test_what_rows_take_without_a_cache_is_counted_without_weights():
+    with torch.device("meta"):
+        lm = tf.AutoModelForCausalLM.from_config(family_config("minimax"))
+    lm.set_experts_implementation("qalign_experts_shape")  # as `fit` does
+    found = measured_cache(lm)
+    assert found.name is None
+    assert 0 < found.bytes(100) < found.bytes(200) / 1.9

@@ -89,7 +89,7 @@ def _without(lm: PreTrainedModel, reason: str) -> RowCache:
     peaks = []
     for length in (_SHORT, _LONGER):
         with LiveBytes() as counted:
-            backbone(lm)(input_ids=torch.ones(1, length, dtype=torch.int64, device=lm.device), use_cache=False)
+            backbone(lm)(input_ids=torch.ones(1, length, dtype=torch.int64, device=lm.device), use_cache=True)
         peaks.append(counted.peak)
     few, more = peaks
     return RowCache(((few, (more - few) // (_LONGER - _SHORT), None),), None)
