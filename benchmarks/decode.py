@@ -71,8 +71,8 @@ def timed(work) -> tuple[float, list]:
 def said(base: Base) -> str:
     """Whether steps of a base were captured; a traceback if something was raised."""
     used = decoder.decoder_of(base)
-    if used.error:
-        traceback.print_exception(used.error, file=sys.stdout)
+    if used.traceback:
+        print(used.traceback)
     return used.reason or f"{used.graphs} graphs"
 
 

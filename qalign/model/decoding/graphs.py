@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import format_exc
 from typing import Any
 
 import torch
@@ -35,14 +36,14 @@ class Steps:
     Attributes:
         cache: what the steps read and write.
         reason: why steps on CUDA are run as they are; None if they are captured.
-        error: what went wrong while capturing.
+        traceback: of what went wrong while capturing, as text.
         graph_bytes: memory of the graphs' own pool.
     """
 
     def __init__(self, lm: PreTrainedModel, adapters: HeldAdapters, cache: StaticCache):
         self._lm, self._adapters, self.cache = lm, adapters, cache
         self.reason: str | None = None
-        self.error: Exception | None = None
+        self.traceback = ""
         self.graph_bytes = 0
         self._kinds: dict[tuple[int, int, Spans], _Step] = {}
         self._on_cuda = lm.device.type == "cuda"
@@ -98,7 +99,12 @@ class Steps:
             step.graph, step.logits = graph, logits
         except RuntimeError as error:  # nothing has run, so the step is run as it is
             torch.cuda.set_stream(current)
-            self.error, self.reason = error, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            self.traceback, self.reason = format_exc(), in_a_line(error)
+
+
+def in_a_line(error: Exception) -> str:
+    """An error of another library's as a reason."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
 @contextmanager
