@@ -25,6 +25,7 @@ from qalign.config.recipe import Lora, Model
 from qalign.model.base import Base, Role
 from qalign.model.decoding import decoder
 from qalign.model.generation import Sampling, TransformersEngine
+from qalign.model.kernels import fuse
 from qalign.model.loading import compute_dtype, device
 from tests.families import family
 
@@ -153,9 +154,10 @@ def main() -> None:
     for name in args.families:
         attempt(name, compare_family, name)
     base = as_base(random_lm(config_of(args.shape), compute_dtype(Model(base=args.shape))), fixture_tokenizer())
+    fused = fuse(base.lm)
     base.add_adapter(Role.POLICY, Lora())
     give_weights(base, 0.01)
-    print(f"{args.shape} in NF4 and {base.dtype} after {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{args.shape} in NF4 and {base.dtype} after {time.perf_counter() - start:.0f} s; fused: {fused}", flush=True)
     for role in (Role.POLICY, Role.BASE):
         for answers in args.answers:
             attempt(f"{role}, {answers}", measure, base, role, answers, args)

@@ -26,12 +26,13 @@ class _Step:
     spans: Spans
     graph: Any = None  # a `torch.cuda.CUDAGraph`
     logits: Tensor | None = None  # `(rows, vocabulary)`; a replay writes them here
-    runs: int = 0
+    warm: bool = False
+    waits: str = ""  # where the host waited for the device in the first warm-up
 
 
 class Steps:
-    """The steps of a static cache. The first one of a kind is run as it is, which also warms it up; at the second the
-    kind is captured as a CUDA graph, and replayed from then on.
+    """The steps of a static cache. The first one of a kind is run as it is, which also warms it up; then the kind is
+    captured as a CUDA graph, and replayed from then on.
 
     Attributes:
         cache: what the steps read and write.
@@ -59,9 +60,8 @@ class Steps:
         """The logits of the first rows, `(rows, vocabulary)`, which the next run of the same kind writes over."""
         if (step := self._kinds.get((rows, columns, spans))) is None:
             step = self._kinds[rows, columns, spans] = _Step(self.cache.inputs(rows, columns), spans)
-        step.runs += 1
         if self._on_cuda and self.reason is None and step.graph is None:
-            if step.runs == 1:
+            if not step.warm:
                 return self._warm_up(step)
             self._capture(step)
         if step.graph is None or step.logits is None:
@@ -79,14 +79,17 @@ class Steps:
         return logits
 
     def _warm_up(self, step: _Step) -> Tensor:
-        """A step on the stream that captures, as PyTorch asks for; no graph can wait for the device."""
+        """A step on the stream that captures, as PyTorch asks for. No graph can wait for the device; the first step may
+        do so once, to make something that stays."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _waits() as waits:
             logits = self._forward(step)
         current.wait_stream(self._stream)
-        if waits:
+        step.warm = not waits
+        if waits and step.waits:
             self.reason = f"a step waits for the device: {waits[0]}"
+        step.waits = "".join(waits[:1])
         return logits
 
     def _capture(self, step: _Step) -> None:
