@@ -15,7 +15,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from qalign.data.collate import Layout
 from qalign.data.tokenize import IGNORED, TokenDialogue
-from qalign.model.base import Base
+from qalign.model.base import Base, Role
 from qalign.model.logps import token_scores
 from qalign.train.adapter_trainer import AdapterTrainer
 
@@ -70,9 +70,10 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     def _with_own_head(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:
         """The model as TRL's `compute_loss` calls it, which takes sums over what it returns; here supervised positions
         alone."""
-        lm, learned = self.base.lm, labels[:, 1:] != IGNORED
-        states = lm.base_model(**inputs).last_hidden_state[:, :-1][learned]
-        logps, entropies, is_top = token_scores(lm, states, labels[:, 1:][learned])
+        learned = labels[:, 1:] != IGNORED
+        with self.base.acting_as(Role.POLICY) as lm:
+            states = lm.base_model(**inputs).last_hidden_state[:, :-1][learned]
+            logps, entropies, is_top = token_scores(lm, states, labels[:, 1:][learned])
         mask = torch.ones_like(is_top)
         return FusedCausalLMOutput(log_probs=logps, entropy=entropies, is_top1=is_top, label_mask=mask)  # pyright: ignore[reportArgumentType]
 

@@ -1,6 +1,7 @@
 """A step of SFT against TRL's `SFTTrainer`: loss, gradients and metrics; and what the head and the layers compute."""
 
 import pytest
+import torch
 import transformers as tf
 import trl
 
@@ -33,8 +34,8 @@ class Gradients(tf.TrainerCallback):
 def step_of(make, folder, **values) -> tuple[dict, dict]:
     """What the first step of a trainer logs, and its gradients."""
     kept = Gradients()
-    checkpointed = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
-    trainer = make(config(folder, max_steps=1, max_grad_norm=0.0, **checkpointed | values), kept)
+    plain = {"activation_checkpointing_kwargs": {"use_reentrant": False}, "router_aux_loss_coef": 0.0}
+    trainer = make(config(folder, max_steps=1, max_grad_norm=0.0, **plain | values), kept)
     trainer.train()
     return next(entry for entry in trainer.state.log_history if "loss" in entry), kept.found
 
@@ -86,6 +87,25 @@ def test_the_head_runs_at_supervised_positions_and_nothing_on_padding(tiny_folde
     trainer.train()
     assert sum(at_head) == sum(label != IGNORED for row in data for label in row.labels[1:])
     assert sum(embedded) == sum(map(len, data)) < 9 * max(map(len, data))
+
+
+@pytest.mark.parametrize("router", [0.0, 0.001], ids=["own head", "TRL's head"])
+def test_adapters_compute_in_16_bits_where_the_base_does(kind_folder, tmp_path, router):
+    """As in every other stage, in training and in evaluation; their weights stay in 32 bits."""
+    base = scrambled(Model(base=kind_folder("gpt_oss"), quantization="none", compute_dtype="bfloat16"))
+    data, dtypes = rows(base.tokenizer), set()
+    args = config(tmp_path, max_steps=1, bf16=True, router_aux_loss_coef=router, **ONE_BATCH)
+    trainer = SupervisedTrainer(base, args, data, data)
+    assert trainer.aux_loss_enabled is bool(router)
+    for name, module in base.lm.named_modules():
+        if "lora_A." in name:
+            module.register_forward_hook(lambda _module, _inputs, output: dtypes.add(output.dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+    dtypes.clear()
+    trainer.evaluate()
+    assert dtypes == {torch.bfloat16}
+    assert {p.dtype for p in base.lm.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_a_family_that_cannot_run_packed_rows_is_padded_and_noise_is_that_of_one_row(kind_folder, tmp_path):
