@@ -6,7 +6,6 @@ from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -19,6 +18,7 @@ from qalign.model import lineage
 from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
+from qalign.model.memory.first_step import is_out_of_memory
 from qalign.model.memory.forecast import Forecast, Plan, usable_memory
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, naming_trainer, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
@@ -86,11 +86,9 @@ class Session:
     def trainer(self, build: Callable[..., Any], **special: Any) -> Any:
         """Begins the run and builds the stage's trainer: `build(args, rows, held_out_rows, callbacks)`, where `args` is
         TRL's config from the recipe; values under `trainer:` override all others."""
-        run, base, rows = self.run, self.base, self.micro.pairs
-        if run.stage != "sft":  # trainers of pairs take a whole step's, and split it themselves
-            rows = run.settings.batch_size
-        checkpointing, on_gpu = self.planned.checkpointed_layers > 0, base.lm.device.type == "cuda"
-        values = config_values(run, cast(int, rows), on_gpu=on_gpu, dtype=base.dtype, checkpointing=checkpointing)
+        run, base, checkpointing = self.run, self.base, self.planned.checkpointed_layers > 0
+        on_gpu = base.lm.device.type == "cuda"
+        values = config_values(run, on_gpu=on_gpu, dtype=base.dtype, checkpointing=checkpointing)
         args = built(run.stage, run.settings.trainer, lambda given: CONFIGS[run.stage](**values | special | given))
         callbacks = self.begin()
         with naming_trainer(run.stage, run.settings.trainer):
@@ -168,7 +166,9 @@ class Session:
         run, began = self.run, time.monotonic()
         try:
             done, planned, tokens = loop()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise out_of_memory(error, _smaller(run), f" with {self.micro}{self.planned}") from None
         if run.stop.number is not None and done < planned:
             run.end_early(done)
@@ -245,12 +245,7 @@ def rows_at_once(settings: Stage) -> int | Literal["auto"]:
 
 
 def micro_batch(settings: Stage, planned: Plan, longest: int) -> MicroBatchLimit:
-    """How much one forward pass takes. SFT's rows are drawn by TRL's loop, so for `auto` it takes the largest divisor
-    of `batch_size` with which a micro-batch of the longest rows stays within the plan."""
+    """How much one forward pass takes; `longest` are the tokens of the longest row."""
     size = rows_at_once(settings)
-    if size == "auto" and not isinstance(settings, SFT):
-        return MicroBatchLimit(tokens=planned.tokens)
-    if size == "auto":
-        sizes = [size for size in range(1, settings.batch_size + 1) if settings.batch_size % size == 0]
-        size = max((size for size in sizes if size * longest <= planned.tokens), default=1)
-    return MicroBatchLimit(pairs=size)
+    of_plan = {"tokens": planned.tokens} if size == "auto" else {"pairs": size}
+    return MicroBatchLimit(**of_plan, longest=longest)

@@ -6,6 +6,7 @@ import transformers as tf
 import trl
 
 from qalign.config.recipe import Model
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import IGNORED
 from qalign.model import logps
 from qalign.train.sft_trainer import SupervisedTrainer, _columns
@@ -15,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE_BATCH = {"per_device_train_batch_size": 9}
 WAYS = {
-    "one batch": ONE_BATCH,
-    "three batches": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-    "packed": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 5, "packing": True},
-    "checkpointed": {**ONE_BATCH, "activation_checkpointing": True},
-    "dft": {**ONE_BATCH, "loss_type": "dft"},
+    "one batch": {},
+    "three batches": {"micro": 3},
+    "packed": {"micro": 2, "packing": True},
+    "checkpointed": {"activation_checkpointing": True},
+    "dft": {"loss_type": "dft"},
 }
 FAMILIES = ["llama", "mistral", "gemma2", "granite", "cohere", "gpt_oss", "lfm2", "stablelm"]
 
@@ -54,8 +55,14 @@ def steps_of_both(base, folder, way: str) -> list[tuple[dict, dict]]:
     found = [step_of(trls, folder, **ONE_BATCH, **plain)]
     for name, parameter in base.model.named_parameters():
         parameter.data.copy_(before[name])
-    ours = lambda args, kept: SupervisedTrainer(base, args, data, None, (kept,))  # noqa: E731
-    return [*found, step_of(ours, folder, **WAYS[way])]
+    limit, values = limit_and_values(way)
+    ours = lambda args, kept: SupervisedTrainer(base, args, limit, data, None, (kept,))  # noqa: E731
+    return [*found, step_of(ours, folder, **values)]
+
+
+def limit_and_values(way: str) -> tuple[MicroBatchLimit, dict]:
+    values = ONE_BATCH | WAYS[way]
+    return MicroBatchLimit(pairs=values.pop("micro", 9)), values
 
 
 @pytest.mark.parametrize(
@@ -69,7 +76,7 @@ def test_loss_gradients_and_metrics_are_trls(family, way, kind_folder, tmp_path)
     for name, gradient in gradients.items():
         assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
     assert found["num_tokens"] == expected["num_tokens"]
-    if WAYS[way]["per_device_train_batch_size"] == 9:  # TRL's metrics are means over micro-batches
+    if "micro" not in WAYS[way]:  # TRL's metrics are means over micro-batches
         assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
         assert found["mean_token_accuracy"] == pytest.approx(expected["mean_token_accuracy"], abs=1e-6)
     assert expected["mean_token_accuracy"] != 1
@@ -81,7 +88,8 @@ def test_the_head_runs_at_supervised_positions_and_nothing_on_padding(tiny_folde
     data, at_head, embedded, real = rows(base.tokenizer), [], [], logps.head_logits
     monkeypatch.setattr(logps, "head_logits", lambda lm, states: at_head.append(len(states)) or real(lm, states))
     count = lambda _module, inputs, _output: embedded.append(inputs[0].numel())  # noqa: E731
-    trainer = SupervisedTrainer(base, config(tmp_path, max_steps=1, **WAYS[way]), data, None)
+    limit, values = limit_and_values(way)
+    trainer = SupervisedTrainer(base, config(tmp_path, max_steps=1, **values), limit, data, None)
     assert base.padding_reason is None  # found out by running a few tokens, before they are counted
     base.lm.get_input_embeddings().register_forward_hook(count)
     trainer.train()
@@ -112,7 +120,7 @@ def test_a_family_that_cannot_run_packed_rows_is_padded_and_noise_is_that_of_one
     for family, noise, free in (("llama", None, True), ("llama", 5.0, False), ("stablelm", None, False)):
         base = scrambled(Model(base=kind_folder(family), quantization="none", compute_dtype="float32"))
         args = config(tmp_path, neftune_noise_alpha=noise, **ONE_BATCH)
-        trainer = SupervisedTrainer(base, args, rows(base.tokenizer), None)
-        batch = next(iter(trainer.get_train_dataloader()))
+        trainer = SupervisedTrainer(base, args, MicroBatchLimit(pairs=9), rows(base.tokenizer), None)
+        batch = trainer.inputs_of(next(iter(trainer.get_train_dataloader())))
         assert ("layout" in batch, "attention_mask" in batch) == (free, not free)
         assert trainer.args.packing is False
