@@ -19,7 +19,8 @@ from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
 from qalign.model.memory.first_step import is_out_of_memory
-from qalign.model.memory.forecast import Forecast, Plan, usable_memory
+from qalign.model.memory.forecast import Forecast, Plan, usable_by_offload, usable_memory
+from qalign.model.memory.offload import offload
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, naming_trainer, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
@@ -74,14 +75,18 @@ class Session:
             forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
             memory = usable_memory(device, self.base.held_bytes)
             memory -= other_bytes if device == "cuda" else 0  # a CPU's leaves them out already
-            found = forecast.plan(memory, longest if size == "auto" else size * longest)
+            found = forecast.plan(memory, longest if size == "auto" else size * longest, usable_by_offload())
             if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
                 found = Plan(size * longest, forecast.layers)
             if found is None:
-                needed = f"{forecast.total(longest, forecast.layers) / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
+                total = forecast.total(longest, forecast.layers, offloaded=forecast.can_offload)
+                needed = f"{total / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
                 row, fit = f"the longest row ({longest:,} tokens)", f"python -m qalign.fit {run.command_line}"
                 raise UserError(f"{run.stage}: {row} would take {needed} there are; {fit} says what would fit")
         self.planned, self.micro = found, micro_batch(settings, found, longest)
+        if found.offloaded:
+            with self.base.acting_as(self.base.role) as lm:
+                offload(lm)
 
     def trainer(self, build: Callable[..., Any], **special: Any) -> Any:
         """Begins the run and builds the stage's trainer: `build(args, rows, held_out_rows, callbacks)`, where `args` is
@@ -119,6 +124,7 @@ class Session:
             **more,
             "rows": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.rows.counts.items()),
             "steps": f"{steps}, {self.micro}{self.planned}",
+            **self.planned.lines,
         }
         if run.resume:
             lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
