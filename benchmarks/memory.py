@@ -60,9 +60,9 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
         remove_unused_columns=False,
         report_to="none",
     )
-    if stage == "sft":
-        return SupervisedTrainer(base, args, rows, None)
     micro = MicroBatchLimit(pairs=len(rows))
+    if stage == "sft":
+        return SupervisedTrainer(base, args, micro, rows, None)
     if stage == "reward":
         return RewardModelTrainer(base, recipe.reward, args, micro, rows)
     return PreferenceTrainer(base, recipe.dpo, ReferenceLogps(), args, micro, rows)

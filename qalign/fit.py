@@ -37,12 +37,12 @@ def report(recipe: Recipe, given: str | None) -> None:
     import torch
 
     from qalign.model.loading import DTYPES, compute_dtype, device, load_config, readable
-    from qalign.model.memory.forecast import USABLE, Forecast, usable_memory
+    from qalign.model.memory.forecast import Forecast, usable_memory, usable_of_card
     from qalign.model.memory.kv_cache import measured_cache
 
     spec, here = recipe.model, device().type
     where = here if card is None else "cuda"
-    memory = usable_memory(where) if card is None else int(card * USABLE)
+    memory = usable_memory(where) if card is None else usable_of_card(card)
     dtype = compute_dtype(spec) if where == here else DTYPES.get(spec.compute_dtype, torch.bfloat16)
     config = load_config(spec)
     what = f"{spec.base}: {spec.quantization}, computing in {str(dtype).removeprefix('torch.')}"
@@ -79,16 +79,20 @@ def lines(forecast: "Forecast", memory: int) -> list[tuple[str, str]]:
     plan = forecast.plan(memory, needed)
     checkpointed = plan.checkpointed_layers if plan else layers
     tokens = plan.tokens if plan and size == "auto" else needed
-    found = [*table(forecast.parts(tokens, checkpointed), memory), *not_counted(forecast)]
+    offloaded = forecast.can_offload if plan is None else bool(plan.offloaded)
+    parts = forecast.parts(tokens, checkpointed, offloaded=offloaded)
+    found = [*table(parts, memory), *not_counted(forecast)]
     at_once = f"{tokens:,} tokens at once, {checkpointed or 'no'} of {layers} layers checkpointed"
     if plan is None:
         return [*found, ("fits", f"NO: {at_once}"), ("change", advice(forecast, memory, needed // longest))]
-    limit = min(forecast.largest(memory, layers), longest_row(recipe, stage, forecast.reach))
+    limit = min(forecast.furthest(memory), longest_row(recipe, stage, forecast.reach))
     reach = max_length_of(recipe, stage, limit)
+    means = "all layers checkpointed" + (" and offloaded" if forecast.can_offload else "")
     return [
         *found,
         ("fits", f"yes: {at_once}; that is {tokens // longest} of the longest {ROWS[stage]}"),
-        ("limit", f"{limit:,} tokens with all layers checkpointed: one row of max_length {reach:,}"),
+        *plan.lines.items(),
+        ("limit", f"{limit:,} tokens with {means}: one row of max_length {reach:,}"),
     ]
 
 
@@ -114,7 +118,7 @@ def advice(forecast: "Forecast", memory: int, rows: int) -> str:
     from qalign.model.memory.forecast import longest_row, max_length_of
 
     recipe, stage = forecast.recipe, forecast.stage
-    limit = max_length_of(recipe, stage, forecast.largest(memory, forecast.layers))
+    limit = max_length_of(recipe, stage, forecast.furthest(memory))
     if rows > 1 and limit >= recipe.model.max_length:
         return f"{stage}.micro_batch_size=auto"
     if limit >= SHORTEST:
@@ -124,7 +128,7 @@ def advice(forecast: "Forecast", memory: int, rows: int) -> str:
         if getattr(part, key) == value:
             continue
         other = forecast.with_recipe(recipe.model_copy(update={section: part.model_copy(update={key: value})}))
-        if other.largest(memory, other.layers) >= longest_row(recipe, stage, SHORTEST):
+        if other.furthest(memory) >= longest_row(recipe, stage, SHORTEST):
             return f"{section}.{key}={value}"
     fixed = gib(sum(forecast.fixed.values()))
     return f"model.base: a smaller model; this one takes {fixed} of {gib(memory)} before the first token"

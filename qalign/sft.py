@@ -4,7 +4,7 @@
 
 TRL's `SFTTrainer` runs it on token ids made by qalign: only the assistant's turns are supervised, each with its end of
 turn, whether or not the chat template marks them. Departures from TRL: adapters stay float32 on a 4-bit base, nothing
-is computed on padding, and the output layer runs at supervised positions alone.
+is computed on padding, micro-batches are alike in tokens, and the output layer runs at supervised positions alone.
 """
 
 import shlex
@@ -37,7 +37,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session.add_adapter()
     session.plan(recipe.model.max_length if settings.packing else max(map(len, rows.train)))
     trainer = session.trainer(
-        lambda args, *data: SupervisedTrainer(base, args, *data),
+        lambda args, *data: SupervisedTrainer(base, args, session.micro, *data),
         packing=settings.packing,
         packing_strategy="bfd",
         eval_packing=False,

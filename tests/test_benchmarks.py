@@ -1,4 +1,4 @@
-"""`benchmarks/gpu.py` at a tiny shape on the CPU: the code that a GPU will run, and how it takes a lack of memory."""
+"""The benchmarks at a tiny shape on the CPU: the code that a GPU will run, and how `gpu.py` takes a lack of memory."""
 
 import json
 import math
@@ -48,6 +48,18 @@ def test_decoding_is_timed_on_a_cpu():
     for name in ("llama", "lfm2"):
         assert f"{name}: of 5 answers 5 sampled and 5 greedy ones are the same" in done.stdout
     assert done.stdout.count("ms a step") == 4
+
+
+def test_the_start_of_a_stage_is_timed(tiny_folder, tmp_path):
+    rows = [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 4
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{base: {tiny_folder}}}\noutput: runs\ndpo: {{data: pairs.jsonl, batch_size: 2}}\n")
+    command = [sys.executable, "benchmarks/start.py", "dpo", str(recipe), f"output={tmp_path / 'runs'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    parts = [line.split("|")[1].strip() for line in done.stdout.partition("| seconds |")[2].splitlines()[2:]]
+    assert {"imports", "base loaded", "rows tokenised", "memory planned", "step 1", "step 2", "in all"} <= {*parts}
 
 
 @pytest.mark.true_model  # not SmolLM2, but as slow

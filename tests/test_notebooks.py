@@ -29,7 +29,17 @@ def test_a_notebook_is_thin_and_clean(notebook):
     assert "==" not in re.sub(r"#.*", "", code(notebook).partition("elif")[0]), "a notebook pins nothing"
     text = notebook.read_text(encoding="utf-8")
     assert f"/blob/main/notebooks/{notebook.name})" in text, "no badge"
-    assert all(not cell.get("outputs") for cell in json.loads(text)["cells"])
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_the_cells_print_is_stored(notebook):
+    """As `docs/run_notebooks.py` stores it."""
+    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+        source, outputs = "".join(cell["source"]), cell.get("outputs", [])
+        prints = re.search(r"^ *(print\(|!python)", source, re.MULTILINE) and "NOTEBOOK_TEST" not in source
+        assert bool(outputs) == bool(prints)
+        said = "".join("".join(output["text"]) for output in outputs)  # a KeyError where a cell failed
+        assert not re.search(r"Traceback|\r|/(root|home|tmp|work|content)/", said)
 
 
 def test_the_three_notebooks_are_there_and_in_the_readme():

@@ -228,15 +228,30 @@ def _batch(
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class MicroBatchLimit:
-    """The largest micro-batch, in pairs or in tokens. One of the two is set."""
+    """The largest micro-batch, in pairs (or rows) or in tokens. One of the two is set. All parts of a run share one
+    limit, so that what is halved for one is halved for all."""
 
     pairs: int = 0
     tokens: int = 0
+    longest: int = field(default=0, compare=False)  # tokens of the longest row
 
     def __str__(self) -> str:
         return f"{self.pairs:,} at a time" if self.pairs else f"up to {self.tokens:,} tokens at a time"
+
+    def halve(self, sizes: Sequence[int]) -> bool:
+        """Halves what a step with rows of these sizes takes at once, in tokens not below the longest row; False if it
+        can't take less."""
+        if self.pairs:
+            most = min(self.pairs, len(sizes))
+            self.pairs = max(1, most // 2)
+            return most > 1
+        most, longest = min(self.tokens, sum(sizes)), max(self.longest, *sizes)
+        if most <= longest:
+            return False
+        self.tokens = max(most // 2, longest)
+        return True
 
 
 def micro_batches(

@@ -78,18 +78,13 @@ def inverse_cdf(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
 
 def nucleus(logits: Tensor, draws: Tensor, sampling: Sampling) -> Tensor:
     """Like `inverse_cdf`, but in the order of probability, likeliest first, and within the `top_p` nucleus only."""
-    if not logits.amax(dim=-1).isfinite().all():  # a token that is ruled out may have -inf
-        raise UserError(
-            f"the model gives no numbers in {str(logits.dtype).removeprefix('torch.')} on {logits.device.type}: the "
-            "range of this dtype is too small, or the weights of the base or an adapter are not finite; try another "
-            "model.compute_dtype"
-        )
     if sampling.temperature < GREEDY_BELOW:
         return logits.argmax(dim=-1)
-    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1).double()
+    probabilities = (logits.float() / sampling.temperature).softmax(dim=-1)
     descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
-    cumulative = descending.cumsum(dim=-1)
+    cumulative = (descending := descending.double()).cumsum(dim=-1)
     last = (cumulative - descending < sampling.top_p).sum(dim=-1, keepdim=True) - 1  # the likeliest token always stays
+    last = last.clamp(min=0)  # without numbers there is none, and an index that is out of range stops a GPU for good
     place = torch.searchsorted(cumulative, draws[:, None] * cumulative.gather(1, last), right=True)
     return order.gather(1, torch.minimum(place, last))[:, 0]
 
@@ -151,7 +146,7 @@ def _decode(
     with decoder.rows(base, inputs, prompts, roles, sampling.max_new_tokens) as rows:
         for length in range(sampling.max_new_tokens):
             tokens = choose(logits, draws[:, length], sampling)
-            step = [(*answer, token) for answer, token in zip(answers, tokens.tolist(), strict=True)]
+            step = [(*answer, token) for answer, token in zip(answers, _on_host(tokens, logits), strict=True)]
             yield [grown for grown in step if grown[:2] in running]
             running -= {(number, sample) for number, sample, token in step if token in stop_ids}
             if not running or length + 1 == sampling.max_new_tokens:
@@ -160,6 +155,19 @@ def _decode(
             if len(kept) < len(answers) and rows.keep(kept):
                 answers, draws, tokens = [answers[place] for place in kept], draws[kept], tokens[kept]
             logits = rows.step(tokens)
+
+
+def _on_host(tokens: Tensor, logits: Tensor) -> list[int]:
+    """The tokens that were sampled: the one time in a step that the host waits for the device."""
+    has_numbers = logits.amax(dim=-1).isfinite()  # a token that is ruled out may have -inf
+    found = tokens.where(has_numbers, -1).tolist()
+    if min(found) < 0:
+        raise UserError(
+            f"the model gives no numbers in {str(logits.dtype).removeprefix('torch.')} on {logits.device.type}: the "
+            "range of this dtype is too small, or the weights of the base or an adapter are not finite; try another "
+            "model.compute_dtype"
+        )
+    return found
 
 
 class TransformersEngine:

@@ -4,6 +4,7 @@ import atexit
 import hashlib
 import json
 import shutil
+import sys
 import tempfile
 import warnings
 from collections.abc import Generator
@@ -18,12 +19,13 @@ import torch
 import transformers as tf
 from bitsandbytes.nn.modules import Linear8bitLt
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers.utils.quantization_config import Mxfp4Config
 
 from qalign.config.paths import expanded
 from qalign.config.recipe import Model
 from qalign.data.hub import why
-from qalign.errors import UserError
+from qalign.errors import UserError, one_line
 from qalign.model import cache, origin
 from qalign.model.adapters.generation_config import mended
 from qalign.model.experts.quantizer import FourBitConfig, guard_4bit
@@ -176,10 +178,19 @@ def _quiet() -> None:
     tf.logging.set_verbosity_error()
     tf.logging.disable_progress_bar()
     datasets.disable_progress_bars()
+    warnings.showwarning = _above_progress_bars
+    # The first backward pass on a GPU: PyTorch's thread for it has no CUDA context yet, and is given one.
+    warnings.filterwarnings("ignore", message="Attempting to run cuBLAS", category=UserWarning)
     # PEFT still calls what transformers 5.23 renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
     # An adapter on tied embeddings: `qalign.merge` unties them.
     warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter", category=UserWarning)
+
+
+def _above_progress_bars(message, category, filename, lineno, file=None, line=None) -> None:
+    """Writes a warning as one line; Python's own would begin in the middle of a progress bar."""
+    text = f"{Path(filename).name}:{lineno}: {category.__name__}: {' '.join(str(message).split())}"
+    tqdm.write(one_line(text), file=file or sys.stderr)
 
 
 def device() -> torch.device:

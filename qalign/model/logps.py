@@ -118,7 +118,9 @@ class _HeadLogps(torch.autograd.Function):
             total = weights.sub_(top).exp_().sum(dim=1, keepdim=True)  # in place: each pass over the logits costs time
             logps.append((chosen - top - total.log())[:, 0])
             if all_scores:
-                mean = (weights * logits.detach()).sum(dim=1, keepdim=True) / total
+                products = logits.detach().to(weights.dtype, copy=True).mul_(weights)
+                mean = products.sum(dim=1, keepdim=True) / total
+                del products  # as large as all logits of a chunk
                 entropies.append((top + total.log() - mean)[:, 0])
             if wants_grad:
                 slope = weights.div_(-total).scatter_add_(1, ids[:, None], torch.ones_like(chosen))

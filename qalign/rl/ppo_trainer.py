@@ -23,6 +23,7 @@ from qalign.data.collate import AnswerBatch, MicroBatchLimit
 from qalign.errors import UserError, gradients_not_finite, not_finite
 from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_logps, token_scores
+from qalign.model.memory.first_step import FirstStep
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
 from qalign.rl.rewards import combined, value_start
 from qalign.rl.rollout_batch import Indices, RolloutBatch, SampledAnswers
@@ -53,6 +54,7 @@ class PPOTrainer:
     ):
         self.setup, self.base, self.scorers = setup, setup.base, setup.scorers.reward
         self.settings, self.limit, self.iterations, self.seed = settings, limit, iterations, seed
+        self._first_step = FirstStep(limit)
         self.done, self.tokens_seen = 0, 0
         self.kl_coefficient, self.moments, self.value_units = settings.kl_coefficient, losses.Moments(), (0.0, 1.0)
         self.seconds: dict[str, float] = defaultdict(float)
@@ -79,7 +81,7 @@ class PPOTrainer:
             furthest = (rollout.old_logps - rollout.reference_logps).abs().max().item()
             problem = "the policy is {} from its reference before the first update, where KL must be 0"
             self._check_equal(furthest, problem)
-        metrics = self.score(rollout) | self.advantages(rollout) | self.update(rollout)
+        metrics = self.score(rollout) | self._learn(rollout)
         if self.settings.kl_target:
             self.kl_coefficient = losses.adapted_kl_coefficient(
                 self.kl_coefficient, rollout.kl.mean().item(), self.settings.kl_target
@@ -89,6 +91,20 @@ class PPOTrainer:
         self.seconds["all"] += time.monotonic() - began
         return rollout, metrics
 
+    def _learn(self, rollout: RolloutBatch) -> dict[str, float]:
+        """Advantages and update. Where memory runs out before the first optimiser step, all roles read the answers
+        again, as they must in the micro-batches of the update."""
+        read = [True]
+
+        def learn() -> dict[str, float]:
+            if not read:
+                self._read_all(rollout, ROLES)
+            read.clear()
+            return self.advantages(rollout) | self.update(rollout)
+
+        sizes = [self.base.tokens_taken(row.tokens) for row in rollout.rows]
+        return self._first_step.run(learn, sizes, self.optimizer.zero_grad, self, ("moments", "value_units"))
+
     def collect(
         self, prompts: list[EncodedPrompt], num_samples: int, seed: int, roles: Sequence[Role] = ROLES
     ) -> RolloutBatch:
@@ -97,15 +113,18 @@ class PPOTrainer:
         with self._timed("rollout"):
             rows = self.setup.sample(prompts, num_samples, seed)
         rollout = RolloutBatch.empty(rows)
+        self._read_all(rollout, roles)
+        return rollout
+
+    def _read_all(self, rollout: RolloutBatch, roles: Sequence[Role]) -> None:
         with self._timed("scoring"), torch.no_grad(), self.base.packed_attention():
-            parts = [micro for mini in self._mini_batches(rows, epoch=0) for micro in mini]
+            parts = [micro for mini in self._mini_batches(rollout.rows, epoch=0) for micro in mini]
             for role in roles:
                 if role is Role.VALUE and not self._value_adapter:
                     continue  # read from the policy's hidden states
                 with self.base.acting_as(role) as lm:
                     for where, batch in self._batches(rollout, parts):
                         self._read(rollout, role, lm, where, batch)
-        return rollout
 
     def _read(self, rollout: RolloutBatch, role: Role, lm: PreTrainedModel, where: Indices, batch: AnswerBatch) -> None:
         """Fills the tensors of a rollout from one forward pass of a role."""
@@ -199,6 +218,7 @@ class PPOTrainer:
                     norm = self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm)
                     if self.accelerator.scaler is None and not cast(Tensor, norm).isfinite():
                         raise gradients_not_finite(f"iteration {self.done + 1}")
+                    self._first_step.done = True
                     self.optimizer.step()
                     steps += 1
                 self.optimizer.zero_grad()  # sets gradients to None: they take no memory while answers are sampled

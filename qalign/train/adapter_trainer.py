@@ -21,8 +21,10 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
+from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite, short
 from qalign.model.base import Base, Role
+from qalign.model.memory.first_step import FirstStep
 from qalign.train.run_folder import RunFolder
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": TrainingArguments}
@@ -31,10 +33,46 @@ Built = TypeVar("Built")
 
 
 class AdapterTrainer(Trainer):
-    """A `Trainer` of one adapter, in the role `trained`, on a base that never changes."""
+    """A `Trainer` of one adapter, in the role `trained`, on a base that never changes. It takes the rows of a whole
+    optimiser step (the batch size in its config, with gradient accumulation 1) and runs them in micro-batches.
+
+    Attributes:
+        micro: what one forward pass takes; changes no number.
+        counters: names of the attributes that a micro-batch changes.
+    """
 
     base: Base
     trained: Role = Role.POLICY
+    counters: tuple[str, ...] = ()
+    # Losses are divided by what the whole optimiser step has (`num_items_in_batch`), so 8 × 1 and 1 × 8 give the same
+    # curve, also in the epoch's last, shorter step.
+    loss_is_scaled_for_ga = True
+
+    def take(self, micro: MicroBatchLimit) -> None:
+        """Sets what one forward pass takes."""
+        self.micro, self._first_step = micro, FirstStep(micro)
+
+    def micro_batches(self, rows: Sequence[Any]) -> list[Any]:
+        """The rows of a step in groups, one for each forward pass."""
+        return self.base.micro_batches(rows, self.micro)
+
+    def inputs_of(self, rows: Sequence[Any]) -> Any:
+        """What `compute_loss` takes for a micro-batch."""
+        return rows
+
+    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        """Forward and backward of one optimiser step, one micro-batch at a time."""
+        one = super().training_step
+
+        def step() -> Tensor:
+            total, groups = torch.zeros((), device=self.args.device), self.micro_batches(inputs)
+            self.current_gradient_accumulation_steps = len(groups)
+            for rows in groups:
+                total = total + one(model, self.inputs_of(rows), num_items_in_batch)
+            return total
+
+        sizes = [self.base.tokens_taken(row) for row in inputs]
+        return self._first_step.run(step, sizes, model.zero_grad, self, self.counters)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The recipe's schedule, counted from 1."""
@@ -91,15 +129,15 @@ def schedule_from_one(kind: str, optimizer: Optimizer, warmup: int, steps: int, 
 
 
 def config_values(
-    run: RunFolder, rows: int, *, on_gpu: bool, dtype: torch.dtype = torch.float32, checkpointing: bool = False
+    run: RunFolder, *, on_gpu: bool, dtype: torch.dtype = torch.float32, checkpointing: bool = False
 ) -> dict[str, Any]:
-    """The recipe's values for TRL's config of a stage; `rows` is how many the trainer takes at once."""
+    """The recipe's values for TRL's config of a stage."""
     settings = run.settings
     return {
         "output_dir": str(run.checkpoints.absolute()),  # the state keeps the path of the best checkpoint
-        "per_device_train_batch_size": rows,
-        "per_device_eval_batch_size": rows,
-        "gradient_accumulation_steps": settings.batch_size // rows,
+        "per_device_train_batch_size": settings.batch_size,  # of which the trainer makes micro-batches
+        "per_device_eval_batch_size": settings.batch_size,
+        "gradient_accumulation_steps": 1,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
         "learning_rate": settings.learning_rate,
@@ -170,7 +208,7 @@ def try_out(run: RunFolder) -> None:
     """
     stage, settings, on_gpu = run.stage, run.settings, torch.cuda.is_available()
     optimiser_only = {"output_dir": "unused", "report_to": "none", "use_cpu": not on_gpu}
-    values = optimiser_only if stage == "ppo" else config_values(run, 1, on_gpu=on_gpu)
+    values = optimiser_only if stage == "ppo" else config_values(run, on_gpu=on_gpu)
 
     def build(trainer: dict[str, Any]) -> None:
         args = CONFIGS[stage](**values | trainer)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sized
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from transformers import Trainer, TrainerCallback, TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -19,7 +18,9 @@ from qalign.model import lineage
 from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
-from qalign.model.memory.forecast import Forecast, Plan, usable_memory
+from qalign.model.memory.first_step import is_out_of_memory
+from qalign.model.memory.forecast import Forecast, Plan, usable_by_offload, usable_memory
+from qalign.model.memory.offload import offload
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, naming_trainer, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
@@ -74,23 +75,25 @@ class Session:
             forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
             memory = usable_memory(device, self.base.held_bytes)
             memory -= other_bytes if device == "cuda" else 0  # a CPU's leaves them out already
-            found = forecast.plan(memory, longest if size == "auto" else size * longest)
+            found = forecast.plan(memory, longest if size == "auto" else size * longest, usable_by_offload())
             if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
                 found = Plan(size * longest, forecast.layers)
             if found is None:
-                needed = f"{forecast.total(longest, forecast.layers) / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
+                total = forecast.total(longest, forecast.layers, offloaded=forecast.can_offload)
+                needed = f"{total / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
                 row, fit = f"the longest row ({longest:,} tokens)", f"python -m qalign.fit {run.command_line}"
                 raise UserError(f"{run.stage}: {row} would take {needed} there are; {fit} says what would fit")
         self.planned, self.micro = found, micro_batch(settings, found, longest)
+        if found.offloaded:
+            with self.base.acting_as(self.base.role) as lm:
+                offload(lm)
 
     def trainer(self, build: Callable[..., Any], **special: Any) -> Any:
         """Begins the run and builds the stage's trainer: `build(args, rows, held_out_rows, callbacks)`, where `args` is
         TRL's config from the recipe; values under `trainer:` override all others."""
-        run, base, rows = self.run, self.base, self.micro.pairs
-        if run.stage != "sft":  # trainers of pairs take a whole step's, and split it themselves
-            rows = run.settings.batch_size
-        checkpointing, on_gpu = self.planned.checkpointed_layers > 0, base.lm.device.type == "cuda"
-        values = config_values(run, cast(int, rows), on_gpu=on_gpu, dtype=base.dtype, checkpointing=checkpointing)
+        run, base, checkpointing = self.run, self.base, self.planned.checkpointed_layers > 0
+        on_gpu = base.lm.device.type == "cuda"
+        values = config_values(run, on_gpu=on_gpu, dtype=base.dtype, checkpointing=checkpointing)
         args = built(run.stage, run.settings.trainer, lambda given: CONFIGS[run.stage](**values | special | given))
         callbacks = self.begin()
         with naming_trainer(run.stage, run.settings.trainer):
@@ -121,6 +124,7 @@ class Session:
             **more,
             "rows": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.rows.counts.items()),
             "steps": f"{steps}, {self.micro}{self.planned}",
+            **self.planned.lines,
         }
         if run.resume:
             lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
@@ -168,7 +172,9 @@ class Session:
         run, began = self.run, time.monotonic()
         try:
             done, planned, tokens = loop()
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise out_of_memory(error, _smaller(run), f" with {self.micro}{self.planned}") from None
         if run.stop.number is not None and done < planned:
             run.end_early(done)
@@ -245,12 +251,7 @@ def rows_at_once(settings: Stage) -> int | Literal["auto"]:
 
 
 def micro_batch(settings: Stage, planned: Plan, longest: int) -> MicroBatchLimit:
-    """How much one forward pass takes. SFT's rows are drawn by TRL's loop, so for `auto` it takes the largest divisor
-    of `batch_size` with which a micro-batch of the longest rows stays within the plan."""
+    """How much one forward pass takes; `longest` are the tokens of the longest row."""
     size = rows_at_once(settings)
-    if size == "auto" and not isinstance(settings, SFT):
-        return MicroBatchLimit(tokens=planned.tokens)
-    if size == "auto":
-        sizes = [size for size in range(1, settings.batch_size + 1) if settings.batch_size % size == 0]
-        size = max((size for size in sizes if size * longest <= planned.tokens), default=1)
-    return MicroBatchLimit(pairs=size)
+    of_plan = {"tokens": planned.tokens} if size == "auto" else {"pairs": size}
+    return MicroBatchLimit(**of_plan, longest=longest)

@@ -7,7 +7,7 @@ they are not TRL's `DPOTrainer` and `RewardTrainer`.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +24,9 @@ from qalign.train.adapter_trainer import AdapterTrainer
 
 
 class PairTrainer(AdapterTrainer):
-    """The loop that both share; a subclass defines `pair_losses`. The batch size in TRL's config `args` is the pairs of
-    an optimiser step, its gradient accumulation 1; `micro`, what one forward pass takes, changes no number."""
+    """The loop that both share; a subclass defines `pair_losses`."""
 
-    # The loss of a micro-batch is divided by the pairs of the whole optimiser step (`num_items_in_batch`), so 8 × 1 and
-    # 1 × 8 give the same curve, also in the epoch's last, shorter step.
-    loss_is_scaled_for_ga = True
+    counters = ("tokens_seen", "_sums")
 
     def __init__(
         self,
@@ -41,7 +38,8 @@ class PairTrainer(AdapterTrainer):
         eval_pairs: list[TokenPair] | None = None,
         callbacks: tuple[TrainerCallback, ...] = (),
     ):
-        self.base, self.trained, self.micro, self.tokens_seen = base, role, micro, 0
+        self.base, self.trained, self.tokens_seen = base, role, 0
+        self.take(micro)
         self._sums: dict[str, float] = defaultdict(float)
         # `list` as the collator passes pairs on as they are; tensors are made for one micro-batch at a time.
         data: dict[str, Any] = {"data_collator": list, "train_dataset": train_pairs, "eval_dataset": eval_pairs}
@@ -60,13 +58,6 @@ class PairTrainer(AdapterTrainer):
         """(the pairs of one optimiser step as one batch, their number)."""
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(map(len, batches))
-
-    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
-        """Forward and backward of one optimiser step, one micro-batch at a time."""
-        total = torch.zeros((), device=self.args.device)
-        for pairs in cast(Any, self.base.micro_batches(inputs, self.micro)):
-            total = total + super().training_step(model, pairs, num_items_in_batch)
-        return total
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """The loss of one micro-batch: the sum over its pairs, divided by the pairs of the optimiser step."""
@@ -109,7 +100,7 @@ class PairTrainer(AdapterTrainer):
         self.base.model.eval()
         with torch.no_grad(), self.base.packed_attention():
             for inputs in self.get_eval_dataloader(eval_dataset):
-                for pairs in cast(Any, self.base.micro_batches(inputs, self.micro)):
+                for pairs in self.micro_batches(inputs):
                     loss, metrics = self.pair_losses(pairs)
                     self.check_finite(loss, [pair.where for pair in pairs])
                     self._count({"loss": loss, **metrics}, len(loss))

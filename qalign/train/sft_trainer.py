@@ -1,48 +1,54 @@
 """TRL's `SFTTrainer` on qalign's token ids."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import chain
+from dataclasses import dataclass
+from itertools import accumulate, chain
 from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from qalign.data.collate import Layout
+from qalign.data.collate import Layout, MicroBatchLimit, micro_batches
 from qalign.data.tokenize import IGNORED, TokenDialogue
-from qalign.model.base import Base
+from qalign.model.base import Base, Role
 from qalign.model.logps import token_scores
 from qalign.train.adapter_trainer import AdapterTrainer
 
 
 class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     """TRL's `SFTTrainer` on rows that are token ids already, with float32 adapters and plain adapter folders as
-    checkpoints. Its loop, losses and metrics stay; two things are qalign's own. The rows of a micro-batch stand behind
-    one another without padding, where the base can run packed rows. And the head runs at supervised positions alone.
-    (TRL's does so on CUDA only.) `base` has a trainable policy; held-out rows are never packed into full rows."""
+    checkpoints. Its loop, losses and metrics stay; three things are qalign's own. Micro-batches have roughly equal
+    token counts. Their rows stand behind one another without padding, where the base can run packed rows. And the head
+    runs at supervised positions alone. (TRL's does so on CUDA only.) `base` has a trainable policy; held-out rows are
+    never packed into full rows."""
+
+    counters = ("_metrics", "_total_train_tokens")  # TRL's
 
     def __init__(
         self,
         base: Base,
         args: SFTConfig,
+        micro: MicroBatchLimit,
         train_rows: list[TokenDialogue],
         eval_rows: list[TokenDialogue] | None,
         callbacks: tuple[TrainerCallback, ...] = (),
     ):
         self.base = base
+        self.take(micro)
         self._places = {tuple(row.ids): row.where for row in (*train_rows, *(eval_rows or ()))}
         with float32_kept(base.model):
             data: dict[str, Any] = {"train_dataset": _columns(train_rows), "eval_dataset": _columns(eval_rows)}
             super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
         # NEFTune's noise depends on the length of a row, so there a row stays one dialogue unless `packing` is set.
         self.without_padding = args.packing or not (base.padding_reason or args.neftune_noise_alpha)
-        if self.without_padding:
-            self.data_collator = packed_row
+        self._padded, self.data_collator = self.data_collator, _as_rows
         self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
     def packed_attention(self) -> AbstractContextManager[None]:
@@ -52,6 +58,17 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     def train(self, *args, **kwargs):
         with self.packed_attention():
             return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """(the rows of one optimiser step as one batch, the number of their supervised tokens)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(row.supervised for batch in batches for row in batch)
+
+    def micro_batches(self, rows: Sequence[Any]) -> list[Any]:
+        return micro_batches(rows, self.micro, layout="packed" if self.without_padding else "padded")
+
+    def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
+        return packed_row(rows) if self.without_padding else self._padded([row.columns for row in rows])
 
     def compute_loss_context_manager(self) -> ExitStack:
         found = super().compute_loss_context_manager()
@@ -70,9 +87,10 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     def _with_own_head(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:
         """The model as TRL's `compute_loss` calls it, which takes sums over what it returns; here supervised positions
         alone."""
-        lm, learned = self.base.lm, labels[:, 1:] != IGNORED
-        states = lm.base_model(**inputs).last_hidden_state[:, :-1][learned]
-        logps, entropies, is_top = token_scores(lm, states, labels[:, 1:][learned])
+        learned = labels[:, 1:] != IGNORED
+        with self.base.acting_as(Role.POLICY) as lm:
+            states = lm.base_model(**inputs).last_hidden_state[:, :-1][learned]
+            logps, entropies, is_top = token_scores(lm, states, labels[:, 1:][learned])
         mask = torch.ones_like(is_top)
         return FusedCausalLMOutput(log_probs=logps, entropy=entropies, is_top1=is_top, label_mask=mask)  # pyright: ignore[reportArgumentType]
 
@@ -82,9 +100,11 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         self.base.model.eval()
         total, tokens = 0.0, 0
         with torch.no_grad(), self.accelerator.autocast(), self.packed_attention():
-            for inputs in self.get_eval_dataloader(eval_dataset):
-                tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
-                total += self.compute_loss(self.base.model, inputs, num_items_in_batch=1).item()
+            for batch in self.get_eval_dataloader(eval_dataset):
+                tokens += sum(row.supervised for row in batch)
+                for rows in self.micro_batches(batch):
+                    inputs = send_to_device(self.inputs_of(rows), self.args.device)
+                    total += self.compute_loss(self.base.model, inputs, num_items_in_batch=1).item()
         return self.evaluated({f"{metric_key_prefix}_loss": total / max(1, tokens)})
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -102,12 +122,42 @@ def float32_kept(model: nn.Module) -> Iterator[None]:
             parameter.data = weights[name]
 
 
-def packed_row(examples: list[dict[str, list[int]]]) -> dict[str, Any]:
-    """The rows of a micro-batch as one row without padding, with a layout that keeps its dialogues apart. Rows that TRL
-    has packed say in `seq_lengths` which dialogues they hold."""
-    lengths = [length for row in examples for length in row.get("seq_lengths", [len(row["input_ids"])])]
-    layout = Layout(tuple((length, ()) for length in lengths))
-    ids, labels = (torch.tensor([[*chain(*(row[name] for row in examples))]]) for name in ("input_ids", "labels"))
+@dataclass(frozen=True)
+class SupervisedRow:
+    """A row of TRL's data set: a dialogue, or the dialogues that TRL has packed into a row. For `micro_batches` it is
+    an answer to an empty prompt."""
+
+    columns: dict[str, list[int]]
+    prompt_ids: tuple[()] = ()
+
+    @property
+    def answers(self) -> tuple[list[int]]:
+        return (self.columns["input_ids"],)
+
+    @property
+    def dialogues(self) -> list[int]:
+        """Their lengths; no token before its first one predicts it."""
+        return self.columns.get("seq_lengths", [len(self)])
+
+    @property
+    def supervised(self) -> int:
+        """The number of tokens that are predicted."""
+        starts, labels = {0, *accumulate(self.dialogues)}, self.columns["labels"]
+        return sum(label != IGNORED and place not in starts for place, label in enumerate(labels))
+
+    def __len__(self) -> int:
+        return len(self.columns["input_ids"])
+
+
+def _as_rows(examples: list[dict[str, list[int]]]) -> list[SupervisedRow]:
+    """Passes rows on as they are; tensors are made for one micro-batch at a time."""
+    return [SupervisedRow(row) for row in examples]
+
+
+def packed_row(rows: Sequence[SupervisedRow]) -> dict[str, Any]:
+    """The rows of a micro-batch as one row without padding, with a layout that keeps its dialogues apart."""
+    layout = Layout(tuple((length, ()) for row in rows for length in row.dialogues))
+    ids, labels = (torch.tensor([[*chain(*(r.columns[name] for r in rows))]]) for name in ("input_ids", "labels"))
     labels[:, [start for (start,) in layout.starts]] = IGNORED  # no token before them predicts them
     return {"input_ids": ids, "labels": labels, "position_ids": layout.positions(), "layout": layout}
 

@@ -29,12 +29,12 @@ def each_step_once():
     """The same step of the same model is run once for all tests here."""
     run, known = memory.StepModel.run, {}
 
-    def remembered(self, tokens, *, checkpointing):
+    def remembered(self, tokens, **way):
         config, recipe = self.lm.config.to_json_string(use_diff=False), self.recipe
         about = (config, self.stage, self.lm.dtype, str(recipe.lora), recipe.model.quantization)
-        key = (*about, self.lm.config._attn_implementation, checkpointing, tokens)
+        key = (*about, self.lm.config._attn_implementation, *way.values(), tokens)
         if key not in known:
-            known[key] = run(self, tokens, checkpointing=checkpointing)
+            known[key] = run(self, tokens, **way)
         return known[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -95,7 +95,7 @@ def test_every_stage_is_shown(recipe_path, capsys):
     assert "nf4, computing in float32, rows of up to 512 tokens, " in said
     assert re.findall(rf"^({'|'.join(STAGES)})$", said, flags=re.MULTILINE) == list(STAGES)
     assert said.count("yes: ") == len(STAGES)
-    assert "of 11.40 GiB" in said  # 95% of it
+    assert "of 10.52 GiB" in said  # 93% of it, less what CUDA takes
 
 
 def test_without_memory_it_is_about_this_computer_whose_home_may_hold_the_base(recipe_path, bare, monkeypatch, capsys):
@@ -104,7 +104,6 @@ def test_without_memory_it_is_about_this_computer_whose_home_may_hold_the_base(r
     said = capsys.readouterr().out
     assert "yes: " in said
     assert "on cpu" in said
-    assert "CUDA context" not in said
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import encode_pair
 from qalign.model.base import Base, Role
 from qalign.model.loading import auto_class
-from qalign.model.memory.forecast import USABLE, Forecast, longest_row
+from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, longest_row, usable_of_card
 from tests.config.conftest import DEMO, NAMES, text_of
 from tests.conftest import FIXTURES, ROOT
 from tests.helpers import metrics, train_recipe
@@ -109,9 +109,10 @@ def test_the_memory_in_the_header_is_the_current_forecast(name, recipe, config):
     dtype = torch.float16 if recipe.model.compute_dtype == "float16" else torch.bfloat16
     forecast = Forecast(recipe, "dpo", config, "cuda", dtype)
 
-    plan = forecast.plan(int(SHAPES[name].card * USABLE * 2**30), longest_row(recipe, "dpo"))
+    plan = forecast.plan(usable_of_card(int(SHAPES[name].card * 2**30)), longest_row(recipe, "dpo"))
 
-    size = forecast.total(plan.tokens, plan.checkpointed_layers) / 2**30
+    assert not plan.offloaded
+    size = (forecast.total(plan.tokens, plan.checkpointed_layers) + CUDA_CONTEXT) / 2**30
     assert f"DPO needs {size:.1f} GiB (forecast)" in text_of(name)
 
 

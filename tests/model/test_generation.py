@@ -231,6 +231,10 @@ def test_without_an_adapter_the_bare_base_answers(tiny_base):
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
 def test_logits_that_are_not_finite_are_reported(base, temperature, monkeypatch):
     """They may be out of float16's range; an index made from them would stop a GPU for good."""
+    nothing = torch.full((2, 9), torch.nan)
+    for choose in (generation.inverse_cdf, generation.nucleus):
+        found = choose(nothing, torch.tensor([0.0, 0.9], dtype=torch.float64), sampling(base, temperature))
+        assert all(0 <= token < 9 for token in found.tolist())
     answers(base, [request(base, "policy")], sampling(base, temperature))
     monkeypatch.setattr(base.lm.lm_head, "forward", lambda hidden: torch.full((*hidden.shape[:2], 2048), torch.nan))
     with pytest.raises(UserError, match=r"float32 on cpu: .*model\.compute_dtype"):

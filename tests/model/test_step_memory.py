@@ -51,9 +51,9 @@ def test_a_plan_builds_the_model_once_and_runs_each_step_once(tiny_folder, monke
     built, run, real, step = [], [], memory.meta_model, memory.StepModel.run
     monkeypatch.setattr(memory, "meta_model", lambda *args: built.append(args) or real(*args))
 
-    def counted(self, tokens, *, checkpointing):
-        run.append((tokens, checkpointing))
-        return step(self, tokens, checkpointing=checkpointing)
+    def counted(self, tokens, **way):
+        run.append((tokens, *way.values()))
+        return step(self, tokens, **way)
 
     monkeypatch.setattr(memory.StepModel, "run", counted)
     keys = {"model": {"base": tiny_folder}, "output": "unused", "dpo": {"data": "unused"}}

@@ -28,25 +28,17 @@ def settings(stage=DPO, **keys):
 
 
 @pytest.mark.parametrize(
-    ("batch", "micro", "longest", "expected"),
-    [(12, "auto", 1000, 4), (12, "auto", 1024, 4), (7, "auto", 1000, 1), (12, "auto", 5000, 1), (12, 3, 5000, 3)],
-)
-def test_sft_takes_the_largest_divisor_of_its_batch_that_fits(batch, micro, longest, expected):
-    """4 * 1000 <= 4096 < 6 * 1000; and 4 * 1024 is exactly 4096."""
-    found = micro_batch(settings(SFT, batch_size=batch, micro_batch_size=micro), PLANNED, longest)
-    assert found == MicroBatchLimit(pairs=expected)
-
-
-@pytest.mark.parametrize(
     ("stage", "keys", "limit"),
     [
         (DPO, {"micro_batch_size": "auto"}, MicroBatchLimit(tokens=4096)),
+        (SFT, {"micro_batch_size": "auto"}, MicroBatchLimit(tokens=4096)),
         (DPO, {"micro_batch_size": 3, "batch_size": 12}, MicroBatchLimit(pairs=3)),
         (PPO, {"micro_batch_size": 8, "samples_per_prompt": 4, "reward": "a.py:f"}, MicroBatchLimit(pairs=2)),
     ],
 )
-def test_trainers_of_pairs_and_prompts_take_tokens_or_rows_at_a_time(stage, keys, limit):
-    assert micro_batch(settings(stage, **keys), PLANNED, 100) == limit
+def test_trainers_take_tokens_or_rows_at_a_time(stage, keys, limit):
+    found = micro_batch(settings(stage, **keys), PLANNED, 100)
+    assert (found, found.longest) == (limit, 100)
 
 
 def test_planned_steps_count_a_short_last_batch():

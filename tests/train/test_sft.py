@@ -10,6 +10,7 @@ import torch
 
 from qalign.config.recipe import Model
 from qalign.config.stages import Source
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import dialogues
 from qalign.data.tokenize import encode_dialogues
 from qalign.model.base import Base, Role, load
@@ -142,5 +143,5 @@ def test_smollm2_learns_real_instructions(shared_data, tmp_path, one_thread):
     in_bfloat16 = load(Model(base=SMOLLM2, compute_dtype="bfloat16"))
     in_bfloat16.add_adapter(Role.POLICY, LORA)
     args = config(tmp_path, bf16=True, max_length=256, per_device_eval_batch_size=3)
-    trainer = SupervisedTrainer(in_bfloat16, args, sequences, sequences)
+    trainer = SupervisedTrainer(in_bfloat16, args, MicroBatchLimit(pairs=3), sequences, sequences)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=5e-2)

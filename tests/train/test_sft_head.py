@@ -1,10 +1,12 @@
 """A step of SFT against TRL's `SFTTrainer`: loss, gradients and metrics; and what the head and the layers compute."""
 
 import pytest
+import torch
 import transformers as tf
 import trl
 
 from qalign.config.recipe import Model
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import IGNORED
 from qalign.model import logps
 from qalign.train.sft_trainer import SupervisedTrainer, _columns
@@ -14,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ONE_BATCH = {"per_device_train_batch_size": 9}
 WAYS = {
-    "one batch": ONE_BATCH,
-    "three batches": {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-    "packed": {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 5, "packing": True},
-    "checkpointed": {**ONE_BATCH, "activation_checkpointing": True},
-    "dft": {**ONE_BATCH, "loss_type": "dft"},
+    "one batch": {},
+    "three batches": {"micro": 3},
+    "packed": {"micro": 2, "packing": True},
+    "checkpointed": {"activation_checkpointing": True},
+    "dft": {"loss_type": "dft"},
 }
 FAMILIES = ["llama", "mistral", "gemma2", "granite", "cohere", "gpt_oss", "lfm2", "stablelm"]
 
@@ -33,8 +35,8 @@ class Gradients(tf.TrainerCallback):
 def step_of(make, folder, **values) -> tuple[dict, dict]:
     """What the first step of a trainer logs, and its gradients."""
     kept = Gradients()
-    checkpointed = {"activation_checkpointing_kwargs": {"use_reentrant": False}}
-    trainer = make(config(folder, max_steps=1, max_grad_norm=0.0, **checkpointed | values), kept)
+    plain = {"activation_checkpointing_kwargs": {"use_reentrant": False}, "router_aux_loss_coef": 0.0}
+    trainer = make(config(folder, max_steps=1, max_grad_norm=0.0, **plain | values), kept)
     trainer.train()
     return next(entry for entry in trainer.state.log_history if "loss" in entry), kept.found
 
@@ -53,8 +55,14 @@ def steps_of_both(base, folder, way: str) -> list[tuple[dict, dict]]:
     found = [step_of(trls, folder, **ONE_BATCH, **plain)]
     for name, parameter in base.model.named_parameters():
         parameter.data.copy_(before[name])
-    ours = lambda args, kept: SupervisedTrainer(base, args, data, None, (kept,))  # noqa: E731
-    return [*found, step_of(ours, folder, **WAYS[way])]
+    limit, values = limit_and_values(way)
+    ours = lambda args, kept: SupervisedTrainer(base, args, limit, data, None, (kept,))  # noqa: E731
+    return [*found, step_of(ours, folder, **values)]
+
+
+def limit_and_values(way: str) -> tuple[MicroBatchLimit, dict]:
+    values = ONE_BATCH | WAYS[way]
+    return MicroBatchLimit(pairs=values.pop("micro", 9)), values
 
 
 @pytest.mark.parametrize(
@@ -68,7 +76,7 @@ def test_loss_gradients_and_metrics_are_trls(family, way, kind_folder, tmp_path)
     for name, gradient in gradients.items():
         assert (gradient - wanted[name]).norm() <= 1e-5 * wanted[name].norm() + 1e-9, name
     assert found["num_tokens"] == expected["num_tokens"]
-    if WAYS[way]["per_device_train_batch_size"] == 9:  # TRL's metrics are means over micro-batches
+    if "micro" not in WAYS[way]:  # TRL's metrics are means over micro-batches
         assert found["entropy"] == pytest.approx(expected["entropy"], rel=1e-5)
         assert found["mean_token_accuracy"] == pytest.approx(expected["mean_token_accuracy"], abs=1e-6)
     assert expected["mean_token_accuracy"] != 1
@@ -80,7 +88,8 @@ def test_the_head_runs_at_supervised_positions_and_nothing_on_padding(tiny_folde
     data, at_head, embedded, real = rows(base.tokenizer), [], [], logps.head_logits
     monkeypatch.setattr(logps, "head_logits", lambda lm, states: at_head.append(len(states)) or real(lm, states))
     count = lambda _module, inputs, _output: embedded.append(inputs[0].numel())  # noqa: E731
-    trainer = SupervisedTrainer(base, config(tmp_path, max_steps=1, **WAYS[way]), data, None)
+    limit, values = limit_and_values(way)
+    trainer = SupervisedTrainer(base, config(tmp_path, max_steps=1, **values), limit, data, None)
     assert base.padding_reason is None  # found out by running a few tokens, before they are counted
     base.lm.get_input_embeddings().register_forward_hook(count)
     trainer.train()
@@ -88,11 +97,30 @@ def test_the_head_runs_at_supervised_positions_and_nothing_on_padding(tiny_folde
     assert sum(embedded) == sum(map(len, data)) < 9 * max(map(len, data))
 
 
+@pytest.mark.parametrize("router", [0.0, 0.001], ids=["own head", "TRL's head"])
+def test_adapters_compute_in_16_bits_where_the_base_does(kind_folder, tmp_path, router):
+    """As in every other stage, in training and in evaluation; their weights stay in 32 bits."""
+    base = scrambled(Model(base=kind_folder("gpt_oss"), quantization="none", compute_dtype="bfloat16"))
+    data, dtypes = rows(base.tokenizer), set()
+    args = config(tmp_path, max_steps=1, bf16=True, router_aux_loss_coef=router, **ONE_BATCH)
+    trainer = SupervisedTrainer(base, args, data, data)
+    assert trainer.aux_loss_enabled is bool(router)
+    for name, module in base.lm.named_modules():
+        if "lora_A." in name:
+            module.register_forward_hook(lambda _module, _inputs, output: dtypes.add(output.dtype))
+    trainer.train()
+    assert dtypes == {torch.bfloat16}
+    dtypes.clear()
+    trainer.evaluate()
+    assert dtypes == {torch.bfloat16}
+    assert {p.dtype for p in base.lm.parameters() if p.requires_grad} == {torch.float32}
+
+
 def test_a_family_that_cannot_run_packed_rows_is_padded_and_noise_is_that_of_one_row(kind_folder, tmp_path):
     for family, noise, free in (("llama", None, True), ("llama", 5.0, False), ("stablelm", None, False)):
         base = scrambled(Model(base=kind_folder(family), quantization="none", compute_dtype="float32"))
         args = config(tmp_path, neftune_noise_alpha=noise, **ONE_BATCH)
-        trainer = SupervisedTrainer(base, args, rows(base.tokenizer), None)
-        batch = next(iter(trainer.get_train_dataloader()))
+        trainer = SupervisedTrainer(base, args, MicroBatchLimit(pairs=9), rows(base.tokenizer), None)
+        batch = trainer.inputs_of(next(iter(trainer.get_train_dataloader())))
         assert ("layout" in batch, "attention_mask" in batch) == (free, not free)
         assert trainer.args.packing is False

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qalign.config.recipe import Model
-from qalign.data.collate import Layout
+from qalign.data.collate import Layout, MicroBatchLimit
 from qalign.data.tokenize import IGNORED
 from qalign.errors import UserError
 from qalign.model.base import Base
@@ -31,7 +31,7 @@ def losses(trainer) -> list[float]:
 
 def packer(base: Base, folder) -> SupervisedTrainer:
     values = {"packing": True, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
-    return SupervisedTrainer(base, config(folder, **values), rows(base.tokenizer), None)
+    return SupervisedTrainer(base, config(folder, **values), MicroBatchLimit(pairs=2), rows(base.tokenizer), None)
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def difference_by_packing(base: Base, trainer: SupervisedTrainer, *, apart: bool
     assert len(trainer.train_dataset) < len(left) - 2, "too little was packed to show anything"
     most = 0.0
     base.model.eval()
-    for batch in trainer.get_train_dataloader():
+    for batch in map(trainer.inputs_of, trainer.get_train_dataloader()):
         tokens, starts = batch["input_ids"].shape[1], [start for (start,) in batch["layout"].starts]
         assert len(starts) > 2
         batch |= {} if apart else {"layout": Layout(((tokens, ()),))}
@@ -80,17 +80,18 @@ def test_a_family_that_cannot_run_packed_rows_is_refused(kind_folder, tmp_path):
 @pytest.mark.parametrize(
     "way",
     [
-        {"per_device_train_batch_size": 9},
-        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3},
-        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 9},
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 5, "packing": True},
+        {"micro": MicroBatchLimit(pairs=9)},
+        {"micro": MicroBatchLimit(pairs=3)},
+        {"micro": MicroBatchLimit(tokens=1)},
+        {"micro": MicroBatchLimit(pairs=2), "packing": True},
     ],
     ids=["one batch", "three batches", "nine batches", "packed"],
 )
 def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(spec, tmp_path, way):
     base = scrambled(spec)
     expected = mean_loss(base, rows(base.tokenizer))
-    trainer = SupervisedTrainer(base, config(tmp_path, max_steps=1, **way), rows(base.tokenizer), None)
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=9, packing="packing" in way)
+    trainer = SupervisedTrainer(base, args, way["micro"], rows(base.tokenizer), None)
     trainer.train()
     assert losses(trainer) == pytest.approx([expected], rel=1e-5)
 
@@ -100,8 +101,9 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(spec, tmp_pat
 def test_the_held_out_loss_is_the_mean_over_the_supervised_tokens_whatever_the_batch(spec, tmp_path, packing, micro):
     base = scrambled(spec)
     held_out = rows(base.tokenizer)
-    args = config(tmp_path, packing=packing, per_device_eval_batch_size=micro)
-    found = SupervisedTrainer(base, args, rows(base.tokenizer), held_out).evaluate()
+    args = config(tmp_path, packing=packing, per_device_eval_batch_size=5)
+    trainer = SupervisedTrainer(base, args, MicroBatchLimit(pairs=micro), rows(base.tokenizer), held_out)
+    found = trainer.evaluate()
     assert found["eval_loss"] == pytest.approx(mean_loss(base, held_out), rel=1e-5)
 
 
@@ -113,7 +115,7 @@ def test_a_loss_that_is_not_finite_names_its_rows(spec, tmp_path, packing, named
     base.lm.get_input_embeddings().weight.data[only_in_third] = math.nan
     args = config(tmp_path, packing=packing, per_device_train_batch_size=1, num_train_epochs=1)
     with pytest.raises(UserError, match=r"^step [12]: the loss is not finite on talks:\d") as raised:
-        SupervisedTrainer(base, args, sequences, None).train()
+        SupervisedTrainer(base, args, MicroBatchLimit(pairs=1), sequences, None).train()
     (line,) = raised.value.lines
     assert {where for where in ("talks:3", "talks:6") if where in line} == named
 
@@ -130,7 +132,7 @@ def test_neftune_is_on_in_training_and_off_in_evaluation(spec, tmp_path):
             tmp_path, neftune_noise_alpha=alpha, learning_rate=0.0, num_train_epochs=2, per_device_train_batch_size=9,
             per_device_eval_batch_size=9, eval_strategy="steps", eval_steps=1,
         )  # fmt: skip
-        trainer = SupervisedTrainer(base, args, rows(base.tokenizer), rows(base.tokenizer))
+        trainer = SupervisedTrainer(base, args, MicroBatchLimit(pairs=9), rows(base.tokenizer), rows(base.tokenizer))
         trainer.train()
         held_out = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
         found[alpha] = losses(trainer), held_out

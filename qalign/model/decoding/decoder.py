@@ -4,6 +4,7 @@ serves."""
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from traceback import format_exc
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -12,14 +13,14 @@ from transformers import DynamicCache, PreTrainedModel
 
 from qalign.model.base import Base, Role
 from qalign.model.decoding.adapters import HeldAdapters
-from qalign.model.decoding.graphs import Steps
+from qalign.model.decoding.graphs import Steps, in_a_line
 from qalign.model.decoding.rows import GrowingRows, StaticRows, column_bucket, prompt_inputs, row_bucket
 from qalign.model.decoding.static import StaticCache, UnservedError
 from qalign.model.memory.forecast import free_memory
 
 DEVICES = ("cuda",)  # where caches are static: without graphs they only cost masked columns
 KEPT_SHARE = 0.05  # of the free memory; what is more is freed when sampling ends, as training will want it
-_ERRORS = (UnservedError, AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
+_ERRORS = (AssertionError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError)
 
 Rows = GrowingRows | StaticRows
 
@@ -30,14 +31,14 @@ class Decoder:
     Attributes:
         adapters: the adapters of the roles that are sampled from.
         reason: why caches grow and no step is captured, in words; None if steps are captured, or none was tried yet.
-        error: what was raised when it was tried, if something was.
+        traceback: of what was raised when it was tried, as text.
         graphs: the number of steps that were captured so far.
     """
 
     def __init__(self):
         self.adapters = HeldAdapters()
         self.reason: str | None = None
-        self.error: Exception | None = None
+        self.traceback = ""
         self.graphs = 0
         self._tried = False
         self._idle: list[Steps] = []
@@ -83,21 +84,20 @@ class Decoder:
     ) -> Iterator[Rows]:
         """The rows of a batch whose prompts have been read, each of which may get `new_tokens`; the other arguments
         are those of `GrowingRows`."""
-        steps = None
+        steps, columns = None, column_bucket(inputs["input_ids"].shape[1] + new_tokens)
         if self.is_static(base):
-            tokens = inputs["input_ids"].shape[1] + new_tokens
-            steps = self._take(base.lm, inputs["past_key_values"], row_bucket(len(roles)), column_bucket(tokens))
+            steps = self._take(base.lm, inputs["past_key_values"], row_bucket(len(roles)), columns)
         if steps is None:
             yield GrowingRows(base.lm, self.adapters, inputs, prompts, roles)
             return
         before = steps.captured
         try:
-            yield StaticRows(steps, inputs, prompts, roles)
+            yield StaticRows(steps, inputs, prompts, roles, columns)
         finally:
             self.graphs += steps.captured - before
             self._idle.append(steps)
             if steps.reason:
-                self._give_up(steps.reason, steps.error)
+                self._give_up(steps.reason, steps.traceback)
 
     def _take(self, lm: PreTrainedModel, cache: DynamicCache, rows: int, columns: int) -> Steps | None:
         """Steps on an idle cache that is large enough, or on a new one; None if memory is short."""
@@ -119,17 +119,17 @@ class Decoder:
             self._tried = True
             try:
                 with torch.no_grad(), base.acting_as(Role.BASE):
-                    reason, error = self._trial(base), None
-            except _ERRORS as raised:
-                reason, error = f"{type(raised).__name__}: {' '.join(str(raised).split())[:150]}", raised
-            if reason:
-                self._give_up(reason, error)
+                    self._trial(base)
+            except UnservedError as error:
+                self._give_up(str(error))
+            except _ERRORS as error:
+                self._give_up(in_a_line(error), format_exc())
         return self.reason is None
 
-    def _trial(self, base: Base) -> str | None:
-        """Why a static cache doesn't serve, if it doesn't: some rows are decoded in both ways."""
+    def _trial(self, base: Base) -> None:
+        """Decodes some rows in both ways; an `UnservedError` if a static cache doesn't serve."""
         if base.row_cache.name != "past_key_values":
-            return "the cache isn't one of keys and values"
+            raise UnservedError("the cache isn't one of keys and values")
         lm, words = base.lm, base.lm.config.get_text_config().vocab_size - 1
         ids = [number * words // 30 for number in range(1, 31)]  # from 1: the first may be the padding
         tokens, prompts, roles = torch.tensor(ids[18:]).view(4, 3).to(lm.device), [0, 1, 1], 3 * [Role.BASE]
@@ -142,20 +142,20 @@ class Decoder:
         growing, inputs = GrowingRows(lm, self.adapters, read(), prompts, roles), read()
         cache = StaticCache(inputs["past_key_values"], row_bucket(3), column_bucket(16), lm.device)
         steps = Steps(lm, self.adapters, cache)
-        static = StaticRows(steps, inputs, prompts, roles)
+        static = StaticRows(steps, inputs, prompts, roles, cache.columns)
         found = [[rows.step(each).float().clone() for each in tokens] for rows in (growing, static)]
         if steps.reason:
-            self.error = steps.error
-            return steps.reason
+            self.traceback = steps.traceback
+            raise UnservedError(steps.reason)
         # Another order of sums moves logits by up to 3% in 16 bits.
         most = 1e-3 if torch.finfo(base.dtype).eps < 1e-4 else 0.1
-        same = all((one - other).norm() <= most * one.norm() for one, other in zip(*found, strict=True))
-        return None if same else "a static cache gives other logits"
+        if not all((one - other).norm() <= most * one.norm() for one, other in zip(*found, strict=True)):
+            raise UnservedError("a static cache gives other logits")
 
-    def _give_up(self, reason: str, error: Exception | None) -> None:
+    def _give_up(self, reason: str, traceback: str = "") -> None:
         if self.reason is None:
             print(f"sampling runs without CUDA graphs: {reason}", file=sys.stderr)
-        self.reason, self.error = reason, error or self.error
+        self.reason, self.traceback = reason, traceback or self.traceback
         self._idle.clear()
 
 

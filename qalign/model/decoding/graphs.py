@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from traceback import format_exc
 from typing import Any
 
 import torch
@@ -25,24 +26,25 @@ class _Step:
     spans: Spans
     graph: Any = None  # a `torch.cuda.CUDAGraph`
     logits: Tensor | None = None  # `(rows, vocabulary)`; a replay writes them here
-    runs: int = 0
+    warm: bool = False
+    waits: str = ""  # where the host waited for the device in the first warm-up
 
 
 class Steps:
-    """The steps of a static cache. The first one of a kind is run as it is, which also warms it up; at the second the
-    kind is captured as a CUDA graph, and replayed from then on.
+    """The steps of a static cache. The first one of a kind is run as it is, which also warms it up; then the kind is
+    captured as a CUDA graph, and replayed from then on.
 
     Attributes:
         cache: what the steps read and write.
         reason: why steps on CUDA are run as they are; None if they are captured.
-        error: what went wrong while capturing.
+        traceback: of what went wrong while capturing, as text.
         graph_bytes: memory of the graphs' own pool.
     """
 
     def __init__(self, lm: PreTrainedModel, adapters: HeldAdapters, cache: StaticCache):
         self._lm, self._adapters, self.cache = lm, adapters, cache
         self.reason: str | None = None
-        self.error: Exception | None = None
+        self.traceback = ""
         self.graph_bytes = 0
         self._kinds: dict[tuple[int, int, Spans], _Step] = {}
         self._on_cuda = lm.device.type == "cuda"
@@ -58,9 +60,8 @@ class Steps:
         """The logits of the first rows, `(rows, vocabulary)`, which the next run of the same kind writes over."""
         if (step := self._kinds.get((rows, columns, spans))) is None:
             step = self._kinds[rows, columns, spans] = _Step(self.cache.inputs(rows, columns), spans)
-        step.runs += 1
         if self._on_cuda and self.reason is None and step.graph is None:
-            if step.runs == 1:
+            if not step.warm:
                 return self._warm_up(step)
             self._capture(step)
         if step.graph is None or step.logits is None:
@@ -78,14 +79,17 @@ class Steps:
         return logits
 
     def _warm_up(self, step: _Step) -> Tensor:
-        """A step on the stream that captures, as PyTorch asks for; no graph can wait for the device."""
+        """A step on the stream that captures, as PyTorch asks for. No graph can wait for the device; the first step may
+        do so once, to make something that stays."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream), _waits() as waits:
             logits = self._forward(step)
         current.wait_stream(self._stream)
-        if waits:
+        step.warm = not waits
+        if waits and step.waits:
             self.reason = f"a step waits for the device: {waits[0]}"
+        step.waits = "".join(waits[:1])
         return logits
 
     def _capture(self, step: _Step) -> None:
@@ -98,7 +102,12 @@ class Steps:
             step.graph, step.logits = graph, logits
         except RuntimeError as error:  # nothing has run, so the step is run as it is
             torch.cuda.set_stream(current)
-            self.error, self.reason = error, f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
+            self.traceback, self.reason = format_exc(), in_a_line(error)
+
+
+def in_a_line(error: Exception) -> str:
+    """An error of another library's as a reason."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:150]}"
 
 
 @contextmanager

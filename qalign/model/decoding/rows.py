@@ -93,11 +93,14 @@ class GrowingRows:
 
 
 class StaticRows:
-    """Rows in a cache of fixed size, as `GrowingRows`. What is missing to a bucket are copies of the last row."""
+    """Rows in a cache of fixed size, as `GrowingRows`; they take at most `most_columns` of it, so that the shapes of a
+    step depend on the batch alone, not on earlier ones. What is missing to a bucket are copies of the last row."""
 
-    def __init__(self, steps: Steps, inputs: dict[str, Any], prompts: list[int], roles: Sequence[str]):
+    def __init__(
+        self, steps: Steps, inputs: dict[str, Any], prompts: list[int], roles: Sequence[str], most_columns: int
+    ):
         self._steps, self._roles, self._read = steps, list(roles), inputs["input_ids"].shape[1]
-        self._columns = 0
+        self._columns, self._most_columns = 0, most_columns
         mask, positions = inputs["attention_mask"], inputs["position_ids"]
         steps.cache.fill(inputs.pop("past_key_values"), mask, positions, self._bucket(prompts))
 
@@ -108,7 +111,7 @@ class StaticRows:
         cache.tokens[len(tokens) : rows] = tokens[-1]
         self._read += 1
         if self._read > self._columns:  # this bucket and the next one, so that no graph is for a few tokens alone
-            self._columns = min(column_bucket(self._read + COLUMNS), cache.columns)
+            self._columns = min(column_bucket(self._read + COLUMNS), self._most_columns)
         return self._steps.run(rows, self._columns, spans_of(self._roles))[: len(tokens)]
 
     def keep(self, rows: list[int]) -> bool:

@@ -59,7 +59,7 @@ class _Keys(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         keys, values = self.keys, self.values
         if keys is None or values is None or key_states.shape[2] != 1:
-            raise UnservedError("writes other than one token at a time")
+            raise UnservedError("a layer writes other than one token at a time")
         keys.index_copy_(2, self.column, key_states)
         values.index_copy_(2, self.column, value_states)
         return keys, values
@@ -93,7 +93,7 @@ class _Layer:
 
     def __init__(self, like: Any, rows: int, columns: int):
         if type(like) not in _SERVED:
-            raise UnservedError(f"has a {type(like).__name__} in its cache")
+            raise UnservedError(f"the model has a {type(like).__name__} in its cache")
         self._flags: dict[str, Any] = {}
         self.keys = [each.new_zeros(rows, each.shape[1], columns, each.shape[3]) for each in _keys(like)]
         self.states = {place: each.new_zeros(rows, *each.shape[1:]) for place, each in _states(like).items()}

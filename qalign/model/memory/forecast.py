@@ -4,8 +4,10 @@
 
 import copy
 import math
+import os
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 
 import psutil
 import torch
@@ -20,8 +22,10 @@ from qalign.model.experts.weights import held_bytes
 from qalign.model.loading import reach_of
 from qalign.model.memory.step import Step, StepModel, is_expert, is_quantized, meta_model
 
-CUDA_CONTEXT = 700 * 2**20  # bytes of the driver and of cuBLAS' workspaces; they differ by card and driver
-USABLE = 0.95  # the usable share of a memory, as allocators leave gaps
+CUDA_CONTEXT = 700 * 2**20  # bytes of a card that CUDA itself takes, where there is none to measure it on
+# The usable share of a memory. On an H200, segments that grow reserved 22.95 GiB for 22.59 allocated, and others ran
+# out of 23.5 GiB at 22.56; the rest is for forecasts that are too low, by up to 5%.
+USABLE = {"cpu": 0.95, "cuda": 0.93, "cuda, segments of fixed size": 0.89}
 # Tokens per forward beyond which a step gets no faster per token: weights are unpacked once for all of them.
 BUSY_TOKENS = {"cuda": 8192, "cpu": 4096}
 _OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw_8bit": 2.07}  # per weight: two moments; 8-bit ones with a scale for 256
@@ -33,9 +37,16 @@ class Plan:
 
     tokens: int
     checkpointed_layers: int
+    offloaded: int = 0  # bytes that layers keep for the backward pass in the computer's memory
 
     def __str__(self) -> str:
         return f", {self.checkpointed_layers} layers checkpointed" if self.checkpointed_layers else ""
+
+    @property
+    def lines(self) -> dict[str, str]:
+        """A line for a table, if anything is offloaded."""
+        where = "of the computer's memory hold what layers keep for the backward pass"
+        return {"offloaded": f"yes: {self.offloaded / 2**30:.2f} GiB {where}"} if self.offloaded else {}
 
 
 def longest_row(recipe: Recipe, stage: str, max_length: int | None = None) -> int:
@@ -69,7 +80,7 @@ class Forecast:
         self.config = copy.deepcopy(config)
         self.layers: int = self.config.get_text_config().num_hidden_layers
         self.reach = reach_of(config) or 2**20
-        self._steps: dict[tuple[int, bool], Step] = {}
+        self._steps: dict[tuple[int, bool, bool], Step] = {}
         lm = self.model()
         self.fixed = self._fixed(lm)
         self._step_model = StepModel(lm, recipe, stage, device)  # cuts it down
@@ -93,75 +104,92 @@ class Forecast:
             trained += adapter if settings.value == "adapter" else 0
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         autocast_copy = adapter * width if width == 2 else 0
-        fixed = {
+        return {
             "base": sum(_held_bytes(p, name, lm, self.recipe.model, width) for name, p in weights),
             "adapters": (trained + frozen * adapter) * 4 + autocast_copy,
             "gradients": trained * 4,
             "optimiser": int(trained * _OPTIMIZER_BYTES[optimizer]),
         }
-        return fixed | ({"CUDA context": CUDA_CONTEXT} if self.device == "cuda" else {})
 
     def model(self) -> PreTrainedModel:
         """The base with the stage's adapter on the meta device."""
         return meta_model(self.recipe, self.stage, self.config, self.dtype)
 
-    def step(self, tokens: int, *, checkpointing: bool) -> Step:
+    def step(self, tokens: int, *, checkpointing: bool, offloaded: bool = False) -> Step:
         """The memory of a micro-batch of this many tokens."""
-        key = tokens, checkpointing
+        key = tokens, checkpointing, offloaded
         if key not in self._steps:
-            self._steps[key] = self._step_model.run(tokens, checkpointing=checkpointing)
+            self._steps[key] = self._step_model.run(tokens, checkpointing=checkpointing, offloaded=offloaded)
         return self._steps[key]
 
-    def total(self, tokens: int, checkpointed: int) -> int:
+    def total(self, tokens: int, checkpointed: int, *, offloaded: bool = False) -> int:
         """The peak in bytes, with this many layers checkpointed."""
-        return sum(self.parts(tokens, checkpointed).values())
+        return sum(self.parts(tokens, checkpointed, offloaded=offloaded).values())
 
-    def parts(self, tokens: int, checkpointed: int) -> dict[str, int]:
-        """Bytes at the peak, by purpose."""
+    def parts(self, tokens: int, checkpointed: int, *, offloaded: bool = False) -> dict[str, int]:
+        """Bytes at the peak, by purpose; `offloaded` with all layers checkpointed."""
         share = min(1, checkpointed / self.layers)
         ways = [(share, True), (1 - share, False)]
-        steps = [(weight, self.step(tokens, checkpointing=way)) for weight, way in ways if weight]
+        steps = [(weight, self.step(tokens, checkpointing=way, offloaded=offloaded)) for weight, way in ways if weight]
         activations = sum(weight * step.activations for weight, step in steps)
         logits = max(step.logits for _, step in steps)
         backward = max(step.backward for _, step in steps)
         largest = {"logits": logits} if logits > backward else {"backward": backward}
         return self.fixed | {"activations": int(activations)} | largest
 
-    def largest(self, memory: int, checkpointed: int) -> int:
+    def largest(self, memory: int, checkpointed: int, *, offloaded: bool = False) -> int:
         """The largest number of tokens that fits; 0 if none does."""
+        total = partial(self.total, checkpointed=checkpointed, offloaded=offloaded)
         low, high = 64, 4096
-        if (at_high := self.total(high, checkpointed)) <= memory:  # linear beyond one chunk of the head
-            per_token = (self.total(2 * high, checkpointed) - at_high) / high
-            return high + int((memory - at_high) / per_token)
-        if (at_low := self.total(low, checkpointed)) > memory:
+        if (at_low := total(low)) > memory:
             return 0
-        while high - low > 32:  # nearly a straight line, so a few steps find it
-            guess = low + (memory - at_low) * (high - low) // (at_high - at_low)
-            guess = min(max(guess, low + 16), high - 16)
-            if (found := self.total(guess, checkpointed)) <= memory:
+        if (at_high := total(high)) <= memory:  # the larger of some straight lines, so at most where the last one leads
+            per_token = (total(2 * high) - at_high) / high
+            low, at_low, high = high, at_high, high + 32 + int((memory - at_high) / per_token)
+            at_high = total(high)
+        while high - low > max(32, low // 256) and at_high > memory:
+            guess, margin = low + (memory - at_low) * (high - low) // (at_high - at_low), (high - low) // 8
+            guess = min(max(guess, low + margin), high - margin)
+            if (found := total(guess)) <= memory:
                 low, at_low = guess, found
             else:
                 high, at_high = guess, found
         return low
 
-    def plan(self, memory: int, longest: int) -> Plan | None:
+    def furthest(self, memory: int) -> int:
+        """The largest number of tokens that fits by all means."""
+        return self.largest(memory, self.layers, offloaded=self.can_offload)
+
+    @property
+    def can_offload(self) -> bool:
+        return self.device == "cuda" and self.settings.checkpointed_layers == "auto"
+
+    def plan(self, memory: int, longest: int, host: float = math.inf) -> Plan | None:
         """A micro-batch that keeps the device busy, or at least holds the longest row, with as few checkpointed layers
-        as it needs, unless the recipe sets their number. None if not even the longest row fits.
+        as it needs, unless the recipe sets their number. Where the longest row fits in no other way, what layers keep
+        is offloaded. None if not even then it fits.
 
         Args:
             memory: bytes that may be used in all.
             longest: tokens of the longest row, or of a whole micro-batch if the recipe sets its size.
+            host: bytes of the computer's memory for what is offloaded.
         """
         wanted = max(BUSY_TOKENS[self.device], longest) if self.settings.micro_batch_size == "auto" else longest
         given = self.settings.checkpointed_layers
         most = self.layers if given == "auto" else min(given, self.layers)
-        tokens = min(wanted, self.largest(memory, most))
+        tokens = wanted if self.total(wanted, most) <= memory else min(wanted, self.largest(memory, most))
         if tokens < longest:
-            return None
+            return self._offloaded(memory, longest, host) if self.can_offload else None
         if given != "auto":
             return Plan(tokens, most)
         # More checkpointed layers take less memory: the first count that fits. All layers fit, as `largest` found.
         return Plan(tokens, bisect_left(range(most), -memory, key=lambda layers: -self.total(tokens, layers)))
+
+    def _offloaded(self, memory: int, longest: int, host: float) -> Plan | None:
+        if not longest <= self.largest(memory, self.layers, offloaded=True):
+            return None
+        held = self.step(longest, checkpointing=True, offloaded=True).held
+        return Plan(longest, self.layers, held) if held <= host else None
 
 
 def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: Model, width: int) -> int:
@@ -179,18 +207,32 @@ def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: M
 
 
 def usable_memory(device: str, held: int = 0) -> int:
-    """Bytes that this process may use in all, including what it holds already. For a CPU the caller says how much that
-    is, as `held`: weights that PyTorch reads straight from a file are free memory to the system."""
+    """Bytes that this process may use in tensors, including what it holds already. For a CPU the caller says how much
+    that is, as `held`: weights that PyTorch reads straight from a file are free memory to the system."""
     if device == "cpu":
         own = psutil.Process().memory_info()
         in_memory = min(held, own.rss - getattr(own, "shared", 0))
-        return int((psutil.virtual_memory().available + in_memory) * USABLE)
+        return int((psutil.virtual_memory().available + in_memory) * USABLE["cpu"])
+    # What CUDA and other programs hold is neither free nor reserved by PyTorch. By now the base has run once, so that
+    # CUDA has loaded its kernels.
     free, _ = torch.cuda.mem_get_info()
-    return int((free + torch.cuda.memory_reserved()) * USABLE) + CUDA_CONTEXT
+    settings = "".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    grow = "expandable_segments:true" in settings.lower().replace(" ", "")
+    return int((free + torch.cuda.memory_reserved()) * USABLE["cuda" if grow else "cuda, segments of fixed size"])
+
+
+def usable_by_offload() -> int:
+    """Bytes of the computer's memory that may be pinned for what is offloaded."""
+    return psutil.virtual_memory().available * 3 // 4
+
+
+def usable_of_card(size: int) -> int:
+    """The same of a card with this many bytes that isn't there."""
+    return int((size - CUDA_CONTEXT) * USABLE["cuda"])
 
 
 def free_memory(device: str) -> int:
     """Bytes that this process may still allocate."""
     if device == "cpu":
         return usable_memory(device)
-    return max(0, usable_memory(device) - CUDA_CONTEXT - torch.cuda.memory_allocated())
+    return max(0, usable_memory(device) - torch.cuda.memory_allocated())

@@ -8,7 +8,7 @@ forecast. Attention and bitsandbytes' unpacking of weights are replaced by what 
 import copy
 import weakref
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from qalign.model.experts.weights import names_of, run_experts
 from qalign.model.loading import auto_class
 from qalign.model.logps import backbone, state_logps, token_scores
 from qalign.model.memory.layers import keep_one_of_each_kind
+from qalign.model.memory.offload import Offload, wide_modules
 from qalign.model.packing.attention import BLOCK_QUERIES
 
 SCANNED = 512  # tokens: the longest row that models are run with which may go through it token by token
@@ -42,6 +43,7 @@ class Step:
     activations: int  # kept for the backward when the last layer is done
     logits: int  # the head's peak, in addition to the activations
     backward: int  # the backward's peak, in addition to the activations
+    held: int = 0  # what is held in the computer's memory instead
 
     @property
     def total(self) -> int:
@@ -184,7 +186,9 @@ class StepModel:
         self.layers = keep_one_of_each_kind(lm, lambda: _states(lm, trial).shape == shape)
         self.attention = {module for module, _ in cast(Layout, trial.layout).calls}
         self.scans = any(not self.attention.intersection(layer.modules()) for layer in self.layers)
-        self._known: dict[tuple[int, bool], Step] = {}
+        able = [layer for layer in self.layers if self.attention.intersection(layer.modules())]
+        self.wide = wide_modules(able, lambda: _states(lm, _batch(stage, 9)))
+        self._known: dict[tuple[int, bool, bool], Step] = {}
         self._copied = 0
         # The layers that are left stand for ones behind others, whose states have gradients.
         lm.get_input_embeddings().register_forward_hook(self._with_gradients)
@@ -199,31 +203,43 @@ class StepModel:
         self._copied = states.nbytes
         return states.requires_grad_().clone()
 
-    def run(self, tokens: int, *, checkpointing: bool) -> Step:
-        """The memory of one step with this many tokens, with all layers checkpointed or none. Layers without attention
-        may go through a sequence token by token, so a model that has some is run with fewer tokens, from where its
-        memory grows in a straight line."""
+    def run(self, tokens: int, *, checkpointing: bool, offloaded: bool = False) -> Step:
+        """The memory of one step with this many tokens, with all layers checkpointed or none, and what they keep
+        `offloaded` or not. Layers without attention may go through a sequence token by token, so a model that has some
+        is run with fewer tokens, from where its memory grows in a straight line."""
         if checkpointing:
             self.lm.activation_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
         else:
             self.lm.activation_checkpointing_disable()
         AdapterSwitch(self.lm).train()
         if not self.scans or tokens <= SCANNED:
-            return self._counted(tokens)
-        sizes = [(count, checkpointing) for count in (SCANNED // 2, SCANNED)]
+            return self._counted(tokens, offloaded)
+        sizes = [(count, checkpointing, offloaded) for count in (SCANNED // 2, SCANNED)]
         for key in sizes:
             if key not in self._known:
-                self._known[key] = self._counted(key[0])
+                self._known[key] = self._counted(key[0], offloaded)
         few, more = (self._known[key] for key in sizes)
         rise = (tokens - SCANNED) / (SCANNED - SCANNED // 2)
         return Step(
             int(more.activations + rise * (more.activations - few.activations)),
             self._logits(tokens),
             int(more.backward + rise * (more.backward - few.backward)),
+            int(more.held + rise * (more.held - few.held)),
         )
 
-    def _counted(self, tokens: int) -> Step:
+    def _counted(self, tokens: int, offloaded: bool) -> Step:
         """Counts one step with this many tokens."""
+        if not offloaded:
+            return self._counts(tokens)
+        offload = Offload(self.lm, self.wide)
+        try:
+            step = self._counts(tokens)
+        finally:
+            offload.remove()
+        other_layers = sum(many - 1 for many in self.layers.values())
+        return replace(step, held=offload.bytes + other_layers * self._copied)
+
+    def _counts(self, tokens: int) -> Step:
         lm, batch, kept = self.lm, _batch(self.stage, tokens), dict[nn.Module, int]()
         given: dict[nn.Module, tuple[weakref.ref[Any], int]] = {}
         with LiveBytes() as counted, ExitStack() as hooks:

@@ -202,7 +202,7 @@ def _flex(query, key, value, sinks, layout: Layout, scaling, window, softcap, ru
         key, value, groups = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0), 1
 
     # A number in the closure would become a symbol of the dynamic compilation, which has no lowering. A tensor has one.
-    cap: Any = _constant(softcap, query.device) if softcap else None
+    cap = _constant(softcap or 1.0, query.device)
 
     def capped(score, _batch, _head, _query, _key):
         return cap * torch.tanh(score / cap)
@@ -211,7 +211,7 @@ def _flex(query, key, value, sinks, layout: Layout, scaling, window, softcap, ru
         query[None],
         key[None],
         value[None],
-        score_mod=None if cap is None else capped,
+        score_mod=capped if softcap else None,
         block_mask=layout.block_mask(window, query.device),
         scale=scaling,
         enable_gqa=groups > 1,
