@@ -34,8 +34,8 @@ def compile_caches() -> dict[str, str]:
     run waits for FlexAttention. (PyTorch's own place is a temporary folder.) Empty if the cache can't be written."""
     with suppress(UserError, OSError):
         folder = Path(os.path.abspath(cache_folder() / "compiled"))
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
+        there = next(place for place in (folder, *folder.parents) if place.exists())  # PyTorch makes the rest
+        if there.is_dir() and os.access(there, os.W_OK):
             return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
     return {}
 

@@ -102,6 +102,7 @@ def test_what_is_compiled_is_kept_in_the_cache(monkeypatch, tmp_path, given):
     folder = tmp_path / "qalign" / "compiled"
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder / "inductor")
     assert os.environ["TRITON_CACHE_DIR"] == given.get("TRITON_CACHE_DIR", str(folder / "triton"))
+    assert not (tmp_path / "qalign").exists()  # before something is compiled
 
 
 def test_a_cache_that_cannot_be_written_is_not_used_for_what_is_compiled(monkeypatch, tmp_path, capsys):
