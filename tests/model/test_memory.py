@@ -149,7 +149,7 @@ def test_layers_that_return_a_tuple(stage):
     for layers in (1, 2, 8):
         forecast = forecast_of(tf.FalconH1Config(**small, **sizes, num_hidden_layers=layers), stage)
         found[layers] = forecast.step(300, checkpointing=False).activations
-        assert len(forecast._models[False].layers) == 1
+        assert len(forecast._step_model.layers) == 1
     assert found[8] - found[1] == 7 * (found[2] - found[1]) > 0
 
 
