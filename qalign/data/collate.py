@@ -104,7 +104,7 @@ class Layout:
             for number, row in enumerate(rows):
                 home[row] = number * longest + torch.arange(len(row))
             padded = [torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows]
-            self._sequences[device] = torch.stack(padded).to(device), home.to(device)
+            self._sequences[device] = _copied(torch.stack(padded), device), _copied(home, device)
         return self._sequences[device]
 
     def block_mask(self, window: int | None, device: torch.device) -> "BlockMask":
@@ -122,7 +122,8 @@ class Layout:
                 group[start:], branch[start:] = number, which
         # The window as a tensor: a number would be compiled in, once for each window and for none.
         reach = torch.tensor(self.tokens if window is None else window)
-        group, branch, position, reach = (tensor.to(device) for tensor in (group, branch, self.positions()[0], reach))
+        found = (group, branch, self.positions()[0], reach)
+        group, branch, position, reach = (_copied(tensor, device) for tensor in found)
 
         def sees(_batch: Tensor | int, _head: Tensor | int, query: Tensor, key: Tensor) -> Tensor:
             seen = (group[query] == group[key]) & (query >= key)
@@ -142,6 +143,11 @@ class Layout:
             *partial, *full, BLOCK_SIZE=_BLOCK, mask_mod=sees, seq_lengths=(self.tokens, self.tokens)
         )
         return self._masks[window]
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. On GPUs from pinned memory, from which a copy doesn't wait until the GPU is done."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,7 +182,7 @@ class AnswerBatch:
 
     def to(self, device: torch.device) -> "AnswerBatch":
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: _copied(tensor, device) for name, tensor in tensors.items()})
 
 
 def pack(rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:

@@ -1,6 +1,7 @@
 """What the trainers of all stages share: TRL's config, tried out before anything is loaded; a schedule that counts from
 1; the check for NaN; adapters as checkpoints."""
 
+import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -87,9 +88,9 @@ class AdapterTrainer(Trainer):
         self.base.train()
         return super().compute_loss_context_manager()
 
-    def check_finite(self, losses: Tensor, rows: Sequence[str]) -> None:
-        """Raises a `UserError` that names the rows whose loss `(rows,)` is not finite; one loss blames all rows."""
-        wrong = (~torch.isfinite(losses.detach())).flatten().tolist()
+    def check_finite(self, losses: Sequence[float], rows: Sequence[str]) -> None:
+        """Raises a `UserError` that names the rows whose loss is not finite; one loss blames all rows."""
+        wrong = [not math.isfinite(loss) for loss in losses]
         if any(wrong):
             blamed = rows if len(wrong) == 1 else [row for row, bad in zip(rows, wrong, strict=True) if bad]
             step, what = self.state.global_step, "the held-out loss is"

@@ -7,6 +7,7 @@ they are not TRL's `DPOTrainer` and `RewardTrainer`.
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from qalign.train.adapter_trainer import AdapterTrainer
 class PairTrainer(AdapterTrainer):
     """The loop that both share; a subclass defines `pair_losses`."""
 
-    counters = ("tokens_seen", "_sums")
+    counters = ("tokens_seen", "_sums", "_unread")
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class PairTrainer(AdapterTrainer):
         self.base, self.trained, self.tokens_seen = base, role, 0
         self.take(micro)
         self._sums: dict[str, float] = defaultdict(float)
+        self._unread: list[tuple[list[str], Tensor, dict[str, Tensor]]] = []  # where pairs come from, losses, metrics
         # `list` as the collator passes pairs on as they are; tensors are made for one micro-batch at a time.
         data: dict[str, Any] = {"data_collator": list, "train_dataset": train_pairs, "eval_dataset": eval_pairs}
         super().__init__(base.model, args, **data, callbacks=list(callbacks))
@@ -59,11 +61,15 @@ class PairTrainer(AdapterTrainer):
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         return batches, sum(map(len, batches))
 
+    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        total = super().training_step(model, inputs, num_items_in_batch)
+        self._read()
+        return total
+
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """The loss of one micro-batch: the sum over its pairs, divided by the pairs of the optimiser step."""
         loss, metrics = self.pair_losses(inputs)
-        self.check_finite(loss, [pair.where for pair in inputs])
-        self._count(metrics, len(loss))
+        self._unread.append(([pair.where for pair in inputs], loss.detach(), metrics))
         total = loss.sum() / (num_items_in_batch or len(loss))
         if total.requires_grad:
             self.tokens_seen += sum(map(_tokens, inputs))
@@ -76,14 +82,24 @@ class PairTrainer(AdapterTrainer):
             total.register_hook(check_role)
         return total
 
-    def _count(self, metrics: dict[str, Tensor], pairs: int) -> None:
-        totals = torch.stack([values.double().sum() for values in metrics.values()]).tolist()  # one wait for the GPU
-        for name, total in zip(metrics, totals, strict=True):
+    def _read(self) -> None:
+        """Checks the losses of all micro-batches since the last call, and adds up their metrics. Waits for the GPU once
+        a step: a wait in each micro-batch would leave it idle until the next one is launched."""
+        if not self._unread:
+            return
+        rows, losses, metrics = zip(*self._unread, strict=True)
+        self._unread = []
+        sums = [torch.cat([each[name] for each in metrics]).double().sum(dim=0, keepdim=True) for name in metrics[0]]
+        found = torch.cat([*losses, *sums]).tolist()
+        pairs = len(found) - len(sums)
+        self.check_finite(found[:pairs], [*chain(*rows)])
+        for name, total in zip(metrics[0], found[pairs:], strict=True):
             self._sums[name] += total
         self._sums["pairs"] += pairs
 
     def _means(self, prefix: str = "") -> dict[str, float]:
         """Means over the pairs counted since the last call."""
+        self._read()
         pairs = self._sums.pop("pairs", 0.0)
         means = {prefix + name: total / pairs for name, total in self._sums.items()}
         self._sums.clear()
@@ -102,8 +118,8 @@ class PairTrainer(AdapterTrainer):
             for inputs in self.get_eval_dataloader(eval_dataset):
                 for pairs in self.micro_batches(inputs):
                     loss, metrics = self.pair_losses(pairs)
-                    self.check_finite(loss, [pair.where for pair in pairs])
-                    self._count({"loss": loss, **metrics}, len(loss))
+                    self._unread.append(([pair.where for pair in pairs], loss, {"loss": loss, **metrics}))
+                self._read()
         logs = self._means(f"{metric_key_prefix}_")
         self._sums = kept
         return self.evaluated(logs)

@@ -81,7 +81,7 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         found = super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
         loss = found[0] if return_outputs else found
         if not torch.isfinite(loss):
-            self.check_finite(loss, [self._places.get(ids, "a row") for ids in _sequences(inputs)])
+            self.check_finite([loss.item()], [self._places.get(ids, "a row") for ids in _sequences(inputs)])
         return found
 
     def _with_own_head(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:

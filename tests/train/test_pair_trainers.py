@@ -240,3 +240,19 @@ def test_a_step_reads_its_pairs_once_and_runs_them_in_micro_batches(base, tmp_pa
     assert [len(some) for some in seen] in ([1, 2, 2, 2], [2, 1, 2, 2], [2, 2, 1, 2])  # five, then two
     assert sorted(pair.where for some in seen for pair in some) == sorted(pair.where for pair in pairs)
     assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("micro", [1, 5])
+def test_a_step_waits_for_the_gpu_once_however_many_micro_batches_it_has(base, tmp_path, monkeypatch, micro):
+    """Reading a tensor waits until all that was launched before it is done."""
+    pairs = house_style(base.tokenizer, 5)
+    trainer = trainer_of(base, tmp_path, pairs, micro=MicroBatchLimit(pairs=micro), max_steps=1)
+    trainer.create_optimizer()
+    with base.packed_attention():
+        reads = []
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+            real = getattr(torch.Tensor, name)
+            note = lambda self, *args, _name=name, _real=real: reads.append(_name) or _real(self, *args)  # noqa: E731
+            monkeypatch.setattr(torch.Tensor, name, note)
+        trainer.training_step(trainer.model, pairs, len(pairs))
+    assert reads == ["tolist"]
