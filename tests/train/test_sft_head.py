@@ -103,7 +103,7 @@ def test_adapters_compute_in_16_bits_where_the_base_does(kind_folder, tmp_path, 
     base = scrambled(Model(base=kind_folder("gpt_oss"), quantization="none", compute_dtype="bfloat16"))
     data, dtypes = rows(base.tokenizer), set()
     args = config(tmp_path, max_steps=1, bf16=True, router_aux_loss_coef=router, **ONE_BATCH)
-    trainer = SupervisedTrainer(base, args, data, data)
+    trainer = SupervisedTrainer(base, args, MicroBatchLimit(pairs=9), data, data)
     assert trainer.aux_loss_enabled is bool(router)
     for name, module in base.lm.named_modules():
         if "lora_A." in name:
