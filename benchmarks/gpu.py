@@ -1,6 +1,7 @@
 """DPO steps on one GPU at a real model's shape: qalign beside TRL and Unsloth, with the memory of smaller cards.
 
     python benchmarks/gpu.py [--shape mistral7b] [--memory 8 12 16 24] [--sides qalign trl unsloth] [--minutes 9] …
+    python benchmarks/gpu.py --longest --shape llama31_8b --minutes 3    # the longest SFT row and pair of each card
     python benchmarks/gpu.py --check        # the CUDA paths against plain ones, at small scale
     python benchmarks/gpu.py --shape tiny   # the same code on a CPU, in a minute; its figures say nothing
 
@@ -48,8 +49,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8, help="pairs a step")
     parser.add_argument("--steps", type=int, default=8, help="timed steps of each data set, after the warm-up")
     parser.add_argument(
-        "--longest", type=int, default=16384, help="tokens: look no further for the longest pair; 0: don't"
+        "--longest-pair", type=int, default=16384, help="tokens: look no further for each side's; 0: don't"
     )
+    parser.add_argument("--longest", action="store_true", help="qalign's longest SFT row and pair on each card instead")
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--minutes", type=float, default=60, help="stop after so long with what was found")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
@@ -160,8 +162,8 @@ def child(args: argparse.Namespace) -> None:
         steps = [pairs[start : start + args.batch] for start in range(0, count, args.batch)]
         found["data"][source] = measure(side, steps, deadline, found)
         write()
-    if args.longest and args.round == 0 and time.monotonic() < deadline:
-        limit = min(args.longest, side.config.max_position_embeddings)
+    if args.longest_pair and args.round == 0 and time.monotonic() < deadline:
+        limit = min(args.longest_pair, side.config.max_position_embeddings)
         found["longest"], found["looked_up_to"] = longest_pair(side, limit, side.config.vocab_size, deadline), limit
     return write()
 
@@ -287,6 +289,10 @@ def main() -> int:
     if not cuda and args.shape != "tiny":
         print(f"no CUDA device: {args.shape} needs one; on a CPU there are --shape tiny and --check", file=sys.stderr)
         return 2
+    if args.longest:
+        from benchmarks.longest import longest
+
+        return longest(args)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / f"gpu_{args.shape}.md"
 

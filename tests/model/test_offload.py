@@ -160,8 +160,7 @@ def test_a_run_that_offloads_has_the_same_numbers(stage, tmp_path, tiny_folder, 
     expected = metrics(run_stage(write_recipe(tmp_path / "plain", tiny_folder, stage, **keys)))
     assert "offloaded" not in capsys.readouterr().out
     made, real = [], loop.offload
-    monkeypatch.setattr(Forecast, "can_offload", True)
-    monkeypatch.setattr(Forecast, "largest", lambda *_: 0)
+    monkeypatch.setattr(Forecast, "plan", Forecast._offloaded)
     monkeypatch.setattr(loop, "offload", lambda lm: made.append(real(lm)) or setattr(made[0], "smallest", 1))
     found = metrics(run_stage(write_recipe(tmp_path / "offloaded", tiny_folder, stage, **keys)))
     said = capsys.readouterr().out

@@ -55,14 +55,17 @@ class Offload:
             lm.base_model.register_forward_pre_hook(self._enter),
             lm.base_model.register_forward_hook(self._leave, always_call=True),
         ]
+        self._own = [vars(module).get("forward") for module in self.wide]  # of those with fused kernels
         for module in self.wide:
             module.forward = partial(self._in_tiles, module.forward)
 
     def remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        for module in self.wide:
+        for module, own in zip(self.wide, self._own, strict=True):
             del module.forward  # what is left is that of its class
+            if own is not None:
+                module.forward = own
 
     def _in_tiles(self, forward: Callable[..., Tensor], states: Tensor) -> Tensor:
         if states.shape[1] <= self.tile:
@@ -109,13 +112,13 @@ def wide_modules(layers: Iterable[nn.Module], run: Callable[[], object]) -> list
     """The largest module of each layer that works on each token by itself; `run` runs the model on a few tokens. It is
     called with hidden states `(1, tokens, width)` alone and returns the like, and halves give what the whole gives. On
     the meta device, where numbers don't tell, it isn't looked for in layers without attention."""
-    seen: dict[nn.Module, tuple[Tensor, Any]] = {}
+    seen: dict[nn.Module, tuple[Any, Any]] = {}
     children = {layer: list(layer.children()) for layer in layers}
-    hooks = [
-        child.register_forward_hook(lambda child, given, found: seen.update({child: (given, found)}))
-        for each in children.values()
-        for child in each
-    ]
+
+    def note(child: nn.Module, given: Any, found: Any) -> None:
+        seen[child] = given, found
+
+    hooks = [child.register_forward_hook(note) for each in children.values() for child in each]
     with torch.no_grad():
         try:
             run()
