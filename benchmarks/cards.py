@@ -1,5 +1,5 @@
-"""Stages at a real model's shape on a card that looks smaller than it is, for `memory.py --cuda` and `gpu.py --longest`.
-Each has a base of random weights, the planner's plan for the card, and optimiser steps of its own trainer."""
+"""Stages at a real model's shape on a card that looks smaller than it is, for `memory.py` and `gpu.py`: a base of
+random weights, the planner's plan for the card, and optimiser steps of each stage's own trainer."""
 
 import gc
 import math

@@ -22,6 +22,7 @@ import argparse
 import gc
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -279,6 +280,8 @@ def main() -> int:
     if args.only:
         child(args)
         return 0
+    if args.longest:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the commands have it
     import torch
 
     if args.check:

@@ -13,6 +13,7 @@ prompt and the two answers.
 """
 
 import argparse
+import os
 import random
 import sys
 import tempfile
@@ -110,6 +111,7 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
 
 def on_cards(args: argparse.Namespace) -> int:
     """Prints a line for each stage and card. Returns 1 if a stage failed, or memory ran out at a plan."""
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the commands have it
     from benchmarks.cards import Stage, card, emptied
 
     failed = False
