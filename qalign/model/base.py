@@ -156,7 +156,7 @@ class Base:
     @contextmanager
     def _changing_adapters(self) -> Iterator[None]:
         """For PEFT to add or delete an adapter."""
-        self._switch.put_adapters_in_place()
+        self._switch.close()
         try:
             yield
         finally:

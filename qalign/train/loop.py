@@ -19,7 +19,7 @@ from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
 from qalign.model.memory.first_step import is_out_of_memory
-from qalign.model.memory.forecast import Forecast, Plan, usable_by_offload, usable_memory
+from qalign.model.memory.forecast import Forecast, Plan, tokens_of_most_steps, usable_by_offload, usable_memory
 from qalign.model.memory.offload import offload
 from qalign.train.adapter_trainer import CONFIGS, built, config_values, naming_trainer, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
@@ -73,6 +73,9 @@ class Session:
         else:
             recipe = run.recipe.model_copy(update={"model": self.base.spec})
             forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
+            if run.stage in ("reward", "dpo"):
+                taken = [self.base.tokens_taken(row) for row in self.rows.train]
+                forecast.most_steps = tokens_of_most_steps(taken, settings.batch_size)
             memory = usable_memory(device, self.base.held_bytes)
             memory -= other_bytes if device == "cuda" else 0  # a CPU's leaves them out already
             found = forecast.plan(memory, longest if size == "auto" else size * longest, usable_by_offload())

@@ -94,7 +94,7 @@ def assert_near(forecast: Forecast, expected: int, found: int, over: float = 0.1
 def test_a_step_takes_what_is_forecast(stage, dtype, checkpointing, tiny_folder, variant):
     base = variant(vocab_size=40_000) if stage == "sft" else tiny_folder  # a head that takes something
     # The forecast counts full blocks of queries; answers shorter than one show where no head is larger.
-    over = 0.26 if stage == "reward" else 0.1
+    over = 0.35 if stage == "reward" else 0.1
     forecast = forecast_of(base, stage, dtype=getattr(torch, dtype), model={"compute_dtype": dtype})
     cases = [(96, 1), (96, 4), (384, 1), (1023, 1)]
     for tokens, rows in cases if dtype == "float32" else [(96, 4)]:

@@ -6,8 +6,10 @@ import copy
 import math
 import os
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean, pstdev
 
 import psutil
 import torch
@@ -72,6 +74,7 @@ class Forecast:
         fixed: bytes that are always in memory, by purpose.
         layers: the base's number of layers.
         reach: the longest text that the base can read, in tokens.
+        most_steps: the tokens that most optimiser steps have, for `plan`, where they are known.
     """
 
     def __init__(self, recipe: Recipe, stage: str, config: PretrainedConfig, device: str, dtype: torch.dtype):
@@ -80,6 +83,7 @@ class Forecast:
         self.config = copy.deepcopy(config)
         self.layers: int = self.config.get_text_config().num_hidden_layers
         self.reach = reach_of(config) or 2**20
+        self.most_steps = 2**40
         self._steps: dict[tuple[int, bool, bool], Step] = {}
         lm = self.model()
         self.fixed = self._fixed(lm)
@@ -182,6 +186,9 @@ class Forecast:
             return self._offloaded(memory, longest, host) if self.can_offload else None
         if given != "auto":
             return Plan(tokens, most)
+        if self.settings.micro_batch_size == "auto" and self.total(tokens, 0) > memory:
+            # Room for more than a step would only have more layers computed twice.
+            tokens = min(tokens, max(longest, self.most_steps))
         # More checkpointed layers take less memory: the first count that fits. All layers fit, as `largest` found.
         return Plan(tokens, bisect_left(range(most), -memory, key=lambda layers: -self.total(tokens, layers)))
 
@@ -204,6 +211,13 @@ def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: M
         return count + 4 * parameter.shape[0]
     scales = count / 64
     return math.ceil(count / 2 + (scales + scales / 256 * 4 if spec.double_quant else 4 * scales))
+
+
+def tokens_of_most_steps(rows: Sequence[int], batch_size: int) -> int:
+    """The tokens that all but a few per cent of the optimiser steps stay within, from those of the rows: the mean of a
+    step and two standard deviations."""
+    spread = pstdev(rows) * math.sqrt(batch_size)
+    return math.ceil(batch_size * fmean(rows) + 2 * spread)
 
 
 def usable_memory(device: str, held: int = 0) -> int:

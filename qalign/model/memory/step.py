@@ -23,6 +23,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, Layout, pack
 from qalign.data.tokenize import TokenPair
+from qalign.model.adapters.lora import AddedLora
 from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.targets import leave_out, new_config
 from qalign.model.experts.quantizer import experts_kind, is_linear
@@ -192,10 +193,7 @@ class StepModel:
         self._copied = 0
         # The layers that are left stand for ones behind others, whose states have gradients.
         lm.get_input_embeddings().register_forward_hook(self._with_gradients)
-        if device == "cpu" and lm.dtype != torch.float32:
-            for name, module in lm.named_modules():  # there PEFT casts inputs itself, as it asks for CUDA's autocast
-                if "lora_A." in name:
-                    module.register_forward_pre_hook(lambda _, inputs: (inputs[0].clone(),))
+        AddedLora(lm.modules()).activate("default")
         for parameter in lm.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
 
