@@ -8,11 +8,12 @@
 The weights are random (nothing is downloaded), held in NF4; so are the ids, their lengths are a file's or drawn.
 Each side runs in a process of its own, which may take as much of the card as a smaller one has; the sides take turns,
 and the ratio to TRL is the median over the rounds. A step is tensors from ids, forward of the reference where it is not
-kept, forward and backward of the policy with gradient checkpointing, and AdamW. Running out of memory is a result: the
-micro-batch is halved until it fits.
+kept, forward and backward of the policy with gradient checkpointing of all layers, and AdamW. Running out of memory is
+a result: the micro-batch is halved until it fits.
 
 Sides:
     qalign-in_step, qalign-cached   packed, prompts shared; the reference in the step, or kept from an earlier epoch
+    qalign-auto                     as a run does it: cached, and as few layers checkpointed as the planner finds
     trl-defaults                    DPOTrainer as it comes, but for the optimiser and truncation
     trl-best                        batches of like lengths, the reference precomputed
     unsloth                         if it is installed: its model and patched DPOTrainer
@@ -28,11 +29,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-VARIANTS = {"qalign": ["qalign-in_step", "qalign-cached"], "trl": ["trl-defaults", "trl-best"], "unsloth": ["unsloth"]}
+VARIANTS = {
+    "qalign": ["qalign-in_step", "qalign-cached", "qalign-auto"],
+    "trl": ["trl-defaults", "trl-best"],
+    "unsloth": ["unsloth"],
+}
 SIDES = [name for names in VARIANTS.values() for name in names]
 WARM_UP = 3  # steps: FlexAttention compiles for the first length, and for any length at the second
 STRIDE = 128  # tokens: how finely the longest pair is looked for
@@ -56,6 +62,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="processes of each side")
     parser.add_argument("--minutes", type=float, default=60, help="stop after so long with what was found")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--profile", action="store_true", help="where the time of a step goes, by kind of kernel")
     parser.add_argument("--check", action="store_true", help="check the CUDA paths instead")
     for name in ("--only", "--folder", "--result"):  # of the processes that measure
         parser.add_argument(name, help=argparse.SUPPRESS)
@@ -107,7 +114,7 @@ def measure(side, steps: list, deadline: float, found: dict) -> dict:
 
     share = 1.0
     while share * side.batch >= 1:
-        side.begin(share)
+        side.begin(share, steps)
         if result := fitting(run):
             return result | {"at_once": side.at_once}
         share /= 2
@@ -122,7 +129,7 @@ def longest_pair(side, limit: int, vocabulary: int, deadline: float) -> int:
         pair = random_pair([length // 2] * 3, vocabulary, f"of {length}")
         return fitting(lambda: (side.precompute([pair]), side.step([pair]))) is not None
 
-    side.begin(1 / side.batch)
+    side.begin(1 / side.batch, [])
     low, high = 0, limit // STRIDE
     if fits(high * STRIDE):
         return high * STRIDE
@@ -140,6 +147,7 @@ def child(args: argparse.Namespace) -> None:
     import torch
 
     from benchmarks import gpu_sides
+    from benchmarks.gpu_profile import profiled
 
     if args.only == "folder":
         return gpu_sides.save_folder(args.shape, args.folder)
@@ -156,12 +164,16 @@ def child(args: argparse.Namespace) -> None:
     if side is None:
         found["data"] = {source: {"out_of_memory": True} for source in args.data}
         return write()
+    side.card = args.cap
+    found["kernels"] = side.base.kernels if args.only.startswith("qalign") else None
     found["base_bytes"] = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
     for source in args.data:
         count = (WARM_UP + args.steps) * args.batch
         pairs = gpu_sides.pairs_like(source, count, side.config.vocab_size, args)
         steps = [pairs[start : start + args.batch] for start in range(0, count, args.batch)]
         found["data"][source] = measure(side, steps, deadline, found)
+        if args.profile and speed(found["data"][source]) and time.monotonic() < deadline:
+            found.setdefault("profiles", {})[source] = fitting(partial(profiled, partial(side.step, steps[-1])))
         write()
     if args.longest_pair and args.round == 0 and time.monotonic() < deadline:
         limit = min(args.longest_pair, side.config.max_position_embeddings)
@@ -180,6 +192,8 @@ def run_child(deadline: float, folder: str, **options) -> dict:
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=left + 15)
         said = [line for line in done.stderr.splitlines() if line.strip()]
+        if done.returncode:
+            print(done.stderr, file=sys.stderr)
         failed = said[-1] if done.returncode and said else f"exit code {done.returncode}" if done.returncode else None
     except subprocess.TimeoutExpired:
         failed = "no time left"
@@ -252,11 +266,13 @@ def table(runs: list[dict], card: float, source: str) -> list[str]:
 
 def document(args: argparse.Namespace, runs: list[dict]) -> str:
     """All of it as Markdown."""
+    from benchmarks.gpu_profile import table as profile_table
     from qalign.train.run_folder import versions
 
     device = next((run["device"] for run in runs if "device" in run), "nothing ran")
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     lines = [f"`python {' '.join(sys.argv)}`", f"\n{args.shape}, NF4, random weights. {device}; {made_with}"]
+    lines += sorted({f"\nqalign's fused kernels: {run['kernels']}" for run in runs if run.get("kernels")})
     for card in dict.fromkeys(run["memory"] for run in runs):
         for source in args.data:
             lines += table(runs, card, source)
@@ -272,6 +288,9 @@ def document(args: argparse.Namespace, runs: list[dict]) -> str:
                 loss = f"{run['first_loss']:.6f}" if "first_loss" in run else run.get("failed", "out of memory")
                 held = f"{base / 2**30:.2f}" if base else ""
                 lines.append(f"| {run['side']} | {longest}{more} | {loss} | {held} |")
+    for run in runs:
+        for source, profile in run.get("profiles", {}).items():
+            lines += [f"\na step of {run['side']}, {source}, {in_gib(run['memory'])}", *profile_table(profile)]
     return "\n".join(lines) + "\n"
 
 

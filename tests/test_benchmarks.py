@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_profile
 from qalign.data.tokenize import TokenPair
 from tests.conftest import ROOT
 
@@ -19,10 +19,10 @@ def run(*options) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
 
 
-def tiny(folder, *sides) -> list[dict]:
+def tiny(folder, *sides, more=()) -> list[dict]:
     """What a process of each side found, over one timed step of two pairs."""
     done = run("--shape", "tiny", "--steps", 1, "--batch", 2, "--rounds", 1, "--data", "hh", "--longest-pair", 256,
-               "--sides", *sides, "--out", folder)  # fmt: skip
+               "--sides", *sides, "--out", folder, *more)  # fmt: skip
     assert done.returncode == 0, done.stderr
     runs = json.loads((folder / "gpu_tiny.json").read_text())["runs"]
     assert [found["side"] for found in runs] == list(sides)
@@ -34,9 +34,31 @@ def tiny(folder, *sides) -> list[dict]:
 
 
 def test_it_runs_on_a_cpu(tmp_path):
-    (found,) = tiny(tmp_path, "qalign-cached")
-    assert found["data"]["hh"]["at_once"] == "up to 4,096 tokens at a time"
-    assert "| qalign-cached | " in (tmp_path / "gpu_tiny.md").read_text()
+    all_layers, planned = tiny(tmp_path, "qalign-cached", "qalign-auto", more=["--profile"])
+    assert all_layers["data"]["hh"]["at_once"] == "up to 4,096 tokens at a time, 2 layers checkpointed"
+    assert planned["data"]["hh"]["at_once"] == "up to 4,096 tokens at a time", "memory is no matter there"
+    text = (tmp_path / "gpu_tiny.md").read_text()
+    assert "| qalign-cached | " in text
+    for found in (all_layers, planned):
+        profile = found["profiles"]["hh"]
+        assert f"a step of {found['side']}, hh, CPU" in text
+        assert min(profile["kinds"][kind] for kind in (gpu_profile.PRODUCTS, gpu_profile.UNPACKED)) > 0
+        assert sum(profile["kinds"].values()) >= profile["seconds"] * 0.99
+
+
+def test_kernels_of_each_kind_are_told_apart():
+    kinds = {  # as they were called on an H200
+        "nvjet_sm90_tst_128x16_64x11_2x1_v_bz_splitK_TNT": gpu_profile.PRODUCTS,
+        "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*, unsigned char*": gpu_profile.UNPACKED,
+        "void gemm_4bit_sm80_m16n8k16<__nv_bfloat16, 32, 64, 128>": gpu_profile.UNPACKED,
+        "triton_tem_fused__flex_attention_backward_0": "attention",
+        "_rms_norm_forward_kernel": "fused norms, rotary, MLPs",
+        "void at::native::elementwise_kernel<128, 4, at::native::gpu_kernel_impl": "elementwise",
+        "Memcpy DtoD (Device -> Device)": "copies and casts",
+        "void kOptimizerStatic8bit2StateBlockwise<float, 2>": "optimiser",
+        "something else": gpu_profile.REST,
+    }
+    assert {name: gpu_profile.kind_of(name) for name in kinds} == kinds
 
 
 def test_decoding_is_timed_on_a_cpu():
@@ -107,7 +129,7 @@ class SmallCard:
     def __init__(self, tokens: int):
         self.tokens = tokens
 
-    def begin(self, micro):
+    def begin(self, micro, steps):
         self.micro = micro
 
     def arranged(self, steps):
