@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn.modules import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ class AddedLora:
 
     def __init__(self, layers: Iterable[nn.Module]):
         self._active: str | None = None
-        found = [layer for layer in layers if isinstance(layer, LoraLayer)]
+        found = [cast(LoraLayer, layer) for layer in layers if isinstance(layer, LoraLayer)]
         self._layers = [layer for layer in found if isinstance(layer.get_base_layer(), nn.Linear)]
         self._off = dict.fromkeys(self._layers, False)
         self._hooks = [

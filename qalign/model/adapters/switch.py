@@ -37,7 +37,7 @@ class AdapterSwitch:
             if layer in tuned
         ]
         self._in_place: bool | None = True
-        self._added = AddedLora(self._layers)
+        self._added = AddedLora(tuned)
         self._active: list[str] = []
         self._recomputed = [module for module in self._modules if isinstance(module, GradientCheckpointingLayer)]
         dropouts = [layer.lora_dropout.values() for layer in self._layers if isinstance(layer, LoraLayer)]
