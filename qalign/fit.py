@@ -22,7 +22,7 @@ from qalign.train.run_folder import print_table
 if TYPE_CHECKING:
     from qalign.model.memory.forecast import Forecast
 
-SHADES = "█▓▒░▚▞▖"
+SHADES = "█▓▒░▚▞"
 WIDTH = 60
 ROWS = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts with their answers"}
 SHORTEST = 256  # a smaller max_length is of no use

@@ -30,6 +30,7 @@ CUDA_CONTEXT = 700 * 2**20  # bytes of a card that CUDA itself takes, where ther
 USABLE = {"cpu": 0.95, "cuda": 0.93, "cuda, segments of fixed size": 0.89}
 # Tokens per forward beyond which a step gets no faster per token: weights are unpacked once for all of them.
 BUSY_TOKENS = {"cuda": 8192, "cpu": 4096}
+_LONG = 2**17  # tokens: longer steps take long to count, and nobody's rows are longer
 _OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw_8bit": 2.07}  # per weight: two moments; 8-bit ones with a scale for 256
 
 
@@ -150,6 +151,8 @@ class Forecast:
         if (at_high := total(high)) <= memory:  # the larger of some straight lines, so at most where the last one leads
             per_token = (total(2 * high) - at_high) / high
             low, at_low, high = high, at_high, high + 32 + int((memory - at_high) / per_token)
+            if high > _LONG:
+                return high - 32
             at_high = total(high)
         while high - low > max(32, low // 256) and at_high > memory:
             guess, margin = low + (memory - at_low) * (high - low) // (at_high - at_low), (high - low) // 8
