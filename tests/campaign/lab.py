@@ -114,8 +114,9 @@ class Lab:
             self.wholes[stage], self.seconds[stage] = run, outcome.seconds
         return self.wholes[stage]
 
-    def differences(self, run: RunFolder) -> list[str]:
-        """How a finished run differs from the one that nothing happened to, the clock apart, and what it left lying."""
+    def differences(self, run: RunFolder, adapters: Sequence[str] = ("adapter", "adapter_best")) -> list[str]:
+        """How a finished run differs from the one that nothing happened to, the clock apart, and what it left lying.
+        Of its adapters, these are compared."""
         whole, found = self.whole(run.name), []
         if not run.complete:
             return ["it is not complete"]
@@ -126,7 +127,7 @@ class Lab:
             wrong = next((a, b) for a, b in zip(one, other, strict=True) if a != b)
             names = [name for name in {**wrong[0], **wrong[1]} if wrong[0].get(name) != wrong[1].get(name)]
             found.append(f"step {wrong[0]['step']}: {', '.join(names)}")
-        for name in ("adapter", "adapter_best"):
+        for name in adapters:
             folders = run.path / name, whole.path / name
             if folders[0].is_dir() != folders[1].is_dir() or _files(folders[0]) != _files(folders[1]):
                 found.append(f"the files of {name}: {_files(folders[0])}")

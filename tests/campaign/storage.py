@@ -155,7 +155,7 @@ def damaged(lab: Lab, stage: str, stopped: Path, file: str, kind: str) -> list[s
     if outcome.code:
         return refused(outcome) or ([] if str(run.path) in outcome.said else ["the folder isn't named"])
     named = "adapter_best: was changed since" in outcome.said
-    return [fault for fault in lab.differences(run) if not (named and "adapter_best" in fault)]
+    return lab.differences(run, ["adapter"]) if named else lab.differences(run)
 
 
 def both_damaged(lab: Lab, stage: str, stopped: Path) -> list[str]:
