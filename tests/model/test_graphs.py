@@ -17,6 +17,8 @@ from tests.model.test_generation_families import FIFTH, KINDS, prompts
 from tests.model.test_packed_training import small_base
 
 WAITS = "called a synchronizing CUDA operation"
+# Without a cache of keys and values, or with positions that a step asks the device for, nothing is captured.
+CAPTURED = sorted({*KINDS} - {"mamba2", "minimax", "mpt", "recurrent_gemma"})
 
 
 class Recording(TorchDispatchMode):
@@ -90,7 +92,7 @@ def cuda(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, stand_in)
 
 
-@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen2", *KINDS])
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2", "qwen2", *CAPTURED])
 def test_replayed_steps_sample_what_a_growing_cache_samples(name, tmp_path, cuda, monkeypatch):
     base, ids, how = small_base(name, tmp_path), prompts(), Sampling(24, 1.0, FIFTH[::4])
     monkeypatch.setattr(rows, "COLUMNS", 8)
