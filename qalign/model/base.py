@@ -176,8 +176,9 @@ class Base:
 
     def trained_weights(self, role: str) -> dict[str, nn.Parameter]:
         """The weights of a role's adapter, and of its head if it has one, by name."""
-        with self.acting_as(role):
-            found = adapter_parameters(self.model, role)
+        self._switch.put_adapters_in_place()
+        found = adapter_parameters(self.model, role)
+        self._switch.put_adapters_in_place(self.role in self._configs)
         if role in self._heads:
             head = cast(nn.Parameter, self._heads[role].weight)
             found = {name: weight for name, weight in found.items() if weight is not head} | {f"{HEAD}.weight": head}
