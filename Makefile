@@ -26,7 +26,7 @@ lock: setup  ## write the lock files anew, after a change of requirements.txt or
 docs: setup  ## write the recipe's reference and its schema anew, after a change of a recipe key
 	$(BIN)/python docs/make_recipe.py
 
-demo: setup  ## align the small embedded model, then show what changed (about 5 minutes on 2 CPU cores)
+demo: setup  ## align the small embedded model, then show what changed (about 3 minutes on 2 CPU cores)
 	@echo "== teaching SmolLM2-135M 200 dialogues into runs/demo/sft (an older demo run is replaced)"
 	$(BIN)/python -m qalign.sft recipes/smollm2_demo.yaml --overwrite
 	@echo "== aligning it with 96 preference pairs into runs/demo/dpo"

@@ -52,8 +52,8 @@ class AddedLora:
         kind = output.device.type
         dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else into.dtype
         states = cast(nn.Module, layer.lora_dropout[self._active])(inputs[0])
-        # A 4-bit layer's output is its own and new, but with a bias it is a view; that of others may be one. (On the meta
-        # device stand all kinds.)
+        # A 4-bit layer's output is its own and new, but with a bias it is a view, as that of others may be. (The meta
+        # device stands for all kinds.)
         is_new = isinstance(own, Linear4bit) or output.is_meta
         in_place = is_new and getattr(own, "bias", None) is None and output.is_contiguous()
         given = (output, states.to(dtype), into.to(dtype), out.to(dtype), layer.scaling[self._active], in_place)
