@@ -9,15 +9,23 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
+from nbformat.v4 import new_output
 
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = ("dpo_quickstart", "one_base_four_roles", "compare_chat")  # the last one opens the run of the first
 
 
+# What libraries say on a CPU, or of this way to run a notebook.
+NOISE = re.compile(
+    r"^.*(TqdmWarning|import tqdm as notebook_tqdm|Failed to load CPU gemm_4bit_forward).*\n?", re.MULTILINE
+)
+
+
 def stored(text: str) -> str:
-    """What a notebook keeps of an output: no path of the machine, no password, and of a progress bar its last state."""
+    """What a notebook keeps of what a cell printed: of a progress bar its last state, no path of the machine, no
+    password, no noise."""
     text = "\n".join(line.rpartition("\r")[2] for line in text.replace("\r\n", "\n").split("\n"))
-    text = text.replace(f"{ROOT}{os.sep}", "").replace(str(Path.home()), "~")
+    text = NOISE.sub("", text).replace(f"{ROOT}{os.sep}", "").replace(str(Path.home()), "~")
     return re.sub(r"^(user and password:).*", r"\1 me  (another one each time)", text, flags=re.MULTILINE)
 
 
@@ -29,10 +37,11 @@ def main() -> None:
         NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(file.parent)}}).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # its times
-            for output in cell.get("outputs", []):
-                output["text"] = "" if "NOTEBOOK_TEST" in cell.source else stored(output["text"])
             if cell.cell_type == "code":
-                cell.outputs = [output for output in cell.get("outputs", []) if output["text"]]
+                said = stored("".join(output["text"] for output in cell.outputs))
+                cell.outputs = [new_output("stream", name="stdout", text=said)] if said.strip() else []
+                if "NOTEBOOK_TEST" in cell.source:
+                    cell.outputs = []
         nbformat.write(notebook, file)
         print(file.relative_to(ROOT))
 
