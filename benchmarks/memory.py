@@ -13,11 +13,11 @@ prompt and the two answers.
 """
 
 import argparse
+import multiprocessing
 import os
 import random
 import sys
 import tempfile
-import traceback
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -110,35 +110,41 @@ def measured(stage: str, recipe, tokens: int, count: int, checkpointing: bool) -
 
 
 def on_cards(args: argparse.Namespace) -> int:
-    """Prints a line for each stage and card. Returns 1 if a stage failed, or memory ran out at a plan."""
+    """Prints a line for each stage and card. Returns 1 if a stage failed, or memory ran out at a plan. Each stage has a
+    process of its own: bitsandbytes keeps the embedding of every model that it made an optimiser for."""
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # as the commands have it
-    from benchmarks.cards import Stage, card, emptied
-
-    failed = False
-    print("| stage | card, GiB | plan | forecast, GiB | allocated | off by | reserved | usable |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print("| stage | card, GiB | tokens | plan | forecast, GiB | allocated | off by | reserved | usable |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    failed = 0
     for name in args.stages:
-        try:
-            stage = Stage(name, args.shape, args.max_length, fused=args.fused)
-            for gib in args.cards:
-                with card(gib) as usable:
-                    plan = stage.forecast.plan(usable, stage.longest)
-                    found = plan and stage.peaks(plan, stage.rows_for(plan), args.steps)
-                failed |= found is None
-                print(f"| {name} | {gib:g} | {_line(stage, plan, found)} | {usable / 2**30:.2f} |", flush=True)
-        except Exception:
-            traceback.print_exc()
-            failed = True
-        stage = None
-        emptied()
+        process = multiprocessing.get_context("spawn").Process(target=on_cards_alone, args=(args, name))
+        process.start()
+        process.join()
+        failed |= process.exitcode != 0
     return int(failed)
+
+
+def on_cards_alone(args: argparse.Namespace, name: str) -> None:
+    """The lines of one stage; the process ends with 1 if memory ran out."""
+    from benchmarks.cards import Stage, card
+
+    stage, failed = Stage(name, args.shape, args.max_length, fused=args.fused), False
+    for gib in args.cards:
+        with card(gib) as usable:
+            plan = stage.forecast.plan(usable, stage.longest)
+            found = plan and stage.peaks(plan, stage.rows_for(plan), args.steps)
+        failed |= found is None
+        print(f"| {name} | {gib:g} | {_line(stage, plan, found)} | {usable / 2**30:.2f} |", flush=True)
+    sys.exit(int(failed))
 
 
 def _line(stage, plan, found) -> str:
     if plan is None:
-        return "doesn't fit | | | | "
-    expected = stage.forecast.total(plan.tokens, plan.checkpointed_layers, offloaded=bool(plan.offloaded))
-    what = f"{plan.tokens:,} tokens{plan}{', offloaded' if plan.offloaded else ''} | {expected / 2**30:.3f}"
+        return "| doesn't fit | | | | "
+    tokens = max(1, plan.tokens // stage.longest) * stage.longest  # whole rows
+    expected = stage.forecast.total(tokens, plan.checkpointed_layers, offloaded=bool(plan.offloaded))
+    how = f"{plan.tokens:,} tokens{plan}{', offloaded' if plan.offloaded else ''}"
+    what = f"{tokens:,} | {how} | {expected / 2**30:.3f}"
     if found is None:
         return f"{what} | out of memory | | "
     allocated, reserved = found

@@ -100,8 +100,8 @@ def test_plans_are_measured_at_each_stage():
     lines = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
     assert [line[0] for line in lines] == ["| sft", "| reward", "| dpo", "| ppo"]
     for line in lines:
-        assert " tokens, 2 layers checkpointed" in line[2]
-        assert float(line[4]) > 0
+        assert " tokens, 2 layers checkpointed" in line[3]
+        assert float(line[5]) > 0
 
 
 def test_the_longest_row_and_pair_are_run_offloaded():

@@ -103,7 +103,7 @@ def test_a_step_takes_what_is_forecast(stage, dtype, checkpointing, tiny_folder,
         assert_near(forecast, step.total + forecast.fixed["gradients"], found, over)
 
 
-@pytest.mark.parametrize("checkpointed", [0, 2, 6])
+@pytest.mark.parametrize("checkpointed", [0, 2, 5, 6])
 def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatch):
     """Six layers (the forecast runs two and four), of which some are checkpointed as `checkpoint_layers` does it."""
     forecast = forecast_of(variant(num_hidden_layers=6))
@@ -124,6 +124,14 @@ def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatc
     expected = forecast.total(600, checkpointed) - forecast.fixed["base"] - forecast.fixed["adapters"]
     found = benchmark.measured("dpo", forecast.recipe, 600, 1, checkpointed > 0)
     assert_near(forecast, expected - forecast.fixed["optimiser"], found)
+
+
+@pytest.mark.parametrize(("checkpointed", "allocated"), [(31, 8.371), (28, 12.417), (23, 19.162)])
+def test_what_a_gpu_allocated(checkpointed, allocated):
+    """SFT at Mistral-7B's shape with so many of 32 layers checkpointed: benchmarks/results/gpu_mistral7b.md."""
+    keys = {"lora": {"r": 16, "alpha": 32}, "trainer": {"optim": "paged_adamw_8bit"}}
+    forecast = forecast_of(shape("Mistral-7B-v0.3"), "sft", "cuda", HALF, **keys)
+    assert forecast.total(8192, checkpointed) == pytest.approx(allocated * GIB, rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])

@@ -132,15 +132,18 @@ class Forecast:
         return sum(self.parts(tokens, checkpointed, offloaded=offloaded).values())
 
     def parts(self, tokens: int, checkpointed: int, *, offloaded: bool = False) -> dict[str, int]:
-        """Bytes at the peak, by purpose; `offloaded` with all layers checkpointed."""
+        """Bytes at the peak, by purpose; `offloaded` with all layers checkpointed. The first layers are checkpointed,
+        so when the backward comes to them, it has freed what the layers behind them kept."""
         share = min(1, checkpointed / self.layers)
         ways = [(share, True), (1 - share, False)]
         steps = [(weight, self.step(tokens, checkpointing=way, offloaded=offloaded)) for weight, way in ways if weight]
-        activations = sum(weight * step.activations for weight, step in steps)
-        logits = max(step.logits for _, step in steps)
-        backward = max(step.backward for _, step in steps)
-        largest = {"logits": logits} if logits > backward else {"backward": backward}
-        return self.fixed | {"activations": int(activations)} | largest
+        activations = [int(weight * step.activations) for weight, step in steps]
+        moments = [
+            {"activations": sum(activations), "logits": max(step.logits for _, step in steps)},
+            {"activations": sum(activations), "backward": steps[-1][1].backward},
+            {"activations": activations[0], "backward": steps[0][1].backward},
+        ]
+        return self.fixed | max(moments, key=lambda moment: sum(moment.values()))
 
     def largest(self, memory: int, checkpointed: int, *, offloaded: bool = False) -> int:
         """The largest number of tokens that fits; 0 if none does."""
