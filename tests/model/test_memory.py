@@ -161,6 +161,15 @@ def test_layers_that_return_a_tuple(stage):
     assert found[8] - found[1] == 7 * (found[2] - found[1]) > 0
 
 
+@pytest.mark.parametrize("stage", STEPS)
+def test_more_tokens_than_a_model_that_scans_is_run_with(stage):
+    """Layers without attention and the rest grow in straight lines; the head is counted by itself."""
+    forecast = forecast_of(family_config("lfm2"), stage, "cuda", HALF)
+    found = [forecast.step(tokens, checkpointing=True) for tokens in (512, 1024, 1536)]
+    assert found[2].activations - found[1].activations == found[1].activations - found[0].activations > 0
+    assert found[0].logits <= found[1].logits <= found[2].logits
+
+
 def test_a_model_with_fewer_layers_than_its_pattern_is_run_as_it_is():
     kinds = ["sliding_attention", "sliding_attention", "full_attention"]
     config = family_config("gemma3")

@@ -276,7 +276,7 @@ class StepModel:
     def _logits(self, tokens: int) -> int:
         """The head's peak alone, in addition to the hidden states."""
         batch, width = _batch(self.stage, tokens), self.lm.config.get_text_config().hidden_size
-        hidden = torch.empty(tokens, width, dtype=self.lm.dtype, device="meta", requires_grad=True)
+        hidden = torch.empty(batch.input_ids.numel(), width, dtype=self.lm.dtype, device="meta", requires_grad=True)
         with LiveBytes() as counted:
             _loss(self.lm, self.stage, batch, hidden)
         return counted.peak
