@@ -53,7 +53,7 @@ def give_weights(base: Base, scale: float) -> None:
 
 
 def sampled(base: Base, role: str, answers: int, tokens: int, prompt: int, temperature: float = 1.0) -> list:
-    """Answers of exactly so many tokens, to prompts of random ids."""
+    """Answers of exactly `tokens` tokens to prompts of `prompt` made-up ids."""
     words = base.lm.config.get_text_config().vocab_size - 8
     prompts = [[5 + (number * 7 + place * 3) % words for place in range(prompt)] for number in range(answers)]
     how = Sampling(tokens, temperature, ())

@@ -18,7 +18,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from qalign.data.collate import Layout, MicroBatchLimit, micro_batches
 from qalign.data.tokenize import IGNORED, TokenDialogue
 from qalign.model.base import Base, Role
-from qalign.model.logps import token_scores
+from qalign.model.logps import backbone, token_scores
 from qalign.train.adapter_trainer import AdapterTrainer
 
 
@@ -90,7 +90,7 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         alone."""
         learned = labels[:, 1:] != IGNORED
         with self.base.acting_as(Role.POLICY) as lm:
-            states = lm.base_model(**inputs).last_hidden_state[:, :-1][learned]
+            states = backbone(lm)(**inputs).last_hidden_state[:, :-1][learned]
             logps, entropies, is_top = token_scores(lm, states, labels[:, 1:][learned])
         mask = torch.ones_like(is_top)
         return FusedCausalLMOutput(log_probs=logps, entropy=entropies, is_top1=is_top, label_mask=mask)  # pyright: ignore[reportArgumentType]

@@ -15,7 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.model.adapters.lora import AddedLora
 
-Flags = tuple[list[nn.Parameter], list[nn.Module]]  # those that require gradients, those in training mode
+Flags = tuple[list[nn.Parameter], list[nn.Module]]  # what requires gradients, what is in training mode
 
 
 class AdapterSwitch:

@@ -72,7 +72,7 @@ class Decoder:
         self.adapters.drop()
 
     def rows_within(self, memory: float, base: Base, tokens: int) -> int:
-        """How many rows of so many tokens have caches that fit into this memory, in bytes; at least 1."""
+        """How many rows of `tokens` tokens can be cached in `memory` bytes; at least 1."""
         if not self.is_static(base):
             return max(1, int(memory) // base.row_cache.bytes(tokens))
         rows = max(1, int(memory) // base.row_cache.bytes(column_bucket(tokens), windows=False))

@@ -20,7 +20,7 @@ _SYNC = "synchronizing CUDA operation"  # PyTorch's words for waiting for the de
 
 @dataclass
 class _Step:
-    """A step of so many rows and columns, with the adapters on the rows of `spans`."""
+    """A step with a certain number of rows and columns, and the adapters on the rows of `spans`."""
 
     inputs: dict[str, Any]
     spans: Spans

@@ -16,7 +16,7 @@ from qalign.model.decoding.graphs import Steps
 from qalign.model.memory.kv_cache import padded_prompts, uncached_logits
 
 COMPACT_AT = 0.25  # ended rows leave a growing cache once they are this share of it, because leaving copies the cache
-COLUMNS = 256  # a static cache has a multiple of it: so many tokens are decoded before another graph is captured
+COLUMNS = 256  # a static cache has a multiple of it; a new graph is captured each time this many more are needed
 
 
 def row_bucket(rows: int) -> int:

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qalign.model.logps import backbone
+
 TILE = 2048  # tokens
 _SMALLEST = 2**20  # bytes: copies of less cost more time than they are worth
 _PIECE = 2**26  # bytes: PyTorch rounds pinned memory up to powers of two, so larger tensors are held in pieces
@@ -52,8 +54,8 @@ class Offload:
         self.lm, self.wide, self.tile, self.smallest, self.bytes = lm, list(wide), tile, smallest, 0
         self._open: list[saved_tensors_hooks] = []
         self._hooks = [
-            lm.base_model.register_forward_pre_hook(self._enter),
-            lm.base_model.register_forward_hook(self._leave, always_call=True),
+            backbone(lm).register_forward_pre_hook(self._enter),
+            backbone(lm).register_forward_hook(self._leave, always_call=True),
         ]
         self._own = [vars(module).get("forward") for module in self.wide]  # of those with fused kernels
         for module in self.wide:
@@ -105,7 +107,7 @@ def offload(lm: PreTrainedModel) -> Offload:
     """Offloads what the layers of a loaded model keep, all of which are to be checkpointed."""
     layers = [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]
     ids = torch.arange(1, 9, device=lm.device)[None]
-    return Offload(lm, wide_modules(layers, lambda: lm.base_model(input_ids=ids, use_cache=False)))
+    return Offload(lm, wide_modules(layers, lambda: backbone(lm)(input_ids=ids, use_cache=False)))
 
 
 def wide_modules(layers: Iterable[nn.Module], run: Callable[[], object]) -> list[nn.Module]:
