@@ -116,7 +116,7 @@ def measure(base: "Base", pairs: list["TokenPair"], beta: float, loss: str = "si
 
     from qalign.config.stages import REFERENCE_FREE
     from qalign.data.collate import MicroBatchLimit, in_groups
-    from qalign.losses import margin, rewards, shares
+    from qalign.losses.preference import margin, rewards, shares
     from qalign.model.base import Role
     from qalign.model.logps import pair_logps
 

@@ -29,7 +29,7 @@ def test_what_runs_before_the_recipe_is_checked_imports_nothing_heavy():
 @pytest.mark.parametrize("folder", [PACKAGE, *(folder.parent for folder in PACKAGE.glob("*/__init__.py"))])
 def test_folders_stay_small(folder):
     files = [file.name for file in folder.glob("*.py") if file.name != "__init__.py"]
-    assert len(files) <= (15 if folder == PACKAGE else 10), sorted(files)
+    assert len(files) <= (20 if folder == PACKAGE else 10), sorted(files)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))

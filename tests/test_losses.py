@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qalign import losses
+from qalign.losses import preference as losses
 
 LN2 = math.log(2)
 # One pair: log pi = (-10, -12) for chosen and rejected, log pi_ref = (-11, -9), 5 and 4 tokens.

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qalign import losses
+from qalign.losses import policy_gradient as losses
 
 # Two answers of three and two tokens; the last place of the second is padding and holds rubbish on purpose.
 MASK = torch.tensor([[True, True, True], [True, True, False]])

@@ -17,10 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qalign import losses
 from qalign.config.stages import PPO
 from qalign.data.collate import AnswerBatch, MicroBatchLimit
 from qalign.errors import UserError, gradients_not_finite, not_finite
+from qalign.losses import policy_gradient as losses
 from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_logps, token_scores
 from qalign.model.memory.first_step import FirstStep

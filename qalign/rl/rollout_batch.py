@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qalign import losses
 from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers
+from qalign.losses import policy_gradient as losses
 
 Indices = tuple[Tensor, Tensor]  # (row, column) of tokens in the tensors of a rollout
 

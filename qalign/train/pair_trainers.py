@@ -17,7 +17,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from qalign.config.stages import DPO, REFERENCE_FREE, Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
-from qalign.losses import CHOSEN, REJECTED, bradley_terry, margin, preference_loss, rewards, shares
+from qalign.losses.preference import CHOSEN, REJECTED, bradley_terry, margin, preference_loss, rewards, shares
 from qalign.model.base import Base, Role
 from qalign.model.logps import pair_logps
 from qalign.model.reference import ReferenceLogps

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from qalign.data.collate import Layout, pack
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair
-from qalign.losses import preference_loss
+from qalign.losses.preference import preference_loss
 from qalign.model import logps
 from qalign.model.packing import attention
 from qalign.model.packing.packing import Packing, packing_of

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from qalign.config.recipe import DPO, Lora, Model
 from qalign.data.collate import MicroBatchLimit
-from qalign.losses import preference_loss
+from qalign.losses.preference import preference_loss
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from qalign import losses
 from qalign.config.recipe import Lora
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError
+from qalign.losses import policy_gradient as losses
 from qalign.model.base import Role, load
 from qalign.rl import ppo_trainer
 from qalign.rl.ppo_setup import make_deterministic

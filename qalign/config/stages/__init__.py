@@ -1,0 +1,47 @@
+"""The recipe's sections for data and for the stages; `qalign.config.recipe` has the rest.
+
+The docstring under each key begins with the field's own term. Editors show it (`recipes/recipe.schema.json`), and
+`docs/recipe.md` lists it: after a change run `make docs` (`python docs/make_recipe.py`).
+"""
+
+from qalign.config.stages.preferences import DPO, DPO_LOSSES, REFERENCE_FREE, Reward
+from qalign.config.stages.reinforcement import PPO
+from qalign.config.stages.section import (
+    MAX_BATCH,
+    MAX_LAYERS,
+    MAX_STEPS,
+    MAX_TOKENS,
+    RewardSource,
+    Section,
+    Share,
+    ShareBelowOne,
+    Source,
+    Stage,
+)
+from qalign.config.stages.supervised import SFT
+
+STAGES = ("sft", "reward", "dpo", "ppo")
+SFT_RUN = "sft"  # as `start_from`
+REWARD_RUN = "reward"  # as a reward of PPO
+
+__all__ = [
+    "DPO",
+    "DPO_LOSSES",
+    "MAX_BATCH",
+    "MAX_LAYERS",
+    "MAX_STEPS",
+    "MAX_TOKENS",
+    "PPO",
+    "REFERENCE_FREE",
+    "REWARD_RUN",
+    "SFT",
+    "SFT_RUN",
+    "STAGES",
+    "Reward",
+    "RewardSource",
+    "Section",
+    "Share",
+    "ShareBelowOne",
+    "Source",
+    "Stage",
+]

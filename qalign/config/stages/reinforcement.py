@@ -1,0 +1,135 @@
+"""The sections of the stages that learn from sampled answers."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from qalign.config.stages.section import (
+    MAX_TOKENS,
+    Batch,
+    Count,
+    Data,
+    Epochs,
+    LearningRate,
+    NotNegative,
+    Positive,
+    Rewards,
+    RewardSource,
+    Share,
+    Stage,
+    Steps,
+)
+
+
+class PPO(Stage):
+    """Proximal policy optimisation: samples answers, scores them and makes the better ones more likely."""
+
+    data: Data
+    """Training prompts: rows of any shape that the other stages read; answers in them are ignored."""
+    eval_data: Data | None = None
+    """Held-out prompts: answered at the start, every `eval_every` iterations and at the end. Never training rows."""
+    epochs: Epochs = 1.0
+    """Epochs: how often each prompt is answered, if `max_steps` doesn't set the number of iterations."""
+    max_steps: Steps | None = None
+    """Maximum iterations: each one samples `batch_size` answers, then learns from them. Set 1 to try out a recipe."""
+    batch_size: Batch = 64
+    """Rollout batch size: answers in one iteration, to `batch_size / samples_per_prompt` prompts. Must be a multiple of
+    `samples_per_prompt` x `mini_batches`. A larger batch is steadier and slower."""
+    samples_per_prompt: Count = 4
+    """Samples per prompt: answers to each prompt, which is read once for all of them. Fewer give more prompts."""
+    micro_batch_size: Literal["auto"] | Batch = "auto"
+    """Micro-batch size: answers in one forward pass; a multiple of `samples_per_prompt` that divides a mini-batch.
+    Lower it when memory runs out: no number changes."""
+    learning_rate: LearningRate = 1e-5
+    """Peak learning rate: for policy and value model, reached after the warm-up. Halve it if KL rises sharply or
+    updates often stop early (`kl_stop`), double it if the reward hardly rises."""
+    reward: Rewards
+    """Reward: what PPO maximises. `reward` for this recipe's reward run, another reward adapter, a
+    sequence-classification model, a Python function `module:function(prompts, completions, **row)`, or a list of these
+    with `weight`."""
+    max_new_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
+    """Maximum answer length: in tokens; longer answers are cut. Prompts must leave this much room in
+    `model.max_length`. Raise it if few answers end by themselves (`eval_ended`); time and memory grow with it."""
+    temperature: Positive = 1.0
+    """Sampling temperature: log-probs are those of the scaled distribution. Leave it at 1: less explores less."""
+    mini_batches: Count = 2
+    """Mini-batches: optimiser steps in one pass over an iteration's answers. More give more, smaller updates."""
+    update_epochs: Count = 2
+    """PPO epochs: passes over an iteration's answers. Lower it if updates often stop early (`kl_stop`)."""
+    kl_coefficient: NotNegative = 0.05
+    """KL coefficient β: the price of one nat of KL from the reference, in units of the reward. Double it if answers get
+    strange, halve it if the reward hardly rises."""
+    kl_target: Positive | None = None
+    """KL target, in nats per answer: the KL coefficient adapts to stay near it (Ziegler et al. 2019); 6 is usual. The
+    coefficient is fixed when left out."""
+    kl_stop: Positive | None = 0.1
+    """KL early stopping, in nats per token: ends an iteration's updates when the policy is this far from the one that
+    sampled. Lower it if the reward is unstable; null never stops."""
+    clip: Positive = 0.2
+    """PPO clip range ε: a token's probability ratio earns nothing beyond 1 ± ε. Try 0.1 if training is unstable."""
+    value: Literal["adapter", "trunk"] = "adapter"
+    """Value model: `adapter` is an adapter and head of its own, initialised from the reward model; `trunk` is only a
+    head on the policy's hidden states. Take `trunk` to save memory and time."""
+    value_coefficient: Positive = 0.1
+    """Value loss coefficient: the weight of the value loss next to the policy loss. Raise it if `val/explained` in
+    metrics.jsonl stays near 0."""
+    value_clip: Positive = 0.2
+    """Value clip range: a new value gains nothing beyond this distance from the old one. Rarely worth changing."""
+    gamma: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Discount factor γ: for later rewards. Leave it at 1, because the score comes at the end of an answer."""
+    gae_lambda: Share = 0.95
+    """GAE λ (generalised advantage estimation): 1 relies on the sampled rewards only, which is unbiased but noisy, 0 on
+    the value model only. 0.9 to 1 are usual; take 1 for short runs, whose value model has learned little."""
+    reward_scaling: Literal["prompt", "running", "none"] = "running"
+    """Reward scaling: `running` standardises scores by their running mean and deviation; `prompt` then subtracts the
+    mean of the answers to the same prompt, to learn faster from few prompts; `none` leaves scores as they are."""
+    reward_clip: Positive = 5.0
+    """Reward clip, in standard deviations: scaled scores are limited to ± this value (not with `reward_scaling: none`).
+    Lower it if a few extreme scores dominate."""
+    missing_eos_penalty: NotNegative = 1.0
+    """Missing-EOS penalty: subtracted from the scaled score of an answer that was cut before it ended. Set 0 if
+    `max_new_tokens` is short on purpose."""
+    judge: Rewards | None = None
+    """Judge: rewards that score the held-out answers and are never trained on, in the same forms as `reward`. Set one
+    to detect reward hacking: the judge falls while the reward rises."""
+    patience: int = Field(default=3, ge=2, le=1_000)
+    """Alarm patience: evaluations in a row with falling judge and rising reward before the alarm. Larger is surer."""
+    on_alarm: Literal["warn", "slow", "stop"] = "warn"
+    """Alarm action: `warn` prints a warning, `slow` also doubles the KL coefficient (up to 16-fold), `stop` ends the
+    run. The best adapter so far is kept in any case. Take `stop` for runs that nobody watches."""
+    engine: Literal["transformers", "vllm"] = "transformers"
+    """Sampling engine: `transformers` uses the base in memory; `vllm` holds a second copy of it on the same GPU. Take
+    `vllm` if it is installed and the memory allows it."""
+    trainer: dict[str, Any] = {}
+    """Optimiser arguments: under transformers' names, such as `{optim: paged_adamw_8bit, weight_decay: 0.01}`. Lower
+    `max_grad_norm` to 0.3 if training is unstable."""
+
+    def conflicts(self) -> Iterator[str]:
+        if self.batch_size % (self.samples_per_prompt * self.mini_batches):
+            yield (
+                f"batch_size: {self.batch_size} answers don't divide into {self.mini_batches} mini-batches of whole "
+                f"prompts with {self.samples_per_prompt} answers each"
+            )
+        elif self.micro_batch_size != "auto":
+            mini = self.batch_size // self.mini_batches
+            if self.micro_batch_size % self.samples_per_prompt or mini % self.micro_batch_size:
+                yield (
+                    f"micro_batch_size: {self.micro_batch_size} is no multiple of samples_per_prompt "
+                    f"{self.samples_per_prompt} that divides a mini-batch of {mini}; take one, or 'auto'"
+                )
+        if self.reward_scaling == "prompt" and self.samples_per_prompt == 1:
+            yield "reward_scaling: 'prompt' compares answers to one prompt, and samples_per_prompt is 1; use 'running'"
+        yield from self._held_out_conflicts()
+        if self.judge and not self.has_held_out:
+            yield "judge: has nothing to judge without eval_data or holdout; add held-out prompts or remove this"
+        if self.judge and {r.source for r in self.judge} & {r.source for r in self.reward}:
+            yield "judge: must not be what the policy trains on; name another reward run, or a function"
+        if self.kl_target and not self.kl_coefficient:
+            yield "kl_target: has no effect with kl_coefficient 0, which can't adapt; raise that, or remove this"
+
+    @property
+    def sources(self) -> Iterator[tuple[str, RewardSource]]:
+        """(key, source) of every reward and judge."""
+        for key in ("reward", "judge"):
+            yield from ((key, source) for source in getattr(self, key) or ())

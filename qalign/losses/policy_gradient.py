@@ -1,0 +1,109 @@
+"""The maths of PPO: pure functions of tensors.
+
+They take float32 `(answers, tokens)`, with a `mask` that is True on the tokens of an answer, which come first in their
+row; functions of single tokens take any shape.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def log_ratio(policy: Tensor, reference: Tensor) -> Tensor:
+    """k1 (Schulman 2020, "Approximating KL Divergence"): log pi - log pi_ref of each sampled token, an unbiased
+    estimate of KL(pi || pi_ref). PPO's KL penalty uses it (Ziegler et al. 2019, arXiv:1909.08593, eq. 2)."""
+    return policy - reference
+
+
+def kl_k3(policy: Tensor, reference: Tensor) -> Tensor:
+    """k3 (same source): r - 1 - log r with r = pi_ref / pi. Also unbiased, never negative, with less variance."""
+    back = reference - policy
+    return torch.expm1(back) - back
+
+
+def token_rewards(scores: Tensor, log_ratios: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
+    """Rewards per token: -beta (log pi - log pi_ref), plus the score `(answers,)` at the last token (Ouyang et al.
+    2022, arXiv:2203.02155, eq. 2)."""
+    rewards = -kl_coefficient * log_ratios * mask
+    last = mask.sum(dim=1, keepdim=True) - 1
+    return rewards.scatter_add(1, last, scores[:, None].to(rewards.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> Tensor:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, eq. 16): A_t = delta_t + gamma lambda
+    A_{t+1} with delta_t = r_t + gamma V_{t+1} - V_t; everything after an answer's end is 0, and so is the padding."""
+    rewards, values = rewards * mask, values * mask
+    advantages = torch.zeros_like(values)
+    after = value_after = values.new_zeros(len(values))
+    for token in reversed(range(values.shape[1])):
+        delta = rewards[:, token] + gamma * value_after - values[:, token]
+        after = (delta + gamma * lam * after) * mask[:, token]
+        advantages[:, token], value_after = after, values[:, token]
+    return advantages
+
+
+def whiten(values: Tensor, mask: Tensor) -> Tensor:
+    """Whitening to mean 0 and variance 1 over all tokens of the batch; 0 outside the mask (Huang et al. 2023, "The N
+    Implementation Details of RLHF with PPO")."""
+    count = mask.sum()
+    centred = (values - (values * mask).sum() / count) * mask
+    return centred * torch.rsqrt((centred**2).sum() / count + 1e-8)
+
+
+def clipped_policy_loss(policy: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate objective as a loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7): -min(r A, clip(r) A)
+    per token, with r = pi / pi_old. Returns (the loss, a bool tensor that is True where the ratio was clipped)."""
+    ratio = torch.exp(policy - old)
+    free, bounded = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
+    return torch.maximum(free, bounded), bounded > free
+
+
+def clipped_value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Clipped value loss (Huang et al. 2022, "The 37 Implementation Details of PPO", detail 9): per token, half the
+    squared error of the value, or of the value clipped to [old - clip, old + clip], whichever is larger. Returns (the
+    loss, a bool tensor that is True where the clipped value was used)."""
+    bounded = old + (values - old).clamp(-clip, clip)
+    free_error, bounded_error = (values - returns) ** 2, (bounded - returns) ** 2
+    return 0.5 * torch.maximum(free_error, bounded_error), bounded_error > free_error
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Running mean and variance of scores."""
+
+    count: float = 0.0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of squared distances from the mean."""
+
+    def updated(self, scores: Tensor) -> "Moments":
+        """The moments after more scores `(answers,)` (Chan et al. 1983): exact in any order and in any batches."""
+        scores = scores.double()
+        count, mean = len(scores), scores.mean().item()
+        total, gap = self.count + count, mean - self.mean
+        squares = self.squares + ((scores - mean) ** 2).sum().item() + gap**2 * self.count * count / total
+        return Moments(total, self.mean + gap * count / total, squares)
+
+    @property
+    def std(self) -> float:
+        return (self.squares / self.count) ** 0.5 if self.count else 0.0
+
+
+def normalised(scores: Tensor, moments: Moments, clip: float) -> Tensor:
+    """Scores in standard deviations from the running mean, clipped to [-clip, clip] (Zheng et al. 2023, "Secrets of
+    RLHF", arXiv:2307.04964, eq. 17)."""
+    return ((scores - moments.mean) / (moments.std + 1e-8)).clamp(-clip, clip)
+
+
+def centred(scores: Tensor, num_samples: int) -> Tensor:
+    """Scores `(answers,)` minus the mean score of their prompt, whose `num_samples` answers are adjacent: the
+    baseline of GRPO (Shao et al. 2024, arXiv:2402.03300, eq. 3) without the division by the standard deviation."""
+    groups = scores.view(-1, num_samples)
+    return (groups - groups.mean(dim=1, keepdim=True)).flatten()
+
+
+def adapted_kl_coefficient(coefficient: float, kl: float, target: float) -> float:
+    """The next KL coefficient (Ziegler et al. 2019, arXiv:1909.08593, eq. 3, K = 0.1): it changes by 2% at most."""
+    error = max(-0.2, min(0.2, kl / target - 1))
+    return coefficient * (1 + 0.1 * error)
