@@ -1,7 +1,7 @@
 """One quantised base in memory, and the adapters that make it play every role. Only `Base.acting_as` changes roles."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import datetime
 from enum import StrEnum
 from functools import cached_property
@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 import peft
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -99,8 +100,7 @@ class Base:
             raise UserError(f"lora: no adapter can be put on {self.spec.base}: {error}") from None
 
     def add_head(self, role: str) -> None:
-        """Adds a trainable scalar head that starts at 0, for a value model that doesn't start from a reward model. A
-        head that is there already is set to 0."""
+        """Adds a trainable scalar head for a value model that starts from no reward model, or sets it to 0 again."""
         if role not in self._heads:
             self._heads[role] = new_head(self.lm)
         nn.init.zeros_(self._heads[role].weight)
@@ -136,8 +136,7 @@ class Base:
         self.reference = f"the base with a frozen copy of the adapter {folder}"
 
     def _attach(self, role: str, config: peft.LoraConfig, *, with_head: bool) -> None:
-        """Adds an adapter to the layers, and for a role that gives scores a copy of the head; the first adapter becomes
-        the active role."""
+        """Adds an adapter, and for a role that gives scores a copy of the head; the first adapter becomes active."""
         if with_head:
             if not hasattr(self.lm, HEAD):
                 self.lm.score = new_head(self.lm)
@@ -184,6 +183,10 @@ class Base:
             found = {name: weight for name, weight in found.items() if weight is not head} | {f"{HEAD}.weight": head}
         return found
 
+    def adapter_layers(self, role: str) -> list[BaseTunerLayer]:
+        """PEFT's layers that hold something of a role's adapter."""
+        return self._switch.layers_of(role)
+
     @property
     def adapters(self) -> list[str]:
         """The roles that have an adapter or a head of their own, in the order in which they were added."""
@@ -198,8 +201,7 @@ class Base:
         """Memory of the base's own weights and buffers, including the scales of 4-bit weights."""
         added = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
         added |= {id(p) for p in getattr(self.lm, HEAD, nn.Module()).parameters()}
-        tensors = (*self.model.parameters(), *self.model.buffers())
-        return sum(tensor_bytes(tensor) for tensor in tensors if id(tensor) not in added)
+        return sum(tensor_bytes(t) for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in added)
 
     def train(self) -> None:
         """Training mode, as `AdapterSwitch.train` means it."""
@@ -303,11 +305,9 @@ class Base:
         """Rows in groups of roughly equal token counts, one group for each forward pass."""
         return micro_batches(rows, limit, layout="padded" if self.padding_reason else "packed")
 
-    @contextmanager
-    def packed_attention(self) -> Iterator[None]:
+    def packed_attention(self) -> AbstractContextManager[None]:
         """Switches the model to the attention for what `batch` makes. The backward belongs inside too."""
-        with nullcontext() if self.padding_reason else self.packing.open(self.lm):
-            yield
+        return nullcontext() if self.padding_reason else self.packing.open(self.lm)
 
     def save_adapter(self, role: str, folder: Path) -> None:
         """Writes an adapter, the tokenizer and its chat template into a folder, as plain PEFT saves them."""

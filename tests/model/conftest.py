@@ -17,6 +17,14 @@ def spec(tiny_folder):
     return Model(base=tiny_folder, compute_dtype="float32")
 
 
+@pytest.fixture
+def adapter_folder(spec, tmp_path):
+    """A PEFT adapter made with plain PEFT, as a user would bring it."""
+    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    peft.get_peft_model(load(spec).lm, config).save_pretrained(tmp_path / "start")
+    return str(tmp_path / "start")
+
+
 def logits(base, role=Role.POLICY) -> torch.Tensor:
     base.model.eval()
     with torch.no_grad(), base.acting_as(role) as lm:

@@ -8,7 +8,6 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
@@ -21,14 +20,6 @@ from qalign.model.loading import guard_4bit, save_tokenizer
 from tests.conftest import FIXTURES
 from tests.helpers import digest, scramble
 from tests.model.conftest import IDS, gradient, logits, state
-
-
-@pytest.fixture
-def adapter_folder(spec, tmp_path):
-    """A PEFT adapter made with plain PEFT, as a user would bring it."""
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
-    peft.get_peft_model(load(spec).lm, config).save_pretrained(tmp_path / "start")
-    return str(tmp_path / "start")
 
 
 def test_reference_with_adapters_off_is_the_base_alone_to_the_bit(spec, tiny_base):
@@ -107,29 +98,6 @@ def test_acting_restores_everything_also_nested_and_after_an_error(spec, adapter
         raise KeyError
     assert state(base) == before
     assert torch.equal(logits(base), policy)
-
-
-@pytest.mark.parametrize("from_adapter", [False, True])
-def test_a_switch_walks_no_module(spec, adapter_folder, monkeypatch, from_adapter):
-    """What it flips was found when the adapters were added; walking a model of 32 layers takes 10 to 40 ms a switch."""
-    base = load(spec)
-    base.load_adapter(Role.POLICY, adapter_folder, trainable=True)
-    if from_adapter:
-        base.load_reference(adapter_folder)
-    walked = []
-    walks = ("named_modules", "named_parameters", "named_children", "train", "requires_grad_")  # others call these
-    for kind, names in ((nn.Module, walks), (BaseTunerLayer, ("set_adapter", "enable_adapters"))):
-        for name in names:
-            real = getattr(kind, name)
-            note = lambda self, *args, _real=real, **kwargs: walked.append(self) or _real(self, *args, **kwargs)  # noqa: E731
-            monkeypatch.setattr(kind, name, note)
-    base.train()
-    for role in (Role.REFERENCE, Role.POLICY):
-        with base.acting_as(role), torch.no_grad(), base.acting_as(Role.REFERENCE):
-            pass
-    assert not walked
-    base.model.set_adapter("policy")
-    assert walked
 
 
 def test_an_adapter_can_be_added_saved_and_restored_in_the_role_of_the_base(spec, adapter_folder, tmp_path):

@@ -22,7 +22,8 @@ class AddedLora:
         self._active: str | None = None
         found = [cast(LoraLayer, layer) for layer in layers if isinstance(layer, LoraLayer)]
         self._layers = [layer for layer in found if isinstance(layer.get_base_layer(), nn.Linear)]
-        self._off = dict.fromkeys(self._layers, False)
+        self._plain: dict[str, set[LoraLayer]] = {}  # by adapter, the layers where it is plain LoRA
+        self._off: set[LoraLayer] = set()
         self._hooks = [
             layer.get_base_layer().register_forward_hook(partial(self._add, layer)) for layer in self._layers
         ]
@@ -32,21 +33,21 @@ class AddedLora:
         self._active = adapter
         if adapter is None:
             return
-        for layer in self._layers:
-            if self._off[layer] is not (plain := is_plain(layer, adapter)):
-                layer.enable_adapters(not plain)
-                self._off[layer] = plain
+        if adapter not in self._plain:
+            self._plain[adapter] = {layer for layer in self._layers if is_plain(layer, adapter)}
+        for layer in self._off ^ self._plain[adapter]:
+            layer.enable_adapters(layer in self._off)
+            self._off ^= {layer}
 
     def close(self) -> None:
         """Leaves the layers to PEFT."""
         for hook in self._hooks:
             hook.remove()
-        for layer in self._layers:
-            if self._off[layer]:
-                layer.enable_adapters(True)
+        for layer in self._off:
+            layer.enable_adapters(True)
 
     def _add(self, layer: LoraLayer, own: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
-        if self._active is None or not self._off[layer] or self._active not in layer.lora_A:
+        if self._active is None or layer not in self._off or self._active not in layer.lora_A:
             return None
         into, out = (cast(nn.Linear, part[self._active]).weight for part in (layer.lora_A, layer.lora_B))
         kind = output.device.type

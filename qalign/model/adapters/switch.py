@@ -23,11 +23,13 @@ class AdapterSwitch:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._modules, self._parameters = list(model.modules()), list(model.parameters())
+        self._modules = list(model.modules())
+        self._parameters = [p for p in model.parameters() if p.is_floating_point()]  # 4-bit weights have no gradients
         self._wrappers = [module for module in self._modules if isinstance(module, AuxiliaryTrainingWrapper)]
         wrapped = {inner for wrapper in self._wrappers for inner in wrapper.modules()}  # they switch what is in them
-        found = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
-        tuned = dict.fromkeys(module for module in found if module not in wrapped)
+        self._tuned = [module for module in self._modules if isinstance(module, BaseTunerLayer)]
+        self._tuned_by: dict[str, list[BaseTunerLayer]] = {}  # an adapter
+        tuned = dict.fromkeys(module for module in self._tuned if module not in wrapped)
         self._layers = cast(list[BaseTunerLayer], list(tuned))
         self._places = [  # the outermost, where one layer is inside another
             (parent, name, layer, cast(BaseTunerLayer, layer).get_base_layer())
@@ -42,6 +44,16 @@ class AdapterSwitch:
         self._recomputed = [module for module in self._modules if isinstance(module, GradientCheckpointingLayer)]
         dropouts = [layer.lora_dropout.values() for layer in self._layers if isinstance(layer, LoraLayer)]
         self._dropouts = [part for parts in dropouts for part in parts if isinstance(part, nn.Dropout)]
+
+    def layers_of(self, adapter: str) -> list[BaseTunerLayer]:
+        """The layers that hold something of an adapter."""
+        if adapter not in self._tuned_by:
+            self._tuned_by[adapter] = [
+                layer
+                for layer in self._tuned
+                if any(adapter in getattr(layer, name, ()) for name in layer.adapter_layer_names)
+            ]
+        return self._tuned_by[adapter]
 
     def activate(self, adapter: str | None) -> None:
         """Computes with an adapter, or with the base alone; call it again after an error. PEFT changes flags here."""
@@ -102,7 +114,7 @@ class AdapterSwitch:
         kept = set(wanted)
         for module in self._modules:
             if module.training and module not in kept:
-                module.training = False
+                object.__setattr__(module, "training", False)  # ten times as fast as a module does it
         for module in wanted:
             if not module.training:
-                module.training = True
+                object.__setattr__(module, "training", True)

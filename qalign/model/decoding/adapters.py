@@ -14,7 +14,6 @@ from typing import cast
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -44,7 +43,8 @@ class HeldAdapters:
         CUDA graphs read them where they lie; returns whether some had to be replaced."""
         replaced = False
         for role in set(roles):
-            layers = {layer.get_base_layer(): _copy(layer, role, base.dtype) for layer in _lora_layers(base, role)}
+            held = cast(list[LoraLayer], base.adapter_layers(role))
+            layers = {layer.get_base_layer(): _copy(layer, role, base.dtype) for layer in held}
             before = self._pairs.get(role)
             if before is not None and _shapes(before) == _shapes(layers):
                 pairs = (
@@ -101,7 +101,7 @@ class HeldAdapters:
         is given the rows of a batch apart. (Some shared experts are given the tokens of all rows as one row.)"""
         if not all(serves(base, role) for role in roles):
             return False
-        layers = frozenset(layer.get_base_layer() for role in roles for layer in _lora_layers(base, role))
+        layers = frozenset(layer.get_base_layer() for role in roles for layer in base.adapter_layers(role))
         if layers not in self._apart:
             self._apart[layers] = _keeps_rows_apart(base, layers)
         return self._apart[layers]
@@ -114,7 +114,7 @@ def serves(base: Base, role: str) -> bool:
         and isinstance(layer.get_base_layer(), nn.Linear | Conv1D)
         and type(layer.lora_A[role]) is type(layer.lora_B[role]) is nn.Linear
         and role not in layer.lora_variant
-        for layer in _lora_layers(base, role)
+        for layer in base.adapter_layers(role)
     )
 
 
@@ -137,16 +137,6 @@ def _copy(layer: LoraLayer, role: str, dtype: torch.dtype) -> Pair:
 
 def _shapes(layers: dict[nn.Module, Pair]) -> dict[nn.Module, list[torch.Size | None]]:
     return {layer: [None if each is None else each.shape for each in pair] for layer, pair in layers.items()}
-
-
-def _lora_layers(base: Base, role: str) -> list[LoraLayer]:
-    """The layers of PEFT that hold something of a role's adapter; `serves` says whether all of them are LoRA."""
-    found = (module for module in base.model.modules() if isinstance(module, BaseTunerLayer))
-    return [
-        cast(LoraLayer, module)
-        for module in found
-        if any(role in getattr(module, name, ()) for name in module.adapter_layer_names)
-    ]
 
 
 def is_plain_lora(config: LoraConfig | None) -> bool:
