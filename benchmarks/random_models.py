@@ -1,7 +1,12 @@
-"""Bases of a real model's shape with random weights in NF4, made where they are used: nothing is downloaded."""
+"""Bases of a real model's shape with random weights in NF4, made where they are used: nothing is downloaded.
+
+python benchmarks/random_models.py SHAPE FOLDER     # in 16 bits, as a folder that a recipe can name
+"""
 
 import random
+import sys
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -10,11 +15,13 @@ from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 from transformers.quantizers import AutoHfQuantizer
 
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
 from qalign.config.recipe import Model
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair
 from qalign.model.base import Base
-from qalign.model.loading import device, guard_4bit
+from qalign.model.loading import compute_dtype, device, guard_4bit
 from qalign.model.origin import Origin
 
 FIXTURES = Path(__file__).parent.parent / "tests" / "fixtures"
@@ -53,7 +60,7 @@ def random_lm(config, dtype: torch.dtype, std: float = 0.02):
     )
     quantizer = AutoHfQuantizer.from_config(settings, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
-        lm = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+        lm = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype, trust_remote_code=False)
     quantizer.preprocess_model(model=lm, device_map={"": device()})
     torch.manual_seed(0)
     for module in lm.modules():
@@ -91,3 +98,17 @@ def as_base(lm, tokenizer) -> Base:
 def random_pair(lengths, vocabulary: int, name: str) -> TokenPair:
     generator = random.Random(name)
     return TokenPair(*([generator.randrange(10, vocabulary) for _ in range(n)] for n in lengths), name)
+
+
+def main() -> None:
+    shape, folder = sys.argv[1:]
+    with device():
+        lm = AutoModelForCausalLM.from_config(
+            config_of(shape), dtype=compute_dtype(Model(base="random")), trust_remote_code=False
+        )
+    lm.save_pretrained(folder)
+    fixture_tokenizer().save_pretrained(folder)
+
+
+if __name__ == "__main__":
+    main()

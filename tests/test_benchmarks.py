@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -9,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_profile
+from benchmarks import all_on_gpu, gpu, gpu_profile
 from qalign.data.tokenize import TokenPair
 from tests.conftest import ROOT
 
@@ -82,6 +84,28 @@ def test_the_start_of_a_stage_is_timed(tiny_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     parts = [line.split("|")[1].strip() for line in done.stdout.partition("| seconds |")[2].splitlines()[2:]]
     assert {"imports", "base loaded", "rows tokenised", "memory planned", "step 1", "step 2", "in all"} <= {*parts}
+
+
+def test_all_of_it_is_one_command_that_says_what_it_runs(tmp_path):
+    command = [sys.executable, "benchmarks/all_on_gpu.py", "--shape", "tiny", "--out", str(tmp_path), "--only", "start"]
+    dry = subprocess.run([*command, "--dry-run"], cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert dry.stdout.count("benchmarks/start.py dpo ") == 2
+    assert not list(tmp_path.iterdir())
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = (tmp_path / "all_on_gpu.md").read_text()
+    assert text.count("\ndone, ") == 3
+    assert text.count("| step 2 |") == 2
+
+
+def test_a_part_that_takes_too_long_is_stopped_with_all_it_started(tmp_path):
+    mark = tmp_path / "mark"
+    child = f"import time, pathlib; time.sleep(8); pathlib.Path({str(mark)!r}).touch()"
+    code = f"import subprocess, sys; print('begun', flush=True); subprocess.run([sys.executable, '-c', {child!r}])"
+    ended, said = all_on_gpu.run(f"-c {shlex.quote(code)}", 3, dict(os.environ))
+    assert (ended, said) == ("stopped after 3 s", "begun")
+    time.sleep(6)
+    assert not mark.exists()
 
 
 @pytest.mark.true_model  # not SmolLM2, but as slow
