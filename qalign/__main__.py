@@ -16,8 +16,9 @@ from typing import Any
 
 from qalign.cli import run_parsed, stage_parser
 from qalign.config.load import load
-from qalign.config.stages import STAGES
+from qalign.config.stages import RL_STAGES, STAGES
 from qalign.errors import UserError
+from qalign.reports.ppo_report import file_name
 from qalign.train.checkpoints import read_metrics
 from qalign.train.run_folder import RunFolder, print_table
 
@@ -83,7 +84,7 @@ def _result(run: RunFolder) -> str:
 def _in_words(run: RunFolder, facts: dict[str, Any]) -> str:
     logged = read_metrics(run.metrics)
     steps = [line for line in logged if line.get("loss") is not None]
-    name, words = ("objective/scores", "reward") if run.stage == "ppo" else ("loss", "loss")
+    name, words = ("objective/scores", "reward") if run.stage in RL_STAGES else ("loss", "loss")
     parts = [
         f"{facts['steps']:,} steps",
         f"{facts['wall_seconds'] / 60:.1f} min",
@@ -98,7 +99,7 @@ def _in_words(run: RunFolder, facts: dict[str, Any]) -> str:
     if held_out := facts.get("held_out"):
         parts.append(f"held-out reward {held_out['first']['proxy']:.3f} → {held_out['last']['proxy']:.3f}")
     if facts.get("alarm_steps"):
-        parts.append(f"ALARM at iteration {facts['alarm_steps'][0]}: see {run.path / 'ppo_report.png'}")
+        parts.append(f"ALARM at iteration {facts['alarm_steps'][0]}: see {run.path / file_name(run.stage)}")
     return ", ".join(parts)
 
 

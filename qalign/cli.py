@@ -32,6 +32,7 @@ COMMANDS = {
     "reward": "train a reward model on preference pairs",
     "dpo": "direct preference optimisation and its family",
     "ppo": "reinforcement learning against a reward model or function",
+    "grpo": "the same without a value model: GRPO, Dr. GRPO, RLOO",
     "evaluate": "measure a DPO run on held-out pairs, with answers side by side",
     "score": "score answers with a trained reward model",
     "best_of": "sample n answers to each prompt and keep the best, as training data",

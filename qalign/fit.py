@@ -14,6 +14,7 @@ from qalign.cli import recipe_parser, run_parsed
 from qalign.config.load import load
 from qalign.config.paths import is_own_model
 from qalign.config.recipe import Recipe
+from qalign.config.stages import RL_STAGES
 from qalign.errors import UserError, short
 from qalign.evaluate import SIDE_BY_SIDE
 from qalign.model import origin
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 SHADES = "█▓▒░▚▞"
 WIDTH = 60
 ROWS = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts with their answers"}
+ROWS["grpo"] = ROWS["ppo"]
 SHORTEST = 256  # a smaller max_length is of no use
 
 
@@ -97,10 +99,10 @@ def lines(forecast: "Forecast", memory: int) -> list[tuple[str, str]]:
 
 
 def not_counted(forecast: "Forecast") -> list[tuple[str, str]]:
-    """What PPO may hold beside the base and its adapters; its size is known only once it is loaded."""
+    """What PPO and GRPO may hold beside the base and its adapters; its size is known only once it is loaded."""
     from qalign.model.generation import VLLM_SHARE
 
-    if forecast.stage != "ppo":
+    if forecast.stage not in RL_STAGES:
         return []
     found = [f"the model {s.source}" for _, s in forecast.settings.sources if is_own_model(s.source)]
     found += [f"vLLM, {VLLM_SHARE:.0%} of the card"] if forecast.settings.engine == "vllm" else []

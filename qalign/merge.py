@@ -31,7 +31,7 @@ WORDS = {
 
 def merge(folder: str, onto: "Form", to: str | None) -> None:
     """Merge a run's adapter into its base, as a plain 16-bit model folder."""
-    run = open_run(folder, ("ppo", "dpo", "sft", "reward"))
+    run = open_run(folder, ("grpo", "ppo", "dpo", "sft", "reward"))
     target = new_target(to, run.path / f"merged-{onto}")
     origin.check(run.recipe.model)
     if onto == "original" and run.recipe.lora.init == "loftq":

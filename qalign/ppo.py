@@ -7,6 +7,7 @@ one iteration: collect, score, advantages, update. A policy may learn to exploit
 `qalign.rl.monitor` evaluates held-out prompts while it trains. docs/ppo.md gives the source of each detail.
 """
 
+import shlex
 from functools import partial
 from typing import cast
 
@@ -36,7 +37,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session = Session(run, base, rows)
     session.plan(longest_row(recipe, run.stage), setup.other_bytes)
     setup.scorers.attach(base, session.micro)
-    add_value_model(base, recipe, setup.scorers.reward)
+    add_value_model(base, run, setup.scorers.reward)
 
     session.begin()
     iterations = planned_steps(settings, len(rows.train))
@@ -44,8 +45,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     loop = PPOLoop(run, trainer, Monitor(run, trainer))
     session.print_header(**header(trainer, settings))
     facts = session.to_the_end(lambda: loop.run(session.checkpoint))
-    best_of = f"python -m qalign.best_of {run.command_line} n=16"
-    session.finish(best_of, reference=base.reference, **facts | loop.report())
+    page = f"python -m qalign.page {shlex.quote(str(run.path))}"
+    following = f"python -m qalign.best_of {run.command_line} n=16" if run.stage == "ppo" else page
+    session.finish(following, reference=base.reference, **facts | loop.report())
 
 
 main = partial(stage_command, "ppo", train)

@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from qalign.config.paths import Keys, Place, Problem, as_keys
 from qalign.config.recipe import Recipe
-from qalign.config.stages import STAGES
+from qalign.config.stages import RL_STAGES, STAGES
 from qalign.errors import did_you_mean, short
 
 
@@ -43,8 +43,8 @@ for _key, _names in _table("aliases.yaml").items():
 @cache
 def trainer_keys(stage: str) -> frozenset[str]:
     """The fields of TRL's config for a stage, parsed from the installed source because importing it takes seconds. For
-    PPO, which TRL doesn't have, the settings of the optimiser."""
-    if stage == "ppo":
+    PPO and GRPO, whose loop is qalign's own, the settings of the optimiser."""
+    if stage in RL_STAGES:
         return frozenset(_TABLES["optimiser"])
     fields: set[str] = set()
     for package, file in (
@@ -75,7 +75,7 @@ def unknown_trainer_keys(raw: Keys) -> Iterator[Problem]:
             elif reason := REFUSED["*"].get(key) or REFUSED.get(stage, {}).get(key):
                 yield place, f"trainer.{key}: can't be used here; {reason}"
             elif key not in known:
-                few = f"; it takes the optimiser's settings: {', '.join(sorted(known))}" if stage == "ppo" else ""
+                few = f"; it takes the optimiser's settings: {', '.join(sorted(known))}" if stage in RL_STAGES else ""
                 near = did_you_mean(key, known) or meant_by(key, (stage,), raw) or few
                 yield place, f"unknown key {short(key)} in {stage}.trainer{near}"
             elif isinstance(value, (int, float)) and not 0 <= value <= most:

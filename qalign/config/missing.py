@@ -30,7 +30,7 @@ from qalign.config.paths import (
     reward_adapter,
     reward_place,
 )
-from qalign.config.stages import REWARD_RUN, SFT_RUN
+from qalign.config.stages import REWARD_RUN, RL_STAGES, SFT_RUN
 from qalign.errors import UserError, did_you_mean, short
 
 LONGEST_PATH = 3_000  # of an output folder, in bytes: Linux takes 4,096, and a checkpoint's files lie below it
@@ -44,8 +44,9 @@ def missing(raw: Keys, lookup: Lookup, sections: Collection[str]) -> Iterator[Pr
             find = _reward_problem if key in ("reward", "judge") else partial(_path_problem, key)
             if problem := find(path, lookup.folders(place)):
                 yield place, f"{place[0]}.{key}: {problem}"
-    if "ppo" in sections:
-        yield from _judge_that_is_the_reward(raw, lookup)
+    for name in RL_STAGES:
+        if name in sections:
+            yield from _judge_that_is_the_reward(name, {**raw, **dict.fromkeys({*RL_STAGES} - {name})}, lookup)
     if isinstance(raw.get("output"), str) and (problem := output_problem(raw["output"])):
         yield ("output",), f"output: {problem}"
 
@@ -144,7 +145,7 @@ def _reward_problem(source: str, folders: Folders) -> str | None:
     return None
 
 
-def _judge_that_is_the_reward(raw: Keys, lookup: Lookup) -> Iterator[Problem]:
+def _judge_that_is_the_reward(stage: str, raw: Keys, lookup: Lookup) -> Iterator[Problem]:
     """A judge that is the reward under another name. (`PPO.conflicts` refuses one under the same name.)"""
 
     def identity(source: str, place: Place) -> tuple[str, str]:
@@ -155,7 +156,7 @@ def _judge_that_is_the_reward(raw: Keys, lookup: Lookup) -> Iterator[Problem]:
     rewards = {identity(source, place): source for place, key, source in named_paths(raw) if key == "reward"}
     for place, key, source in named_paths(raw):
         if key == "judge" and (same := rewards.get(identity(source, place), source)) != source:
-            yield place, f"ppo.judge: '{source}' is what the policy trains on, as '{same}'; name another"
+            yield place, f"{stage}.judge: '{source}' is what the policy trains on, as '{same}'; name another"
 
 
 def _names_in(file: Path) -> set[str] | None:

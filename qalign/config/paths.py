@@ -10,7 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, cast
 
 from qalign.config.recipe import Recipe
-from qalign.config.stages import REWARD_RUN, SFT_RUN
+from qalign.config.stages import REWARD_RUN, RL_STAGES, SFT_RUN
 from qalign.errors import UserError, did_you_mean
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
@@ -123,7 +123,7 @@ def named_paths(raw: Keys) -> Iterator[tuple[Place, str, str]]:
     for name in raw:
         settings = as_keys(raw[name])
         keys = ("base", "chat_template") if name == "model" else ("data", "eval_data", "start_from")
-        for key in (*keys, "reward", "judge") if name == "ppo" else keys:
+        for key in (*keys, "reward", "judge") if name in RL_STAGES else keys:
             value: Any = settings.get(key)
             is_list = isinstance(value, (list, tuple)) and key in INSIDE
             items: list[Any] = [*value] if is_list else [value]

@@ -9,9 +9,11 @@ from pydantic import BeforeValidator, Field, ValidationError
 
 from qalign.config.stages import (
     DPO,
+    GRPO,
     MAX_TOKENS,
     PPO,
     REFERENCE_FREE,
+    RL_STAGES,
     SFT,
     SFT_RUN,
     STAGES,
@@ -19,6 +21,7 @@ from qalign.config.stages import (
     Section,
     Share,
     ShareBelowOne,
+    Stage,
 )
 
 
@@ -81,7 +84,7 @@ class Lora(Section):
     Try it if r 4 or 8 learns too little and a higher rank doesn't fit."""
     init: Literal["default", "gaussian", "loftq", "pissa"] = "default"
     """LoRA initialisation: `default` and `gaussian` leave the model unchanged at first; `loftq` (arXiv:2310.08659)
-    reduces the 4-bit rounding error and needs `start_from: sft` under dpo and ppo. `pissa` is refused."""
+    reduces the 4-bit rounding error and needs `start_from: sft` under dpo, ppo and grpo. `pissa` is refused."""
 
     def conflicts(self) -> Iterator[str]:
         if self.init == "pissa":
@@ -113,28 +116,34 @@ class Recipe(Section):
     sft: SFT | None = None
     """SFT stage: settings of `python -m qalign.sft`."""
     reward: Reward | None = None
-    """Reward stage: settings of `python -m qalign.reward`. Only PPO needs a reward model."""
+    """Reward stage: settings of `python -m qalign.reward`. Only PPO and GRPO need a reward model."""
     dpo: DPO | None = None
     """DPO stage: settings of `python -m qalign.dpo`."""
     ppo: PPO | None = None
     """PPO stage: settings of `python -m qalign.ppo`."""
+    grpo: GRPO | None = None
+    """GRPO stage: settings of `python -m qalign.grpo`, PPO without a value model."""
 
     def conflicts(self) -> Iterator[str]:
         if self.lora.init == "loftq":
             if self.model.quantization not in ("nf4", "fp4"):
                 yield f"lora.init: 'loftq' needs 4-bit weights, and model.quantization is '{self.model.quantization}'"
-            held = {"dpo": self.dpo if self.dpo and self.dpo.loss not in REFERENCE_FREE else None, "ppo": self.ppo}
+            held: dict[str, Stage | None] = {name: getattr(self, name) for name in ("dpo", *RL_STAGES)}
+            if self.dpo and self.dpo.loss in REFERENCE_FREE:
+                held["dpo"] = None
             if moved := [name for name, stage in held.items() if stage and not stage.start_from]:
                 yield (
                     f"lora.init: 'loftq' would move the policy away from its reference before the first step of "
                     f"{' and '.join(moved)}; set {' and '.join(f'{name}.start_from: sft' for name in moved)}, or use "
                     "'default'"
                 )
-        if self.ppo and self.ppo.max_new_tokens >= self.model.max_length:
-            yield (
-                f"ppo.max_new_tokens: {self.ppo.max_new_tokens} leaves no room for a prompt in model.max_length "
-                f"{self.model.max_length}; lower it, or raise model.max_length"
-            )
+        for name in RL_STAGES:
+            settings: PPO | None = getattr(self, name)
+            if settings and settings.max_new_tokens >= self.model.max_length:
+                yield (
+                    f"{name}.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt in model.max_length "
+                    f"{self.model.max_length}; lower it, or raise model.max_length"
+                )
         if self.sft and self.sft.start_from == SFT_RUN:
             yield "sft.start_from: an SFT run can't start from itself; name an adapter folder, or remove it"
 

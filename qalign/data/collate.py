@@ -104,7 +104,7 @@ class Layout:
             for number, row in enumerate(rows):
                 home[row] = number * longest + torch.arange(len(row))
             padded = [torch.cat([row, row[-1:].expand(longest - len(row))]) for row in rows]
-            self._sequences[device] = _copied(torch.stack(padded), device), _copied(home, device)
+            self._sequences[device] = on_device(torch.stack(padded), device), on_device(home, device)
         return self._sequences[device]
 
     def block_mask(self, window: int | None, device: torch.device) -> "BlockMask":
@@ -123,7 +123,7 @@ class Layout:
         # The window as a tensor: a number would be compiled in, once for each window and for none.
         reach = torch.tensor(self.tokens if window is None else window)
         found = (group, branch, self.positions()[0], reach)
-        group, branch, position, reach = (_copied(tensor, device) for tensor in found)
+        group, branch, position, reach = (on_device(tensor, device) for tensor in found)
 
         def sees(_batch: Tensor | int, _head: Tensor | int, query: Tensor, key: Tensor) -> Tensor:
             seen = (group[query] == group[key]) & (query >= key)
@@ -145,7 +145,7 @@ class Layout:
         return self._masks[window]
 
 
-def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. On GPUs from pinned memory, from which a copy doesn't wait until the GPU is done."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
@@ -182,7 +182,7 @@ class AnswerBatch:
 
     def to(self, device: torch.device) -> "AnswerBatch":
         tensors = {name: value for name, value in vars(self).items() if torch.is_tensor(value)}
-        return replace(self, **{name: _copied(tensor, device) for name, tensor in tensors.items()})
+        return replace(self, **{name: on_device(tensor, device) for name, tensor in tensors.items()})
 
 
 def pack(rows: Sequence[AnsweredPrompt], *, last_token: Literal["dropped", "kept"] = "dropped") -> AnswerBatch:

@@ -1,4 +1,4 @@
-"""The maths of PPO: pure functions of tensors.
+"""The maths of PPO, GRPO and RLOO: pure functions of tensors.
 
 They take float32 `(answers, tokens)`, with a `mask` that is True on the tokens of an answer, which come first in their
 row; functions of single tokens take any shape.
@@ -51,11 +51,67 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
     return centred * torch.rsqrt((centred**2).sum() / count + 1e-8)
 
 
-def clipped_policy_loss(policy: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def rloo(scores: Tensor, num_samples: int) -> Tensor:
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740, eq. 7): each score `(answers,)` minus the mean
+    of the other answers to its prompt, whose `num_samples` >= 2 answers are adjacent."""
+    return centred(scores, num_samples) * (num_samples / (num_samples - 1))
+
+
+def grpo(scores: Tensor, num_samples: int) -> Tensor:
+    """Group-relative advantages (Shao et al. 2024, arXiv:2402.03300, section 4.1.2): each score `(answers,)` in
+    standard deviations from the mean of its prompt's answers. The variance divides by n - 1, and 1e-4 is added to its
+    root, as in TRL. Without the division it is Dr. GRPO's (Liu et al. 2025, arXiv:2503.20783), which is `centred`."""
+    std = scores.view(-1, num_samples).std(dim=1, keepdim=True)
+    return (centred(scores, num_samples).view(-1, num_samples) / (std + 1e-4)).flatten()
+
+
+def tells_apart(scores: Tensor, num_samples: int) -> Tensor:
+    """Whether the answers to each prompt have different scores: bool `(prompts,)`. Where they have not, group-relative
+    advantages are 0 (DAPO: Yu et al. 2025, arXiv:2503.14476, eq. 11)."""
+    groups = scores.view(-1, num_samples)
+    return groups.amax(dim=1) - groups.amin(dim=1) > 1e-8
+
+
+def log_ratios(policy: Tensor, old: Tensor, owners: Tensor, lengths: Tensor, kind: str) -> Tensor:
+    """log of the probability ratio that each token's loss has, `(tokens,)`.
+
+    Args:
+        owners: int64 `(tokens,)`, the number of the answer that each token belongs to.
+        lengths: `(answers,)`, tokens of each answer.
+        kind: `token` for pi / pi_old of each token; `sequence` for the geometric mean over its answer (GSPO: Zheng et
+            al. 2025, arXiv:2507.18071, eq. 7); `product` for that of the whole answer (RLOO).
+    """
+    change = policy - old
+    if kind == "token":
+        return change
+    sums = change.new_zeros(len(lengths)).index_add(0, owners, change)
+    return (sums / lengths if kind == "sequence" else sums)[owners]
+
+
+def token_weights(mask: Tensor, average: str, longest: int) -> Tensor:
+    """What the loss of each token is multiplied by before all are summed, 0 outside the `mask` of a mini-batch.
+
+    Args:
+        average: `token` for the mean over all tokens (PPO; DAPO eq. 8); `answer` for the mean over answers of the mean
+            over an answer's tokens (GRPO eq. 3); `constant` for the sum divided by answers x `longest` (Dr. GRPO).
+    """
+    lengths = mask.sum(dim=1, keepdim=True)
+    answers = int((lengths > 0).sum())
+    if average == "token":
+        return mask / mask.sum()
+    return mask / (answers * (lengths.clamp(min=1) if average == "answer" else longest))
+
+
+def clipped_policy_loss(
+    log_ratio: Tensor, advantages: Tensor, clip: float, clip_high: float | None = None, ratio_max: float | None = None
+) -> tuple[Tensor, Tensor]:
     """PPO's clipped surrogate objective as a loss (Schulman et al. 2017, arXiv:1707.06347, eq. 7): -min(r A, clip(r) A)
-    per token, with r = pi / pi_old. Returns (the loss, a bool tensor that is True where the ratio was clipped)."""
-    ratio = torch.exp(policy - old)
-    free, bounded = -ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages
+    per token, with r = pi / pi_old within [1 - clip, 1 + clip_high] (DAPO eq. 8; `clip` if left out). Where A is
+    negative, r counts up to `ratio_max` (two-sided clipping: INTELLECT-2, arXiv:2505.07291). Returns (the loss, a bool
+    tensor that is True where the ratio was clipped)."""
+    ratio = torch.exp(log_ratio)
+    bounded = -ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)) * advantages
+    free = -(ratio if ratio_max is None else ratio.clamp(max=ratio_max)) * advantages
     return torch.maximum(free, bounded), bounded > free
 
 

@@ -5,18 +5,20 @@ on the seed and the model, but not on which answers share a batch or when others
 """
 
 import importlib.util
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, groupby
 from pathlib import Path
 from random import shuffle
 from typing import cast
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qalign.data.formats import Message
@@ -27,6 +29,7 @@ from qalign.model.base import Base, Role
 from qalign.model.decoding.adapters import is_plain_lora, serves, spans_of
 from qalign.model.decoding.decoder import Decoder, decoder_of
 from qalign.model.decoding.rows import last_logits, prompt_inputs
+from qalign.model.memory.first_step import free_unused, is_out_of_memory
 from qalign.model.memory.forecast import free_memory
 
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
@@ -171,28 +174,57 @@ def _on_host(tokens: Tensor, logits: Tensor) -> list[int]:
 
 
 class TransformersEngine:
-    """Collects what `stream` decodes on the base in memory, in batches of prompts of similar length."""
+    """Collects what `stream` decodes on the base in memory, in batches of prompts of similar length.
+
+    A batch that runs out of memory is decoded again in halves, down to one answer, and later ones are no larger; as
+    every token has a draw of its own, the same tokens are sampled."""
+
+    def __init__(self):
+        self._most_answers = sys.maxsize  # at once, after memory ran out
 
     def generate(
         self, base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling, *, num_samples: int, seed: int
     ) -> list[list[list[int]]]:
         """`num_samples` answers to every prompt, as token ids with the stop id if an answer ended by itself. Prompts
         are token ids with the generation prompt. The same seed, role and prompts give the same answers."""
-        draws = uniform_draws(seed, len(prompts) * num_samples, sampling.max_new_tokens).split(num_samples)
-        requests = [Request(role, ids, drawn) for ids, drawn in zip(prompts, draws, strict=True)]
-        answers: list[list[list[int]]] = [[[] for _ in range(num_samples)] for _ in prompts]
-        order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        draws = uniform_draws(seed, len(prompts) * num_samples, sampling.max_new_tokens)
+        answers: list[list[int]] = [[] for _ in draws]
+        shortest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        order = [number * num_samples + sample for number in shortest_first for sample in range(num_samples)]
         max_tokens = max(map(len, prompts)) + sampling.max_new_tokens
-        choose, decoder = inverse_cdf if sampling.top_p >= 1 else nucleus, decoder_of(base)
+        decoder, start = decoder_of(base), 0
         with decoder.session(base, ()):
             memory = CACHE_SHARE * free_memory(base.lm.device.type)
-            size = max(1, decoder.rows_within(memory, base, max_tokens) // num_samples)
-            for start in range(0, len(order), size):
-                numbers = order[start : start + size]
-                for step in stream(base, [requests[number] for number in numbers], sampling, choose):
-                    for place, sample, token in step:
-                        answers[numbers[place]][sample].append(token)
-        return answers
+            size = max(1, decoder.rows_within(memory, base, max_tokens) // num_samples) * num_samples
+            while start < len(order):
+                part = order[start : start + min(size, self._most_answers)]
+                requests = {
+                    number: Request(role, prompts[number], draws[list(ids)])
+                    for number, ids in groupby(part, lambda answer: answer // num_samples)
+                }
+                try:
+                    for answer, ids in zip(part, _collected(base, [*requests.values()], sampling), strict=True):
+                        answers[answer] = ids
+                except RuntimeError as error:
+                    if len(part) == 1 or not is_out_of_memory(error):
+                        raise
+                    self._most_answers = len(part) // 2
+                else:
+                    start += len(part)
+                    continue
+                free_unused()  # out here the traceback is gone, whose frames hold the cache
+                fewer = f"it goes on with at most {self._most_answers} at once"
+                tqdm.write(f"out of memory while sampling answers: {fewer}, which changes no token")
+        return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+
+
+def _collected(base: Base, requests: list[Request], sampling: Sampling) -> list[list[int]]:
+    """The answers to one batch of requests, one after the other."""
+    answers: list[list[list[int]]] = [[[] for _ in request.draws] for request in requests]
+    for step in stream(base, requests, sampling, inverse_cdf if sampling.top_p >= 1 else nucleus):
+        for place, sample, token in step:
+            answers[place][sample].append(token)
+    return [answer for of_request in answers for answer in of_request]
 
 
 class VllmEngine:
@@ -259,20 +291,20 @@ class VllmEngine:
 Engine = TransformersEngine | VllmEngine
 
 
-def engine(name: str, base: Base, max_tokens: int) -> Engine:
+def engine(name: str, base: Base, max_tokens: int, key: str = "ppo.engine") -> Engine:
     """The engine that a recipe names: `transformers` or `vllm`. Raises `UserError` if vLLM or its GPU is missing, or if
     vLLM would hold other weights than the base."""
     if name == "transformers":
         return TransformersEngine()
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
-        raise UserError("ppo.engine: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
+        raise UserError(f"{key}: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
     if not is_plain_lora(getattr(base.model, "peft_config", {}).get(Role.POLICY)):
-        raise UserError("ppo.engine: 'vllm' takes plain LoRA alone, no DoRA and no modules_to_save; use 'transformers'")
+        raise UserError(f"{key}: 'vllm' takes plain LoRA alone, no DoRA and no modules_to_save; use 'transformers'")
     spec = base.spec  # of a base that is stored in 4 bits, vLLM loads the same weights
     if base.origin.stored is None and (spec.quantization != "nf4" or not spec.double_quant):
         held = f"is '{spec.quantization}'" if spec.quantization != "nf4" else "has double_quant: false"
         raise UserError(
-            "ppo.engine: 'vllm' quantises its copy to nf4 with double quantisation, but model.quantization "
+            f"{key}: 'vllm' quantises its copy to nf4 with double quantisation, but model.quantization "
             f"{held}: its answers would come from another model; use 'transformers'"
         )
     return VllmEngine(base, max_tokens)

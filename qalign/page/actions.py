@@ -72,7 +72,7 @@ class Page:
     def examples(self, count: int) -> list[str]:
         """Held-out questions of the newest run whose evaluation data is on this disk."""
         for entry in self.chat.entries.values():
-            stages = (entry.recipe.dpo, entry.recipe.ppo, entry.recipe.sft) if entry.recipe else ()
+            stages = (entry.recipe.dpo, entry.recipe.ppo, entry.recipe.grpo, entry.recipe.sft) if entry.recipe else ()
             stage = next((stage for stage in stages if stage and stage.has_held_out), None)
             if entry.recipe and stage and all(looks_local(s.path) for s in stage.eval_data or stage.data):
                 with suppress(UserError):  # the file has been moved

@@ -17,7 +17,7 @@ from qalign.model.lineage import WEIGHTS, adapter_hash, check_base
 from qalign.train.run_folder import RunFolder, open_run
 
 BASE = "base"
-ANSWERING_STAGES = ("ppo", "dpo", "sft")  # their adapters generate answers; the latest stage comes first
+ANSWERING_STAGES = ("grpo", "ppo", "dpo", "sft")  # their adapters generate answers; the latest stage comes first
 CONFIG = "adapter_config.json"
 
 

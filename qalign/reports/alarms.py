@@ -133,7 +133,7 @@ def _judge_falls(points: Sequence[EvalPoint], patience: int) -> str | None:
         f"the judge {how}, {_change(_judge(peak), _judge(last))} ({-_errors(peak, last):.1f} standard errors), "
         f"while the reward rose, {_change(peak.proxy, last.proxy)} (steps {peak.step} → {last.step}, KL "
         f"{_change(peak.kl_nats, last.kl_nats, '.1f')} nats): the policy is gaming its reward; keep step {best.step}, "
-        "and raise ppo.kl_coefficient, train for fewer steps, or train a better reward model"
+        "and raise kl_coefficient, train for fewer steps, or train a better reward model"
     )
 
 
@@ -143,7 +143,7 @@ def _length_grows(first: EvalPoint, last: EvalPoint) -> str | None:
     if last.length <= max(LENGTH_RATIO, by_chance) * first.length or last.length - first.length < LENGTH_TOKENS:
         return None
     grew = f"answers grew long, {_change(first.length, last.length, '.0f')} tokens (steps {first.step} → {last.step}), "
-    fix = "penalise length, raise ppo.kl_coefficient, or train the reward model on pairs of similar length"
+    fix = "penalise length, raise kl_coefficient, or train the reward model on pairs of similar length"
     if _have_judge([first, last]):
         if _errors(first, last) > RISE_ERRORS:
             return None
@@ -164,7 +164,7 @@ def _answers_repeat(first: EvalPoint, last: EvalPoint) -> str | None:
     return (
         f"answers repeat themselves: {_change(first.repeated, last.repeated, '.0%')} of their lines are repetitions, "
         f"distinct-2 {_change(first.distinct, last.distinct, '.2f')} (steps {first.step} → {last.step}); raise "
-        "ppo.kl_coefficient, or train a reward model on pairs in which such answers are rejected"
+        "kl_coefficient, or train a reward model on pairs in which such answers are rejected"
     )
 
 
@@ -177,7 +177,7 @@ def _answers_never_end(first: EvalPoint, last: EvalPoint) -> str | None:
     return (
         f"answers no longer end by themselves: {_change(first.ended, last.ended, '.0%')} did (steps {first.step} → "
         f"{last.step}, mean length {_change(first.length, last.length, '.0f')} tokens); penalise answers that do not "
-        "end, or raise ppo.kl_coefficient"
+        "end, or raise kl_coefficient"
     )
 
 

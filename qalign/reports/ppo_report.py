@@ -1,4 +1,4 @@
-"""The picture of a PPO run: what the policy gained, its distance from the reference, and how its answers changed."""
+"""The picture of a PPO or GRPO run: what the policy gained, how far it went for it, and how its answers changed."""
 
 import json
 from collections.abc import Sequence
@@ -7,6 +7,7 @@ from math import sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qalign.config.stages import RL_STAGES
 from qalign.reports.alarms import EvalPoint, best_point
 from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, counted, label, picture
 from qalign.train.checkpoints import read_metrics
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 DASHED: dict[str, Any] = {"linestyle": "--", "markersize": 3.5}  # a curve drawn over a solid one lets it show through
 FAINTEST = 0.25  # opacity of the first point; the last one is opaque
-STEPS, PROXY, JUDGE = "PPO iterations", "reward trained on (proxy)", "held-out judge"
+STEPS, PROXY, JUDGE = "iterations", "reward trained on (proxy)", "held-out judge"
 BEST_OF = "best_of/summary.json"  # in the recipe's output folder
 SURE = 1.96  # standard errors on each side of a mean, for an interval of 95%
 # How to read each panel, in one or two short lines.
@@ -25,12 +26,12 @@ NOTES = {
     "gains": "Up is better, right is farther from the reference. √KL: gains grow about\n"
     "in step with it. A judge that falls while the reward rises: reward hacking.",
     "rewards": "Bands: 95% intervals of the means over answers.\nReward up and judge down: the reward is being gamed.",
-    "kl": "log π(y|x) − log π_ref(y|x), mean over answers.\nA steep rise calls for a larger ppo.kl_coefficient.",
+    "kl": "log π(y|x) − log π_ref(y|x), mean over answers.\nA steep rise calls for a larger kl_coefficient.",
     "length": "Longer answers often earn more reward without\nbeing better: read some of them (samples/).",
     "shares": "distinct-2: share of an answer's word pairs that are new; low means\n"
     "it loops. Bars: 95% intervals of the share that ends.",
     "updates": "Entropy near 0: nothing new is tried. Clipped ratios: tokens whose\n"
-    "update was cut at ppo.clip; far above 20%, lower the learning rate.",
+    "update was cut at clip; far above 20%, lower the learning rate.",
 }
 
 
@@ -45,17 +46,32 @@ class BestOf:
 
 
 def draw(
-    points: Sequence[EvalPoint], file: Path, *, best_of: Sequence[BestOf] = (), alarm_steps: Sequence[int] = ()
+    points: Sequence[EvalPoint],
+    file: Path,
+    *,
+    best_of: Sequence[BestOf] = (),
+    alarm_steps: Sequence[int] = (),
+    title: str = "PPO",
 ) -> None:
     """Writes the report as a PNG of 1500 x 900 pixels. The first point is from before training."""
     with picture(file, (15, 9), pad=0.12) as figure:
-        fill(figure, points, best_of, alarm_steps)
+        fill(figure, points, best_of, alarm_steps, title)
+
+
+def file_name(stage: str) -> str:
+    """The report's name in a run folder of `ppo` or `grpo`."""
+    return f"{stage}_report.png"
 
 
 def redraw(output: Path) -> Path | None:
-    """Draws the report of a recipe's PPO run again from its metrics, with best-of-n beside it if that has run.
-    Returns the picture's file; None if there is no run or it evaluated no held-out prompts."""
-    run = output / "ppo"
+    """Draws the reports of a recipe's PPO and GRPO runs again from their metrics, with best-of-n beside them if that
+    has run. Returns a picture's file; None if there is no run or none evaluated held-out prompts."""
+    files = [file for stage in RL_STAGES if (file := _redrawn(output, stage))]
+    return files[0] if files else None
+
+
+def _redrawn(output: Path, stage: str) -> Path | None:
+    run = output / stage
     if not (run / "metrics.jsonl").is_file():
         return None
     lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval_proxy" in line]
@@ -63,8 +79,8 @@ def redraw(output: Path) -> Path | None:
         return None
     names = [field.name for field in fields(EvalPoint) if field.name != "step"]
     points = [EvalPoint(step=line["step"], **{name: line[f"eval_{name}"] for name in names}) for line in lines]
-    file = run / "ppo_report.png"
-    draw(points, file, best_of=read_best_of(output), alarm_steps=[line["step"] for line in lines if line["alarms"]])
+    file, alarms = run / file_name(stage), [line["step"] for line in lines if line["alarms"]]
+    draw(points, file, best_of=read_best_of(output), alarm_steps=alarms, title=stage.upper())
     return file
 
 
@@ -79,10 +95,16 @@ def read_best_of(output: Path) -> list[BestOf]:
         return []
 
 
-def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf], alarm_steps: Sequence[int]) -> None:
+def fill(
+    figure: "Figure",
+    points: Sequence[EvalPoint],
+    best_of: Sequence[BestOf],
+    alarm_steps: Sequence[int],
+    title: str = "PPO",
+) -> None:
     """Puts the six panels on an empty figure; the other arguments are those of `draw`."""
     best = best_point(points)
-    figure.suptitle(_headline(points, best), fontsize=16)
+    figure.suptitle(_headline(points, best, title), fontsize=16)
     (gains, rewards, kl), (length, shares, updates) = figure.subplots(2, 3)
     _draw_gains(gains, points, best, best_of)
     for axes in (rewards, kl, length, shares, updates):
@@ -116,13 +138,13 @@ def fill(figure: "Figure", points: Sequence[EvalPoint], best_of: Sequence[BestOf
     figure.legend(kinds.values(), kinds, loc="outside lower center", ncols=len(kinds), fontsize=11, frameon=False)
 
 
-def _headline(points: Sequence[EvalPoint], best: EvalPoint) -> str:
+def _headline(points: Sequence[EvalPoint], best: EvalPoint, title: str) -> str:
     first, last = points[0], points[-1]
     parts = [f"reward {_signed(first.proxy)} → {_signed(last.proxy)}"]
     if first.judge is not None and last.judge is not None:
         parts.append(f"judge {_signed(first.judge)} → {_signed(last.judge)}")
     parts += [f"KL {last.kl_nats:.1f} nats", f"best at step {best.step}"]
-    return f"PPO, {counted(last.step, 'iteration')}: " + ", ".join(parts)
+    return f"{title}, {counted(last.step, 'iteration')}: " + ", ".join(parts)
 
 
 def _draw_gains(axes: "Axes", points: Sequence[EvalPoint], best: EvalPoint, best_of: Sequence[BestOf]) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation on held-out prompts during PPO: scores of reward and judge, alarms, the best adapter, the report."""
+"""Evaluation on held-out prompts during a run: scores of reward and judge, alarms, the best adapter, the report."""
 
 import json
 from dataclasses import asdict
@@ -31,7 +31,7 @@ class Monitor:
     def __init__(self, run: RunFolder, trainer: PPOTrainer):
         self.run, self.trainer, self.settings = run, trainer, cast(PPO, run.settings)
         self.prompts, self.judges = trainer.setup.rows.held_out, trainer.setup.scorers.judge
-        self.best, self.picture = run.path / "adapter_best", run.path / "ppo_report.png"
+        self.best, self.picture = run.path / "adapter_best", run.path / ppo_report.file_name(run.stage)
         self.points: list[alarms.EvalPoint] = []
         self.alarm_steps: list[int] = []  # iterations at which an alarm was raised
         self.warnings: list[str] = []  # the alarms of the last evaluation
@@ -69,7 +69,8 @@ class Monitor:
         if self.warnings:
             self.alarm_steps.append(point.step)
         best_of = ppo_report.read_best_of(self.run.path.parent)
-        ppo_report.draw(self.points, self.picture, best_of=best_of, alarm_steps=self.alarm_steps)
+        title = self.run.stage.upper()
+        ppo_report.draw(self.points, self.picture, best_of=best_of, alarm_steps=self.alarm_steps, title=title)
         return {f"eval_{name}": value for name, value in asdict(point).items() if name != "step"}
 
     def _point(self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None) -> alarms.EvalPoint:

@@ -1,4 +1,4 @@
-"""PPO's iterations from the last checkpoint to the end: metrics, evaluations, checkpoints, clean stops."""
+"""A run's iterations from the last checkpoint to the end: metrics, evaluations, checkpoints, clean stops."""
 
 import math
 from dataclasses import asdict
@@ -24,7 +24,7 @@ MIB = 2**20
 
 
 class PPOLoop:
-    """PPO's training loop, in a run folder that was begun."""
+    """The training loop of PPO and GRPO, in a run folder that was begun."""
 
     def __init__(self, run: RunFolder, trainer: PPOTrainer, monitor: Monitor):
         self.run_folder, self.trainer, self.monitor, self.settings = run, trainer, monitor, cast(PPO, run.settings)
@@ -53,7 +53,7 @@ class PPOLoop:
     def _run(self, *, resumed: bool) -> None:
         run, trainer, monitor = self.run_folder, self.trainer, self.monitor
         every = self.settings.save_every or math.ceil(trainer.iterations / 10)
-        with tqdm(total=trainer.iterations, initial=trainer.done, desc="ppo", unit="iteration") as bar:
+        with tqdm(total=trainer.iterations, initial=trainer.done, desc=run.stage, unit="iteration") as bar:
             if monitor.due:  # at the beginning, or where a judge failed
                 self._evaluate()
             if not resumed:
@@ -88,10 +88,10 @@ class PPOLoop:
 
     def _alike(self) -> list[str]:
         """A warning for every reward and judge that gave all answers of this session the same score."""
-        so = {"ppo.reward": "the policy can't learn from it", "ppo.judge": "nothing is judged"}
+        so = {"reward": "the policy can't learn from it", "judge": "nothing is judged"}
         return [
             f"{scorer.key}: {scorer.name} gave every answer the same score, {scorer.lowest:g}: "
-            f"it tells no answers apart, so that {so[scorer.key]}"
+            f"it tells no answers apart, so that {so[scorer.key.rpartition('.')[2]]}"
             for scorer in self.scorers
             if scorer.lowest == scorer.highest
         ]
@@ -188,20 +188,26 @@ def _memory_lines(roles: dict[str, dict[str, int]], others: dict[str, int]) -> l
 
 
 def header(trainer: PPOTrainer, settings: PPO) -> dict[str, str]:
-    """PPO's own lines of the header."""
+    """The header's own lines for PPO and GRPO."""
     judges = trainer.setup.scorers.judge
     weights = sum(weight.numel() for weight in trainer.weights.values())
-    own = "an adapter and a head of its own"
+    values = {
+        "adapter": "an adapter and a head of its own",
+        "trunk": "a head on the policy's hidden states",
+        "none": f"none: advantage {settings.advantage} compares the answers to a prompt",
+    }
+    trained = "the policy" if settings.value == "none" else "policy and value model"
     target = f", adapted towards {settings.kl_target:g} nats" if settings.kl_target else ""
+    where = " (k3), in the loss" if settings.kl == "in_loss" else ""
     prompts = settings.batch_size // settings.samples_per_prompt
     updates = f"{settings.update_epochs} × {settings.mini_batches} updates"
     return {
-        "trainable": f"{weights:,} weights of policy and value model, in float32",
+        "trainable": f"{weights:,} weights of {trained}, in float32",
         "reference": trainer.base.reference,
         "reward": _names(trainer.scorers),
         "judge": _names(judges) if judges else "none: nothing but the reward itself tells whether it is hacked",
-        "value model": "a head on the policy's hidden states" if settings.value == "trunk" else own,
-        "KL": f"{settings.kl_coefficient:g} per nat{target}",
+        "value model": values[settings.value],
+        "KL": "no penalty" if settings.kl == "none" else f"{settings.kl_coefficient:g} per nat{where}{target}",
         "steps": f"{trainer.iterations:,}, each of {settings.batch_size} answers to {prompts} prompts and {updates}",
     }
 

@@ -1,4 +1,4 @@
-"""The beginning that PPO and best-of-n share: one base with the policy and the scorers, the prompts, and sampling."""
+"""What PPO, GRPO and best-of-n begin with: one base with the policy and the scorers, the prompts, and sampling."""
 
 import math
 from collections.abc import Callable
@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 
-from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO
 from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers, encode_questions
@@ -81,23 +80,26 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     if trainable:
         session.add_adapter(reference=True)
     elif parent:
-        lineage.check("ppo.start_from", parent, session.origin)
+        lineage.check(f"{run.stage}.start_from", parent, session.origin)
         base.load_adapter(Role.POLICY, parent, trainable=False)
     stop_ids = stop_ids_of(base.template)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
-    source = engine(settings.engine, base, base.max_length)
+    source = engine(settings.engine, base, base.max_length, f"{run.stage}.engine")
     return Setup(base, session.origin, scorers, source, sampling, session.rows, scorers.load_models(base))
 
 
-def add_value_model(base: Base, recipe: Recipe, scorers: list[Scorer]) -> None:
-    """The value model: a head on the policy's hidden states (`value: trunk`), or an adapter with a head of its own,
-    which begins as a copy of the first reward adapter if there is one."""
-    if cast(PPO, recipe.ppo).value == "trunk":
+def add_value_model(base: Base, run: RunFolder, scorers: list[Scorer]) -> None:
+    """The value model, unless `value` is `none`: a head on the policy's hidden states (`trunk`), or an adapter with a
+    head of its own, which begins as a copy of the first reward adapter if there is one."""
+    kind = cast(PPO, run.settings).value
+    if kind == "none":
+        return
+    if kind == "trunk":
         base.add_head(Role.VALUE)
     elif copied := value_start(scorers):
         base.load_adapter(Role.VALUE, str(copied.folder), trainable=True)
     else:
-        base.add_adapter(Role.VALUE, recipe.lora.model_copy(update={"init": "default"}))
+        base.add_adapter(Role.VALUE, run.recipe.lora.model_copy(update={"init": "default"}))
         base.add_head(Role.VALUE)
 
 
@@ -135,7 +137,7 @@ def make_optimizer(
         optimizer = make(weights, **options | {"weight_decay": args.weight_decay})
         return args, optimizer, schedule_from_one(settings.scheduler, optimizer, warmup, iterations, args)
 
-    args, optimizer, schedule = built("ppo", settings.trainer, build)
+    args, optimizer, schedule = built(settings.stage, settings.trainer, build)
     (share,) = cast(LambdaLR, schedule).lr_lambdas
     return optimizer, lambda done: settings.learning_rate * share(done), args.max_grad_norm or math.inf
 

@@ -45,7 +45,7 @@ class Scorer(ABC):
     """Gives every sampled answer a score.
 
     Args:
-        key: `ppo.reward` or `ppo.judge`, for error messages.
+        key: `ppo.reward`, `grpo.judge` and so on, for error messages.
         name: short name for metrics.
     """
 
@@ -250,12 +250,12 @@ class Scorers:
 
 
 def open_scorers(recipe: Recipe, run: RunFolder) -> Scorers:
-    """The scorers under `ppo.reward` and `ppo.judge`, checked as far as possible without loading a model. A `UserError`
-    if one can't be found or imported, doesn't fit the base, or has no finished reward run."""
+    """The scorers under `reward` and `judge` of a run, checked as far as possible without loading a model. A
+    `UserError` if one can't be found or imported, doesn't fit the base, or has no finished reward run."""
     found: dict[str, list[Scorer]] = {}
     for key in ("reward", "judge"):
-        sources: Sequence[RewardSource] = getattr(recipe.ppo, key) or ()
-        scorers = found[key] = [_open(f"ppo.{key}", source, recipe, run) for source in sources]
+        sources: Sequence[RewardSource] = getattr(run.settings, key) or ()
+        scorers = found[key] = [_open(f"{run.stage}.{key}", source, recipe, run) for source in sources]
         names = [scorer.name for scorer in scorers]
         for number, scorer in enumerate(scorers, start=1):
             if names.count(scorer.name) > 1:

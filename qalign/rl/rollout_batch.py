@@ -1,4 +1,4 @@
-"""Sampled answers, and the tensors that one PPO iteration computes for their tokens."""
+"""Sampled answers, and the tensors that one iteration of PPO or GRPO computes for their tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,16 +34,18 @@ class RolloutBatch:
     reference_logps: Tensor
     values: Tensor  # the value model's estimate before each token
     entropies: Tensor  # in nats, of the distribution that each token was sampled from
+    used: list[int]  # the numbers of the prompts that the update uses
     scores: Tensor = field(init=False)  # `(answers,)`, the combined reward before any scaling
     advantages: Tensor = field(init=False)  # like the returns, computed by `PPOTrainer.advantages`
-    returns: Tensor = field(init=False)
+    returns: Tensor = field(init=False)  # with a value model
 
     @classmethod
     def empty(cls, rows: list[SampledAnswers]) -> "RolloutBatch":
         """The mask of these answers, with every other tensor still 0."""
         lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-        return cls(rows, mask, *(torch.zeros(mask.shape) for _ in range(4)))
+        zeros = {name: torch.zeros(mask.shape) for name in ("old_logps", "reference_logps", "values", "entropies")}
+        return cls(rows, mask, used=[*range(len(rows))], **zeros)
 
     @property
     def kl(self) -> Tensor:
@@ -64,8 +66,25 @@ class RolloutBatch:
         """Whether each answer ended with a stop token: bool `(answers,)`."""
         return torch.tensor([ended for row in self.rows for ended in row.ended])
 
+    def figures(self) -> dict[str, float]:
+        """Metrics of the log-probs, by TRL's names."""
+        k3 = losses.kl_k3(self.old_logps, self.reference_logps)
+        return {
+            "objective/kl": self.kl.mean().item(),
+            "objective/kl_k3": (k3 * self.mask).sum(dim=1).mean().item(),
+            "objective/entropy": (self.entropies * self.mask).sum(dim=1).mean().item(),
+            "policy/entropy_avg": (self.entropies.sum() / self.tokens).item(),
+        }
+
     def token_indices(self, numbers: Sequence[int]) -> Indices:
         """The answer tokens of some prompts, in the order of `AnswerBatch.targets`."""
         answers = torch.tensor([number * self.num_samples + k for number in numbers for k in range(self.num_samples)])
         row, column = self.mask[answers].nonzero(as_tuple=True)
         return answers[row], column
+
+    def fill(self, numbers: Sequence[int], parts: Sequence[dict[str, Tensor]]) -> None:
+        """Sets tensors by name for the answer tokens of some prompts; `parts` hold the values in their order, on any
+        device, from which each tensor is copied once."""
+        where = self.token_indices(numbers)
+        for name in parts[0]:
+            getattr(self, name)[where] = torch.cat([part[name] for part in parts]).cpu()

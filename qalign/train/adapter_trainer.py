@@ -22,13 +22,16 @@ from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
+from qalign.config.stages import RL_STAGES
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite, short
 from qalign.model.base import Base, Role
 from qalign.model.memory.first_step import FirstStep
 from qalign.train.run_folder import RunFolder
 
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": TrainingArguments}
+CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig} | dict.fromkeys(
+    RL_STAGES, TrainingArguments
+)
 
 Built = TypeVar("Built")
 
@@ -209,7 +212,7 @@ def try_out(run: RunFolder) -> None:
     """
     stage, settings, on_gpu = run.stage, run.settings, torch.cuda.is_available()
     optimiser_only = {"output_dir": "unused", "report_to": "none", "use_cpu": not on_gpu}
-    values = optimiser_only if stage == "ppo" else config_values(run, on_gpu=on_gpu)
+    values = optimiser_only if stage in RL_STAGES else config_values(run, on_gpu=on_gpu)
 
     def build(trainer: dict[str, Any]) -> None:
         args = CONFIGS[stage](**values | trainer)

@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qalign.config.atomic import replacing_folder
 from qalign.config.manifest import damage
-from qalign.config.stages import PPO, SFT, Stage
+from qalign.config.stages import PPO, RL_STAGES, SFT, Stage
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, out_of_memory
 from qalign.model import lineage
@@ -45,7 +45,7 @@ class Session:
 
     def __init__(self, run: RunFolder, base: Base, rows: StageRows, role: Role = Role.POLICY):
         self.run, self.base, self.rows, self.role = run, base, rows, role
-        if run.stage != "ppo":  # whose rows are prompts; it checks `max_length` itself
+        if run.stage not in RL_STAGES:  # whose rows are prompts; it checks `max_length` itself
             check_reach(base, rows)
         self.origin = base.lineage(run.stage, run.parent)  # of the adapter that is trained
 
@@ -219,7 +219,8 @@ def _smaller(run: RunFolder) -> str:
     settings = run.settings
     if isinstance(settings, PPO):
         micro, new_tokens = settings.samples_per_prompt, settings.max_new_tokens // 2
-        return f"ppo.micro_batch_size={micro}, ppo.value=trunk, or ppo.max_new_tokens={new_tokens}"
+        trunk = f", {run.stage}.value=trunk" if settings.value == "adapter" else ""
+        return f"{run.stage}.micro_batch_size={micro}{trunk}, or {run.stage}.max_new_tokens={new_tokens}"
     one = "" if settings.micro_batch_size == 1 else f"{run.stage}.micro_batch_size=1, or else "
     return f"{one}model.max_length={run.recipe.model.max_length // 2}"
 

@@ -185,7 +185,7 @@ class RunFolder:
         if overwrite:
             inputs += [("the recipe", os.path.abspath(word)) for word in shlex.split(self.command_line)[:1]]
         if isinstance(self.settings, PPO):
-            rewards = ((f"ppo.{key}", reward.source) for key, reward in self.settings.sources)
+            rewards = ((f"{self.stage}.{key}", reward.source) for key, reward in self.settings.sources)
             inputs += [(key, (function_of(source) or (source,))[0]) for key, source in rewards]
         for key in ("data", "eval_data"):
             inputs += [(f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ()]

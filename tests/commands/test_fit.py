@@ -13,7 +13,7 @@ import yaml
 
 from qalign import fit
 from qalign.config.load import load
-from qalign.config.stages import STAGES
+from qalign.config.stages import RL_STAGES, STAGES
 from qalign.errors import UserError
 from qalign.model.loading import load_config
 from qalign.model.memory import forecast as memory
@@ -62,6 +62,7 @@ def recipe_path(tmp_path, bare) -> str:
         "output": "runs",
         **dict.fromkeys(STAGES, stage),
         "ppo": stage | {"batch_size": 8, "samples_per_prompt": 2, "max_new_tokens": 100, "reward": "reward"},
+        "grpo": stage | {"batch_size": 8, "samples_per_prompt": 2, "max_new_tokens": 100, "reward": "reward"},
     }
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
@@ -86,7 +87,7 @@ def test_words_in_any_order(recipe_path, monkeypatch):
     ):
         assert leaving(fit.main, *order) == 0
         recipe, given = seen.pop()
-        assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo"), 300, "12GB")
+        assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo", "grpo"), 300, "12GB")
 
 
 def test_every_stage_is_shown(recipe_path, capsys):
@@ -177,8 +178,10 @@ def test_the_bar_is_as_wide_as_the_memory():
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, recipe_path):
-    forecast = forecast_of(recipe_path, stage, [f"{stage}.micro_batch_size={4 if stage == 'ppo' else 2}"])
-    tokens = 2 * {"sft": 512, "reward": 1024, "dpo": 1024, "ppo": 512 + 100}[stage]  # the prompt once
+    forecast = forecast_of(recipe_path, stage, [f"{stage}.micro_batch_size={4 if stage in RL_STAGES else 2}"])
+    tokens = (
+        2 * {"sft": 512, "reward": 1024, "dpo": 1024, "ppo": 512 + 100, "grpo": 512 + 100}[stage]
+    )  # the prompt once
     table = dict(fit.lines(forecast, 12 * GIB))
     parts = forecast.parts(tokens, 0)
     assert sum(parts.values()) == forecast.total(tokens, 0)
@@ -188,7 +191,13 @@ def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, reci
         assert float(table[name].split()[0]) == pytest.approx(size / GIB, abs=0.0051)
     assert float(table["in all"].split()[0]) == pytest.approx(sum(parts.values()) / GIB, abs=0.0051)
     assert len(re.search(r"GiB  (.*)\|", table["in all"])[1]) == fit.WIDTH
-    words = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts with their answers"}[stage]
+    words = {
+        "sft": "rows",
+        "reward": "pairs",
+        "dpo": "pairs",
+        "ppo": "prompts with their answers",
+        "grpo": "prompts with their answers",
+    }[stage]
     expected = f"yes: {tokens:,} tokens at once, no of 2 layers checkpointed; that is 2 of the longest {words}"
     assert table["fits"] == expected
 
@@ -248,7 +257,7 @@ def test_a_base_that_is_published_in_four_bits_is_forecast_as_it_is_stored(recip
     def table(**stored) -> str:
         kept = json.loads((Path(bare) / "config.json").read_text())
         (Path(bare) / "config.json").write_text(json.dumps(kept | stored))
-        code = leaving(fit.main, recipe_path, "--memory", "12GB", "sft=", "reward=", "ppo=")
+        code = leaving(fit.main, recipe_path, "--memory", "12GB", "sft=", "reward=", "ppo=", "grpo=")
         told = capsys.readouterr()
         return told.out if code == 0 else told.err
 

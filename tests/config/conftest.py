@@ -7,13 +7,14 @@ import pytest
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO, PPO, SFT, STAGES, Reward, Stage
+from qalign.config.stages import DPO, GRPO, PPO, RL_STAGES, SFT, STAGES, Reward, Stage
 from qalign.errors import UserError
 from tests.conftest import ROOT
 
 NAMES = sorted(file.stem for file in (ROOT / "recipes").glob("*.y*ml"))
 DEMO = "smollm2_demo"
-SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO}
+SHIPPED = ("sft", "reward", "dpo", "ppo")  # the stages of the recipes in recipes/
+SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO, "grpo": GRPO}
 GOOD = """\
 model:
   base: org/model
@@ -49,12 +50,17 @@ def make_adapter(place: Path) -> None:
 
 
 def with_stages(**settings: str) -> str:
-    """A good recipe with all stages: `sft:` is line 4; an extra setting of a stage is two lines below its name."""
+    """A good recipe with all stages; an extra setting of a stage is two lines below its name."""
     lines = ["model: {base: org/model}", "output: runs/x", "lora: {r: 8}"]
     for stage in STAGES:
         lines += [f"{stage}:", "  data: pairs.jsonl", *([f"  {settings[stage]}"] if stage in settings else [])]
-    lines += [] if settings.get("ppo", "").startswith("reward:") else ["  reward: reward"]
+        lines += ["  reward: reward"] if stage in RL_STAGES and "reward:" not in settings.get(stage, "") else []
     return "\n".join(lines) + "\n"
+
+
+def line_of(stage: str, text: str) -> int:
+    """The line of a stage's name."""
+    return text.splitlines().index(f"{stage}:") + 1
 
 
 @pytest.fixture
@@ -134,7 +140,7 @@ def recipe(name) -> Recipe:
     return load(f"recipes/{name}.yaml")
 
 
-@pytest.fixture(params=STAGES)
+@pytest.fixture(params=SHIPPED)
 def stage(request) -> str:
     return request.param
 

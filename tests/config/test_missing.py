@@ -6,9 +6,9 @@ import pytest
 
 from qalign.config.load import load
 from qalign.config.missing import output_problem
-from qalign.config.stages import STAGES
+from qalign.config.stages import RL_STAGES, STAGES
 from qalign.errors import UserError
-from tests.config.conftest import GOOD, make_adapter, with_stages
+from tests.config.conftest import GOOD, line_of, make_adapter, with_stages
 
 
 @pytest.mark.parametrize(
@@ -24,11 +24,10 @@ from tests.config.conftest import GOOD, make_adapter, with_stages
         (2, "no file 'gone/model.gguf'", GOOD.replace("org/model", "package:qalign/gone/model.gguf")),
         (3, "chat_template: there is no file 'gone.jinja'",
          GOOD.replace("org/model", "org/model\n  chat_template: gone.jinja")),
-        *((5 + 2 * number, f"{stage}.data: there is no file 'gone.jsonl'",
-           with_stages().replace(f"{stage}:\n  data: pairs", f"{stage}:\n  data: gone"))
-          for number, stage in enumerate(STAGES)),
-        *((6 + 2 * number, "start_from: 'empty' is neither 'sft' nor a PEFT adapter folder",
-           with_stages(**{stage: "start_from: empty"})) for number, stage in enumerate(STAGES)),
+        *((line_of(stage, with_stages()) + 1, f"{stage}.data: there is no file 'gone.jsonl'",
+           with_stages().replace(f"{stage}:\n  data: pairs", f"{stage}:\n  data: gone")) for stage in STAGES),
+        *((line_of(stage, with_stages()) + 2, "start_from: 'empty' is neither 'sft' nor a PEFT adapter folder",
+           with_stages(**{stage: "start_from: empty"})) for stage in STAGES),
     ],
 )  # fmt: skip
 def test_what_is_missing_is_found_before_anything_is_loaded(only_problem, scorers, line, words, text):
@@ -130,14 +129,14 @@ def test_the_folders_that_were_looked_in_are_named(folder):
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_asks_for_its_own_files_only(read, problems, folder, stage):
-    text = with_stages(ppo="reward: gone.py:f").replace("pairs.jsonl", "gone.jsonl")
+    text = with_stages(ppo="reward: gone.py:f", grpo="reward: gone.py:f").replace("pairs.jsonl", "gone.jsonl")
     mine = text.replace(f"{stage}:\n  data: gone", f"{stage}:\n  data: pairs").replace("gone.py:f", "json:loads")
 
     assert read(mine, stage=stage).stages == STAGES
     assert [line.split()[1] for line in problems(text, stage=stage)] == [
-        f"{stage}.data:", *(["ppo.reward:"] if stage == "ppo" else [])
+        f"{stage}.data:", *([f"{stage}.reward:"] if stage in RL_STAGES else [])
     ]  # fmt: skip
-    assert len(problems(text)) == 5  # all stages, one after the other
+    assert len(problems(text)) == len(STAGES) + 2  # all stages, one after the other
     assert "model.base" in problems(mine, "model.base=./gone", stage=stage)[0]
 
 

@@ -7,17 +7,17 @@ import pytest
 from pydantic import ValidationError
 
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO_LOSSES, REFERENCE_FREE, STAGES, Source
+from qalign.config.stages import DPO_LOSSES, REFERENCE_FREE, RL_STAGES, STAGES, Source
 
 PPO_NEEDS = {"reward": "reward"}
 LEARN_FROM_ROWS = ("sft", "reward", "dpo")
 JUDGE = {"judge": "m:f", "eval_data": "org/other"}
-LOFTQ = {"lora": {"init": "loftq"}}
+LOFTQ = {"lora": {"init": "loftq"}, "grpo": None}
 
 
 def recipe(**sections) -> Recipe:
     """The smallest recipe with all stages, and the given keys on top."""
-    stages = {stage: {"data": f"org/{stage}", **(PPO_NEEDS if stage == "ppo" else {})} for stage in STAGES}
+    stages = {stage: {"data": f"org/{stage}", **(PPO_NEEDS if stage in RL_STAGES else {})} for stage in STAGES}
     base = {"model": {"base": "org/model"}, "output": "runs/x", **stages}
     for key, value in sections.items():
         base[key] = {**base[key], **value} if isinstance(value, dict) and key in base else value
@@ -34,7 +34,7 @@ def test_the_stages_of_a_recipe_are_those_it_has_in_the_order_in_which_they_run(
     raw = recipe().model_dump()
 
     assert Recipe.model_validate(dict(reversed(raw.items()))).stages == STAGES
-    assert Recipe.model_validate({**raw, "reward": None}).stages == ("sft", "dpo", "ppo")
+    assert Recipe.model_validate({**raw, "reward": None}).stages == ("sft", "dpo", "ppo", "grpo")
     assert Recipe.model_validate({**raw, **dict.fromkeys(STAGES)}).stages == ()
 
 
@@ -53,7 +53,8 @@ def test_a_recipe_is_immutable():
         ("lora", "dropout", 0.99, 1.0),
         *((stage, *limits) for stage in STAGES for limits in (
             ("epochs", 0.01, 0.0), ("max_steps", 1, 0), ("limit", 1, 0), ("learning_rate", 1e-12, 0.0),
-            ("batch_size", 8 if stage == "ppo" else 1, 0), ("micro_batch_size", 4 if stage == "ppo" else 1, 0),
+            ("batch_size", 8 if stage in RL_STAGES else 1, 0),
+            ("micro_batch_size", {"ppo": 4, "grpo": 8}.get(stage, 1), 0),
             ("checkpointed_layers", 0, -1), ("warmup_ratio", 0.0, -0.1), ("warmup_ratio", 0.99, 1.0),
             ("save_every", 1, 0),
         )),
@@ -68,7 +69,7 @@ def test_a_recipe_is_immutable():
     ],
 )  # fmt: skip
 def test_each_number_has_its_range(section, key, inside, outside):
-    short = {"ppo": {"max_new_tokens": 8}}
+    short = {stage: {"max_new_tokens": 8} for stage in RL_STAGES}
 
     assert getattr(getattr(recipe(**short | {section: {key: inside}}), section), key) == inside
     assert f"{section}.{key}" in refusal(**short | {section: {key: outside}})
@@ -259,7 +260,7 @@ def test_the_schema_explains_every_key_beginning_with_its_term_and_allows_no_oth
     found = Recipe.model_json_schema()
 
     sections = {"Recipe": found, **found["$defs"]}
-    assert set(sections) == {"Recipe", "Model", "Lora", "SFT", "Reward", "DPO", "PPO", "Source", "RewardSource"}
+    assert set(sections) == {"Recipe", "Model", "Lora", "SFT", "Reward", "DPO", "PPO", "GRPO", "Source", "RewardSource"}
     for name, section in sections.items():
         assert section["additionalProperties"] is False, name
         for key, value in section["properties"].items():

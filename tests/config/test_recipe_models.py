@@ -12,14 +12,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from qalign.config.load import load
-from qalign.config.stages import STAGES
 from qalign.data.formats import canonical
 from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import encode_pair
 from qalign.model.base import Base, Role
 from qalign.model.loading import auto_class
 from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, longest_row, usable_of_card
-from tests.config.conftest import DEMO, NAMES, text_of
+from tests.config.conftest import DEMO, NAMES, SHIPPED, text_of
 from tests.conftest import FIXTURES, ROOT
 from tests.helpers import metrics, train_recipe
 
@@ -241,7 +240,7 @@ def tiny_model(name: str, folder: Path) -> str:
 def test_every_stage_of_a_recipe_trains_for_one_step(name, tmp_path):
     words = [f"model.base={tiny_model(name, tmp_path / 'model')}", "model.revision=", "model.compute_dtype=float32"]
     words += ["model.max_length=256", f"output={tmp_path / 'runs'}", "max_refused_share=1.0"]
-    for stage in STAGES:
+    for stage in SHIPPED:
         kind = "house_style_dialogues_test" if stage == "sft" else "house_style_test"
         rows = f"{{path: {ROOT / 'recipes' / 'data' / kind}.jsonl, limit: 8}}"
         words += [f"{stage}.{key}={rows}" for key in ("data", "eval_data")]
@@ -249,7 +248,7 @@ def test_every_stage_of_a_recipe_trains_for_one_step(name, tmp_path):
         words += [f"{stage}.batch_size=4", f"{stage}.eval_every=1"]
     words += ["ppo.max_new_tokens=8", "ppo.samples_per_prompt=2"]
 
-    for stage in STAGES:
+    for stage in SHIPPED:
         path = f"recipes/{name}.yaml"
         run = train_recipe(load(path, words, stage), path, stage=stage)
         assert run.complete

@@ -13,8 +13,7 @@ from transformers import TrainingArguments
 from trl import DPOConfig, RewardConfig, SFTConfig
 
 from qalign.config.load import load
-from qalign.config.stages import STAGES
-from tests.config.conftest import DEMO, NAMES, text_of
+from tests.config.conftest import DEMO, NAMES, SHIPPED, text_of
 from tests.conftest import ROOT
 
 SCHEMA = ROOT / "recipes" / "recipe.schema.json"
@@ -72,8 +71,8 @@ def test_editors_find_no_mistake_in_a_recipe(name, validator):
         ("dpo", "bata", 0.1, False), ("dpo", "beta", "0.1", False), ("model", "quantization", "nf5", False),
         ("lora", "r", 0, False), ("sft", "neftune_alpha", 0, False), ("reward", "beta", 0.1, False),
         ("ppo", "reward", [], False), ("ppo", "reward", None, False), ("ppo", "judge", 5, False),
-        *((stage, "data", data, False) for stage in STAGES for data in ([], "", None, 5)),
-        *((stage, "eval_data", data, True) for stage in STAGES
+        *((stage, "data", data, False) for stage in SHIPPED for data in ([], "", None, 5)),
+        *((stage, "eval_data", data, True) for stage in SHIPPED
           for data in (None, "a.jsonl", {"path": "a.jsonl"}, ["a.jsonl", {"path": "org/b"}])),
         ("ppo", "reward", {"source": "reward", "wieght": 2.0}, False), ("ppo", "on_alarm", "shout", False),
         ("ppo", "judge", "runs/other/reward", True), ("ppo", "judge", {"source": "m:f", "weight": -0.5}, True),
@@ -151,7 +150,7 @@ def test_no_question_of_the_demo_is_both_trained_on_and_measured(name, recipe):
     def questions(key: str) -> set[str]:
         return {
             turn["content"]
-            for stage in STAGES
+            for stage in SHIPPED
             for source in getattr(getattr(recipe, stage), key)
             for row in rows_of(source)
             for turn in row.get("messages") or [{"role": "user", "content": row["prompt"]}]

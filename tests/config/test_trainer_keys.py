@@ -7,7 +7,7 @@ import pytest
 from qalign.config.known_keys import OWNED, REFUSED, WITHOUT_EFFECT, trainer_keys
 from qalign.config.recipe import Lora, Model, Recipe
 from qalign.config.stages import STAGES
-from tests.config.conftest import SECTIONS, with_stages
+from tests.config.conftest import SECTIONS, line_of, with_stages
 
 WITH_TRL = ("sft", "reward", "dpo")  # PPO's loop is qalign's own
 
@@ -49,7 +49,7 @@ WITH_TRL = ("sft", "reward", "dpo")  # PPO's loop is qalign's own
     ],
 )  # fmt: skip
 def test_a_trainer_key_that_would_do_nothing_is_refused(only_problem, stage, key, words):
-    line = 7 + 2 * STAGES.index(stage)
+    line = line_of(stage, with_stages()) + 3
     setting = f"trainer:\n    {key}: 1\n    weight_decay: 0.1"
 
     only_problem(line, words, with_stages(**{stage: setting}))

@@ -10,7 +10,7 @@ import transformers as tf
 
 from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
-from qalign.config.stages import REFERENCE_FREE, STAGES
+from qalign.config.stages import REFERENCE_FREE, RL_STAGES, STAGES
 from qalign.model.base import Role, load
 from qalign.model.memory import forecast as memory
 from qalign.model.memory.forecast import Forecast
@@ -32,8 +32,8 @@ def one_thread():
 
 
 # What PPO's section needs. Its step is forecast as DPO's: one prompt with two answers.
-REWARDED = {"ppo": {"reward": "rewards.py:short", "value": "trunk"}}
-STEPS = tuple(stage for stage in STAGES if stage != "ppo")
+REWARDED = {"ppo": {"reward": "rewards.py:short", "value": "trunk"}, "grpo": {"reward": "rewards.py:short"}}
+STEPS = tuple(stage for stage in STAGES if stage not in RL_STAGES)
 
 
 def recipe_of(base: str = "unused", *, only: str = "", model=None, lora=None, **stage) -> Recipe:

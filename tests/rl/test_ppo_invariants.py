@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qalign.config.recipe import Lora
 from qalign.data.collate import MicroBatchLimit
@@ -26,9 +27,9 @@ def test_before_the_first_update_the_ratio_is_1_and_kl_is_0(dtype, value, temper
     assert not rollout.kl.any()
     with trainer.base.packed_attention():
         trainer.base.model.train()
-        found = [trainer._gradients(rollout, mini) for mini in trainer._mini_batches(rollout.rows, epoch=0)]
-    assert [part["furthest"] for part in found] == [0.0, 0.0]
-    assert [part["val/ratio"] for part in found] == pytest.approx([1.0, 1.0], abs=1e-6)
+        found = [trainer._gradients(rollout, mini) for mini in trainer._mini_batches(rollout, epoch=0)]
+    assert [part["furthest"].item() for part in found] == [0.0, 0.0]
+    assert [part["val/ratio"].item() for part in found] == pytest.approx([1.0, 1.0], abs=1e-6)
     assert not any(part["policy/clipfrac_avg"] for part in found)
 
 
@@ -87,7 +88,7 @@ def test_dropout_of_an_adapter_that_was_trained_with_it_is_off(tmp_path, tiny_ba
 def plain_gradients(trainer: PPOTrainer, rollout) -> dict[str, torch.Tensor]:
     """The gradients of the first mini-batch from the formulas: each answer alone, full logits, one loss."""
     base, settings, count = trainer.base, trainer.settings, rollout.num_samples
-    numbers = [n for micro in trainer._mini_batches(rollout.rows, epoch=0)[0] for n in micro]
+    numbers = [n for micro in trainer._mini_batches(rollout, epoch=0)[0] for n in micro]
     tokens = sum(int(rollout.mask[n * count + k].sum()) for n in numbers for k in range(count))
     total = torch.zeros(())
     for n in numbers:
@@ -117,7 +118,7 @@ def test_gradients_of_policy_and_value_model_are_those_of_the_formulas(trainer_o
     scramble(trainer.base, scale=0.02)
     expected = plain_gradients(trainer, rollout)
     with trainer.base.packed_attention():
-        found = trainer._gradients(rollout, trainer._mini_batches(rollout.rows, epoch=0)[0])
+        found = trainer._gradients(rollout, trainer._mini_batches(rollout, epoch=0)[0])
     assert found["policy/clipfrac_avg"] > 0
     for name, weight in trainer.weights.items():
         assert torch.allclose(weight.grad, expected[name], atol=1e-5 * expected[name].abs().max().item() + 1e-8), name
@@ -142,6 +143,32 @@ def test_micro_batches_padding_and_checkpointing_change_no_number(value, trainer
         assert_alike(curves[0], other, 2e-4)
 
 
+class Waits(TorchDispatchMode):
+    """Counts where the host would wait for a device to read a number or to copy a tensor."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("value", ["trunk", "adapter"])
+def test_the_host_waits_for_the_device_no_more_often_with_more_micro_batches(value, trainer_of, monkeypatch):
+    """Figures are read, and tensors of a rollout copied, once for all micro-batches."""
+    waits, copies, cpu = [], [], torch.Tensor.cpu
+    for pairs in (4, 1):
+        trainer = trainer_of(limit=MicroBatchLimit(pairs=pairs), value=value, mini_batches=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "cpu", lambda tensor, pairs=pairs: copies.append(pairs) or cpu(tensor))
+            rollout = collected(trainer)
+        with Waits() as found:
+            trainer.update(rollout)
+        waits.append(found.count)
+    assert (copies.count(4), copies.count(1)) == (4, 4), "values, log-probs of two roles, entropies"
+    assert waits[0] == waits[1]
+
+
 def test_training_changes_policy_and_value_model_and_nothing_else(trainer_of, reward_run):
     trainer = trainer_of(value="adapter")
     trainer.base.load_adapter(Role.REWARD, str(reward_run.adapter), trainable=False)
@@ -163,5 +190,5 @@ def test_the_rewarded_becomes_more_likely_and_with_the_sign_flipped_less(trainer
     assert gain() > 0.08  # 0.17 here
     plain = losses.clipped_policy_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(losses, "clipped_policy_loss", lambda new, old, adv, clip: plain(new, old, -adv, clip))
+        patch.setattr(losses, "clipped_policy_loss", lambda ratio, adv, *bounds: plain(ratio, -adv, *bounds))
         assert gain() < -0.15  # -0.29 here

@@ -22,7 +22,7 @@ from tests.rl.conftest import collected
 def test_each_pass_sees_every_answer_once_in_another_order(trainer_of):
     trainer = trainer_of()
     rollout = collected(trainer, advantages=False)
-    passes = [trainer._mini_batches(rollout.rows, epoch) for epoch in range(3)]
+    passes = [trainer._mini_batches(rollout, epoch) for epoch in range(3)]
     orders = [[n for mini in minis for micro in mini for n in micro] for minis in passes]
     assert [sorted(order) for order in orders] == [[0, 1, 2, 3]] * 3
     assert len({tuple(order) for order in orders}) > 1

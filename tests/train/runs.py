@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from qalign.config.stages import RL_STAGES
 from qalign.train import run_folder as runs
 from tests.helpers import TEST, metrics
 from tests.reward_runs import write_recipe
@@ -13,7 +14,7 @@ from tests.reward_runs import write_recipe
 FACTS = {"tokens_per_second": 1.0, "peak_bytes": 1, "reference": "none"}
 FRESH = {"resume": False, "overwrite": False}
 RESUME, OVERWRITE = FRESH | {"resume": True}, FRESH | {"overwrite": True}
-STAGES = ("sft", "reward", "dpo", "ppo")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
 PPO_KEYS = {"samples_per_prompt": 2, "max_new_tokens": 4, "max_steps": 3, "kl_stop": None}
 CLOCK = ("tokens_per_second", "share/")  # figures that differ from run to run
 WEIGHTS = "adapter_model.safetensors"
@@ -49,8 +50,8 @@ def write_checkpoint(run: runs.RunFolder, step: int, *, whole: bool = True, toke
 
 
 def recipe_of(folder: Path, base: str, stage: str, **keys) -> str:
-    """A recipe of any stage; PPO's reward is the length of an answer."""
-    if stage == "ppo":
+    """A recipe of any stage; the reward of PPO and GRPO is the length of an answer."""
+    if stage in RL_STAGES:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "mine.py").write_text("def length(completions):\n    return [float(len(c)) for c in completions]\n")
         keys = {"reward": f"{folder}/mine.py:length", **PPO_KEYS, **keys}

@@ -16,6 +16,7 @@ import qalign.model.base
 import qalign.model.memory.forecast
 import qalign.rl.ppo_setup
 from qalign.config.load import load as load_recipe
+from qalign.config.stages import RL_STAGES
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Role, load
@@ -30,6 +31,7 @@ NAMES = {
     "dpo": {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
         "loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected", "epoch"},
     "ppo": {"objective/kl", "objective/scores", "objective/rlhf_reward", "policy/approxkl_avg", "loss/value_avg", "lr"},
+    "grpo": {"objective/kl", "objective/scores", "policy/clipfrac_avg", "loss/kl_avg", "frac_reward_zero_std", "lr"},
 }  # fmt: skip
 
 
@@ -82,7 +84,7 @@ def test_every_step_and_every_evaluation_is_logged(finished):
     steps = [line for line in logged if "loss" in line]
     assert [line["step"] for line in steps] == [1, 2, 3]
     evaluated = [line["step"] for line in logged if any(name.startswith("eval_") for name in line)]
-    assert evaluated == ([0, 2, 3] if run.stage == "ppo" else [2, 3])
+    assert evaluated == ([0, 2, 3] if run.stage in RL_STAGES else [2, 3])
     assert NAMES[run.stage] <= set(steps[0]), "dashboards for TRL go on working"
     assert steps[-1]["num_tokens"] == summary(run)["tokens"] > steps[0]["num_tokens"] > 0
 
@@ -90,20 +92,22 @@ def test_every_step_and_every_evaluation_is_logged(finished):
 def test_the_header_says_what_is_trained_on_what_and_against_what(finished, sft_adapter):
     run, said, _ = finished
     reference = f"reference      the base with a frozen copy of the adapter {sft_adapter}"
-    assert (reference in said) == (run.stage in ("dpo", "ppo"))
-    if run.stage in ("dpo", "ppo"):
+    assert (reference in said) == (run.stage in ("dpo", *RL_STAGES))
+    if run.stage in ("dpo", *RL_STAGES):
         assert summary(run)["reference"] in reference
-    follows = {"sft": "merge", "reward": "score", "dpo": "evaluate", "ppo": "best_of"}[run.stage]
+    follows = {"sft": "merge", "reward": "score", "dpo": "evaluate", "ppo": "best_of", "grpo": "page"}[run.stage]
     words = (f"qalign {run.stage} → {run.path}", "nf4, computing in float32 on cpu", f"starting from {sft_adapter}")
     for word in (*words, "12 used, 4 held out", "3, each of 4", "2 at a time", str(run.adapter),
                  f"python -m qalign.{follows}"):  # fmt: skip
-        assert (word if word != "2 at a time" or run.stage != "ppo" else "1 at a time") in said, word
+        assert (word if word != "2 at a time" or run.stage not in RL_STAGES else "1 at a time") in said, word
 
 
 def test_the_header_names_the_columns_that_were_read_and_those_that_nobody_reads(finished):
     run, said, _ = finished
-    read = {"sft": "messages, prompt, chosen", "ppo": "prompt, chosen"}.get(run.stage, "prompt, chosen, rejected")
-    unread = {"sft": "topic, rejected", "ppo": "topic, rejected"}.get(run.stage, "topic")
+    read = {"sft": "messages, prompt, chosen", "ppo": "prompt, chosen", "grpo": "prompt, chosen"}.get(
+        run.stage, "prompt, chosen, rejected"
+    )
+    unread = {"sft": "topic, rejected", "ppo": "topic, rejected", "grpo": "topic, rejected"}.get(run.stage, "topic")
     lines = [" ".join(line.split()) for line in said.splitlines()]
     assert lines.count(f"data columns read: {read}") == 1
     assert lines.count(f"columns not used: {unread}") == 1
@@ -131,7 +135,7 @@ def test_training_moves_the_adapter_alone_and_in_float32(finished, sft_adapter):
     assert set(before) <= set(after)
     assert all(not torch.equal(before[name], after[name]) for name in before), "every weight was trained"
     kept = {name: tensor for name, tensor in base.model.state_dict().items() if ".reference." in name}
-    assert bool(kept) == (run.stage in ("dpo", "ppo"))
+    assert bool(kept) == (run.stage in ("dpo", *RL_STAGES))
     for name, tensor in kept.items():
         assert torch.equal(tensor, before[name.replace(".reference", "")]), name
 

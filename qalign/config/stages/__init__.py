@@ -5,7 +5,7 @@ The docstring under each key begins with the field's own term. Editors show it (
 """
 
 from qalign.config.stages.preferences import DPO, DPO_LOSSES, REFERENCE_FREE, Reward
-from qalign.config.stages.reinforcement import PPO
+from qalign.config.stages.reinforcement import GRPO, PPO
 from qalign.config.stages.section import (
     MAX_BATCH,
     MAX_LAYERS,
@@ -20,13 +20,15 @@ from qalign.config.stages.section import (
 )
 from qalign.config.stages.supervised import SFT
 
-STAGES = ("sft", "reward", "dpo", "ppo")
+STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
+RL_STAGES = ("ppo", "grpo")  # they learn from answers that they sample, and have a section `PPO`
 SFT_RUN = "sft"  # as `start_from`
-REWARD_RUN = "reward"  # as a reward of PPO
+REWARD_RUN = "reward"  # as a reward of PPO and GRPO
 
 __all__ = [
     "DPO",
     "DPO_LOSSES",
+    "GRPO",
     "MAX_BATCH",
     "MAX_LAYERS",
     "MAX_STEPS",
@@ -34,6 +36,7 @@ __all__ = [
     "PPO",
     "REFERENCE_FREE",
     "REWARD_RUN",
+    "RL_STAGES",
     "SFT",
     "SFT_RUN",
     "STAGES",

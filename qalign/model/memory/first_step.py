@@ -59,12 +59,17 @@ class FirstStep:
                 return found
             # Out here the traceback is gone, whose frames hold the activations.
             undo()
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            free_unused()
             tqdm.write(f"out of memory in the first step: it goes on with {self.limit}, which changes no number")
             _set_random_state(before[0])
             vars(owner).update(copy.deepcopy(before[1]))
+
+
+def free_unused() -> None:
+    """Frees what nothing refers to any more, and the memory that PyTorch keeps for later."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _copied(owner: Any, names: Sequence[str]) -> dict[str, Any]:

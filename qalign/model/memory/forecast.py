@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qalign.config.paths import function_of, is_own_model
 from qalign.config.recipe import Model, Recipe
-from qalign.config.stages import PPO, REFERENCE_FREE
+from qalign.config.stages import PPO, REFERENCE_FREE, RL_STAGES
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import held_bytes
 from qalign.model.loading import reach_of
@@ -54,16 +54,16 @@ class Plan:
 
 def longest_row(recipe: Recipe, stage: str, max_length: int | None = None) -> int:
     """Tokens of the longest row that a recipe allows, for its own `max_length` or another one: both answers of a pair
-    at full length; for PPO a prompt with all of its answers."""
+    at full length; for PPO and GRPO a prompt with all of its answers."""
     length = max_length or recipe.model.max_length
-    if stage == "ppo" and recipe.ppo:
-        return length + (recipe.ppo.samples_per_prompt - 1) * recipe.ppo.max_new_tokens
+    if isinstance(settings := getattr(recipe, stage), PPO):
+        return length + (settings.samples_per_prompt - 1) * settings.max_new_tokens
     return length if stage == "sft" else 2 * length
 
 
 def max_length_of(recipe: Recipe, stage: str, tokens: int) -> int:
     """The `max_length` at which the longest row has this many tokens."""
-    if stage == "ppo":
+    if stage in RL_STAGES:
         return tokens - longest_row(recipe, stage, 1) + 1
     return tokens if stage == "sft" else tokens // 2
 
@@ -99,7 +99,7 @@ class Forecast:
         weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, adapter
-        has_reference = self.stage == "ppo" or (self.stage == "dpo" and settings.loss not in REFERENCE_FREE)
+        has_reference = self.stage in RL_STAGES or (self.stage == "dpo" and settings.loss not in REFERENCE_FREE)
         if has_reference and settings.start_from is not None:
             frozen += 1  # the reference's copy of the adapter
         if isinstance(settings, PPO):
