@@ -42,7 +42,7 @@ def test_the_alarm_is_raised_when_longer_is_better_and_the_judge_disagrees(plant
     assert kept["held_out"]["best"]["judge"] >= kept["held_out"]["first"]["judge"]
     shown = "".join(capsys.readouterr())
     assert "warning: iteration" in shown
-    assert "ppo.kl_coefficient" in shown, "the fix"
+    assert "raise kl_coefficient" in shown, "the fix"
     assert shown.count("(reward ") == 3, "three sample answers"
     assert str(run.path / "adapter_best") in shown
 
