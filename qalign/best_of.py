@@ -75,7 +75,7 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
     from qalign.data.collate import MicroBatchLimit
     from qalign.model.memory.forecast import Plan
     from qalign.rl.ppo_setup import set_up
-    from qalign.rl.rewards import check_unchanged
+    from qalign.rl.rewards import check_unchanged, restore_scorers
     from qalign.train.loop import Session
 
     setup = set_up(run, read, trainable=False)
@@ -86,7 +86,10 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
     session.begin()
     scorers = setup.scorers.all
     if session.checkpoint:
-        check_unchanged(scorers, read_metrics(run.metrics)[0]["scorers"])
+        began, *parts = read_metrics(run.metrics)
+        check_unchanged(scorers, began["scorers"])
+        if parts and "zeros" in parts[-1]:
+            restore_scorers(scorers, parts[-1]["zeros"])
     else:
         run.log({"step": 0, "n": run.n, "scorers": [scorer.identity for scorer in scorers]})
 
@@ -107,7 +110,7 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPromp
     picks and pairs, of held-out ones all scores. The number of a part seeds it, so that a resumed run repeats it."""
     from tqdm.auto import tqdm
 
-    from qalign.rl.rewards import RewardFailed, combined
+    from qalign.rl.rewards import RewardFailed, combined, scorers_state
 
     reward, judge, every = setup.scorers.reward, setup.scorers.judge, ceil(len(parts) / CHECKPOINTS)
     run.stop.patient = True
@@ -121,7 +124,9 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPromp
                 if number:
                     run.mark_whole(number, 0)
                 raise
-            run.log({"step": number + 1, **({"proxy": scores, "judge": judged} if is_held_out else kept(rows, scores))})
+            found = {"proxy": scores, "judge": judged} if is_held_out else kept(rows, scores)
+            zeros = scorers_state(setup.scorers.all)
+            run.log({"step": number + 1, **found, **({"zeros": zeros} if any(zeros) else {})})
             bar.update()
             stopped, is_last = run.stop.number is not None, number + 1 == len(parts)
             if stopped or is_last or (number + 1) % every == 0:

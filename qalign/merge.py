@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalign.cli import Parser, new_target, program, run_parsed
 from qalign.config.atomic import clear_leftovers, new_folder
+from qalign.config.paths import adapters_in
 from qalign.errors import UserError
 from qalign.model import origin
 from qalign.train.lock import locked
@@ -32,7 +33,11 @@ WORDS = {
 def merge(folder: str, onto: "Form", to: str | None) -> None:
     """Merge a run's adapter into its base, as a plain 16-bit model folder."""
     run = open_run(folder, ("grpo", "ppo", "dpo", "sft", "reward"))
-    target = new_target(to, run.path / f"merged-{onto}")
+    if members := [place.name for place in adapters_in(run.adapter)][1:]:
+        fix = f"name one of them, such as {run.path / members[0]}"
+        raise UserError(f"{folder}: is an ensemble of {len(members) + 1} members, and a model can hold one; {fix}")
+    suffix = "" if run.adapter.name == "adapter" else f"-{run.adapter.name}"
+    target = new_target(to, run.path / f"merged-{onto}{suffix}")
     origin.check(run.recipe.model)
     if onto == "original" and run.recipe.lora.init == "loftq":
         raise UserError(

@@ -8,7 +8,7 @@ answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whe
 
 import shlex
 from functools import partial
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
@@ -18,6 +18,9 @@ from qalign.errors import scores_not_finite
 from qalign.train.dataset import encode_rows, read_rows
 from qalign.train.run_folder import RunFolder, print_table
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Train a reward model on preference pairs, save it, and report whether to trust it."""
@@ -26,9 +29,10 @@ def train(recipe: Recipe, run: RunFolder) -> None:
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs, pad_for_scores
+    from qalign.model.adapters.members import answer_scores
     from qalign.model.base import Role
     from qalign.train.loop import Session, load_base
-    from qalign.train.pair_trainers import RewardModelTrainer
+    from qalign.train.pair_trainers import EnsembleTrainer, RewardModelTrainer
 
     base = load_base(run)
     base.lm.set_output_embeddings(None)  # a head of its own takes its place
@@ -36,18 +40,21 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session = Session(run, base, pairs, Role.REWARD)
     session.add_adapter()
     session.plan(max(map(base.tokens_taken, pairs.train)))
-    trainer = session.trainer(lambda args, *data: RewardModelTrainer(base, settings, args, session.micro, *data))
+    kind = EnsembleTrainer if settings.members > 1 else RewardModelTrainer
+    trainer = session.trainer(lambda args, *data: kind(base, settings, args, session.micro, *data))
 
     hidden = base.lm.config.get_text_config().hidden_size
     head = f"{hidden:,} weights, unquantised, in float32, read at the end of the answer's turn"
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
-    facts = session.train(trainer, head=head, loss=loss, prompts=base.layout_in_words)
+    more = {"members": _members_in_words(settings, trainer.ensemble.reason)} if settings.members > 1 else {}
+    facts = session.train(trainer, **more, head=head, loss=loss, prompts=base.layout_in_words)
     if pairs.held_out:
-        scores = base.answer_scores(Role.REWARD, pairs.held_out, session.micro, progress=True)
+        of = trainer.ensemble if settings.members > 1 else Role.REWARD
+        scores = answer_scores(base, of, pairs.held_out, session.micro, progress=True)
         if not scores.isfinite().all():
             raise scores_not_finite(base.precision)
-        facts |= _report(run, pairs.held_out, scores.tolist())
+        facts |= _report(run, pairs.held_out, scores.view(len(scores), 2, -1))
     session.finish(
         f"python -m qalign.score {shlex.quote(str(run.path))} FILE.jsonl",
         pooling=f"the last token that is not {pad_for_scores(base.template)}: the end of the answer's turn",
@@ -55,15 +62,24 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
 
 
-def _report(run: RunFolder, pairs: list, scores: list[list[float]]) -> dict:
-    """Measures, draws and prints how good the scores of held-out pairs are; returns figures for the summary."""
+def _members_in_words(settings: Reward, reason: str | None) -> str:
+    way = f"a forward pass each: {reason}" if reason else "one forward pass"
+    return f"{settings.members}, each on a resample of the pairs and the last {settings.share:.0%} of the layers, {way}"
+
+
+def _report(run: RunFolder, pairs: list, scores: "Tensor") -> dict:
+    """Measures, draws and prints how good the scores `(pairs, 2, members)` of held-out pairs are; returns figures for
+    the summary."""
     from qalign.reports import reward_report
 
     scored = [
         reward_report.ScoredPair(chosen, rejected, len(pair.chosen_ids), len(pair.rejected_ids), pair.margin)
-        for pair, (chosen, rejected) in zip(pairs, scores, strict=True)
+        for pair, (chosen, rejected) in zip(pairs, scores.mean(dim=-1).tolist(), strict=True)
     ]
+    gaps = scores[:, 0] - scores[:, 1]
     figures, picture = reward_report.measure(scored), run.path / "reward_report.png"
+    if gaps.shape[1] > 1:
+        figures["members"] = reward_report.members(gaps.tolist(), [pair.where for pair in pairs])
     reward_report.draw(scored, figures, picture)
     warning = reward_report.warning(figures)
     low, high = figures["accuracy_interval"]
@@ -74,6 +90,7 @@ def _report(run: RunFolder, pairs: list, scores: list[list[float]]) -> dict:
         "length judge": f"{longer:.1%} for a judge that picks the longer answer, {shorter:.1%} for the shorter",
         "length": "no correlation" if correlation is None else f"correlation with the score {correlation:+.2f}",
         "calibration": f"claimed and observed win rates are {figures['calibration_error']:.1%} apart on average",
+        **(reward_report.members_in_words(figures["members"]) if "members" in figures else {}),
         "picture": picture,
     }
     print_table(f"whether to trust it, on {len(scored)} held-out pairs", lines.items())

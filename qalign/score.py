@@ -3,19 +3,22 @@
     python -m qalign.score RUN FILE [--to FILE] [--limit N] [--column NAME]
 
 A row with one answer (a prompt and its completion, answer or response, or any dialogue that ends with the assistant's
-turn) gets a `reward`; a preference row gets `reward_chosen`, `reward_rejected` and `reward_margin`. The output keeps
-the rows' order and all their columns; an existing column is never replaced.
+turn) gets a `reward`; a preference row gets `reward_chosen`, `reward_rejected` and `reward_margin`. With an ensemble
+these are means over its members, and a row also gets `reward_spread`, the standard deviation of the members' scores (of
+their margins, for a preference): where it is large, the members disagree. The output keeps the rows' order and all
+their columns; an existing column is never replaced.
 """
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import mean, pstdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qalign.cli import Parser, new_target, program, run_parsed
 from qalign.config.atomic import replacing
-from qalign.config.paths import DATA_SUFFIXES
+from qalign.config.paths import DATA_SUFFIXES, adapters_in
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
@@ -27,12 +30,14 @@ from qalign.train.run_folder import open_run, print_table
 
 if TYPE_CHECKING:
     from qalign.data.collate import AnsweredPrompt
+    from qalign.model.adapters.members import Ensemble
     from qalign.model.base import Base
 
 SHOWN, SHOWN_CHARACTERS = 3, 72
 SHAPES = '{"prompt", "completion"} (or "answer", "response"), {"messages"}, or {"prompt", "chosen", "rejected"}'
 EXPECTED = f"; a row is {SHAPES}"
 
+Scored = tuple[list[float], float | None]  # the scores of a row's answers, and the spread of an ensemble's members
 Read = tuple[dict, Preference | Dialogue, list[str]]  # a row of the file, its parsed form, the columns that it gets
 
 
@@ -47,51 +52,57 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     if not target.parent.is_dir():
         raise UserError(f"{target}: there is no folder {target.parent}")
     origin.check(run.recipe.model)
-    read, refused = collect((Source(path=file),), "train", limit, 0, lambda raw, where: _parsed(raw, where, column))
+    folders = adapters_in(run.adapter)
+    parsed = partial(_parsed, column=column, is_ensemble=len(folders) > 1)
+    read, refused = collect((Source(path=file),), "train", limit, 0, parsed)
     if not read:
         check_usable(file, 0, refused, EXPECTED)
 
     # Imported here, not above: torch takes seconds, and a mistyped folder must not wait for it.
-    from qalign.model import lineage
+    from qalign.model.adapters.members import load_rewards
     from qalign.model.base import Role, load
 
     base = load(run.recipe.model, now=rendered_at(run))
-    lineage.check(str(run.path), run.adapter, base.lineage("reward"))
-    base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
+    model = load_rewards(base, str(run.path), Role.REWARD, folders)
     rows, tokens, unfit = _encoded(base, read)
     refused += unfit
     check_usable(file, len(rows), refused, EXPECTED)
-    scores = _scores(base, tokens)
+    scores = _scores(base, model, tokens)
     with replacing(target) as aside, aside.open("w", encoding="utf-8") as opened:
-        for (raw, _, names), found in zip(rows, scores, strict=True):
-            found = [round(score, 6) for score in found]
+        for (raw, _, names), (answers, spread) in zip(rows, scores, strict=True):
+            found = [round(score, 6) for score in answers]
             if len(found) == 2:
                 found.append(round(found[0] - found[1], 6))
+            found += [] if spread is None else [round(spread, 6)]
             opened.write(_line(raw | dict(zip(names, found, strict=True))))
     print(f"{target}: {len(rows):,} rows scored, {len(refused):,} refused")
     _print_scores(rows, scores)
 
 
-def _print_scores(rows: list[Read], scores: list[list[float]]) -> None:
+def _print_scores(rows: list[Read], scores: list[Scored]) -> None:
     """Mean and spread of all scores, how often chosen beats rejected, and the first rows with theirs."""
-    every, pairs = [score for found in scores for score in found], [found for found in scores if len(found) == 2]
+    spreads = [spread for _, spread in scores if spread is not None]
+    every, pairs = [score for found, _ in scores for score in found], [found for found, _ in scores if len(found) == 2]
     spread = f"standard deviation {pstdev(every):.3f}, from {min(every):+.3f} to {max(every):+.3f}"
     lines = [("scores", f"mean {mean(every):+.3f}, {spread}")]
     if pairs:
         wins = mean(1.0 if one > other else 0.5 if one == other else 0.0 for one, other in pairs)
         lines.append(("pairs", f"chosen scores higher in {wins:.1%} of {len(pairs):,}"))
-    for (_, row, _), found in list(zip(rows, scores, strict=True))[:SHOWN]:
+    if spreads:
+        lines.append(("members", f"{mean(spreads):.3f} apart (standard deviation), at most {max(spreads):.3f}"))
+    for (_, row, _), (found, _) in list(zip(rows, scores, strict=True))[:SHOWN]:
         answer = row.chosen if isinstance(row, Preference) else row.turns[-1]
         said = one_line(answer["content"], SHOWN_CHARACTERS)
         lines.append((Path(row.where).name, f"{' / '.join(f'{score:+.3f}' for score in found)}  {said}"))
     print_table("scored", lines)
 
 
-def _parsed(raw: dict, where: str, column: str) -> Read:
+def _parsed(raw: dict, where: str, column: str, is_ensemble: bool) -> Read:
     """Raises a `UserError` if the row has one of the new columns already."""
     row = scorable(raw, where)
     pair = isinstance(row, Preference)
     names = [f"{column}_{side}" for side in ("chosen", "rejected", "margin")] if pair else [column]
+    names += [f"{column}_spread"] if is_ensemble else []
     if taken := [name for name in names if name in raw]:
         raise UserError(f"{where}: has a column '{taken[0]}' already; name others with --column, or remove it")
     return raw, row, names
@@ -115,20 +126,26 @@ def _encoded(base: "Base", read: list[Read]) -> tuple[list[Read], list["Answered
     return rows, tokens, refused
 
 
-def _scores(base: "Base", rows: Sequence["AnsweredPrompt"]) -> list[list[float]]:
-    """The reward adapter's score of each answer of each row, packed as in training: two answers share their prompt."""
+def _scores(base: "Base", model: "str | Ensemble", rows: Sequence["AnsweredPrompt"]) -> list[Scored]:
+    """The reward model's score of each answer of each row, packed as in training: two answers share their prompt. For
+    the spread of single answers each member's mean over all of them is its zero, which Bradley-Terry leaves open."""
     from qalign.data.collate import MicroBatchLimit
-    from qalign.model.base import Role
+    from qalign.losses.ensemble import spread
+    from qalign.model.adapters.members import answer_scores
 
     limit = MicroBatchLimit(tokens=2 * base.spec.max_length)
-    found: dict[int, list[float]] = {}
+    found: dict[int, Scored] = {}
     for num_answers in (1, 2):
         if numbers := [number for number, row in enumerate(rows) if len(row.answers) == num_answers]:
             some = [rows[number] for number in numbers]
-            scores = base.answer_scores(Role.REWARD, some, limit, progress=True)
+            scores = answer_scores(base, model, some, limit, progress=True)
             if not scores.isfinite().all():
                 raise scores_not_finite(base.precision)
-            found.update(zip(numbers, scores.tolist(), strict=True))
+            apart: list[Any] = [None] * len(some)
+            if not isinstance(model, str):
+                told = scores[:, 0] - (scores[:, 1] if num_answers == 2 else scores[:, 0].mean(dim=0))
+                scores, apart = scores.mean(dim=-1), spread(told).tolist()
+            found.update(zip(numbers, zip(scores.tolist(), apart, strict=True), strict=True))
     return [found[number] for number in range(len(rows))]
 
 

@@ -22,10 +22,12 @@ from qalign.config.paths import (
     expanded,
     function_file,
     function_of,
+    is_own_run,
     locate,
     looks_local,
     named_paths,
     names_of_files,
+    own_member,
     package_file,
     reward_adapter,
     reward_place,
@@ -133,7 +135,7 @@ def _reward_problem(source: str, folders: Folders) -> str | None:
         return f"{where} has no function {short(name)}{did_you_mean(name, known)}"
     if source.endswith(".py"):
         return f"{short(source)} names no function; write {source}:FUNCTION"
-    if source == REWARD_RUN or reward_adapter(source, folders):
+    if is_own_run("reward", source) or reward_adapter(source, folders):
         return None
     place = locate(source, folders)
     if place and not (place / "config.json").is_file():
@@ -150,7 +152,8 @@ def _judge_that_is_the_reward(stage: str, raw: Keys, lookup: Lookup) -> Iterator
 
     def identity(source: str, place: Place) -> tuple[str, str]:
         where, name = function_of(source) or (source, "")
-        own = expanded(str(raw.get("output"))) / REWARD_RUN / "adapter" if source == REWARD_RUN else None
+        run = expanded(str(raw.get("output"))) / REWARD_RUN / "adapter"
+        own = run / (own_member(source) or "") if is_own_run("reward", source) else None
         return os.path.abspath(own or reward_place(source, lookup.folders(place)) or where), name
 
     rewards = {identity(source, place): source for place, key, source in named_paths(raw) if key == "reward"}

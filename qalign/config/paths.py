@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from importlib.machinery import ModuleSpec, PathFinder
@@ -17,6 +18,8 @@ _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 DATA_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES))
 INSIDE = {"data": "path", "eval_data": "path", "reward": "source", "judge": "source"}  # one or a list of sections
 RUNS = {"start_from": SFT_RUN, "reward": REWARD_RUN, "judge": REWARD_RUN}  # names of the recipe's own runs
+
+MEMBER = re.compile(r"member_[1-9][0-9]{0,2}")  # of an ensemble: its folder in `adapter/`
 
 Keys = dict[str, Any]  # a recipe, or a section of one, before it is checked
 Place = tuple[str | int, ...]  # the keys and list positions that lead to a value
@@ -70,9 +73,45 @@ def function_of(source: str) -> tuple[str, str] | None:
 
 
 def reward_adapter(source: str, folders: Folders = HERE) -> Path | None:
-    """The adapter folder of a reward source (itself or its run's); None if it is no adapter on this disk."""
-    found = (adapter_folder(str(Path(source) / inside), folders) for inside in ("", "adapter", "reward/adapter"))
-    return next(filter(None, found), None)
+    """The adapter folder of a reward source (itself, its run's, or that of a member, `RUN/member_4`), or the folder
+    with an ensemble's; None if it is no adapter on this disk."""
+    path = Path(source)
+    places = [path / inside for inside in ("", "adapter", "reward/adapter")]
+    if MEMBER.fullmatch(path.name):
+        places += [run / "adapter" / path.name for run in (path.parent, path.parent / "reward")]
+    for place in places:
+        if found := adapter_folder(str(place), folders):
+            return found
+        if found := adapter_folder(str(place / "member_1"), folders):
+            return found.parent
+    return None
+
+
+def adapters_in(folder: Path) -> list[Path]:
+    """An adapter folder, or those of an ensemble's members, in their order."""
+    if (folder / "adapter_config.json").is_file():
+        return [folder]
+    members = [place for place in folder.glob("member_*") if MEMBER.fullmatch(place.name)]
+    return sorted(members, key=lambda place: int(place.name.rpartition("_")[2]))
+
+
+def without_member(folder: Path) -> tuple[Path, str]:
+    """(The folder of a run or its adapters, the member that was asked for: of `runs/demo/reward/member_4`, `member_4`;
+    empty without one). A run may have such a name itself."""
+    is_member = MEMBER.fullmatch(folder.name) and (folder.parent.name == "adapter" or not folder.is_dir())
+    return (folder.parent, folder.name) if is_member else (folder, "")
+
+
+def is_own_run(key: str, path: str) -> bool:
+    """Whether a value of this key names a run of the recipe itself, or one member of it (`reward/member_4`)."""
+    run = RUNS.get(key)
+    return path == run or (run == REWARD_RUN and own_member(path) is not None)
+
+
+def own_member(source: str) -> str | None:
+    """The folder of a member of the recipe's own reward run, from its name, `reward/member_4`."""
+    run, _, member = source.partition("/")
+    return member if run == REWARD_RUN and MEMBER.fullmatch(member) else None
 
 
 def reward_place(source: str, folders: Folders) -> Path | None:
@@ -84,7 +123,7 @@ def reward_place(source: str, folders: Folders) -> Path | None:
 
 def is_own_model(source: str) -> bool:
     """Whether a reward is a model of its own: not the recipe's reward run, no function, no adapter."""
-    return source != REWARD_RUN and not function_of(source) and not reward_adapter(source)
+    return not (is_own_run("reward", source) or function_of(source) or reward_adapter(source))
 
 
 def package_file(path: str) -> Path:
@@ -188,7 +227,7 @@ def resolved(raw: Keys, lookup: Lookup) -> Keys:
             module = _module_file(function[0])
             is_module = found is None or (module is not None and module.exists() and found.samefile(module))
             return path if is_module else f"{found}:{function[1]}"
-        return f"./{found}" if str(found) == RUNS.get(key) else str(found or path)  # "./": a folder with a run's name
+        return f"./{found}" if is_own_run(key, str(found)) else str(found or path)  # "./": a folder with a run's name
 
     return _replaced(raw, reached)
 
@@ -217,7 +256,7 @@ def _replaced(raw: Keys, replace: Callable[[Place, str, str], str]) -> Keys:
     """A copy in which every path is `replace(place, key, path)`; the names of the recipe's own runs stay."""
     raw = copy.deepcopy(raw)
     for place, key, path in list(named_paths(raw)):
-        if path != RUNS.get(key):
+        if not is_own_run(key, path):
             inside: Any = raw
             for part in place[:-1]:
                 inside = inside[part]

@@ -40,6 +40,7 @@ class TokenPair:
     where: str
     dropped_turns: int = 0
     margin: float | None = None
+    counts: tuple[int, ...] = ()  # how often the pair is in the resample of each member of an ensemble
 
     @property
     def answers(self) -> tuple[list[int], list[int]]:

@@ -14,11 +14,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from qalign.config.recipe import Lora, Model
-from qalign.data import collate
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.errors import UserError
@@ -46,9 +44,11 @@ class Role(StrEnum):
     REWARD = "reward"
     VALUE = "value"
     JUDGE = "judge"
+    MEMBER = "member"
 
 
-SCORING = (Role.REWARD, Role.VALUE, Role.JUDGE)  # have a scalar head; further ones are called reward_2, judge_2 …
+# They have a scalar head; further ones are called reward_2, judge_2 …, and an ensemble's member_1, member_2 …
+SCORING = (Role.REWARD, Role.VALUE, Role.JUDGE, Role.MEMBER)
 
 
 class Base:
@@ -85,10 +85,11 @@ class Base:
         self._heads: dict[str, ScalarHead] = {}
         self._trained: set[str] = set()
 
-    def add_adapter(self, role: str, lora: Lora) -> None:
-        """Adds a new trainable adapter, a no-op at first except with `init: loftq`; with a random head for a role
-        that gives scores. A `UserError` if a target fits no layer of the language model, or the output layer."""
-        config = targets.new_config(lora, self.lm, self.spec.base)
+    def add_adapter(self, role: str, lora: Lora, share: float = 1.0) -> None:
+        """Adds a new trainable adapter on the last `share` of the layers, a no-op at first except with `init: loftq`;
+        with a random head for a role that gives scores. A `UserError` if a target fits no layer of the language model,
+        or the output layer."""
+        config = targets.new_config(lora, self.lm, self.spec.base, share)
         try:
             with self._changing_adapters():
                 self._attach(role, config, with_head=_gives_scores(role))
@@ -240,30 +241,29 @@ class Base:
         with self.acting_as(role) as lm:
             batch = self.batch(rows, last_token="kept")
             hidden = backbone(lm)(**batch.inputs, use_cache=False).last_hidden_state
-            return self._heads[role](hidden.flatten(0, 1)[batch.last_tokens]).view(batch.lengths.shape)
+            return self.head_scores(role, hidden.flatten(0, 1)[batch.last_tokens]).view(batch.lengths.shape)
 
-    @torch.no_grad()
-    def answer_scores(
-        self, role: str, rows: Sequence[AnsweredPrompt], limit: MicroBatchLimit, *, progress: bool = False
-    ) -> Tensor:
-        """A reward model's scores of many answers, computed in the packed layout that it was trained in: float32
-        `(rows, answers each)` on the CPU, in the order given.
+    def head_scores(self, role: str, states: Tensor) -> Tensor:
+        """The output of a role's head on hidden states `(tokens, hidden)`: float32 `(tokens,)`."""
+        return self._heads[role](states)[:, 0]
 
-        Args:
-            rows: prompts with the same number of answers each; the score is read at an answer's last token.
-            limit: how much one forward pass takes; it changes memory and speed, and no score.
-        """
-        numbers = {id(row): number for number, row in enumerate(rows)}
-        found = torch.zeros(len(rows), len(rows[0].answers))
-        with self.packed_attention(), tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar:
-            for some in (some for group in collate.in_groups(rows) for some in self.micro_batches(group, limit)):
-                found[[numbers[id(row)] for row in some]] = self.pair_scores(role, some).cpu()
-                bar.update(len(some))
-        return found
+    def routes(self, roles: Sequence[str]) -> list[nn.Module] | None:
+        """The base's layers that have the adapters of these roles; None where `routed` can't serve them."""
+        with self.acting_as(roles[0]):
+            return self._switch.added.routes(roles)
 
-    def values(self, states: Tensor) -> Tensor:
-        """The value head's output on hidden states `(tokens, hidden)`: float32 `(tokens,)`."""
-        return self._heads[Role.VALUE](states)[:, 0]
+    @contextmanager
+    def routed(self, roles: Sequence[str]) -> Iterator[None]:
+        """Gives each of these roles an equal part of the tokens, in this order, while the first of them is played."""
+        self._switch.added.route(roles)
+        try:
+            yield
+        finally:
+            self._switch.added.route(())
+
+    def train_again(self) -> None:
+        """Makes trainable what is trained, after PEFT has gone by which adapter is active."""
+        weights.make_trainable(self.model, self._trained)
 
     @cached_property
     def packing(self) -> Packing:

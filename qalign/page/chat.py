@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from qalign.config.paths import adapters_in
 from qalign.config.recipe import Model
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Message, check_text
@@ -18,6 +19,7 @@ from qalign.data.readers import BadRow
 from qalign.data.tokenize import TokenAnswers, encode_question
 from qalign.errors import UserError
 from qalign.model import lineage
+from qalign.model.adapters.members import Ensemble, answer_scores, load_rewards
 from qalign.model.base import Role, load
 from qalign.model.generation import Request, Sampling, stop_ids_of, stream, text_of, uniform_draws, with_end_of_turn
 from qalign.model.logps import completion_logps
@@ -65,7 +67,7 @@ class Chat:
         self._worker = Worker(listeners)
         self._roles: dict[str, str] = {BASE: Role.BASE}  # of each loaded model, by its name
         self._hashes: dict[str, str | None] = {BASE: None}  # of each loaded model's weights, by its name
-        self._reward_roles: dict[Path, str | None] = {}  # by adapter folder; None: it could not be loaded
+        self._reward_models: dict[Path, str | Ensemble | None] = {}  # by adapter folder; None: it could not be loaded
         self._worker.run(lambda: [self._role(name) for name in names])
 
     def weights_hash(self, name: str) -> str | None:
@@ -206,15 +208,16 @@ class Chat:
         if folder is None:
             return replies
         try:
-            if folder not in self._reward_roles:
-                role, self._reward_roles[folder] = f"{Role.REWARD}_{len(self._reward_roles) + 1}", None
-                self._load_adapter(role, folder, within)
-                self._reward_roles[folder] = role
-            if (role := self._reward_roles[folder]) is None:  # its error was printed once
+            if folder not in self._reward_models:
+                role, self._reward_models[folder] = f"{Role.REWARD}_{len(self._reward_models) + 1}", None
+                folders = [safe_adapter(place, within) for place in adapters_in(folder)]
+                self._reward_models[folder] = load_rewards(self.base, folder.parent.name, role, folders)
+            if (model := self._reward_models[folder]) is None:  # its error was printed once
                 return replies
             answers = [(with_end_of_turn(list(reply.ids), self._stop_ids),) for reply in replies]
             rows = [TokenAnswers(r.prompt_ids, answer) for r, answer in zip(replies, answers, strict=True)]
-            scores = self.base.answer_scores(role, rows, MicroBatchLimit(pairs=len(rows)))[:, 0].tolist()
+            found = answer_scores(self.base, model, rows, MicroBatchLimit(pairs=len(rows)))[:, 0]
+            scores = (found if isinstance(model, str) else found.mean(dim=-1)).tolist()
             known, name = held_out_quantiles(folder), f"{folder.parent.parent.name}/{folder.parent.name}"
             shares = np.interp(scores, known, np.linspace(0, 1, len(known))).tolist() if known else [None] * len(scores)
             rewards = [Reward(score, name, share) for score, share in zip(scores, shares, strict=True)]

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import isfinite
 from pathlib import Path
 
-from qalign.config.paths import expanded
+from qalign.config.paths import adapters_in, expanded
 from qalign.config.recipe import Model, Recipe
 from qalign.errors import UserError
 from qalign.model.lineage import WEIGHTS, adapter_hash, check_base
@@ -28,7 +28,7 @@ class ModelEntry:
     name: str  # the page's name for it, such as `base` or `demo/dpo`
     adapter: Path | None = None  # its adapter folder with symlinks resolved
     recipe: Recipe | None = None  # of its run; None for an adapter made elsewhere
-    reward: Path | None = None  # the adapter folder of the finished reward run with the same output, if there is one
+    reward: Path | None = None  # the adapter folder of the finished reward run with the same output, or its ensemble's
     within: Path = Path()  # no file of the two adapters may lie outside this folder
 
     @property
@@ -48,6 +48,13 @@ def safe_adapter(adapter: Path, within: Path) -> Path:
         if not file.resolve().is_relative_to(allowed):
             raise UserError(f"{adapter}: {file.name} leads out of {within} through a symlink")
     return real
+
+
+def safe_reward(adapter: Path, within: Path) -> Path | None:
+    """The folder of a reward run's adapter, or of its ensemble, with symlinks resolved; None if there is none in it. A
+    `UserError` as `safe_adapter` raises it."""
+    folders = [safe_adapter(folder, within) for folder in adapters_in(adapter)]
+    return adapter.resolve() if folders else None
 
 
 def held_out_quantiles(reward: Path) -> list[float]:
@@ -97,7 +104,7 @@ def _run_entry(run: RunFolder, adapter: Path, within: Path) -> ModelEntry:
     name = f"{run.path.parent.resolve().name}/{run.stage}{suffix}"
     safe, reward_run = safe_adapter(adapter, within), run.path.parent / "reward"
     try:
-        reward = safe_adapter(reward_run / "adapter", within) if (reward_run / "summary.json").is_file() else None
+        reward = safe_reward(reward_run / "adapter", within) if (reward_run / "summary.json").is_file() else None
     except UserError:
         reward = None
     return ModelEntry(name, safe, run.recipe, reward, within)

@@ -20,6 +20,7 @@ from qalign.reports.plots import counted
 # judge truly stays the same, over 80% raise one at one standard error, about 25% at two, 1 to 4% at three (tested).
 SURE_ERRORS = 3.0
 RISE_ERRORS = 1.0  # a smaller rise of the judge excuses longer answers: few prompts can't show a large one
+SPREAD_RATIO = 2.0  # of an ensemble's disagreement; on answers like the first ones it hardly moves
 LENGTH_RATIO = 2.0  # a healthy policy that learns to say more may well grow its answers by half
 LENGTH_TOKENS = 16.0  # growing from 5 tokens to 12 is harmless
 REPEATED_RISE = 0.2  # a fifth of all lines: a reader can't miss it
@@ -49,10 +50,11 @@ class EvalPoint:
     repeated: float  # `repeated_lines`
     entropy: float  # nats per token
     clipped: float  # share of clipped ratios in the updates since the last evaluation; 0 at step 0
+    spread: float | None = None  # mean standard deviation of the members of the reward; None if it is no ensemble
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isfinite(value) if value is not None else name in ("judge", "judge_std")):
+            if not (isfinite(value) if value is not None else name in ("judge", "judge_std", "spread")):
                 fix = "has the training diverged?"
                 raise ValueError(f"step {self.step}: {name} is {value}, expected a finite number; {fix}")
         if self.answers < 1:
@@ -109,6 +111,7 @@ def alarms(points: Sequence[EvalPoint], patience: int) -> list[str]:
         _length_grows(first, last),
         _answers_repeat(first, last),
         _answers_never_end(first, last),
+        _members_part(first, last),
     )
     return [sentence for sentence in found if sentence]
 
@@ -139,8 +142,10 @@ def _judge_falls(points: Sequence[EvalPoint], patience: int) -> str | None:
 
 def _length_grows(first: EvalPoint, last: EvalPoint) -> str | None:
     # If every token were equally likely to be the last, the mean length would vary by 1 / sqrt(answers) of itself.
-    by_chance = exp(SURE_ERRORS * sqrt(1 / first.answers + 1 / last.answers))
-    if last.length <= max(LENGTH_RATIO, by_chance) * first.length or last.length - first.length < LENGTH_TOKENS:
+    if (
+        last.length <= max(LENGTH_RATIO, _by_chance(first, last)) * first.length
+        or last.length - first.length < LENGTH_TOKENS
+    ):
         return None
     grew = f"answers grew long, {_change(first.length, last.length, '.0f')} tokens (steps {first.step} → {last.step}), "
     fix = "penalise length, raise kl_coefficient, or train the reward model on pairs of similar length"
@@ -156,6 +161,27 @@ def _length_grows(first: EvalPoint, last: EvalPoint) -> str | None:
         f"{grew}while the reward rose, {_change(first.proxy, last.proxy)}, and there is no judge to say whether they "
         f"are better: read some of them, and if they are not better, {fix}"
     )
+
+
+def _members_part(first: EvalPoint, last: EvalPoint) -> str | None:
+    """The members of an ensemble disagree far more than at the start: the answers are of a kind that the reward models
+    know nothing about, and what they score there is chance (Coste et al. 2023, arXiv:2310.02743)."""
+    if (
+        first.spread is None
+        or last.spread is None
+        or last.spread <= max(SPREAD_RATIO, _by_chance(first, last)) * first.spread
+    ):
+        return None
+    return (
+        f"the members of the reward disagree more, {_change(first.spread, last.spread, '.2f')} (steps {first.step} → "
+        f"{last.step}): the answers have moved away from what the reward models have learned to score, a sign of "
+        "reward hacking; set reward_combine: min, raise kl_coefficient, or train for fewer steps"
+    )
+
+
+def _by_chance(first: EvalPoint, last: EvalPoint) -> float:
+    """The ratio of two means that chance alone may give, where values vary by as much as their mean."""
+    return exp(SURE_ERRORS * sqrt(1 / first.answers + 1 / last.answers))
 
 
 def _answers_repeat(first: EvalPoint, last: EvalPoint) -> str | None:

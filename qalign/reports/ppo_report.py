@@ -78,7 +78,8 @@ def _redrawn(output: Path, stage: str) -> Path | None:
     if not lines:
         return None
     names = [field.name for field in fields(EvalPoint) if field.name != "step"]
-    points = [EvalPoint(step=line["step"], **{name: line[f"eval_{name}"] for name in names}) for line in lines]
+    figures: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in lines]
+    points = [EvalPoint(step=line["step"], **found) for line, found in zip(lines, figures, strict=True)]
     file, alarms = run / file_name(stage), [line["step"] for line in lines if line["alarms"]]
     draw(points, file, best_of=read_best_of(output), alarm_steps=alarms, title=stage.upper())
     return file
@@ -113,6 +114,7 @@ def fill(
             axes.axvline(step, color=RED, linestyle=":", linewidth=1.5)
     _draw_curve(rewards, points, "proxy", BLUE)
     _draw_band(rewards, points, "proxy", BLUE)
+    _draw_disagreement(rewards, points)
     label(rewards, "Rewards as the models give them", STEPS, PROXY)
     if judged := [point for point in points if point.judge is not None]:
         right = _second_scale(rewards, PROXY, JUDGE)
@@ -196,6 +198,15 @@ def _draw_band(axes: "Axes", points: Sequence[EvalPoint], name: str, colour: str
     means, widths = [getattr(point, name) for point in points], [_half_width(point, name) for point in points]
     low, high = ([mean + sign * width for mean, width in zip(means, widths, strict=True)] for sign in (-1, 1))
     axes.fill_between([point.step for point in points], low, high, color=colour, alpha=0.15, linewidth=0)
+
+
+def _draw_disagreement(axes: "Axes", points: Sequence[EvalPoint]) -> None:
+    """How far the members of the reward are apart, above and below it, if it is an ensemble."""
+    for sign, words in ((1, "± the members' disagreement"), (-1, None)):
+        ends = [(point.step, point.proxy + sign * point.spread) for point in points if point.spread is not None]
+        if ends:
+            axes.plot(*zip(*ends, strict=True), ":", color=BLUE, linewidth=1, label=words)
+            axes.legend(fontsize=10, loc="best")
 
 
 def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:

@@ -25,6 +25,7 @@ BY_CHANCE = 0.05  # a lead is not shown if chance alone gives one as large more 
 MARGIN_BUCKETS = 4
 CALIBRATION_BINS = 5
 QUANTILES = 21
+DISPUTED = 5
 Figures = dict[str, Any]  # what `measure` returns
 
 
@@ -80,6 +81,41 @@ def measure(pairs: list[ScoredPair]) -> Figures:
         "score_mean": scores.mean().item(),
         "score_std": scores.std().item(),
         "score_quantiles": np.quantile(scores, np.linspace(0, 1, QUANTILES)).tolist(),
+    }
+
+
+def members(gaps: list[list[float]], where: list[str]) -> Figures:
+    """Where the members of an ensemble disagree, from their score differences `(pairs, members)`, chosen minus
+    rejected, and where the pairs come from.
+
+    Returns:
+        `accuracy`: of each member alone. `disagreement`: share of pairs on which members pick different answers.
+        `spread`: mean standard deviation of the members' score differences. `by_agreement`: groups of pairs by the
+        number of members that agree with the majority, `{"agree", "pairs", "accuracy", "interval"}`, where the accuracy
+        is that of the mean score. `most_disputed`: up to 5 pairs with the largest spread, `{"where", "gaps"}`.
+    """
+    found = np.array(gaps, dtype=np.float64)
+    points, mean, spread = _points(found), _points(found.mean(axis=1)), found.std(axis=1)
+    agree = np.maximum((found > 0).sum(axis=1), (found < 0).sum(axis=1))
+    disputed = np.argsort(-spread, kind="stable")[:DISPUTED]
+    return {
+        "accuracy": points.mean(axis=0).tolist(),
+        "disagreement": (np.ptp(np.sign(found), axis=1) > 0).mean().item(),
+        "spread": spread.mean().item(),
+        "by_agreement": [{"agree": int(n), **_group(mean[agree == n])} for n in np.unique(agree)],
+        "most_disputed": [{"where": where[row], "gaps": found[row].tolist()} for row in disputed],
+    }
+
+
+def members_in_words(figures: Figures) -> dict[str, str]:
+    """Lines for a table, from what `members` returns."""
+    alone = ", ".join(f"{share:.1%}" for share in figures["accuracy"])
+    groups = (f"{g['accuracy']:.1%} where {g['agree']} agree ({g['pairs']})" for g in figures["by_agreement"])
+    disputed = ", ".join(f"{pair['where']}" for pair in figures["most_disputed"][:3])
+    return {
+        "members": f"{alone} alone; they disagree on {figures['disagreement']:.1%} of the pairs",
+        "their mean": ", ".join(groups),
+        "most disputed": disputed,
     }
 
 
@@ -225,12 +261,17 @@ def _draw_judges(axes: "Axes", figures: Figures) -> None:
     intervals = [figures["accuracy_interval"], figures["length_interval"], [COIN, COIN]]
     axes.bar(range(3), shares, width=0.6, color=[BLUE, ORANGE, GREY])
     axes.vlines(range(2), *zip(*intervals[:2], strict=True), color="black", linewidth=2)
+    if alone := figures.get("members", {}).get("accuracy"):
+        axes.plot(np.linspace(-0.2, 0.2, len(alone)), alone, "o", color="white", mec="black", markersize=6)
     for x, (share, (_, high)) in enumerate(zip(shares, intervals, strict=True)):
         axes.text(x, high + 0.02, f"{share:.1%}", ha="center", va="bottom", fontsize=12)
     axes.set_xticks(range(3), ["this model", f"picks the\n{judge['picks']} answer", "a coin"], fontsize=11)
     axes.set_ylim(0, 1.12)
     axes.set_yticks(np.linspace(0, 1, 6))
     axes.yaxis.set_major_formatter("{x:.0%}")
+    if alone:
+        disagree = figures["members"]["disagreement"]
+        axes.text(0, 0.03, f"points: {len(alone)} members\nthey disagree on\n{disagree:.1%}", ha="center", fontsize=10)
     note = (
         misled and f"where length misleads, this model: {misled['accuracy']:.1%} of {counted(misled['pairs'], 'pair')}"
     )

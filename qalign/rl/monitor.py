@@ -14,7 +14,7 @@ from qalign.model import lineage
 from qalign.model.base import Role
 from qalign.reports import alarms, ppo_report
 from qalign.rl.ppo_trainer import PPOTrainer
-from qalign.rl.rewards import combined
+from qalign.rl.rewards import combined, spread_of
 from qalign.rl.rollout_batch import RolloutBatch
 from qalign.train.run_folder import RunFolder
 
@@ -55,9 +55,10 @@ class Monitor:
         proxy, _ = combined(self.trainer.scorers, rollout.rows)
         judge = combined(self.judges, rollout.rows)[0] if self.judges else None
         self.trainer.seconds = seconds
+        apart = spread_of(self.trainer.scorers)
         if not rollout.old_logps.isfinite().all():
             raise not_finite(f"iteration {self.trainer.done}", "log-probs of held-out answers are")
-        self.points.append(point := self._point(rollout, proxy, judge))
+        self.points.append(point := self._point(rollout, proxy, judge, apart))
         self.clip_fractions.clear()
         self._write_samples(rollout, proxy, judge)
         if alarms.best_point(self.points) is point:
@@ -73,7 +74,9 @@ class Monitor:
         ppo_report.draw(self.points, self.picture, best_of=best_of, alarm_steps=self.alarm_steps, title=title)
         return {f"eval_{name}": value for name, value in asdict(point).items() if name != "step"}
 
-    def _point(self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None) -> alarms.EvalPoint:
+    def _point(
+        self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None, spread: float | None
+    ) -> alarms.EvalPoint:
         texts = [text for row in rollout.rows for text in row.texts]
         return alarms.EvalPoint(
             step=self.trainer.done,
@@ -89,6 +92,7 @@ class Monitor:
             repeated=alarms.repeated_lines(texts),
             entropy=(rollout.entropies.sum() / rollout.tokens).item(),
             clipped=sum(self.clip_fractions) / max(1, len(self.clip_fractions)),
+            spread=spread,
         )
 
     def _write_samples(self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None) -> None:

@@ -13,7 +13,15 @@ from qalign.reports.alarms import best_point
 from qalign.rl.monitor import Monitor
 from qalign.rl.ppo_setup import bytes_by_role
 from qalign.rl.ppo_trainer import PPOTrainer
-from qalign.rl.rewards import ModelScorer, RewardFailed, Scorer, check_unchanged
+from qalign.rl.rewards import (
+    AdapterScorer,
+    ModelScorer,
+    RewardFailed,
+    Scorer,
+    check_unchanged,
+    restore_scorers,
+    scorers_state,
+)
 from qalign.train.checkpoints import discard, step_of
 from qalign.train.run_folder import RunFolder, print_table
 
@@ -128,12 +136,14 @@ class PPOLoop:
         folder.mkdir(parents=True)
         identities = [scorer.identity for scorer in self.scorers]
         state = {"trainer": self.trainer.state(), "watcher": self.monitor.state(), "scorers": identities}
+        state |= {"zeros": scorers_state(self.scorers)}
         torch.save(state, folder / STATE)
         self.run_folder.mark_whole(self.trainer.done, self.trainer.tokens_seen)
 
     def _load(self, checkpoint: Path) -> None:
         state = torch.load(checkpoint / STATE, map_location="cpu", weights_only=True)
         check_unchanged(self.scorers, state["scorers"])
+        restore_scorers(self.scorers, state["zeros"])
         self.trainer.load_state(state["trainer"])
         self.monitor.load_state(state["watcher"])
         self.tokens_before, self.done_before = self.trainer.tokens_seen, self.trainer.done
@@ -213,5 +223,12 @@ def header(trainer: PPOTrainer, settings: PPO) -> dict[str, str]:
 
 
 def _names(scorers: list[Scorer]) -> str:
-    named = (f"{s.weight:g} × {s.name}" if s.weight != 1 else s.name for s in scorers)
+    named = (f"{s.weight:g} × {_name(s)}" if s.weight != 1 else _name(s) for s in scorers)
     return " + ".join(named)
+
+
+def _name(scorer: Scorer) -> str:
+    if not isinstance(scorer, AdapterScorer) or len(scorer.folders) == 1:
+        return scorer.name
+    how = scorer.combine if scorer.combine != "mean_minus_std" else f"mean - {scorer.uncertainty:g} × deviation"
+    return f"{how} of {scorer.name}'s {', '.join(folder.name for folder in scorer.folders)}"

@@ -20,8 +20,9 @@ from qalign.model.base import Base, Role, load
 from qalign.model.generation import Engine, Sampling, engine, stop_ids_of, text_of
 from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
-from qalign.rl.rewards import Scorer, Scorers, open_scorers, value_start
+from qalign.rl.rewards import Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
+from qalign.rl.scorers import Scorer
 from qalign.train.adapter_trainer import built, schedule_from_one, try_out
 from qalign.train.callbacks import checkpoint_layers
 from qalign.train.dataset import ReadRows, StageRows, encode_rows, rendered_at
@@ -97,7 +98,7 @@ def add_value_model(base: Base, run: RunFolder, scorers: list[Scorer]) -> None:
     if kind == "trunk":
         base.add_head(Role.VALUE)
     elif copied := value_start(scorers):
-        base.load_adapter(Role.VALUE, str(copied.folder), trainable=True)
+        base.load_adapter(Role.VALUE, str(copied.folders[0]), trainable=True)
     else:
         base.add_adapter(Role.VALUE, run.recipe.lora.model_copy(update={"init": "default"}))
         base.add_head(Role.VALUE)

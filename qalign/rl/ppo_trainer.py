@@ -261,7 +261,7 @@ class PPOTrainer:
 
     def _values(self, states: Tensor) -> Tensor:
         shift, factor = self.value_units
-        return (self.base.values(states) - shift) * factor
+        return (self.base.head_scores(Role.VALUE, states) - shift) * factor
 
     def _next_prompts(self) -> list[EncodedPrompt]:
         """The prompts of this iteration. Every prompt comes once, in a shuffled order, before any comes again."""

@@ -95,26 +95,42 @@ class RunCallback(TrainerCallback):
         self._bar.close()
 
 
+class ClipEach(TrainerCallback):
+    """Clips the gradients of groups of weights, each by its own norm, as `Trainer` does for all together. (It has
+    undone float16's scale by now.)"""
+
+    def __init__(self, groups: list[list[nn.Parameter]], most: float):
+        self.groups, self.most = groups, most
+
+    def on_pre_optimizer_step(self, args, state, control, **_):
+        for weights in self.groups if self.most > 0 else ():
+            nn.utils.clip_grad_norm_(weights, self.most)
+
+
 def checkpoint_layers(model: Any, planned: int) -> None:
-    """Gradient checkpointing of the first `planned` layers; `Trainer` switches it on for all. The layers ask for
-    training mode, and are put into evaluation mode while they run: in some families they have dropout."""
+    """Gradient checkpointing of `planned` layers, from the first one with trained weights: those below it keep nothing
+    for the backward pass. `Trainer` switches it on for all. The layers ask for training mode, and are put into
+    evaluation mode while they run: in some families they have dropout."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+    first = trained.index(True) if any(trained) else 0
+    chosen = layers[first : first + planned]
 
     @contextmanager
     def evaluating() -> Iterator[None]:
-        for layer in layers[:planned]:
+        for layer in chosen:
             layer.training = False
         try:
             yield
         finally:
-            for layer in layers[:planned]:
+            for layer in chosen:
                 layer.training = True
 
     if planned:
         contexts = {"context_fn": lambda: (evaluating(), evaluating())}  # of the forward pass, and of its repetition
         model.activation_checkpointing_enable({"use_reentrant": False, **contexts})
-    for number, layer in enumerate(layers):
-        layer.gradient_checkpointing = number < planned
+    for layer in layers:
+        layer.gradient_checkpointing = layer in chosen
 
 
 def _shown(logs: dict[str, float], prefix: str = "") -> str:

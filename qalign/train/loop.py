@@ -11,10 +11,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qalign.config.atomic import replacing_folder
 from qalign.config.manifest import damage
-from qalign.config.stages import PPO, RL_STAGES, SFT, Stage
+from qalign.config.stages import PPO, RL_STAGES, SFT, Reward, Stage
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, out_of_memory
+from qalign.losses.ensemble import member_seed
 from qalign.model import lineage
+from qalign.model.adapters.members import member_roles, places
 from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
 from qalign.model.loading import reach_of
@@ -44,7 +46,7 @@ class Session:
     checkpoint: Path | None  # where this session continues; None at the beginning of a run
 
     def __init__(self, run: RunFolder, base: Base, rows: StageRows, role: Role = Role.POLICY):
-        self.run, self.base, self.rows, self.role = run, base, rows, role
+        self.run, self.base, self.rows, self.roles = run, base, rows, member_roles(run.settings) or (role,)
         if run.stage not in RL_STAGES:  # whose rows are prompts; it checks `max_length` itself
             check_reach(base, rows)
         self.origin = base.lineage(run.stage, run.parent)  # of the adapter that is trained
@@ -52,15 +54,22 @@ class Session:
     def add_adapter(self, *, reference: bool = False) -> None:
         """Adds the adapter to train: new, or a copy of the one that `start_from` names, which must have been trained
         with the same base, tokenizer and chat template. `reference` keeps a frozen copy of that one as the reference.
-        (A new adapter needs none: its reference is the base with adapters off.)"""
-        set_seed(self.run.recipe.seed)
+        (A new adapter needs none: its reference is the base with adapters off.) An ensemble has one for each member,
+        with the initial weights of the member's own seed."""
+        recipe, settings = self.run.recipe, self.run.settings
+        if isinstance(settings, Reward) and settings.members > 1:
+            for number, role in enumerate(self.roles, start=1):
+                set_seed(member_seed(recipe.seed, number))
+                self.base.add_adapter(role, recipe.lora, settings.share)
+            return
+        set_seed(recipe.seed)
         if parent := self.run.parent:
             lineage.check(f"{self.run.stage}.start_from", parent, self.origin)
-            self.base.load_adapter(self.role, parent, trainable=True)
+            self.base.load_adapter(self.roles[0], parent, trainable=True)
             if reference:
                 self.base.load_reference(parent)
         else:
-            self.base.add_adapter(self.role, self.run.recipe.lora)
+            self.base.add_adapter(self.roles[0], recipe.lora)
 
     def plan(self, longest: int, other_bytes: int = 0) -> None:
         """Resolves the `auto` settings of the stage for this base and this device, or raises a `UserError` if not even
@@ -166,7 +175,8 @@ class Session:
             trainer.train(resume_from_checkpoint=str(checkpoint))
             return
         trainer.state = state
-        self.base.restore_adapter(self.role, final)
+        for role, folder in places(self.roles, final).items():
+            self.base.restore_adapter(role, folder)
 
     def to_the_end(self, loop: Callable[[], tuple[int, int, int]]) -> dict[str, Any]:
         """Runs a training loop, which returns steps done, steps planned and tokens seen of the whole run, and saves the
@@ -183,8 +193,9 @@ class Session:
             run.end_early(done)
         seconds = time.monotonic() - began
         with replacing_folder(run.adapter) as aside:
-            self.base.save_adapter(self.role, aside)
-            lineage.write(aside, self.origin)
+            for role, folder in places(self.roles, aside).items():
+                self.base.save_adapter(role, folder)
+                lineage.write(folder, self.origin)
         return {
             "steps": done,
             "resumed_from": str(self.checkpoint) if self.checkpoint else None,
@@ -196,8 +207,8 @@ class Session:
 
     def finish(self, next_command: str, **facts: Any) -> None:
         """Completes the run folder, as `RunFolder.finish` says."""
-        code = loading(self.base, self.run.adapter)
-        self.run.finish(next_command, self.base.origin.source, code, rows=self.rows.counts, **facts)
+        codes = {folder: loading(self.base, folder) for folder in places(self.roles, self.run.adapter).values()}
+        self.run.finish(next_command, self.base.origin.source, codes, rows=self.rows.counts, **facts)
 
 
 def check_reach(base: Base, rows: StageRows) -> None:

@@ -171,13 +171,13 @@ def _quoted(value: Any) -> str:
     return json.dumps(value) if isinstance(value, str) else repr(value)
 
 
-def model_card(adapter: Path, stage: str, model: str, base: str, code: str, facts: dict[str, Any]) -> str:
-    """The card as Markdown, from the recipe's `model.base`, the base's folder or hub id, Python that loads the adapter
-    (as from `loading`), and the facts of the summary, `versions` included."""
+def model_card(name: str, stage: str, model: str, base: str, code: str, facts: dict[str, Any]) -> str:
+    """The card as Markdown, from the name of the output folder, the recipe's `model.base`, the base's folder or hub id,
+    Python that loads the adapter (as from `loading`), and the facts of the summary, `versions` included."""
     cells = ((name, " ".join(str(value).split()).replace("|", r"\|")) for name, value in flat(facts))
     table = "\n".join(f"| {name} | {text} |" for name, text in cells if not name.startswith("versions."))
     made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
-    card = {"base": base, "stage": stage, "name": adapter.parent.parent.name, "model": model}
+    card = {"base": base, "stage": stage, "name": name, "model": model}
     return MODEL_CARD.format(**card, versions=made_with, table=table, code=code)
 
 

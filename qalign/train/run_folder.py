@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from qalign.config import manifest
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
 from qalign.config.load import dump
-from qalign.config.paths import absolute, expanded, function_of, looks_local, names_of_files
+from qalign.config.paths import absolute, expanded, function_of, looks_local, names_of_files, without_member
 from qalign.config.recipe import Recipe, differences
 from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
@@ -294,22 +294,25 @@ class RunFolder:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
-    def finish(self, next_command: str, base: str, code: str, **facts: Any) -> None:
-        """Writes the model card and `summary.json`, which marks the run as complete, and prints what to type next.
-        `facts` are for the summary: `tokens_per_second` and `peak_bytes` at least."""
+    def finish(self, next_command: str, base: str, codes: dict[Path, str], **facts: Any) -> None:
+        """Writes the model card of each adapter folder, with the code that loads it, and `summary.json` with `facts`
+        (`tokens_per_second` and `peak_bytes` at least), which marks the run as complete. Prints what to type next."""
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
-        card = model_card(self.adapter, self.stage, self.recipe.model.base, base, code, facts)
-        write_whole(self.adapter / "README.md", card)
+        for adapter, code in codes.items():
+            card = model_card(self.path.parent.name, self.stage, self.recipe.model.base, base, code, facts)
+            write_whole(adapter / "README.md", card)
         write_whole(self.summary, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"
         print_table("done", [("adapter", self.adapter), ("speed", speed), ("next", next_command)])
 
 
 def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
-    """The finished run in a folder such as `runs/demo/reward`; `runs/demo` and `runs/demo/reward/adapter` work too. In
-    `runs/demo`, the first of the accepted `stages` that has a finished run is taken; a `UserError` if none has."""
+    """The finished run in a folder such as `runs/demo/reward`; `runs/demo` and `runs/demo/reward/adapter` work too, and
+    `runs/demo/reward/member_2` for one member of an ensemble. In `runs/demo`, the first of the accepted `stages` that
+    has a finished run is taken; a `UserError` if none has."""
     given = expanded(folder)
     given = given if given.name else given.resolve()  # "." has no name, and a run is known by its folder's
+    given, member = without_member(given)
     given = given.parent if given.name == "adapter" else given
     places = [*(given / stage for stage in stages), given]
     place = next((place for place in places if (place / "summary.json").is_file()), None)
@@ -320,7 +323,11 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
     recipe = _read_recipe(place / "recipe.yaml")
     if place.name not in stages:
         raise UserError(f"{folder}: is a run of {place.name}, expected one of {', '.join(stages)}")
-    return RunFolder(recipe.model_copy(update={"output": str(place.parent)}), place.name)
+    run = RunFolder(recipe.model_copy(update={"output": str(place.parent)}), place.name)
+    if member and not (run.adapter / member).is_dir():
+        raise UserError(f"{folder}: the ensemble has no {member}{did_you_mean(member, names_of_files(run.adapter))}")
+    run.adapter /= member
+    return run
 
 
 def _read_recipe(file: Path) -> Recipe:

@@ -25,6 +25,7 @@ from qalign.data.tokenize import end_of_turn_id
 from qalign.errors import UserError
 from qalign.merge import main, merge
 from qalign.model.adapters.files import SCORE_HEAD
+from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load
 from tests.helpers import house_style, leaving, refusal
 from tests.reward_runs import run_stage, write_recipe
@@ -233,7 +234,7 @@ def test_a_reward_run_becomes_a_sequence_classifier_with_the_same_scores(publish
     base.load_adapter(Role.REWARD, str(run.adapter), trainable=False)
     pairs = house_style(base.tokenizer, 8)
     sequences = [pair.prompt_ids + ids for pair in pairs for ids in (pair.chosen_ids, pair.rejected_ids)]
-    expected = base.answer_scores(Role.REWARD, pairs, MicroBatchLimit(pairs=4)).flatten()
+    expected = answer_scores(base, Role.REWARD, pairs, MicroBatchLimit(pairs=4)).flatten()
     plain = AutoModelForSequenceClassification.from_pretrained(target, dtype=torch.float32).eval()
     assert plain.config.num_labels == 1
     tokenizer = AutoTokenizer.from_pretrained(target, padding_side="right")

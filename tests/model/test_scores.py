@@ -12,6 +12,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenPair, end_of_turn_id, pad_for_scores
 from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
+from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load
 from qalign.model.logps import ScalarHead
 from tests.conftest import FIXTURES
@@ -52,7 +53,7 @@ def pairs_of(tokenizer, count: int = 4) -> list[TokenPair]:
 
 
 def scores(base, pairs: list[TokenPair], at_once: int = 4) -> torch.Tensor:
-    return base.answer_scores(Role.REWARD, pairs, MicroBatchLimit(pairs=at_once))
+    return answer_scores(base, Role.REWARD, pairs, MicroBatchLimit(pairs=at_once))
 
 
 def test_a_fresh_head_is_small_and_computes_in_its_own_precision():

@@ -135,7 +135,7 @@ def test_a_broken_reward_model_costs_the_scores_and_not_the_answers(runs, tmp_pa
 
 
 def test_scores_that_cannot_be_computed_cost_no_answers(chat, capsys):
-    with patch.object(chat.base, "answer_scores", side_effect=torch.OutOfMemoryError("no")):
+    with patch.object(chat.base, "pair_scores", side_effect=torch.OutOfMemoryError("no")):
         assert [(reply.state, reply.reward) for reply in last(chat, PAIR)] == [("cut", None)] * 2
     assert "no rewards: Out of memory" in capsys.readouterr().err
 

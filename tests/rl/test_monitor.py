@@ -15,7 +15,7 @@ def planted(monkeypatch, tiny_folder, recipe_of, held_out, rewards):
     ends them, and one direction of the hidden states makes these less likely."""
     head = load_file(Path(tiny_folder) / "model.safetensors")["lm_head.weight"]
     stop_ids = tuple(head[:, 1].topk(len(head) // 10).indices.tolist())
-    for module in ("qalign.rl.ppo_setup", "qalign.rl.rewards"):
+    for module in ("qalign.rl.ppo_setup", "qalign.rl.scorers"):
         monkeypatch.setattr(f"{module}.stop_ids_of", lambda *_: stop_ids)
 
     def run(reward: str, judge: str):

@@ -104,7 +104,7 @@ def plain_gradients(trainer: PPOTrainer, rollout) -> dict[str, torch.Tensor]:
                 ratio = (logps - old).exp()
                 total = total - torch.min(ratio * adv, ratio.clamp(0.8, 1.2) * adv).sum() / tokens
             with base.acting_as(Role.VALUE) as lm:
-                values = base.values(lm.base_model(sequence).last_hidden_state[0, start:-1])
+                values = base.head_scores(Role.VALUE, lm.base_model(sequence).last_hidden_state[0, start:-1])
                 clipped = old_values + (values - old_values).clamp(-0.2, 0.2)
                 error = torch.max((values - returns) ** 2, (clipped - returns) ** 2)
                 total = total + settings.value_coefficient * 0.5 * error.sum() / tokens

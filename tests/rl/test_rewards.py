@@ -79,7 +79,7 @@ def test_an_answer_that_was_cut_or_ended_with_eos_is_read_at_an_end_of_turn(
 ):
     """As the reward model was trained; at other tokens its head says nothing that it learned."""
     turn_end = tiny_base.tokenizer.convert_tokens_to_ids("<|eot_id|>")
-    monkeypatch.setattr("qalign.rl.rewards.stop_ids_of", lambda *_: (turn_end, 77))
+    monkeypatch.setattr("qalign.rl.scorers.stop_ids_of", lambda *_: (turn_end, 77))
     (scorer,) = attached(str(reward_run.path)).reward
     other = [
         replace(row, tokens=TokenAnswers(row.tokens.prompt_ids, tuple(a[:-1] + end for a in row.tokens.answers)))
@@ -102,7 +102,7 @@ def test_the_recipes_own_reward_run_must_be_there(opened, reward_run, tmp_path):
         opened("reward")
     shutil.copytree(reward_run.path, tmp_path / "runs" / "reward")
     (scorer,) = opened("reward").reward
-    assert scorer.folder == tmp_path / "runs" / "reward" / "adapter"
+    assert scorer.folders == [tmp_path / "runs" / "reward" / "adapter"]
 
 
 def test_several_are_added_up_with_their_weights(attached, reward_run, tiny_base, rows, tmp_path):
@@ -337,7 +337,7 @@ def test_policy_value_reward_and_judge_share_one_base_and_nothing_else(attached,
     with torch.no_grad(), base.packed_attention(), base.acting_as(Role.VALUE) as lm:
         batch = base.batch([row.tokens for row in rows], last_token="kept")
         hidden = lm.base_model(**batch.inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-        assert torch.equal(base.values(hidden[batch.last_tokens]).view(2, 2), before), (
+        assert torch.equal(base.head_scores(Role.VALUE, hidden[batch.last_tokens]).view(2, 2), before), (
             "the value model begins as the reward's"
         )
     trained = {name.split(".")[-2] for name, p in base.model.named_parameters() if p.requires_grad}

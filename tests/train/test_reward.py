@@ -22,6 +22,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import pad_for_scores
 from qalign.errors import UserError
 from qalign.model.adapters.files import SCORE_HEAD
+from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit
 from qalign.score import score
@@ -260,7 +261,7 @@ def test_the_readmes_own_snippet_loads_it_with_plain_peft_to_the_same_scores(fin
     base.load_adapter(Role.REWARD, str(finished.adapter), trainable=False)
     pairs = house_style(base.tokenizer, 8)
     sequences = [pair.prompt_ids + ids for pair in pairs for ids in pair.answers]
-    expected = base.answer_scores(Role.REWARD, pairs, MicroBatchLimit(pairs=4)).flatten().tolist()
+    expected = answer_scores(base, Role.REWARD, pairs, MicroBatchLimit(pairs=4)).flatten().tolist()
     assert max(expected) - min(expected) > 0.1
     with torch.no_grad():
         alone = [plain_score(plain, ids).item() for ids in sequences]

@@ -14,6 +14,7 @@ from qalign.config.recipe import Model
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenAnswers
 from qalign.model.adapters.files import CONFIG, SCORE_HEAD, WEIGHTS
+from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit
 from qalign.train.model_card import loading
@@ -74,7 +75,7 @@ def check_run(folder: str, tmp_path: Path, capsys, quantization: str = "nf4") ->
     ids = executed(code)["ids"][0].tolist()
     printed = float(capsys.readouterr().out.splitlines()[-1])
     rows = [TokenAnswers(ids[:-1], (ids[-1:],))]
-    assert printed == pytest.approx(base.answer_scores(Role.REWARD, rows, MicroBatchLimit(pairs=1)).item(), abs=1e-4)
+    assert printed == pytest.approx(answer_scores(base, Role.REWARD, rows, MicroBatchLimit(pairs=1)).item(), abs=1e-4)
     return code, printed
 
 
@@ -95,7 +96,7 @@ def test_plain_peft_scores_the_same_where_transformers_has_a_class(tiny_folder, 
     with torch.no_grad():
         alone = [plain(input_ids=torch.tensor([pair.prompt_ids + answer])).logits.item() for answer in pair.answers]
     base = load_rewarding(folder, adapter, quantization)
-    found = base.answer_scores(Role.REWARD, [pair], MicroBatchLimit(pairs=1))[0].tolist()
+    found = answer_scores(base, Role.REWARD, [pair], MicroBatchLimit(pairs=1))[0].tolist()
     assert found == pytest.approx(alone, abs=1e-4)
     assert bradley_terry(*found) == pytest.approx(bradley_terry(*alone), abs=1e-4)
 

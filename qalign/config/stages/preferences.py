@@ -7,6 +7,8 @@ from pydantic import Field
 
 from qalign.config.stages.section import LearningRate, NotNegative, Positive, Stage
 
+MEMBER_LAYERS = 0.2  # of an ensemble's adapters, when left out
+
 
 class Reward(Stage):
     """A reward model: learns to give the chosen answer of each pair a higher score (Bradley-Terry)."""
@@ -19,6 +21,29 @@ class Reward(Stage):
     centering: NotNegative = 0.0
     """Reward centring coefficient (arXiv:2312.09244): pulls the mean score of each pair to 0 with this weight, so that
     scores don't drift in long runs. 0.01 is usual; raise it to 0.1 if they still drift."""
+    members: int = Field(default=1, ge=1, le=64)
+    """Ensemble members: trains this many reward models in one pass over the pairs, each with an adapter and head of its
+    own, from another seed and on another resample (bootstrap) of the pairs. A policy that exploits one of them doesn't
+    fool the others (`ppo.reward_combine`; Coste et al. 2023, arXiv:2310.02743). 4 is usual."""
+    member_layers: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Member depth: the share of the layers, from the last one, that the members' adapters are on; 0.2 when left out.
+    The layers below run once for all members: with 0.2, four members score in at most 1.6 times the time of a single
+    model, with 1 in four times. Raise it if the members are less accurate than a single model."""
+
+    @property
+    def share(self) -> float:
+        """Of the layers, from the last one, that have adapters."""
+        return 1.0 if self.members == 1 else self.member_layers or MEMBER_LAYERS
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.members == 1 and self.member_layers is not None:
+            yield "member_layers: is for ensembles; members 1 has its adapter on all layers; set members or remove it"
+        if self.members > 1 and self.start_from:
+            yield (
+                "start_from: members share the layers below their adapters, and an adapter to start from may be on all "
+                "layers; remove it, or set members 1"
+            )
 
 
 DPO_LOSSES = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"]

@@ -62,6 +62,13 @@ class PPO(Stage):
     """Reward: what PPO maximises. `reward` for this recipe's reward run, another reward adapter, a
     sequence-classification model, a Python function `module:function(prompts, completions, **row)`, or a list of these
     with `weight`."""
+    reward_combine: Literal["mean", "min", "mean_minus_std"] = "mean"
+    """Ensemble reward: how the scores of a reward run with `members` become one score: their `mean`; the `min`, which
+    no answer raises that one member sees through; or `mean_minus_std`, which subtracts `uncertainty` times their
+    standard deviation (Coste et al. 2023, arXiv:2310.02743). Take `min` if the judge falls while the reward rises."""
+    uncertainty: NotNegative | None = None
+    """Uncertainty coefficient: how many standard deviations of the members' scores `mean_minus_std` subtracts; 1.0 when
+    left out. Raise it if `eval_spread` in metrics.jsonl rises."""
     advantage: Literal["gae", "rloo", "grpo", "dr_grpo"] = "gae"
     """Advantage estimator: `gae` learns a value model. The others need none, and compare the answers to a prompt:
     `rloo` with the mean of the others (arXiv:2402.14740), `grpo` in standard deviations from their mean
@@ -131,7 +138,8 @@ class PPO(Stage):
     `max_new_tokens` is short on purpose."""
     judge: Rewards | None = None
     """Judge: rewards that score the held-out answers and are never trained on, in the same forms as `reward`. Set one
-    to detect reward hacking: the judge falls while the reward rises."""
+    to detect reward hacking: the judge falls while the reward rises. `reward/member_4` is one member of this recipe's
+    reward run, which is then left out of the reward."""
     patience: int = Field(default=3, ge=2, le=1_000)
     """Alarm patience: evaluations in a row with falling judge and rising reward before the alarm. Larger is surer."""
     on_alarm: Literal["warn", "slow", "stop"] = "warn"
@@ -162,6 +170,8 @@ class PPO(Stage):
             yield "judge: has nothing to judge without eval_data or holdout; add held-out prompts or remove this"
         if self.judge and {r.source for r in self.judge} & {r.source for r in self.reward}:
             yield "judge: must not be what the policy trains on; name another reward run, or a function"
+        if self.uncertainty is not None and self.reward_combine != "mean_minus_std":
+            yield f"uncertainty: has no effect with reward_combine '{self.reward_combine}'; remove it"
         if self.kl == "none":
             if self.kl_target:
                 yield "kl_target: has no effect with kl 'none'; remove it, or set kl: in_reward"

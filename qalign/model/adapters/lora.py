@@ -5,7 +5,7 @@ does without. On a CPU it also casts inputs to float32 and back. PEFT still owns
 are, switched off, and hooks on the base's layers add the active adapter.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ class AddedLora:
 
     def __init__(self, layers: Iterable[nn.Module]):
         self._active: str | None = None
+        self._together: tuple[str, ...] = ()
         found = [cast(LoraLayer, layer) for layer in layers if isinstance(layer, LoraLayer)]
         self._layers = [layer for layer in found if isinstance(layer.get_base_layer(), nn.Linear)]
         self._plain: dict[str, set[LoraLayer]] = {}  # by adapter, the layers where it is plain LoRA
@@ -39,6 +40,21 @@ class AddedLora:
             layer.enable_adapters(layer in self._off)
             self._off ^= {layer}
 
+    def route(self, adapters: Sequence[str]) -> None:
+        """From now on the layers that have these adapters give each an equal part of their tokens, in this order; none
+        ends it. The first of them must be active, and all plain in every layer that has one (`routes`)."""
+        self._together = tuple(adapters)
+
+    def routes(self, adapters: Sequence[str]) -> list[nn.Module] | None:
+        """The base's layers that have these adapters; None where `route` can't serve them."""
+        found = [layer for layer in self._layers if adapters[0] in layer.lora_A]
+        for layer in found:
+            if not all(name in layer.lora_A and is_plain(layer, name) for name in adapters):
+                return None
+            if len({(cast(nn.Linear, layer.lora_A[name]).weight.shape, layer.scaling[name]) for name in adapters}) > 1:
+                return None
+        return [layer.get_base_layer() for layer in found]
+
     def close(self) -> None:
         """Leaves the layers to PEFT."""
         for hook in self._hooks:
@@ -49,10 +65,15 @@ class AddedLora:
     def _add(self, layer: LoraLayer, own: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
         if self._active is None or layer not in self._off or self._active not in layer.lora_A:
             return None
-        into, out = (cast(nn.Linear, part[self._active]).weight for part in (layer.lora_A, layer.lora_B))
+        names = self._together or (self._active,)
+        weights = [[cast(nn.Linear, part[name]).weight for name in names] for part in (layer.lora_A, layer.lora_B)]
+        (into, *_), (out, *_) = weights
         kind = output.device.type
         dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else into.dtype
         states = cast(nn.Module, layer.lora_dropout[self._active])(inputs[0])
+        if self._together:
+            into, out = (torch.stack(each).to(dtype) for each in weights)
+            return _added_to_parts(output, states.to(dtype), into, out, layer.scaling[self._active])
         # A 4-bit layer's output is its own and new, but with a bias it is a view, as that of others may be. (The meta
         # device stands for all kinds.)
         is_new = isinstance(own, Linear4bit) or output.is_meta
@@ -67,6 +88,14 @@ def is_plain(layer: LoraLayer, adapter: str) -> bool:
         return True
     linear = type(layer.lora_A[adapter]) is type(layer.lora_B[adapter]) is nn.Linear
     return linear and layer.lora_B[adapter].bias is None and adapter not in layer.lora_variant
+
+
+def _added_to_parts(output: Tensor, states: Tensor, into: Tensor, out: Tensor, scale: float) -> Tensor:
+    """output + scale · states Aᵀ Bᵀ, with matrices for each of as many equal parts of the tokens: A `(parts, rank, in)`
+    and B `(parts, out, rank)`."""
+    low = torch.bmm(states.reshape(len(into), -1, states.shape[-1]), into.mT)
+    parts = output.reshape(len(into), -1, output.shape[-1])
+    return torch.baddbmm(parts, low.to(output.dtype), out.mT.to(output.dtype), alpha=scale).view_as(output)
 
 
 class _AddLowRank(torch.autograd.Function):

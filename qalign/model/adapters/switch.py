@@ -39,7 +39,7 @@ class AdapterSwitch:
             if layer in tuned
         ]
         self._in_place: bool | None = True
-        self._added = AddedLora(tuned)
+        self.added = AddedLora(tuned)
         self._active: list[str] = []
         self._recomputed = [module for module in self._modules if isinstance(module, GradientCheckpointingLayer)]
         dropouts = [layer.lora_dropout.values() for layer in self._layers if isinstance(layer, LoraLayer)]
@@ -58,7 +58,7 @@ class AdapterSwitch:
     def activate(self, adapter: str | None) -> None:
         """Computes with an adapter, or with the base alone; call it again after an error. PEFT changes flags here."""
         self.put_adapters_in_place(adapter is not None)
-        self._added.activate(None)  # if an error comes in between
+        self.added.activate(None)  # if an error comes in between
         for wrapper in self._wrappers:
             wrapper.enable_adapters(adapter is not None)
         if adapter is None:
@@ -69,14 +69,14 @@ class AdapterSwitch:
                 layer.set_adapter(self._active, inference_mode=True)
         for wrapper in self._wrappers:
             wrapper.set_adapter(wrapper.check_set_adapter([adapter]) or [], inference_mode=True)
-        self._added.activate(adapter)
+        self.added.activate(adapter)
         model = cast(peft.PeftModel, self._model)
         model.active_adapter = cast(Any, model.base_model).active_adapter = adapter
 
     def close(self) -> None:
         """Leaves the adapters to PEFT, as before one is added or deleted."""
         self.put_adapters_in_place()
-        self._added.close()
+        self.added.close()
 
     def put_adapters_in_place(self, wanted: bool = True) -> None:
         """Puts the layers with adapters into the model, as PEFT expects them, or the base's own layers, which compute

@@ -146,13 +146,34 @@ def name_of(lm: nn.Module, wanted: nn.Module | None) -> str | None:
     return next((name for name, module in lm.named_modules() if module is wanted), None) if wanted is not None else None
 
 
-def new_config(lora: Lora, lm: PreTrainedModel, name: str) -> peft.LoraConfig:
-    """PEFT's config for a new adapter of a recipe on a base called `name`; a `UserError` if its targets don't fit."""
+def decoder_layers(lm: PreTrainedModel) -> nn.ModuleList | None:
+    """The layers of the language model; None if they don't stand in one list."""
+    count = lm.config.get_text_config().num_hidden_layers
+    lists = (module for module in lm.get_decoder().modules() if isinstance(module, nn.ModuleList))
+    return next((module for module in lists if len(module) == count), None)
+
+
+def last_layers(lm: PreTrainedModel, share: float) -> list[nn.Module]:
+    """This share of the layers, from the last one: at least one. A `UserError` if they don't stand in one list."""
+    if (layers := decoder_layers(lm)) is None:
+        raise UserError(f"reward.members: the layers of {type(lm).__name__} don't stand in one list; set members 1")
+    return list(layers)[-max(1, round(share * len(layers))) :]
+
+
+def new_config(lora: Lora, lm: PreTrainedModel, name: str, share: float = 1.0) -> peft.LoraConfig:
+    """PEFT's config for a new adapter of a recipe on a base called `name`, on the last `share` of its layers; a
+    `UserError` if its targets don't fit."""
+    chosen = _targets(lora.targets, lm, name)
+    if share < 1:
+        inside = {module for layer in last_layers(lm, share) for module in layer.modules()}
+        chosen = [n for n, layer in own_layers(lm).items() if layer in inside and _ends_with(n, chosen)]
+        if not chosen:
+            raise UserError(f"lora.targets: fits no layer in the last {share:.0%}; raise reward.member_layers")
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # pyright: ignore[reportArgumentType]  (PEFT only divides by it, a float works)
         lora_dropout=lora.dropout,
-        target_modules=_targets(lora.targets, lm, name),
+        target_modules=chosen,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,

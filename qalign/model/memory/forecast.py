@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from statistics import fmean, pstdev
 
 import psutil
@@ -16,9 +17,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from qalign.config.paths import function_of, is_own_model
+from qalign.config.paths import adapters_in, function_of, is_own_model, is_own_run, own_member, reward_adapter
 from qalign.config.recipe import Model, Recipe
-from qalign.config.stages import PPO, REFERENCE_FREE, RL_STAGES
+from qalign.config.stages import PPO, REFERENCE_FREE, RL_STAGES, Reward
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import held_bytes
 from qalign.model.loading import reach_of
@@ -73,7 +74,8 @@ class Forecast:
 
     Attributes:
         fixed: bytes that are always in memory, by purpose.
-        layers: the base's number of layers.
+        layers: the base's number of layers; for an ensemble, of those that keep something for the backward pass.
+        members: of the ensemble that is trained; 1 without one.
         reach: the longest text that the base can read, in tokens.
         most_steps: the tokens that most optimiser steps have, for `plan`, where they are known.
     """
@@ -82,7 +84,10 @@ class Forecast:
         self.recipe, self.stage, self.device, self.dtype = recipe, stage, device, dtype
         self.settings = getattr(recipe, stage)
         self.config = copy.deepcopy(config)
-        self.layers: int = self.config.get_text_config().num_hidden_layers
+        layers: int = self.config.get_text_config().num_hidden_layers
+        # An ensemble's adapters are on the last layers, through which each token goes once for each member.
+        self.members = self.settings.members if stage == "reward" else 1
+        self.layers = max(1, round(self.settings.share * layers)) if self.members > 1 else layers
         self.reach = reach_of(config) or 2**20
         self.most_steps = 2**40
         self._steps: dict[tuple[int, bool, bool], Step] = {}
@@ -98,20 +103,20 @@ class Forecast:
         settings, width = self.settings, self.dtype.itemsize
         weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-        frozen, trained = 0, adapter
+        frozen, trained = 0, self.members * adapter
         has_reference = self.stage in RL_STAGES or (self.stage == "dpo" and settings.loss not in REFERENCE_FREE)
         if has_reference and settings.start_from is not None:
             frozen += 1  # the reference's copy of the adapter
         if isinstance(settings, PPO):
             sources = [source.source for _, source in settings.sources]
             # Reward models that aren't adapters are loaded by the time that memory is planned.
-            frozen += sum(not (function_of(source) or is_own_model(source)) for source in sources)
+            frozen += sum(_full_adapters(source, self.recipe.reward) for source in sources)
             trained += adapter if settings.value == "adapter" else 0
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
-        autocast_copy = adapter * width if width == 2 else 0
+        autocast_copy = self.members * adapter * width if width == 2 else 0
         return {
             "base": sum(_held_bytes(p, name, lm, self.recipe.model, width) for name, p in weights),
-            "adapters": (trained + frozen * adapter) * 4 + autocast_copy,
+            "adapters": int((trained + frozen * adapter) * 4) + autocast_copy,
             "gradients": trained * 4,
             "optimiser": int(trained * _OPTIMIZER_BYTES[optimizer]),
         }
@@ -124,7 +129,9 @@ class Forecast:
         """The memory of a micro-batch of this many tokens."""
         key = tokens, checkpointing, offloaded
         if key not in self._steps:
-            self._steps[key] = self._step_model.run(tokens, checkpointing=checkpointing, offloaded=offloaded)
+            self._steps[key] = self._step_model.run(
+                self.members * tokens, checkpointing=checkpointing, offloaded=offloaded
+            )
         return self._steps[key]
 
     def total(self, tokens: int, checkpointed: int, *, offloaded: bool = False) -> int:
@@ -203,6 +210,15 @@ class Forecast:
             return None
         held = self.step(longest, checkpointing=True, offloaded=True).held
         return Plan(longest, self.layers, held) if held <= host else None
+
+
+def _full_adapters(source: str, own: Reward | None) -> float:
+    """How many adapters on all layers a reward takes: one or the members of an ensemble, none if it is no adapter."""
+    if function_of(source) or is_own_model(source):
+        return 0
+    if not is_own_run("reward", source):
+        return len(adapters_in(reward_adapter(source) or Path()))
+    return own.share * (1 if own_member(source) else own.members) if own else 1
 
 
 def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: Model, width: int) -> int:

@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from qalign.model.adapters.targets import decoder_layers
+
 
 class _Skipped(nn.Module):
     """In place of a layer: passes on the hidden states that it is given, in a tuple if layers of its family do."""
@@ -24,13 +26,11 @@ def keep_one_of_each_kind(lm: PreTrainedModel, trial: Callable[[], bool]) -> dic
     """Replaces layers by ones that do nothing, so that one of each kind is left, if the model can run so: `trial` runs
     it and says whether its states have the right shape. Returns the layers that are left, and how many of their kind
     there were."""
-    config = lm.config.get_text_config()
-    count = config.num_hidden_layers
-    lists = (module for module in lm.get_decoder().modules() if isinstance(module, nn.ModuleList))
-    layers = next((module for module in lists if len(module) == count), None)
+    config, layers = lm.config.get_text_config(), decoder_layers(lm)
     if layers is None:
         trial()
         return {}
+    count = len(layers)
     types, all_layers, kinds = getattr(config, "layer_types", None) or [None] * count, list(layers), {}
     for number, layer in enumerate(all_layers):
         shapes = tuple((name, tuple(p.shape)) for name, p in layer.named_parameters())

@@ -148,7 +148,8 @@ def meta_model(recipe: Recipe, stage: str, config: PretrainedConfig, dtype: torc
     if stage == "reward":
         lm.set_output_embeddings(None)
     with torch.device("meta"):
-        adapter = new_config(recipe.lora, lm, recipe.model.base)
+        share = recipe.reward.share if stage == "reward" and recipe.reward else 1.0
+        adapter = new_config(recipe.lora, lm, recipe.model.base, share)
         adapter.task_type = peft.TaskType.CAUSAL_LM
         peft.get_peft_model(lm, adapter, autocast_adapter_dtype=False)
         lm.to(dtype)  # pyright: ignore[reportArgumentType]  (adapters too: autocast computes with copies of them)
@@ -191,8 +192,13 @@ class StepModel:
         self.wide = wide_modules(able, lambda: _states(lm, _batch(stage, 9)))
         self._known: dict[tuple[int, bool, bool], Step] = {}
         self._copied = 0
-        # The layers that are left stand for ones behind others, whose states have gradients.
-        lm.get_input_embeddings().register_forward_hook(self._with_gradients)
+        # The layers that are left stand for ones behind others, whose states have gradients; but not for those below
+        # the adapters of an ensemble.
+        trained = [layer for layer in self.layers if any(p.requires_grad for p in layer.parameters())]
+        if stage == "reward" and recipe.reward and recipe.reward.share < 1 and trained:
+            trained[0].register_forward_pre_hook(self._given_gradients, with_kwargs=True)
+        else:
+            lm.get_input_embeddings().register_forward_hook(self._with_gradients)
         AddedLora(lm.modules()).activate("default")
         for parameter in lm.parameters():
             parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -200,6 +206,11 @@ class StepModel:
     def _with_gradients(self, _module: nn.Module, _inputs: Any, states: Tensor) -> Tensor:
         self._copied = states.nbytes
         return states.requires_grad_().clone()
+
+    def _given_gradients(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if args:
+            return (self._with_gradients(layer, None, args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": self._with_gradients(layer, None, kwargs["hidden_states"])}
 
     def run(self, tokens: int, *, checkpointing: bool, offloaded: bool = False) -> Step:
         """The memory of one step with this many tokens, with all layers checkpointed or none, and what they keep
