@@ -97,12 +97,14 @@ def meant_by(key: str, place: Place, raw: Keys) -> str:
     """`"; did you mean 'learning_rate'?"`: what an unknown key in the section at this place probably means; empty if
     nothing is likely. It may stand in the wrong section, be another kit's name, be TRL's, or be misspelt."""
     word = key.lower().replace("-", "_")
-    for name in (word, *_ALIASES.get(word, ())):
+    here = section_at(place).model_fields
+    names = [word, *_ALIASES.get(word, ())]
+    for name in sorted(names, key=lambda name: name not in here):  # a key of this very section first
         if meant := _as_written(name, place, raw):
             return f"; did you mean '{meant}'?"
     if len(place) == 1 and (stage := str(place[0])) in STAGES and word in trainer_keys(stage):
         return f"; did you mean '{stage}.trainer.{word}'?"
-    return did_you_mean(word, section_at(place).model_fields)
+    return did_you_mean(word, here)
 
 
 def _as_written(name: str, place: Place, raw: Keys) -> str | None:

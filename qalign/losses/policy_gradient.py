@@ -22,6 +22,13 @@ def kl_k3(policy: Tensor, reference: Tensor) -> Tensor:
     return torch.expm1(back) - back
 
 
+def kl_loss(policy: Tensor, reference: Tensor, log_ratio: Tensor) -> Tensor:
+    """k3 as a loss, times the ratio pi / pi_old (DeepSeek-V3.2, arXiv:2512.02556; TRL's default): so its gradient is
+    that of KL(pi || pi_ref), on samples of pi_old too. k3 alone, as in GRPO's eq. 4, has the same value at ratio 1
+    and the gradient of another divergence."""
+    return torch.exp(log_ratio) * kl_k3(policy, reference)
+
+
 def token_rewards(scores: Tensor, log_ratios: Tensor, mask: Tensor, kl_coefficient: float) -> Tensor:
     """Rewards per token: -beta (log pi - log pi_ref), plus the score `(answers,)` at the last token (Ouyang et al.
     2022, arXiv:2203.02155, eq. 2)."""
@@ -52,7 +59,7 @@ def whiten(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def rloo(scores: Tensor, num_samples: int) -> Tensor:
-    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740, eq. 7): each score `(answers,)` minus the mean
+    """REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740): each score `(answers,)` minus the mean
     of the other answers to its prompt, whose `num_samples` >= 2 answers are adjacent."""
     return centred(scores, num_samples) * (num_samples / (num_samples - 1))
 
@@ -79,7 +86,7 @@ def log_ratios(policy: Tensor, old: Tensor, owners: Tensor, lengths: Tensor, kin
         owners: int64 `(tokens,)`, the number of the answer that each token belongs to.
         lengths: `(answers,)`, tokens of each answer.
         kind: `token` for pi / pi_old of each token; `sequence` for the geometric mean over its answer (GSPO: Zheng et
-            al. 2025, arXiv:2507.18071, eq. 7); `product` for that of the whole answer (RLOO).
+            al. 2025, arXiv:2507.18071); `product` for that of the whole answer (RLOO).
     """
     change = policy - old
     if kind == "token":

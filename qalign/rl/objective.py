@@ -116,7 +116,7 @@ def policy_loss(
     kl_coefficient: float,
     log_ratios: Tensor,
     advantages: Tensor,
-    kl_k3: Tensor,
+    kl: Tensor,
     weights: Weights,
     figures: Figures,
 ) -> Tensor:
@@ -128,8 +128,8 @@ def policy_loss(
     figures.add(weights.loss, {"loss/policy_avg": loss})
     figures.add(weights.mean, {"policy/clipfrac_avg": clipped, "val/ratio": log_ratios.detach().exp()})
     if settings.kl == "in_loss":
-        figures.add(weights.loss, {"loss/kl_avg": kl_k3})
-        loss = loss + kl_coefficient * kl_k3
+        figures.add(weights.loss, {"loss/kl_avg": kl})
+        loss = loss + kl_coefficient * kl
     figures.add(weights.loss, {"loss": loss})
     return (loss * weights.loss).sum()
 

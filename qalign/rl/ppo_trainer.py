@@ -243,7 +243,7 @@ class PPOTrainer:
                 states = answer_states(lm, batch)
                 logps = state_logps(lm, states, batch.targets, self.setup.sampling.temperature)
                 ratios = losses.log_ratios(logps, old_logps, batch.owners, batch.lengths.flatten(), settings.ratio)
-                kl = losses.kl_k3(logps, reference)
+                kl = losses.kl_loss(logps, reference, ratios)
                 loss = policy_loss(settings, self.kl_coefficient, ratios, advantages, kl, weights, figures)
                 if settings.value == "trunk":
                     loss = loss + loss_of_values(states.detach(), where, weights)

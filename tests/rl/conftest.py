@@ -106,7 +106,7 @@ def trainer_of(tiny_folder, rewards, reward_run):
         base.add_adapter(Role.POLICY, Lora(r=4))
         if value == "trunk":
             base.add_head(Role.VALUE)
-        else:
+        elif value == "adapter":
             base.load_adapter(Role.VALUE, str(reward_run.adapter), trainable=True)
         given = {"data": "unused.jsonl", "reward": "unused.py:f", "value": value}
         settings = PPO.model_validate(SECTION | given | keys)
