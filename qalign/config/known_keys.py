@@ -117,7 +117,7 @@ def _as_written(name: str, place: Place, raw: Keys) -> str | None:
     if section == "trainer":
         return f"{at if at in STAGES else stages[0]}.{name}"
     if section:
-        return inside if section == at else name
+        return inside if section == at or {section, at} <= {*RL_STAGES} else name
     if name in here or name in Recipe.model_fields:
         return name
     owners = (other for other in ("model", "lora", *stages) if name in section_at((other,)).model_fields)

@@ -22,7 +22,16 @@ from tests.config.conftest import GOOD, with_stages
         ("dpo.max_seq_length", "model.max_length"), ("dpo.lora_alpha", "lora.alpha"), ("dpo.r", "lora.r"),
         ("dpo.optim", "dpo.trainer.optim"), ("dpo.optimizer", "dpo.trainer.optim"), ("dpo.clip", "ppo.clip"),
         ("dpo.weight_decay", "dpo.trainer.weight_decay"), ("dpo.report_to", "dpo.trainer.report_to"),
-        ("dpo.packing", "sft.packing"), ("ppo.beta", "dpo.beta"), ("ppo.kl_coef", "kl_coefficient"),
+        ("dpo.packing", "sft.packing"), ("ppo.beta", "kl_coefficient"),
+        *((f"grpo.{theirs}", ours) for theirs, ours in {
+            "num_generations": "samples_per_prompt", "beta": "kl_coefficient", "epsilon": "clip",
+            "loss_type": "loss_average",
+            "epsilon_high": "clip_high", "max_completion_length": "max_new_tokens", "num_iterations": "update_epochs",
+            "importance_sampling_level": "ratio", "scale_rewards": "advantage", "delta": "ratio_max",
+            "mask_truncated_completions": "missing_eos_penalty", "reward_funcs": "reward", "use_vllm": "engine",
+            "adv_estimator": "advantage", "clip_ratio_high": "clip_high", "kl_loss_coef": "kl_coefficient",
+            "loss_agg_mode": "loss_average", "max_prompt_length": "model.max_length",
+        }.items()), ("ppo.kl_coef", "kl_coefficient"),
         ("ppo.num_generations", "samples_per_prompt"), ("ppo.cliprange", "clip"), ("ppo.reward_model", "reward"),
         ("reward.neftune_alpha", "sft.neftune_alpha"), ("sft.sample_packing", "packing"),
         ("lora.rank", "r"), ("lora.lora_r", "r"), ("lora.lora_alpha", "alpha"), ("lora.target_modules", "targets"),
@@ -38,7 +47,7 @@ from tests.config.conftest import GOOD, with_stages
 )  # fmt: skip
 def test_what_was_meant_is_said_in_a_recipe_and_on_the_command_line(problems, key, meant):
     text = GOOD.replace("data: pairs.jsonl", "data: {path: pairs.jsonl}")
-    text = with_stages() if key.split(".")[0] in ("sft", "reward", "ppo") else text
+    text = with_stages() if key.split(".")[0] in ("sft", "reward", "ppo", "grpo") else text
 
     (line,) = problems(text, f"{key}=1")
 
