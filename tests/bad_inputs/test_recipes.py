@@ -36,6 +36,18 @@ TEXTS = {
     "large key": (RECIPE + f"{'k' * 900}: 1\n", "unknown key"),
     "huge number": (RECIPE + f"seed: {'9' * 5_000}\n", "is no whole number"),
     "large number": (RECIPE + f"seed: {'9' * 4_000}\n", "seed is 999"),
+    "grpo in TRL's words": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, beta: 0.04}\n",
+        "'kl_coefficient'?",
+    ),
+    "grpo of one answer": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, samples_per_prompt: 1}\n",
+        "grpo.samples_per_prompt: adv",
+    ),
+    "a critic for rloo": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, advantage: rloo, value: trunk}\n",
+        "grpo.value: adv",
+    ),
     "hex": (RECIPE + "seed: 0x_\n", "is no whole number"),
     "binary digits": (RECIPE + "seed: 0b_\n", "is no whole number"),
     "date": (RECIPE + "seed: 2020-99-99\n", "expected a whole number"),

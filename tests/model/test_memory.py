@@ -252,6 +252,8 @@ def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
     assert (plain["adapters"], plain["gradients"], plain["optimiser"]) == (4 * adapter, 4 * adapter, 8 * adapter)
     assert (full["adapters"], full["gradients"], full["optimiser"]) == (6 * 4 * adapter, 8 * adapter, 16 * adapter)
     assert plain["base"] == full["base"]
+    grpo = forecast_of(tiny_folder, "grpo", start_from="sft", reward=sources).fixed
+    assert (grpo["adapters"], grpo["gradients"], grpo["optimiser"]) == (4 * 4 * adapter, 4 * adapter, 8 * adapter)
 
 
 def test_what_more_adapters_take(tiny_folder):
