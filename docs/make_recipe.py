@@ -46,7 +46,8 @@ def default(field: FieldInfo) -> str:
     """A key's default and its other choices."""
     if field.is_required():
         return "required"
-    choices = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+    kinds = [field.annotation, *get_args(field.annotation)]
+    choices = next((get_args(kind) for kind in kinds if get_origin(kind) is Literal), ())
     others = ", ".join(f"`{choice}`" for choice in choices if choice != field.default)
     is_section = field.default and any(sections_in(field.annotation))
     shown = "its defaults" if is_section else f"`{flow(field.default)}`"

@@ -13,7 +13,7 @@ from typing import cast
 
 from qalign.cli import stage_command
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO, REFERENCE_FREE
+from qalign.config.stages import DPO
 from qalign.data.formats import preferences
 from qalign.train.dataset import encode_rows, read_rows
 from qalign.train.run_folder import RunFolder
@@ -32,18 +32,16 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     settings, base = cast(DPO, run.settings), load_base(run)
     pairs = encode_rows(run, base.template, read, encode_pairs)
     session = Session(run, base, pairs)
-    needs_reference = settings.loss not in REFERENCE_FREE
-    session.add_adapter(reference=needs_reference)
-    cached = needs_reference and settings.reference == "cached"
+    session.add_adapter(reference=settings.needs_reference)
+    cached = settings.needs_reference and settings.reference == "cached"
     references = CachedReferenceLogps(base, run.parent) if cached else ReferenceLogps()
-    reference = base.reference if needs_reference else "none: this loss needs no reference"
+    reference = base.reference if settings.needs_reference else "none: this loss needs no reference"
 
     session.plan(max(map(base.tokens_taken, pairs.train)))
     trainer = session.trainer(
         lambda args, *data: PreferenceTrainer(base, settings, references, args, session.micro, *data)
     )
-    loss = f"{settings.loss}, beta {settings.beta:g}"
-    facts = session.train(trainer, reference=reference, loss=loss, prompts=base.layout_in_words)
+    facts = session.train(trainer, reference=reference, loss=settings.loss_in_words, prompts=base.layout_in_words)
     references.save()
     measure = f"python -m qalign.evaluate {run.command_line}" if settings.has_held_out else None
     session.finish(measure or f"python -m qalign.page {shlex.quote(str(run.path))}", reference=reference, **facts)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from textwrap import indent, wrap
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from qalign.cli import recipe_parser, run_parsed
 from qalign.config.atomic import write_whole
@@ -53,7 +53,8 @@ def report(recipe: Recipe) -> None:
     if settings.holdout:  # with other rows or another seed, what was trained on would count as held out
         same += ["seed", "dpo.holdout", "dpo.eval_data", "dpo.limit", "dpo.split"]
     for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
-        if key.startswith("model.") or key in same or (settings.holdout and key.startswith("dpo.data.")):
+        held_out = settings.holdout and key.startswith("dpo.data.")
+        if key.startswith(("model.", "dpo.loss.")) or key in same or held_out:
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
     origin.check(recipe.model)
@@ -82,7 +83,7 @@ def report(recipe: Recipe) -> None:
     base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
     if run.parent:
         base.load_reference(run.parent)
-    figures: dict[str, Any] = {**measure(base, pairs, settings.beta, settings.loss), "loss": settings.loss}
+    figures: dict[str, Any] = {**measure(base, pairs, settings), "loss": settings.loss}
     measured = {pair.where for pair in pairs}
     answered = answer(base, [row for row in rows if row.where in measured])
     if answered.prompts:
@@ -101,29 +102,28 @@ def check_usable(source: str, used: int, refused: Sequence[Refused], expected: s
         raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused){expected}")
 
 
-def measure(base: "Base", pairs: list["TokenPair"], beta: float, loss: str = "sigmoid") -> dict[str, float]:
-    """Preference figures of reference and policy on held-out pairs. `loss` and `beta` are the recipe's.
+def measure(base: "Base", pairs: list["TokenPair"], settings: DPO) -> dict[str, float]:
+    """Preference figures of reference and policy on held-out pairs. `settings` are the recipe's.
 
     Returns:
         `accuracy_base`, `accuracy_before` and `accuracy_after`: of the bare base, the reference and the policy, the
-        share of pairs whose chosen answer has the higher mean log-prob per token; a tie counts a half.
+        share of pairs whose chosen answer has the higher mean log-prob per token; a tie counts a half, the raters' too.
         `accuracy_error`: standard error of the last one. `pairs_gained`, `pairs_lost`: number of pairs that the policy
         gets right and the reference doesn't, and the reverse. `reward_accuracy` and `reward_margin`: share of positive
-        margins, and mean margin, of the reward that the loss trains (`losses.rewards`). `pairs`: their number.
+        margins, and mean margin, of the reward that the loss trains (`PreferenceLoss.rewards`). `pairs`: their number.
     """
     import torch
     from tqdm.auto import tqdm
 
-    from qalign.config.stages import REFERENCE_FREE
     from qalign.data.collate import MicroBatchLimit, in_groups
-    from qalign.losses.preference import margin, rewards, shares
+    from qalign.losses.preference import PreferenceLoss, margin, shares
     from qalign.model.base import Role
     from qalign.model.logps import pair_logps
 
     roles = [Role.REFERENCE, Role.POLICY]
     if Role.REFERENCE in base.adapters:  # otherwise the reference is the bare base
         roles.insert(0, Role.BASE)
-    margins = {name: [] for name in (*roles, "reward")}
+    loss, margins = PreferenceLoss(**settings.loss_options), {name: [] for name in (*roles, "reward")}
     base.model.eval()
     limit = MicroBatchLimit(tokens=BATCH_TOKENS)
     batches = [some for group in in_groups(pairs) for some in base.micro_batches(group, limit)]
@@ -134,11 +134,14 @@ def measure(base: "Base", pairs: list["TokenPair"], beta: float, loss: str = "si
                 with base.acting_as(role) as lm:
                     logps[role] = pair_logps(lm, batch)
                 margins[role].append(margin(logps[role] / batch.lengths))
-            reference = None if loss in REFERENCE_FREE else logps[Role.REFERENCE]
-            margins["reward"].append(margin(rewards(loss, logps[Role.POLICY], reference, batch.lengths, beta)))
+            reference = logps[Role.REFERENCE] if settings.needs_reference else None
+            margins["reward"].append(margin(loss.rewards(logps[Role.POLICY], reference, batch.lengths)))
+    labels = torch.tensor([pair.chosen_probability for some in batches for pair in cast(list["TokenPair"], some)]).to(
+        margins["reward"][0]
+    )
     found = {name: torch.cat(parts) for name, parts in margins.items()}
-    accuracy = {name: shares(values.double()).mean().item() for name, values in found.items()}
-    gains = shares(found[Role.POLICY]) - shares(found[Role.REFERENCE])
+    accuracy = {name: shares(values.double(), labels).mean().item() for name, values in found.items()}
+    gains = shares(found[Role.POLICY], labels) - shares(found[Role.REFERENCE], labels)
     return {
         "pairs": len(pairs),
         "accuracy_base": accuracy[roles[0]],

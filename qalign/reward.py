@@ -73,13 +73,13 @@ def _report(run: RunFolder, pairs: list, scores: "Tensor") -> dict:
     from qalign.reports import reward_report
 
     scored = [
-        reward_report.ScoredPair(chosen, rejected, len(pair.chosen_ids), len(pair.rejected_ids), pair.margin)
-        for pair, (chosen, rejected) in zip(pairs, scores.mean(dim=-1).tolist(), strict=True)
+        reward_report.ScoredPair(one, other, len(p.chosen_ids), len(p.rejected_ids), p.margin, p.chosen_probability)
+        for p, (one, other) in zip(pairs, scores.mean(dim=-1).tolist(), strict=True)
     ]
     gaps = scores[:, 0] - scores[:, 1]
     figures, picture = reward_report.measure(scored), run.path / "reward_report.png"
     if gaps.shape[1] > 1:
-        figures["members"] = reward_report.members(gaps.tolist(), [pair.where for pair in pairs])
+        figures["members"] = reward_report.members(gaps.tolist(), [p.where for p in pairs], scored)
     reward_report.draw(scored, figures, picture)
     warning = reward_report.warning(figures)
     low, high = figures["accuracy_interval"]

@@ -12,7 +12,6 @@ from qalign.config.stages import (
     GRPO,
     MAX_TOKENS,
     PPO,
-    REFERENCE_FREE,
     RL_STAGES,
     SFT,
     SFT_RUN,
@@ -129,7 +128,7 @@ class Recipe(Section):
             if self.model.quantization not in ("nf4", "fp4"):
                 yield f"lora.init: 'loftq' needs 4-bit weights, and model.quantization is '{self.model.quantization}'"
             held: dict[str, Stage | None] = {name: getattr(self, name) for name in ("dpo", *RL_STAGES)}
-            if self.dpo and self.dpo.loss in REFERENCE_FREE:
+            if self.dpo and not self.dpo.needs_reference:
                 held["dpo"] = None
             if moved := [name for name, stage in held.items() if stage and not stage.start_from]:
                 yield (
@@ -137,6 +136,11 @@ class Recipe(Section):
                     f"{' and '.join(moved)}; set {' and '.join(f'{name}.start_from: sft' for name in moved)}, or use "
                     "'default'"
                 )
+        if self.dpo and self.dpo.compares_pairs and self.lora.dropout:
+            yield (
+                "lora.dropout: can't be used with this dpo.loss, which compares the pairs of a step in a pass without "
+                "dropout; set it to 0, or use another loss"
+            )
         for name in RL_STAGES:
             settings: PPO | None = getattr(self, name)
             if settings and settings.max_new_tokens >= self.model.max_length:

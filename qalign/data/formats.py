@@ -5,10 +5,9 @@ unknown or a part is missing, empty or out of order; `collect` lists such rows a
 """
 
 import json
-import math
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -21,8 +20,10 @@ from qalign.data.shapes import (
     REJECTED,
     RawRow,
     Shape,
+    chosen_probability,
     detect,
     opening_turns,
+    score_margin,
     split_prompt,
     tools,
     with_system,
@@ -35,7 +36,7 @@ Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the other
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt with two answers, the first preferred."""
+    """One prompt with two answers, the first preferred, or as good as the other."""
 
     prompt: tuple[Message, ...]  # a user's or a tool's turn last
     chosen: Message
@@ -43,6 +44,7 @@ class Preference:
     where: str  # its place: file and line, or row number
     margin: float | None = None  # score_chosen − score_rejected, where the row has both as finite numbers
     tools: tuple[dict[str, Any], ...] = ()  # schemas of functions, for `apply_chat_template(tools=…)`
+    chosen_probability: float = 1.0  # that the chosen answer is the better one, from 0.5 (a tie) to 1
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,17 @@ def collect(
 
 
 def canonical(raw: Any, where: str) -> Preference:
-    """One row of any known shape as a `Preference`; raises `NoPair` if the row says that it holds none."""
+    """One row of any known shape as a `Preference`; raises `NoPair` if the row says that it holds none. Where the
+    rejected answer is the more probable one, the two change places."""
+    row = as_written(raw, where)
+    if row.chosen_probability >= 0.5:
+        return row
+    margin, probability = None if row.margin is None else -row.margin, 1 - row.chosen_probability
+    return replace(row, chosen=row.rejected, rejected=row.chosen, margin=margin, chosen_probability=probability)
+
+
+def as_written(raw: Any, where: str) -> Preference:
+    """As `canonical`, but the chosen answer is the row's own, whatever its probability."""
     shape = detect(raw)
     _check_pair(shape)
     if shape.no_pair:
@@ -145,7 +157,8 @@ def canonical(raw: Any, where: str) -> Preference:
         raise BadRow("an answer has weight 0, so it can't be trained on")
     if same(chosen, rejected):
         raise BadRow("chosen and rejected are the same answer")
-    return Preference(tuple(prompt), chosen, rejected, where, _margin(shape.row), tools(shape.row))
+    margin, probability = score_margin(shape.row), chosen_probability(shape.row)
+    return Preference(tuple(prompt), chosen, rejected, where, margin, tools(shape.row), probability)
 
 
 def scored(raw: Any, where: str) -> Preference:
@@ -165,19 +178,6 @@ def _answer(turns: Turns, name: str) -> Message:
     return turns[0]
 
 
-def _margin(row: RawRow) -> float | None:
-    margin = _number(row.get("score_chosen")) - _number(row.get("score_rejected"))
-    return margin if math.isfinite(margin) else None
-
-
-def _number(value: Any) -> float:
-    """A score, NaN if it is none; a CSV has numbers as texts. (Not isinstance: True is an int too, but no score.)"""
-    try:
-        return float(value) if type(value) in (int, float, str) else math.nan
-    except (ValueError, OverflowError):  # JSON has integers beyond every float
-        return math.nan
-
-
 def canonical_dialogue(raw: Any, where: str) -> Dialogue | PlainText:
     """One row of any known shape as a `Dialogue` or a `PlainText`.
 
@@ -195,8 +195,12 @@ def _imitable(shape: Shape, where: str) -> Dialogue | PlainText:
     if shape.is_ranked:
         if shape.chosen is None:
             raise BadRow(f"no 'chosen' answer to imitate; this row has {shape.keys}")
-        shape.row.read.difference_update(REJECTED)
-        prompt, answer, _ = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.chosen)
+        better = shape.chosen
+        if shape.rejected is not None and chosen_probability(shape.row) < 0.5:
+            better = shape.rejected
+        else:
+            shape.row.read.difference_update(REJECTED)
+        prompt, answer, _ = split_prompt(opening_turns(shape.row, shape.opening), better, better)
         turns, first_trained = prompt + answer, len(prompt)
     elif shape.imitated:
         turns, first_trained = _imitated(shape.row, *shape.imitated)
@@ -242,7 +246,7 @@ def scorable(raw: Any, where: str) -> Preference | Dialogue:
     """One row with an answer to score: a `Preference` if it has both ranked answers, else a `Dialogue`."""
     shape = detect(raw)
     if shape.chosen is not None and shape.rejected is not None:
-        return canonical(raw, where)
+        return as_written(raw, where)
     row = _imitable(shape, where)  # with a disliked answer, too
     if isinstance(row, PlainText):
         raise BadRow("plain text: expected a dialogue with an answer to score")

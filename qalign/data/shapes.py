@@ -6,6 +6,7 @@ MT-bench, questions with answers, plain text.
 """
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -240,6 +241,30 @@ def tools(row: RawRow) -> tuple[dict[str, Any], ...]:
         found = next((found for key in TOOLS if key in row and (found := as_tools(row[key], key))), ())
     check_text([json.dumps(found, ensure_ascii=False)])
     return found
+
+
+def score_margin(row: RawRow) -> float | None:
+    """How much better the row's own scores say that the chosen answer is; None if it hasn't both as finite numbers."""
+    margin = _number(row.get("score_chosen")) - _number(row.get("score_rejected"))
+    return margin if math.isfinite(margin) else None
+
+
+def chosen_probability(row: RawRow) -> float:
+    """Of a preference row, the probability that its chosen answer is the better one; 1 if the row doesn't say."""
+    value = row.get("chosen_probability")
+    if is_nothing(value):
+        return 1.0
+    if not 0 <= (found := _number(value)) <= 1:
+        raise BadRow(f"chosen_probability: expected a number from 0 to 1, found {short(value)}")
+    return found
+
+
+def _number(value: Any) -> float:
+    """A score, NaN if it is none; a CSV has numbers as texts. (Not isinstance: True is an int too, but no score.)"""
+    try:
+        return float(value) if type(value) in (int, float, str) else math.nan
+    except (ValueError, OverflowError):  # JSON has integers beyond every float
+        return math.nan
 
 
 def _opening(row: RawRow, key: str) -> Turns:

@@ -40,6 +40,7 @@ class TokenPair:
     where: str
     dropped_turns: int = 0
     margin: float | None = None
+    chosen_probability: float = 1.0  # that the chosen answer is the better one
     counts: tuple[int, ...] = ()  # how often the pair is in the resample of each member of an ensemble
 
     @property
@@ -116,7 +117,8 @@ def encode_pair(template: ChatTemplate, row: Preference, max_length: int) -> Tok
     chosen, rejected = found.answer_ids
     if chosen == rejected:
         raise BadRow(f"the chat template ({template.words}) renders chosen and rejected as the same answer")
-    return TokenPair(found.prompt_ids, chosen, rejected, row.where, found.dropped_turns, row.margin)
+    labels = row.margin, row.chosen_probability
+    return TokenPair(found.prompt_ids, chosen, rejected, row.where, found.dropped_turns, *labels)
 
 
 def encode_dialogue(template: ChatTemplate, row: Dialogue, max_length: int) -> list[TokenDialogue]:

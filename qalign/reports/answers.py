@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qalign.config.stages import REFERENCE_FREE
+from qalign.config.stages import needs_reference
 from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines
 from qalign.reports.plots import counted
 from qalign.reports.reward_report import BY_CHANCE, sign_test
@@ -68,7 +68,7 @@ def _of_pairs(figures: Figures) -> str:
     pairs, reward = figures["pairs"], figures["reward_accuracy"]
     right = round(reward * pairs)
     more = "more pairs, dpo.epochs=3 or twice the dpo.learning_rate"
-    is_measured_from_reference = figures.get("loss") not in REFERENCE_FREE  # otherwise it is no change since then
+    is_measured_from_reference = needs_reference(figures.get("loss", "sigmoid"))  # otherwise it is no change since then
     if is_measured_from_reference and sign_test(right, pairs - right) > BY_CHANCE:
         if sign_test(pairs - right, right) <= BY_CHANCE:
             return f"the wrong way: chosen answers lost, reward {reward:.1%}; are chosen and rejected swapped?"
@@ -98,7 +98,8 @@ def _of_endings(before: Figures, after: Figures) -> str | None:
     loops, looped = (round(each["looping"] * count) for each in (after, before))
     said = f"{cut} of {count} answers don't end, {loops} loop (before: {was_cut}, {looped})"
     if loops > looped or cut > was_cut + count // 10:
-        return f"{said}; try fewer dpo.epochs, half the dpo.learning_rate, a larger dpo.beta or dpo.sft_weight=0.2"
+        less = "fewer dpo.epochs, half the dpo.learning_rate, a larger dpo.beta"
+        return f"{said}; try {less} or dpo.loss='{{sigmoid: 1, sft: 0.2}}'"
     if max(cut, loops) > count // 4:
         return f"{said}: as before training; SFT on short whole answers first (dpo.start_from=sft) teaches to end"
     return None

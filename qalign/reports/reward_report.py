@@ -4,7 +4,8 @@ A reward model can look good for the wrong reason: raters often prefer the longe
 arXiv:2310.03716; Dubois et al. 2024, arXiv:2404.04475), so a judge that only compares lengths may be as accurate. The
 report therefore compares the model's accuracy with that of such a length judge, and with a coin's.
 
-A pick counts 1 if right, 0 if wrong, and one half if there is nothing to choose by: equal scores or lengths.
+A pick counts 1 if right, 0 if wrong, and one half if there is nothing to choose by: equal scores or lengths, or raters
+who call it a tie.
 """
 
 from collections.abc import Sequence
@@ -38,6 +39,7 @@ class ScoredPair:
     chosen_tokens: int  # the answer's length
     rejected_tokens: int
     margin: float | None  # difference of the raters' scores, chosen minus rejected; None if unknown
+    chosen_probability: float = 1.0  # that the chosen answer is the better one, by the raters
 
 
 def measure(pairs: list[ScoredPair]) -> Figures:
@@ -54,11 +56,11 @@ def measure(pairs: list[ScoredPair]) -> Figures:
         `by_margin`: buckets `{"from", "to", "pairs", "accuracy", "interval"}` of the absolute margin. `margin_source`:
         "raters" if they gave one for every pair, else "model" (its own score difference).
         `calibration`: bins `{"predicted", "observed", "pairs", "interval"}`: the model's probability that its pick is
-        right (Bradley-Terry: sigmoid of the score difference), and how often it is right.
+        right (Bradley-Terry: sigmoid of the score difference), and how often it is right by the raters' probabilities.
         `calibration_error`: expected calibration error (Guo et al. 2017, arXiv:1706.04599, eq. 3).
         `calibration_error_by_chance`: about the error of a perfectly calibrated model on as many pairs.
-        `mean_log_loss`: in nats; a coin's is ln 2. `score_mean`, `score_std` (divided by n): over all answers.
-        `score_quantiles`: 21 of all answers' scores, from the least to the greatest, one for every 5%.
+        `mean_log_loss`: cross entropy in nats; a coin's is ln 2. `score_mean`, `score_std` (divided by n): of all
+        answers. `score_quantiles`: 21 of all answers' scores, from the least to the greatest, one for every 5%.
         `length_correlation`: Spearman's, of score and length over all answers; None if either never varies.
 
     Raises:
@@ -67,16 +69,17 @@ def measure(pairs: list[ScoredPair]) -> Figures:
     _check(pairs)
     scores = np.array([(pair.chosen, pair.rejected) for pair in pairs], dtype=np.float64)  # (pairs, 2), as are tokens
     tokens = np.array([(pair.chosen_tokens, pair.rejected_tokens) for pair in pairs], dtype=np.float64)
-    gap = scores[:, 0] - scores[:, 1]
-    model = _points(gap)
+    better = np.array([pair.chosen_probability for pair in pairs])
+    gap, longer, lean = scores[:, 0] - scores[:, 1], tokens[:, 0] - tokens[:, 1], 2 * better - 1
+    model = _points(gap * lean)
     return {
         "pairs": len(pairs),
         "accuracy": model.mean().item(),
         "accuracy_interval": wilson(model.mean().item(), len(pairs)),
-        **_beside_length_judge(model, _points(tokens[:, 0] - tokens[:, 1])),
+        **_beside_length_judge(model, _points(longer * lean), _points(gap * longer)),
         **_by_margin([pair.margin for pair in pairs], gap, model),
-        **_calibration(np.abs(gap), model),
-        "mean_log_loss": np.logaddexp(0, -gap).mean().item(),
+        **_calibration(np.abs(gap), (1 + np.sign(gap) * lean) / 2),
+        "mean_log_loss": (better * np.logaddexp(0, -gap) + (1 - better) * np.logaddexp(0, gap)).mean().item(),
         "length_correlation": spearman(scores.ravel(), tokens.ravel()),
         "score_mean": scores.mean().item(),
         "score_std": scores.std().item(),
@@ -84,9 +87,9 @@ def measure(pairs: list[ScoredPair]) -> Figures:
     }
 
 
-def members(gaps: list[list[float]], where: list[str]) -> Figures:
+def members(gaps: list[list[float]], where: list[str], pairs: Sequence[ScoredPair] = ()) -> Figures:
     """Where the members of an ensemble disagree, from their score differences `(pairs, members)`, chosen minus
-    rejected, and where the pairs come from.
+    rejected, and where the pairs come from; of `pairs` the probabilities are read.
 
     Returns:
         `accuracy`: of each member alone. `disagreement`: share of pairs on which members pick different answers.
@@ -95,7 +98,8 @@ def members(gaps: list[list[float]], where: list[str]) -> Figures:
         is that of the mean score. `most_disputed`: up to 5 pairs with the largest spread, `{"where", "gaps"}`.
     """
     found = np.array(gaps, dtype=np.float64)
-    points, mean, spread = _points(found), _points(found.mean(axis=1)), found.std(axis=1)
+    lean = np.array([2 * pair.chosen_probability - 1 for pair in pairs] or np.ones(len(found)))
+    points, mean, spread = _points(found.T * lean).T, _points(found.mean(axis=1) * lean), found.std(axis=1)
     agree = np.maximum((found > 0).sum(axis=1), (found < 0).sum(axis=1))
     disputed = np.argsort(-spread, kind="stable")[:DISPUTED]
     return {
@@ -214,9 +218,12 @@ def _group(points: np.ndarray) -> Figures:
     return {"pairs": len(points), "accuracy": accuracy, "interval": wilson(accuracy, len(points))}
 
 
-def _beside_length_judge(model: np.ndarray, longer: np.ndarray) -> Figures:
-    """Compares the model's points with those of always picking the longer answer, or the shorter if that is better."""
-    picks, judge = ("longer", longer) if longer.mean() >= COIN else ("shorter", 1 - longer)
+def _beside_length_judge(model: np.ndarray, longer: np.ndarray, model_is_longer: np.ndarray) -> Figures:
+    """Compares the model's points with those of always picking the longer answer, or the shorter if that is better;
+    `model_is_longer` is 1 where the model picks the longer one."""
+    picks, judge, agrees = "longer", longer, model_is_longer
+    if longer.mean() < COIN:
+        picks, judge, agrees = "shorter", 1 - longer, 1 - model_is_longer
     ahead, behind = int((model > judge).sum()), int((model < judge).sum())
     misled = model[judge == 0]
     return {
@@ -226,7 +233,7 @@ def _beside_length_judge(model: np.ndarray, longer: np.ndarray) -> Figures:
         "length_interval": wilson(judge.mean().item(), len(judge)),
         "discordant": {"model": ahead, "length_judge": behind},
         "beats_length_judge_p": sign_test(ahead, behind),
-        "agreement_with_length_judge": (model * judge + (1 - model) * (1 - judge)).mean().item(),
+        "agreement_with_length_judge": agrees.mean().item(),
         "accuracy_where_length_misleads": _group(misled) if len(misled) else None,
     }
 

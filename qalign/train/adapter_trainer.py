@@ -60,6 +60,9 @@ class AdapterTrainer(Trainer):
         """The rows of a step in groups, one for each forward pass."""
         return self.base.micro_batches(rows, self.micro)
 
+    def look_ahead(self, groups: Sequence[Any]) -> None:
+        """Called with all micro-batches of an optimiser step before the first, for losses that compare their rows."""
+
     def inputs_of(self, rows: Sequence[Any]) -> Any:
         """What `compute_loss` takes for a micro-batch."""
         return rows
@@ -70,6 +73,8 @@ class AdapterTrainer(Trainer):
 
         def step() -> Tensor:
             total, groups = torch.zeros((), device=self.args.device), self.micro_batches(inputs)
+            with self.compute_loss_context_manager():
+                self.look_ahead(groups)
             self.current_gradient_accumulation_steps = len(groups)
             for rows in groups:
                 total = total + one(model, self.inputs_of(rows), num_items_in_batch)

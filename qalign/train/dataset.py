@@ -104,6 +104,11 @@ def read_rows(run: RunFolder, read: Reader) -> ReadRows:
             reason = f"none of its {len(left_out)} rows is a pair; the first: {left_out[0].reason}"
             raise UserError(f"{run.stage}.{key}: {reason}")
         _check(run, key, refused, len(rows))
+        soft = sum(getattr(row, "chosen_probability", 1.0) != 1 for row in rows)
+        if soft and (why := run.settings.against_probabilities):
+            raise UserError(
+                f"{run.stage}.{key}: {soft:,} of its {len(rows):,} rows have a chosen_probability, which {why}"
+            )
         if run.resume:
             check_same_rows(run, key, rows)
     if not isinstance(run.settings, Reward):  # nothing else reads how much better an answer is
@@ -158,7 +163,7 @@ def encode_rows(
     counts = {"used": used["data"], "held_out": used["eval_data"], "refused": len(refused)}
     counts |= {} if isinstance(run.settings, PPO) else {"shortened": shortened}
     counts |= {"left_out": left_out} if left_out else {}
-    notes = [*found.intake.notes(), *_worse(run, found)]
+    notes = [*found.intake.notes(), *_worse(run, found), *_soft(found)]
     if template.left_out:
         notes.append(("", f"not used by the chat template: {', '.join(sorted(template.left_out))}"))
     hashes = {key: _hash(rows) for key, (rows, _) in found.rows.items()}
@@ -170,6 +175,16 @@ def _worse(run: RunFolder, found: ReadRows) -> Iterator[tuple[str, str]]:
     rows, _ = found.rows["data"]
     if isinstance(run.settings, Reward) and run.settings.margin and (worse := sum(row.margin < 0 for row in rows)):
         yield "margins", f"score_chosen is below score_rejected in {worse:,} of {len(rows):,} rows"
+
+
+def _soft(found: ReadRows) -> Iterator[tuple[str, str]]:
+    """How many rows have a probability below 1 that their chosen answer is the better one."""
+    rows, _ = found.rows["data"]
+    if soft := [row.chosen_probability for row in rows if getattr(row, "chosen_probability", 1.0) != 1]:
+        said = (
+            f"{len(soft):,} of {len(rows):,} rows have a chosen_probability below 1, {soft.count(0.5):,} of them a tie"
+        )
+        yield "soft labels", said
 
 
 def _left_out(refused: list[Refused]) -> list[LeftOut]:

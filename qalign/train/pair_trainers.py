@@ -16,17 +16,19 @@ import torch
 from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
-from qalign.config.stages import DPO, REFERENCE_FREE, Reward
+from qalign.config.stages import DPO, Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.losses.ensemble import member_seed, resample_counts
-from qalign.losses.preference import CHOSEN, REJECTED, bradley_terry, margin, preference_loss, rewards, shares
+from qalign.losses.preference import CHOSEN, REJECTED, PreferenceLoss, bradley_terry, margin, shares
 from qalign.model.adapters.members import Ensemble, member_roles, places
 from qalign.model.base import Base, Role
 from qalign.model.logps import pair_logps
 from qalign.model.reference import ReferenceLogps
 from qalign.train.adapter_trainer import AdapterTrainer
 from qalign.train.callbacks import ClipEach
+
+SHIFT = "rewards/shift"  # in the logs
 
 
 class PairTrainer(AdapterTrainer):
@@ -68,8 +70,11 @@ class PairTrainer(AdapterTrainer):
 
     def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
         total = super().training_step(model, inputs, num_items_in_batch)
-        self._read()
+        self.after_step(self._read())
         return total
+
+    def after_step(self, sums: dict[str, float]) -> None:
+        """Called with the sums of the step's metrics over its `pairs`."""
 
     def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None) -> Tensor:
         """The loss of one micro-batch: the sum over its pairs, divided by the pairs of the optimiser step."""
@@ -87,20 +92,21 @@ class PairTrainer(AdapterTrainer):
             total.register_hook(check_role)
         return total
 
-    def _read(self) -> None:
-        """Checks the losses of all micro-batches since the last call, and adds up their metrics. Waits for the GPU once
-        a step: a wait in each micro-batch would leave it idle until the next one is launched."""
+    def _read(self) -> dict[str, float]:
+        """Checks the losses of all micro-batches since the last call, and adds up their metrics, whose sums
+        it returns. Waits for the GPU once a step: a wait in each micro-batch would leave it idle until the next one."""
         if not self._unread:
-            return
+            return {}
         rows, losses, metrics = zip(*self._unread, strict=True)
         self._unread = []
         sums = [torch.cat([each[name] for each in metrics]).double().sum(dim=0, keepdim=True) for name in metrics[0]]
         found = torch.cat([*losses, *sums]).tolist()
         pairs = len(found) - len(sums)
         self.check_finite(found[:pairs], [*chain(*rows)])
-        for name, total in zip(metrics[0], found[pairs:], strict=True):
+        read: dict[str, float] = {"pairs": pairs, **dict(zip(metrics[0], found[pairs:], strict=True))}
+        for name, total in read.items():
             self._sums[name] += total
-        self._sums["pairs"] += pairs
+        return read
 
     def _means(self, prefix: str = "") -> dict[str, float]:
         """Means over the pairs counted since the last call."""
@@ -121,7 +127,9 @@ class PairTrainer(AdapterTrainer):
         self.base.model.eval()
         with torch.no_grad(), self.base.packed_attention():
             for inputs in self.get_eval_dataloader(eval_dataset):
-                for pairs in self.micro_batches(inputs):
+                groups = self.micro_batches(inputs)
+                self.look_ahead(groups)
+                for pairs in groups:
                     loss, metrics = self.pair_losses(pairs)
                     self._unread.append(([pair.where for pair in pairs], loss, {"loss": loss, **metrics}))
                 self._read()
@@ -140,33 +148,70 @@ class PreferenceTrainer(PairTrainer):
 
     def __init__(self, base: Base, settings: DPO, references: ReferenceLogps, *more: Any, **named: Any):
         self.settings, self.references = settings, references
+        self.loss = PreferenceLoss(**settings.loss_options)
+        self.shift: float | None = None  # BCO's delta; None before it is known whether the run is resumed
+        self._ahead: dict[int, tuple[Tensor, Tensor]] = {}
         super().__init__(base, Role.POLICY, *more, **named)
 
+    def look_ahead(self, groups: Sequence[Any]) -> None:
+        """Where a pair's loss depends on the other pairs of the step, finds it and its gradient by the log-probs in a
+        pass of its own, so that micro-batches change no number. Evaluation compares the pairs of a batch."""
+        self._ahead = {}
+        if not self.settings.compares_pairs or len(groups) == 1:
+            return
+        with torch.no_grad():
+            found = [self._logps(group) for group in groups]
+        policy, reference, lengths, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+        with torch.enable_grad():
+            loss = self.loss(policy.requires_grad_(), reference, lengths, labels)
+            (slopes,) = torch.autograd.grad(loss.sum(), policy)
+        sizes = [len(group) for group in groups]
+        for group, values, slope in zip(groups, loss.detach().split(sizes), slopes.split(sizes), strict=True):
+            self._ahead[id(group[0])] = values, slope
+
     def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        settings, batch = self.settings, self.base.batch(pairs)
-        reference = None if settings.loss in REFERENCE_FREE else self.references.logps(self.base, list(pairs), batch)
-        with self.base.acting_as(Role.POLICY) as lm:
-            policy = pair_logps(lm, batch)
-        loss = preference_loss(
-            settings.loss,
-            policy,
-            reference,
-            batch.lengths,
-            beta=settings.beta,
-            label_smoothing=settings.label_smoothing,
-            gamma=0.5 if settings.gamma is None else settings.gamma,
-            sft_weight=settings.sft_weight,
-        )
+        policy, reference, lengths, labels = self._logps(pairs)
         logps = policy.detach()
-        reward = rewards(settings.loss, logps, reference, batch.lengths, settings.beta)
+        if ahead := self._ahead.get(id(pairs[0])):
+            values, slopes = ahead
+            loss = values + (slopes * (policy - logps)).sum(dim=1)
+        else:
+            loss = self.loss(policy, reference, lengths, labels, self.shift or 0.0)
+        reward = self.loss.rewards(logps, reference, lengths)
         return loss, {
             "rewards/chosen": reward[:, CHOSEN],
             "rewards/rejected": reward[:, REJECTED],
-            "rewards/accuracies": shares(margin(reward)),
+            "rewards/accuracies": shares(margin(reward), labels),
             "rewards/margins": margin(reward),
             "logps/chosen": logps[:, CHOSEN],
             "logps/rejected": logps[:, REJECTED],
         }
+
+    def _logps(self, pairs: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """(log-probs of the policy and the reference, lengths of the answers, probabilities that chosen is better)."""
+        batch = self.base.batch(pairs)
+        needed = self.settings.needs_reference
+        reference = self.references.logps(self.base, list(pairs), batch) if needed else None
+        with self.base.acting_as(Role.POLICY) as lm:
+            policy = pair_logps(lm, batch)
+        return policy, reference, batch.lengths, _probabilities(pairs, policy)
+
+    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        if self.shift is None:
+            logged = [entry[SHIFT] for entry in self.state.log_history if SHIFT in entry]
+            self.shift = logged[-1] if logged else 0.0
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def after_step(self, sums: dict[str, float]) -> None:
+        """BCO's shift is the mean reward of all answers so far, each step counting alike. A step is trained with the
+        shift of those before it, so micro-batches change nothing; a checkpoint's log has it."""
+        reward, before = (sums["rewards/chosen"] + sums["rewards/rejected"]) / (2 * sums["pairs"]), self.shift or 0.0
+        self.shift = before + (reward - before) / (self.state.global_step + 1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs and "bco_pair" in self.loss.weights:
+            logs[SHIFT] = self.shift or 0.0
+        super().log(logs, start_time)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
@@ -183,13 +228,14 @@ class RewardModelTrainer(PairTrainer):
     def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         scores = self.base.pair_scores(Role.REWARD, pairs)
         found = scores.detach()
-        metrics = {"mean_reward": found.mean(dim=1), "accuracy": shares(margin(found)), "margin": margin(found)}
+        accuracy = shares(margin(found), _probabilities(pairs, found))
+        metrics = {"mean_reward": found.mean(dim=1), "accuracy": accuracy, "margin": margin(found)}
         return self.losses(scores, pairs), metrics
 
     def losses(self, scores: Tensor, pairs: Sequence[Any]) -> Tensor:
         """The loss `(pairs,)` of scores `(pairs, 2)`."""
         margins = torch.tensor([pair.margin for pair in pairs]).to(scores) if self.settings.margin else None
-        return bradley_terry(scores, margins, centering=self.settings.centering)
+        return bradley_terry(scores, _probabilities(pairs, scores), margins, centering=self.settings.centering)
 
 
 class EnsembleTrainer(RewardModelTrainer):
@@ -243,7 +289,7 @@ class EnsembleTrainer(RewardModelTrainer):
         gaps = found[:, CHOSEN] - found[:, REJECTED]
         metrics = {
             "mean_reward": found.mean(dim=(1, 2)),
-            "accuracy": shares(gaps).mean(dim=1),
+            "accuracy": shares(gaps, _probabilities(pairs, gaps)[:, None]).mean(dim=1),
             "margin": gaps.mean(dim=1),
         }
         if not torch.is_grad_enabled():
@@ -254,6 +300,11 @@ class EnsembleTrainer(RewardModelTrainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         for role, folder in places(self.ensemble.roles, Path(output_dir or self.args.output_dir or "")).items():
             self.base.save_adapter(role, folder)
+
+
+def _probabilities(pairs: Sequence[TokenPair], like: Tensor) -> Tensor:
+    """The probability `(pairs,)` that each chosen answer is the better one."""
+    return torch.tensor([pair.chosen_probability for pair in pairs]).to(like)
 
 
 def _tokens(pair: TokenPair) -> int:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from qalign import evaluate
 from qalign.config.load import load as load_recipe
 from qalign.config.recipe import Lora, Model
+from qalign.config.stages import DPO
 from qalign.errors import UserError
 from qalign.model.base import Role, load
 from tests.families import alone
@@ -26,7 +28,7 @@ def base(tiny_folder):
 
 def test_figures_equal_a_count_pair_by_pair(base):
     pairs = house_style(base.tokenizer, 9)
-    found = evaluate.measure(base, pairs, beta=0.5)
+    found = evaluate.measure(base, pairs, DPO(data="x", beta=0.5))
     before = after = right = gained = lost = 0
     margins = []
     base.model.eval()
@@ -71,13 +73,25 @@ def test_a_run_is_judged_by_the_reward_that_its_loss_trains(base, loss, reward):
     tokens = torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
     rewards = 2.0 * reward(*logps, tokens)
     margins = rewards[:, 0] - rewards[:, 1]
-    found = evaluate.measure(base, pairs, beta=2.0, loss=loss)
+    found = evaluate.measure(base, pairs, DPO(data="x", beta=2.0, loss=loss))
     assert found["reward_margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
     assert found["reward_accuracy"] == pytest.approx((margins > 0).double().mean().item())
     assert 0 < found["reward_accuracy"] < 1, "if every pair agrees, the test shows nothing"
 
 
-@pytest.mark.parametrize("loss", ["simpo", "ipo"])
+def test_a_tie_counts_a_half_and_gains_nothing(base):
+    pairs = house_style(base.tokenizer, 9)
+    likely = [0.5, 0.9, 0.5, 1.0, 0.6, 1.0, 1.0, 0.5, 1.0]
+    soft = [replace(pair, chosen_probability=p) for pair, p in zip(pairs, likely, strict=True)]
+    settled = [pair for pair, p in zip(pairs, likely, strict=True) if p != 0.5]
+    found, of_settled = (evaluate.measure(base, some, DPO(data="x")) for some in (soft, settled))
+    for name in ("accuracy_before", "accuracy_after", "reward_accuracy"):
+        assert found[name] == pytest.approx((6 * of_settled[name] + 3 * 0.5) / 9), name
+    for name in ("pairs_gained", "pairs_lost"):
+        assert found[name] == of_settled[name], name
+
+
+@pytest.mark.parametrize("loss", ["simpo", "ipo", "aot", {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}])
 def test_the_figures_of_a_run_are_those_it_logged_last(recipe_file, loss, monkeypatch):
     monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 2)
     run = train(recipe_file(loss=loss, eval_data={"path": TEST, "limit": 8}, eval_every=3, max_steps=3))

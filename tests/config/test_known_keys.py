@@ -1,12 +1,14 @@
 """The key that was probably meant: other kits' names, TRL's, and keys that stand in the wrong section."""
 
+from typing import get_args
+
 import pytest
 import yaml
 
 from qalign.config import known_keys
 from qalign.config.known_keys import section_at
 from qalign.config.recipe import Recipe
-from qalign.config.stages import STAGES
+from qalign.config.stages import DPO_LOSSES, STAGES
 from tests.config.conftest import GOOD, with_stages
 
 
@@ -16,7 +18,8 @@ from tests.config.conftest import GOOD, with_stages
         ("dpo.lr", "learning_rate"), ("dpo.bs", "batch_size"), ("dpo.num_train_epochs", "epochs"),
         ("dpo.per_device_train_batch_size", "micro_batch_size"), ("dpo.gradient_accumulation_steps", "batch_size"),
         ("dpo.save_steps", "save_every"), ("dpo.dataset", "data"), ("dpo.eval_dataset", "eval_data"),
-        ("dpo.dpo_beta", "beta"), ("dpo.loss_type", "loss"), ("dpo.rpo_alpha", "sft_weight"),
+        ("dpo.dpo_beta", "beta"), ("dpo.loss_type", "loss"), ("dpo.rpo_alpha", "loss.sft"), 
+        ("dpo.sft_weight", "loss.sft"), ("dpo.f_divergence_type", "divergence"), ("dpo.loss_weights", "loss"),
         ("dpo.Learning-Rate", "learning_rate"), ("dpo.adapter_name_or_path", "start_from"),
         ("dpo.output_dir", "output"), ("dpo.seed", "seed"), ("dpo.max_length", "model.max_length"),
         ("dpo.max_seq_length", "model.max_length"), ("dpo.lora_alpha", "lora.alpha"), ("dpo.r", "lora.r"),
@@ -72,5 +75,5 @@ def test_every_alias_leads_to_a_key_and_is_none_itself():
 
     for key, names in table.items():
         section, _, inside = key.rpartition(".")
-        assert section == "trainer" or inside in (fields[section] if section else everywhere), key
+        assert section == "trainer" or inside in (fields | {"loss": get_args(DPO_LOSSES)}).get(section, everywhere), key
         assert len(names) == len(set(names)), key

@@ -59,7 +59,8 @@ def test_a_recipe_is_immutable():
             ("save_every", 1, 0),
         )),
         ("sft", "neftune_alpha", 1e-6, 0.0), ("reward", "centering", 0.0, -0.1), ("dpo", "beta", 1e-6, 0.0),
-        ("dpo", "sft_weight", 0.0, -0.1), ("ppo", "samples_per_prompt", 1, 0), ("ppo", "max_new_tokens", 1, 0),
+        ("dpo", "length_penalty", 0.0, -0.1), ("dpo", "divergence_alpha", None, 1.1),
+        ("ppo", "samples_per_prompt", 1, 0), ("ppo", "max_new_tokens", 1, 0),
         ("ppo", "temperature", 0.01, 0.0), ("ppo", "mini_batches", 1, 0), ("ppo", "update_epochs", 1, 0),
         ("ppo", "kl_coefficient", 0.0, -0.01), ("ppo", "kl_target", 0.01, 0.0), ("ppo", "kl_stop", 1e-6, 0.0),
         ("ppo", "clip", 0.01, 0.0), ("ppo", "value_coefficient", 0.01, 0.0), ("ppo", "value_clip", 0.01, 0.0),
@@ -158,7 +159,23 @@ def test_a_reward_or_a_judge_is_one_source_or_a_list_of_them(given, expected):
         ({"grpo": {"clip_high": 0.5, "ratio_max": 1.4}}, "ratio_max: 1.4 is below the upper clip bound"),
         ({"grpo": {"batch_size": 12}}, "batch_size: 12 answers don't divide into 1 mini-batches"),
         ({"ppo": {"reward_scaling": "prompt", "samples_per_prompt": 1}}, "reward_scaling: 'prompt' compares answers"),
-        ({"dpo": {"label_smoothing": 0.1, "loss": "ipo"}}, "label_smoothing: has no effect with loss 'ipo'"),
+        *(({"dpo": {"label_smoothing": 0.1, "loss": loss}}, f"label_smoothing: has no effect with loss '{loss}'")
+          for loss in ("hinge", "sppo_hard", "nca_pair", "bco_pair", "apo_zero", "discopop", "simpo", "orpo")),
+        ({"dpo": {"label_smoothing": 0.1, "loss": {"hinge": 1, "sft": 1}}}, "no effect with loss 'hinge' + 'sft'; use"),
+        ({"dpo": {"loss": "exo_pair"}}, "loss: 'exo_pair' needs label_smoothing above 0"),
+        ({"dpo": {"loss": {"sigmoid": 1, "exo_pair": 1}}}, "loss: 'exo_pair' needs label_smoothing above 0"),
+        ({"dpo": {"loss": "sft"}}, "loss: 'sft' alone learns no preference; write {sigmoid: 1.0, sft: 0.2}"),
+        ({"dpo": {"loss": {"sft": 1.0}}}, "loss: 'sft' alone learns no preference"),
+        ({"dpo": {"discopop_tau": 0.1}}, "discopop_tau: has no effect with loss 'sigmoid'"),
+        *(({"dpo": {"length_penalty": 0.1, "loss": loss}}, f"length_penalty: has no effect with loss '{loss}'")
+          for loss in ("ipo", "sigmoid_norm", "aot", "bco_pair", "simpo")),
+        *(({"dpo": {"divergence": "js", "loss": loss}}, f"divergence: 'js' isn't defined for loss '{said}'; use")
+          for loss, said in (("aot", "aot"), ({"sigmoid": 1, "bco_pair": 1}, "bco_pair"), ("simpo", "simpo"))),
+        ({"dpo": {"divergence_alpha": 0.5}}, "divergence_alpha: has no effect with divergence 'reverse_kl'"),
+        *(({"dpo": {"loss": loss}, "lora": {"dropout": 0.1}}, "lora.dropout: can't be used with this dpo.loss")
+          for loss in ("aot", {"sigmoid": 1, "aot_unpaired": 1})),
+        ({"dpo": {"loss": "aot", "batch_size": 1}}, "batch_size: 1 leaves loss 'aot' nothing to compare"),
+        ({"dpo": {"reference": "in_step", "loss": {"simpo": 1, "sft": 1}}}, "reference: has no effect with loss"),
         ({"dpo": {"loss": "robust"}}, "loss: 'robust' needs label_smoothing above 0"),
         ({"dpo": {"loss": "robust", "label_smoothing": 0.5}}, "dpo.label_smoothing"),
         ({"dpo": {"gamma": 1.0}}, "gamma: has no effect with loss 'sigmoid'"),
@@ -172,7 +189,7 @@ def test_a_reward_or_a_judge_is_one_source_or_a_list_of_them(given, expected):
           for kind in ("int8", "none")),
         (LOFTQ, "step of dpo and ppo; set dpo.start_from: sft and ppo.start_from: sft, or use 'default'"),
         *((LOFTQ | {"dpo": {"loss": loss}, "ppo": {"start_from": "sft"}}, "step of dpo; set dpo.start_from: sft, or")
-          for loss in sorted(set(get_args(DPO_LOSSES)) - REFERENCE_FREE - {"robust"})),
+          for loss in sorted(set(get_args(DPO_LOSSES)) - REFERENCE_FREE - {"robust", "exo_pair"})),
         *((LOFTQ | {"dpo": dpo}, "step of ppo; set ppo.start_from: sft, or")
           for dpo in ({"start_from": "sft"}, {"loss": "simpo"})),
         ({"max_refused_share": 1.01}, "max_refused_share"), ({"seed": -1}, "seed"), ({"seed": 2**32}, "seed"),
@@ -193,7 +210,9 @@ def test_settings_that_conflict_are_refused_by_name(sections, words):
         *({stage: {"eval_data": "org/other", "eval_every": 5}} for stage in STAGES),
         {"ppo": JUDGE}, {"ppo": {"kl_target": 6.0}}, {"ppo": {"kl_coefficient": 0.0}}, {"ppo": {"kl_stop": None}},
         {"model": {"max_length": 600}, "ppo": {"max_new_tokens": 599}},
-        *({"dpo": {"loss": loss}} for loss in sorted(set(get_args(DPO_LOSSES)) - {"robust"})),
+        *({"dpo": {"loss": loss}} for loss in sorted(set(get_args(DPO_LOSSES)) - {"robust", "exo_pair", "sft"})),
+        {"dpo": {"loss": "exo_pair", "label_smoothing": 0.001}}, {"dpo": {"loss": {"ipo": 1, "sft": 0.1}}},
+        {"dpo": {"divergence": "alpha", "divergence_alpha": 0.2}}, {"dpo": {"length_penalty": 0.01}},
         {"dpo": {"loss": "robust", "label_smoothing": 0.1}}, {"dpo": {"loss": "simpo", "gamma": 0.0}},
         {"lora": {"init": "gaussian"}}, {"lora": {"rslora": True, "dora": True, "r": 64}},
         *(LOFTQ | {"model": {"quantization": kind}, "dpo": dpo, "ppo": {"start_from": "some/adapter"}}

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 from qalign.data.collate import Layout, pack
 from qalign.data.templates import prepare_template
 from qalign.data.tokenize import TokenPair
-from qalign.losses.preference import preference_loss
+from qalign.losses.preference import PreferenceLoss
 from qalign.model import logps
 from qalign.model.packing import attention
 from qalign.model.packing.packing import Packing, packing_of
@@ -49,7 +49,7 @@ def outcome(lm, found: torch.Tensor, around: torch.Tensor):
     """(log-probs, loss, gradients by parameter) of DPO with a reference close to the policy, where no loss is flat."""
     lm.zero_grad()
     noise = torch.randn(around.shape, generator=torch.Generator().manual_seed(1))
-    loss = preference_loss("sigmoid", found, around + noise, torch.ones_like(found), beta=0.5).mean()
+    loss = PreferenceLoss({"sigmoid": 1.0}, beta=0.5)(found, around + noise, torch.ones_like(found)).mean()
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in lm.named_parameters() if p.grad is not None}
     assert len(gradients) > 10

@@ -10,7 +10,7 @@ import transformers as tf
 
 from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
-from qalign.config.stages import REFERENCE_FREE, RL_STAGES, STAGES
+from qalign.config.stages import RL_STAGES, STAGES
 from qalign.model.base import Role, load
 from qalign.model.memory import forecast as memory
 from qalign.model.memory.forecast import Forecast
@@ -264,8 +264,10 @@ def test_what_more_adapters_take(tiny_folder):
     assert plain["optimiser"] == 8 * count
     assert forecast_of(tiny_folder, lora={"r": 8}).fixed["adapters"] == 2 * 4 * count
     assert forecast_of(tiny_folder, start_from="sft").fixed["adapters"] == 2 * 4 * count
-    for loss in REFERENCE_FREE:
+    for loss in ("simpo", "orpo", {"simpo": 1.0, "sft": 0.1}):
         assert forecast_of(tiny_folder, start_from="sft", loss=loss).fixed["adapters"] == 4 * count
+    mixed = {"simpo": 1.0, "ipo": 0.1}
+    assert forecast_of(tiny_folder, start_from="sft", loss=mixed).fixed["adapters"] == 2 * 4 * count
     head = 64  # of a reward model; it has no reference
     assert forecast_of(tiny_folder, "reward", start_from="sft").fixed["adapters"] == 4 * (count + head)
     assert forecast_of(tiny_folder, dtype=HALF).fixed["adapters"] == (4 + 2) * count

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from qalign.config.recipe import DPO, Lora, Model
 from qalign.data.collate import MicroBatchLimit
-from qalign.losses.preference import preference_loss
+from qalign.losses.preference import PreferenceLoss
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
 from qalign.train.pair_trainers import PreferenceTrainer
@@ -43,7 +43,7 @@ def test_a_step_of_the_trainer_is_the_same_whichever_way_pairs_are_run(name, tmp
     with base.acting_as(Role.POLICY) as lm:
         policy = alone(lm, pairs)
         assert (policy - reference).abs().max() > 0.1
-        expected = preference_loss("sigmoid", policy, reference, None, beta=0.1).mean()
+        expected = PreferenceLoss({"sigmoid": 1.0}, beta=0.1)(policy, reference, torch.ones_like(policy)).mean()
         expected.backward()
     gradients = {n: p.grad.clone() for n, p in base.model.named_parameters() if p.grad is not None}
     base.model.zero_grad()

@@ -104,7 +104,7 @@ def test_a_value_that_trl_refuses_is_one_line(recipe_file):
 @pytest.mark.true_model
 def test_the_demo_learns_on_the_true_model(tmp_path):
     """A few steps of the demo's own recipe: SmolLM2 in NF4, in the precision this machine picks."""
-    words = ["start_from=null", "sft_weight=0.5", "max_steps=6", "batch_size=4", "limit=24", "eval_data="]
+    words = ["start_from=null", "loss={sigmoid: 1, sft: 0.5}", "max_steps=6", "batch_size=4", "limit=24", "eval_data="]
     overrides = [f"output={tmp_path}", *(f"dpo.{word}" for word in words)]
     lines = metrics(train_recipe(load_recipe(str(ROOT / "recipes" / "smollm2_demo.yaml"), overrides, "dpo")))
     assert lines[0]["rewards/margins"] == 0

@@ -59,13 +59,11 @@ def ours_and_theirs(spec: Model, count: int, folder, chosen: dict):
     base.add_adapter(Role.POLICY, LORA)
     scramble(base.model)
     ours = trainer_of(base, folder, pairs, chosen=chosen)
-    losses, weights = [chosen["loss"]], None
-    if "sft_weight" in chosen:
-        losses, weights = [*losses, "sft"], [1.0, chosen["sft_weight"]]
     plain = {key: chosen[key] for key in ("beta", "label_smoothing") if key in chosen}
+    plain |= {"loss_type": [*ours.settings.losses], "loss_weights": [*ours.settings.losses.values()]}
     lora = LoraConfig(r=LORA.r, lora_alpha=LORA.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     theirs = DPOTrainer(
-        trl_base.lm, args=config(folder, loss_type=losses, loss_weights=weights, **plain), peft_config=lora,
+        trl_base.lm, args=config(folder, **plain), peft_config=lora,
         train_dataset=Dataset.from_list([{"prompt": "unused", "chosen": "unused", "rejected": "not used"}]),
         processing_class=trl_base.tokenizer,
     )  # fmt: skip
@@ -95,7 +93,7 @@ def assert_equals_trl(spec: Model, count: int, folder, rel: float = 1e-5, **chos
     for side in ("chosen", "rejected"):
         assert ours[1][f"logps/{side}"] == pytest.approx(theirs[1][f"logps/{side}"], rel=rel), side
     # TRL logs sums over tokens for IPO and length-normalised DPO, whose losses take means.
-    compared = chosen["loss"] not in ("ipo", "sigmoid_norm")
+    compared = chosen["loss"] not in ["ipo", "sigmoid_norm"]
     assert not compared or ours[1]["rewards/accuracies"] == theirs[1]["rewards/accuracies"]
     logps = abs(theirs[1]["logps/chosen"]) + abs(theirs[1]["logps/rejected"])
     bits = 1e-6 + chosen.get("beta", 0.1) * 2.0**-22 * logps
@@ -115,8 +113,11 @@ def assert_equals_trl(spec: Model, count: int, folder, rel: float = 1e-5, **chos
         ("hinge", {}, 4),
         ("robust", {"label_smoothing": 0.2}, 4),
         ("sigmoid_norm", {"beta": 2.0}, 4),
-        ("apo_zero", {}, 4),
-        ("sigmoid", {"sft_weight": 0.3}, 1),  # TRL averages its SFT term over a batch's tokens, qalign over its pairs
+        *((loss, {}, 4) for loss in ("bco_pair", "apo_zero", "apo_down", "aot", "aot_unpaired")),
+        # TRL averages its SFT term over a batch's tokens, qalign over its pairs.
+        ({"sigmoid": 1.0, "sft": 0.3}, {}, 1),
+        ({"sigmoid": 0.8, "bco_pair": 0.2, "aot": 0.5, "sft": 1.0}, {}, 1),
+        ({"hinge": 0.8, "bco_pair": 0.2, "aot": 0.5}, {}, 4),
     ],
 )
 def test_equals_trl_on_the_tiny_model(tiny_folder, tmp_path, loss, keys, count):

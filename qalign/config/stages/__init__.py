@@ -4,7 +4,7 @@ The docstring under each key begins with the field's own term. Editors show it (
 `docs/recipe.md` lists it: after a change run `make docs` (`python docs/make_recipe.py`).
 """
 
-from qalign.config.stages.preferences import DPO, DPO_LOSSES, REFERENCE_FREE, Reward
+from qalign.config.stages.preferences import DPO, DPO_LOSSES, REFERENCE_FREE, Reward, needs_reference
 from qalign.config.stages.reinforcement import GRPO, PPO
 from qalign.config.stages.section import (
     MAX_BATCH,
@@ -47,4 +47,5 @@ __all__ = [
     "ShareBelowOne",
     "Source",
     "Stage",
+    "needs_reference",
 ]

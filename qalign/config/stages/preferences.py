@@ -1,7 +1,7 @@
 """The sections of the stages that learn from preferences."""
 
-from collections.abc import Iterator
-from typing import Annotated, Literal
+from collections.abc import Iterable, Iterator
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -45,39 +45,128 @@ class Reward(Stage):
                 "layers; remove it, or set members 1"
             )
 
+    @property
+    def against_probabilities(self) -> str | None:
+        if not self.margin:
+            return None
+        return "margin: true can't use: both say how much better an answer is; remove margin, or leave that column out"
 
-DPO_LOSSES = Literal["sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"]
-REFERENCE_FREE = frozenset({"simpo", "orpo"})
+
+# fmt: off
+DPO_LOSSES = Literal[
+    "sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "exo_pair", "discopop", "bco_pair", "nca_pair", "sppo_hard",
+    "apo_zero", "apo_down", "aot", "aot_unpaired", "simpo", "orpo", "sft",
+]
+# fmt: on
+REFERENCE_FREE = frozenset({"simpo", "orpo", "sft"})
+OF_PROBABILITIES = ("sigmoid", "sigmoid_norm", "ipo", "exo_pair")  # of a row's chosen_probability; `sft` beside them
+_SMOOTHED = (*OF_PROBABILITIES, "robust", "aot", "aot_unpaired")
+_OF_THE_GAP = ("sigmoid", "hinge", "robust", "exo_pair", "discopop")  # of sums over tokens
+
+
+def needs_reference(loss: str | Iterable[str]) -> bool:
+    """Whether a preference loss, or any part of a sum of losses, compares the policy with a reference."""
+    return not REFERENCE_FREE.issuperset([loss] if isinstance(loss, str) else loss)
 
 
 class DPO(Stage):
     """Direct preference optimisation and related losses: learns from pairs of a chosen and a rejected answer."""
 
-    loss: DPO_LOSSES = "sigmoid"
+    loss: DPO_LOSSES | Annotated[dict[DPO_LOSSES, Positive], Field(min_length=1)] = "sigmoid"
     """Preference loss: `sigmoid` is DPO; `qalign/losses/preference.py` has the paper of each. Try `ipo` or
     `sigmoid_norm` if answers only get longer, `robust` if some labels are wrong, `simpo` or `orpo` to train without a
-    reference."""
+    reference. `{sigmoid: 1.0, sft: 0.2}` is a weighted sum. `sft` is the chosen answer's mean negative log-likelihood:
+    add 0.1 to 1.0 of it if `logps/chosen` in metrics.jsonl falls and answers fall apart."""
     beta: Positive = 0.1
     """KL coefficient β: how strongly the policy is held to the reference (IPO's τ, SimPO's reward scale, ORPO's λ).
     Take 0.01 if answers hardly change, 0.3 if they get worse; about 2 for simpo, 5 for sigmoid_norm."""
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = 0.0
-    """Label smoothing ε: the share of pairs believed to be labelled the wrong way round, for `robust`; 0.1 is usual."""
+    """Label smoothing ε: the share of pairs believed to be labelled the wrong way round; 0.1 is usual. On `sigmoid` it
+    is cDPO. `robust` needs it, and `exo_pair`, with 0.001. Rows may say how sure a label is: `chosen_probability`."""
     gamma: NotNegative | None = None
     """SimPO margin γ: by how much the chosen answer should win; 0.5 when left out. Only for the loss `simpo`."""
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] = "reverse_kl"
+    """Divergence: what holds the policy to the reference (f-DPO, arXiv:2309.16240): `reverse_kl` is DPO's. The others
+    trade some of the effect for more diverse answers: `js` a little, `forward_kl` most; `alpha` lies between."""
+    divergence_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Divergence α: of the α-divergence; 0 is forward KL, 1 reverse KL, 0.5 when left out. For divergence `alpha`."""
+    length_penalty: NotNegative = 0.0
+    """R-DPO length penalty α: in nats per token (arXiv:2403.19159); a longer chosen answer has to win by less, and a
+    shorter one by more, so that length isn't learned. Try 0.01 if answers only get longer."""
+    discopop_tau: Positive | None = None
+    """DiscoPOP temperature τ: how sharply its two losses change over; 0.05 when left out. Only for loss `discopop`."""
     reference: Literal["cached", "in_step"] = "cached"
     """Reference log-probs: `cached` computes them once per pair and keeps them in a file for later epochs and runs.
     `in_step` computes them in every step, which is slower; use it to check the cache."""
-    sft_weight: NotNegative = 0.0
-    """SFT loss weight: adds this much of the chosen answer's mean negative log-likelihood. Try 0.1 to 1.0 if
-    `logps/chosen` in metrics.jsonl falls and answers fall apart."""
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The weights of the sum of losses, by their names."""
+        return {self.loss: 1.0} if isinstance(self.loss, str) else {**self.loss}
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The arguments of `qalign.losses.preference.PreferenceLoss`."""
+        names = ("beta", "label_smoothing", "gamma", "divergence", "divergence_alpha", "length_penalty", "discopop_tau")
+        given = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return {"weights": self.losses, **given}
+
+    @property
+    def loss_in_words(self) -> str:
+        """The loss and what changes it, for the header."""
+        weighted = [f"{weight:g} {name}" for name, weight in self.losses.items()]
+        options = {name: value for name, value in self.loss_options.items() if name not in ("weights", "divergence")}
+        changed = [name for name in options if name == "beta" or options[name] != DPO.model_fields[name].default]
+        words = [self.loss if isinstance(self.loss, str) else " + ".join(weighted)]
+        words += [f"{name.replace('_', ' ')} {options[name]:g}" for name in changed]
+        return ", ".join(words + ([] if self.divergence == "reverse_kl" else [f"divergence {self.divergence}"]))
+
+    @property
+    def needs_reference(self) -> bool:
+        return needs_reference(self.loss)
+
+    @property
+    def compares_pairs(self) -> bool:
+        """Whether the loss of a pair depends on the other pairs of the optimiser step."""
+        return not {"aot", "aot_unpaired"}.isdisjoint(self.losses)
+
+    @property
+    def against_probabilities(self) -> str | None:
+        if set(self.losses) <= {*OF_PROBABILITIES, "sft"}:
+            return None
+        return f"loss {self._said} can't use; take {_any_of(OF_PROBABILITIES)}, or leave that column out"
+
+    @property
+    def _said(self) -> str:
+        return " + ".join(f"'{name}'" for name in self.losses)
 
     def conflicts(self) -> Iterator[str]:
         yield from super().conflicts()
-        if self.label_smoothing and self.loss != "robust":
-            yield f"label_smoothing: has no effect with loss '{self.loss}'; use loss 'robust' or remove it"
-        if self.loss == "robust" and not self.label_smoothing:
+        names = set(self.losses)
+        for key, is_set, takers in (
+            ("label_smoothing", self.label_smoothing, _SMOOTHED),
+            ("gamma", self.gamma is not None, ("simpo",)),
+            ("length_penalty", self.length_penalty, _OF_THE_GAP),
+            ("discopop_tau", self.discopop_tau is not None, ("discopop",)),
+        ):
+            if is_set and names.isdisjoint(takers):
+                yield f"{key}: has no effect with loss {self._said}; use loss {_any_of(takers)}, or remove it"
+        if self.divergence != "reverse_kl" and (others := names - {*_OF_THE_GAP, "sigmoid_norm", "ipo", "sft"}):
+            takers = _any_of((*_OF_THE_GAP, "sigmoid_norm", "ipo"))
+            yield f"divergence: '{self.divergence}' isn't defined for loss '{min(others)}'; use {takers}, or remove it"
+        if self.divergence_alpha is not None and self.divergence != "alpha":
+            yield f"divergence_alpha: has no effect with divergence '{self.divergence}'; use 'alpha', or remove it"
+        if "robust" in names and not self.label_smoothing:
             yield "loss: 'robust' needs label_smoothing above 0, or it is 'sigmoid'"
-        if self.gamma is not None and self.loss != "simpo":
-            yield f"gamma: has no effect with loss '{self.loss}'; use loss 'simpo' or remove it"
-        if self.loss in REFERENCE_FREE and self.reference != "cached":
-            yield f"reference: has no effect with loss '{self.loss}', which needs none; remove it"
+        if "exo_pair" in names and not self.label_smoothing:
+            yield "loss: 'exo_pair' needs label_smoothing above 0; its paper takes 0.001"
+        if names == {"sft"}:
+            yield "loss: 'sft' alone learns no preference; write {sigmoid: 1.0, sft: 0.2}, or use the sft stage"
+        if self.compares_pairs and self.batch_size == 1:
+            yield f"batch_size: 1 leaves loss {self._said} nothing to compare; take 8 or more"
+        if not self.needs_reference and self.reference != "cached":
+            yield f"reference: has no effect with loss {self._said}, which needs none; remove it"
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    return " or ".join(", ".join(f"'{name}'" for name in names).rsplit(", ", 1))

@@ -148,6 +148,10 @@ class Stage(Section):
     def has_held_out(self) -> bool:
         return bool(self.eval_data or self.holdout)
 
+    @property
+    def against_probabilities(self) -> str | None:
+        """Why rows with a `chosen_probability` can't be used, after "which"; None if they can."""
+
     def _held_out_conflicts(self) -> Iterator[str]:
         if self.eval_every and not self.has_held_out:
             yield "eval_every: has nothing to measure without eval_data or holdout; add one or remove this"

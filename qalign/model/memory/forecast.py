@@ -19,7 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qalign.config.paths import adapters_in, function_of, is_own_model, is_own_run, own_member, reward_adapter
 from qalign.config.recipe import Model, Recipe
-from qalign.config.stages import PPO, REFERENCE_FREE, RL_STAGES, Reward
+from qalign.config.stages import DPO, PPO, RL_STAGES, Reward
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import held_bytes
 from qalign.model.loading import reach_of
@@ -104,7 +104,7 @@ class Forecast:
         weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, self.members * adapter
-        has_reference = self.stage in RL_STAGES or (self.stage == "dpo" and settings.loss not in REFERENCE_FREE)
+        has_reference = self.stage in RL_STAGES or (isinstance(settings, DPO) and settings.needs_reference)
         if has_reference and settings.start_from is not None:
             frozen += 1  # the reference's copy of the adapter
         if isinstance(settings, PPO):
