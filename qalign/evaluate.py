@@ -49,12 +49,12 @@ def report(recipe: Recipe) -> None:
         raise UserError(
             "dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe, or `holdout`"
         )
-    same = ["dpo.start_from", "dpo.loss", "dpo.beta"]
+    same, begin = ["dpo.start_from", "dpo.loss", "dpo.beta"], ("model.", "dpo.loss.", "dpo.divergence")
     if settings.holdout:  # with other rows or another seed, what was trained on would count as held out
         same += ["seed", "dpo.holdout", "dpo.eval_data", "dpo.limit", "dpo.split"]
+        begin += ("dpo.data.",)
     for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
-        held_out = settings.holdout and key.startswith("dpo.data.")
-        if key.startswith(("model.", "dpo.loss.")) or key in same or held_out:
+        if key.startswith(begin) or key in same:
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
     origin.check(recipe.model)

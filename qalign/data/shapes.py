@@ -252,7 +252,9 @@ def score_margin(row: RawRow) -> float | None:
 def chosen_probability(row: RawRow) -> float:
     """Of a preference row, the probability that its chosen answer is the better one; 1 if the row doesn't say."""
     value = row.get("chosen_probability")
-    if is_nothing(value):
+    if value is None or (
+        isinstance(value, str) and not value.strip()
+    ):  # NaN is no missing cell here: it may be a fault
         return 1.0
     if not 0 <= (found := _number(value)) <= 1:
         raise BadRow(f"chosen_probability: expected a number from 0 to 1, found {short(value)}")

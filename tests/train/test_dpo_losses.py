@@ -16,7 +16,7 @@ DIVERGENCES = {"forward_kl": "forward_kl", "js": "js_divergence", "alpha": "alph
 
 
 def theirs(weights, policy, reference, lengths, *, beta, label_smoothing=0.0, divergence=None, alpha=0.5, tau=0.05):
-    """The loss of a batch by TRL. Its model gives every token of an answer the same log-prob; prompts have one token."""
+    """The loss of a batch by TRL. Its model gives every token of an answer one log-prob; prompts have one token."""
     answers = torch.arange(LONGEST) < lengths.T.reshape(-1, 1)  # all chosen, then all rejected
     of_tokens = answers * (policy / lengths).T.reshape(-1, 1)
     mask = torch.cat([torch.zeros(2 * PAIRS, 1), answers], dim=1).long()
