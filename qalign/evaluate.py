@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qalign.model.base import Base
 
 Item = TypeVar("Item")
+OF_THE_REWARD = ("model.", "dpo.loss.", "dpo.divergence")
 SIDE_BY_SIDE = 3
 ANSWERED = 16  # held-out prompts that are answered before and after
 SHOWN_LINES = 8  # of an answer
@@ -49,12 +50,11 @@ def report(recipe: Recipe) -> None:
         raise UserError(
             "dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe, or `holdout`"
         )
-    same, begin = ["dpo.start_from", "dpo.loss", "dpo.beta"], ("model.", "dpo.loss.", "dpo.divergence")
+    same = ["dpo.start_from", "dpo.loss", "dpo.beta"]
     if settings.holdout:  # with other rows or another seed, what was trained on would count as held out
         same += ["seed", "dpo.holdout", "dpo.eval_data", "dpo.limit", "dpo.split"]
-        begin += ("dpo.data.",)
     for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
-        if key.startswith(begin) or key in same:
+        if key.startswith(OF_THE_REWARD) or key in same or (settings.holdout and key.startswith("dpo.data.")):
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
     run.check_parent()
     origin.check(recipe.model)
@@ -103,7 +103,7 @@ def check_usable(source: str, used: int, refused: Sequence[Refused], expected: s
 
 
 def measure(base: "Base", pairs: list["TokenPair"], settings: DPO) -> dict[str, float]:
-    """Preference figures of reference and policy on held-out pairs. `settings` are the recipe's.
+    """Preference figures of reference and policy on held-out pairs, by the recipe's `settings`.
 
     Returns:
         `accuracy_base`, `accuracy_before` and `accuracy_after`: of the bare base, the reference and the policy, the
@@ -125,8 +125,7 @@ def measure(base: "Base", pairs: list["TokenPair"], settings: DPO) -> dict[str, 
         roles.insert(0, Role.BASE)
     loss, margins = PreferenceLoss(**settings.loss_options), {name: [] for name in (*roles, "reward")}
     base.model.eval()
-    limit = MicroBatchLimit(tokens=BATCH_TOKENS)
-    batches = [some for group in in_groups(pairs) for some in base.micro_batches(group, limit)]
+    batches = [m for group in in_groups(pairs) for m in base.micro_batches(group, MicroBatchLimit(tokens=BATCH_TOKENS))]
     with torch.no_grad(), base.packed_attention():
         for some in tqdm(batches, desc="measuring", unit="batch"):
             batch, logps = base.batch(some), {}

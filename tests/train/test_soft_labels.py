@@ -76,7 +76,7 @@ def test_a_loss_that_takes_none_refuses_them_in_one_line(rows, recipe_file, key)
         train(recipe_file(loss="hinge", **{key: soft}))
     (line,) = raised.value.lines
     assert line.startswith(f"dpo.{key}: 2 of its 4 rows have a chosen_probability, which loss 'hinge' can't use; take ")
-    with pytest.raises(UserError, match="which loss 'sigmoid' \\+ 'aot' can't use"):
+    with pytest.raises(UserError, match=r"which loss 'aot' \+ 'sigmoid' can't use"):
         train(recipe_file(loss={"sigmoid": 1.0, "aot": 0.5}, **{key: soft}))
     train(recipe_file(loss={"sigmoid": 1.0, "ipo": 0.5, "sft": 0.1}, max_steps=1, **{key: soft}))
 

@@ -22,7 +22,7 @@ AOT = ["aot", "aot_unpaired", {"aot_unpaired": 0.5, "sigmoid": 1.0, "sft": 0.2}]
 def base(tiny_base):
     """The tiny model with a policy that does something."""
     tiny_base.add_adapter(Role.POLICY, Lora(r=4, alpha=8))
-    scramble(tiny_base, scale=0.02)
+    scramble(tiny_base, scale=0.2)
     return tiny_base
 
 
@@ -85,7 +85,6 @@ def test_the_held_out_loss_does_not_depend_on_micro_batches(base, tmp_path):
         found.append(trainer_of(base, tmp_path, pairs, micro=limit, chosen={"loss": "aot"}, **values).evaluate())
     assert found[0]["eval_loss"] == pytest.approx(found[2]["eval_loss"], rel=1e-5)
     assert found[1]["eval_loss"] == pytest.approx(found[2]["eval_loss"], rel=1e-5)
-    assert base.role is not Role.POLICY
 
 
 def test_bcos_shift_is_the_mean_reward_of_the_steps_before(recipe_file):
