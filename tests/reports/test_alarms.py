@@ -177,7 +177,7 @@ def test_both_points_spreads_and_numbers_of_answers_count():
         (START, {"repeated": 0.26}, ["repeat"]),
         (START, {"distinct": 0.46}, None),
         (START, {"distinct": 0.44}, ["repeat"]),
-        (START, {"ended": 0.4, "length": 90.0}, ["90% → 40% did", "mean length 50 → 90 tokens", "ppo.kl_coefficient"]),
+        (START, {"ended": 0.4, "length": 90.0}, ["90% → 40% did", "mean length 50 → 90 tokens", "kl_coefficient"]),
         (START, {"ended": 0.46}, None),
         (START, {"ended": 0.44}, ["no longer end"]),
         (replace(START, ended=0.5), {"ended": 0.0}, None),  # few ended before
