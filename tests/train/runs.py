@@ -36,7 +36,7 @@ def begun(recipe, refused=(), **dpo) -> runs.RunFolder:
 def finished(recipe) -> runs.RunFolder:
     run = begun(recipe)
     run.adapter.mkdir()
-    run.finish("next", "base", "model = ...", **FACTS)
+    run.finish("next", "base", {run.adapter: "model = ..."}, **FACTS)
     return run
 
 
