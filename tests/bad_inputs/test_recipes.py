@@ -104,7 +104,7 @@ OVERRIDES = [
     ("dpo.data={path: pairs.jsonl, skip: 100000000000000}", "expected at most"),
     ("dpo.length_penalty=1e300", "expected at most"),
     ("dpo.loss={sigmod: 1}", "did you mean 'sigmoid'?"),
-    ("dpo.loss={sigmoid: 0}", "dpo.loss.sigmoid is 0; expected greater than 0"), ("dpo.loss={}", "dpo.loss is empty"),
+    ("dpo.loss={sigmoid: 0}", "dpo.loss.sigmoid is 0; expected greater than 0"), ("dpo.loss={}", "dpo.loss is {}; expected one of"),
     ("dpo.loss=[sigmoid, sft]", "expected one of sigmoid, ipo"), ("dpo.sft_weight=0.2", "did you mean 'loss.sft'?"),
     ("dpo.gamma=1e300", "expected at most"),
     ("model.max_length=1000000000000", "expected at most 1048576"), ("model.max_length=1", "expected at least 16"),
