@@ -4,11 +4,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qalign.config.recipe import Lora, Model
+from qalign.config.recipe import Lora, Model, Recipe
 from qalign.data.collate import MicroBatchLimit
 from qalign.model.adapters.members import Ensemble, answer_scores
 from qalign.model.adapters.targets import decoder_layers
 from qalign.model.base import load
+from qalign.model.memory.forecast import Forecast
 from tests.conftest import FIXTURES
 from tests.families import HYBRIDS, SERVED, UNSERVED, family, random_pairs
 
@@ -80,14 +81,13 @@ def test_answers_in_any_order_and_any_groups_have_the_same_scores(dtype, tiny_fo
     torch.testing.assert_close(other, alone, **tolerance)
 
 
-@pytest.mark.parametrize(("share", "count"), [(0.2, 1), (0.5, 2), (1.0, 4)])
-def test_adapters_are_on_the_last_layers(share, count, tiny_folder):
-    base = load(Model(base=tiny_folder, compute_dtype="float32", max_length=256))
+@pytest.mark.parametrize(("share", "expected"), [(0.2, 1), (0.5, 1), (0.8, 2), (1.0, 2)])
+def test_adapters_are_on_the_last_layers(share, expected, tiny_base):
+    base = tiny_base
     members_on(base, share)
     layers = decoder_layers(base.lm)
     adapted = set(base.routes(ROLES))
     holds = [not adapted.isdisjoint(layer.modules()) for layer in layers]
-    expected = max(1, round(share * len(layers)))
     assert holds == [False] * (len(layers) - expected) + [True] * expected
 
 
@@ -105,3 +105,21 @@ def test_a_model_in_which_members_are_not_exact_is_noticed(tiny_base, monkeypatc
     exact = Ensemble._last_states
     monkeypatch.setattr(Ensemble, "_last_states", lambda *given: exact(*given)[::-1])
     assert Ensemble(tiny_base, ROLES).reason == "members in one pass don't have the states that each has alone"
+
+
+def test_the_forecast_has_all_members_and_what_their_layers_keep(tiny_base, tiny_folder):
+    """A token goes through the members' layers three times; the layers below keep nothing."""
+
+    def forecast(**keys) -> Forecast:
+        reward = {"data": "unused.jsonl", **keys}
+        recipe = Recipe.model_validate({"model": {"base": tiny_folder}, "output": "runs", "reward": reward})
+        return Forecast(recipe, "reward", tiny_base.lm.config, "cpu", torch.float32)
+
+    one, full, half = forecast(), forecast(members=3, member_layers=1.0), forecast(members=3, member_layers=0.5)
+    for part in ("adapters", "gradients", "optimiser"):
+        assert full.fixed[part] == 3 * one.fixed[part]
+        assert half.fixed[part] == pytest.approx(full.fixed[part] / 2, rel=0.01)
+    assert (one.layers, half.layers) == (2, 1)
+    kept = [found.step(300, checkpointing=False).activations for found in (one, full, half)]
+    assert kept[1] == pytest.approx(3 * kept[0], rel=0.1)
+    assert kept[2] == pytest.approx(kept[1] / 2, rel=0.15)

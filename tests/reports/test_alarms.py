@@ -181,6 +181,10 @@ def test_both_points_spreads_and_numbers_of_answers_count():
         (START, {"ended": 0.46}, None),
         (START, {"ended": 0.44}, ["no longer end"]),
         (replace(START, ended=0.5), {"ended": 0.0}, None),  # few ended before
+        (replace(START, spread=0.5), {"spread": 1.01}, ["disagree more, 0.50 → 1.01", "set reward_combine: min"]),
+        (replace(START, spread=0.5), {"spread": 1.0}, None),
+        (replace(START, spread=0.5, answers=8), {"spread": 2.2}, None),  # by chance: exp(3 / 2) times 0.5 is 2.24
+        (replace(START, spread=0.5, answers=8), {"spread": 2.3}, ["members of the reward"]),
         # 6 of 8, then 2: the standard error is sqrt(1/2 1/2 2/8) = 0.25, the fall two of it; 8, then 0: four.
         (replace(START, answers=8, ended=0.75), {"ended": 0.25}, None),
         (replace(START, answers=8, ended=1.0), {"ended": 0.0}, ["no longer end"]),

@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from qalign.reports.reward_report import ScoredPair, measure, quantile_groups, sign_test, spearman, warning, wilson
+from qalign.reports.reward_report import (
+    ScoredPair,
+    measure,
+    members,
+    members_in_words,
+    quantile_groups,
+    sign_test,
+    spearman,
+    warning,
+    wilson,
+)
 
 
 def pair(chosen: float, rejected: float, tokens: tuple[int, int] = (10, 10), margin: float | None = None) -> ScoredPair:
@@ -268,3 +278,18 @@ def test_scores_must_be_finite(broken):
     }.items():
         with pytest.raises(ValueError, match=rf"^pair 2 of 2: {name} is {broken}, expected a finite number; .+$"):
             measure([FOUR[0], bad])
+
+
+def test_where_the_members_of_an_ensemble_disagree():
+    gaps = [[1.0, 2.0, 3.0], [1.0, -4.0, 1.0], [-1.0, -1.0, -1.0], [2.0, 2.0, 0.0]]
+    found = members(gaps, ["a:1", "a:2", "a:3", "a:4"])
+    assert found["accuracy"] == [3 / 4, 2 / 4, (1 + 1 + 0 + 0.5) / 4]
+    assert found["disagreement"] == 2 / 4
+    assert found["spread"] == pytest.approx((math.sqrt(2 / 3) + math.sqrt(50 / 9) + 0 + math.sqrt(8 / 9)) / 4)
+    agreed = [(group["agree"], group["pairs"], group["accuracy"]) for group in found["by_agreement"]]
+    assert agreed == [(2, 2, 0.5), (3, 2, 0.5)]  # by the mean: -2/3 is wrong, 4/3 right; 2 right, -1 wrong
+    assert [pair["where"] for pair in found["most_disputed"]] == ["a:2", "a:4", "a:1", "a:3"]
+    assert json.loads(json.dumps(found)) == found
+    lines = members_in_words(found)
+    assert lines["members"] == "75.0%, 50.0%, 62.5% alone; they disagree on 50.0% of the pairs"
+    assert lines["most disputed"] == "a:2, a:4, a:1"
