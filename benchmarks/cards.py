@@ -31,8 +31,9 @@ from qalign.rl.rewards import Scorers
 from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 from qalign.train.callbacks import checkpoint_layers
 from qalign.train.dataset import StageRows
-from qalign.train.pair_trainers import PreferenceTrainer, RewardModelTrainer
-from qalign.train.sft_trainer import SupervisedTrainer
+from qalign.train.trainers.policy import PreferenceTrainer
+from qalign.train.trainers.reward import RewardModelTrainer
+from qalign.train.trainers.sft import SupervisedTrainer
 
 ON_CUDA = torch.cuda.is_available()
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}

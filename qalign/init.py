@@ -51,7 +51,8 @@ def write_recipe(name: str, *, full: bool = False) -> None:
 
 
 def with_every_key(file: Path) -> str:
-    """A recipe file's text with every key and its docstring as a comment; the values that the file sets stay."""
+    """A recipe file's text with every key and its docstring as a comment; the values that the file sets stay. A stage
+    that the file doesn't have is a comment as a whole."""
     raw, text = parse(file)[0], file.read_text(encoding="utf-8")
     lines = [*takewhile(lambda line: line.startswith("#"), text.splitlines())]
     for key, field in Recipe.model_fields.items():
@@ -59,14 +60,16 @@ def with_every_key(file: Path) -> str:
         if section is None:
             lines += ["", *_commented(key, field, raw)]
             continue
-        lines += ["", *_comment(section.__doc__), f"{key}:"]
+        off = "# " if field.default is None and key not in raw else ""
+        lines += ["", *_comment(section.__doc__), f"{off}{key}:"]
         for inner, inner_field in section.model_fields.items():
-            lines += [f"  {line}" for line in _commented(inner, inner_field, as_keys(raw.get(key)))]
+            lines += [f"{off}  {line}" for line in _commented(inner, inner_field, as_keys(raw.get(key)))]
     return "\n".join(lines) + "\n"
 
 
 def _commented(key: str, field: FieldInfo, values: Keys) -> list[str]:
-    return [*_comment(field.description), f"{key}: {flow(values.get(key, field.default))}"]
+    default = "..." if field.is_required() else field.default
+    return [*_comment(field.description), f"{key}: {flow(values.get(key, default))}"]
 
 
 def _comment(docstring: str | None) -> list[str]:

@@ -32,7 +32,7 @@ WORDS = {
 
 def merge(folder: str, onto: "Form", to: str | None) -> None:
     """Merge a run's adapter into its base, as a plain 16-bit model folder."""
-    run = open_run(folder, ("grpo", "ppo", "dpo", "sft", "reward"))
+    run = open_run(folder, ("grpo", "ppo", "kto", "dpo", "sft", "reward"))
     if members := [place.name for place in adapters_in(run.adapter)][1:]:
         fix = f"name one of them, such as {run.path / members[0]}"
         raise UserError(f"{folder}: is an ensemble of {len(members) + 1} members, and a model can hold one; {fix}")

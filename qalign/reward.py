@@ -32,7 +32,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.model.adapters.members import answer_scores
     from qalign.model.base import Role
     from qalign.train.loop import Session, load_base
-    from qalign.train.pair_trainers import EnsembleTrainer, RewardModelTrainer
+    from qalign.train.trainers.reward import EnsembleTrainer, RewardModelTrainer
 
     base = load_base(run)
     base.lm.set_output_embeddings(None)  # a head of its own takes its place

@@ -27,7 +27,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import IGNORED, encode_dialogues
     from qalign.train.loop import Session, load_base
-    from qalign.train.sft_trainer import SupervisedTrainer
+    from qalign.train.trainers.sft import SupervisedTrainer
 
     settings, base = cast(SFT, run.settings), load_base(run)
     if settings.packing and base.padding_reason:

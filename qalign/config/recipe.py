@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Field, ValidationError
 from qalign.config.stages import (
     DPO,
     GRPO,
+    KTO,
     MAX_TOKENS,
     PPO,
     RL_STAGES,
@@ -83,7 +84,7 @@ class Lora(Section):
     Try it if r 4 or 8 learns too little and a higher rank doesn't fit."""
     init: Literal["default", "gaussian", "loftq", "pissa"] = "default"
     """LoRA initialisation: `default` and `gaussian` leave the model unchanged at first; `loftq` (arXiv:2310.08659)
-    reduces the 4-bit rounding error and needs `start_from: sft` under dpo, ppo and grpo. `pissa` is refused."""
+    reduces the 4-bit rounding error and needs `start_from: sft` under dpo, kto, ppo and grpo. `pissa` is refused."""
 
     def conflicts(self) -> Iterator[str]:
         if self.init == "pissa":
@@ -118,6 +119,8 @@ class Recipe(Section):
     """Reward stage: settings of `python -m qalign.reward`. Only PPO and GRPO need a reward model."""
     dpo: DPO | None = None
     """DPO stage: settings of `python -m qalign.dpo`."""
+    kto: KTO | None = None
+    """KTO stage: settings of `python -m qalign.kto`."""
     ppo: PPO | None = None
     """PPO stage: settings of `python -m qalign.ppo`."""
     grpo: GRPO | None = None
@@ -127,7 +130,7 @@ class Recipe(Section):
         if self.lora.init == "loftq":
             if self.model.quantization not in ("nf4", "fp4"):
                 yield f"lora.init: 'loftq' needs 4-bit weights, and model.quantization is '{self.model.quantization}'"
-            held: dict[str, Stage | None] = {name: getattr(self, name) for name in ("dpo", *RL_STAGES)}
+            held: dict[str, Stage | None] = {name: getattr(self, name) for name in ("dpo", "kto", *RL_STAGES)}
             if self.dpo and not self.dpo.needs_reference:
                 held["dpo"] = None
             if moved := [name for name, stage in held.items() if stage and not stage.start_from]:

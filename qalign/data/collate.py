@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qalign.data.tokenize import TokenAnswers, TokenPair
+from qalign.data.tokenize import TokenAnswers, TokenLabelled, TokenPair
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.nn.attention.flex_attention import BlockMask
 
-AnsweredPrompt = TokenPair | TokenAnswers  # within a batch, each has the same number of answers
+AnsweredPrompt = TokenPair | TokenLabelled | TokenAnswers  # within a batch, each has the same number of answers
 Row = TypeVar("Row", bound=AnsweredPrompt)
 
 ROWS_PACKED_TOGETHER = 64  # by `in_groups`

@@ -1,20 +1,30 @@
-"""Any data set in, canonical rows out: preferences, dialogues to imitate, prompts to answer.
+"""Any data set in, canonical rows out: preferences, answers with labels, dialogues to imitate, prompts.
 
 The shape of each row is detected (`qalign.data.shapes`). Each `canonical…` function raises a `BadRow` if the shape is
 unknown or a part is missing, empty or out of order; `collect` lists such rows as refused, with place and reason.
 """
 
-import json
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
 
 from qalign.config.stages import Source
-from qalign.data.messages import UNTRAINED, Message, Turns, as_dialogue, as_turns, calls, is_empty, same
+from qalign.data.messages import Message, Turns, as_dialogue, as_turns, is_empty, same
 from qalign.data.readers import BadRow, NoPair, read
+from qalign.data.rows import (
+    Dialogue,
+    Labelled,
+    LeftOut,
+    PlainText,
+    Preference,
+    Prompt,
+    Refused,
+    check_order,
+    settled,
+)
 from qalign.data.shapes import (
     OPENINGS,
     REJECTED,
@@ -28,65 +38,21 @@ from qalign.data.shapes import (
     tools,
     with_system,
 )
-from qalign.data.texts import DIALOGUES, SPEAKER, check_not_templated, check_text, is_object, without_nulls
+from qalign.data.texts import (
+    DIALOGUES,
+    LABELS,
+    SPEAKER,
+    as_label,
+    check_not_templated,
+    check_text,
+    is_nothing,
+    is_object,
+    without_nulls,
+)
+from qalign.errors import short
 
 Row = TypeVar("Row")
-Read = tuple[list[Row], list["Refused"]]  # rows that can be used, and the others
-
-
-@dataclass(frozen=True)
-class Preference:
-    """One prompt with two answers, the first preferred, or as good as the other."""
-
-    prompt: tuple[Message, ...]  # a user's or a tool's turn last
-    chosen: Message
-    rejected: Message
-    where: str  # its place: file and line, or row number
-    margin: float | None = None  # score_chosen − score_rejected, where the row has both as finite numbers
-    tools: tuple[dict[str, Any], ...] = ()  # schemas of functions, for `apply_chat_template(tools=…)`
-    chosen_probability: float = 1.0  # that the chosen answer is the better one, from 0.5 (a tie) to 1
-
-
-@dataclass(frozen=True)
-class Dialogue:
-    """A dialogue that ends with an assistant's turn, for supervised fine-tuning."""
-
-    turns: tuple[Message, ...]
-    first_trained: int  # the loss covers the assistant's turns from this index on; earlier turns are context
-    where: str
-    tools: tuple[dict[str, Any], ...] = ()
-    untrained: frozenset[int] = frozenset()  # indices of assistant turns that are context too, such as `weight: 0`
-
-
-@dataclass(frozen=True)
-class PlainText:
-    """A text without roles; the loss covers every token but the first."""
-
-    text: str
-    where: str
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A dialogue that waits for an answer."""
-
-    turns: tuple[Message, ...]  # a user's or a tool's turn last
-    where: str
-    columns: dict[str, Any]  # the whole row as it came, without nulls, for functions that score answers
-    tools: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class Refused:
-    """A row that can't be used, and why."""
-
-    where: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class LeftOut(Refused):
-    """A valid row that holds no preference, such as a vote for a tie."""
+Read = tuple[list[Row], list[Refused]]  # rows that can be used, and the others
 
 
 def collect(
@@ -150,9 +116,9 @@ def as_written(raw: Any, where: str) -> Preference:
         missing = "chosen" if shape.chosen is None else "rejected"
         raise BadRow(f"no '{missing}' answer: a preference row needs chosen and rejected; this one has {shape.keys}")
     prompt, *answers = split_prompt(opening_turns(shape.row, shape.opening), shape.chosen, shape.rejected)
-    _check_order(prompt, "the prompt", "user")
+    check_order(prompt, "the prompt", "user")
     chosen, rejected = (_answer(turns, name) for turns, name in zip(answers, ("chosen", "rejected"), strict=True))
-    (*prompt, chosen, rejected), untrained = _settled([*prompt, chosen, rejected])
+    (*prompt, chosen, rejected), untrained = settled([*prompt, chosen, rejected])
     if untrained & {len(prompt), len(prompt) + 1}:
         raise BadRow("an answer has weight 0, so it can't be trained on")
     if same(chosen, rejected):
@@ -207,9 +173,9 @@ def _imitable(shape: Shape, where: str) -> Dialogue | PlainText:
     else:
         return PlainText(_plain_text(shape), where)
     if first_trained:
-        _check_order(turns[:first_trained], "the prompt", "user")
-    _check_order(turns, "the dialogue", "assistant")
-    turns, untrained = _settled(turns)
+        check_order(turns[:first_trained], "the prompt", "user")
+    check_order(turns, "the dialogue", "assistant")
+    turns, untrained = settled(turns)
     trained = (number for number, turn in enumerate(turns) if turn["role"] == "assistant" and number >= first_trained)
     if untrained.issuperset(trained):
         raise BadRow("all of the assistant's turns have weight 0")
@@ -269,8 +235,8 @@ def canonical_prompt(raw: Any, where: str) -> Prompt:
     if not any(turn["role"] == "user" for turn in turns):
         expected = f"{', '.join(OPENINGS)}, or an HH transcript"
         raise BadRow(f"no user's turn to answer: this row has {shape.keys}; expected {expected}")
-    _check_order(turns, "the prompt", "user")
-    turns, _ = _settled(turns)
+    check_order(turns, "the prompt", "user")
+    turns, _ = settled(turns)
     return Prompt(tuple(turns), where, dict(shape.row), tools(shape.row))
 
 
@@ -283,48 +249,70 @@ def _check_pair(shape: Shape) -> None:
 
 
 def _check_label(shape: Shape) -> None:
-    """A false label marks a disliked answer, as 0 does in KTO's rows. Beside a text or messages 0 may be a class."""
+    """A false label marks a disliked answer, as 0 does in KTO's rows. Beside a text or messages, 0 and "negative" may
+    be a class."""
     is_answered = shape.imitated and shape.imitated[0]
-    false = {"false", "0", "0.0", "no"} if is_answered else {"false"}
-    for key in ("label", "kto_tag"):
-        if str(shape.row.get(key)).strip().lower() in false:  # a CSV has only texts
+    for key in LABELS:
+        value = shape.row.get(key)
+        if as_label(value) is False and (is_answered or str(value).strip().lower() in ("false", "undesirable")):
             raise BadRow(f"{key} is false: the answer is marked as not to be imitated")
 
 
-def _check_order(turns: Turns, name: str, last: str) -> None:
-    """Nobody but a tool speaks twice in a row (system turns aside), a tool answers a call, no turn is empty, and the
-    last is `last`'s; where that is the user's, it may be a tool's."""
-    before: Message = {"role": "nobody", "content": ""}
-    for number, turn in enumerate((spoken := [turn for turn in turns if turn["role"] != "system"]), start=1):
-        role = turn["role"]
-        if role == before["role"] != "tool":
-            other = "assistant" if role == "user" else "user"
-            raise BadRow(f"turn {number} of {name} is the {role}'s, expected the {other}'s")
-        if role == "tool" and before["role"] != "tool" and not calls(before):
-            raise BadRow(f"turn {number} of {name} is a tool's, but the turn before calls none")
-        if is_empty(turn):
-            raise BadRow(f"turn {number} of {name} is empty")
-        before = turn
-    if not spoken:
-        raise BadRow(f"{name} is empty")
-    if not any(turn["role"] == "user" for turn in spoken):
-        raise BadRow(f"{name} has no user's turn")
-    end = before if last == "user" else turns[-1]  # nothing follows a system turn after the last answer
-    if end["role"] not in (last, "tool" if last == "user" else last):
-        raise BadRow(f"{name} ends with the {end['role']}'s turn, expected the {last}'s")
+def canonical_labelled(raw: Any, where: str) -> Labelled:
+    """One row of any known shape as answers that are good or bad: one answer with a label, a chosen or a rejected one
+    alone, a pair, or a vote of `qalign.page.votes` that both answers are bad. Raises `NoPair` as `canonical` does."""
+    shape = detect(raw)
+    if shape.row.peek("vote") == "both_bad" and not shape.is_ranked:
+        return _both_bad(shape.row, where)
+    if shape.chosen is not None and shape.rejected is not None:
+        pair = canonical(raw, where)
+        if pair.chosen_probability == 0.5:
+            raise NoPair("a tie: neither answer is good or bad")
+        return Labelled(pair.prompt, (pair.chosen, pair.rejected), (True, False), where, pair.tools)
+    _check_pair(shape)
+    label = _label(shape)
+    row = _imitable(replace(shape, chosen=shape.rejected if shape.chosen is None else shape.chosen), where)
+    if shape.rejected is not None:
+        shape.row.read.update(key for key in REJECTED if key in shape.row)
+    if isinstance(row, PlainText):
+        raise BadRow("plain text: expected a prompt and an answer with a label")
+    *prompt, answer = row.turns
+    check_order(prompt, "the prompt", "user")
+    if len(prompt) in row.untrained:
+        raise BadRow("the answer has weight 0, so it can't be trained on")
+    return Labelled(tuple(prompt), (answer,), (label,), where, row.tools)
 
 
-def _settled(turns: Turns) -> tuple[Turns, frozenset[int]]:
-    """(turns, indices of the turns that are not trained on), after the last checks of their texts."""
-    for turn in turns:
-        check_not_templated(turn["content"])
-        check_text([json.dumps(turn, ensure_ascii=False)])
-    untrained = frozenset(number for number, turn in enumerate(turns) if turn.get(UNTRAINED))
-    return [{key: value for key, value in turn.items() if key != UNTRAINED} for turn in turns], untrained
+def _label(shape: Shape) -> bool:
+    """Whether a row's only answer is good."""
+    found = next((key for key in LABELS if not is_nothing(shape.row.peek(key))), None)
+    if found is None and shape.is_ranked:
+        return shape.rejected is None
+    if found is None:
+        known = f"{', '.join(LABELS)}, or chosen and rejected"
+        raise BadRow(f"no label says whether the answer is good: this row has {shape.keys}; expected {known}")
+    label = as_label(shape.row[found])
+    if label is None:
+        raise BadRow(f"{found}: expected true or false (or 1 and 0, good and bad), found {short(shape.row[found])}")
+    return label
+
+
+def _both_bad(row: RawRow, where: str) -> Labelled:
+    sides = [answer for side in ("a", "b") if is_object(answer := row.get(side))]
+    texts = [text for side in sides if isinstance(text := side.get("text"), str) and text.strip()]
+    if not texts or any("prompt" in side for side in sides):
+        raise NoPair("a vote for 'both bad' without answers to the same dialogue")
+    prompt = opening_turns(row, "prompt")
+    check_order(prompt, "the prompt", "user")
+    answers: Turns = [{"role": "assistant", "content": text} for text in dict.fromkeys(texts)]
+    turns, _ = settled([*prompt, *answers])
+    prompt, answers = turns[: len(prompt)], turns[len(prompt) :]
+    return Labelled(tuple(prompt), tuple(answers), (False,) * len(answers), where, tools(row))
 
 
 # (sources, split, limit, seed) to rows and refused rows, as `collect` reads them.
 preferences = partial(collect, convert=canonical)
 scored_preferences = partial(collect, convert=scored)
+labelled_answers = partial(collect, convert=canonical_labelled)
 dialogues = partial(collect, convert=canonical_dialogue)
 prompts = partial(collect, convert=canonical_prompt)

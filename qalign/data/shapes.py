@@ -19,6 +19,7 @@ from qalign.data.readers import BadRow, NoPair
 from qalign.data.texts import (
     DIALOGUES,
     EMPTY,
+    LABELS,
     TOOLS,
     check_text,
     from_text,
@@ -52,7 +53,7 @@ _STEMS = ("conversation", "response", "answer", "completion", "output")  # of tw
 _SIDES = (("a", "b"), ("0", "1"), ("1", "2"), ("j", "k"))
 REJECTED = ("rejected", "non_preferred_output")
 _WINNERS = ("winner", "better_response_id", "preferred", "preference")
-_ABSENT_IF_EMPTY = ("history", "label")
+_ABSENT_IF_EMPTY = ("history", *LABELS)
 
 
 class RawRow(dict[str, Any]):

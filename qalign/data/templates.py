@@ -2,7 +2,7 @@
 
 They travel together, as one `ChatTemplate`, through training, evaluation, sampling and the page, so that a dialogue is
 rendered in one way everywhere. A template may leave out what it has no place for without an error; that is found by
-`qalign.data.template_checks`.
+`qalign.data.rows`.
 """
 
 import json

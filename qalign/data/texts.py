@@ -15,6 +15,11 @@ DIALOGUES = ("messages", "conversations", "conversation", "contents")  # keys of
 SPEAKER, CONTENT = ("role", "from"), ("content", "value", "text", "parts")  # keys of a turn
 EMPTY: tuple[Any, ...] = ("", [], {})  # CSV and Parquet files give a column to all rows if one has it
 TOOLS = ("tools", "functions")  # columns
+LABELS = ("label", "kto_tag", "desirable", "thumb", "feedback")  # columns that say whether an answer is good
+_GOOD = frozenset(["true", "1", "1.0", "yes", "good", "up", "thumbs_up", "positive", "like", "desirable", "👍"])
+_BAD = frozenset(
+    ["false", "0", "0.0", "-1", "-1.0", "no", "bad", "down", "thumbs_down", "negative", "dislike", "undesirable", "👎"]
+)
 CALLS = "calls"  # sharegpt's speaker of tool calls, who is the assistant
 _NAMES = {
     "user": "user human prompter",
@@ -80,6 +85,12 @@ def is_blank(value: Any) -> bool:
 def is_nothing(value: Any) -> bool:
     """Whether a cell is empty or says so, where no text can stand: `nan`, `null` …"""
     return is_blank(value) or (isinstance(value, str) and value.strip().lower() in ("nan", "none", "null"))
+
+
+def as_label(value: Any) -> bool | None:
+    """Whether a label says good or bad, as a boolean, a number or a word; None if it says neither. A CSV has texts."""
+    word = str(value).strip().lower().replace(" ", "_")
+    return True if word in _GOOD else False if word in _BAD else None
 
 
 def without_nulls(value: Any, within: bool = False) -> Any:

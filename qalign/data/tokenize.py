@@ -14,20 +14,17 @@ from typing import Any, NamedTuple, TypeVar
 
 from tqdm.auto import tqdm
 
-from qalign.data.formats import Dialogue, Message, PlainText, Preference, Prompt, Read, Refused
+from qalign.data.formats import Dialogue, Labelled, Message, PlainText, Preference, Prompt, Read, Refused
 from qalign.data.readers import BadRow
-from qalign.data.template_checks import check_answer, check_prompt, leaves
-from qalign.data.templates import ANSWERED, ASKED, ChatTemplate, call_of, special_tokens, through_end_of_turn
+from qalign.data.rows import check_answer, check_prompt, check_texts
+from qalign.data.templates import ANSWERED, ASKED, ChatTemplate, call_of, through_end_of_turn
 from qalign.errors import UserError
 
-Row = TypeVar("Row", bound=Preference | Dialogue | PlainText | Prompt)
+Row = TypeVar("Row", bound=Preference | Labelled | Dialogue | PlainText | Prompt)
 Encoded = TypeVar("Encoded")
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "call", "description": "", "parameters": {}}}
 IGNORED = -100  # the label of tokens outside the loss, as PyTorch's cross entropy has it
-# A longer row is refused before it is tokenised, which takes a second and 250 MB for each million characters. English
-# has 4 to 5 of them a token; the longest tokens in use, runs of spaces or of one sign, have 128.
-CHARACTERS_PER_TOKEN, LEAST_CHARACTERS, LEAST_TURNS = 200, 1_000_000, 1000
 
 
 @dataclass(frozen=True)
@@ -50,6 +47,24 @@ class TokenPair:
     def __len__(self) -> int:
         """The length of the longer sequence, in tokens."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+
+
+@dataclass(frozen=True)
+class TokenLabelled:
+    """A prompt with one answer that is good or bad, as token ids."""
+
+    prompt_ids: list[int]
+    answer_ids: list[int]
+    desirable: bool
+    where: str
+    dropped_turns: int = 0
+
+    @property
+    def answers(self) -> tuple[list[int]]:
+        return (self.answer_ids,)
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.answer_ids)
 
 
 @dataclass(frozen=True)
@@ -92,6 +107,24 @@ def encode_pairs(template: ChatTemplate, rows: list[Preference], max_length: int
     return _encode_all(rows, lambda row: encode_pair(template, row, max_length))
 
 
+def encode_labelled(template: ChatTemplate, rows: list[Labelled], max_length: int) -> Read[TokenLabelled]:
+    """Answers with their labels; a row with two answers gives two. The second ones come last, so that neighbours, from
+    which the KL estimate takes its answers, have other prompts."""
+
+    def encode(row: Labelled) -> list[TokenLabelled]:
+        own = template.with_tools(row.tools)
+        check_texts(own, (*row.prompt, *row.answers), max_length)
+        found = _fitted(own, row.prompt, row.answers, max_length)
+        if len(row.answers) == 2 and found.answer_ids[0] == found.answer_ids[1] and len({*row.desirable}) == 2:
+            raise BadRow(f"the chat template ({template.words}) renders a good and a bad answer as the same")
+        labelled = zip(found.answer_ids, row.desirable, strict=True)
+        return [TokenLabelled(found.prompt_ids, ids, good, row.where, found.dropped_turns) for ids, good in labelled]
+
+    encoded, refused = _encode_all(rows, encode)
+    firsts, others = ([one for found in encoded for one in found[part]] for part in (slice(1), slice(1, None)))
+    return [*firsts, *others], refused
+
+
 def encode_dialogues(template: ChatTemplate, rows: list[Dialogue | PlainText], max_length: int) -> Read[TokenDialogue]:
     """Token sequences and refused rows; a long row gives several sequences."""
 
@@ -112,7 +145,7 @@ def encode_questions(template: ChatTemplate, rows: list[Prompt], room: int) -> R
 def encode_pair(template: ChatTemplate, row: Preference, max_length: int) -> TokenPair:
     """A preference as ids. The oldest turns are dropped until both sequences fit; an answer is never cut."""
     template, answers = template.with_tools(row.tools), (row.chosen, row.rejected)
-    _check_texts(template, (*row.prompt, *answers), max_length)
+    check_texts(template, (*row.prompt, *answers), max_length)
     found = _fitted(template, row.prompt, answers, max_length)
     chosen, rejected = found.answer_ids
     if chosen == rejected:
@@ -131,7 +164,7 @@ def encode_dialogue(template: ChatTemplate, row: Dialogue, max_length: int) -> l
     turns dropped as needed. Generation markers in a template are neither needed nor used.
     """
     template, turns = template.with_tools(row.tools), list(row.turns)
-    _check_texts(template, turns, max_length)
+    check_texts(template, turns, max_length)
     sequences: list[TokenDialogue] = []
     dropped = 0
     for number, turn in enumerate(turns):
@@ -156,7 +189,7 @@ def encode_dialogue(template: ChatTemplate, row: Dialogue, max_length: int) -> l
 def encode_answer(template: ChatTemplate, row: Dialogue, max_length: int) -> list[int]:
     """A dialogue as ids up to its last end of turn, as a reward model reads it."""
     template = template.with_tools(row.tools)
-    _check_texts(template, row.turns, max_length)
+    check_texts(template, row.turns, max_length)
     found = _fitted(template, row.turns[:-1], row.turns[-1:], max_length)
     return found.prompt_ids + found.answer_ids[0]
 
@@ -167,7 +200,7 @@ def encode_text(template: ChatTemplate, row: PlainText, max_length: int) -> list
     Each piece begins with the last token of the piece before it, so every token but the first is supervised once: the
     first token of a sequence is predicted from nothing.
     """
-    _check_texts(template, [row.text], max_length)
+    check_texts(template, [row.text], max_length)
     ids = [*template.tokenizer(row.text).input_ids, template.tokenizer.eos_token_id]
     if ids[-2:-1] == [template.tokenizer.eos_token_id]:  # some tokenizers add one themselves
         ids.pop()
@@ -179,7 +212,7 @@ def encode_text(template: ChatTemplate, row: PlainText, max_length: int) -> list
 
 def encode_question(template: ChatTemplate, prompt: Sequence[Message], room: int) -> list[int]:
     """A prompt as ids; the oldest turns are dropped until it has at most `room` tokens."""
-    _check_texts(template, prompt, room)
+    check_texts(template, prompt, room)
     return _fitted(template, prompt, (), room).prompt_ids
 
 
@@ -311,17 +344,3 @@ def _answer_ids(template: ChatTemplate, prompt_ids: list[int], text: str, start:
     if template.tokenizer.decode(prompt_ids + rest) != template.tokenizer.decode(ids):
         raise BadRow("tokens merge across the border of prompt and answer, and can't be told apart")
     return rest
-
-
-def _check_texts(template: ChatTemplate, turns: Sequence[Message | str], max_length: int) -> None:
-    """Refuses a row before anything is computed from it: one that is far too long, or one that spells a special token,
-    which would be read as one (a forged end of turn)."""
-    texts = [leaf for leaf in leaves((turns, template.tools)) if isinstance(leaf, str)]
-    most = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * max_length)
-    if (size := sum(map(len, texts))) > most:
-        raise BadRow(f"the row is {size:,} characters long; at most {most:,} are taken at this max_length; split it")
-    if len(turns) > (most_turns := max(LEAST_TURNS, max_length)):
-        raise BadRow(f"the row has {len(turns):,} turns; at most {most_turns:,} are taken at this max_length; split it")
-    text = "\0".join(texts)
-    if found := next((token for token in special_tokens(template.tokenizer) if token in text), None):
-        raise BadRow(f"the text contains the model's special token {found}")

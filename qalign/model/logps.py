@@ -50,7 +50,8 @@ def new_head(lm: PreTrainedModel) -> ScalarHead:
 
 
 def pair_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
-    """Log-probs of the answers, summed over their tokens: float32 `(pairs, 2)` in nats, chosen first."""
+    """Log-probs of the answers, summed over their tokens: float32 `(rows, answers each)` in nats; of a pair the chosen
+    one first."""
     logps = completion_logps(lm, batch)
     return logps.new_zeros(batch.lengths.numel()).index_add(0, batch.owners, logps).view_as(batch.lengths)
 

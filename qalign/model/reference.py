@@ -1,8 +1,9 @@
-"""Log-probs of the reference: computed once per distinct pair, and cached for later epochs and later runs."""
+"""Log-probs of the reference: computed once per distinct row, and cached for later epochs and later runs."""
 
 import hashlib
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -13,26 +14,25 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qalign.config.atomic import replacing
-from qalign.data.collate import AnswerBatch
-from qalign.data.tokenize import TokenPair
+from qalign.data.collate import AnswerBatch, AnsweredPrompt
 from qalign.model.base import Base, Role
 from qalign.model.cache import alone, cache_folder
 from qalign.model.logps import pair_logps
 
 
 class ReferenceLogps:
-    """Log-probs of the reference, computed when a pair is first needed.
+    """Log-probs of the reference, computed when a row (a pair, or a prompt with one answer) is first needed.
 
     They use the same packing and code as the policy: in 16-bit another path differs by up to 1 nat, and the first DPO
     loss is then not ln 2.
     """
 
     def __init__(self):
-        self.computed = 0  # the number of pairs that this process has computed
+        self.computed = 0  # the number of rows that this process has computed
 
-    def logps(self, base: Base, pairs: list[TokenPair], batch: AnswerBatch) -> Tensor:
-        """Summed log-probs of the pairs that `batch` was made of: float32 `(pairs, 2)` in nats, chosen first."""
-        self.computed += len(pairs)
+    def logps(self, base: Base, rows: Sequence[AnsweredPrompt], batch: AnswerBatch) -> Tensor:
+        """Summed log-probs of the rows that `batch` was made of: float32 `(rows, answers each)` in nats."""
+        self.computed += len(rows)
         with torch.no_grad(), base.acting_as(Role.REFERENCE) as lm:
             return pair_logps(lm, batch)
 
@@ -44,31 +44,35 @@ class CachedReferenceLogps(ReferenceLogps):
     """Log-probs of the reference, cached in a file.
 
     The file's name is a hash of base, quantisation, dtype, kernels, versions, reference adapter and template; in it,
-    a hash of its ids identifies a pair. What is read is verified with a checksum, and by computing once more the first
-    cached pairs that are needed. `adapter` is the folder of the reference adapter, if it has one.
+    a hash of its ids identifies a row. What is read is verified with a checksum, and by computing once more the first
+    cached rows that are needed.
+
+    Args:
+        adapter: the folder of the reference adapter, if it has one.
+        answers: of each row; rows with another number are in a file of their own.
     """
 
-    def __init__(self, base: Base, adapter: str | None):
+    def __init__(self, base: Base, adapter: str | None, answers: int = 2):
         super().__init__()
         made_with = [importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")]
         made_on = asdict(base.lineage("", adapter)) | {"base": base.origin.identity, "parent": None}
         device, padded = base.lm.device.type, base.padding_reason
         made_on |= {"double_quant": base.spec.double_quant, "device": device, "padded": padded}
-        made_on["kernels"] = base.kernels
+        made_on |= {"kernels": base.kernels, "answers": answers}
         scale = (Path(adapter) / "adapter_config.json").read_text(encoding="utf-8") if adapter else None
         key = json.dumps([made_with, made_on, scale], sort_keys=True)
         self.file = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         self._cached: dict[bytes, Tensor] = self._read()
         self._unverified, self._unsaved, self._is_writable = bool(self._cached), False, True
 
-    def logps(self, base: Base, pairs: list[TokenPair], batch: AnswerBatch) -> Tensor:
-        digests = [_digest(pair) for pair in pairs]
+    def logps(self, base: Base, rows: Sequence[AnsweredPrompt], batch: AnswerBatch) -> Tensor:
+        digests = [_digest(row) for row in rows]
         if self._unverified and any(digest in self._cached for digest in digests):
-            self._verify(base, digests, super().logps(base, pairs, batch))
+            self._verify(base, digests, super().logps(base, rows, batch))
         missing = list({digest: i for i, digest in enumerate(digests) if digest not in self._cached}.values())
         if missing:
-            some = [pairs[i] for i in missing]
-            found = super().logps(base, some, batch if len(some) == len(pairs) else base.batch(some)).cpu()
+            some = [rows[i] for i in missing]
+            found = super().logps(base, some, batch if len(some) == len(rows) else base.batch(some)).cpu()
             self._cached |= {digests[i]: values for i, values in zip(missing, found, strict=True)}
             self._unsaved = True
         return torch.stack([self._cached[digest] for digest in digests]).to(batch.input_ids.device)
@@ -110,8 +114,8 @@ class CachedReferenceLogps(ReferenceLogps):
         return {}
 
 
-def _digest(pair: TokenPair) -> bytes:
-    return hashlib.sha256(json.dumps([pair.prompt_ids, pair.chosen_ids, pair.rejected_ids]).encode()).digest()
+def _digest(row: AnsweredPrompt) -> bytes:
+    return hashlib.sha256(json.dumps([row.prompt_ids, *row.answers]).encode()).digest()
 
 
 def _checksum(tensors: dict[str, Tensor]) -> str:

@@ -72,7 +72,8 @@ class Page:
     def examples(self, count: int) -> list[str]:
         """Held-out questions of the newest run whose evaluation data is on this disk."""
         for entry in self.chat.entries.values():
-            stages = (entry.recipe.dpo, entry.recipe.ppo, entry.recipe.grpo, entry.recipe.sft) if entry.recipe else ()
+            names = ("dpo", "kto", "ppo", "grpo", "sft")
+            stages = [getattr(entry.recipe, name) for name in names] if entry.recipe else []
             stage = next((stage for stage in stages if stage and stage.has_held_out), None)
             if entry.recipe and stage and all(looks_local(s.path) for s in stage.eval_data or stage.data):
                 with suppress(UserError):  # the file has been moved

@@ -17,7 +17,8 @@ from qalign.model.lineage import WEIGHTS, adapter_hash, check_base
 from qalign.train.run_folder import RunFolder, open_run
 
 BASE = "base"
-ANSWERING_STAGES = ("grpo", "ppo", "dpo", "sft")  # their adapters generate answers; the latest stage comes first
+# Their adapters generate answers; the latest stage comes first.
+ANSWERING_STAGES = ("grpo", "ppo", "kto", "dpo", "sft")
 CONFIG = "adapter_config.json"
 
 

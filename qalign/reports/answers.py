@@ -60,15 +60,21 @@ def verdict(figures: Figures) -> list[str]:
         before, after = answers["before"], answers["after"]
         if answers["unchanged"] == after["answers"]:
             found.append(f"all {counted(after['answers'], 'greedy answer')} are word for word as before")
-        found += [line for line in (_of_endings(before, after), _of_length(before, after)) if line]
+        stage = _stage(figures)
+        found += [line for line in (_of_endings(before, after, stage), _of_length(before, after, stage)) if line]
     return found
 
 
+def _stage(figures: Figures) -> str:
+    return figures.get("stage", "dpo")
+
+
 def _of_pairs(figures: Figures) -> str:
-    pairs, reward = figures["pairs"], figures["reward_accuracy"]
+    pairs, reward, stage = figures["pairs"], figures["reward_accuracy"], _stage(figures)
     right = round(reward * pairs)
-    more = "more pairs, dpo.epochs=3 or twice the dpo.learning_rate"
-    is_measured_from_reference = needs_reference(figures.get("loss", "sigmoid"))  # otherwise it is no change since then
+    more = f"more pairs, {stage}.epochs=3 or twice the {stage}.learning_rate"
+    # Otherwise it is no change since then.
+    is_measured_from_reference = stage == "kto" or needs_reference(figures.get("loss", "sigmoid"))
     if is_measured_from_reference and sign_test(right, pairs - right) > BY_CHANCE:
         if sign_test(pairs - right, right) <= BY_CHANCE:
             return f"the wrong way: chosen answers lost, reward {reward:.1%}; are chosen and rejected swapped?"
@@ -78,7 +84,8 @@ def _of_pairs(figures: Figures) -> str:
     change = f"preferred {before:.1%} → {after:.1%}"
     gained, lost = figures["pairs_gained"], figures["pairs_lost"]
     if sign_test(lost, gained) <= BY_CHANCE:
-        return f"{change}: worse than before; try half the dpo.learning_rate, fewer dpo.epochs or a larger dpo.beta"
+        fewer = f"half the {stage}.learning_rate, fewer {stage}.epochs or a larger {stage}.beta"
+        return f"{change}: worse than before; try {fewer}"
     if sign_test(gained, lost) <= BY_CHANCE:
         return f"it helped: {counted(gained, 'pair')} won and {lost} lost, {change}"
     if before >= FEW_BETTER:
@@ -87,26 +94,28 @@ def _of_pairs(figures: Figures) -> str:
         return f"no effect shown on what is preferred ({change}); try {more}"
     return (
         f"a small shift: reward {reward:.1%} counts any move from the reference towards chosen answers, but the model "
-        f"hardly prefers more of them by itself, {change}; for more try dpo.epochs=3, twice the dpo.learning_rate or "
-        "half the dpo.beta"
+        f"hardly prefers more of them by itself, {change}; for more try {stage}.epochs=3, twice the "
+        f"{stage}.learning_rate or half the {stage}.beta"
     )
 
 
-def _of_endings(before: Figures, after: Figures) -> str | None:
+def _of_endings(before: Figures, after: Figures, stage: str) -> str | None:
     count = after["answers"]
     cut, was_cut = (round((1 - each["ended"]) * count) for each in (after, before))
     loops, looped = (round(each["looping"] * count) for each in (after, before))
     said = f"{cut} of {count} answers don't end, {loops} loop (before: {was_cut}, {looped})"
     if loops > looped or cut > was_cut + count // 10:
-        less = "fewer dpo.epochs, half the dpo.learning_rate, a larger dpo.beta"
-        return f"{said}; try {less} or dpo.loss='{{sigmoid: 1, sft: 0.2}}'"
+        mixed = "a larger dpo.beta or dpo.loss='{sigmoid: 1, sft: 0.2}'"
+        last = mixed if stage == "dpo" else f"or a larger {stage}.beta"
+        return f"{said}; try fewer {stage}.epochs, half the {stage}.learning_rate, {last}"
     if max(cut, loops) > count // 4:
-        return f"{said}: as before training; SFT on short whole answers first (dpo.start_from=sft) teaches to end"
+        return f"{said}: as before training; SFT on short whole answers first ({stage}.start_from=sft) teaches to end"
     return None
 
 
-def _of_length(before: Figures, after: Figures) -> str | None:
+def _of_length(before: Figures, after: Figures, stage: str) -> str | None:
     if after["length"] <= LENGTH_RATIO * before["length"] or after["length"] - before["length"] < LENGTH_TOKENS:
         return None
     grew = f"answers grew long, {before['length']:.0f} → {after['length']:.0f} tokens"
-    return f"{grew}; read some, and if they are not better, try dpo.loss=sigmoid_norm or a larger dpo.beta"
+    other = "dpo.loss=sigmoid_norm or " if stage == "dpo" else ""
+    return f"{grew}; read some, and if they are not better, try {other}a larger {stage}.beta"

@@ -23,11 +23,11 @@ from qalign.model.loading import load_config, reach_of
 from qalign.rl.rewards import Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.rl.scorers import Scorer
-from qalign.train.adapter_trainer import built, schedule_from_one, try_out
 from qalign.train.callbacks import checkpoint_layers
 from qalign.train.dataset import ReadRows, StageRows, encode_rows, rendered_at
 from qalign.train.loop import Session
 from qalign.train.run_folder import RunFolder
+from qalign.train.trainers.adapter import built, schedule_from_one, try_out
 
 EncodedPrompt = tuple[Prompt, list[int]]  # a row with its token ids
 

@@ -20,7 +20,7 @@ from qalign.config.stages import REWARD_RUN
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
 from qalign.data.readers import BadRow
-from qalign.data.template_checks import check_prompt
+from qalign.data.rows import check_prompt
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import TokenAnswers, pad_for_scores
 from qalign.errors import UserError, short

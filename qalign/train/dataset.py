@@ -23,7 +23,7 @@ from qalign.train.run_folder import RunFolder
 RENDERED_AT, ROWS_HASH = "rendered_at", "rows_hash.json"  # files of the run
 
 Rows = tuple[list[Any], list[Refused]]
-Reader = Callable[..., Rows]  # `preferences`, `dialogues` or `prompts` of `qalign.data.formats`
+Reader = Callable[..., Rows]  # `preferences`, `dialogues` and the like of `qalign.data.formats`
 Encoder = Callable[[ChatTemplate, list[Any], int], Rows]
 
 
@@ -46,7 +46,7 @@ class Intake:
             self.read |= dict.fromkeys(name for name in raw if name in raw.read)
             for name in raw.read:
                 self.seen |= dict.fromkeys(f"{name}[].{inner}" for inner in unread_keys(raw.peek(name)))
-            parts = ("prompt", "chosen", "rejected", "turns", "text")
+            parts = ("prompt", "answers", "chosen", "rejected", "turns", "text")
             rows_of[id(source)].append(hash(repr([getattr(row, part, None) for part in parts])))
 
         return saw

@@ -23,11 +23,11 @@ from qalign.model.loading import reach_of
 from qalign.model.memory.first_step import is_out_of_memory
 from qalign.model.memory.forecast import Forecast, Plan, tokens_of_most_steps, usable_by_offload, usable_memory
 from qalign.model.memory.offload import offload
-from qalign.train.adapter_trainer import CONFIGS, built, config_values, naming_trainer, try_out
 from qalign.train.callbacks import RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
 from qalign.train.model_card import loading
 from qalign.train.run_folder import RunFolder, print_table
+from qalign.train.trainers.adapter import CONFIGS, built, config_values, naming_trainer, try_out
 
 FEW_STEPS = 10  # of the optimiser: with Adam and a warm-up, fewer hardly move an adapter
 
@@ -82,7 +82,7 @@ class Session:
         else:
             recipe = run.recipe.model_copy(update={"model": self.base.spec})
             forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
-            if run.stage in ("reward", "dpo"):
+            if run.stage in ("reward", "dpo", "kto"):
                 taken = [self.base.tokens_taken(row) for row in self.rows.train]
                 forecast.most_steps = tokens_of_most_steps(taken, settings.batch_size)
             memory = usable_memory(device, self.base.held_bytes)
@@ -152,7 +152,7 @@ class Session:
                 self._resume(trainer, self.checkpoint)
             return trainer.state.global_step, trainer.state.max_steps, self.callback.tokens_seen
 
-        settings, unit = self.run.settings, "rows" if self.run.stage == "sft" else "pairs"
+        settings, unit = self.run.settings, {"sft": "rows", "kto": "answers"}.get(self.run.stage, "pairs")
         steps = planned_steps(settings, len(cast(Sized, trainer.train_dataset)))
         if hint := few_steps(settings, steps):
             more["hint"] = hint

@@ -133,6 +133,12 @@ OVERRIDES = [
     ("\x1b[31m=1", r"unknown key '\x1b[31m'"), ("dpo.beta=\udcff", "U+DCFF"),
     ("dpo.beta=!!int x", "is no whole number"),
     ("dpo.trainer=&a [*a]", "refers to itself"), ("dpo={data: pairs.jsonl, data: x}", "set more than once"),
+    ("kto={data: pairs.jsonl, batch_size: 1}", "leaves no other answer for the KL estimate; take 8 or more"),
+    ("kto={data: pairs.jsonl, desirable_weight: 0, undesirable_weight: 0}", "so nothing is learned"),
+    ("kto={data: pairs.jsonl, chosen_weight: 2}", "did you mean 'desirable_weight'?"),
+    ("kto={data: pairs.jsonl, loss: sigmoid}", "expected one of kto, apo_zero_unpaired"),
+    ("kto={data: pairs.jsonl, trainer: {loss_type: kto}}", "set it as kto.loss"),
+    ("kto={data: pairs.jsonl, trainer: {sync_ref_model: true}}", "has no effect"),
     ("dpo=", "no 'dpo:' section"), ("model=", "model is empty"), ("dpo.eval_every=often", "expected a whole number"),
 ]  # fmt: skip
 

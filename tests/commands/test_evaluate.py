@@ -11,11 +11,14 @@ import torch
 from qalign import evaluate
 from qalign.config.load import load as load_recipe
 from qalign.config.recipe import Lora, Model
-from qalign.config.stages import DPO
+from qalign.config.stages import DPO, Source
+from qalign.data.formats import labelled_answers
 from qalign.errors import UserError
+from qalign.evaluate import paired
 from qalign.model.base import Role, load
 from tests.families import alone
-from tests.helpers import TEST, TRAIN, house_style, metrics, scramble, train
+from tests.helpers import TEST, TRAIN, house_style, leaving, metrics, scramble, train
+from tests.reward_runs import run_stage, write_recipe
 
 
 @pytest.fixture
@@ -195,3 +198,34 @@ def test_a_reference_that_was_trained_again_is_refused(recipe_file, tmp_path):
         UserError, match=r"runs/dpo: started from an adapter \w{16}, but \S+/parent/dpo/adapter is \w{16} now"
     ):
         evaluate.report(load_recipe(recipe_file(**keys)))
+
+
+def test_a_kto_run_is_measured_on_pairs_of_good_and_bad_answers(
+    tiny_folder, tmp_path, write_jsonl, monkeypatch, capsys
+):
+    """The held-out pairs, and two answers to one prompt in rows of their own; a lone answer has nothing beside it."""
+    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 2)
+    pairs = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:4]]
+    asked = {"prompt": "Why is that?", "label": True, "completion": "Because it is."}
+    single = [asked, asked | {"label": False, "completion": "No."}, asked | {"prompt": "Alone?"}]
+    held_out = write_jsonl("held_out.jsonl", [*pairs, *single])
+    path = write_recipe(tmp_path / "run", tiny_folder, "kto", eval_data=held_out, max_steps=2, beta=0.5)
+    run = run_stage(path)
+    capsys.readouterr()
+    assert leaving(evaluate.main, path) == 0
+    kept = json.loads((run.path / "evaluation.json").read_text())
+    assert (kept["pairs"], kept["stage"], kept["loss"]) == (5, "kto", "kto")
+    assert f"{run.adapter} on 5 held-out pairs" in capsys.readouterr().out
+
+    rows, _ = labelled_answers((Source(path=held_out),), "train", None, seed=0)
+    found = [(row.prompt[-1]["content"], row.chosen["content"], row.rejected["content"]) for row in paired(rows)]
+    wanted = [(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]
+    assert found == [*wanted, ("Why is that?", "Because it is.", "No.")]
+
+
+def test_single_answers_to_different_prompts_can_not_be_compared(tiny_folder, tmp_path, write_jsonl):
+    rows = [{"prompt": f"{n}?", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(4)]
+    path = write_recipe(tmp_path / "run", tiny_folder, "kto", eval_data=write_jsonl("rows.jsonl", rows), max_steps=1)
+    run = run_stage(path)
+    with pytest.raises(UserError, match=r"kto\.eval_data: no prompt has a good and a bad answer to compare"):
+        evaluate.report(run.recipe, "kto")

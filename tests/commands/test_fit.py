@@ -87,7 +87,7 @@ def test_words_in_any_order(recipe_path, monkeypatch):
     ):
         assert leaving(fit.main, *order) == 0
         recipe, given = seen.pop()
-        assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "ppo", "grpo"), 300, "12GB")
+        assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "kto", "ppo", "grpo"), 300, "12GB")
 
 
 def test_every_stage_is_shown(recipe_path, capsys):
@@ -179,9 +179,8 @@ def test_the_bar_is_as_wide_as_the_memory():
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, recipe_path):
     forecast = forecast_of(recipe_path, stage, [f"{stage}.micro_batch_size={4 if stage in RL_STAGES else 2}"])
-    tokens = (
-        2 * {"sft": 512, "reward": 1024, "dpo": 1024, "ppo": 512 + 100, "grpo": 512 + 100}[stage]
-    )  # the prompt once
+    longest = {"sft": 512, "reward": 1024, "dpo": 1024, "kto": 512, "ppo": 512 + 100, "grpo": 512 + 100}
+    tokens = 2 * longest[stage]  # the prompt once
     table = dict(fit.lines(forecast, 12 * GIB))
     parts = forecast.parts(tokens, 0)
     assert sum(parts.values()) == forecast.total(tokens, 0)
@@ -191,13 +190,7 @@ def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, reci
         assert float(table[name].split()[0]) == pytest.approx(size / GIB, abs=0.0051)
     assert float(table["in all"].split()[0]) == pytest.approx(sum(parts.values()) / GIB, abs=0.0051)
     assert len(re.search(r"GiB  (.*)\|", table["in all"])[1]) == fit.WIDTH
-    words = {
-        "sft": "rows",
-        "reward": "pairs",
-        "dpo": "pairs",
-        "ppo": "prompts with their answers",
-        "grpo": "prompts with their answers",
-    }[stage]
+    words = fit.ROWS[stage]
     expected = f"yes: {tokens:,} tokens at once, no of 2 layers checkpointed; that is 2 of the longest {words}"
     assert table["fits"] == expected
 

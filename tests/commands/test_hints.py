@@ -27,7 +27,7 @@ def flat(completions):
 
 @pytest.fixture
 def recipe_path(tmp_path, tiny_folder) -> str:
-    """All four stages for the tiny model, DPO and PPO from SFT, in a folder with a space in its name."""
+    """All stages for the tiny model, DPO and PPO from SFT, in a folder with a space in its name."""
     (tmp_path / "my runs").mkdir()
     (tmp_path / "mine.py").write_text(REWARD)
     pairs = {"data": str(DATA / "house_style_train.jsonl"), "limit": 4, "batch_size": 2, "max_steps": 1}
@@ -39,6 +39,7 @@ def recipe_path(tmp_path, tiny_folder) -> str:
         "sft": pairs | {"data": str(DATA / "house_style_dialogues_train.jsonl")},
         "reward": pairs,
         "dpo": pairs | {"start_from": "sft", "eval_data": held_out},
+        "kto": pairs | {"start_from": "sft", "eval_data": held_out},
         "ppo": {
             **pairs, "start_from": "sft", "max_new_tokens": 12, "batch_size": 4, "samples_per_prompt": 2,
             "reward": f"{tmp_path / 'mine.py'}:few",
@@ -85,7 +86,13 @@ def checked(command: str) -> list[str]:
 
 
 def test_the_hint_of_every_stage_is_a_command(recipe_path, capsys):
-    for stage, following in (("sft", "reward"), ("reward", "score"), ("dpo", "evaluate"), ("ppo", "best_of")):
+    for stage, following in (
+        ("sft", "reward"),
+        ("reward", "score"),
+        ("dpo", "evaluate"),
+        ("kto", "evaluate"),
+        ("ppo", "best_of"),
+    ):
         trained(recipe_path, stage)
         command = hint(capsys)
         assert command.startswith(f"python -m qalign.{following} ")

@@ -7,14 +7,15 @@ import pytest
 
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO, GRPO, PPO, RL_STAGES, SFT, STAGES, Reward, Stage
+from qalign.config.stages import DPO, GRPO, KTO, PPO, RL_STAGES, SFT, STAGES, Reward, Stage
 from qalign.errors import UserError
 from tests.conftest import ROOT
 
 NAMES = sorted(file.stem for file in (ROOT / "recipes").glob("*.y*ml"))
 DEMO = "smollm2_demo"
-SHIPPED = ("sft", "reward", "dpo", "ppo")  # the stages of the recipes in recipes/
-SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "ppo": PPO, "grpo": GRPO}
+DEMOS = (DEMO, "smollm2_kto")  # without GPU, account or download
+SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "kto": KTO, "ppo": PPO, "grpo": GRPO}
+PPO_AT = 4 + 2 * STAGES.index("ppo")  # the line of `ppo:` in `with_stages`
 GOOD = """\
 model:
   base: org/model
@@ -140,12 +141,7 @@ def recipe(name) -> Recipe:
     return load(f"recipes/{name}.yaml")
 
 
-@pytest.fixture(params=SHIPPED)
-def stage(request) -> str:
-    return request.param
-
-
 @pytest.fixture
-def settings(recipe, stage) -> Stage:
-    """Each stage's section of each recipe."""
-    return getattr(recipe, stage)
+def sections(recipe) -> dict[str, Stage]:
+    """The sections of the stages that a recipe has."""
+    return {stage: getattr(recipe, stage) for stage in recipe.stages}

@@ -7,7 +7,7 @@ from qalign.config.load import dump, load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO, STAGES, Source
 from qalign.errors import UserError
-from tests.config.conftest import GOOD, SECTIONS, with_stages
+from tests.config.conftest import GOOD, PPO_AT, SECTIONS, with_stages
 
 DPO_MISTAKES = [  # a line 6 below `dpo:`, and words of the message; " … " stands for any text
     ("epohcs: 2", "unknown key 'epohcs' in dpo; did you mean 'epochs'?"),
@@ -90,8 +90,8 @@ def test_a_mistake_is_one_line_with_its_place_and_the_likely_fix(only_problem, t
         ("output: ''\nmodel: {base: m/b}\n", 1, "output is empty"),
         ("output: x\nmodel: {base: m/b}\ndpo:\n  data:\n  - pairs.jsonl\n  - path: pairs.jsonl\n    weigth: 2\n", 7,
          "unknown key 'weigth' in dpo.data.1; did you mean 'weight'?"),
-        (with_stages(ppo="eval_data: pairs.jsonl\n  judge: reward"), 13, "ppo.judge: must not be what the policy"),
-        (with_stages(ppo="samples_per_prompt: 3"), 10, "ppo.batch_size: 64 answers"),  # not in the file: the section
+        (with_stages(ppo="eval_data: pairs.jsonl\n  judge: reward"), PPO_AT + 3, "ppo.judge: must not be what the"),
+        (with_stages(ppo="samples_per_prompt: 3"), PPO_AT, "ppo.batch_size: 64 answers"),  # not in the file
         (GOOD + "  beta: 0.1\n  beta: 0.2\n", 7, "'beta' is set more than once, in lines 6, 7"),
         ("model: {base: org/model\noutput: x\n", 2, "not valid YAML"),
         (GOOD + "\tbeta: 0.1\n", 6, "not valid YAML"),
@@ -268,7 +268,9 @@ def test_mistakes_in_the_file_keep_their_lines_next_to_an_override(problems):
     found = problems(with_stages(dpo="betta: 0.1"), "ppo.max_steps=0")
 
     assert [line.partition(": ")[0] for line in found] == ["command line", "recipe.yaml:10"]
-    assert problems(with_stages(), "model.max_length=128")[0].startswith("recipe.yaml:10: ppo.max_new_tokens: 256")
+    assert problems(with_stages(), "model.max_length=128")[0].startswith(
+        f"recipe.yaml:{PPO_AT}: ppo.max_new_tokens: 256"
+    )
 
 
 # --- and back --------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from qalign.config.load import load
 from qalign.config.missing import output_problem
 from qalign.config.stages import RL_STAGES, STAGES
 from qalign.errors import UserError
-from tests.config.conftest import GOOD, line_of, make_adapter, with_stages
+from tests.config.conftest import GOOD, PPO_AT, line_of, make_adapter, with_stages
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ NEITHER = "no finished reward run (adapter_config.json) and no model (config.jso
 def test_a_reward_that_is_not_there_is_found_before_anything_is_loaded(only_problem, scorers, key, source, words):
     setting = f"reward: {source}" if key == "reward" else f"judge: {source}\n  eval_data: pairs.jsonl"
 
-    only_problem(12, f"{key}: {words}", with_stages(ppo=setting))
+    only_problem(PPO_AT + 2, f"{key}: {words}", with_stages(ppo=setting))
 
 
 def test_each_reward_of_a_list_is_found_at_its_own_line(problems, scorers):
@@ -219,7 +219,9 @@ def test_each_reward_of_a_list_is_found_at_its_own_line(problems, scorers):
 
     found = problems(with_stages(ppo=f"{rewards}\n  judge: {{source: empty}}\n  eval_data: pairs.jsonl"))
 
-    assert [line.partition(": ")[0] for line in found] == [f"recipe.yaml:{number}" for number in (14, 17, 18)]
+    assert [line.partition(": ")[0] for line in found] == [
+        f"recipe.yaml:{number}" for number in (PPO_AT + 4, PPO_AT + 7, PPO_AT + 8)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -234,4 +236,4 @@ def test_a_judge_that_is_the_reward_under_another_name_is_refused(only_problem, 
     make_adapter(scorers / "runs" / "x" / "reward" / "adapter")
     text = with_stages(ppo=f"reward: {reward}\n  judge: ['json:loads', '{judge}']\n  eval_data: pairs.jsonl")
 
-    only_problem(13, f"judge: '{judge}' is what the policy trains on, as '{reward}'", text)
+    only_problem(PPO_AT + 3, f"judge: '{judge}' is what the policy trains on, as '{reward}'", text)

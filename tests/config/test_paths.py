@@ -5,7 +5,7 @@ import pytest
 from qalign.config.load import dump, load
 from qalign.config.paths import absolute, looks_local, package_file
 from qalign.config.stages import Source
-from tests.config.conftest import REWARDS, make_adapter, with_stages
+from tests.config.conftest import PPO_AT, REWARDS, make_adapter, with_stages
 
 # --- data, base, chat template, start --------------------------------------------------------------------------------
 
@@ -146,7 +146,7 @@ def test_the_functions_of_a_module_are_found_without_importing_it_or_its_package
 
     for source in ("heavy:here", "heavy.deep:here", "heavy.rewards:short"):
         assert read(with_stages(ppo=f"reward: {source}")).ppo.reward[0].source == source
-    only_problem(12, "no function 'shrot'; did you mean 'short'?", with_stages(ppo="reward: heavy.rewards:shrot"))
+    only_problem(PPO_AT + 2, "'shrot'; did you mean 'short'?", with_stages(ppo="reward: heavy.rewards:shrot"))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from qalign.config.stages import DPO_LOSSES, REFERENCE_FREE, RL_STAGES, STAGES, 
 PPO_NEEDS = {"reward": "reward"}
 LEARN_FROM_ROWS = ("sft", "reward", "dpo")
 JUDGE = {"judge": "m:f", "eval_data": "org/other"}
-LOFTQ = {"lora": {"init": "loftq"}, "grpo": None}
+LOFTQ = {"lora": {"init": "loftq"}, "kto": None, "grpo": None}
 
 
 def recipe(**sections) -> Recipe:
@@ -34,7 +34,7 @@ def test_the_stages_of_a_recipe_are_those_it_has_in_the_order_in_which_they_run(
     raw = recipe().model_dump()
 
     assert Recipe.model_validate(dict(reversed(raw.items()))).stages == STAGES
-    assert Recipe.model_validate({**raw, "reward": None}).stages == ("sft", "dpo", "ppo", "grpo")
+    assert Recipe.model_validate({**raw, "reward": None}).stages == ("sft", "dpo", "kto", "ppo", "grpo")
     assert Recipe.model_validate({**raw, **dict.fromkeys(STAGES)}).stages == ()
 
 
@@ -53,7 +53,7 @@ def test_a_recipe_is_immutable():
         ("lora", "dropout", 0.99, 1.0),
         *((stage, *limits) for stage in STAGES for limits in (
             ("epochs", 0.01, 0.0), ("max_steps", 1, 0), ("limit", 1, 0), ("learning_rate", 1e-12, 0.0),
-            ("batch_size", 8 if stage in RL_STAGES else 1, 0),
+            ("batch_size", {"ppo": 8, "grpo": 8, "kto": 2}.get(stage, 1), 0),
             ("micro_batch_size", {"ppo": 4, "grpo": 8}.get(stage, 1), 0),
             ("checkpointed_layers", 0, -1), ("warmup_ratio", 0.0, -0.1), ("warmup_ratio", 0.99, 1.0),
             ("save_every", 1, 0),
@@ -187,6 +187,7 @@ def test_a_reward_or_a_judge_is_one_source_or_a_list_of_them(given, expected):
         ({"lora": {"init": "loftq", "dora": True}, "dpo": {"start_from": "sft"}}, "init: 'loftq' and dora"),
         *((LOFTQ | {"model": {"quantization": kind}, "dpo": {"start_from": "sft"}}, f"quantization is '{kind}'")
           for kind in ("int8", "none")),
+        ({"lora": LOFTQ["lora"], "dpo": {"start_from": "sft"}, "ppo": {"start_from": "sft"}}, "step of kto and grpo;"),
         (LOFTQ, "step of dpo and ppo; set dpo.start_from: sft and ppo.start_from: sft, or use 'default'"),
         *((LOFTQ | {"dpo": {"loss": loss}, "ppo": {"start_from": "sft"}}, "step of dpo; set dpo.start_from: sft, or")
           for loss in sorted(set(get_args(DPO_LOSSES)) - REFERENCE_FREE - {"robust", "exo_pair"})),
@@ -297,7 +298,8 @@ def test_the_schema_explains_every_key_beginning_with_its_term_and_allows_no_oth
     found = Recipe.model_json_schema()
 
     sections = {"Recipe": found, **found["$defs"]}
-    assert set(sections) == {"Recipe", "Model", "Lora", "SFT", "Reward", "DPO", "PPO", "GRPO", "Source", "RewardSource"}
+    stages = {"SFT", "Reward", "DPO", "KTO", "PPO", "GRPO"}
+    assert set(sections) == {"Recipe", "Model", "Lora", *stages, "Source", "RewardSource"}
     for name, section in sections.items():
         assert section["additionalProperties"] is False, name
         for key, value in section["properties"].items():

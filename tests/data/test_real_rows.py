@@ -7,7 +7,7 @@ import re
 import pytest
 
 from qalign.config.stages import Source
-from qalign.data.formats import dialogues, preferences, prompts, scorable
+from qalign.data.formats import dialogues, labelled_answers, preferences, prompts, scorable
 from tests.data.shapes import assistant, user
 
 SPEAKER = {"user": "Human", "assistant": "Assistant"}
@@ -132,6 +132,17 @@ def test_alpaca_rows_are_all_used(shared_data):
         request = user(f"{raw['instruction']}\n{raw['input']}" if raw["input"] else raw["instruction"])
         assert (row.turns, row.first_trained) == ((request, assistant(raw["output"])), 0)
         assert prompt.turns == (request,)
+
+
+def test_all_labelled_rows_are_good_and_bad_answers(shared_data):
+    path = shared_data / "kto_en_demo.json"
+    raw = raw_rows(path)
+    rows, refused = read(path, labelled_answers)
+    assert (len(rows), refused) == (300, [])
+    assert [row.desirable for row in rows] == [(row["label"],) for row in raw]
+    for row, given in zip(rows, raw, strict=True):
+        turns = [{key: turn[key] for key in ("role", "content")} for turn in given["messages"]]
+        assert [*row.prompt, *row.answers] == turns
 
 
 def test_of_labelled_rows_the_good_half_is_imitated_and_every_prompt_asked(shared_data):

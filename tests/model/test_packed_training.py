@@ -9,7 +9,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.losses.preference import PreferenceLoss
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
-from qalign.train.pair_trainers import PreferenceTrainer
+from qalign.train.trainers.policy import PreferenceTrainer
 from tests.conftest import FIXTURES
 from tests.families import HYBRIDS, SERVED, UNSERVED, alone, family, random_pairs
 from tests.helpers import dpo_config, scramble

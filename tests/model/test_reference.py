@@ -11,7 +11,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.model.base import Role, load
 from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
-from qalign.train.pair_trainers import PreferenceTrainer
+from qalign.train.trainers.policy import PreferenceTrainer
 from tests.families import alone, random_pairs
 from tests.helpers import dpo_config, house_style, metrics, scramble, train
 

@@ -14,7 +14,7 @@ from tests.reward_runs import write_recipe
 FACTS = {"tokens_per_second": 1.0, "peak_bytes": 1, "reference": "none"}
 FRESH = {"resume": False, "overwrite": False}
 RESUME, OVERWRITE = FRESH | {"resume": True}, FRESH | {"overwrite": True}
-STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
+STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 PPO_KEYS = {"samples_per_prompt": 2, "max_new_tokens": 4, "max_steps": 3, "kl_stop": None}
 CLOCK = ("tokens_per_second", "share/")  # figures that differ from run to run
 WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +50,9 @@ def write_checkpoint(run: runs.RunFolder, step: int, *, whole: bool = True, toke
 
 
 def recipe_of(folder: Path, base: str, stage: str, **keys) -> str:
-    """A recipe of any stage; the reward of PPO and GRPO is the length of an answer."""
+    """A recipe of any stage; the reward of PPO and GRPO is the length of an answer. A pair gives KTO two rows."""
+    if stage == "kto":
+        keys = {"max_steps": 3, **keys}
     if stage in RL_STAGES:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "mine.py").write_text("def length(completions):\n    return [float(len(c)) for c in completions]\n")

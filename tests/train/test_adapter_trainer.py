@@ -10,9 +10,9 @@ from transformers import TrainingArguments
 from qalign.config.stages import PPO
 from qalign.errors import UserError
 from qalign.rl.ppo_setup import make_optimizer
-from qalign.train.adapter_trainer import schedule_from_one
-from qalign.train.pair_trainers import PairTrainer
-from qalign.train.sft_trainer import SupervisedTrainer
+from qalign.train.trainers.adapter import schedule_from_one
+from qalign.train.trainers.pairs import PairTrainer
+from qalign.train.trainers.sft import SupervisedTrainer
 from tests.helpers import metrics
 from tests.reward_runs import DATA, run_stage, write_recipe
 
@@ -59,7 +59,7 @@ def test_ppo_has_the_same_schedule():
     assert [rate(done) for done in range(4)] == pytest.approx(rates("linear", 2, 4))
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
 def test_a_run_of_one_step_moves_the_adapter(stage, tmp_path, tiny_folder):
     run = run_stage(write_recipe(tmp_path / stage, tiny_folder, stage, max_steps=1))
     (line,) = metrics(run)
@@ -77,7 +77,7 @@ def test_the_schedule_falls_over_the_whole_run(tmp_path, tiny_folder):
     assert [line["learning_rate"] for line in lines] == pytest.approx([0.5e-2, 1e-2, 1e-2 * 2 / 3, 1e-2 / 3])
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
 def test_a_held_out_loss_that_is_not_finite_names_its_row(stage, tmp_path, tiny_folder, monkeypatch):
     """The rows of training are fine, so it is the held-out ones that are blamed."""
     held_out = DATA / ("house_style_dialogues_test.jsonl" if stage == "sft" else "house_style_test.jsonl")

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 import pytest
 
 from qalign.config.recipe import Recipe
-from qalign.data.formats import dialogues, preferences, prompts, scored_preferences
+from qalign.data.formats import dialogues, labelled_answers, preferences, prompts, scored_preferences
 from qalign.errors import UserError
 from qalign.train.dataset import ROWS_HASH, check_same_rows, encode_rows, read_rows, record
 from qalign.train.run_folder import RunFolder
 
-READERS = {"sft": dialogues, "reward": preferences, "dpo": preferences, "ppo": prompts}
+READERS = {"sft": dialogues, "reward": preferences, "dpo": preferences, "kto": labelled_answers, "ppo": prompts}
 
 
 @pytest.fixture

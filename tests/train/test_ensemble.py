@@ -18,9 +18,9 @@ from qalign.model.adapters.members import Ensemble
 from qalign.model.base import Base, Role, load
 from qalign.model.logps import backbone
 from qalign.score import score
-from qalign.train.adapter_trainer import CONFIGS
-from qalign.train.pair_trainers import RewardModelTrainer
 from qalign.train.run_folder import RunFolder, open_run
+from qalign.train.trainers.adapter import CONFIGS
+from qalign.train.trainers.reward import RewardModelTrainer
 from tests.helpers import TEST, TRAIN, house_style, metrics, refusal, summary
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
-import qalign.train.sft_trainer
+import qalign.train.trainers.sft
 from qalign.config.stages import DPO, PPO, SFT
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite
@@ -162,7 +162,7 @@ def test_updates_too_small_for_bfloat16_survive_on_a_bfloat16_base(stage, kept, 
     """TRL casts the adapters of a quantised base to bfloat16, where updates of 1e-5 round away. The last case shows
     that they would; it fails the day TRL casts no more."""
     if not kept:
-        monkeypatch.setattr(qalign.train.sft_trainer, "float32_kept", nullcontext)
+        monkeypatch.setattr(qalign.train.trainers.sft, "float32_kept", nullcontext)
     keys = {"lora": {"dora": True}, "model": {"compute_dtype": "bfloat16"}}
     first = run_stage(write_recipe(tmp_path / "first", tiny_folder, stage, **keys))
     keys |= {"scheduler": "constant", "warmup_ratio": 0.0, "learning_rate": 1e-5, "max_steps": 1}

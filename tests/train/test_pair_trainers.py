@@ -15,7 +15,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import TokenPair
 from qalign.model.base import Role, load
 from qalign.model.reference import ReferenceLogps
-from qalign.train.pair_trainers import PreferenceTrainer
+from qalign.train.trainers.policy import PreferenceTrainer
 from tests.families import alone
 from tests.helpers import SMOLLM2, house_style
 from tests.helpers import dpo_config as config

@@ -26,7 +26,7 @@ from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit
 from qalign.score import score
-from qalign.train.pair_trainers import RewardModelTrainer
+from qalign.train.trainers.reward import RewardModelTrainer
 from tests.helpers import SMOLLM2, TEST, TRAIN, house_style, metrics, summary
 from tests.reward_runs import bradley_terry, plain_reward_model, plain_score, run_stage, write_recipe
 

@@ -15,7 +15,7 @@ from qalign.data.formats import dialogues
 from qalign.data.tokenize import encode_dialogues
 from qalign.model.base import Base, Role, load
 from qalign.train.run_folder import RunFolder
-from qalign.train.sft_trainer import SupervisedTrainer
+from qalign.train.trainers.sft import SupervisedTrainer
 from tests.helpers import SMOLLM2, metrics, summary
 from tests.reward_runs import plain_policy, run_stage, write_recipe
 from tests.train.runs import assert_same_run

@@ -10,7 +10,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.tokenize import IGNORED
 from qalign.model import logps
 from qalign.model.adapters import lora
-from qalign.train.sft_trainer import SupervisedTrainer, _columns
+from qalign.train.trainers.sft import SupervisedTrainer, _columns
 from tests.train.talks import config, rows, scrambled
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -10,7 +10,7 @@ from qalign.data.collate import Layout, MicroBatchLimit
 from qalign.data.tokenize import IGNORED
 from qalign.errors import UserError
 from qalign.model.base import Base
-from qalign.train.sft_trainer import SupervisedTrainer
+from qalign.train.trainers.sft import SupervisedTrainer
 from tests.reward_runs import run_stage, write_recipe
 from tests.train.talks import KINDS, config, logps_alone, mean_loss, rows, scrambled, write_talks
 

@@ -30,6 +30,8 @@ NAMES = {
     "reward": {"loss", "grad_norm", "learning_rate", "accuracy", "margin", "mean_reward", "epoch"},
     "dpo": {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} | {
         "loss", "grad_norm", "learning_rate", "logps/chosen", "logps/rejected", "epoch"},
+    "kto": {f"{name}/{side}" for name in ("rewards", "logps") for side in ("chosen", "rejected")} | {
+        "loss", "grad_norm", "learning_rate", "kl", "rewards/margins", "epoch"},
     "ppo": {"objective/kl", "objective/scores", "objective/rlhf_reward", "policy/approxkl_avg", "loss/value_avg", "lr"},
     "grpo": {"objective/kl", "objective/scores", "policy/clipfrac_avg", "loss/kl_avg", "frac_reward_zero_std", "lr"},
 }  # fmt: skip
@@ -92,10 +94,11 @@ def test_every_step_and_every_evaluation_is_logged(finished):
 def test_the_header_says_what_is_trained_on_what_and_against_what(finished, sft_adapter):
     run, said, _ = finished
     reference = f"reference      the base with a frozen copy of the adapter {sft_adapter}"
-    assert (reference in said) == (run.stage in ("dpo", *RL_STAGES))
-    if run.stage in ("dpo", *RL_STAGES):
+    has_reference = run.stage in ("dpo", "kto", *RL_STAGES)
+    assert (reference in said) == has_reference
+    if has_reference:
         assert summary(run)["reference"] in reference
-    follows = {"sft": "merge", "reward": "score", "dpo": "evaluate", "ppo": "best_of", "grpo": "page"}[run.stage]
+    follows = {"sft": "merge", "reward": "score", "ppo": "best_of", "grpo": "page"}.get(run.stage, "evaluate")
     words = (f"qalign {run.stage} → {run.path}", "nf4, computing in float32 on cpu", f"starting from {sft_adapter}")
     for word in (*words, "12 used, 4 held out", "3, each of 4", "2 at a time", str(run.adapter),
                  f"python -m qalign.{follows}"):  # fmt: skip
@@ -135,7 +138,7 @@ def test_training_moves_the_adapter_alone_and_in_float32(finished, sft_adapter):
     assert set(before) <= set(after)
     assert all(not torch.equal(before[name], after[name]) for name in before), "every weight was trained"
     kept = {name: tensor for name, tensor in base.model.state_dict().items() if ".reference." in name}
-    assert bool(kept) == (run.stage in ("dpo", *RL_STAGES))
+    assert bool(kept) == (run.stage in ("dpo", "kto", *RL_STAGES))
     for name, tensor in kept.items():
         assert torch.equal(tensor, before[name.replace(".reference", "")]), name
 
@@ -200,11 +203,14 @@ def test_refused_rows_are_listed_and_too_many_leave_the_old_run_alone(stage, tin
     assert len((run.path / "rejected_rows.last_try.jsonl").read_text().splitlines()) == 30
 
 
-@pytest.mark.parametrize(("stage", "keys"), [("sft", {}), ("reward", {"centering": 0.05}), ("dpo", {})])
+@pytest.mark.parametrize(
+    ("stage", "keys"), [("sft", {}), ("reward", {"centering": 0.05}), ("dpo", {}), ("kto", {"epochs": 1})]
+)
 def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_path, monkeypatch, capsys):
-    """Seven rows in steps of four: the last step of each epoch has three, in any number of parts."""
+    """Seven rows in steps of four: the last step of each epoch has three, in any number of parts. (Of KTO's fourteen
+    answers, two.)"""
     monkeypatch.setitem(qalign.model.memory.forecast.BUSY_TOKENS, "cpu", 400)  # `auto`: two or three pairs
-    keys |= {"limit": 7, "epochs": 2, "learning_rate": 1e-3}
+    keys = {"limit": 7, "epochs": 2, "learning_rate": 1e-3, **keys}
     ways = (4, 2, 1, "auto")
     runs = [run_stage(write_recipe(tmp_path / f"{n}", tiny_folder, stage, micro_batch_size=n, **keys)) for n in ways]
     assert "up to 400 tokens at a time" in capsys.readouterr().out
@@ -221,7 +227,7 @@ def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_pat
         torch.testing.assert_close(weights, adapter, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto"])
 def test_evaluating_while_training_does_not_move_a_number(stage, tiny_folder, tmp_path):
     ways = {"plain": {}, "measured": {"eval_data": HELD_OUT, "eval_every": 1}}
     runs = [run_stage(write_recipe(tmp_path / name, tiny_folder, stage, **keys)) for name, keys in ways.items()]

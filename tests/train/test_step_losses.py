@@ -9,8 +9,8 @@ from qalign.config.recipe import Lora
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped
 from qalign.model.base import Role
-from qalign.train.pair_trainers import SHIFT
 from qalign.train.run_folder import RunFolder
+from qalign.train.trainers.policy import SHIFT
 from tests.helpers import TEST, house_style, metrics, scramble, train
 from tests.train.runs import assert_same_run
 from tests.train.test_pair_trainers import pair_losses, trainer_of

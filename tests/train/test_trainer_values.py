@@ -5,11 +5,11 @@ import pytest
 
 from qalign.config.recipe import Recipe
 from qalign.errors import UserError
-from qalign.train.adapter_trainer import built, naming_trainer, try_out
 from qalign.train.run_folder import RunFolder
+from qalign.train.trainers.adapter import built, naming_trainer, try_out
 from tests.helpers import train
 
-STAGES = ("sft", "reward", "dpo")
+STAGES = ("sft", "reward", "dpo", "kto")
 
 
 def run_of(stage: str, trainer: dict) -> RunFolder:

@@ -4,7 +4,7 @@ The docstring under each key begins with the field's own term. Editors show it (
 `docs/recipe.md` lists it: after a change run `make docs` (`python docs/make_recipe.py`).
 """
 
-from qalign.config.stages.preferences import DPO, DPO_LOSSES, REFERENCE_FREE, Reward, needs_reference
+from qalign.config.stages.preferences import DPO, DPO_LOSSES, KTO, REFERENCE_FREE, Reward, needs_reference
 from qalign.config.stages.reinforcement import GRPO, PPO
 from qalign.config.stages.section import (
     MAX_BATCH,
@@ -20,7 +20,7 @@ from qalign.config.stages.section import (
 )
 from qalign.config.stages.supervised import SFT
 
-STAGES = ("sft", "reward", "dpo", "ppo", "grpo")
+STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 RL_STAGES = ("ppo", "grpo")  # they learn from answers that they sample, and have a section `PPO`
 SFT_RUN = "sft"  # as `start_from`
 REWARD_RUN = "reward"  # as a reward of PPO and GRPO
@@ -29,6 +29,7 @@ __all__ = [
     "DPO",
     "DPO_LOSSES",
     "GRPO",
+    "KTO",
     "MAX_BATCH",
     "MAX_LAYERS",
     "MAX_STEPS",

@@ -1,11 +1,11 @@
 """The sections of the stages that learn from preferences."""
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from qalign.config.stages.section import LearningRate, NotNegative, Positive, Stage
+from qalign.config.stages.section import Batch, LearningRate, NotNegative, Positive, Stage
 
 MEMBER_LAYERS = 0.2  # of an ensemble's adapters, when left out
 
@@ -171,3 +171,39 @@ class DPO(Stage):
 
 def _any_of(names: tuple[str, ...]) -> str:
     return " or ".join(", ".join(f"'{name}'" for name in names).rsplit(", ", 1))
+
+
+class KTO(Stage):
+    """Kahneman-Tversky optimisation (arXiv:2402.01306): learns from single answers that are labelled good or bad."""
+
+    batch_size: Batch = 16
+    """Batch size: labelled answers in one optimiser step, at least 2. The KL estimate is a mean over the step, so take
+    8 or more; it costs no memory, because it is processed in micro-batches."""
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    """Loss on labelled answers: `kto`, or `apo_zero_unpaired` (arXiv:2408.06266), which has no KL estimate and takes
+    less time. Try it if the good answers are better than what the model says."""
+    beta: Positive = 0.1
+    """KL coefficient β: how strongly the policy is held to the reference. Take 0.01 if answers hardly change, 0.3 if
+    they get worse."""
+    desirable_weight: NotNegative = 1.0
+    """Desirable weight λ_D: multiplies the loss of good answers. Where good and bad answers are not equally many, raise
+    the weight of the rarer ones; the header says which values keep the balance between 1:1 and 4:3."""
+    undesirable_weight: NotNegative = 1.0
+    """Undesirable weight λ_U: multiplies the loss of bad answers."""
+    reference: Literal["cached", "in_step"] = "cached"
+    """Reference log-probs: `cached` computes them once per prompt and answer, those of the KL estimate too, and keeps
+    them in a file for later epochs and runs. `in_step` computes them in every step; use it to check the cache."""
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        if self.batch_size == 1 and self.loss == "kto":
+            yield "batch_size: 1 leaves no other answer for the KL estimate; take 8 or more"
+        if not self.desirable_weight + self.undesirable_weight:
+            yield "desirable_weight: 0, as is undesirable_weight, so nothing is learned; set one of them to 1"
+
+    needs_reference: ClassVar[bool] = True
+
+    @property
+    def loss_options(self) -> dict[str, Any]:
+        """The arguments of `PreferenceLoss` for the reward of an answer, which is DPO's."""
+        return {"weights": {"sigmoid": 1.0}, "beta": self.beta}

@@ -94,7 +94,7 @@ class Stage(Section):
 
     data: Data
     """Training data: a hub id, a file, a folder, or a list of these with `split`, `skip`, `limit` and `weight`. Rows
-    have a prompt, a chosen and a rejected answer; most layouts are detected."""
+    have a prompt, a chosen and a rejected answer, for KTO an answer and a label; most layouts are detected."""
     split: str = "train"
     """Dataset split: the split of a hub dataset to train on; of a JSON object with several lists of rows, its key."""
     limit: Rows | None = None

@@ -59,14 +59,14 @@ def longest_row(recipe: Recipe, stage: str, max_length: int | None = None) -> in
     length = max_length or recipe.model.max_length
     if isinstance(settings := getattr(recipe, stage), PPO):
         return length + (settings.samples_per_prompt - 1) * settings.max_new_tokens
-    return length if stage == "sft" else 2 * length
+    return length if stage in ("sft", "kto") else 2 * length
 
 
 def max_length_of(recipe: Recipe, stage: str, tokens: int) -> int:
     """The `max_length` at which the longest row has this many tokens."""
     if stage in RL_STAGES:
         return tokens - longest_row(recipe, stage, 1) + 1
-    return tokens if stage == "sft" else tokens // 2
+    return tokens if stage in ("sft", "kto") else tokens // 2
 
 
 class Forecast:
@@ -104,7 +104,7 @@ class Forecast:
         weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, self.members * adapter
-        has_reference = self.stage in RL_STAGES or (isinstance(settings, DPO) and settings.needs_reference)
+        has_reference = self.stage in ("kto", *RL_STAGES) or (isinstance(settings, DPO) and settings.needs_reference)
         if has_reference and settings.start_from is not None:
             frozen += 1  # the reference's copy of the adapter
         if isinstance(settings, PPO):

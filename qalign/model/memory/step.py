@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, Layout, pack
-from qalign.data.tokenize import TokenPair
+from qalign.data.tokenize import TokenLabelled, TokenPair
 from qalign.model.adapters.lora import AddedLora
 from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.targets import leave_out, new_config
@@ -308,6 +308,8 @@ def _batch(stage: str, tokens: int) -> AnswerBatch:
     pair = TokenPair([0] * (tokens - 2 * third), [1] * third, [2] * third, "")
     if stage == "sft":
         pair = TokenPair([0] * tokens, [1, 2], [1, 3], "")
+    if stage == "kto":
+        pair = TokenLabelled([0] * (tokens - tokens // 2), [1] * (tokens // 2), True, "")
     return pack([pair], last_token="kept" if stage == "reward" else "dropped").to(torch.device("meta"))
 
 

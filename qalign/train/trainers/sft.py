@@ -19,7 +19,7 @@ from qalign.data.collate import Layout, MicroBatchLimit, micro_batches
 from qalign.data.tokenize import IGNORED, TokenDialogue
 from qalign.model.base import Base, Role
 from qalign.model.logps import backbone, token_scores
-from qalign.train.adapter_trainer import AdapterTrainer
+from qalign.train.trainers.adapter import AdapterTrainer
 
 
 class SupervisedTrainer(AdapterTrainer, SFTTrainer):

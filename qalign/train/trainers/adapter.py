@@ -19,6 +19,7 @@ from transformers.integrations.integration_utils import (
     get_reporting_integration_callbacks,
 )
 from trl.trainer.dpo_config import DPOConfig
+from trl.trainer.kto_config import KTOConfig
 from trl.trainer.reward_config import RewardConfig
 from trl.trainer.sft_config import SFTConfig
 
@@ -29,9 +30,8 @@ from qalign.model.base import Base, Role
 from qalign.model.memory.first_step import FirstStep
 from qalign.train.run_folder import RunFolder
 
-CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig} | dict.fromkeys(
-    RL_STAGES, TrainingArguments
-)
+CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
+CONFIGS |= dict.fromkeys(RL_STAGES, TrainingArguments)
 
 Built = TypeVar("Built")
 
@@ -60,8 +60,9 @@ class AdapterTrainer(Trainer):
         """The rows of a step in groups, one for each forward pass."""
         return self.base.micro_batches(rows, self.micro)
 
-    def look_ahead(self, groups: Sequence[Any]) -> None:
-        """Called with all micro-batches of an optimiser step before the first, for losses that compare their rows."""
+    def look_ahead(self, rows: Sequence[Any], groups: Sequence[Any]) -> None:
+        """Called with the rows of an optimiser step and its micro-batches before the first of these, for losses that
+        depend on other rows of the step."""
 
     def inputs_of(self, rows: Sequence[Any]) -> Any:
         """What `compute_loss` takes for a micro-batch."""
@@ -74,7 +75,7 @@ class AdapterTrainer(Trainer):
         def step() -> Tensor:
             total, groups = torch.zeros((), device=self.args.device), self.micro_batches(inputs)
             with self.compute_loss_context_manager():
-                self.look_ahead(groups)
+                self.look_ahead(inputs, groups)
             self.current_gradient_accumulation_steps = len(groups)
             for rows in groups:
                 total = total + one(model, self.inputs_of(rows), num_items_in_batch)
@@ -149,6 +150,7 @@ def config_values(
         "gradient_accumulation_steps": 1,
         "num_train_epochs": settings.epochs,
         "max_steps": settings.max_steps or -1,
+        "train_sampling_strategy": "random",  # TRL's KTO would take the rows in their order
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.scheduler,
         "warmup_steps": settings.warmup_ratio,

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from qalign.data import template_checks
+from qalign.data import rows as checks
 from qalign.data.formats import Dialogue, Preference, Prompt
 from qalign.data.readers import BadRow
 from qalign.data.templates import ChatTemplate
@@ -210,7 +210,7 @@ def test_a_row_is_rendered_no_more_often_to_be_checked(name, monkeypatch):
     template, renderings = FAMILIES[name].prepared(), []
     own = ChatTemplate.render
     monkeypatch.setattr(ChatTemplate, "render", lambda *args, **kwargs: renderings.append(1) or own(*args, **kwargs))
-    template_checks._lost_roles.cache_clear()
+    checks._lost_roles.cache_clear()
     rows = [Preference((user(f"{n}?"),), assistant("Yes"), assistant("No"), "w") for n in range(50)]
     assert len(encode_pairs(template, rows, 500)[0]) == 50
     assert len(renderings) <= 3 * 50 + 2  # Phi-3's kind renders one more to learn how turns end

@@ -1,4 +1,4 @@
-"""Is every part of a row in the text that a chat template makes of it?
+"""Rows in their canonical form, and what is checked of them: order, texts, and that a chat template keeps all.
 
 A template leaves out what it has no place for without an error. Each part is looked for in the rendered text, and a row
 of which one is missing is refused. Only white space at the ends of a part doesn't count, as templates trim it.
@@ -7,19 +7,135 @@ of which one is missing is refused. Only white space at the ends of a part doesn
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
-from qalign.data.messages import Message
+from qalign.data.messages import UNTRAINED, Message, Turns, calls, is_empty
 from qalign.data.readers import BadRow, is_object
-from qalign.data.templates import MOVE_IT, ChatTemplate, call_of
+from qalign.data.templates import MOVE_IT, ChatTemplate, call_of, special_tokens
+from qalign.data.texts import check_not_templated, check_text
 from qalign.errors import short
 
 PROBES = {"content": "probe of an answer", "reasoning_content": "probe of a thought", "tool_calls": "probe_call"}
 MARKS = {"content": "probe {}.", "name": "name{:05}", "tool_call_id": "call{:05}"}  # Mistral's ids have 9 characters
 THOUGHT_TAG = re.compile(r"(</?(?:think|thinking|thought|reasoning)>)")
 FLAG = re.compile(r"/\w+")  # such as SmolLM3's /no_think, which its template takes out of a system turn
+# A longer row is refused before it is tokenised, which takes a second and 250 MB for each million characters. English
+# has 4 to 5 of them a token; the longest tokens in use, runs of spaces or of one sign, have 128.
+CHARACTERS_PER_TOKEN, LEAST_CHARACTERS, LEAST_TURNS = 200, 1_000_000, 1000
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One prompt with two answers, the first preferred, or as good as the other."""
+
+    prompt: tuple[Message, ...]  # a user's or a tool's turn last
+    chosen: Message
+    rejected: Message
+    where: str  # its place: file and line, or row number
+    margin: float | None = None  # score_chosen − score_rejected, where the row has both as finite numbers
+    tools: tuple[dict[str, Any], ...] = ()  # schemas of functions, for `apply_chat_template(tools=…)`
+    chosen_probability: float = 1.0  # that the chosen answer is the better one, from 0.5 (a tie) to 1
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """One prompt with one answer or more, each good or bad by itself, for KTO. A pair is one with two answers."""
+
+    prompt: tuple[Message, ...]  # a user's or a tool's turn last
+    answers: tuple[Message, ...]
+    desirable: tuple[bool, ...]  # of each answer
+    where: str
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue that ends with an assistant's turn, for supervised fine-tuning."""
+
+    turns: tuple[Message, ...]
+    first_trained: int  # the loss covers the assistant's turns from this index on; earlier turns are context
+    where: str
+    tools: tuple[dict[str, Any], ...] = ()
+    untrained: frozenset[int] = frozenset()  # indices of assistant turns that are context too, such as `weight: 0`
+
+
+@dataclass(frozen=True)
+class PlainText:
+    """A text without roles; the loss covers every token but the first."""
+
+    text: str
+    where: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue that waits for an answer."""
+
+    turns: tuple[Message, ...]  # a user's or a tool's turn last
+    where: str
+    columns: dict[str, Any]  # the whole row as it came, without nulls, for functions that score answers
+    tools: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A row that can't be used, and why."""
+
+    where: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class LeftOut(Refused):
+    """A valid row that holds no preference, such as a vote for a tie."""
+
+
+def check_order(turns: Turns, name: str, last: str) -> None:
+    """Nobody but a tool speaks twice in a row (system turns aside), a tool answers a call, no turn is empty, and the
+    last is `last`'s; where that is the user's, it may be a tool's."""
+    before: Message = {"role": "nobody", "content": ""}
+    for number, turn in enumerate((spoken := [turn for turn in turns if turn["role"] != "system"]), start=1):
+        role = turn["role"]
+        if role == before["role"] != "tool":
+            other = "assistant" if role == "user" else "user"
+            raise BadRow(f"turn {number} of {name} is the {role}'s, expected the {other}'s")
+        if role == "tool" and before["role"] != "tool" and not calls(before):
+            raise BadRow(f"turn {number} of {name} is a tool's, but the turn before calls none")
+        if is_empty(turn):
+            raise BadRow(f"turn {number} of {name} is empty")
+        before = turn
+    if not spoken:
+        raise BadRow(f"{name} is empty")
+    if not any(turn["role"] == "user" for turn in spoken):
+        raise BadRow(f"{name} has no user's turn")
+    end = before if last == "user" else turns[-1]  # nothing follows a system turn after the last answer
+    if end["role"] not in (last, "tool" if last == "user" else last):
+        raise BadRow(f"{name} ends with the {end['role']}'s turn, expected the {last}'s")
+
+
+def settled(turns: Turns) -> tuple[Turns, frozenset[int]]:
+    """(turns, indices of the turns that are not trained on), after the last checks of their texts."""
+    for turn in turns:
+        check_not_templated(turn["content"])
+        check_text([json.dumps(turn, ensure_ascii=False)])
+    untrained = frozenset(number for number, turn in enumerate(turns) if turn.get(UNTRAINED))
+    return [{key: value for key, value in turn.items() if key != UNTRAINED} for turn in turns], untrained
+
+
+def check_texts(template: ChatTemplate, turns: Sequence[Message | str], max_length: int) -> None:
+    """Refuses a row before anything is computed from it: one that is far too long, or one that spells a special token,
+    which would be read as one (a forged end of turn)."""
+    texts = [leaf for leaf in leaves((turns, template.tools)) if isinstance(leaf, str)]
+    most = max(LEAST_CHARACTERS, CHARACTERS_PER_TOKEN * max_length)
+    if (size := sum(map(len, texts))) > most:
+        raise BadRow(f"the row is {size:,} characters long; at most {most:,} are taken at this max_length; split it")
+    if len(turns) > (most_turns := max(LEAST_TURNS, max_length)):
+        raise BadRow(f"the row has {len(turns):,} turns; at most {most_turns:,} are taken at this max_length; split it")
+    text = "\0".join(texts)
+    if found := next((token for token in special_tokens(template.tokenizer) if token in text), None):
+        raise BadRow(f"the text contains the model's special token {found}")
 
 
 def check_prompt(template: ChatTemplate, turns: Sequence[Message], text: str) -> None:

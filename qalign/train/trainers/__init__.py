@@ -1,0 +1,1 @@
+"""The loops of the stages that learn from data: `Trainer`s of one adapter."""

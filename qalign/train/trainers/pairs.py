@@ -1,0 +1,145 @@
+"""The loop of the trainers that learn from rows of answers.
+
+They take the rows of an optimiser step at once and run them in micro-batches of roughly equal token counts, packed so
+that a shared prompt is computed once. They take TRL's configs and log under TRL's names; docs/decisions.md says why
+they are not TRL's `DPOTrainer` and `RewardTrainer`.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
+
+from qalign.data.collate import AnsweredPrompt, MicroBatchLimit
+from qalign.data.tokenize import TokenPair
+from qalign.model.base import Base, Role
+from qalign.train.trainers.adapter import AdapterTrainer
+
+
+class PairTrainer(AdapterTrainer):
+    """The loop of all that learn from rows of answers: pairs here, single answers in KTO. A subclass defines
+    `pair_losses`."""
+
+    counters = ("tokens_seen", "_sums", "_counts", "_unread")
+
+    def __init__(
+        self,
+        base: Base,
+        role: Role,
+        args: TrainingArguments,
+        micro: MicroBatchLimit,
+        train_pairs: Sequence[AnsweredPrompt],
+        eval_pairs: Sequence[AnsweredPrompt] | None = None,
+        callbacks: tuple[TrainerCallback, ...] = (),
+    ):
+        self.base, self.trained, self.tokens_seen = base, role, 0
+        self.take(micro)
+        self._sums, self._counts = defaultdict[str, float](float), defaultdict[str, float](float)
+        self._unread: list[tuple[list[str], Tensor, dict[str, Tensor]]] = []  # where pairs come from, losses, metrics
+        # `list` as the collator passes pairs on as they are; tensors are made for one micro-batch at a time.
+        data: dict[str, Any] = {"data_collator": list, "train_dataset": train_pairs, "eval_dataset": eval_pairs}
+        super().__init__(base.model, args, **data, callbacks=list(callbacks))
+        self.remove_callback(PrinterCallback)  # RunCallback writes the logs
+
+    def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss `(pairs,)`, metrics `(pairs,)` by TRL's names), within `base.packed_attention()`. A metric is NaN where
+        a row has none; its mean is over the others."""
+        raise NotImplementedError
+
+    def train(self, *args, **kwargs):
+        with self.base.packed_attention():  # to the end: the backward pass may recompute the forward pass
+            return super().train(*args, **kwargs)
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        """(the pairs of one optimiser step as one batch, their number)."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return batches, sum(map(len, batches))
+
+    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        total = super().training_step(model, inputs, num_items_in_batch)
+        self.after_step(self._read())
+        return total
+
+    def after_step(self, sums: dict[str, float]) -> None:
+        """Called with the sums of the step's metrics over its `pairs`."""
+
+    def compute_loss(self, model, inputs: Any, return_outputs=False, num_items_in_batch=None) -> Tensor:
+        """The loss of one micro-batch: the sum over its pairs, divided by the pairs of the optimiser step."""
+        loss, metrics = self.pair_losses(inputs)
+        self._unread.append(([pair.where for pair in inputs], loss.detach(), metrics))
+        total = loss.sum() / (num_items_in_batch or len(loss))
+        if total.requires_grad:
+            self.tokens_seen += sum(map(_tokens, inputs))
+            switches = self.base.role_switches
+
+            def check_role(grad: Tensor) -> None:
+                if self.base.role_switches != switches:  # recomputed layers would silently use another adapter
+                    raise RuntimeError("the role was changed between forward and backward")
+
+            total.register_hook(check_role)
+        return total
+
+    def _read(self) -> dict[str, float]:
+        """Checks the losses of all micro-batches since the last call, and adds up their metrics, whose sums
+        it returns. Waits for the GPU once a step: a wait in each micro-batch would leave it idle until the next one."""
+        if not self._unread:
+            return {}
+        rows, losses, metrics = zip(*self._unread, strict=True)
+        self._unread = []
+        values = torch.stack([torch.cat([each[name] for each in metrics]).double() for name in metrics[0]])
+        sums, counts = values.nansum(dim=1), (~values.isnan()).sum(dim=1)
+        found = torch.cat([*losses, sums, counts]).tolist()
+        count, names = len(found) - 2 * len(sums), list(metrics[0])
+        self.check_finite(found[:count], [*chain(*rows)])
+        read: dict[str, float] = dict(zip(names, found[count : count + len(names)], strict=True))
+        for name, total, counted in zip(names, read.values(), found[count + len(names) :], strict=True):
+            self._sums[name] += total
+            self._counts[name] += counted
+        return read | {"pairs": count}
+
+    def _means(self, prefix: str = "") -> dict[str, float]:
+        """Means over the pairs counted since the last call."""
+        self._read()
+        means = {prefix + name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
+        self._sums.clear()
+        self._counts.clear()
+        return means
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs |= self._means() | {"num_tokens": self.tokens_seen}
+        super().log(logs, start_time)
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Means over all held-out pairs; each pair counts once, whatever its batch."""
+        kept, self._sums, self._counts = (self._sums, self._counts), defaultdict(float), defaultdict(float)
+        self.base.model.eval()
+        with torch.no_grad(), self.base.packed_attention():
+            for inputs in self.get_eval_dataloader(eval_dataset):
+                groups = self.micro_batches(inputs)
+                self.look_ahead(inputs, groups)
+                for pairs in groups:
+                    loss, metrics = self.pair_losses(pairs)
+                    self._unread.append(([pair.where for pair in pairs], loss, {"loss": loss, **metrics}))
+                self._read()
+        logs = self._means(f"{metric_key_prefix}_")
+        self._sums, self._counts = kept
+        return self.evaluated(logs)
+
+    def floating_point_ops(self, inputs) -> int:
+        """Not counted: transformers' estimate ignores that weights are frozen."""
+        return 0
+
+
+def probabilities(pairs: Sequence[TokenPair], like: Tensor) -> Tensor:
+    """The probability `(pairs,)` that each chosen answer is the better one."""
+    return torch.tensor([pair.chosen_probability for pair in pairs]).to(like)
+
+
+def _tokens(row: AnsweredPrompt) -> int:
+    """Tokens of a row as TRL counts them: the prompt once with each answer."""
+    return sum(len(row.prompt_ids) + len(answer) for answer in row.answers)
