@@ -96,10 +96,13 @@ def _in_words(run: RunFolder, facts: dict[str, Any]) -> str:
         parts.append(f"held-out accuracy {trust['accuracy']:.1%} ({low:.1%} to {high:.1%})")
     if held_out := [line["eval_loss"] for line in logged if line.get("eval_loss") is not None]:
         parts.append(f"held-out loss {held_out[-1]:.3f}")
-    if held_out := facts.get("held_out"):
-        parts.append(f"held-out reward {held_out['first']['proxy']:.3f} → {held_out['last']['proxy']:.3f}")
+    sampled = facts.get("held_out", {})
+    rewarded = "proxy" in sampled.get("first", {})
+    if rewarded:
+        parts.append(f"held-out reward {sampled['first']['proxy']:.3f} → {sampled['last']['proxy']:.3f}")
     if facts.get("alarm_steps"):
-        parts.append(f"ALARM at iteration {facts['alarm_steps'][0]}: see {run.path / file_name(run.stage)}")
+        unit, report = "iteration" if rewarded else "step", run.path / file_name(run.stage)
+        parts.append(f"ALARM at {unit} {facts['alarm_steps'][0]}: see {report}")
     return ", ".join(parts)
 
 

@@ -26,6 +26,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_pairs
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+    from qalign.reports.preference_monitor import PreferenceMonitor
     from qalign.train.loop import Session, load_base
     from qalign.train.trainers.policy import PreferenceTrainer
 
@@ -41,7 +42,10 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     trainer = session.trainer(
         lambda args, *data: PreferenceTrainer(base, settings, references, args, session.micro, *data)
     )
-    facts = session.train(trainer, reference=reference, loss=settings.loss_in_words, prompts=base.layout_in_words)
+    monitor = PreferenceMonitor(session, trainer, {row.where: row.prompt for row in read.rows["eval_data"][0]})
+    said = {"reference": reference, "loss": settings.loss_in_words, "prompts": base.layout_in_words}
+    facts = session.train(trainer, monitor, **said)
+    facts |= monitor.report()
     references.save()
     measure = f"python -m qalign.evaluate {run.command_line}" if settings.has_held_out else None
     session.finish(measure or f"python -m qalign.page {shlex.quote(str(run.path))}", reference=reference, **facts)

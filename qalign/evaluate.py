@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
 from textwrap import indent, wrap
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from qalign.cli import recipe_parser, run_parsed
 from qalign.config.atomic import write_whole
@@ -24,7 +24,7 @@ from qalign.config.stages import DPO, KTO
 from qalign.data.formats import Labelled, Message, Preference, Prompt, Refused, labelled_answers, preferences
 from qalign.errors import UserError, one_line
 from qalign.model import origin
-from qalign.reports.answers import Answer, measure_answers, verdict
+from qalign.reports.answers import Answer, answers_of, measure_answers, spread, verdict
 from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_under
 from qalign.train.run_folder import RunFolder, print_table
 
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from qalign.data.tokenize import TokenPair
     from qalign.model.base import Base
 
-Item = TypeVar("Item")
 SIDE_BY_SIDE = 3
 ANSWERED = 16  # held-out prompts that are answered before and after
 SHOWN_LINES = 8  # of an answer
@@ -210,28 +209,19 @@ def answer(base: "Base", rows: list[Preference]) -> Answered:
     """Answers of the reference and the policy to `ANSWERED` prompts; of a bare base beside them, what will be shown."""
     from qalign.data.tokenize import encode_questions
     from qalign.model.base import Role
-    from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of, text_of
+    from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
 
     new = min(MAX_NEW_TOKENS, base.max_length // 2)
-    asked = [Prompt(row.prompt, row.where, {}, row.tools) for row in _spread(rows, ANSWERED)]
+    asked = [Prompt(row.prompt, row.where, {}, row.tools) for row in spread(rows, ANSWERED)]
     prompts, _ = encode_questions(base.template, asked, base.max_length - new)
     sampling, with_sft = Sampling(new, 0.0, stop_ids_of(base.template)), Role.REFERENCE in base.adapters
     roles = {"base": Role.BASE, "SFT": Role.REFERENCE} if with_sft else {"base": Role.REFERENCE}
     answers = {}
     for name, role in (roles | {"aligned": Role.POLICY}).items():
-        ids = [ids for _, ids in (_spread(prompts, SIDE_BY_SIDE) if role is Role.BASE else prompts)]
+        ids = [ids for _, ids in (spread(prompts, SIDE_BY_SIDE) if role is Role.BASE else prompts)]
         found = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0) if ids else []
-        ended = [tokens[-1] in sampling.stop_ids for (tokens,) in found]
-        answers[name] = [
-            Answer(text_of(base.tokenizer, tokens), tokens[:-1] if end else tokens, end)
-            for (tokens,), end in zip(found, ended, strict=True)
-        ]
+        answers[name] = answers_of(base.tokenizer, [tokens for (tokens,) in found], sampling.stop_ids)
     return Answered([prompt for prompt, _ in prompts], answers, new)
-
-
-def _spread(rows: list[Item], count: int) -> list[Item]:
-    """At most `count` rows, spread evenly."""
-    return rows[:: max(1, len(rows) // count)][:count]
 
 
 def _print_figures(figures: dict[str, Any], run: RunFolder, settings: DPO | KTO, num_refused: int) -> None:
@@ -261,8 +251,8 @@ def _print_figures(figures: dict[str, Any], run: RunFolder, settings: DPO | KTO,
 
 def _print_answers(answered: Answered) -> None:
     """A few prompts with the answers of each model."""
-    shown = {name: _spread(answers, SIDE_BY_SIDE) for name, answers in answered.answers.items()}
-    for prompt, *answers in zip(_spread(answered.prompts, SIDE_BY_SIDE), *shown.values(), strict=True):
+    shown = {name: spread(answers, SIDE_BY_SIDE) for name, answers in answered.answers.items()}
+    for prompt, *answers in zip(spread(answered.prompts, SIDE_BY_SIDE), *shown.values(), strict=True):
         print("─" * 100)
         texts = (prompt.turns[-1]["content"], *(answer.text for answer in answers))
         for name, text in zip(("prompt", *shown), texts, strict=True):

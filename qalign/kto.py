@@ -24,17 +24,15 @@ BALANCED = (1.0, 4 / 3)  # λ_D n_D / (λ_U n_U), eq. 8 of the paper
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Align a base model to answers that are labelled good or bad, and save the adapter."""
     read = read_rows(run, labelled_answers)
+    _check_labels([good for row in read.rows["data"][0] for good in row.desirable])
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.tokenize import encode_labelled
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
+    from qalign.reports.preference_monitor import PreferenceMonitor
     from qalign.train.loop import Session, load_base
     from qalign.train.trainers.policy import LabelTrainer
 
-    labels = [good for row in read.rows["data"][0] for good in row.desirable]
-    if len({*labels}) == 1:
-        only, other = ("good", "bad") if labels[0] else ("bad", "good")
-        raise UserError(f"kto.data: all {len(labels):,} answers are {only}; KTO needs {other} ones too")
     settings, base = cast(KTO, run.settings), load_base(run)
     answers = encode_rows(run, base.template, read, encode_labelled)
     session = Session(run, base, answers)
@@ -46,8 +44,10 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     trainer = session.trainer(lambda args, *data: LabelTrainer(base, settings, references, args, session.micro, *data))
     good = sum(row.desirable for row in answers.train)
     padded = base.padding_reason and f"padded: {type(base.lm).__name__} {base.padding_reason}"
+    monitor = PreferenceMonitor(session, trainer, {row.where: row.prompt for row in read.rows["eval_data"][0]})
     facts = session.train(
         trainer,
+        monitor,
         reference=base.reference,
         loss=f"{settings.loss}, beta {settings.beta:g}",
         answers=balance_in_words(settings, good, len(answers.train) - good),
@@ -55,6 +55,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
     if answers.held_out and not settings.eval_every:  # otherwise they were measured after the last step
         trainer.evaluate()
+    facts |= monitor.report()
     references.save()
     measured = [line for line in trainer.state.log_history if "eval_loss" in line]
     figures = {name: value for line in measured[-1:] for name, value in line.items() if name.startswith("eval_")}
@@ -69,6 +70,12 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         **({"measured": figures} if figures else {}),
         **facts,
     )
+
+
+def _check_labels(labels: list[bool]) -> None:
+    if len({*labels}) == 1:
+        only, other = ("good", "bad") if labels[0] else ("bad", "good")
+        raise UserError(f"kto.data: all {len(labels):,} answers are {only}; KTO needs {other} ones too")
 
 
 def balance_in_words(settings: KTO, good: int, bad: int) -> str:

@@ -47,8 +47,11 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     head = f"{hidden:,} weights, unquantised, in float32, read at the end of the answer's turn"
     loss = "Bradley-Terry" + (", with the raters' margins" if settings.margin else "")
     loss += f", centred with {settings.centering:g}" if settings.centering else ""
-    more = {"members": _members_in_words(settings, trainer.ensemble.reason)} if settings.members > 1 else {}
-    facts = session.train(trainer, **more, head=head, loss=loss, prompts=base.layout_in_words)
+    more: dict[str, str] = (
+        {"members": _members_in_words(settings, trainer.ensemble.reason)} if settings.members > 1 else {}
+    )
+    more |= {"head": head, "loss": loss, "prompts": base.layout_in_words}
+    facts = session.train(trainer, None, **more)
     if pairs.held_out:
         of = trainer.ensemble if settings.members > 1 else Role.REWARD
         scores = answer_scores(base, of, pairs.held_out, session.micro, progress=True)

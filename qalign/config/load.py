@@ -22,10 +22,11 @@ from qalign.errors import UserError, did_you_mean, short
 
 MOST = 30  # problems that are listed
 ROWS_HELD_OUT = {("eval_data",), ("holdout",)}
-HELD_OUT = ("eval_every", "judge")  # keys that have no meaning without held-out rows
+HELD_OUT = ("eval_every", "judge", "sample_prompts", "sample_every")  # keys that have no meaning without held-out rows
 _SEVERAL_TYPES = {
     "micro_batch_size": f"'auto' or a whole number from 1 to {MAX_BATCH}",
     "checkpointed_layers": f"'auto' or a whole number from 0 to {MAX_LAYERS}",
+    "sample_prompts": "'auto' or a whole number from 0 to 1000",
     "targets": "'all-linear' or a list of modules' names such as [q_proj, v_proj], and no regular expression",
     "data": "a path, or a list of them",
     "eval_data": "a path, or a list of them",

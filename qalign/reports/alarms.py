@@ -1,9 +1,10 @@
-"""Is PPO gaming its reward? Figures of the held-out answers during a run, the alarms, and the best evaluation point.
+"""Figures of the held-out answers during a run, alarms about them, and the best evaluation point of a PPO run.
 
-The reward that PPO trains on is a proxy: the farther the policy moves from the reference, the more it rises, while the
+Three symptoms of a policy that goes wrong are measured in every stage that samples: longer answers (Singhal et al.
+2023, arXiv:2310.03716), answers that repeat themselves, and answers that never end. PPO may also game its reward. The
+reward that PPO trains on is a proxy: the farther the policy moves from the reference, the more it rises, while the
 quality that it stands for peaks and then falls (Gao et al. 2023, arXiv:2210.10760). So a judge that PPO never trains on
-scores the same answers. Three symptoms of a gamed reward are measured as well: longer answers (Singhal et al. 2023,
-arXiv:2310.03716), answers that repeat themselves, and answers that never end.
+scores the same answers.
 
 A rise or fall is measured in standard errors of the difference of two evaluation points, as if their answers were
 independent. The prompts are the same, so the true error is a little smaller: an alarm comes late rather than falsely.
@@ -13,6 +14,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, inf, isfinite, log, sqrt
+from typing import ClassVar
 
 from qalign.reports.plots import counted
 
@@ -32,33 +34,47 @@ _LIST_MARKER = re.compile(r"^(?:[-*+•–]|\d+[.)])\s+")  # "1. Rest." and "2. 
 _SENTENCE_END = re.compile(r"(?<=[.!?…])\s+|(?<=[。！？])")
 
 
-@dataclass(frozen=True)
-class EvalPoint:
-    """The figures of one evaluation on the held-out prompts, all finite. Standard deviations are over answers, divided
-    by n."""
+@dataclass(frozen=True, kw_only=True)
+class SampledPoint:
+    """The figures of the answers of one evaluation on the held-out prompts, all finite."""
 
-    step: int  # PPO iterations done; 0 is before training
+    step: int  # optimiser steps done, of PPO iterations; 0 is before training
     answers: int  # number of answers that the means are over
-    kl_nats: float  # mean of log pi(y|x) - log pi_ref(y|x) over whole answers; an estimate, so it may fall below 0
-    proxy: float  # mean reward that the policy trains on, without the KL penalty
-    proxy_std: float
-    judge: float | None  # mean score of a judge that PPO never trains on; None if the recipe names none
-    judge_std: float | None
+    # Mean of log pi(y|x) - log pi_ref(y|x) over whole answers; an estimate, so it may fall below 0. None: no reference.
+    kl_nats: float | None
     length: float  # mean, in tokens
     ended: float  # share of answers that end by themselves, not by the token limit
     distinct: float  # `distinct_n` with n = 2
     repeated: float  # `repeated_lines`
-    entropy: float  # nats per token
-    clipped: float  # share of clipped ratios in the updates since the last evaluation; 0 at step 0
-    spread: float | None = None  # mean standard deviation of the members of the reward; None if it is no ensemble
+
+    may_be_none: ClassVar[tuple[str, ...]] = ("kl_nats",)
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not (isfinite(value) if value is not None else name in ("judge", "judge_std", "spread")):
+            if not (isfinite(value) if value is not None else name in self.may_be_none):
                 fix = "has the training diverged?"
                 raise ValueError(f"step {self.step}: {name} is {value}, expected a finite number; {fix}")
         if self.answers < 1:
             raise ValueError(f"step {self.step}: answers is {self.answers}, expected at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPoint(SampledPoint):
+    """The figures of one evaluation of a PPO run. Standard deviations are over answers, divided by n."""
+
+    kl_nats: float
+    proxy: float  # mean reward that the policy trains on, without the KL penalty
+    proxy_std: float
+    judge: float | None  # mean score of a judge that PPO never trains on; None if the recipe names none
+    judge_std: float | None
+    entropy: float  # nats per token
+    clipped: float  # share of clipped ratios in the updates since the last evaluation; 0 at step 0
+    spread: float | None = None  # mean standard deviation of the members of the reward; None if it is no ensemble
+
+    may_be_none: ClassVar[tuple[str, ...]] = ("judge", "judge_std", "spread")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (self.judge is None) != (self.judge_std is None):
             raise ValueError(f"step {self.step}: give both judge and judge_std, or neither")
 
@@ -133,32 +149,27 @@ def _judge_falls(points: Sequence[EvalPoint], patience: int) -> str | None:
     else:
         return None
     return (
-        f"the judge {how}, {_change(_judge(peak), _judge(last))} ({-_errors(peak, last):.1f} standard errors), "
-        f"while the reward rose, {_change(peak.proxy, last.proxy)} (steps {peak.step} → {last.step}, KL "
-        f"{_change(peak.kl_nats, last.kl_nats, '.1f')} nats): the policy is gaming its reward; keep step {best.step}, "
+        f"the judge {how}, {change(_judge(peak), _judge(last))} ({-_errors(peak, last):.1f} standard errors), "
+        f"while the reward rose, {change(peak.proxy, last.proxy)} (steps {peak.step} → {last.step}, KL "
+        f"{change(peak.kl_nats, last.kl_nats, '.1f')} nats): the policy is gaming its reward; keep step {best.step}, "
         "and raise kl_coefficient, train for fewer steps, or train a better reward model"
     )
 
 
 def _length_grows(first: EvalPoint, last: EvalPoint) -> str | None:
-    # If every token were equally likely to be the last, the mean length would vary by 1 / sqrt(answers) of itself.
-    if (
-        last.length <= max(LENGTH_RATIO, _by_chance(first, last)) * first.length
-        or last.length - first.length < LENGTH_TOKENS
-    ):
+    if not (grew := grew_long(first, last)):
         return None
-    grew = f"answers grew long, {_change(first.length, last.length, '.0f')} tokens (steps {first.step} → {last.step}), "
     fix = "penalise length, raise kl_coefficient, or train the reward model on pairs of similar length"
     if _have_judge([first, last]):
         if _errors(first, last) > RISE_ERRORS:
             return None
         before, after = _judge(first), _judge(last)
         found = "fell" if after < before else "hardly rose"
-        return f"{grew}and the judge {found}, {_change(before, after)}: the length gains nothing; {fix}"
+        return f"{grew}, and the judge {found}, {change(before, after)}: the length gains nothing; {fix}"
     if last.proxy <= first.proxy:
         return None
     return (
-        f"{grew}while the reward rose, {_change(first.proxy, last.proxy)}, and there is no judge to say whether they "
+        f"{grew}, while the reward rose, {change(first.proxy, last.proxy)}, and there is no judge to say whether they "
         f"are better: read some of them, and if they are not better, {fix}"
     )
 
@@ -173,13 +184,13 @@ def _members_part(first: EvalPoint, last: EvalPoint) -> str | None:
     ):
         return None
     return (
-        f"the members of the reward disagree more, {_change(first.spread, last.spread, '.2f')} (steps {first.step} → "
+        f"the members of the reward disagree more, {change(first.spread, last.spread, '.2f')} (steps {first.step} → "
         f"{last.step}): the answers have moved away from what the reward models have learned to score, a sign of "
         "reward hacking; set reward_combine: min, raise kl_coefficient, or train for fewer steps"
     )
 
 
-def _by_chance(first: EvalPoint, last: EvalPoint) -> float:
+def _by_chance(first: SampledPoint, last: SampledPoint) -> float:
     """The ratio of two means that chance alone may give, where values vary by as much as their mean."""
     return exp(SURE_ERRORS * sqrt(1 / first.answers + 1 / last.answers))
 
@@ -188,23 +199,42 @@ def _answers_repeat(first: EvalPoint, last: EvalPoint) -> str | None:
     if last.repeated - first.repeated <= REPEATED_RISE and last.distinct >= DISTINCT_RATIO * first.distinct:
         return None
     return (
-        f"answers repeat themselves: {_change(first.repeated, last.repeated, '.0%')} of their lines are repetitions, "
-        f"distinct-2 {_change(first.distinct, last.distinct, '.2f')} (steps {first.step} → {last.step}); raise "
+        f"answers repeat themselves: {change(first.repeated, last.repeated, '.0%')} of their lines are repetitions, "
+        f"distinct-2 {change(first.distinct, last.distinct, '.2f')} (steps {first.step} → {last.step}); raise "
         "kl_coefficient, or train a reward model on pairs in which such answers are rejected"
     )
 
 
 def _answers_never_end(first: EvalPoint, last: EvalPoint) -> str | None:
-    pooled = (first.ended * first.answers + last.ended * last.answers) / (first.answers + last.answers)
-    error = sqrt(pooled * (1 - pooled) * (1 / first.answers + 1 / last.answers))  # if both shares are truly equal
-    sure = first.ended - last.ended > SURE_ERRORS * error
+    fix = "penalise answers that do not end, or raise kl_coefficient"
+    return f"{found}; {fix}" if (found := never_end(first, last)) else None
+
+
+def grew_long(first: SampledPoint, last: SampledPoint) -> str | None:
+    """Says that answers grew by more than chance and a healthy policy explain; None if they didn't."""
+    # If every token were equally likely to be the last, the mean length would vary by 1 / sqrt(answers) of itself.
+    ratio = max(LENGTH_RATIO, _by_chance(first, last))
+    if last.length <= ratio * first.length or last.length - first.length < LENGTH_TOKENS:
+        return None
+    return f"answers grew long, {change(first.length, last.length, '.0f')} tokens (steps {first.step} → {last.step})"
+
+
+def never_end(first: SampledPoint, last: SampledPoint) -> str | None:
+    """Says that answers no longer end; None if they do, or hardly did before."""
+    sure = first.ended - last.ended > SURE_ERRORS * share_error(first, last, "ended")
     if first.ended <= ENDED_BEFORE or last.ended >= ENDED_RATIO * first.ended or not sure:
         return None
     return (
-        f"answers no longer end by themselves: {_change(first.ended, last.ended, '.0%')} did (steps {first.step} → "
-        f"{last.step}, mean length {_change(first.length, last.length, '.0f')} tokens); penalise answers that do not "
-        "end, or raise kl_coefficient"
+        f"answers no longer end by themselves: {change(first.ended, last.ended, '.0%')} did (steps {first.step} → "
+        f"{last.step}, mean length {change(first.length, last.length, '.0f')} tokens)"
     )
+
+
+def share_error(first: SampledPoint, last: SampledPoint, name: str) -> float:
+    """The standard error of the difference of a share of answers, if both shares are truly equal."""
+    one, other = getattr(first, name), getattr(last, name)
+    pooled = (one * first.answers + other * last.answers) / (first.answers + last.answers)
+    return sqrt(pooled * (1 - pooled) * (1 / first.answers + 1 / last.answers))
 
 
 def _have_judge(points: Sequence[EvalPoint]) -> bool:
@@ -234,5 +264,6 @@ def _sentences(text: str) -> list[str]:
     return [part for part in said if any(character.isalnum() for character in part)]
 
 
-def _change(before: float, after: float, digits: str = ".4g") -> str:
+def change(before: float, after: float, digits: str = ".4g") -> str:
+    """`before → after`."""
     return f"{before:{digits}} → {after:{digits}}"

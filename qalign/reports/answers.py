@@ -3,10 +3,13 @@
 Imports no torch.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from qalign.config.atomic import write_whole
 from qalign.config.stages import needs_reference
 from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines
 from qalign.reports.plots import counted
@@ -16,7 +19,12 @@ LOOP_TOKENS = 12  # a shorter tail that repeats may be meant: "no, no, no"
 LOOP_TURNS = 3
 LOOP_LINES = 0.5  # share of an answer's lines and sentences that repeat earlier ones
 FEW_BETTER = 0.95  # share of pairs that were right before, from which on hardly any can be gained
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Figures = dict[str, Any]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,17 @@ class Answer:
         return repeated_lines([self.text]) > LOOP_LINES
 
 
+def answers_of(
+    tokenizer: "PreTrainedTokenizerBase", found: Sequence[list[int]], stop_ids: Sequence[int]
+) -> list[Answer]:
+    """Sampled token ids as answers."""
+    from qalign.model.generation import text_of  # here, as verdicts on finished runs must not wait for torch
+
+    return [
+        Answer(text_of(tokenizer, ids), ids[:-1] if ids[-1] in stop_ids else ids, ids[-1] in stop_ids) for ids in found
+    ]
+
+
 def measure_answers(answers: Sequence[Answer]) -> Figures:
     """Figures of answers, ready for JSON: their number `answers`; the shares that `ended` and that `looping` answers
     have; `length`, the mean in tokens; `distinct` (distinct-2) and `repeated` (repeated lines)."""
@@ -51,6 +70,24 @@ def measure_answers(answers: Sequence[Answer]) -> Figures:
         "distinct": distinct_n(texts),
         "repeated": repeated_lines(texts),
     }
+
+
+def spread(rows: Sequence[Item], count: int) -> list[Item]:
+    """At most `count` rows, spread evenly."""
+    return [*rows[:: max(1, len(rows) // max(1, count))][:count]]
+
+
+def write_samples(run: Path, step: int, rows: Sequence[Figures]) -> None:
+    """Keeps the answers of an evaluation in a run folder, as `samples/step-STEP.jsonl`."""
+    file = run / "samples" / f"step-{step}.jsonl"
+    file.parent.mkdir(exist_ok=True)
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def in_a_line(row: Figures) -> str:
+    """The question and the answer of a sample, shortened."""
+    question, answer = (" ".join(text.split()) for text in (row["prompt"][-1]["content"], row["completion"]))
+    return f"{question[:80]!r} → {answer[:240]!r}"
 
 
 def verdict(figures: Figures) -> list[str]:

@@ -1,9 +1,9 @@
 """What the pictures have in common: colours, labels, and a figure that is saved whole. Imports no matplotlib."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qalign.config.atomic import replacing
 
@@ -35,6 +35,36 @@ def label(axes: "Axes", title: str, x: str, y: str) -> None:
     axes.set_xlabel(x, fontsize=12)
     axes.set_ylabel(y, fontsize=12)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def curve(axes: "Axes", points: Sequence[Any], name: str, colour: str, **style: Any) -> None:
+    """Draws a figure of the points over their steps."""
+    steps = [point.step for point in points]
+    axes.plot(steps, [getattr(point, name) for point in points], marker="o", color=colour, **style)
+    axes.locator_params(axis="x", integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    if len(points) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
+
+
+def shares(axes: "Axes", points: Sequence[Any], names: dict[str, tuple[str, str]], count: str) -> None:
+    """Draws shares of a `count` over the steps, with their 95% intervals and a legend; `names`: words and colour."""
+    from qalign.reports.reward_report import wilson  # it imports NumPy, which takes a while
+
+    for name, (words, colour) in names.items():
+        bounds = [wilson(getattr(point, name), getattr(point, count)) for point in points]
+        axes.vlines([point.step for point in points], *zip(*bounds, strict=True), color=colour, linewidth=1, alpha=0.5)
+        curve(axes, points, name, colour, label=words)
+    axes.set_ylim(-0.03, 1.3)  # leaves room for the legend above every curve
+    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
+    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.legend(fontsize=10, loc="upper center", ncols=2)
+
+
+def mark_steps(axes: "Axes", steps: Sequence[int]) -> None:
+    """Marks the steps at which an alarm was raised."""
+    for step in steps:
+        axes.axvline(step, color=RED, linestyle=":", linewidth=1.5)
 
 
 def counted(number: int, noun: str) -> str:

@@ -9,7 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from qalign.config.stages import RL_STAGES
 from qalign.reports.alarms import EvalPoint, best_point
-from qalign.reports.plots import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, counted, label, picture
+from qalign.reports.plots import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    counted,
+    curve,
+    label,
+    mark_steps,
+    picture,
+    shares,
+)
 from qalign.train.checkpoints import read_metrics
 
 if TYPE_CHECKING:
@@ -59,7 +72,7 @@ def draw(
 
 
 def file_name(stage: str) -> str:
-    """The report's name in a run folder of `ppo` or `grpo`."""
+    """The name of the report in the run folder of a stage that samples."""
     return f"{stage}_report.png"
 
 
@@ -110,20 +123,19 @@ def fill(
     _draw_gains(gains, points, best, best_of)
     for axes in (rewards, kl, length, shares, updates):
         axes.axvline(best.step, color=GREY, linestyle="--", linewidth=1)
-        for step in alarm_steps:
-            axes.axvline(step, color=RED, linestyle=":", linewidth=1.5)
-    _draw_curve(rewards, points, "proxy", BLUE)
+        mark_steps(axes, alarm_steps)
+    curve(rewards, points, "proxy", BLUE)
     _draw_band(rewards, points, "proxy", BLUE)
     _draw_disagreement(rewards, points)
     label(rewards, "Rewards as the models give them", STEPS, PROXY)
     if judged := [point for point in points if point.judge is not None]:
         right = _second_scale(rewards, PROXY, JUDGE)
-        _draw_curve(right, judged, "judge", ORANGE, **DASHED)
+        curve(right, judged, "judge", ORANGE, **DASHED)
         _draw_band(right, judged, "judge", ORANGE)
-    _draw_curve(kl, points, "kl_nats", BLUE)
+    curve(kl, points, "kl_nats", BLUE)
     kl.axhline(0, color=GREY, linewidth=1, zorder=0)
     label(kl, "Distance from the reference", STEPS, "KL (nats an answer)")
-    _draw_curve(length, points, "length", BLUE)
+    curve(length, points, "length", BLUE)
     length.set_ylim(bottom=0)
     label(length, "Length of the answers", STEPS, "mean length (tokens)")
     _draw_shares(shares, points)
@@ -210,38 +222,21 @@ def _draw_disagreement(axes: "Axes", points: Sequence[EvalPoint]) -> None:
 
 
 def _draw_shares(axes: "Axes", points: Sequence[EvalPoint]) -> None:
-    _draw_curve(axes, points, "ended", BLUE, label="answers that end")
-    from qalign.reports.reward_report import wilson  # it imports NumPy, which takes a while
-
-    bounds = [wilson(point.ended, point.answers) for point in points]
-    axes.vlines([point.step for point in points], *zip(*bounds, strict=True), color=BLUE, linewidth=1, alpha=0.5)
-    _draw_curve(axes, points, "distinct", GREEN, label="distinct-2", **DASHED)
-    _draw_curve(axes, points, "repeated", PURPLE, label="repeated lines")
-    axes.set_ylim(-0.03, 1.3)  # leaves room for the legend above every curve
-    axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
-    axes.yaxis.set_major_formatter("{x:.0%}")
-    axes.legend(fontsize=10, loc="upper center", ncols=2)
+    curve(axes, points, "distinct", GREEN, label="distinct-2", zorder=3, **DASHED)
+    curve(axes, points, "repeated", PURPLE, label="repeated lines", zorder=3)
+    shares(axes, points, {"ended": ("answers that end", BLUE)}, count="answers")
     label(axes, "Do answers end, and do they loop?", STEPS, "share")
 
 
 def _draw_updates(axes: "Axes", points: Sequence[EvalPoint]) -> None:
-    _draw_curve(axes, points, "entropy", BLUE)
+    curve(axes, points, "entropy", BLUE)
     axes.set_ylim(bottom=0)
     label(axes, "Entropy and clipping", STEPS, "")
     other = _second_scale(axes, "entropy (nats a token)", "clipped ratios")
     updated = [point for point in points if point.step]  # before the first update there is nothing to clip
-    _draw_curve(other, updated, "clipped", ORANGE, **DASHED)
+    curve(other, updated, "clipped", ORANGE, **DASHED)
     other.set_ylim(0, 1.1 * max([0.01, *(point.clipped for point in updated)]))
     other.yaxis.set_major_formatter("{x:.1%}")
-
-
-def _draw_curve(axes: "Axes", points: Sequence[EvalPoint], name: str, colour: str, **style: Any) -> None:
-    steps = [point.step for point in points]
-    axes.plot(steps, [getattr(point, name) for point in points], marker="o", color=colour, **style)
-    axes.locator_params(axis="x", integer=True)
-    axes.ticklabel_format(axis="y", useOffset=False)
-    if len(points) == 1:
-        axes.set_xlim(steps[0] - 1, steps[0] + 1)
 
 
 def _second_scale(axes: "Axes", left: str, right: str) -> "Axes":

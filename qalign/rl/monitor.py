@@ -1,18 +1,18 @@
 """Evaluation on held-out prompts during a run: scores of reward and judge, alarms, the best adapter, the report."""
 
-import json
 from dataclasses import asdict
 from typing import Any, cast
 
 from torch import Tensor
 
 from qalign.config import manifest
-from qalign.config.atomic import replacing_folder, write_whole
+from qalign.config.atomic import replacing_folder
 from qalign.config.stages import PPO
 from qalign.errors import not_finite
 from qalign.model import lineage
 from qalign.model.base import Role
 from qalign.reports import alarms, ppo_report
+from qalign.reports.answers import in_a_line, write_samples
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import combined, spread_of
 from qalign.rl.rollout_batch import RolloutBatch
@@ -102,9 +102,7 @@ class Monitor:
             | {"ended": row.ended[0], "where": row.prompt.where}
             for number, row in enumerate(rollout.rows)
         ]
-        file = self.run.path / "samples" / f"step-{self.trainer.done}.jsonl"
-        file.parent.mkdir(exist_ok=True)
-        write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._samples))
+        write_samples(self.run.path, self.trainer.done, self._samples)
 
     @property
     def best_is_damaged(self) -> bool:
@@ -115,9 +113,8 @@ class Monitor:
         """The last evaluation's answers with the highest reward, where reward hacking shows first, one line each."""
         lines = []
         for row in sorted(self._samples, key=lambda row: -row["reward"])[:SAMPLES_SHOWN]:
-            question, answer = (" ".join(text.split()) for text in (row["prompt"][-1]["content"], row["completion"]))
             judged = f", judge {row['judge']:+.2f}" if "judge" in row else ""
-            lines.append(f"{question[:80]!r} → {answer[:240]!r} (reward {row['reward']:+.2f}{judged})")
+            lines.append(f"{in_a_line(row)} (reward {row['reward']:+.2f}{judged})")
         return lines
 
     def state(self) -> dict[str, Any]:

@@ -74,6 +74,8 @@ class RunCallback(TrainerCallback):
             self._bar.set_postfix_str(f"{_shown(logs)}, {line['tokens_per_second']:,.0f} tokens/s")
         elif "eval_num_tokens" in logs:  # TRL's SFTTrainer counts from the beginning of the session
             line["eval_num_tokens"] = self._before + int(logs["eval_num_tokens"])
+        if "loss" not in logs:  # what was measured took time that is no training
+            self._mark = (time.monotonic(), self._mark[1])
         self.run.log(line)
 
     def on_evaluate(self, args, state, control, **kwargs):
@@ -84,7 +86,6 @@ class RunCallback(TrainerCallback):
                 f"rows{did_you_mean(best, known)}; they have {', '.join(sorted(known))}"
             )
         tqdm.write(f"step {state.global_step}: held-out {_shown(metrics, 'eval_')}")
-        self._mark = (time.monotonic(), self._mark[1])
 
     def on_save(self, args, state, control, **_):
         best = state.best_model_checkpoint  # for `load_best_model_at_end`
@@ -105,6 +106,20 @@ class ClipEach(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, **_):
         for weights in self.groups if self.most > 0 else ():
             nn.utils.clip_grad_norm_(weights, self.most)
+
+
+class Monitor(TrainerCallback):
+    """Looks at what is trained before the first step, at some steps, and at the end. It must change nothing: neither
+    weights nor modes, nor the state of a random generator."""
+
+    header: dict[str, str]  # lines for the stage's header
+
+    def on_step_begin(self, args, state, control, **_):
+        self.look(state.global_step)
+
+    def look(self, step: int) -> None:
+        """Called with the number of steps done, before each step and when training has ended; once more, if a run is
+        resumed there."""
 
 
 def checkpoint_layers(model: Any, planned: int) -> None:

@@ -23,7 +23,7 @@ from qalign.model.loading import reach_of
 from qalign.model.memory.first_step import is_out_of_memory
 from qalign.model.memory.forecast import Forecast, Plan, tokens_of_most_steps, usable_by_offload, usable_memory
 from qalign.model.memory.offload import offload
-from qalign.train.callbacks import RunCallback, peak_bytes
+from qalign.train.callbacks import Monitor, RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
 from qalign.train.model_card import loading
 from qalign.train.run_folder import RunFolder, print_table
@@ -142,20 +142,26 @@ class Session:
             lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
         print_table(f"qalign {run.name} → {run.path}", [*lines.items(), *self.rows.notes])
 
-    def train(self, trainer: Trainer, **more: str) -> dict[str, Any]:
-        """Prints the header, with `more` lines of the stage, and runs `Trainer` as `to_the_end` says."""
+    def train(self, trainer: Trainer, monitor: Monitor | None = None, **more: str) -> dict[str, Any]:
+        """Prints the header, with `more` lines of the stage, and runs `Trainer` as `to_the_end` says, looked at by a
+        `monitor`."""
 
         def loop() -> tuple[int, int, int]:
             if self.checkpoint is None:
                 trainer.train()
             else:
                 self._resume(trainer, self.checkpoint)
+            if monitor and trainer.state.global_step >= trainer.state.max_steps:
+                monitor.look(trainer.state.global_step)
             return trainer.state.global_step, trainer.state.max_steps, self.callback.tokens_seen
 
         settings, unit = self.run.settings, {"sft": "rows", "kto": "answers"}.get(self.run.stage, "pairs")
         steps = planned_steps(settings, len(cast(Sized, trainer.train_dataset)))
         if hint := few_steps(settings, steps):
             more["hint"] = hint
+        if monitor:
+            trainer.add_callback(monitor)
+            more |= monitor.header
         self.print_header(f"{steps:,}, each of {settings.batch_size} {unit}", **more)
         return self.to_the_end(loop)
 

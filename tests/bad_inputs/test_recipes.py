@@ -139,6 +139,9 @@ OVERRIDES = [
     ("kto={data: pairs.jsonl, loss: sigmoid}", "expected one of kto, apo_zero_unpaired"),
     ("kto={data: pairs.jsonl, trainer: {loss_type: kto}}", "set it as kto.loss"),
     ("kto={data: pairs.jsonl, trainer: {sync_ref_model: true}}", "has no effect"),
+    ("dpo.sample_prompts=often", "'auto' or a whole number from 0"), ("dpo.sample_prompts=-1", "from 0 to 1000"),
+    ("dpo.sample_every=0", "at least 1"), ("dpo.max_new_tokens=0", "at least 1"),
+    ("dpo.generate_during_eval=true", "did you mean 'sample_prompts'?"),
     ("dpo=", "no 'dpo:' section"), ("model=", "model is empty"), ("dpo.eval_every=often", "expected a whole number"),
 ]  # fmt: skip
 

@@ -30,6 +30,7 @@ from tests.train.runs import CLOCK, HELD_OUT, STAGES, WEIGHTS, recipe_of
 Prepare = Callable[[], None]
 # Three steps, the last in the middle of an epoch; dropout, so that the random generators count; a report at the end.
 KEYS = {"limit": 20, "max_steps": 3, "save_every": 1, "eval_data": HELD_OUT, "eval_every": 2, "lora": {"dropout": 0.1}}
+SAMPLED = {"sample_prompts": 3, "sample_every": 2, "max_new_tokens": 8}  # while DPO trains
 SECTIONS = {"best_of": "ppo"}  # of the recipe, for a command that is no stage
 TIMEOUT = 300  # seconds
 
@@ -94,7 +95,9 @@ class Lab:
 
     def recipe(self, stage: str, name: str, **keys) -> tuple[str, RunFolder]:
         """(a recipe of a stage with an output of its own, that run)."""
-        path = recipe_of(self.folder / f"{name}_{stage}", self.base, SECTIONS.get(stage, stage), **KEYS | keys)
+        sampled = SAMPLED if stage == "dpo" else {}
+        keys = KEYS | sampled | keys
+        path = recipe_of(self.folder / f"{name}_{stage}", self.base, SECTIONS.get(stage, stage), **keys)
         return (path := str(Path(path).rename(Path(path).with_stem(stage)))), self.run(path)
 
     def run(self, path: str) -> RunFolder:

@@ -222,6 +222,9 @@ def test_without_held_out_rows_on_the_command_line_nothing_is_measured_on_them(r
     assert "eval_every: has nothing to measure" in problems(text, f"{stage}.eval_data=", f"{stage}.eval_every=7")[0]
     assert "eval_every: has nothing to measure" in problems(text.replace("eval_data: pairs.jsonl", "eval_data:"))[0]
     assert getattr(read(text, f"{stage}.eval_data=org/other"), stage).eval_every == 5
+    if stage == "dpo":
+        sampled = text.replace("eval_every: 5", "sample_prompts: 8\n  sample_every: 5")
+        assert (read(sampled, "dpo.eval_data=").dpo.sample_prompts, read(sampled).dpo.sample_prompts) == ("auto", 8)
     share = text.replace("eval_data: pairs.jsonl", "holdout: 0.2")
     assert getattr(read(share, f"{stage}.holdout=null"), stage).eval_every is None
     assert getattr(read(text, f"{stage}.eval_data=null", f"{stage}.holdout=0.2"), stage).eval_every == 5

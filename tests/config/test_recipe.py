@@ -130,6 +130,9 @@ def test_a_reward_or_a_judge_is_one_source_or_a_list_of_them(given, expected):
            f"micro_batch_size: {micro} is no multiple of samples_per_prompt 4 that divides a mini-batch of {mini}")
           for micro, mini in ((6, 8), (2, 8), (16, 8), (1, 8), (8, 12), (10, 12))),
         *(({stage: {"eval_every": 5}}, "eval_every: has nothing to measure without eval_data") for stage in STAGES),
+        *(({"dpo": {key: 8}}, f"{key}: has nothing to answer without eval_data") for key in
+          ("sample_prompts", "sample_every")),
+        ({"dpo": {"eval_data": "o/o", "sample_prompts": 0, "sample_every": 8}}, "sample_every: has no effect with"),
         ({"ppo": {"reward": {"source": "reward", "weight": 0.0}}}, "weight: a reward with weight 0"),
         ({"ppo": {"eval_data": "o/o", "judge": ["m:f", {"source": "n:f", "weight": 0}]}}, "weight: a reward with"),
         *(({"ppo": {"reward": reward, "judge": judge, "eval_data": "org/other"}}, "judge: must not be what the policy")

@@ -77,7 +77,8 @@ def test_importing_the_reports_loads_nothing_heavy_and_drawing_no_pyplot(tmp_pat
         "assert not {'torch', 'numpy', 'scipy', 'matplotlib', 'transformers'} & set(sys.modules)\n"
         "from qalign.reports import reward_report\n"
         "assert not {'torch', 'scipy', 'matplotlib', 'transformers'} & set(sys.modules)\n"
-        "point = alarms.EvalPoint(0, 1, 0., 0., 1., None, None, 9., 1., 1., 0., 2., 0.)\n"
+        "names = 'step answers kl_nats proxy proxy_std length ended distinct repeated entropy clipped'.split()\n"
+        "point = alarms.EvalPoint(**{name: 1 for name in names}, judge=None, judge_std=None)\n"
         "ppo_report.draw([point], Path(sys.argv[1]))\n"
         "assert 'matplotlib' in sys.modules; assert not {'matplotlib.pyplot', 'torch'} & set(sys.modules)\n"
     )

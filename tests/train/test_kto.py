@@ -6,6 +6,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from trl import KTOConfig, KTOTrainer
 
+import qalign.model.reference
 from qalign.config.recipe import Lora, Model
 from qalign.config.stages import KTO, Source
 from qalign.data.collate import MicroBatchLimit
@@ -197,8 +198,9 @@ def test_the_first_loss_is_a_half(tiny_base, tmp_path):
     assert (first["loss"], first["kl"], first["rewards/margins"]) == (0.5, 0.0, 0.0)
 
 
-def test_cached_log_probs_of_the_reference_change_no_number(base, tmp_path):
+def test_cached_log_probs_of_the_reference_change_no_number(base, tmp_path, monkeypatch):
     """Those of the KL rows too; a later run computes none again."""
+    monkeypatch.setattr(qalign.model.reference, "cache_folder", lambda: tmp_path / "cache")  # it begins empty
     rows = labelled(base.tokenizer, 6)
     in_step = one_step(trainer_of(base, tmp_path, rows), rows)
     for computed in (12, 0):

@@ -4,7 +4,7 @@ The docstring under each key begins with the field's own term. Editors show it (
 `docs/recipe.md` lists it: after a change run `make docs` (`python docs/make_recipe.py`).
 """
 
-from qalign.config.stages.preferences import DPO, DPO_LOSSES, KTO, REFERENCE_FREE, Reward, needs_reference
+from qalign.config.stages.preferences import DPO, DPO_LOSSES, KTO, REFERENCE_FREE, PolicyStage, Reward, needs_reference
 from qalign.config.stages.reinforcement import GRPO, PPO
 from qalign.config.stages.section import (
     MAX_BATCH,
@@ -41,6 +41,7 @@ __all__ = [
     "SFT",
     "SFT_RUN",
     "STAGES",
+    "PolicyStage",
     "Reward",
     "RewardSource",
     "Section",

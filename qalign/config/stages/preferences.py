@@ -1,11 +1,11 @@
 """The sections of the stages that learn from preferences."""
 
 from collections.abc import Iterable, Iterator
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from qalign.config.stages.section import Batch, LearningRate, NotNegative, Positive, Stage
+from qalign.config.stages.section import MAX_TOKENS, Batch, LearningRate, NotNegative, Positive, Stage, Steps
 
 MEMBER_LAYERS = 0.2  # of an ensemble's adapters, when left out
 
@@ -53,6 +53,34 @@ class Reward(Stage):
         return "margin: true can't use: both say how much better an answer is; remove margin, or leave that column out"
 
 
+class PolicyStage(Stage):
+    """The keys of the stages that train a policy on given answers. What it answers itself shows only when it is sampled
+    from."""
+
+    sample_prompts: Literal["auto"] | Annotated[int, Field(ge=0, le=1_000)] = "auto"
+    """Sampled evaluation: number of held-out prompts that the policy answers before, during and after training, to warn
+    of answers that loop, never end or only get longer. `auto` takes 24, or none if that costs over a tenth of the
+    run; 0 takes none."""
+    sample_every: Steps | None = None
+    """Sampling interval, in optimiser steps: a fifth of the run when left out, or more where that costs over a tenth of
+    it. Lower it to see earlier where a run goes wrong."""
+    max_new_tokens: int = Field(default=256, ge=1, le=MAX_TOKENS)
+    """Maximum answer length: of the sampled evaluation, in tokens; longer answers are cut. Set about three times what
+    your chosen answers have."""
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
+    def conflicts(self) -> Iterator[str]:
+        yield from super().conflicts()
+        for key in ("sample_prompts", "sample_every"):
+            if getattr(self, key) not in (None, 0, "auto") and not self.has_held_out:
+                yield f"{key}: has nothing to answer without eval_data or holdout; add one or remove this"
+        if self.sample_every and self.sample_prompts == 0:
+            yield "sample_every: has no effect with sample_prompts 0; remove one of them"
+
+
 # fmt: off
 DPO_LOSSES = Literal[
     "sigmoid", "ipo", "hinge", "robust", "sigmoid_norm", "exo_pair", "discopop", "bco_pair", "nca_pair", "sppo_hard",
@@ -70,7 +98,7 @@ def needs_reference(loss: str | Iterable[str]) -> bool:
     return not REFERENCE_FREE.issuperset([loss] if isinstance(loss, str) else loss)
 
 
-class DPO(Stage):
+class DPO(PolicyStage):
     """Direct preference optimisation and related losses: learns from pairs of a chosen and a rejected answer."""
 
     loss: DPO_LOSSES | Annotated[dict[DPO_LOSSES, Positive], Field(min_length=1)] = "sigmoid"
@@ -173,7 +201,7 @@ def _any_of(names: tuple[str, ...]) -> str:
     return " or ".join(", ".join(f"'{name}'" for name in names).rsplit(", ", 1))
 
 
-class KTO(Stage):
+class KTO(PolicyStage):
     """Kahneman-Tversky optimisation (arXiv:2402.01306): learns from single answers that are labelled good or bad."""
 
     batch_size: Batch = 16
@@ -200,8 +228,6 @@ class KTO(Stage):
             yield "batch_size: 1 leaves no other answer for the KL estimate; take 8 or more"
         if not self.desirable_weight + self.undesirable_weight:
             yield "desirable_weight: 0, as is undesirable_weight, so nothing is learned; set one of them to 1"
-
-    needs_reference: ClassVar[bool] = True
 
     @property
     def loss_options(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Whether a model can run packed rows, found by running some, and the switch to them."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,18 +28,36 @@ class Packing:
 
     mixers: Mixers = field(default_factory=Mixers)
     reason: str | None = None  # why it can't, in words
+    _ways: list[ExitStack] = field(default_factory=list, compare=False, repr=False)  # back, of each `open`
 
     @contextmanager
     def open(self, lm: PreTrainedModel) -> Iterator[None]:
         """Makes the model run packed rows, and nothing else, while it is open. The backward must run inside too, as
         gradient checkpointing computes the forward again."""
-        before = lm.config.get_text_config()._attn_implementation or "eager"
-        lm.set_attn_implementation(NAME)
-        try:
-            with self.mixers.on_rows():
+        with ExitStack() as way:
+            self._go(lm, way)
+            self._ways.append(way)
+            try:
                 yield
+            finally:
+                self._ways.remove(way)
+
+    @contextmanager
+    def left(self, lm: PreTrainedModel) -> Iterator[None]:
+        """Leaves `open` for a while, as sampling runs plain rows. No backward may be pending."""
+        ways = self._ways[:]
+        for way in reversed(ways):
+            way.close()
+        try:
+            yield
         finally:
-            lm.set_attn_implementation(before)
+            for way in ways:
+                self._go(lm, way)
+
+    def _go(self, lm: PreTrainedModel, way: ExitStack) -> None:
+        way.callback(lm.set_attn_implementation, lm.config.get_text_config()._attn_implementation or "eager")
+        lm.set_attn_implementation(NAME)
+        way.enter_context(self.mixers.on_rows())
 
 
 @torch.no_grad()

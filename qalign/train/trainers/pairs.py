@@ -6,7 +6,7 @@ they are not TRL's `DPOTrainer` and `RewardTrainer`.
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -115,20 +115,25 @@ class PairTrainer(AdapterTrainer):
         super().log(logs, start_time)
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Means over all held-out pairs; each pair counts once, whatever its batch."""
+        """Means over all held-out pairs."""
+        return self.evaluated(self.measure(self.get_eval_dataloader(eval_dataset), f"{metric_key_prefix}_"))
+
+    def measure(self, batches: Iterable[Any], prefix: str = "") -> dict[str, float]:
+        """Means over the pairs of all batches, by TRL's names; each pair counts once, whatever its batch. Draws no
+        random number, and leaves the means over training pairs as they were."""
         kept, self._sums, self._counts = (self._sums, self._counts), defaultdict(float), defaultdict(float)
         self.base.model.eval()
         with torch.no_grad(), self.base.packed_attention():
-            for inputs in self.get_eval_dataloader(eval_dataset):
+            for inputs in batches:
                 groups = self.micro_batches(inputs)
                 self.look_ahead(inputs, groups)
                 for pairs in groups:
                     loss, metrics = self.pair_losses(pairs)
                     self._unread.append(([pair.where for pair in pairs], loss, {"loss": loss, **metrics}))
                 self._read()
-        logs = self._means(f"{metric_key_prefix}_")
+        means = self._means(prefix)
         self._sums, self._counts = kept
-        return self.evaluated(logs)
+        return means
 
     def floating_point_ops(self, inputs) -> int:
         """Not counted: transformers' estimate ignores that weights are frozen."""
