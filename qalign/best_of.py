@@ -1,13 +1,11 @@
 """Best of n: sample n answers to each prompt, score them, keep the best. A cheap alternative to PPO.
 
-    python -m qalign.best_of RECIPE [key=value …] [n=16] [--resume | --overwrite]
+    python -m qalign.best_of RECIPE [key=value …] [n=16] [rounds=1] [--resume | --overwrite]
 
 It reads the recipe's `ppo` section: prompts, reward, judge, sampling, and `start_from`, the policy that samples. It
 writes `picks.jsonl` (prompt and best answer, for SFT), `pairs.jsonl` (best and worst answer, for DPO) and
-`summary.json` to `<output>/best_of/`. Repeated with the policy that was trained on the pairs, it is online DPO:
-
-    python -m qalign.dpo RECIPE dpo.data=runs/demo/best_of/pairs.jsonl output=runs/demo_2
-    python -m qalign.best_of RECIPE ppo.start_from=runs/demo_2/dpo/adapter output=runs/demo_2
+`summary.json` to `<output>/best_of/`. With `rounds=3` it is online preference learning: it trains DPO on the pairs,
+samples again from the policy that was trained, and so on, as `qalign/rounds.py` says.
 
 Only answers that ended with a stop token are picked: a cut one would teach a model to stop in mid-sentence. On the
 held-out prompts it measures the reward and the KL of every power of 2 up to n, and draws them into PPO's report.
@@ -43,19 +41,23 @@ if TYPE_CHECKING:  # its import takes seconds
 PICKS, PAIRS = "picks.jsonl", "pairs.jsonl"
 ANSWERS_PER_PART = 64
 CHECKPOINTS = 10  # of a run
-MOST = 1024  # answers to a prompt
+MOST, MOST_ROUNDS = 1024, 100  # answers to a prompt
 
 
 class BestOfRun(RunFolder):
-    """`<output>/best_of/`: a run of the section `ppo`, whose `metrics.jsonl` has what was kept of each part."""
+    """`<output>/best_of/`: a run of the section `ppo`, whose `metrics.jsonl` has what was kept of each part; with
+    several `rounds`, the folder that holds them."""
 
-    def __init__(self, recipe: Recipe, n: int, command_line: str = "RECIPE"):
-        super().__init__(recipe, "ppo", command_line, "best_of")
-        self.n = n
+    number = 0  # of the round that this run is a part of; 0 for one that stands alone
+
+    def __init__(self, recipe: Recipe, n: int, command_line: str = "RECIPE", rounds: int = 1, name: str = "best_of"):
+        super().__init__(recipe, "ppo", command_line, name)
+        self.n, self.rounds = n, rounds
 
     @property
     def command(self) -> str:
-        return f"{super().command} n={self.n}"
+        more = f" rounds={self.rounds}" if self.rounds > 1 else ""
+        return f"python -m qalign.best_of {self.command_line} n={self.n}{more}"
 
     @property
     def further(self) -> str:
@@ -63,8 +65,12 @@ class BestOfRun(RunFolder):
 
     def differences(self) -> dict[str, tuple[object, object]]:
         began = read_metrics((self.last_checkpoint() or self.path) / METRICS)
-        was = next((line["n"] for line in began if "n" in line), self.n)
-        return super().differences() | ({} if was == self.n else {"n": (was, self.n)})
+        first = next((line for line in began if "n" in line), {"n": self.n, "rounds": self.rounds})
+        pairs = {"n": (first["n"], self.n), "rounds": (first.get("rounds", 1), self.rounds)}
+        found = super().differences() | {name: (was, now) for name, (was, now) in pairs.items() if was != now}
+        if self.rounds > 1:  # which train with the section `dpo`
+            found |= RunFolder(self.recipe, "dpo", self.command_line, self.name).differences()
+        return found
 
 
 def best_of(recipe: Recipe, run: BestOfRun) -> None:
@@ -91,12 +97,14 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
         if parts and "zeros" in parts[-1]:
             restore_scorers(scorers, parts[-1]["zeros"])
     else:
-        run.log({"step": 0, "n": run.n, "scorers": [scorer.identity for scorer in scorers]})
+        of_rounds = {"rounds": run.rounds} if run.rounds > 1 else {}
+        run.log({"step": 0, "n": run.n, **of_rounds, "scorers": [scorer.identity for scorer in scorers]})
 
     size = max(1, ANSWERS_PER_PART // run.n)  # prompts that are sampled together
+    held_out = [] if run.number else setup.rows.held_out  # rounds are measured between them
     parts = [
-        (rows[start : start + size], rows is setup.rows.held_out)
-        for rows in (setup.rows.train, setup.rows.held_out)
+        (rows[start : start + size], rows is held_out)
+        for rows in (setup.rows.train, held_out)
         for start in range(0, len(rows), size)
     ]
     steps = f"{len(parts):,}, each of {run.n} answers to {size} prompts"
@@ -116,7 +124,8 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPromp
     run.stop.patient = True
     with tqdm(total=len(parts), initial=done, desc=f"best of {run.n}", unit="part") as bar:
         for number, (group, is_held_out) in enumerate(parts[done:], start=done):
-            rows = setup.sample(group, run.n, run.recipe.seed * 1_000_003 + number)
+            drawn = max(0, run.number - 1) * len(parts) + number
+            rows = setup.sample(group, run.n, run.recipe.seed * 1_000_003 + drawn)
             try:
                 scores = combined(reward, rows)[0].tolist()
                 judged = combined(judge, rows)[0].tolist() if is_held_out and judge else None
@@ -200,7 +209,8 @@ def _finish(run: BestOfRun, counts: dict[str, int]) -> None:
         scores = f"held-out reward {point['proxy']:+.3f}{judged}, KL at most {point['kl_nats']:.2f} nats"
         lines.append((f"best of {point['n']}", scores))
     lines += [("report", f"{picture}: best of n next to PPO")] if picture else []
-    lines.append(("next", _next(run, run.path / PAIRS, len(picks), len(pairs))))
+    if not run.number:
+        lines.append(("next", _next(run, run.path / PAIRS, len(picks), len(pairs))))
     print_table("done", lines)
 
 
@@ -208,10 +218,8 @@ def _next(run: RunFolder, file: Path, picks: int, pairs: int) -> str:
     """What to do next: the command that trains on the pairs in `file`, from the policy that sampled them, with an
     output of its own; or why there are none."""
     dpo, words = run.recipe.dpo, shlex.split(run.command_line)
-    if not picks:
-        return "nothing to train on: raise ppo.max_new_tokens, or let ppo.start_from name a model that ends its answers"
-    if not pairs:
-        return "no pair to train on: the reward tells no answers to a prompt apart; look at ppo.reward, or raise n"
+    if not (picks and pairs):
+        return nothing_to_train_on(picks)
     if dpo is None:
         return f"add a dpo section to {words[0]}, with data: {file}"
     output = run.path.parent
@@ -225,21 +233,34 @@ def _next(run: RunFolder, file: Path, picks: int, pairs: int) -> str:
     return f"python -m qalign.dpo {shlex.join([*kept, *own])}"
 
 
-def _split_n(words: list[str]) -> tuple[int, list[str]]:
-    """(n, the overrides of the recipe)."""
-    given = [word for word in words if word.startswith("n=")]
-    text = given[-1].removeprefix("n=") if given else "16"
-    if not re.fullmatch("[0-9]{1,4}", text) or not 2 <= int(text) <= MOST:
-        raise UserError(f"command line: n is {short(text)}; expected a whole number from 2 to {MOST}, such as n=16")
+def nothing_to_train_on(picks: int) -> str:
+    """Why there is no pair, and what helps."""
+    if not picks:
+        return "nothing to train on: raise ppo.max_new_tokens, or let ppo.start_from name a model that ends its answers"
+    return "no pair to train on: the reward tells no answers to a prompt apart; look at ppo.reward, or raise n"
+
+
+def _split(words: list[str], name: str, default: int, least: int, most: int) -> tuple[int, list[str]]:
+    """(The number that `name=` gives, the other words.)"""
+    given = [word for word in words if word.startswith(f"{name}=")]
+    text = given[-1].removeprefix(f"{name}=") if given else str(default)
+    if not re.fullmatch("[0-9]{1,4}", text) or not least <= int(text) <= most:
+        expected = f"expected a whole number from {least} to {most}, such as {name}={default}"
+        raise UserError(f"command line: {name} is {short(text)}; {expected}")
     return int(text), [word for word in words if word not in given]
 
 
 def main(words: Sequence[str] | None = None) -> None:
 
     def work(args: argparse.Namespace) -> None:
-        n, overrides = _split_n(args.overrides)
-        run = BestOfRun(load(args.recipe, overrides, "ppo"), n, shlex.join([args.recipe, *overrides]))
-        work_in(run, args, best_of)
+        n, others = _split(args.overrides, "n", 16, 2, MOST)
+        rounds, overrides = _split(others, "rounds", 1, 1, MOST_ROUNDS)
+        run = BestOfRun(load(args.recipe, overrides, "ppo"), n, shlex.join([args.recipe, *overrides]), rounds)
+        if rounds == 1:
+            return work_in(run, args, best_of)
+        from qalign.rounds import learn_online  # it imports this module
+
+        work_in(run, args, learn_online)
 
     run_parsed(stage_parser("best_of", best_of.__doc__), work, words)
 

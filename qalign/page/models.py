@@ -89,7 +89,7 @@ def named_entry(word: str) -> ModelEntry:
 def run_entries(runs: Path) -> list[ModelEntry]:
     """The finished runs under a folder whose adapters are safe to load, newest first; other folders are skipped."""
     found = []
-    for summary in runs.glob("*/*/summary.json"):
+    for summary in [*runs.glob("*/*/summary.json"), *runs.glob("*/best_of/round_*/dpo/summary.json")]:
         if summary.parent.name not in ANSWERING_STAGES:
             continue
         try:
@@ -102,7 +102,9 @@ def run_entries(runs: Path) -> list[ModelEntry]:
 
 def _run_entry(run: RunFolder, adapter: Path, within: Path) -> ModelEntry:
     suffix = "" if adapter.name == run.adapter.name else f"/{adapter.name}"
-    name = f"{run.path.parent.resolve().name}/{run.stage}{suffix}"
+    output = run.path.parent.resolve()
+    above = output.parts[-3:] if output.parent.name == "best_of" else output.parts[-1:]  # a round of best_of
+    name = f"{'/'.join(above)}/{run.stage}{suffix}"
     safe, reward_run = safe_adapter(adapter, within), run.path.parent / "reward"
     try:
         reward = safe_reward(reward_run / "adapter", within) if (reward_run / "summary.json").is_file() else None

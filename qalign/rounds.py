@@ -1,0 +1,240 @@
+"""Online preference learning: rounds of sampling and DPO, each from the policy that the last one left.
+
+    python -m qalign.best_of RECIPE rounds=3 n=8 [key=value …] [--resume | --overwrite]
+
+A round samples n answers to each of the `ppo` section's prompts, scores them with its reward, and trains with the `dpo`
+section on the best and the worst answer of each prompt. The policy that a round starts from is also its reference, as
+in iterative DPO (Xiong et al. 2024, arXiv:2312.11456; Yuan et al. 2024, arXiv:2401.10020): every round takes a step of
+the size that `dpo.beta` allows, and what the distance from the very first policy buys is measured. Guo et al. 2024
+(arXiv:2402.04792) keep the first policy as the reference, and sample anew for every optimiser step.
+
+The folder `<output>/best_of/` holds `round_1/sampling`, `round_1/dpo`, `round_2/sampling` …, each a run like those of
+the commands, `adapter/` (that of the last round), `samples/`, `summary.json` and `best_of_report.png`. Held-out prompts
+are answered before the first round and after each.
+"""
+
+import argparse
+import gc
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qalign import dpo
+from qalign.best_of import PAIRS, BestOfRun, best_of, nothing_to_train_on
+from qalign.cli import Run, work_in
+from qalign.config.atomic import replacing_folder, write_whole
+from qalign.config.load import load
+from qalign.config.recipe import Recipe
+from qalign.data.formats import prompts
+from qalign.errors import UserError, not_finite
+from qalign.reports import alarms, rounds_report
+from qalign.train.checkpoints import read_metrics
+from qalign.train.dataset import read_rows
+from qalign.train.run_folder import RunFolder, print_table
+
+if TYPE_CHECKING:  # its import takes seconds
+    from qalign.model.base import Base
+    from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
+
+SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
+REPORT = "best_of_report.png"
+
+
+class Training(RunFolder):
+    """The DPO run of a round."""
+
+    def __init__(self, recipe: Recipe, command_line: str, name: str, rounds: BestOfRun):
+        super().__init__(recipe, "dpo", command_line, name)
+        self._rounds = rounds
+
+    @property
+    def command(self) -> str:
+        """That of all rounds, which goes on with this one."""
+        return self._rounds.command
+
+
+def learn_online(recipe: Recipe, run: BestOfRun) -> None:
+    """Sample, score and train DPO from where the policy stands, again and again."""
+    if recipe.dpo is None:
+        path = shlex.split(run.command_line)[0]
+        raise UserError(f"dpo: rounds={run.rounds} trains DPO on every round's pairs; add a dpo section to {path}")
+    first = run.parent
+    run.begin([])
+    run.rewind()
+    logged = read_metrics(run.metrics)
+    if not logged:
+        run.log({"step": 0, "n": run.n, "rounds": run.rounds})
+    done = {line["round"]: line for line in logged if "round" in line}
+    adapter = first
+    for number in range(run.rounds + 1):
+        if number:
+            adapter = _train(run, number, adapter)
+        if number not in done:
+            signal.signal(signal.SIGINT, run.stop)
+            signal.signal(signal.SIGTERM, run.stop)
+            point = _measure(run, number, adapter, first) if run.settings.has_held_out else None
+            done[number] = {"step": number, "round": number, "point": point and asdict(point), "adapter": adapter}
+            if point:
+                print(f"round {number}: {in_words(point)}" if number else f"before: {in_words(point)}", flush=True)
+            run.log(done[number])
+            run.mark_whole(number + 1, 0)
+    _finish(run, [done[number] for number in range(run.rounds + 1)])
+
+
+def _train(run: BestOfRun, number: int, start: str | None) -> str:
+    """One round from the adapter `start`; returns the adapter that it left. What was finished earlier is kept."""
+    place = f"best_of/round_{number}"
+    words = _words(run, **{"ppo.start_from": start})
+    sampling = BestOfRun(load(words[0], words[1:], "ppo"), run.n, run.command_line, run.rounds, f"{place}/sampling")
+    sampling.number = number
+    _work(sampling, best_of)
+    pairs = sampling.path / PAIRS
+    if not pairs.stat().st_size:
+        picks = json.loads(sampling.summary.read_text(encoding="utf-8"))["picks"]
+        raise UserError(f"round {number}: {nothing_to_train_on(picks)}")
+    unused = dict.fromkeys((f"dpo.{key}" for key in ("limit", "eval_data", "holdout", "eval_every")), None)
+    data = {"dpo.data": os.path.abspath(pairs), "dpo.split": "train", "dpo.start_from": start}
+    words = _words(run, **unused, **data)
+    training = Training(load(words[0], words[1:], "dpo"), shlex.join(words), f"{place}/dpo", run)
+    _work(training, dpo.train)
+    return os.path.abspath(training.adapter)
+
+
+def _work(run: Run, work: Callable[[Recipe, Run], None]) -> None:
+    """Does, or ends, one part of a round."""
+    if not run.complete:
+        begun = (run.path / "recipe.yaml").is_file()
+        work_in(run, argparse.Namespace(resume=begun, overwrite=False), work)
+        _free_memory()
+
+
+def _free_memory() -> None:
+    """Frees the base of the part before."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _words(run: RunFolder, **values: Any) -> list[str]:
+    """The recipe and its overrides, with other values for some keys."""
+    kept = [word for word in shlex.split(run.command_line) if word.partition("=")[0] not in values]
+    return kept + [f"{key}={json.dumps(value)}" for key, value in values.items()]
+
+
+def _measure(run: BestOfRun, number: int, adapter: str | None, first: str | None) -> alarms.EvalPoint:
+    """Samples an answer to each held-out prompt and scores it; the KL is from the policy before the first round."""
+    words = _words(run, **{"ppo.start_from": adapter})
+    now = RunFolder(load(words[0], words[1:], "ppo"), "ppo", run.command_line, "best_of")
+    read = read_rows(now, prompts)
+
+    from qalign.data.collate import MicroBatchLimit
+    from qalign.rl.ppo_setup import set_up
+    from qalign.rl.rewards import combined
+
+    setup = set_up(now, read, trainable=False)
+    if first:
+        setup.base.load_reference(first)
+    limit = MicroBatchLimit(tokens=2 * run.recipe.model.max_length)
+    setup.scorers.attach(setup.base, limit)
+    rows = setup.sample(setup.rows.held_out, 1, SEED)
+    proxy, judges = combined(setup.scorers.reward, rows)[0], setup.scorers.judge
+    judge = combined(judges, rows)[0] if judges else None
+    rollout, texts = _read(setup.base, rows, limit, setup.sampling.temperature), [row.texts[0] for row in rows]
+    if not rollout.old_logps.isfinite().all():
+        raise not_finite(f"round {number}", "log-probs of held-out answers are")
+    samples = [
+        {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[place].item()}
+        | ({} if judge is None else {"judge": judge[place].item()})
+        | {"ended": row.ended[0], "where": row.prompt.where}
+        for place, row in enumerate(rows)
+    ]
+    (run.path / "samples").mkdir(exist_ok=True)
+    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_whole(run.path / "samples" / f"round-{number}.jsonl", "".join(lines))
+    return alarms.EvalPoint(
+        step=number,
+        answers=len(texts),
+        kl_nats=rollout.kl.mean().item(),
+        proxy=proxy.mean().item(),
+        proxy_std=proxy.std(correction=0).item(),
+        judge=None if judge is None else judge.mean().item(),
+        judge_std=None if judge is None else judge.std(correction=0).item(),
+        length=rollout.tokens / len(texts),
+        ended=rollout.ended.float().mean().item(),
+        distinct=alarms.distinct_n(texts),
+        repeated=alarms.repeated_lines(texts),
+        entropy=(rollout.entropies.sum() / rollout.tokens).item(),
+        clipped=0.0,
+    )
+
+
+def _read(base: "Base", rows: "list[SampledAnswers]", limit: Any, temperature: float) -> "RolloutBatch":
+    """The log-probs of policy and first policy, and the policy's entropies, of every token of the answers."""
+    import torch
+
+    from qalign.model.base import Role
+    from qalign.model.logps import answer_states, token_scores
+    from qalign.rl.rollout_batch import RolloutBatch
+
+    rollout, numbers = RolloutBatch.empty(rows), {id(row.tokens): number for number, row in enumerate(rows)}
+    policy = Role.POLICY if Role.POLICY in base.adapters else Role.BASE
+    with torch.no_grad(), base.packed_attention():
+        for micro in base.micro_batches([row.tokens for row in rows], limit):
+            where, batch = rollout.token_indices([numbers[id(row)] for row in micro]), base.batch(micro)
+            for role in (policy, Role.REFERENCE):
+                with base.acting_as(role) as lm:
+                    found = token_scores(lm, answer_states(lm, batch), batch.targets, temperature)
+                if role is Role.REFERENCE:
+                    rollout.reference_logps[where] = found.logps.cpu()
+                else:
+                    rollout.old_logps[where], rollout.entropies[where] = found.logps.cpu(), found.entropies.cpu()
+    return rollout
+
+
+def _finish(run: BestOfRun, lines: list[dict[str, Any]]) -> None:
+    """Writes adapter, report and summary, and prints what every round gained."""
+    with replacing_folder(run.adapter) as aside:
+        shutil.copytree(lines[-1]["adapter"], aside, dirs_exist_ok=True)
+    points = [alarms.EvalPoint(**line["point"]) for line in lines if line["point"]]
+    facts: dict[str, Any] = {"n": run.n, "rounds": run.rounds, "adapter": str(run.adapter), "evaluations": lines}
+    shown = [("adapter", f"{run.adapter}: of round {run.rounds}; the rounds' own are in {run.path}/round_*/dpo")]
+    if points:
+        best, raised = alarms.best_point(points), alarms_of(points)
+        facts |= {"best_round": best.step, "alarms": raised, "reference": "the policy that each round starts from"}
+        shown += [(f"round {point.step}" if point.step else "before", in_words(point)) for point in points]
+        shown += [("alarm", text) for text in raised]
+        if best.step != run.rounds:
+            shown.append(("best", f"round {best.step}: {Path(lines[best.step]['adapter'] or 'the first policy')}"))
+        rounds_report.draw(points, run.path / REPORT)
+        shown.append(("report", str(run.path / REPORT)))
+    else:
+        shown.append(("held out", "no prompts: add ppo.eval_data or ppo.holdout to see what each round gains"))
+    write_whole(run.summary, json.dumps(facts | {"wall_seconds": run.wall_seconds}, indent=1) + "\n")
+    last = Path(lines[-1]["adapter"]).parent
+    print_table("done", [*shown, ("next", f"python -m qalign.page {shlex.quote(os.path.relpath(last))}")])
+
+
+def alarms_of(points: list[alarms.EvalPoint]) -> list[str]:
+    """The alarms that any round raised, each as it is said last; a round is far enough apart to count by itself."""
+    found = {}
+    for end in range(2, len(points) + 1):
+        for text in alarms.alarms(points[:end], patience=1):
+            said = re.sub(r"\bstep(s?)\b", r"round\1", text.replace("kl_coefficient", "dpo.beta"))
+            found[said[:20]] = said
+    return list(found.values())
+
+
+def in_words(point: alarms.EvalPoint) -> str:
+    """An evaluation in one line."""
+    judged = "" if point.judge is None else f", judge {point.judge:+.3f}"
+    ends = f"{point.length:.0f} tokens, {point.ended:.0%} end"
+    return f"held-out reward {point.proxy:+.3f}{judged}, KL {point.kl_nats:.2f} nats, {ends}"
