@@ -38,16 +38,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 4], help="rows or pairs in a micro-batch")
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float16", "float32"])
     args = parser.parse_args()
-    args.stages = args.stages or ["sft", "reward", "dpo", *(["ppo"] if args.cuda else [])]
+    args.stages = args.stages or ["sft", "reward", "dpo", "kto", *(["ppo"] if args.cuda else [])]
     return args
 
 
 def rows_of(stage: str, tokens: int, count: int) -> list:
-    from qalign.data.tokenize import TokenDialogue, TokenPair
+    from qalign.data.tokenize import TokenDialogue, TokenLabelled, TokenPair
 
     ids = lambda number: [random.randrange(100, 1000) for _ in range(number)]  # noqa: E731
     if stage == "sft":
         return [TokenDialogue(row, row, "") for row in (ids(tokens) for _ in range(count))]
+    if stage == "kto":
+        return [TokenLabelled(ids(tokens // 2), ids(tokens - tokens // 2), True, "") for _ in range(count)]
     third = tokens // 3
     return [TokenPair(ids(tokens - 2 * third), ids(third), ids(third), "") for _ in range(count)]
 
@@ -59,11 +61,11 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
 
     from qalign.data.collate import MicroBatchLimit
     from qalign.model.reference import ReferenceLogps
-    from qalign.train.trainers.policy import PreferenceTrainer
+    from qalign.train.trainers.policy import LabelTrainer, PreferenceTrainer
     from qalign.train.trainers.reward import RewardModelTrainer
     from qalign.train.trainers.sft import SupervisedTrainer
 
-    config = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig}[stage]
+    config = {"sft": trl.SFTConfig, "reward": trl.RewardConfig, "dpo": trl.DPOConfig, "kto": trl.KTOConfig}[stage]
     args = config(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=len(rows),
@@ -80,6 +82,8 @@ def trainer_of(stage: str, recipe, base, rows: list, checkpointing: bool):
         return SupervisedTrainer(base, args, micro, rows, None)
     if stage == "reward":
         return RewardModelTrainer(base, recipe.reward, args, micro, rows)
+    if stage == "kto":
+        return LabelTrainer(base, recipe.kto, ReferenceLogps(), args, micro, rows)
     return PreferenceTrainer(base, recipe.dpo, ReferenceLogps(), args, micro, rows)
 
 

@@ -74,8 +74,10 @@ def checked(command: str) -> list[str]:
         assert open_run(words[0]).complete
         return words
     parser = stage_parser(name, "") if name in STAGES or name == "best_of" else recipe_parser(name, "")
+    if name == "evaluate":
+        parser.add_argument("--stage", default="dpo")
     args = parser.parse_args(words)
-    stage = {"evaluate": "dpo", "best_of": "ppo"}.get(name, name)
+    stage = args.stage if name == "evaluate" else {"best_of": "ppo"}.get(name, name)
     overrides = [word for word in args.overrides if not word.startswith("n=")]
     run = RunFolder(load(args.recipe, overrides, stage), stage, shlex.join([args.recipe, *overrides]))
     if name in STAGES:

@@ -30,7 +30,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def without_paths(recipe: Recipe) -> str:
-    return recipe.model_dump_json().replace("recipes/data/", "data/")
+    return recipe.model_dump_json().replace("recipes/data/", "data/").replace("recipes/rewards.py", "rewards.py")
 
 
 @pytest.mark.parametrize("words", [(), ("--full",)])

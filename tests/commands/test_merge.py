@@ -335,6 +335,6 @@ def test_the_command_itself(policy, tmp_path, capsys):
     assert_same(stored(tmp_path / "merged"), stored(target))
     assert leaving(main, "nowhere") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("nowhere: there is no finished grpo or ppo or dpo or sft or reward run")
+    assert line.startswith("nowhere: there is no finished grpo or ppo or kto or dpo or sft or reward run")
     assert leaving(main, str(run.path), "--onto", "4bit") == 2
     assert "choose from" in capsys.readouterr().err

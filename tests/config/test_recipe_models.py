@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from qalign.config.load import load
+from qalign.config.stages import RL_STAGES
 from qalign.data.formats import canonical
 from qalign.data.templates import ChatTemplate, prepare_template
 from qalign.data.tokenize import encode_pair
@@ -246,7 +247,8 @@ def test_every_stage_of_a_recipe_trains_for_one_step(name, recipe, tmp_path):
         words += [f"{stage}.{key}={rows}" for key in ("data", "eval_data")]
         words += [f"{stage}.max_steps=1", f"{stage}.trainer.optim=adamw_torch", f"{stage}.micro_batch_size=2"]
         words += [f"{stage}.batch_size=4", f"{stage}.eval_every=1"]
-    words += ["ppo.max_new_tokens=8", "ppo.samples_per_prompt=2"] if recipe.ppo else []
+    for stage in {*recipe.stages} & {*RL_STAGES}:
+        words += [f"{stage}.max_new_tokens=8", f"{stage}.samples_per_prompt=2"]
 
     for stage in recipe.stages:
         path = f"recipes/{name}.yaml"

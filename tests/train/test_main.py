@@ -85,7 +85,7 @@ def test_a_recipe_that_changed_since_or_has_no_stages_is_refused(chain, tiny_fol
         run_all(str(path), ["dpo.beta=0.3"], [])
     empty = tmp_path / "recipe.yaml"
     empty.write_text(f"model: {{base: {tiny_folder}}}\noutput: {tmp_path / 'runs'}\n")
-    with pytest.raises(UserError, match="none of the sections sft:, reward:, dpo:, ppo:,"):
+    with pytest.raises(UserError, match="none of the sections sft:, reward:, dpo:, kto:, ppo:, grpo:,"):
         run_all(str(empty), [], [])
 
 

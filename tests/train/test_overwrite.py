@@ -130,7 +130,7 @@ def test_a_stage_folder_that_is_a_link_is_overwritten_where_it_lies(recipe, tmp_
         again.claim(**OVERWRITE)
         again.begin([])
         again.adapter.mkdir()
-        again.finish("next", "base", "model = ...", **FACTS)
+        again.finish("next", "base", {again.adapter: "model = ..."}, **FACTS)
     assert run.path.is_symlink()
     assert (disk / "summary.json").is_file()
     assert sorted(file.name for file in tmp_path.iterdir() if "disk" in file.name) == [".disk.lock", "disk"]

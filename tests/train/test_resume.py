@@ -25,7 +25,7 @@ from tests.train.runs import HELD_OUT, STAGES, assert_same_run, recipe_of
 def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path, monkeypatch, capsys):
     """With dropout, so that the state of the random generators counts as well."""
     keys = {"limit": 20, "save_every": 10, "lora": {"dropout": 0.1}, "eval_data": HELD_OUT, "eval_every": 2}
-    keys |= {"max_steps": 5} if stage == "ppo" else {}
+    keys |= {"max_steps": 5} if stage in ("kto", "ppo") else {}
     whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
     path = recipe_of(tmp_path / "stopped", tiny_folder, stage, **keys)
     log = RunFolder.log

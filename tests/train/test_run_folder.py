@@ -252,7 +252,7 @@ def test_a_resumed_run_counts_its_seconds_on(recipe, monkeypatch):
     assert again.rewind() == (checkpoint, 200)
     clock[0] += 3
     again.adapter.mkdir()
-    again.finish("next", "base", "model = ...", **FACTS)
+    again.finish("next", "base", {again.adapter: "model = ..."}, **FACTS)
     assert json.loads(again.summary.read_text())["wall_seconds"] == 50 + 7 + 3
 
 
@@ -260,7 +260,7 @@ def test_the_model_card_is_a_table_whatever_the_facts_are(recipe):
     run = finished(recipe)
     trust = {"accuracy": 0.9, "length_judge": {"picks": "longer"}, "curve": [{"claimed": 0.5}, {"claimed": 0.7}]}
     facts = {"rows": {"used": 3, "held_out": 0}, "trust": trust, "pooling": "not <|pad|>:\nthe end", "warning": None}
-    run.finish("next", "base", "model = ...", **FACTS | facts)
+    run.finish("next", "base", {run.adapter: "model = ..."}, **FACTS | facts)
     lines = [line for line in (run.adapter / "README.md").read_text().splitlines() if line.startswith("|")]
     expected = {"rows.used": 3, "trust.length_judge.picks": "longer", "trust.curve.1.claimed": 0.7}
     assert {f"| {name} | {value} |" for name, value in expected.items()} <= set(lines)
