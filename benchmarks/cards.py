@@ -9,13 +9,13 @@ import traceback
 from contextlib import contextmanager
 
 import torch
-from trl import DPOConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, KTOConfig, RewardConfig, SFTConfig
 
 from benchmarks.random_models import as_base, config_of, fixture_tokenizer, random_lm
 from qalign.config.recipe import Lora, Model, Recipe
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import TokenAnswers, TokenDialogue, TokenPair
+from qalign.data.tokenize import TokenAnswers, TokenDialogue, TokenLabelled, TokenPair
 from qalign.model.base import Role
 from qalign.model.generation import Sampling, TransformersEngine
 from qalign.model.kernels import fuse
@@ -31,12 +31,12 @@ from qalign.rl.rewards import Scorers
 from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 from qalign.train.callbacks import checkpoint_layers
 from qalign.train.dataset import StageRows
-from qalign.train.trainers.policy import PreferenceTrainer
+from qalign.train.trainers.policy import LabelTrainer, PreferenceTrainer
 from qalign.train.trainers.reward import RewardModelTrainer
 from qalign.train.trainers.sft import SupervisedTrainer
 
 ON_CUDA = torch.cuda.is_available()
-CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
 PPO = {"reward": "unused.py:f", "value": "adapter", "samples_per_prompt": 4, "mini_batches": 1, "update_epochs": 1}
 
 
@@ -104,7 +104,8 @@ class Stage:
         elif self.stage == "reward":
             trainer = RewardModelTrainer(self.base, settings, args, self.micro, rows)
         else:
-            trainer = PreferenceTrainer(self.base, settings, ReferenceLogps(), args, self.micro, rows)
+            kind = LabelTrainer if self.stage == "kto" else PreferenceTrainer
+            trainer = kind(self.base, settings, ReferenceLogps(), args, self.micro, rows)
         trainer.create_optimizer()
         self.model, self.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         return trainer
@@ -131,6 +132,8 @@ class Stage:
             prompt = Prompt(({"role": "user", "content": ""},), "", {})
             tokens = TokenAnswers(self.ids(tokens - new * number), answers)
             return SampledAnswers(prompt, tokens, ("",) * number, (True,) * number)
+        if self.stage == "kto":
+            return TokenLabelled(self.ids(tokens // 2), self.ids(tokens - tokens // 2), True, "")
         third = tokens // 3
         return TokenPair(self.ids(tokens - 2 * third), self.ids(third), self.ids(third), "")
 

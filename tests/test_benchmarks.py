@@ -122,7 +122,7 @@ def test_plans_are_measured_at_each_stage():
     )
     assert done.returncode == 0, done.stderr
     lines = [line.split(" | ") for line in done.stdout.splitlines()[2:]]
-    assert [line[0] for line in lines] == ["| sft", "| reward", "| dpo", "| ppo"]
+    assert [line[0] for line in lines] == ["| sft", "| reward", "| dpo", "| kto", "| ppo"]
     for line in lines:
         assert " tokens, 2 layers checkpointed" in line[3]
         assert float(line[5]) > 0
