@@ -8,7 +8,6 @@ Writes `benchmarks/results/grpo_demo.md` and `docs/grpo_demo.png`.
 """
 
 import argparse
-import json
 import os
 import platform
 import sys
@@ -20,7 +19,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.ppo_demo import COLOURS, KINDS, RECIPE, run  # noqa: E402
+from benchmarks.ppo_demo import COLOURS, KINDS, RECIPE, read_run, run  # noqa: E402
 from qalign.train.run_folder import versions  # noqa: E402
 
 RUNS = "runs/grpo_demo"
@@ -38,10 +37,7 @@ def output(kind: str, seed: int) -> str:
 
 def read(kind: str, seed: int) -> tuple[list[dict], list[dict], dict]:
     """(iterations, evaluations, summary) of a run."""
-    folder = ROOT / output(kind, seed) / ("ppo" if kind == "PPO" else "grpo")
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    points = [line for line in lines if "eval_proxy" in line]
-    return [line for line in lines if "loss" in line], points, json.loads((folder / "summary.json").read_text())
+    return read_run(ROOT / output(kind, seed) / ("ppo" if kind == "PPO" else "grpo"))
 
 
 def draw(seeds: list[int], file: Path) -> None:

@@ -55,7 +55,11 @@ def output(kind: str, seed: int) -> str:
 
 def read(kind: str, seed: int) -> tuple[list[dict], list[dict], dict]:
     """(iterations, evaluations, summary) of a run."""
-    folder = ROOT / output(kind, seed) / "ppo"
+    return read_run(ROOT / output(kind, seed) / "ppo")
+
+
+def read_run(folder: Path) -> tuple[list[dict], list[dict], dict]:
+    """As `read`, of a run folder."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [line for line in lines if "eval_proxy" in line]
     return [line for line in lines if "loss" in line], points, json.loads((folder / "summary.json").read_text())

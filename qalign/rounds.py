@@ -35,6 +35,7 @@ from qalign.config.recipe import Recipe
 from qalign.data.formats import prompts
 from qalign.errors import UserError, not_finite
 from qalign.reports import alarms, rounds_report
+from qalign.reports.answers import SEED, write_samples
 from qalign.train.checkpoints import read_metrics
 from qalign.train.dataset import read_rows
 from qalign.train.run_folder import RunFolder, print_table
@@ -43,7 +44,6 @@ if TYPE_CHECKING:  # its import takes seconds
     from qalign.model.base import Base
     from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 
-SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
 REPORT = "best_of_report.png"
 
 
@@ -148,33 +148,11 @@ def _measure(run: BestOfRun, number: int, adapter: str | None, first: str | None
     rows = setup.sample(setup.rows.held_out, 1, SEED)
     proxy, judges = combined(setup.scorers.reward, rows)[0], setup.scorers.judge
     judge = combined(judges, rows)[0] if judges else None
-    rollout, texts = _read(setup.base, rows, limit, setup.sampling.temperature), [row.texts[0] for row in rows]
+    rollout = _read(setup.base, rows, limit, setup.sampling.temperature)
     if not rollout.old_logps.isfinite().all():
         raise not_finite(f"round {number}", "log-probs of held-out answers are")
-    samples = [
-        {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[place].item()}
-        | ({} if judge is None else {"judge": judge[place].item()})
-        | {"ended": row.ended[0], "where": row.prompt.where}
-        for place, row in enumerate(rows)
-    ]
-    (run.path / "samples").mkdir(exist_ok=True)
-    lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    write_whole(run.path / "samples" / f"round-{number}.jsonl", "".join(lines))
-    return alarms.EvalPoint(
-        step=number,
-        answers=len(texts),
-        kl_nats=rollout.kl.mean().item(),
-        proxy=proxy.mean().item(),
-        proxy_std=proxy.std(correction=0).item(),
-        judge=None if judge is None else judge.mean().item(),
-        judge_std=None if judge is None else judge.std(correction=0).item(),
-        length=rollout.tokens / len(texts),
-        ended=rollout.ended.float().mean().item(),
-        distinct=alarms.distinct_n(texts),
-        repeated=alarms.repeated_lines(texts),
-        entropy=(rollout.entropies.sum() / rollout.tokens).item(),
-        clipped=0.0,
-    )
+    write_samples(run.path, number, rollout.samples(proxy, judge), unit="round")
+    return rollout.point(number, proxy, judge)
 
 
 def _read(base: "Base", rows: "list[SampledAnswers]", limit: Any, temperature: float) -> "RolloutBatch":
@@ -186,17 +164,15 @@ def _read(base: "Base", rows: "list[SampledAnswers]", limit: Any, temperature: f
     from qalign.rl.rollout_batch import RolloutBatch
 
     rollout, numbers = RolloutBatch.empty(rows), {id(row.tokens): number for number, row in enumerate(rows)}
+    parts = base.micro_batches([row.tokens for row in rows], limit)
+    order = [numbers[id(row)] for part in parts for row in part]
     policy = Role.POLICY if Role.POLICY in base.adapters else Role.BASE
     with torch.no_grad(), base.packed_attention():
-        for micro in base.micro_batches([row.tokens for row in rows], limit):
-            where, batch = rollout.token_indices([numbers[id(row)] for row in micro]), base.batch(micro)
-            for role in (policy, Role.REFERENCE):
-                with base.acting_as(role) as lm:
-                    found = token_scores(lm, answer_states(lm, batch), batch.targets, temperature)
-                if role is Role.REFERENCE:
-                    rollout.reference_logps[where] = found.logps.cpu()
-                else:
-                    rollout.old_logps[where], rollout.entropies[where] = found.logps.cpu(), found.entropies.cpu()
+        for role, names in ((policy, ("old_logps", "entropies")), (Role.REFERENCE, ("reference_logps",))):
+            with base.acting_as(role) as lm:
+                batches = map(base.batch, parts)
+                found = [token_scores(lm, answer_states(lm, each), each.targets, temperature) for each in batches]
+            rollout.fill(order, [dict(zip(names, (each.logps, each.entropies), strict=False)) for each in found])
     return rollout
 
 

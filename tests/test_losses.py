@@ -313,7 +313,7 @@ def test_bradley_terry_with_a_probability_by_hand():
 
 
 def test_the_recipes_losses_are_all_there_and_no_others():
-    """With a reference all names are known; without one, those that need none."""
+    """With a reference all names are known; without one, only the losses that need none."""
     assert set(losses.REFERENCE_FREE) == set(REFERENCE_FREE)
     for name in ALL:
         of(name)(POLICY, REFERENCE, LENGTHS)

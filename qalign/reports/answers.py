@@ -15,6 +15,7 @@ from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repea
 from qalign.reports.plots import counted
 from qalign.reports.reward_report import BY_CHANCE, sign_test
 
+SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
 LOOP_TOKENS = 12  # a shorter tail that repeats may be meant: "no, no, no"
 LOOP_TURNS = 3
 LOOP_LINES = 0.5  # share of an answer's lines and sentences that repeat earlier ones
@@ -77,9 +78,9 @@ def spread(rows: Sequence[Item], count: int) -> list[Item]:
     return [*rows[:: max(1, len(rows) // max(1, count))][:count]]
 
 
-def write_samples(run: Path, step: int, rows: Sequence[Figures]) -> None:
+def write_samples(run: Path, step: int, rows: Sequence[Figures], unit: str = "step") -> None:
     """Keeps the answers of an evaluation in a run folder, as `samples/step-STEP.jsonl`."""
-    file = run / "samples" / f"step-{step}.jsonl"
+    file = run / "samples" / f"{unit}-{step}.jsonl"
     file.parent.mkdir(exist_ok=True)
     write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 

@@ -22,7 +22,7 @@ from qalign.model.base import Role
 from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
 from qalign.model.logps import pair_logps
 from qalign.model.memory.first_step import is_out_of_memory
-from qalign.reports.answers import answers_of, in_a_line, measure_answers, spread, write_samples
+from qalign.reports.answers import SEED, answers_of, in_a_line, measure_answers, spread, write_samples
 from qalign.reports.ppo_report import file_name
 from qalign.reports.preference_report import PREFIX, PreferencePoint, alarms, as_metrics, draw, point_of
 from qalign.train.callbacks import Monitor
@@ -30,7 +30,6 @@ from qalign.train.checkpoints import read_metrics
 from qalign.train.loop import Session, planned_steps
 from qalign.train.run_folder import print_table
 
-SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
 PROMPTS, ROWS = 24, 64  # answered with `auto`; held-out rows that are measured beside
 AFFORDED = 0.1  # share of the run's cost that `auto` may take
 MOST = 6  # evaluations, where the recipe sets no interval

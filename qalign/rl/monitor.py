@@ -3,8 +3,6 @@
 from dataclasses import asdict
 from typing import Any, cast
 
-from torch import Tensor
-
 from qalign.config import manifest
 from qalign.config.atomic import replacing_folder
 from qalign.config.stages import PPO
@@ -12,13 +10,11 @@ from qalign.errors import not_finite
 from qalign.model import lineage
 from qalign.model.base import Role
 from qalign.reports import alarms, ppo_report
-from qalign.reports.answers import in_a_line, write_samples
+from qalign.reports.answers import SEED, in_a_line, write_samples
 from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import combined, spread_of
-from qalign.rl.rollout_batch import RolloutBatch
 from qalign.train.run_folder import RunFolder
 
-SEED = 0  # every evaluation draws the same random numbers, so that less of a change is chance
 SAMPLES_SHOWN = 3
 # Attributes by their names in a checkpoint, besides the points.
 KEPT = {"alarms": "alarm_steps", "warnings": "warnings", "clipped": "clip_fractions", "best_files": "_best_files"}
@@ -58,9 +54,11 @@ class Monitor:
         apart = spread_of(self.trainer.scorers)
         if not rollout.old_logps.isfinite().all():
             raise not_finite(f"iteration {self.trainer.done}", "log-probs of held-out answers are")
-        self.points.append(point := self._point(rollout, proxy, judge, apart))
+        clipped = sum(self.clip_fractions) / max(1, len(self.clip_fractions))
+        self.points.append(point := rollout.point(self.trainer.done, proxy, judge, clipped=clipped, spread=apart))
         self.clip_fractions.clear()
-        self._write_samples(rollout, proxy, judge)
+        self._samples = rollout.samples(proxy, judge)
+        write_samples(self.run.path, self.trainer.done, self._samples)
         if alarms.best_point(self.points) is point:
             with replacing_folder(self.best) as aside:
                 self.trainer.base.save_adapter(Role.POLICY, aside)
@@ -73,36 +71,6 @@ class Monitor:
         title = self.run.stage.upper()
         ppo_report.draw(self.points, self.picture, best_of=best_of, alarm_steps=self.alarm_steps, title=title)
         return {f"eval_{name}": value for name, value in asdict(point).items() if name != "step"}
-
-    def _point(
-        self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None, spread: float | None
-    ) -> alarms.EvalPoint:
-        texts = [text for row in rollout.rows for text in row.texts]
-        return alarms.EvalPoint(
-            step=self.trainer.done,
-            answers=len(texts),
-            kl_nats=rollout.kl.mean().item(),
-            proxy=proxy.mean().item(),
-            proxy_std=proxy.std(correction=0).item(),
-            judge=None if judge is None else judge.mean().item(),
-            judge_std=None if judge is None else judge.std(correction=0).item(),
-            length=rollout.tokens / len(texts),
-            ended=rollout.ended.float().mean().item(),
-            distinct=alarms.distinct_n(texts),
-            repeated=alarms.repeated_lines(texts),
-            entropy=(rollout.entropies.sum() / rollout.tokens).item(),
-            clipped=sum(self.clip_fractions) / max(1, len(self.clip_fractions)),
-            spread=spread,
-        )
-
-    def _write_samples(self, rollout: RolloutBatch, proxy: Tensor, judge: Tensor | None) -> None:
-        self._samples = [
-            {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[number].item()}
-            | ({} if judge is None else {"judge": judge[number].item()})
-            | {"ended": row.ended[0], "where": row.prompt.where}
-            for number, row in enumerate(rollout.rows)
-        ]
-        write_samples(self.run.path, self.trainer.done, self._samples)
 
     @property
     def best_is_damaged(self) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers
 from qalign.losses import policy_gradient as losses
+from qalign.reports import alarms
 
 Indices = tuple[Tensor, Tensor]  # (row, column) of tokens in the tensors of a rollout
 
@@ -75,6 +77,42 @@ class RolloutBatch:
             "objective/entropy": (self.entropies * self.mask).sum(dim=1).mean().item(),
             "policy/entropy_avg": (self.entropies.sum() / self.tokens).item(),
         }
+
+    def point(
+        self, step: int, proxy: Tensor, judge: Tensor | None, *, clipped: float = 0.0, spread: float | None = None
+    ) -> alarms.EvalPoint:
+        """The figures of an evaluation.
+
+        Args:
+            step: number of the iteration or round.
+            proxy, judge: scores `(prompts, num_samples)` of the reward, and of the judge if there is one.
+        """
+        texts = [text for row in self.rows for text in row.texts]
+        return alarms.EvalPoint(
+            step=step,
+            answers=len(texts),
+            kl_nats=self.kl.mean().item(),
+            proxy=proxy.mean().item(),
+            proxy_std=proxy.std(correction=0).item(),
+            judge=None if judge is None else judge.mean().item(),
+            judge_std=None if judge is None else judge.std(correction=0).item(),
+            length=self.tokens / len(texts),
+            ended=self.ended.float().mean().item(),
+            distinct=alarms.distinct_n(texts),
+            repeated=alarms.repeated_lines(texts),
+            entropy=(self.entropies.sum() / self.tokens).item(),
+            clipped=clipped,
+            spread=spread,
+        )
+
+    def samples(self, proxy: Tensor, judge: Tensor | None) -> list[dict[str, Any]]:
+        """The first answer to each prompt with its scores, as rows of `samples/`."""
+        return [
+            {"prompt": list(row.prompt.turns), "completion": row.texts[0], "reward": proxy[number].item()}
+            | ({} if judge is None else {"judge": judge[number].item()})
+            | {"ended": row.ended[0], "where": row.prompt.where}
+            for number, row in enumerate(self.rows)
+        ]
 
     def token_indices(self, numbers: Sequence[int]) -> Indices:
         """The answer tokens of some prompts, in the order of `AnswerBatch.targets`."""

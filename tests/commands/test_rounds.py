@@ -90,7 +90,7 @@ def test_a_run_that_stopped_anywhere_goes_on_to_the_same_numbers(recipe_path, pa
         "measuring": (rounds, "_read"), "finishing": (rounds, "write_whole"),
     }[part]  # fmt: skip
     real, seen = getattr(owner, name), []
-    after = {"sampling": 12, "training": 2, "measuring": 2, "finishing": 4}[part]
+    after = {"sampling": 12, "training": 2, "measuring": 2, "finishing": 1}[part]
 
     def killed(*args, **kwargs):
         seen.append(args)

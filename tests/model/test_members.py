@@ -1,4 +1,4 @@
-"""The members of an ensemble in one forward pass: their scores and gradients are those that each has alone."""
+"""The members of an ensemble in one forward pass: the same scores and gradients as with each alone."""
 
 import pytest
 import torch

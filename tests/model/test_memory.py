@@ -128,7 +128,7 @@ def test_layers_that_were_not_run_are_inferred(checkpointed, variant, monkeypatc
 
 @pytest.mark.parametrize(("checkpointed", "allocated"), [(31, 8.371), (28, 12.417), (23, 19.162)])
 def test_what_a_gpu_allocated(checkpointed, allocated):
-    """SFT at Mistral-7B's shape with so many of 32 layers checkpointed: benchmarks/results/gpu_mistral7b.md."""
+    """SFT at Mistral-7B's shape with some of its 32 layers checkpointed: benchmarks/results/gpu_mistral7b.md."""
     keys = {"lora": {"r": 16, "alpha": 32}, "trainer": {"optim": "paged_adamw_8bit"}}
     forecast = forecast_of(shape("Mistral-7B-v0.3"), "sft", "cuda", HALF, **keys)
     assert forecast.total(8192, checkpointed) == pytest.approx(allocated * GIB, rel=0.03)

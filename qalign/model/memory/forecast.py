@@ -74,7 +74,7 @@ class Forecast:
 
     Attributes:
         fixed: bytes that are always in memory, by purpose.
-        layers: the base's number of layers; for an ensemble, of those that keep something for the backward pass.
+        layers: the base's number of layers; for an ensemble, the number that keep something for the backward pass.
         members: of the ensemble that is trained; 1 without one.
         reach: the longest text that the base can read, in tokens.
         most_steps: the tokens that most optimiser steps have, for `plan`, where they are known.
