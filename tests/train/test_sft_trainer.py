@@ -46,6 +46,7 @@ def difference_by_packing(base: Base, trainer: SupervisedTrainer, *, apart: bool
         tokens, starts = batch["input_ids"].shape[1], [start for (start,) in batch["layout"].starts]
         assert len(starts) > 2
         batch |= {} if apart else {"layout": Layout(((tokens, ()),))}
+        del batch["learned"]
         with base.packed_attention():
             found = base.model(**batch, use_cache=False, fused_lm_head=True).log_probs[0].double()
         for start, end in zip(starts, [*starts[1:], tokens], strict=True):
@@ -94,6 +95,29 @@ def test_the_loss_of_a_step_is_the_mean_over_its_supervised_tokens(spec, tmp_pat
     trainer = SupervisedTrainer(base, args, way["micro"], rows(base.tokenizer), None)
     trainer.train()
     assert losses(trainer) == pytest.approx([expected], rel=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 9])
+def test_a_step_waits_for_the_gpu_once_however_many_micro_batches_it_has(spec, tmp_path, monkeypatch, micro):
+    """Reading a tensor waits until all that was launched before it is done. Inputs are made on the CPU beforehand.
+    (For padded rows transformers itself looks at the mask.)"""
+    base = scrambled(spec)
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=9)
+    trainer = SupervisedTrainer(base, args, MicroBatchLimit(pairs=micro), rows(base.tokenizer), None)
+    trainer.create_optimizer()
+    (batch,) = trainer.get_train_dataloader()
+    groups = trainer.micro_batches(batch)
+    made = [trainer.inputs_of(group) for group in groups]
+    monkeypatch.setattr(trainer, "inputs_of", lambda _rows: made.pop())
+    with trainer.packed_attention():
+        reads = []
+        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
+            real = getattr(torch.Tensor, name)
+            note = lambda self, *args, _name=name, _real=real: reads.append(_name) or _real(self, *args)  # noqa: E731
+            monkeypatch.setattr(torch.Tensor, name, note)
+        trainer.training_step(trainer.model, batch, sum(row.supervised for row in batch))
+    assert len(groups) == 9 // micro
+    assert reads == ["tolist"]
 
 
 @pytest.mark.parametrize("packing", [False, True])

@@ -1,5 +1,6 @@
 """TRL's `SFTTrainer` on qalign's token ids."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
-from trl.trainer.utils import FusedCausalLMOutput
 
 from qalign.data.collate import Layout, MicroBatchLimit, micro_batches
 from qalign.data.tokenize import IGNORED, TokenDialogue
@@ -24,12 +24,14 @@ from qalign.train.trainers.adapter import AdapterTrainer
 
 class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     """TRL's `SFTTrainer` on rows that are token ids already, with float32 adapters and plain adapter folders as
-    checkpoints. Its loop, losses and metrics stay; three things are qalign's own. Micro-batches have roughly equal
-    token counts. Their rows stand behind one another without padding, where the base can run packed rows. And the head
-    runs at supervised positions alone. (TRL's does so on CUDA only.) `base` has a trainable policy; held-out rows are
-    never packed into full rows."""
+    checkpoints. Its loop and options stay; four things are qalign's own. Micro-batches have roughly equal
+    token counts. Their rows stand behind one another without padding, where the base can run packed rows. The head runs
+    at supervised positions alone. (TRL's does so on CUDA only.) And losses and metrics are read once a step, as means
+    over its tokens. (TRL's `compute_loss` waits for the GPU three times in each micro-batch, and runs only where it
+    adds the loss of a router.) `base` has a trainable policy; held-out rows are never packed into full rows."""
 
-    counters = ("_metrics", "_total_train_tokens")  # TRL's
+    args: SFTConfig
+    counters = ("_metrics", "_total_train_tokens", "_unread")  # the first two are TRL's
 
     def __init__(
         self,
@@ -42,6 +44,7 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
     ):
         self.base = base
         self.take(micro)
+        self._unread: list[tuple[dict[str, Any], Tensor]] = []  # inputs; loss, entropies, correct tokens, tokens
         self._places = {tuple(row.ids): row.where for row in (*train_rows, *(eval_rows or ()))}
         with float32_kept(base.model):
             data: dict[str, Any] = {"train_dataset": _columns(train_rows), "eval_dataset": _columns(eval_rows)}
@@ -69,7 +72,16 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         return micro_batches(rows, self.micro, layout="packed" if self.without_padding else "padded")
 
     def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
-        return packed_row(rows) if self.without_padding else self._padding([row.columns for row in rows])
+        found = packed_row(rows) if self.without_padding else self._padding([row.columns for row in rows])
+        found["labels"][:, 0] = IGNORED  # no token before them predicts them
+        # The places of the supervised tokens, from the CPU: the host would wait for those of a mask on the GPU.
+        return found | {"learned": (found["labels"] != IGNORED).flatten().nonzero()[:, 0]}
+
+    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        total = super().training_step(model, inputs, num_items_in_batch)
+        self._total_train_tokens += 0 if self.aux_loss_enabled else sum(map(len, inputs))
+        self._read()
+        return total
 
     def compute_loss_context_manager(self) -> ExitStack:
         found = super().compute_loss_context_manager()
@@ -78,22 +90,39 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """TRL's loss: the mean over all supervised tokens of the optimiser step."""
-        called: Any = model if self.aux_loss_enabled else self._with_own_head  # its own adds the router loss
-        found = super().compute_loss(called, inputs, return_outputs, num_items_in_batch)
-        loss = found[0] if return_outputs else found
-        if not torch.isfinite(loss):
-            self.check_finite([loss.item()], [self._places.get(ids, "a row") for ids in _sequences(inputs)])
-        return found
-
-    def _with_own_head(self, *, labels: Tensor, fused_lm_head: bool, **inputs: Any) -> FusedCausalLMOutput:
-        """The model as TRL's `compute_loss` calls it, which takes sums over what it returns; here supervised positions
-        alone."""
-        learned = labels[:, 1:] != IGNORED
+        learned = inputs.pop("learned")
+        if self.aux_loss_enabled:
+            loss = super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self._unread.append((inputs, loss.detach()[None]))
+            return loss
+        layers = {name: value for name, value in inputs.items() if name != "labels"}
         with self.base.acting_as(Role.POLICY) as lm:
-            states = backbone(lm)(**inputs).last_hidden_state[:, :-1][learned]
-            logps, entropies, is_top = token_scores(lm, states, labels[:, 1:][learned])
-        mask = torch.ones_like(is_top)
-        return FusedCausalLMOutput(log_probs=logps, entropy=entropies, is_top1=is_top, label_mask=mask)  # pyright: ignore[reportArgumentType]
+            states = backbone(lm)(**layers, use_cache=False).last_hidden_state.flatten(0, 1)[learned - 1]
+            logps, entropies, is_top = token_scores(lm, states, inputs["labels"].flatten()[learned])
+        # DFT weighs each token by its probability (Wu et al. 2025, arXiv:2508.05629).
+        losses = -logps * logps.exp().detach() if self.args.loss_type == "dft" else -logps
+        loss = losses.sum() / max(1, len(learned) if num_items_in_batch is None else num_items_in_batch)
+        figures = [loss.detach(), entropies.sum(), is_top.sum(), torch.full_like(loss, len(learned))]
+        self._unread.append((inputs, torch.stack([each.to(loss) for each in figures])))
+        return loss
+
+    def _read(self) -> float:
+        """Checks the losses of all micro-batches since the last call, and keeps their metrics for `log`; returns the
+        sum of the losses. Waits for the GPU once."""
+        inputs, figures = zip(*self._unread, strict=True)
+        self._unread = []
+        read = torch.stack(figures).tolist()
+        for (loss, *_), given in zip(read, inputs, strict=True):
+            if not math.isfinite(loss):
+                self.check_finite([loss], [self._places.get(ids, "a row") for ids in _sequences(given)])
+        total, *others = map(sum, zip(*read, strict=True))
+        if others:
+            entropy, correct, tokens = others
+            metrics = self._metrics["train" if self.base.model.training else "eval"]
+            metrics["entropy"].append(entropy / max(1, tokens))
+            metrics["mean_token_accuracy"].append(correct / max(1, tokens))
+            metrics["num_tokens"] = [self._total_train_tokens]
+        return total
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The mean over all supervised tokens of the held-out rows. (`Trainer` takes the mean of its batches' means,
@@ -105,7 +134,8 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
                 tokens += sum(row.supervised for row in batch)
                 for rows in self.micro_batches(batch):
                     inputs = send_to_device(self.inputs_of(rows), self.args.device)
-                    total += self.compute_loss(self.base.model, inputs, num_items_in_batch=1).item()
+                    self.compute_loss(self.base.model, inputs, num_items_in_batch=1)
+                total += self._read()
         return self.evaluated({f"{metric_key_prefix}_loss": total / max(1, tokens)})
 
     def create_model_card(self, *args, **kwargs) -> None:
