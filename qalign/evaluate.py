@@ -1,88 +1,128 @@
-"""Did the training help? Preference figures on held-out pairs before and after it, and answers side by side.
+"""Did the training help? Each stage's own held-out measure before and after it, and what it cost elsewhere.
 
-    python -m qalign.evaluate RECIPE [key=value …] [--stage kto]
+    python -m qalign.evaluate RECIPE [key=value …] [--stage STAGE] [--dialogues FILE] [--tasks arc_easy,…]
 
-One pass measures the bare base, the run's reference (if the run started from an SFT adapter, that adapter) and the
-aligned adapter on the same batches. Then reference and aligned adapter answer some of the prompts: preference figures
-don't show an answer that never ends. Nothing is trained.
+Of DPO and KTO it measures preference figures, of SFT loss and perplexity of the answers, of a reward model whether to
+trust it, of PPO and GRPO reward and KL on held-out prompts; of best_of with rounds the policy that it trained. Then
+reference and aligned adapter answer some of the prompts: such figures don't show an answer that never ends.
+
+`--dialogues` and `--tasks` show the alignment tax: whether the bare base predicts dialogues, and does tasks of lm-eval,
+better than the adapter on it (Askell et al. 2021, arXiv:2112.00861; Ouyang et al. 2022, arXiv:2203.02155). Nothing is
+trained. Everything runs on the one base in memory.
 """
 
 import argparse
+import importlib.util
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import sqrt
+from collections.abc import Callable, Sequence
 from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any, cast
 
 from qalign.cli import recipe_parser, run_parsed
 from qalign.config.atomic import write_whole
 from qalign.config.load import load
+from qalign.config.paths import adapters_in
 from qalign.config.recipe import Recipe
-from qalign.config.stages import DPO, KTO
-from qalign.data.formats import Labelled, Message, Preference, Prompt, Refused, labelled_answers, preferences
+from qalign.config.stages import DPO, KTO, PPO, RL_STAGES, STAGES, Source
+from qalign.data.formats import (
+    Dialogue,
+    Labelled,
+    Message,
+    PlainText,
+    Preference,
+    Prompt,
+    Refused,
+    dialogues,
+    labelled_answers,
+    preferences,
+    prompts,
+)
 from qalign.errors import UserError, one_line
 from qalign.model import origin
-from qalign.reports.answers import Answer, answers_of, measure_answers, spread, verdict
+from qalign.reports.answers import evaluation_lines, spread, verdict
 from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_under
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
-    from qalign.data.tokenize import TokenPair
+    from qalign.judge.held_out import Answered
     from qalign.model.base import Base
 
 SIDE_BY_SIDE = 3
-ANSWERED = 16  # held-out prompts that are answered before and after
 SHOWN_LINES = 8  # of an answer
 SHOWN_REFUSALS = 5
-MAX_NEW_TOKENS = 128
-STAGES = ("dpo", "kto")
-BATCH_TOKENS = 2048
+BEST_OF = "best_of"
+ORDER = ("dpo", "kto", "ppo", "grpo", "sft", "reward")  # which of a recipe's stages is measured if none is named
+READ = {"sft": dialogues, "reward": preferences, "dpo": preferences, "kto": labelled_answers} | dict.fromkeys(
+    RL_STAGES, prompts
+)
+ROWS = dict.fromkeys(("reward", "dpo", "kto"), "pairs") | dict.fromkeys(RL_STAGES, "prompts") | {"sft": "dialogues"}
+
+Figures = dict[str, Any]
+Measured = tuple[Figures, "Answered | None", list[Refused]]
 
 
-def report(recipe: Recipe, stage: str = "dpo") -> None:
-    """Compare the base and the aligned model on a recipe's held-out pairs, and say in words whether it helped."""
-    run, settings = RunFolder(recipe, stage), cast(DPO | KTO, getattr(recipe, stage))
-    if not ((run.adapter / "adapter_config.json").is_file() and (run.path / "recipe.yaml").is_file()):
-        raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.{stage}")
-    if not settings.has_held_out:
-        raise UserError(
-            f"{stage}.eval_data: there are no held-out pairs to measure on; add them to the recipe, or `holdout`"
-        )
-    _check_settings(run, settings)
-    run.check_parent()
+def report(
+    recipe: Recipe,
+    stage: str = "dpo",
+    dialogues: str | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+) -> None:
+    """Measure a run on its held-out rows before and after training, and say in words whether it helped."""
+    run = RunFolder(recipe, "ppo" if stage == BEST_OF else stage, name=stage)
+    _check_run(run, taxed=bool(dialogues or tasks))
+    if stage == BEST_OF and not adapters_in(run.adapter):
+        return _print_sampling(run)
+    rows, refused = _held_out(run)
+    others = _others(run, dialogues)
     origin.check(recipe.model)
-    rows, refused = _held_out_pairs(run, settings)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
-    from qalign.data.tokenize import encode_pairs
-    from qalign.model import lineage
     from qalign.model.base import Role, load
+    from qalign.rl.rewards import open_scorers
 
+    scorers = open_scorers(recipe, run) if run.stage in RL_STAGES else None
     base = load(recipe.model, now=rendered_at(run))
-    pairs, unfit = encode_pairs(base.template, rows, base.max_length)
-    refused += unfit
-    check_usable(f"{stage}.eval_data", len(pairs), refused)
-    for key, folder in (("the run", str(run.adapter)), (f"{stage}.start_from", run.parent)):
-        if folder:
-            lineage.check(key, folder, base.lineage(stage))
-    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
-    if run.parent:
-        base.load_reference(run.parent)
-    figures: dict[str, Any] = {**measure(base, pairs, settings), "stage": stage, "loss": settings.loss}
-    usable = {pair.where for pair in pairs}
-    answered = answer(base, [row for row in rows if row.where in usable])
-    if answered.prompts:
-        figures["answers"] = answered.figures
-    _print_figures(figures, run, settings, len(refused))
+    if stage != "reward":
+        _load_adapters(base, run)
+    kind = run.stage if scorers is None else "ppo"
+    measured: Callable[..., Measured] = {"sft": _sft, "reward": _reward, "ppo": _policy}.get(kind, _pairs)
+    figures, answered, unfit = measured(base, run, rows, scorers)
+    figures = {"stage": stage, **figures}
+    if others:
+        from qalign.judge.held_out import of_dialogues
+
+        figures["tax"] = {"rows_of": others[0], **of_dialogues(base, _encoded(base, *others), Role.BASE)}
+    if tasks:
+        from qalign.judge.harness import measure_tasks
+
+        figures["tasks"] = measure_tasks(base, {"base": Role.BASE, "aligned": Role.POLICY}, tasks, limit)
+    count, left_out = figures[ROWS[run.stage]] if run.stage != "sft" else figures["rows"], len(refused) + len(unfit)
+    more = f", {left_out} more were refused" if left_out else ""
+    said = [("verdict" if number == 0 else "", sentence) for number, sentence in enumerate(verdict(figures))]
+    lines = evaluation_lines(figures, has_parent=bool(run.parent))
+    print_table(f"{run.adapter} on {count} held-out {ROWS[run.stage]}{more}", [*lines.items(), *said])
     write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
-    _print_answers(answered)
+    if answered:
+        _print_answers(answered)
 
 
-def _check_settings(run: RunFolder, settings: DPO | KTO) -> None:
-    """Raises a `UserError` if the recipe isn't the one that the run was trained with, where that counts."""
-    stage = run.stage
+# --- what is measured, and whether it can be --------------------------------------------------------------------------
+
+
+def _check_run(run: RunFolder, *, taxed: bool) -> None:
+    """Raises a `UserError` if there is no run, nothing held out, or the recipe isn't the one that the run was trained
+    with, where that counts."""
+    name, stage, settings = run.name, run.stage, run.settings
+    is_sampled = name == BEST_OF and run.complete
+    if not ((adapters_in(run.adapter) or is_sampled) and (run.path / "recipe.yaml").is_file()):
+        raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.{name}")
+    if not settings.has_held_out:
+        what = ROWS[stage]
+        raise UserError(f"{stage}.eval_data: there are no held-out {what} to measure on; add them, or `holdout`")
+    if taxed and (stage == "reward" or not adapters_in(run.adapter)):
+        raise UserError(f"--dialogues, --tasks: a run of {name} trains no policy, so it has no alignment tax")
     same = [f"{stage}.{key}" for key in ("start_from", "loss", "beta")]
     if settings.holdout:  # with other rows or another seed, what was trained on would count as held out
         same += ["seed", *(f"{stage}.{key}" for key in ("holdout", "eval_data", "limit", "split"))]
@@ -90,11 +130,12 @@ def _check_settings(run: RunFolder, settings: DPO | KTO) -> None:
         rewarded = key.startswith(("model.", f"{stage}.loss.", f"{stage}.divergence"))
         if rewarded or key in same or (settings.holdout and key.startswith(f"{stage}.data.")):
             raise UserError(f"{key}: {run.path} was trained with another; give the recipe that it was trained with")
+    run.check_parent()
 
 
-def _held_out_pairs(run: RunFolder, settings: DPO | KTO) -> tuple[list[Preference], list[Refused]]:
-    """The held-out rows as pairs, and the refused ones; rows that were trained on too are counted."""
-    intake, read = Intake(), preferences if isinstance(settings, DPO) else labelled_answers
+def _held_out(run: RunFolder) -> tuple[list[Any], list[Refused]]:
+    """The held-out rows, and the refused ones; rows that were trained on too are counted. KTO's answers as pairs."""
+    intake, read, settings = Intake(), READ[run.stage], run.settings
     rows, refused = rows_under("eval_data", settings, run.recipe.seed, read, intake)
     if not rows:
         check_usable(f"{run.stage}.eval_data", 0, refused)
@@ -109,6 +150,19 @@ def _held_out_pairs(run: RunFolder, settings: DPO | KTO) -> tuple[list[Preferenc
             why = "no prompt has a good and a bad answer to compare; summary.json has the held-out loss and rewards"
             raise UserError(f"{run.stage}.eval_data: {why}")
     return rows, refused
+
+
+def _others(run: RunFolder, file: str | None) -> tuple[str, list[Dialogue | PlainText]] | None:
+    """(Where they are from, dialogues that show what the training cost elsewhere): those of `--dialogues`, else for
+    what followed SFT the held-out ones of the recipe's SFT section; None if there are none."""
+    settings, read = run.recipe.sft, READ["sft"]
+    if file:
+        rows, refused = read((Source(path=file),), "train", None, 0)
+        check_usable(f"--dialogues {file}", len(rows), refused)
+        return file, rows
+    if settings and settings.has_held_out and run.stage not in ("sft", "reward"):
+        return "sft.eval_data", rows_under("eval_data", settings, run.recipe.seed, read)[0]
+    return None
 
 
 def paired(rows: list[Labelled]) -> list[Preference]:
@@ -134,122 +188,110 @@ def check_usable(source: str, used: int, refused: Sequence[Refused], expected: s
         raise UserError(f"{source}: holds no usable rows ({len(refused)} were refused){expected}")
 
 
-def measure(base: "Base", pairs: list["TokenPair"], settings: DPO | KTO) -> dict[str, float]:
-    """Preference figures of reference and policy on held-out pairs, by the recipe's `settings`.
-
-    Returns:
-        `accuracy_base`, `accuracy_before` and `accuracy_after`: of the bare base, the reference and the policy, the
-        share of pairs whose chosen answer has the higher mean log-prob per token; a tie counts a half, the raters' too.
-        `accuracy_error`: standard error of the last one. `pairs_gained`, `pairs_lost`: number of pairs that the policy
-        gets right and the reference doesn't, and the reverse. `reward_accuracy` and `reward_margin`: share of positive
-        margins, and mean margin, of the reward that the loss trains (`PreferenceLoss.rewards`). `pairs`: their number.
-    """
-    import torch
-    from tqdm.auto import tqdm
-
-    from qalign.data.collate import MicroBatchLimit, in_groups
-    from qalign.losses.preference import PreferenceLoss, margin, shares
+def _load_adapters(base: "Base", run: RunFolder) -> None:
+    """Puts the policy on the base, and beside it the adapter that it started from."""
+    from qalign.model import lineage
     from qalign.model.base import Role
-    from qalign.model.logps import pair_logps
 
-    roles = [Role.REFERENCE, Role.POLICY]
-    if Role.REFERENCE in base.adapters:  # otherwise the reference is the bare base
-        roles.insert(0, Role.BASE)
-    loss, margins = PreferenceLoss(**settings.loss_options), {name: [] for name in (*roles, "reward")}
-    base.model.eval()
-    batches = [m for group in in_groups(pairs) for m in base.micro_batches(group, MicroBatchLimit(tokens=BATCH_TOKENS))]
-    with torch.no_grad(), base.packed_attention():
-        for some in tqdm(batches, desc="measuring", unit="batch"):
-            batch, logps = base.batch(some), {}
-            for role in roles:
-                with base.acting_as(role) as lm:
-                    logps[role] = pair_logps(lm, batch)
-                margins[role].append(margin(logps[role] / batch.lengths))
-            reference = logps[Role.REFERENCE] if settings.needs_reference else None
-            margins["reward"].append(margin(loss.rewards(logps[Role.POLICY], reference, batch.lengths)))
-    labels = torch.tensor([pair.chosen_probability for some in batches for pair in cast(list["TokenPair"], some)]).to(
-        margins["reward"][0]
-    )
-    found = {name: torch.cat(parts) for name, parts in margins.items()}
-    accuracy = {name: shares(values.double(), labels).mean().item() for name, values in found.items()}
-    gains = shares(found[Role.POLICY], labels) - shares(found[Role.REFERENCE], labels)
-    return {
-        "pairs": len(pairs),
-        "accuracy_base": accuracy[roles[0]],
-        "accuracy_before": accuracy[Role.REFERENCE],
-        "accuracy_after": accuracy[Role.POLICY],
-        "accuracy_error": sqrt(accuracy[Role.POLICY] * (1 - accuracy[Role.POLICY]) / len(pairs)),
-        "pairs_gained": int((gains > 0).sum()),
-        "pairs_lost": int((gains < 0).sum()),
-        "reward_accuracy": accuracy["reward"],
-        "reward_margin": found["reward"].mean().item(),
-    }
+    for key, folder in (("the run", str(run.adapter)), (f"{run.stage}.start_from", run.parent)):
+        if folder:
+            lineage.check(key, folder, base.lineage(run.stage))
+    base.load_adapter(Role.POLICY, str(run.adapter), trainable=False)
+    if run.parent:
+        base.load_reference(run.parent)
 
 
-@dataclass(frozen=True)
-class Answered:
-    """Greedy answers of the models to the same held-out prompts, spread evenly over the rows."""
-
-    prompts: list[Prompt]
-    answers: dict[str, list[Answer]]
-    """By model: `base`, `SFT` if the run started from one, and `aligned`; fewer of a base that is not the reference."""
-    max_new_tokens: int
-
-    @property
-    def figures(self) -> dict[str, Any]:
-        """`before` and `after` training as `measure_answers` has them, the number of texts that are `unchanged`, and
-        `max_new_tokens`."""
-        *_, before, after = self.answers.values()
-        same = sum(one.text == other.text for one, other in zip(before, after, strict=True))
-        both = {"before": measure_answers(before), "after": measure_answers(after)}
-        return {**both, "unchanged": same, "max_new_tokens": self.max_new_tokens}
+# --- the measures of the stages: figures, answers to show, and rows that don't fit ------------------------------------
 
 
-def answer(base: "Base", rows: list[Preference]) -> Answered:
-    """Answers of the reference and the policy to `ANSWERED` prompts; of a bare base beside them, what will be shown."""
+def _pairs(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Measured:
+    from qalign.data.tokenize import encode_pairs
+    from qalign.judge.held_out import greedy_answers, of_pairs
+
+    settings = cast(DPO | KTO, run.settings)
+    pairs, unfit = encode_pairs(base.template, rows, base.max_length)
+    check_usable(f"{run.stage}.eval_data", len(pairs), unfit)
+    usable = {pair.where for pair in pairs}
+    figures: Figures = {**of_pairs(base, pairs, settings), "loss": settings.loss}
+    asked = [Prompt(row.prompt, row.where, {}, row.tools) for row in rows if row.where in usable]
+    return _with_answers(figures, greedy_answers(base, asked), unfit)
+
+
+def _sft(base: "Base", run: RunFolder, rows: list[Dialogue | PlainText], _: Any) -> Measured:
+    from qalign.judge.held_out import greedy_answers, of_dialogues
+    from qalign.model.base import Role
+
+    figures = of_dialogues(base, _encoded(base, f"{run.stage}.eval_data", rows), Role.REFERENCE)
+    asked = [Prompt(row.turns[:-1], row.where, {}, row.tools) for row in rows if isinstance(row, Dialogue)]
+    return _with_answers(figures, greedy_answers(base, [row for row in asked if row.turns]), [])
+
+
+def _encoded(base: "Base", source: str, rows: list[Dialogue | PlainText]) -> list[Any]:
+    from qalign.data.tokenize import encode_dialogues
+
+    found, unfit = encode_dialogues(base.template, rows, base.max_length)
+    check_usable(source, len(found), unfit)
+    return found
+
+
+def _reward(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Measured:
+    from qalign import reward
+    from qalign.data.tokenize import encode_pairs
+    from qalign.judge.held_out import of_scores
+    from qalign.model.adapters.members import load_rewards
+    from qalign.model.base import Role
+
+    pairs, unfit = encode_pairs(base.template, rows, base.max_length)
+    check_usable(f"{run.stage}.eval_data", len(pairs), unfit)
+    model = load_rewards(base, "the run", Role.REWARD, adapters_in(run.adapter))
+    figures, scores = of_scores(base, model, pairs)
+    return {**figures, **reward.trust(pairs, scores, run.path / "evaluation.png")}, None, unfit
+
+
+def _policy(base: "Base", run: RunFolder, rows: list[Prompt], scorers: Any) -> Measured:
+    from qalign.data.collate import MicroBatchLimit
     from qalign.data.tokenize import encode_questions
-    from qalign.model.base import Role
+    from qalign.judge.held_out import BATCH_TOKENS, of_policy
     from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
+    from qalign.rl.ppo_setup import Setup
+    from qalign.train.dataset import StageRows
 
-    new = min(MAX_NEW_TOKENS, base.max_length // 2)
-    asked = [Prompt(row.prompt, row.where, {}, row.tools) for row in spread(rows, ANSWERED)]
-    prompts, _ = encode_questions(base.template, asked, base.max_length - new)
-    sampling, with_sft = Sampling(new, 0.0, stop_ids_of(base.template)), Role.REFERENCE in base.adapters
-    roles = {"base": Role.BASE, "SFT": Role.REFERENCE} if with_sft else {"base": Role.REFERENCE}
-    answers = {}
-    for name, role in (roles | {"aligned": Role.POLICY}).items():
-        ids = [ids for _, ids in (spread(prompts, SIDE_BY_SIDE) if role is Role.BASE else prompts)]
-        found = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0) if ids else []
-        answers[name] = answers_of(base.tokenizer, [tokens for (tokens,) in found], sampling.stop_ids)
-    return Answered([prompt for prompt, _ in prompts], answers, new)
-
-
-def _print_figures(figures: dict[str, Any], run: RunFolder, settings: DPO | KTO, num_refused: int) -> None:
-    stops = {"accuracy_base": "base", "accuracy_before": "SFT", "accuracy_after": "aligned"}
-    if not settings.start_from:
-        stops = {"accuracy_before": "base", "accuracy_after": "aligned"}
-    preferred, models = " → ".join(f"{figures[name]:.1%}" for name in stops), " → ".join(stops.values())
-    reward, margin = f"{figures['reward_accuracy']:.1%}", f"{figures['reward_margin']:+.2f}"
-    refused = f", {num_refused} more were refused" if num_refused else ""
-    lines = {
-        "preferred": f"{preferred:<24} pairs whose chosen answer has the higher mean log-prob per token: {models}",
-        "reward": f"{reward:<24} pairs whose chosen answer has the higher implicit reward",
-        "margin": f"{margin:<24} mean implicit reward, chosen minus rejected",
-    }
-    if answers := figures.get("answers"):
-        before, after, count = answers["before"], answers["after"], answers["after"]["answers"]
-        ended, loops = (f"{before[key]:.0%} → {after[key]:.0%}" for key in ("ended", "looping"))
-        length, limit = f"{before['length']:.0f} → {after['length']:.0f}", answers["max_new_tokens"]
-        lines |= {
-            "ended": f"{ended:<24} of {count} greedy answers ended by themselves within {limit} tokens",
-            "length": f"{length:<24} their mean length in tokens",
-            "loops": f"{loops:<24} of them repeat themselves",
-        }
-    said = [("verdict" if number == 0 else "", sentence) for number, sentence in enumerate(verdict(figures))]
-    print_table(f"{run.adapter} on {figures['pairs']} held-out pairs{refused}", [*lines.items(), *said])
+    settings = cast(PPO, run.settings)
+    # One position is left for the end of turn that a cut answer gets before a reward adapter scores it.
+    asked, unfit = encode_questions(base.template, rows, base.max_length - 1 - settings.max_new_tokens)
+    check_usable(f"{run.stage}.eval_data", len(asked), unfit)
+    sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids_of(base.template))
+    held_out, limit = StageRows([], asked, [], {}), MicroBatchLimit(tokens=BATCH_TOKENS)
+    setup = Setup(base, base.lineage(run.stage), scorers, TransformersEngine(), sampling, held_out)
+    scorers.load_models(base)
+    scorers.attach(base, limit)
+    figures, answered = of_policy(setup, limit)
+    return figures, answered, unfit
 
 
-def _print_answers(answered: Answered) -> None:
+def _with_answers(figures: Figures, answered: "Answered", unfit: list[Refused]) -> Measured:
+    return figures | ({"answers": answered.figures} if answered.prompts else {}), answered, unfit
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def _print_sampling(run: RunFolder) -> None:
+    """What sampling alone gained: the curve of a best_of run without rounds, which trained nothing."""
+    points = json.loads(run.summary.read_text(encoding="utf-8"))["held_out"]
+    if not points:
+        raise UserError(f"{run.path}: measured no held-out prompts; run it again with {run.stage}.eval_data")
+    write_whole(run.path / "evaluation.json", json.dumps({"stage": BEST_OF, "held_out": points}, indent=1) + "\n")
+    first, last, judged = points[0], points[-1], ""
+    if last["judge"] is not None:
+        judged = f", judge {first['judge']:+.3f} → {last['judge']:+.3f}"
+    said = f"{first['proxy']:+.3f} → {last['proxy']:+.3f}{judged}: the best of 1 → of {last['n']}"
+    lines = [("reward", said), ("KL", f"at most {last['kl_nats']:.2f} nats from the policy that sampled")]
+    nothing = "it trained nothing; measure the run that trains on its pairs, or train here with rounds=3"
+    print_table(f"{run.path} on held-out prompts", [*lines, ("verdict", nothing)])
+
+
+def _print_answers(answered: "Answered") -> None:
     """A few prompts with the answers of each model."""
     shown = {name: spread(answers, SIDE_BY_SIDE) for name, answers in answered.answers.items()}
     for prompt, *answers in zip(spread(answered.prompts, SIDE_BY_SIDE), *shown.values(), strict=True):
@@ -261,14 +303,26 @@ def _print_answers(answered: Answered) -> None:
             print(f"{name:<9} " + indent("\n".join(lines), " " * 10).strip(), flush=True)
 
 
+def _default_stage(recipe: Recipe) -> str:
+    """The first stage that the recipe has and that has been run, else the first that it has."""
+    has = [stage for stage in ORDER if getattr(recipe, stage)]
+    return next((stage for stage in has if RunFolder(recipe, stage).complete), has[0] if has else ORDER[0])
+
+
 def main(words: Sequence[str] | None = None) -> None:
     parser = recipe_parser("evaluate", report.__doc__)
-    parser.add_argument("--stage", choices=STAGES, help="the run to measure (default: dpo if the recipe has it)")
+    parser.add_argument("--stage", choices=(*STAGES, BEST_OF), help=f"the run to measure (default: {', '.join(ORDER)})")
+    parser.add_argument("--dialogues", metavar="FILE", help="held-out dialogues that show the alignment tax")
+    parser.add_argument("--tasks", metavar="NAME,…", help="tasks of lm-eval, or .yaml files of your own, for the tax")
+    parser.add_argument("--limit", type=int, metavar="N", help="the first N questions of each task only")
 
     def work(args: argparse.Namespace) -> None:
-        has = load(args.recipe, args.overrides, files_of=("model",))
-        stage = args.stage or ("kto" if has.kto and not has.dpo else "dpo")
-        report(load(args.recipe, args.overrides, stage), stage)
+        stage = args.stage or _default_stage(load(args.recipe, args.overrides, files_of=("model",)))
+        tasks = [name for name in (args.tasks or "").split(",") if name]
+        if tasks and importlib.util.find_spec("lm_eval") is None:
+            raise UserError("--tasks: lm-eval is not installed; pip install 'qalign[tasks]'")
+        recipe = load(args.recipe, args.overrides, "ppo" if stage == BEST_OF else stage)
+        report(recipe, stage, args.dialogues, tasks, args.limit)
 
     run_parsed(parser, work, words)
 

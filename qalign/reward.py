@@ -8,6 +8,7 @@ answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whe
 
 import shlex
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from qalign.cli import stage_command
@@ -57,7 +58,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         scores = answer_scores(base, of, pairs.held_out, session.micro, progress=True)
         if not scores.isfinite().all():
             raise scores_not_finite(base.precision)
-        facts |= _report(run, pairs.held_out, scores.view(len(scores), 2, -1))
+        facts |= trust(pairs.held_out, scores.view(len(scores), 2, -1), run.path / "reward_report.png")
     session.finish(
         f"python -m qalign.score {shlex.quote(str(run.path))} FILE.jsonl",
         pooling=f"the last token that is not {pad_for_scores(base.template)}: the end of the answer's turn",
@@ -70,9 +71,9 @@ def _members_in_words(settings: Reward, reason: str | None) -> str:
     return f"{settings.members}, each on a resample of the pairs and the last {settings.share:.0%} of the layers, {way}"
 
 
-def _report(run: RunFolder, pairs: list, scores: "Tensor") -> dict:
+def trust(pairs: list, scores: "Tensor", picture: Path) -> dict:
     """Measures, draws and prints how good the scores `(pairs, 2, members)` of held-out pairs are; returns figures for
-    the summary."""
+    the summary, `trust` and `warning`."""
     from qalign.reports import reward_report
 
     scored = [
@@ -80,7 +81,7 @@ def _report(run: RunFolder, pairs: list, scores: "Tensor") -> dict:
         for p, (one, other) in zip(pairs, scores.mean(dim=-1).tolist(), strict=True)
     ]
     gaps = scores[:, 0] - scores[:, 1]
-    figures, picture = reward_report.measure(scored), run.path / "reward_report.png"
+    figures = reward_report.measure(scored)
     if gaps.shape[1] > 1:
         figures["members"] = reward_report.members(gaps.tolist(), [p.where for p in pairs], scored)
     reward_report.draw(scored, figures, picture)

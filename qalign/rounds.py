@@ -24,7 +24,7 @@ import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qalign import dpo
 from qalign.best_of import PAIRS, BestOfRun, best_of, nothing_to_train_on
@@ -39,10 +39,6 @@ from qalign.reports.answers import SEED, write_samples
 from qalign.train.checkpoints import read_metrics
 from qalign.train.dataset import read_rows
 from qalign.train.run_folder import RunFolder, print_table
-
-if TYPE_CHECKING:  # its import takes seconds
-    from qalign.model.base import Base
-    from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 
 REPORT = "best_of_report.png"
 
@@ -137,7 +133,7 @@ def _measure(run: BestOfRun, number: int, adapter: str | None, first: str | None
     read = read_rows(now, prompts)
 
     from qalign.data.collate import MicroBatchLimit
-    from qalign.rl.ppo_setup import set_up
+    from qalign.rl.ppo_setup import read_answers, set_up
     from qalign.rl.rewards import combined
 
     setup = set_up(now, read, trainable=False)
@@ -148,32 +144,11 @@ def _measure(run: BestOfRun, number: int, adapter: str | None, first: str | None
     rows = setup.sample(setup.rows.held_out, 1, SEED)
     proxy, judges = combined(setup.scorers.reward, rows)[0], setup.scorers.judge
     judge = combined(judges, rows)[0] if judges else None
-    rollout = _read(setup.base, rows, limit, setup.sampling.temperature)
+    rollout = read_answers(setup.base, rows, limit, setup.sampling.temperature)
     if not rollout.old_logps.isfinite().all():
         raise not_finite(f"round {number}", "log-probs of held-out answers are")
     write_samples(run.path, number, rollout.samples(proxy, judge), unit="round")
     return rollout.point(number, proxy, judge)
-
-
-def _read(base: "Base", rows: "list[SampledAnswers]", limit: Any, temperature: float) -> "RolloutBatch":
-    """The log-probs of policy and first policy, and the policy's entropies, of every token of the answers."""
-    import torch
-
-    from qalign.model.base import Role
-    from qalign.model.logps import answer_states, token_scores
-    from qalign.rl.rollout_batch import RolloutBatch
-
-    rollout, numbers = RolloutBatch.empty(rows), {id(row.tokens): number for number, row in enumerate(rows)}
-    parts = base.micro_batches([row.tokens for row in rows], limit)
-    order = [numbers[id(row)] for part in parts for row in part]
-    policy = Role.POLICY if Role.POLICY in base.adapters else Role.BASE
-    with torch.no_grad(), base.packed_attention():
-        for role, names in ((policy, ("old_logps", "entropies")), (Role.REFERENCE, ("reference_logps",))):
-            with base.acting_as(role) as lm:
-                batches = map(base.batch, parts)
-                found = [token_scores(lm, answer_states(lm, each), each.targets, temperature) for each in batches]
-            rollout.fill(order, [dict(zip(names, (each.logps, each.entropies), strict=False)) for each in found])
-    return rollout
 
 
 def _finish(run: BestOfRun, lines: list[dict[str, Any]]) -> None:

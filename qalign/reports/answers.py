@@ -19,9 +19,11 @@ SEED = 0  # every evaluation draws the same random numbers, so that less of a ch
 LOOP_TOKENS = 12  # a shorter tail that repeats may be meant: "no, no, no"
 LOOP_TURNS = 3
 LOOP_LINES = 0.5  # share of an answer's lines and sentences that repeat earlier ones
+RESAMPLES = 2000
 FEW_BETTER = 0.95  # share of pairs that were right before, from which on hardly any can be gained
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 Figures = dict[str, Any]
@@ -73,6 +75,27 @@ def measure_answers(answers: Sequence[Answer]) -> Figures:
     }
 
 
+def change(before: Sequence[float], after: Sequence[float], weights: Sequence[float] | None = None) -> Figures:
+    """What a figure of the same rows is `before` and `after`, as means over the rows; the mean `change` of a row, and
+    its 95% `interval` `[low, high]`: the percentile bootstrap over rows (Efron 1979). `weights`: of the rows, all alike
+    by default."""
+    import numpy as np  # here, as verdicts on finished runs must not wait for it
+
+    one, other = (np.asarray(values, dtype=np.float64) for values in (before, after))
+    weight = np.ones(len(one)) if weights is None else np.asarray(weights, dtype=np.float64)
+    rows = np.random.default_rng(SEED).integers(len(one), size=(RESAMPLES, len(one)))
+    changes = np.average((other - one)[rows], axis=1, weights=weight[rows])
+    means = (float(np.average(values, weights=weight)) for values in (one, other, other - one))
+    return {**dict(zip(("before", "after", "change"), means, strict=True)), "interval": _middle(changes)}
+
+
+def _middle(values: "np.ndarray") -> list[float]:
+    """The range that holds 95% of some values."""
+    import numpy as np
+
+    return np.quantile(values, [0.025, 0.975]).tolist()
+
+
 def spread(rows: Sequence[Item], count: int) -> list[Item]:
     """At most `count` rows, spread evenly."""
     return [*rows[:: max(1, len(rows) // max(1, count))][:count]]
@@ -91,16 +114,126 @@ def in_a_line(row: Figures) -> str:
     return f"{question[:80]!r} → {answer[:240]!r}"
 
 
+def evaluation_lines(figures: Figures, *, has_parent: bool) -> dict[str, str]:
+    """The figures of `qalign.evaluate` in words, by name, for a table. `has_parent`: the run started from an adapter."""
+    lines, start = {}, "SFT" if has_parent else "base"
+    if "reward_accuracy" in figures:
+        stops = {"accuracy_base": "base", "accuracy_before": "SFT", "accuracy_after": "aligned"}
+        if not has_parent:
+            stops = {"accuracy_before": "base", "accuracy_after": "aligned"}
+        preferred, models = " → ".join(f"{figures[name]:.1%}" for name in stops), " → ".join(stops.values())
+        lines["preferred"] = (
+            f"{preferred:<24} pairs whose chosen answer has the higher mean log-prob per token: {models}"
+        )
+        lines["reward"] = (
+            f"{figures['reward_accuracy']:<24.1%} pairs whose chosen answer has the higher implicit reward"
+        )
+        lines["margin"] = f"{figures['reward_margin']:<+24.2f} mean implicit reward, chosen minus rejected"
+    elif "perplexity" in figures:
+        lines |= _predicted(figures, f"of the answers' tokens: {start} → trained", "perplexity")
+    elif "kl_nats" in figures:
+        for key in ("reward", "judge"):
+            if key in figures:
+                lines[key] = f"{_moved(figures[key], '+.3f'):<24} mean score, {start} → aligned; {_by(figures[key])}"
+        kl = figures["kl_nats"]
+        lines["KL"] = f"{kl['after']:<24.2f} nats from the reference, 95%: {_range(kl['interval'], '.2f')}"
+    elif "accuracy_base" in figures:
+        shown = f"{figures['accuracy_base']:.1%} → {figures['trust']['accuracy']:.1%}"
+        lines["accuracy"] = f"{shown:<24} pairs right: the base's mean log-prob per token → the reward model"
+    if answers := figures.get("answers"):
+        before, after, count = answers["before"], answers["after"], answers["after"]["answers"]
+        ended, loops = (f"{before[key]:.0%} → {after[key]:.0%}" for key in ("ended", "looping"))
+        length, limit = f"{before['length']:.0f} → {after['length']:.0f}", answers["max_new_tokens"]
+        kind = "sampled" if "kl_nats" in figures else "greedy"
+        lines |= {
+            "ended": f"{ended:<24} of {count} {kind} answers ended by themselves within {limit} tokens",
+            "length": f"{length:<24} their mean length in tokens",
+            "loops": f"{loops:<24} of them repeat themselves",
+        }
+    if tax := figures.get("tax"):
+        lines |= _predicted(tax, f"on {counted(tax['rows'], 'row')} of {tax['rows_of']}: base → aligned", "tax")
+    for name, by_model in figures.get("tasks", {}).items():
+        base, aligned = (by_model[model]["value"] for model in ("base", "aligned"))
+        apart = f"standard error {by_model['aligned']['error']:.3f}" if by_model["aligned"]["error"] else ""
+        lines[name[:14]] = f"{f'{base:.3f} → {aligned:.3f}':<24} {by_model['base']['metric']}, base → aligned; {apart}"
+    return lines
+
+
+def _predicted(figures: Figures, what: str, name: str) -> dict[str, str]:
+    perplexity, right = figures["perplexity"], figures["token_accuracy"]
+    shown, tokens = (
+        f"{before['before']:{f}} → {before['after']:{f}}" for before, f in ((perplexity, ".2f"), (right, ".1%"))
+    )
+    by = f"{figures['loss']['change']:+.3f} nats a token, 95%: {_range(figures['loss']['interval'], '+.3f')}"
+    return {name: f"{shown:<24} perplexity {what}", "": f"{by}; most likely token right: {tokens}"}
+
+
+def _moved(figures: Figures, form: str) -> str:
+    return f"{figures['before']:{form}} → {figures['after']:{form}}"
+
+
+def _by(figures: Figures) -> str:
+    return f"{figures['change']:+.3f}, 95%: {_range(figures['interval'], '+.3f')}"
+
+
+def _range(interval: Sequence[float], form: str) -> str:
+    return f"{interval[0]:{form}} to {interval[1]:{form}}"
+
+
 def verdict(figures: Figures) -> list[str]:
     """What the figures of `qalign.evaluate` mean, one sentence each, with what to try as overrides of the recipe."""
-    found = [_of_pairs(figures)]
+    of_stage = {"sft": _of_loss, "reward": _of_trust}.get(
+        _stage(figures), _of_policy if "kl_nats" in figures else _of_pairs
+    )
+    found = [of_stage(figures)]
     if answers := figures.get("answers"):
         before, after = answers["before"], answers["after"]
         if answers["unchanged"] == after["answers"]:
-            found.append(f"all {counted(after['answers'], 'greedy answer')} are word for word as before")
+            found.append(f"all {counted(after['answers'], 'answer')} are word for word as before")
         stage = _stage(figures)
         found += [line for line in (_of_endings(before, after, stage), _of_length(before, after, stage)) if line]
+    if tax := figures.get("tax"):
+        found.append(_of_tax(tax))
     return found
+
+
+def _of_loss(figures: Figures) -> str:
+    loss, (low, high) = figures["loss"], figures["loss"]["interval"]
+    if high < 0:
+        return f"it helped: held-out loss {_moved(loss, '.3f')} nats a token"
+    if low > 0:
+        return (
+            f"worse than before, {_moved(loss, '.3f')} nats a token; try fewer sft.epochs or half the sft.learning_rate"
+        )
+    return f"no effect shown on the held-out loss ({_moved(loss, '.3f')}); try sft.epochs=3 or more dialogues"
+
+
+def _of_trust(figures: Figures) -> str:
+    return (
+        figures["warning"] or f"it beats a coin and the length judge, {figures['trust']['accuracy']:.1%} of the pairs"
+    )
+
+
+def _of_policy(figures: Figures) -> str:
+    stage, reward = _stage(figures), figures["reward"]
+    judge = figures.get("judge")
+    judged = f", judge {_moved(judge, '+.3f')}" if judge else ""
+    shown = f"held-out reward {_moved(reward, '+.3f')}{judged}, KL {figures['kl_nats']['after']:.2f} nats"
+    if judge and reward["interval"][0] > 0 > judge["interval"][1]:
+        return f"the reward rose and the judge fell ({shown}): it is hacked; see adapter_best and the alarms of the run"
+    if reward["interval"][0] > 0:
+        return f"it learned: {shown}"
+    if reward["interval"][1] < 0:
+        return f"worse than before: {shown}; try half the {stage}.learning_rate"
+    return f"no effect shown on the reward: {shown}; try more {stage}.max_steps or more held-out prompts"
+
+
+def _of_tax(tax: Figures) -> str:
+    loss, (low, high) = tax["loss"], tax["loss"]["interval"]
+    if low > 0:
+        return f"alignment tax: dialogues of {tax['rows_of']} cost {loss['change']:+.3f} nats a token"
+    shown = f"{loss['change']:+.3f} nats a token on {tax['rows_of']}"
+    return f"no alignment tax there: {shown}" if high < 0 else f"no alignment tax shown: {shown}"
 
 
 def _stage(figures: Figures) -> str:

@@ -12,6 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from qalign.config.stages import PPO
+from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
 from qalign.data.tokenize import TokenAnswers, encode_questions
 from qalign.errors import UserError
@@ -20,8 +21,9 @@ from qalign.model.base import Base, Role, load
 from qalign.model.generation import Engine, Sampling, engine, stop_ids_of, text_of
 from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
+from qalign.model.logps import answer_states, token_scores
 from qalign.rl.rewards import Scorers, open_scorers, value_start
-from qalign.rl.rollout_batch import SampledAnswers
+from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 from qalign.rl.scorers import Scorer
 from qalign.train.callbacks import checkpoint_layers
 from qalign.train.dataset import ReadRows, StageRows, encode_rows, rendered_at
@@ -44,9 +46,11 @@ class Setup:
     rows: StageRows  # `EncodedPrompt`s
     other_bytes: int = 0  # of scorers that are models of their own
 
-    def sample(self, prompts: list[EncodedPrompt], num_samples: int, seed: int) -> list[SampledAnswers]:
-        """`num_samples` answers of the policy to each prompt; of the base where no policy adapter is on it."""
-        role = Role.POLICY if Role.POLICY in self.base.adapters else Role.BASE
+    def sample(
+        self, prompts: list[EncodedPrompt], num_samples: int, seed: int, role: str = Role.POLICY
+    ) -> list[SampledAnswers]:
+        """`num_samples` answers of a role to each prompt; of the base where no adapter for the role is on it."""
+        role = role if role in self.base.adapters else Role.BASE
         ids = [prompt_ids for _, prompt_ids in prompts]
         sampled = self.engine.generate(self.base, role, ids, self.sampling, num_samples=num_samples, seed=seed)
         return [
@@ -58,6 +62,21 @@ class Setup:
             )
             for (prompt, prompt_ids), answers in zip(prompts, sampled, strict=True)
         ]
+
+
+def read_answers(base: Base, rows: list[SampledAnswers], limit: MicroBatchLimit, temperature: float) -> RolloutBatch:
+    """The log-probs of policy and reference, and the policy's entropies, of every token of the answers."""
+    rollout, numbers = RolloutBatch.empty(rows), {id(row.tokens): number for number, row in enumerate(rows)}
+    parts = base.micro_batches([row.tokens for row in rows], limit)
+    order = [numbers[id(row)] for part in parts for row in part]
+    policy = Role.POLICY if Role.POLICY in base.adapters else Role.BASE
+    with torch.no_grad(), base.packed_attention():
+        for role, names in ((policy, ("old_logps", "entropies")), (Role.REFERENCE, ("reference_logps",))):
+            with base.acting_as(role) as lm:
+                batches = map(base.batch, parts)
+                found = [token_scores(lm, answer_states(lm, each), each.targets, temperature) for each in batches]
+            rollout.fill(order, [dict(zip(names, (each.logps, each.entropies), strict=False)) for each in found])
+    return rollout
 
 
 def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:

@@ -1,0 +1,205 @@
+"""What each stage's own held-out rows say before and after training, measured on the one base in memory.
+
+`of_pairs` is for DPO and KTO, `of_dialogues` for SFT and for the alignment tax, `of_scores` for reward models,
+`of_policy` for what learned from a reward.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import exp, sqrt
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qalign.config.stages import DPO, KTO
+from qalign.data.collate import AnsweredPrompt, MicroBatchLimit, in_groups
+from qalign.data.formats import Prompt
+from qalign.data.tokenize import IGNORED, TokenAnswers, TokenDialogue, TokenPair, encode_questions
+from qalign.errors import scores_not_finite
+from qalign.losses.preference import PreferenceLoss, margin, shares
+from qalign.model.adapters.members import Ensemble, answer_scores
+from qalign.model.base import Base, Role
+from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
+from qalign.model.logps import answer_states, pair_logps, token_scores
+from qalign.reports import reward_report
+from qalign.reports.answers import SEED, Answer, answers_of, change, measure_answers, spread
+from qalign.rl.ppo_setup import Setup, read_answers
+from qalign.rl.rewards import combined
+from qalign.rl.rollout_batch import SampledAnswers
+
+SIDE_BY_SIDE = 3
+ANSWERED = 16  # held-out prompts that are answered before and after
+MAX_NEW_TOKENS = 128
+BATCH_TOKENS = 2048
+
+Figures = dict[str, Any]
+
+
+def batches_of(base: Base, rows: Sequence[AnsweredPrompt]) -> list[list[AnsweredPrompt]]:
+    """Rows in groups for one forward pass each."""
+    limit = MicroBatchLimit(tokens=BATCH_TOKENS)
+    return [some for group in in_groups(rows) for some in base.micro_batches(group, limit)]
+
+
+@torch.no_grad()
+def answer_logps(base: Base, roles: Sequence[str], rows: Sequence[AnsweredPrompt]) -> dict[str, Tensor]:
+    """Log-probs of the answers, summed over their tokens, under each role: float64 `(rows, answers each)` on the CPU,
+    in the order given."""
+    numbers, shape = {id(row): number for number, row in enumerate(rows)}, (len(rows), len(rows[0].answers))
+    found = {role: torch.zeros(shape, dtype=torch.float64) for role in roles}
+    base.model.eval()
+    with base.packed_attention():
+        for some in tqdm(batches_of(base, rows), desc="measuring", unit="batch"):
+            batch, places = base.batch(some), [numbers[id(row)] for row in some]
+            for role in roles:
+                with base.acting_as(role) as lm:
+                    found[role][places] = pair_logps(lm, batch).double().cpu()
+    return found
+
+
+def of_pairs(base: Base, pairs: list[TokenPair], settings: DPO | KTO) -> Figures:
+    """Preference figures of reference and policy on held-out pairs, by the recipe's `settings`.
+
+    Returns:
+        `accuracy_base`, `accuracy_before` and `accuracy_after`: of the bare base, the reference and the policy, the
+        share of pairs whose chosen answer has the higher mean log-prob per token; a tie counts a half, the raters' too.
+        `accuracy_error`: standard error of the last one. `pairs_gained`, `pairs_lost`: number of pairs that the policy
+        gets right and the reference doesn't, and the reverse. `reward_accuracy` and `reward_margin`: share of positive
+        margins, and mean margin, of the reward that the loss trains (`PreferenceLoss.rewards`). `pairs`: their number.
+    """
+    roles = [Role.REFERENCE, Role.POLICY]
+    if Role.REFERENCE in base.adapters:  # otherwise the reference is the bare base
+        roles.insert(0, Role.BASE)
+    logps = answer_logps(base, roles, pairs)
+    lengths = torch.tensor([[len(answer) for answer in pair.answers] for pair in pairs])
+    labels = torch.tensor([pair.chosen_probability for pair in pairs], dtype=torch.float64)
+    found = {role: margin(logps[role] / lengths) for role in roles}
+    reference = logps[Role.REFERENCE] if settings.needs_reference else None
+    rewards = PreferenceLoss(**settings.loss_options).rewards(logps[Role.POLICY], reference, lengths)
+    found["reward"] = margin(rewards)
+    accuracy = {name: shares(values, labels).mean().item() for name, values in found.items()}
+    gains = shares(found[Role.POLICY], labels) - shares(found[Role.REFERENCE], labels)
+    return {
+        "pairs": len(pairs),
+        "accuracy_base": accuracy[roles[0]],
+        "accuracy_before": accuracy[Role.REFERENCE],
+        "accuracy_after": accuracy[Role.POLICY],
+        "accuracy_error": sqrt(accuracy[Role.POLICY] * (1 - accuracy[Role.POLICY]) / len(pairs)),
+        "pairs_gained": int((gains > 0).sum()),
+        "pairs_lost": int((gains < 0).sum()),
+        "reward_accuracy": accuracy["reward"],
+        "reward_margin": found["reward"].mean().item(),
+    }
+
+
+@torch.no_grad()
+def of_dialogues(base: Base, rows: Sequence[TokenDialogue], before: str, after: str = Role.POLICY) -> Figures:
+    """How well two roles predict the supervised tokens of dialogues.
+
+    Returns:
+        `rows`, `tokens`: how many. `loss`: mean negative log-likelihood in nats per token, as `change` has it, rows
+        resampled. `perplexity` and `token_accuracy` (share of tokens that are the most likely one): `before`, `after`.
+    """
+    asked = [TokenAnswers(row.ids[:1], (row.ids[1:],)) for row in rows]  # the first token is predicted from nothing
+    numbers = {id(row): number for number, row in enumerate(asked)}
+    sums = {role: torch.zeros(len(rows), 2, dtype=torch.float64) for role in (before, after)}  # nats, tokens right
+    base.model.eval()
+    with base.packed_attention():
+        for some in tqdm(batches_of(base, asked), desc="reading", unit="batch"):
+            batch, places = base.batch(some), [numbers[id(row)] for row in some]
+            counts = [label != IGNORED for place in places for label in rows[place].labels[1:]]
+            mask = torch.tensor(counts, device=base.device)
+            owners = torch.tensor(places)[batch.owners[mask].cpu()]
+            for role in sums:
+                with base.acting_as(role) as lm:
+                    scored = token_scores(lm, answer_states(lm, batch)[mask], batch.targets[mask])
+                values = torch.stack([-scored.logps.double(), scored.is_top.double()], dim=1)
+                sums[role].index_add_(0, owners, values.cpu())
+    tokens = torch.tensor([sum(label != IGNORED for label in row.labels[1:]) for row in rows])
+    means = {role: (values / tokens[:, None]).T.tolist() for role, values in sums.items()}
+    loss = change(means[before][0], means[after][0], tokens.tolist())
+    right = {role: (values[:, 1].sum() / tokens.sum()).item() for role, values in sums.items()}
+    return {
+        "rows": len(rows),
+        "tokens": int(tokens.sum()),
+        "loss": loss,
+        "perplexity": {name: exp(loss[name]) for name in ("before", "after")},
+        "token_accuracy": {"before": right[before], "after": right[after]},
+    }
+
+
+def of_scores(base: Base, model: str | Ensemble, pairs: list[TokenPair]) -> tuple[Figures, Tensor]:
+    """(What the bare base itself prefers, by mean log-prob per token, before there was a reward model:
+    `accuracy_base` and its 95% interval; the reward model's scores of the pairs `(pairs, 2, members)`.)"""
+    logps = answer_logps(base, [Role.BASE], pairs)[Role.BASE]
+    lengths = torch.tensor([[len(answer) for answer in pair.answers] for pair in pairs])
+    labels = torch.tensor([pair.chosen_probability for pair in pairs], dtype=torch.float64)
+    accuracy = shares(margin(logps / lengths), labels).mean().item()
+    scores = answer_scores(base, model, pairs, MicroBatchLimit(tokens=BATCH_TOKENS), progress=True)
+    if not scores.isfinite().all():
+        raise scores_not_finite(base.precision)
+    interval = reward_report.wilson(accuracy, len(pairs))
+    figures = {"pairs": len(pairs), "accuracy_base": accuracy, "accuracy_base_interval": interval}
+    return figures, scores.view(len(scores), 2, -1)
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Answers of the models to the same held-out prompts."""
+
+    prompts: list[Prompt]
+    answers: dict[str, list[Answer]]
+    """By model: `base`, `SFT` if the run started from one, and `aligned`; fewer of a base that is not the reference."""
+    max_new_tokens: int
+
+    @property
+    def figures(self) -> Figures:
+        """`before` and `after` training as `measure_answers` has them, the number of texts that are `unchanged`, and
+        `max_new_tokens`."""
+        *_, before, after = self.answers.values()
+        same = sum(one.text == other.text for one, other in zip(before, after, strict=True))
+        both = {"before": measure_answers(before), "after": measure_answers(after)}
+        return {**both, "unchanged": same, "max_new_tokens": self.max_new_tokens}
+
+
+def greedy_answers(base: Base, asked: list[Prompt]) -> Answered:
+    """Greedy answers of the reference and the policy to `ANSWERED` prompts, spread evenly over the rows; of a bare base
+    beside them, what will be shown."""
+    new = min(MAX_NEW_TOKENS, base.max_length // 2)
+    prompts, _ = encode_questions(base.template, spread(asked, ANSWERED), base.max_length - new)
+    sampling, with_sft = Sampling(new, 0.0, stop_ids_of(base.template)), Role.REFERENCE in base.adapters
+    roles = {"base": Role.BASE, "SFT": Role.REFERENCE} if with_sft else {"base": Role.REFERENCE}
+    answers = {}
+    for name, role in (roles | {"aligned": Role.POLICY}).items():
+        ids = [ids for _, ids in (spread(prompts, SIDE_BY_SIDE) if role is Role.BASE else prompts)]
+        found = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0) if ids else []
+        answers[name] = answers_of(base.tokenizer, [tokens for (tokens,) in found], sampling.stop_ids)
+    return Answered([prompt for prompt, _ in prompts], answers, new)
+
+
+def of_policy(setup: Setup, limit: MicroBatchLimit) -> tuple[Figures, Answered]:
+    """What a policy earns that learned from a reward, on the held-out prompts of `setup`, whose base has the policy and
+    its reference. Both answer each prompt once, at the temperature of the run, with the same random numbers.
+
+    Returns:
+        `prompts`: their number. `reward`, and with a judge `judge`: mean scores as `change` has them, prompts
+        resampled. `kl_nats`: KL from the reference, the mean of log π − log π_ref over the policy's answers, as
+        `change` from 0. `answers`: as `Answered.figures`. And the answers themselves.
+    """
+    base, prompts, scores = setup.base, setup.rows.held_out, dict[str, list[list[float]]]()
+    answers, rows = dict[str, list[Answer]](), list[SampledAnswers]()
+    name = "SFT" if Role.REFERENCE in base.adapters else "base"
+    scorers = {"reward": setup.scorers.reward} | ({"judge": setup.scorers.judge} if setup.scorers.judge else {})
+    for model, role in ((name, Role.REFERENCE), ("aligned", Role.POLICY)):  # an ensemble's zero is the mean before
+        rows = setup.sample(prompts, 1, SEED, role)
+        found = [row.tokens.answers[0] for row in rows]
+        answers[model] = answers_of(base.tokenizer, found, setup.sampling.stop_ids)
+        for key, some in scorers.items():
+            scores.setdefault(key, []).append(combined(some, rows)[0][:, 0].tolist())
+    kl = cast(list[float], read_answers(base, rows, limit, setup.sampling.temperature).kl.tolist())
+    answered = Answered([prompt for prompt, _ in prompts], answers, setup.sampling.max_new_tokens)
+    figures: Figures = {key: change(before, after) for key, (before, after) in scores.items()}
+    figures |= {"kl_nats": change([0.0] * len(kl), kl), "answers": answered.figures}
+    return {"prompts": len(prompts), **figures}, answered
