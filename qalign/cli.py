@@ -34,7 +34,7 @@ COMMANDS = {
     "kto": "learn from single answers labelled good or bad",
     "ppo": "reinforcement learning against a reward model or function",
     "grpo": "the same without a value model: GRPO, Dr. GRPO, RLOO",
-    "evaluate": "measure a DPO or KTO run on held-out pairs, with answers side by side",
+    "evaluate": "measure any run on held-out rows, before and after, and the alignment tax",
     "score": "score answers with a trained reward model",
     "best_of": "sample n answers to each prompt and keep the best, as training data",
     "merge": "merge an adapter into its base model",

@@ -119,8 +119,8 @@ def _check_run(run: RunFolder, *, taxed: bool) -> None:
     if not ((adapters_in(run.adapter) or is_sampled) and (run.path / "recipe.yaml").is_file()):
         raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.{name}")
     if not settings.has_held_out:
-        what = ROWS[stage]
-        raise UserError(f"{stage}.eval_data: there are no held-out {what} to measure on; add them, or `holdout`")
+        none = f"there are no held-out {ROWS[stage]} to measure on"
+        raise UserError(f"{stage}.eval_data: {none}; add them to the recipe, or `holdout`")
     if taxed and (stage == "reward" or not adapters_in(run.adapter)):
         raise UserError(f"--dialogues, --tasks: a run of {name} trains no policy, so it has no alignment tax")
     same = [f"{stage}.{key}" for key in ("start_from", "loss", "beta")]
@@ -321,6 +321,8 @@ def main(words: Sequence[str] | None = None) -> None:
         tasks = [name for name in (args.tasks or "").split(",") if name]
         if tasks and importlib.util.find_spec("lm_eval") is None:
             raise UserError("--tasks: lm-eval is not installed; pip install 'qalign[tasks]'")
+        if args.limit is not None and args.limit < 1:
+            raise UserError(f"--limit: {args.limit} is not a number of questions; expected at least 1")
         recipe = load(args.recipe, args.overrides, "ppo" if stage == BEST_OF else stage)
         report(recipe, stage, args.dialogues, tasks, args.limit)
 

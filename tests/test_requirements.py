@@ -12,7 +12,12 @@ from packaging.version import Version
 
 from tests.conftest import ROOT
 
-IMPORT_NAMES = {"yaml": "pyyaml", "pydantic_core": "pydantic", "huggingface_hub": "huggingface-hub"}
+IMPORT_NAMES = {
+    "lm_eval": "lm-eval",
+    "yaml": "pyyaml",
+    "pydantic_core": "pydantic",
+    "huggingface_hub": "huggingface-hub",
+}
 FIXED_IN = {  # the first version without the hole: CVE-2024-56326 and CVE-2025-27516; CVE-2024-34062
     "jinja2": "3.1.6",
     "tqdm": "4.66.3",

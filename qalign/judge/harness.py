@@ -13,6 +13,7 @@ import torch
 import yaml
 from lm_eval import simple_evaluate, utils  # pyright: ignore[reportMissingImports]: optional
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
+from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from tqdm.auto import tqdm
 
 from qalign.data.tokenize import TokenAnswers
@@ -41,9 +42,8 @@ class HarnessModel(LM):
     def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
         found = []
         for request in requests:
-            windows = utils.get_rolling_token_windows(
-                self._ids(request.args[0]), self.prefix, self.base.max_length - 1, context_len=1
-            )
+            ids = self.tokenizer(request.args[0]).input_ids  # behind the prefix even a BOS of its own, as lm-eval does
+            windows = utils.get_rolling_token_windows(ids, self.prefix, self.base.max_length - 1, context_len=1)
             found.append(sum(logp for logp, _ in self._scored([*map(utils.make_disjoint_window, windows)])))
         return found
 
@@ -115,11 +115,13 @@ def measure_tasks(
     error is lm-eval's standard error, None if it gives none. `tasks`: lm-eval's names, or `.yaml` files of tasks."""
     model, found = HarnessModel(base, next(iter(roles.values()))), dict[str, dict[str, dict[str, Any]]]()
     named = [_of_file(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
+    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in named))  # reading all takes seconds
     base.model.eval()
     for name, role in roles.items():
         model.role = role
+        options: dict[str, Any] = {"tasks": named, "limit": limit, "log_samples": False, "task_manager": manager}
         try:
-            results: Any = simple_evaluate(model=model, tasks=named, limit=limit, log_samples=False)  # pyright: ignore[reportArgumentType]
+            results: Any = simple_evaluate(model=model, **options)
         except (KeyError, ValueError, OSError) as error:  # an unknown task, or a data set that isn't there
             raise UserError(f"--tasks: {','.join(tasks)}: lm-eval can't run them: {short(str(error))}") from None
         for task, values in results["results"].items():

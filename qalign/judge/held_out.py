@@ -75,7 +75,7 @@ def of_pairs(base: Base, pairs: list[TokenPair], settings: DPO | KTO) -> Figures
     logps = answer_logps(base, roles, pairs)
     lengths = torch.tensor([[len(answer) for answer in pair.answers] for pair in pairs])
     labels = torch.tensor([pair.chosen_probability for pair in pairs], dtype=torch.float64)
-    found = {role: margin(logps[role] / lengths) for role in roles}
+    found: dict[str, Tensor] = {role: margin(logps[role] / lengths) for role in roles}
     reference = logps[Role.REFERENCE] if settings.needs_reference else None
     rewards = PreferenceLoss(**settings.loss_options).rewards(logps[Role.POLICY], reference, lengths)
     found["reward"] = margin(rewards)

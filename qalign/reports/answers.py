@@ -115,7 +115,7 @@ def in_a_line(row: Figures) -> str:
 
 
 def evaluation_lines(figures: Figures, *, has_parent: bool) -> dict[str, str]:
-    """The figures of `qalign.evaluate` in words, by name, for a table. `has_parent`: the run started from an adapter."""
+    """The figures of `qalign.evaluate` in words, for a table. `has_parent`: the run started from an adapter."""
     lines, start = {}, "SFT" if has_parent else "base"
     if "reward_accuracy" in figures:
         stops = {"accuracy_base": "base", "accuracy_before": "SFT", "accuracy_after": "aligned"}

@@ -15,6 +15,7 @@ from qalign.config.stages import DPO, Source
 from qalign.data.formats import labelled_answers
 from qalign.errors import UserError
 from qalign.evaluate import paired
+from qalign.judge import held_out
 from qalign.model.base import Role, load
 from tests.families import alone
 from tests.helpers import TEST, TRAIN, house_style, leaving, metrics, scramble, train
@@ -31,7 +32,7 @@ def base(tiny_folder):
 
 def test_figures_equal_a_count_pair_by_pair(base):
     pairs = house_style(base.tokenizer, 9)
-    found = evaluate.measure(base, pairs, DPO(data="x", beta=0.5))
+    found = held_out.of_pairs(base, pairs, DPO(data="x", beta=0.5))
     before = after = right = gained = lost = 0
     margins = []
     base.model.eval()
@@ -76,7 +77,7 @@ def test_a_run_is_judged_by_the_reward_that_its_loss_trains(base, loss, reward):
     tokens = torch.tensor([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])
     rewards = 2.0 * reward(*logps, tokens)
     margins = rewards[:, 0] - rewards[:, 1]
-    found = evaluate.measure(base, pairs, DPO(data="x", beta=2.0, loss=loss))
+    found = held_out.of_pairs(base, pairs, DPO(data="x", beta=2.0, loss=loss))
     assert found["reward_margin"] == pytest.approx(margins.mean().item(), rel=1e-4)
     assert found["reward_accuracy"] == pytest.approx((margins > 0).double().mean().item())
     assert 0 < found["reward_accuracy"] < 1, "if every pair agrees, the test shows nothing"
@@ -87,7 +88,7 @@ def test_a_tie_counts_a_half_and_gains_nothing(base):
     likely = [0.5, 0.9, 0.5, 1.0, 0.6, 1.0, 1.0, 0.5, 1.0]
     soft = [replace(pair, chosen_probability=p) for pair, p in zip(pairs, likely, strict=True)]
     settled = [pair for pair, p in zip(pairs, likely, strict=True) if p != 0.5]
-    found, of_settled = (evaluate.measure(base, some, DPO(data="x")) for some in (soft, settled))
+    found, of_settled = (held_out.of_pairs(base, some, DPO(data="x")) for some in (soft, settled))
     for name in ("accuracy_before", "accuracy_after", "reward_accuracy"):
         assert found[name] == pytest.approx((6 * of_settled[name] + 3 * 0.5) / 9), name
     for name in ("pairs_gained", "pairs_lost"):
@@ -96,7 +97,7 @@ def test_a_tie_counts_a_half_and_gains_nothing(base):
 
 @pytest.mark.parametrize("loss", ["simpo", "ipo", "aot", {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}])
 def test_the_figures_of_a_run_are_those_it_logged_last(recipe_file, loss, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 2)
     run = train(recipe_file(loss=loss, eval_data={"path": TEST, "limit": 8}, eval_every=3, max_steps=3))
     evaluate.report(run.recipe)
     kept, logged = json.loads((run.path / "evaluation.json").read_text()), metrics(run)[-1]
@@ -105,7 +106,7 @@ def test_the_figures_of_a_run_are_those_it_logged_last(recipe_file, loss, monkey
 
 
 def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 5)
     run = train(recipe_file(eval_data=TEST, max_steps=3))
     capsys.readouterr()
     evaluate.report(run.recipe)
@@ -117,7 +118,7 @@ def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
     assert f"{kept['accuracy_before']:.1%}" in said
     assert f"{kept['reward_accuracy']:.1%}" in said
     answers = kept["answers"]
-    assert answers["before"]["answers"] == answers["after"]["answers"] == evaluate.ANSWERED
+    assert answers["before"]["answers"] == answers["after"]["answers"] == held_out.ANSWERED
     assert answers["max_new_tokens"] == 5
     assert answers["after"]["ended"] == 0.0, "a random model doesn't end an answer in five tokens"
     assert answers["after"]["length"] == 5.0
@@ -126,7 +127,7 @@ def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
 
 
 def test_a_run_from_sft_is_measured_against_it_and_answers_beside_the_base(recipe_file, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 3)
     parent = train(recipe_file(output="parent", max_steps=1)).adapter
     run = train(recipe_file(start_from=str(parent), max_steps=1, eval_data={"path": TEST, "limit": 7}))
     capsys.readouterr()
@@ -162,7 +163,7 @@ def test_a_missing_adapter_or_missing_held_out_rows_are_named(recipe_file):
 
 
 def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_jsonl, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
+    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 1)
     trained = Path(TRAIN).read_text().splitlines()[0]
     good = [json.loads(line) for line in (*Path(TEST).read_text().splitlines()[:2], trained)]
     held_out = write_jsonl("held_out.jsonl", [*good, "{broken", good[0] | {"chosen": "a<|eot_id|>b"}])
@@ -177,7 +178,7 @@ def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_json
 
 
 def test_the_same_base_by_another_path_is_accepted(recipe_file, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 1)
+    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 1)
     shutil.copytree(tiny_folder, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     keys = {"max_steps": 1, "model": {"base": "model"}, "eval_data": {"path": TEST, "limit": 2}}
@@ -204,7 +205,7 @@ def test_a_kto_run_is_measured_on_pairs_of_good_and_bad_answers(
     tiny_folder, tmp_path, write_jsonl, monkeypatch, capsys
 ):
     """The held-out pairs, and two answers to one prompt in rows of their own; a lone answer has nothing beside it."""
-    monkeypatch.setattr(evaluate, "MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 2)
     pairs = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:4]]
     asked = {"prompt": "Why is that?", "label": True, "completion": "Because it is."}
     single = [asked, asked | {"label": False, "completion": "No."}, asked | {"prompt": "Alone?"}]

@@ -29,9 +29,9 @@ import yaml
 from torch import nn
 
 import qalign
-from qalign import evaluate
 from qalign.config.recipe import Model
 from qalign.errors import UserError
+from qalign.judge import held_out
 from qalign.model.base import Base, load
 from tests.campaign.lab import Outcome, start
 from tests.conftest import ROOT
@@ -165,7 +165,7 @@ def share(base: Base) -> str:
 
 def _limit_time() -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    evaluate.MAX_NEW_TOKENS = 8
+    held_out.MAX_NEW_TOKENS = 8
 
 
 def _first_loss_off(runs: Path) -> str | None:

@@ -93,6 +93,6 @@ def test_answers_that_looped_before_as_well_call_for_sft():
 
 
 def test_answers_word_for_word_as_before_and_answers_that_grew_are_said():
-    assert verdict(figures(was=[PLAIN] * 2, now=[PLAIN] * 2))[1] == "all 2 greedy answers are word for word as before"
+    assert verdict(figures(was=[PLAIN] * 2, now=[PLAIN] * 2))[1] == "all 2 answers are word for word as before"
     long = Answer("One two three. Four five six.", list(range(40)), ended=True)
     assert verdict(figures(was=[PLAIN] * 2, now=[long] * 2))[1].startswith("answers grew long, 6 → 40 tokens")
