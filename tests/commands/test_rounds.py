@@ -10,12 +10,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from qalign import best_of, rounds
+from qalign import best_of, evaluate, rounds
 from qalign.best_of import BestOfRun
 from qalign.config.load import load
 from qalign.errors import Stopped, UserError
 from qalign.page.models import run_entries
 from qalign.reports.alarms import EvalPoint
+from qalign.rl import ppo_setup
 from tests.helpers import leaving, refusal, restored_signals
 from tests.rounds_runs import recipe_path, rounds_run  # noqa: F401
 
@@ -54,9 +55,15 @@ def test_rounds_start_where_the_last_one_ended(recipe_path):  # noqa: F811
     assert any(not torch.equal(weight, last[name]) for name, weight in weights(first / "dpo" / "adapter").items())
 
 
-def test_every_round_is_measured_against_the_very_first_policy(recipe_path):  # noqa: F811
+def test_every_round_is_measured_against_the_very_first_policy(recipe_path, monkeypatch):  # noqa: F811
     run = rounds_run(recipe_path)
     before, one, two = points(run)
+    monkeypatch.setattr("qalign.model.generation.stop_ids_of", ppo_setup.stop_ids_of)
+    evaluate.report(run.recipe, "best_of")
+    found = json.loads((run.path / "evaluation.json").read_text())
+    assert (found["reward"]["before"], found["reward"]["after"]) == (before["proxy"], two["proxy"])
+    assert found["judge"]["after"] == two["judge"]
+    assert found["kl_nats"]["after"] == pytest.approx(two["kl_nats"], abs=1e-4)
     assert [point["step"] for point in (before, one, two)] == [0, 1, 2]
     assert before["kl_nats"] == 0.0
     assert 0 != one["kl_nats"] != two["kl_nats"]
@@ -87,7 +94,7 @@ def test_a_run_that_stopped_anywhere_goes_on_to_the_same_numbers(recipe_path, pa
     shutil.rmtree(whole.path)
     owner, name = {
         "sampling": (best_of.BestOfRun, "log"), "training": (rounds.Training, "mark_whole"),
-        "measuring": (rounds, "_read"), "finishing": (rounds, "write_whole"),
+        "measuring": (ppo_setup, "read_answers"), "finishing": (rounds, "write_whole"),
     }[part]  # fmt: skip
     real, seen = getattr(owner, name), []
     after = {"sampling": 12, "training": 2, "measuring": 2, "finishing": 1}[part]
