@@ -36,6 +36,7 @@ def installed(tmp_path_factory) -> Path:
     return folder / "env" / "bin"
 
 
+@pytest.mark.slow
 def test_the_wheel_writes_a_recipe_and_plans_its_memory(installed, tmp_path):
     where = run(installed / "python", "-c", "import qalign; print(qalign.__file__)", cwd=tmp_path)
     assert where.startswith(str(installed.parent))

@@ -148,6 +148,7 @@ def test_it_is_the_last_resort(llama):
         assert other.plan(other.total(1000, 32), 1100) is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("card", "unsloth"), [(8, 2972), (12, 21_848), (16, 40_724), (24, 78_475)])
 def test_longest_rows_of_an_8b(card, unsloth, llama):
     """Beside those that Unsloth's documentation gives."""

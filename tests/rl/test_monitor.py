@@ -52,6 +52,7 @@ def test_the_alarm_is_raised_when_longer_is_better_and_the_judge_disagrees(plant
         assert resumed[key] == kept[key]
 
 
+@pytest.mark.slow
 def test_a_clean_reward_raises_no_alarm(planted):
     kept = summary(planted("many", "many_too"))
     assert kept["alarm_steps"] == []

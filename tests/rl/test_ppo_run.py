@@ -85,6 +85,7 @@ def started(path: str, *more: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_resumes_to_the_same_numbers(recipe_of):
     whole = run_stage(recipe_of("whole", max_steps=5))
     path = recipe_of("killed", max_steps=5)

@@ -83,11 +83,11 @@ def never_stopped(tiny_folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("stage", "number", "code"),
     [
-        ("sft", signal.SIGINT, 130),
-        ("reward", signal.SIGTERM, 143),
+        pytest.param("sft", signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param("reward", signal.SIGTERM, 143, marks=pytest.mark.slow),
         ("dpo", signal.SIGINT, 130),
-        ("dpo", signal.SIGKILL, -signal.SIGKILL),
-        ("ppo", signal.SIGTERM, 143),
+        pytest.param("dpo", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param("ppo", signal.SIGTERM, 143, marks=pytest.mark.slow),
     ],
 )
 def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(
