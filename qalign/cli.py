@@ -37,6 +37,7 @@ COMMANDS = {
     "evaluate": "measure any run on held-out rows, before and after, and the alignment tax",
     "score": "score answers with a trained reward model",
     "best_of": "sample n answers to each prompt and keep the best, as training data",
+    "goodhart": "see where optimising a reward stops making answers better",
     "merge": "merge an adapter into its base model",
     "fit": "forecast the memory that each stage of a recipe needs",
     "init": "write a recipe into the current folder",

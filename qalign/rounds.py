@@ -43,17 +43,17 @@ from qalign.train.run_folder import RunFolder, print_table
 REPORT = "best_of_report.png"
 
 
-class Training(RunFolder):
-    """The DPO run of a round."""
+class Part(RunFolder):
+    """A run of a stage inside the folder of a larger run."""
 
-    def __init__(self, recipe: Recipe, command_line: str, name: str, rounds: BestOfRun):
-        super().__init__(recipe, "dpo", command_line, name)
-        self._rounds = rounds
+    def __init__(self, recipe: Recipe, stage: str, command_line: str, name: str, whole: RunFolder):
+        super().__init__(recipe, stage, command_line, name)
+        self._whole = whole
 
     @property
     def command(self) -> str:
-        """That of all rounds, which goes on with this one."""
-        return self._rounds.command
+        """That of the larger run, which goes on with this one."""
+        return self._whole.command
 
 
 def learn_online(recipe: Recipe, run: BestOfRun) -> None:
@@ -87,31 +87,31 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
 def _train(run: BestOfRun, number: int, start: str | None) -> str:
     """One round from the adapter `start`; returns the adapter that it left. What was finished earlier is kept."""
     place = f"best_of/round_{number}"
-    words = _words(run, **{"ppo.start_from": start})
+    words = words_with(run, **{"ppo.start_from": start})
     sampling = BestOfRun(load(words[0], words[1:], "ppo"), run.n, run.command_line, run.rounds, f"{place}/sampling")
     sampling.number = number
-    _work(sampling, best_of)
+    work_on_part(sampling, best_of)
     pairs = sampling.path / PAIRS
     if not pairs.stat().st_size:
         picks = json.loads(sampling.summary.read_text(encoding="utf-8"))["picks"]
         raise UserError(f"round {number}: {nothing_to_train_on(picks)}")
     unused = dict.fromkeys((f"dpo.{key}" for key in ("limit", "eval_data", "holdout", "eval_every")), None)
     data = {"dpo.data": os.path.abspath(pairs), "dpo.split": "train", "dpo.start_from": start}
-    words = _words(run, **unused, **data)
-    training = Training(load(words[0], words[1:], "dpo"), shlex.join(words), f"{place}/dpo", run)
-    _work(training, dpo.train)
+    words = words_with(run, **unused, **data)
+    training = Part(load(words[0], words[1:], "dpo"), "dpo", shlex.join(words), f"{place}/dpo", run)
+    work_on_part(training, dpo.train)
     return os.path.abspath(training.adapter)
 
 
-def _work(run: Run, work: Callable[[Recipe, Run], None]) -> None:
-    """Does, or ends, one part of a round."""
+def work_on_part(run: Run, work: Callable[[Recipe, Run], None]) -> None:
+    """Does one part of a larger run, or goes on with it; one that is complete stays."""
     if not run.complete:
         begun = (run.path / "recipe.yaml").is_file()
         work_in(run, argparse.Namespace(resume=begun, overwrite=False), work)
-        _free_memory()
+        free_memory()
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
     """Frees the base of the part before."""
     import torch
 
@@ -120,7 +120,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _words(run: RunFolder, **values: Any) -> list[str]:
+def words_with(run: RunFolder, **values: Any) -> list[str]:
     """The recipe and its overrides, with other values for some keys."""
     kept = [word for word in shlex.split(run.command_line) if word.partition("=")[0] not in values]
     return kept + [f"{key}={json.dumps(value)}" for key, value in values.items()]
@@ -128,7 +128,7 @@ def _words(run: RunFolder, **values: Any) -> list[str]:
 
 def _measure(run: BestOfRun, number: int, adapter: str | None, first: str | None) -> alarms.EvalPoint:
     """Samples an answer to each held-out prompt and scores it; the KL is from the policy before the first round."""
-    words = _words(run, **{"ppo.start_from": adapter})
+    words = words_with(run, **{"ppo.start_from": adapter})
     now = RunFolder(load(words[0], words[1:], "ppo"), "ppo", run.command_line, "best_of")
     read = read_rows(now, prompts)
 

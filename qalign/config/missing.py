@@ -12,6 +12,7 @@ from pathlib import Path
 
 from qalign.config.paths import (
     DATA_SUFFIXES,
+    SCORING,
     Folders,
     Keys,
     Lookup,
@@ -32,7 +33,7 @@ from qalign.config.paths import (
     reward_adapter,
     reward_place,
 )
-from qalign.config.stages import REWARD_RUN, RL_STAGES, SFT_RUN
+from qalign.config.stages import GOLD_PAIRS, REWARD_RUN, RL_STAGES, SFT_RUN
 from qalign.errors import UserError, did_you_mean, short
 
 LONGEST_PATH = 3_000  # of an output folder, in bytes: Linux takes 4,096, and a checkpoint's files lie below it
@@ -43,7 +44,9 @@ def missing(raw: Keys, lookup: Lookup, sections: Collection[str]) -> Iterator[Pr
     """(place, message) of every path in these sections of an unchecked recipe that can't be used."""
     for place, key, path in named_paths(raw):
         if place[0] in sections:
-            find = _reward_problem if key in ("reward", "judge") else partial(_path_problem, key)
+            find = (
+                _gold_problem if key == "gold" else _reward_problem if key in SCORING else partial(_path_problem, key)
+            )
             if problem := find(path, lookup.folders(place)):
                 yield place, f"{place[0]}.{key}: {problem}"
     for name in RL_STAGES:
@@ -145,6 +148,12 @@ def _reward_problem(source: str, folders: Folders) -> str | None:
     if place is None and (len(source) > 96 or not HUB_ID.fullmatch(source)):
         return f"{short(source)} is no reward run, no module:function and no hub id such as org/name"
     return None
+
+
+def _gold_problem(source: str, folders: Folders) -> str | None:
+    if source == GOLD_PAIRS or function_of(source):
+        return _reward_problem(source, folders) if function_of(source) else None
+    return f"{short(source)} is neither '{GOLD_PAIRS}' nor a function; write FILE.py:function"
 
 
 def _judge_that_is_the_reward(stage: str, raw: Keys, lookup: Lookup) -> Iterator[Problem]:

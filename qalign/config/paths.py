@@ -11,13 +11,14 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, cast
 
 from qalign.config.recipe import Recipe
-from qalign.config.stages import REWARD_RUN, RL_STAGES, SFT_RUN
+from qalign.config.stages import GOLD_PAIRS, REWARD_RUN, RL_STAGES, SFT_RUN
 from qalign.errors import UserError, did_you_mean
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 DATA_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES))
 INSIDE = {"data": "path", "eval_data": "path", "reward": "source", "judge": "source"}  # one or a list of sections
-RUNS = {"start_from": SFT_RUN, "reward": REWARD_RUN, "judge": REWARD_RUN}  # names of the recipe's own runs
+RUNS = {"start_from": SFT_RUN, "reward": REWARD_RUN, "judge": REWARD_RUN, "gold": GOLD_PAIRS}  # names of own runs
+SCORING = ("reward", "judge", "gold")  # keys that name what gives scores
 
 MEMBER = re.compile(r"member_[1-9][0-9]{0,2}")  # of an ensemble: its folder in `adapter/`
 
@@ -162,7 +163,8 @@ def named_paths(raw: Keys) -> Iterator[tuple[Place, str, str]]:
     for name in raw:
         settings = as_keys(raw[name])
         keys = ("base", "chat_template") if name == "model" else ("data", "eval_data", "start_from")
-        for key in (*keys, "reward", "judge") if name in RL_STAGES else keys:
+        keys += SCORING[:2] if name in RL_STAGES else SCORING[2:] if name == "goodhart" else ()
+        for key in keys:
             value: Any = settings.get(key)
             is_list = isinstance(value, (list, tuple)) and key in INSIDE
             items: list[Any] = [*value] if is_list else [value]
@@ -220,7 +222,7 @@ def resolved(raw: Keys, lookup: Lookup) -> Keys:
 
     def reached(place: Place, key: str, path: str) -> str:
         folders = lookup.folders(place)
-        is_reward = key in ("reward", "judge")
+        is_reward = key in SCORING
         find = adapter_folder if key == "start_from" else reward_place if is_reward else locate
         found = find(path, folders)
         if is_reward and (function := function_of(path)):
@@ -236,7 +238,7 @@ def absolute(recipe: Recipe) -> Recipe:
     """The recipe with every local path made absolute, so that it means the same in any directory."""
 
     def from_root(place: Place, key: str, path: str) -> str:
-        function = function_of(path) if key in ("reward", "judge") else None
+        function = function_of(path) if key in SCORING else None
         if function is None:
             return absolute_path(path)
         where, name = function  # a module keeps its name, even beside a folder with that name

@@ -12,11 +12,13 @@ from qalign.config.stages import (
     GRPO,
     KTO,
     MAX_TOKENS,
+    OTHERS,
     PPO,
     RL_STAGES,
     SFT,
     SFT_RUN,
     STAGES,
+    Goodhart,
     Reward,
     Section,
     Share,
@@ -125,6 +127,8 @@ class Recipe(Section):
     """PPO stage: settings of `python -m qalign.ppo`."""
     grpo: GRPO | None = None
     """GRPO stage: settings of `python -m qalign.grpo`, PPO without a value model."""
+    goodhart: Goodhart | None = None
+    """Reward over-optimisation: settings of `python -m qalign.goodhart`, which reads `reward` and `ppo` too."""
 
     def conflicts(self) -> Iterator[str]:
         if self.lora.init == "loftq":
@@ -162,12 +166,12 @@ class Recipe(Section):
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:
     """The dotted keys that differ between the recipe that a run of `stage` began with and this one, each with (value
-    then, value now). `output`, where the run lies now, and other stages' sections don't count."""
+    then, value now). `output`, where the run lies now, and the sections of other stages and commands don't count."""
     was = str(kept.get("output", "")) or "."
     with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
         kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it
     given = recipe.model_dump(mode="json")
-    others = {*STAGES, "output"} - {stage}
+    others = {*STAGES, *OTHERS, "output"} - {stage}
     old, new = (dict(flat({key: r[key] for key in r if key not in others})) for r in (kept, given))
     return {
         key: (old.get(key, "not there"), new.get(key, "gone"))

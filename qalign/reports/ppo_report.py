@@ -85,17 +85,23 @@ def redraw(output: Path) -> Path | None:
 
 def _redrawn(output: Path, stage: str) -> Path | None:
     run = output / stage
-    if not (run / "metrics.jsonl").is_file():
+    points, alarms = read_points(run)
+    if not points:
         return None
-    lines = [line for line in read_metrics(run / "metrics.jsonl") if "eval_proxy" in line]
-    if not lines:
-        return None
+    file = run / file_name(stage)
+    draw(points, file, best_of=read_best_of(output), alarm_steps=[*alarms], title=stage.upper())
+    return file
+
+
+def read_points(run: Path) -> tuple[list[EvalPoint], dict[int, list[str]]]:
+    """The evaluations of a PPO or GRPO run, and the alarms by the step at which they were raised; both empty if there
+    is no run, or it evaluated no held-out prompts."""
+    file = run / "metrics.jsonl"
+    lines = [line for line in read_metrics(file) if "eval_proxy" in line] if file.is_file() else []
     names = [field.name for field in fields(EvalPoint) if field.name != "step"]
     figures: list[dict[str, Any]] = [{name: line.get(f"eval_{name}") for name in names} for line in lines]
     points = [EvalPoint(step=line["step"], **found) for line, found in zip(lines, figures, strict=True)]
-    file, alarms = run / file_name(stage), [line["step"] for line in lines if line["alarms"]]
-    draw(points, file, best_of=read_best_of(output), alarm_steps=alarms, title=stage.upper())
-    return file
+    return points, {line["step"]: line["alarms"] for line in lines if line["alarms"]}
 
 
 def read_best_of(output: Path) -> list[BestOf]:

@@ -93,7 +93,7 @@ def test_a_run_that_stopped_anywhere_goes_on_to_the_same_numbers(recipe_path, pa
     }
     shutil.rmtree(whole.path)
     owner, name = {
-        "sampling": (best_of.BestOfRun, "log"), "training": (rounds.Training, "mark_whole"),
+        "sampling": (best_of.BestOfRun, "log"), "training": (rounds.Part, "mark_whole"),
         "measuring": (ppo_setup, "read_answers"), "finishing": (rounds, "write_whole"),
     }[part]  # fmt: skip
     real, seen = getattr(owner, name), []

@@ -38,11 +38,12 @@ def test_a_recipe_is_short_and_every_line_says_why(name):
 
 
 def test_the_header_gives_a_command_that_works(name):
-    pattern = r"^# .*: python -m qalign (\S+\.yaml)( sft=)?(?: \(add (ppo=) )?"
+    pattern = r"^# .*: python -m qalign(?:\.goodhart)? (\S+\.yaml)( sft=)?(?: \(add (ppo=) )?"
     ((path, without, ppo),) = re.findall(pattern, text_of(name), re.MULTILINE)
 
     every = load(path, [without.strip()] if without else [])
-    assert every.stages[-3:] == ("reward", "dpo", "ppo") if ppo else every.stages in (("sft", "kto"), ("grpo",))
+    without_ppo = [("sft", "kto"), ("grpo",), ("reward", "ppo")]
+    assert every.stages[-3:] == ("reward", "dpo", "ppo") if ppo else every.stages in without_ppo
     assert not ppo or load(path, [ppo]).stages[-1] == "dpo"
     for each in every.stages:  # no stage starts from one that the command leaves out
         assert getattr(every, each).start_from in (None, *every.stages)

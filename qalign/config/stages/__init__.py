@@ -4,6 +4,7 @@ The docstring under each key begins with the field's own term. Editors show it (
 `docs/recipe.md` lists it: after a change run `make docs` (`python docs/make_recipe.py`).
 """
 
+from qalign.config.stages.goodhart import GOLD_PAIRS, Goodhart
 from qalign.config.stages.preferences import DPO, DPO_LOSSES, KTO, REFERENCE_FREE, PolicyStage, Reward, needs_reference
 from qalign.config.stages.reinforcement import GRPO, PPO
 from qalign.config.stages.section import (
@@ -22,18 +23,21 @@ from qalign.config.stages.supervised import SFT
 
 STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
 RL_STAGES = ("ppo", "grpo")  # they learn from answers that they sample, and have a section `PPO`
+OTHERS = ("goodhart",)  # sections of commands that train no adapter of their own
 SFT_RUN = "sft"  # as `start_from`
 REWARD_RUN = "reward"  # as a reward of PPO and GRPO
 
 __all__ = [
     "DPO",
     "DPO_LOSSES",
+    "GOLD_PAIRS",
     "GRPO",
     "KTO",
     "MAX_BATCH",
     "MAX_LAYERS",
     "MAX_STEPS",
     "MAX_TOKENS",
+    "OTHERS",
     "PPO",
     "REFERENCE_FREE",
     "REWARD_RUN",
@@ -41,6 +45,7 @@ __all__ = [
     "SFT",
     "SFT_RUN",
     "STAGES",
+    "Goodhart",
     "PolicyStage",
     "Reward",
     "RewardSource",
