@@ -75,8 +75,8 @@ def test_what_was_decided_is_said():
     assert sampling_plan(settings(), "dpo", 9, 0, 1000.0, 1.0).words.startswith("none: no held-out prompt leaves 256")
 
 
-@pytest.mark.parametrize("logging_steps", [1, 3])
-def test_sampling_changes_no_number_of_the_run(tiny_folder, tmp_path, monkeypatch, logging_steps):
+@pytest.mark.parametrize(("stage", "rows", "logging_steps"), [("dpo", 20, 3), ("kto", 10, 1)])
+def test_sampling_changes_no_number_of_the_run(tiny_folder, tmp_path, monkeypatch, stage, rows, logging_steps):
     """With dropout, so that the state of the random generators counts."""
     states, look = [], PreferenceMonitor.look
 
@@ -88,9 +88,9 @@ def test_sampling_changes_no_number_of_the_run(tiny_folder, tmp_path, monkeypatc
         states.append(before[0])
 
     monkeypatch.setattr(PreferenceMonitor, "look", recorded)
-    keys = KEYS | {"trainer": {"logging_steps": logging_steps}}
-    plain = run_stage(write_recipe(tmp_path / "plain", tiny_folder, "dpo", **keys))
-    watched = run_stage(write_recipe(tmp_path / "watched", tiny_folder, "dpo", **keys, **SAMPLED))
+    keys = KEYS | {"limit": rows, "trainer": {"logging_steps": logging_steps}}
+    plain = run_stage(write_recipe(tmp_path / "plain", tiny_folder, stage, **keys))
+    watched = run_stage(write_recipe(tmp_path / "watched", tiny_folder, stage, **keys, **SAMPLED))
     assert len(states) == 2 * 6
     assert all(torch.equal(one, other) for one, other in zip(states[:6], states[6:], strict=True))
     one, other = (load_file(run.adapter / WEIGHTS) for run in (plain, watched))
