@@ -36,6 +36,7 @@ COMMANDS = {
     "grpo": "the same without a value model: GRPO, Dr. GRPO, RLOO",
     "evaluate": "measure any run on held-out rows, before and after, and the alignment tax",
     "score": "score answers with a trained reward model",
+    "compare": "win rate of one model against another, by a judge",
     "best_of": "sample n answers to each prompt and keep the best, as training data",
     "goodhart": "see where optimising a reward stops making answers better",
     "merge": "merge an adapter into its base model",

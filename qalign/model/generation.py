@@ -183,10 +183,19 @@ class TransformersEngine:
         self._most_answers = sys.maxsize  # at once, after memory ran out
 
     def generate(
-        self, base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling, *, num_samples: int, seed: int
+        self,
+        base: Base,
+        role: str | Sequence[str],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        *,
+        num_samples: int,
+        seed: int,
     ) -> list[list[list[int]]]:
         """`num_samples` answers to every prompt, as token ids with the stop id if an answer ended by itself. Prompts
-        are token ids with the generation prompt. The same seed, role and prompts give the same answers."""
+        are token ids with the generation prompt; `role` is that of all, or one for each. The same seed, roles and
+        prompts give the same answers."""
+        roles = [role] * len(prompts) if isinstance(role, str) else role
         draws = uniform_draws(seed, len(prompts) * num_samples, sampling.max_new_tokens)
         answers: list[list[int]] = [[] for _ in draws]
         shortest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
@@ -199,7 +208,7 @@ class TransformersEngine:
             while start < len(order):
                 part = order[start : start + min(size, self._most_answers)]
                 requests = {
-                    number: Request(role, prompts[number], draws[list(ids)])
+                    number: Request(roles[number], prompts[number], draws[list(ids)])
                     for number, ids in groupby(part, lambda answer: answer // num_samples)
                 }
                 try:

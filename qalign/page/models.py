@@ -12,13 +12,12 @@ from pathlib import Path
 
 from qalign.config.paths import adapters_in, expanded
 from qalign.config.recipe import Model, Recipe
+from qalign.config.stages import ANSWERING_STAGES
 from qalign.errors import UserError
 from qalign.model.lineage import WEIGHTS, adapter_hash, check_base
 from qalign.train.run_folder import RunFolder, open_run
 
 BASE = "base"
-# Their adapters generate answers; the latest stage comes first.
-ANSWERING_STAGES = ("grpo", "ppo", "kto", "dpo", "sft")
 CONFIG = "adapter_config.json"
 
 

@@ -74,6 +74,7 @@ def test_a_path_of_the_wrong_kind(refused, odd, word, words):
     [
         ["dpo", "PATH"], ["fit", "PATH"], ["PATH.yaml"], ["evaluate", "PATH"], ["best_of", "PATH"],
         ["score", "PATH", "pairs.jsonl"], ["merge", "PATH"], ["init", "PATH"],
+        ["compare", "PATH", "base"],
     ],
     ids=lambda words: words[0],
 )  # fmt: skip
@@ -88,6 +89,8 @@ def test_an_argument_that_leads_nowhere(refused, odd, words, name):
           for n in ("²", "1", "0", "-4", "1.5", "1e3", "1025", "9" * 5_000, "many", "")),
         *((["fit", "recipe.yaml", "--memory", size], "--memory: ")
           for size in ("9" * 400, "1e300GB", "-12GB", "0", "nan", "12 GB free")),
+        *((["compare", "pairs.jsonl", "base", f"--{name}={n}"], f"--{name}: ")
+          for name in ("limit", "max-tokens", "temperature") for n in ("-5", "²", "9" * 5_000, "nan")),
         *((["score", "runs/x", "pairs.jsonl", f"--limit={n}"], "--limit: ") for n in ("0", "-5", "²", "9" * 5_000)),
     ],
 )  # fmt: skip

@@ -22,12 +22,15 @@ from qalign.config.stages.section import (
 from qalign.config.stages.supervised import SFT
 
 STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
+# Their adapters generate answers; the latest stage comes first.
+ANSWERING_STAGES = ("grpo", "ppo", "kto", "dpo", "sft")
 RL_STAGES = ("ppo", "grpo")  # they learn from answers that they sample, and have a section `PPO`
 OTHERS = ("goodhart",)  # sections of commands that train no adapter of their own
 SFT_RUN = "sft"  # as `start_from`
 REWARD_RUN = "reward"  # as a reward of PPO and GRPO
 
 __all__ = [
+    "ANSWERING_STAGES",
     "DPO",
     "DPO_LOSSES",
     "GOLD_PAIRS",

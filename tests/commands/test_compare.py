@@ -1,0 +1,232 @@
+"""`python -m qalign.compare`: two sides answer the same prompts, and a judge says which is better."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from qalign.compare import main
+from qalign.data.formats import Prompt
+from qalign.judge.answer_files import Compared, read_answers, write_files
+from qalign.judge.sides import sample, side_of
+from qalign.model.base import Base, Role
+from qalign.model.generation import complete
+from tests.chat_runs import finished_run
+from tests.helpers import TEST, leaving
+from tests.reward_runs import run_stage, write_recipe
+
+JUDGE = "def length(completions, **_):\n    return [len(text) for text in completions]\n"
+FEW = ("--max-tokens", "6")
+
+
+@pytest.fixture(scope="module")
+def run(tiny_folder, tmp_path_factory):
+    """A finished DPO run with a random adapter and held-out pairs."""
+    return finished_run(tmp_path_factory.mktemp("compared") / "demo", tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def reward(tiny_folder, tmp_path_factory):
+    """A finished reward run."""
+    return run_stage(write_recipe(tmp_path_factory.mktemp("judge"), tiny_folder, limit=4))
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder with a function that judges."""
+    monkeypatch.chdir(tmp_path)
+    Path("judge.py").write_text(JUDGE)
+    return tmp_path
+
+
+def rows_of(file) -> list[dict]:
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def answers(file: str, texts: dict[str, str], **names: str) -> str:
+    keys = {"prompt": "prompt", "completion": "completion"} | names
+    lines = (json.dumps({keys["prompt"]: q, keys["completion"]: a}) for q, a in texts.items())
+    Path(file).write_text("\n".join(lines))
+    return file
+
+
+def line_of(capsys) -> str:
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    return line
+
+
+def test_a_run_against_its_base_on_its_held_out_prompts(run, here, capsys):
+    assert leaving(main, str(run), "base", "--judge", "judge.py:length", "--limit", "6", *FEW, "--to", "out") == 0
+
+    rows, figures = rows_of("out/annotations.jsonl"), json.loads(Path("out/compare.json").read_text())
+    assert len(rows) == figures["pairs"] == 6
+    asked = {row["prompt"] for row in rows_of(TEST)}
+    assert {row["prompt"][-1]["content"] for row in rows} <= asked
+    expected = [(len(row["a"]) > len(row["b"])) + (len(row["a"]) == len(row["b"])) / 2 for row in rows]
+    assert [row["preference"] for row in rows] == expected
+    assert figures["win_rate"] == pytest.approx(sum(expected) / 6)
+    assert figures["wins"] + figures["ties"] + figures["losses"] == 6
+    assert Path("out/compare.png").read_bytes().startswith(b"\x89PNG")
+    assert "win rate" in capsys.readouterr().out
+
+
+def test_sides_on_one_base_are_rows_of_one_batch_with_the_answers_that_each_gives_alone(run, tiny_base, monkeypatch):
+    passes, role = [], Base.acting_as
+    side, asked = side_of(str(run)), [
+        Prompt(({"role": "user", "content": row["prompt"]},), "", {}) for row in rows_of(TEST)[:4]
+    ]  # fmt: skip
+    monkeypatch.setattr(Base, "acting_as", lambda self, name: passes.append(name) or role(self, name))
+    handle = tiny_base.lm.register_forward_pre_hook(lambda *_, **__: passes.append("forward"))
+    found = sample(tiny_base, {"a": side, "b": side_of("base")}, asked, max_new_tokens=6, temperature=0.0, seed=0)
+    handle.remove()
+    monkeypatch.undo()
+
+    assert passes.count("forward") <= 2 + 6  # prompts are read once, then a pass a token: for both sides together
+    turns = [list(prompt.turns) for prompt in asked]
+    for key, role_name in (("a", "side_a"), ("b", Role.BASE)):
+        alone = complete(tiny_base, role_name, turns, max_new_tokens=6)
+        assert [text for text, _ in found[key].values()] == alone
+    assert [*found["a"].values()] != [*found["b"].values()]
+
+
+def test_files_of_answers_in_any_shape(here):
+    """AlpacaEval's as a list of JSON, Arena-Hard's with an object as the answer."""
+    texts = {f"question {n}?": "word " * (n + 1) for n in range(4)}
+    Path("a.json").write_text(json.dumps([{"instruction": q, "output": a, "generator": "x"} for q, a in texts.items()]))
+    arena = [{"uid": q, "messages": [{"role": "user", "content": q}]} for q in texts]
+    for row in arena:
+        row["messages"].append({"role": "assistant", "content": {"answer": "two words"}})
+    Path("b.jsonl").write_text("\n".join(map(json.dumps, arena)))
+
+    assert leaving(main, "a.json", "b.jsonl", "--judge", "judge.py:length", "--to", "out") == 0
+
+    figures = json.loads(Path("out/compare.json").read_text())
+    assert (figures["a"], figures["b"], figures["wins"], figures["losses"]) == ("a", "b", 3, 1)
+    assert figures["mean_length"] == [12.5, 9.0]
+
+
+def test_a_file_against_a_model_asks_the_prompts_of_the_file(run, here):
+    answers("mine.jsonl", {"What is a prime?": "A number.", "And two?": "It is one."})
+
+    assert leaving(main, "mine.jsonl", str(run), "--judge", "judge.py:length", *FEW, "--to", "out") == 0
+
+    assert [row["prompt"][0]["content"] for row in rows_of("out/annotations.jsonl")] == ["What is a prime?", "And two?"]
+
+
+def test_a_reward_run_judges_as_it_scores(run, reward, here):
+    from qalign.score import score
+
+    assert leaving(main, str(run), "base", "--judge", str(reward.path), "--limit", "5", *FEW, "--to", "out") == 0
+
+    rows = rows_of("out/annotations.jsonl")
+    pairs = [{"prompt": row["prompt"], "chosen": row["a"], "rejected": row["b"]} for row in rows]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    score(str(reward.path), "pairs.jsonl", "scored.jsonl", None)
+    margins = [row["reward_margin"] for row in rows_of("scored.jsonl")]
+    assert [row["preference"] for row in rows] == [1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins]
+
+
+def test_the_base_as_labeller_gives_probabilities(run, here):
+    assert leaving(main, str(run), "base", "--limit", "2", "--max-tokens", "3", "--to", "out") == 0
+
+    found = [row["preference"] for row in rows_of("out/annotations.jsonl")]
+    assert all(p is None or 0 < p < 1 for p in found)
+
+
+def test_a_judge_that_a_side_was_trained_with_is_refused(run, reward, tiny_folder, here, capsys):
+    """As its reward, or in the run that it started from."""
+    trained = Path("rl") / "ppo"
+    shutil.copytree(run, trained)
+    keys = {"reward": str(reward.adapter), "data": TEST, "eval_data": TEST, "max_new_tokens": 8}
+    recipe = Path(write_recipe(Path("x"), tiny_folder, "ppo", model={"max_length": 256}, **keys)).read_text()
+    recipe = recipe.replace("micro_batch_size: 2", "micro_batch_size: auto").replace("batch_size: 4", "batch_size: 8")
+    (trained / "recipe.yaml").write_text(recipe)
+    after = Path("next") / "dpo"
+    shutil.copytree(run, after)
+    text = (after / "recipe.yaml").read_text().replace("start_from: null", f"start_from: {trained / 'adapter'}")
+    (after / "recipe.yaml").write_text(text)
+
+    for side in (trained, after):
+        assert leaving(main, str(side), "base", "--judge", str(reward.path), "--to", "out") == 2
+        assert "was trained on the scores of" in line_of(capsys)
+
+
+def test_a_judge_that_saw_the_prompts_is_refused(run, reward, here, capsys):
+    data = reward.recipe.reward.data[0].path
+
+    assert leaving(main, str(run), "base", "--judge", str(reward.path), "--prompts", data, "--limit", "9") == 2
+
+    assert "was trained on answers to" in line_of(capsys)
+
+
+def test_votes_of_the_page(run, here):
+    weights = side_of(str(run)).weights
+    sides = [{"weights": weights, "text": "of the run"}, {"weights": None, "text": "of the base"}]
+    lines = [
+        {"prompt": [{"role": "user", "content": f"q{n}"}], "vote": choice, "a": sides[n % 2], "b": sides[1 - n % 2]}
+        for n, choice in enumerate(["a", "b", "tie", "b"])
+    ]
+    Path("votes.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    assert leaving(main, str(run), "base", "--judge", "votes.jsonl", "--to", "out") == 0
+
+    figures = json.loads(Path("out/compare.json").read_text())
+    assert (figures["wins"], figures["ties"], figures["losses"]) == (3, 1, 0)
+
+
+def test_files_for_other_tools_say_the_same(tmp_path):
+    def row(number: int) -> Compared:
+        return Compared(
+            Prompt(({"role": "user", "content": f"q{number}"},), "", {}), f"## a\n{number}", f"- b **x** {number}"
+        )
+
+    write_files(tmp_path, ("demo/dpo", "base"), "judge.py:length", [*map(row, range(4))], [1.0, 0.0, 0.5, None])
+
+    alpaca = json.loads((tmp_path / "alpaca_eval" / "annotations.json").read_text())
+    assert [each["preference"] for each in alpaca] == [2.0, 1.0, 1.5, None]
+    assert (alpaca[0]["output_2"], alpaca[0]["generator_2"], alpaca[0]["generator_1"]) == (
+        "## a\n0",
+        "demo/dpo",
+        "base",
+    )
+    games = [each["games"] for each in rows_of(tmp_path / "arena_hard/model_judgment/judge.py_length/demo_dpo.jsonl")]
+    # The baseline is A in the first game and B in the second.
+    expected = [("B>A", "A>B"), ("A>B", "B>A"), ("A=B", "A=B"), (None, None)]
+    assert [tuple(game["score"] for game in each) for each in games] == expected
+    (answer, *_) = rows_of(tmp_path / "arena_hard/model_answer/base.jsonl")
+    assert answer["metadata"]["list_count"]["unordered"] == answer["metadata"]["bold_count"]["**"] == 1
+    again, refused = read_answers(str(tmp_path / "arena_hard/model_answer/demo_dpo.jsonl"), None)
+    assert ([text for _, text in again], refused) == ([f"## a\n{n}" for n in range(4)], [])
+
+
+BAD = {
+    "no such side": (("nowhere", "base"), "there is no finished"),
+    "the same side twice": (("base", "base"), "are the same"),
+    "no such file": (("a.jsonl", "gone.jsonl", "--judge", "judge.py:length"), "gone.jsonl"),
+    "other prompts": (("a.jsonl", "other.jsonl", "--judge", "judge.py:length"), "holds no answers to the"),
+    "no answers in a file": (("a.jsonl", "empty.jsonl", "--judge", "judge.py:length"), "empty.jsonl"),
+    "no base for the judge": (("a.jsonl", "b.jsonl"), "--recipe RECIPE"),
+    "no such judge": (("a.jsonl", "b.jsonl", "--judge", "nobody"), "a judge is base, a finished reward run"),
+    "no such function": (("a.jsonl", "b.jsonl", "--judge", "judge.py:nothing"), "can't be imported"),
+    "no such file of a function": (("a.jsonl", "b.jsonl", "--judge", "gone.py:length"), "there is no file gone.py"),
+    "no votes": (("a.jsonl", "b.jsonl", "--judge", "votes.jsonl"), "there is no file votes.jsonl"),
+    "a folder of other things": (("a.jsonl", "b.jsonl", "--judge", "judge.py:length", "--to", "."), "other files"),
+    "a limit of nothing": (("a.jsonl", "b.jsonl", "--limit", "0"), "--limit"),
+    "a bad temperature": (("a.jsonl", "b.jsonl", "--temperature", "hot"), "--temperature"),
+    "two answers in a row": (("pairs.jsonl", "b.jsonl", "--judge", "judge.py:length"), "pairs.jsonl"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(here, capsys, name):
+    words, expected = BAD[name]
+    answers("a.jsonl", {"q": "one"})
+    answers("b.jsonl", {"q": "two words"})
+    answers("other.jsonl", {"another question": "yes"})
+    Path("empty.jsonl").write_text("")
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}))
+
+    assert leaving(main, *words) == 2
+
+    assert expected in capsys.readouterr().err.strip().splitlines()[-1]
