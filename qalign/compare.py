@@ -24,8 +24,8 @@ from qalign.config.stages import Source
 from qalign.data.formats import Prompt, prompts
 from qalign.errors import UserError, short
 from qalign.evaluate import check_usable
-from qalign.judge.answer_files import Compared, file_name, read_answers
-from qalign.judge.judges import (
+from qalign.judge.comparison.answer_files import Compared, file_name, read_answers
+from qalign.judge.comparison.judges import (
     ANNOTATIONS,
     FunctionJudge,
     Judge,
@@ -35,8 +35,8 @@ from qalign.judge.judges import (
     judged,
     votes_between,
 )
-from qalign.judge.report import FIGURES, finish
-from qalign.judge.sides import (
+from qalign.judge.comparison.report import FIGURES, finish
+from qalign.judge.comparison.sides import (
     BASE,
     Answers,
     Bases,

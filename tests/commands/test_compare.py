@@ -8,8 +8,8 @@ import pytest
 
 from qalign.compare import main
 from qalign.data.formats import Prompt
-from qalign.judge.answer_files import Compared, read_answers, write_files
-from qalign.judge.sides import sample, side_of
+from qalign.judge.comparison.answer_files import Compared, read_answers, write_files
+from qalign.judge.comparison.sides import sample, side_of
 from qalign.model.base import Base, Role
 from qalign.model.generation import complete
 from tests.chat_runs import finished_run

@@ -7,8 +7,8 @@ import pytest
 
 from qalign.data.formats import Prompt
 from qalign.errors import UserError
-from qalign.judge.answer_files import Compared
-from qalign.judge.judges import ANNOTATIONS, UrlJudge, judged, votes_between
+from qalign.judge.comparison.answer_files import Compared
+from qalign.judge.comparison.judges import ANNOTATIONS, UrlJudge, judged, votes_between
 
 
 def pair(question: str, a: str, b: str) -> Compared:

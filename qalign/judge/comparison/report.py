@@ -13,8 +13,8 @@ import numpy as np
 
 from qalign.config.atomic import write_whole
 from qalign.errors import UserError
-from qalign.judge.answer_files import Compared, as_text, write_files
-from qalign.judge.judges import ANNOTATIONS
+from qalign.judge.comparison.answer_files import Compared, as_text, write_files
+from qalign.judge.comparison.judges import ANNOTATIONS
 from qalign.judge.logistic import sigmoid
 from qalign.judge.win_rate import Floats, Interval, WinRate, win_rate
 from qalign.reports.plots import BLUE, GREY, ORANGE, counted, label, picture

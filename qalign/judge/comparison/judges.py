@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from qalign.config.atomic import write_whole
 from qalign.config.paths import adapters_in
 from qalign.errors import UserError, disk_problem, one_line, scores_not_finite, short
-from qalign.judge.answer_files import Compared, as_text
+from qalign.judge.comparison.answer_files import Compared, as_text
 from qalign.reports.plots import counted
 
 if TYPE_CHECKING:
