@@ -16,7 +16,9 @@ from typing import Any
 
 from qalign.cli import run_parsed, stage_parser
 from qalign.config.load import load
-from qalign.config.stages import RL_STAGES, STAGES
+from qalign.config.recipe import Recipe
+from qalign.config.stages import CONSTITUTION, RL_STAGES, SECTIONS
+from qalign.constitution import ConstitutionRun
 from qalign.errors import UserError
 from qalign.reports.ppo_report import file_name
 from qalign.train.checkpoints import read_metrics
@@ -32,11 +34,11 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
     """
     recipe = load(path, overrides)
     if not recipe.stages:
-        names = ", ".join(f"{stage}:" for stage in STAGES)
+        names = ", ".join(f"{stage}:" for stage in SECTIONS)
         raise UserError(f"{path}: has none of the sections {names}, so there is nothing to run")
     states = []
     for stage in recipe.stages:
-        run, state = RunFolder(recipe, stage, shlex.join([path, *overrides])), "trained"
+        run, state = _folder(recipe, stage, shlex.join([path, *overrides])), "trained"
         if run.complete and "--overwrite" not in flags:
             if changed := run.changes():
                 fix = "choose another `output`, or train all stages again with --overwrite"
@@ -56,6 +58,12 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
         states.append((run, state))
     rows = [(run.stage, f"{state:<8} {_result(run)}") for run, state in states]
     print_table(f"{recipe.output}: all stages", rows)
+
+
+def _folder(recipe: Recipe, stage: str, command_line: str) -> RunFolder:
+    if stage == CONSTITUTION:
+        return ConstitutionRun(recipe, command_line)
+    return RunFolder(recipe, stage, command_line)
 
 
 def _run(command: list[str]) -> int:
@@ -82,6 +90,9 @@ def _result(run: RunFolder) -> str:
 
 
 def _in_words(run: RunFolder, facts: dict[str, Any]) -> str:
+    if run.stage == CONSTITUTION:
+        made = f"{facts['revisions']:,} revisions, {facts['pairs'] or 0:,} pairs, {facts['wall_seconds'] / 60:.1f} min"
+        return f"{made}; {facts['verdict'][0]}"
     logged = read_metrics(run.metrics)
     steps = [line for line in logged if line.get("loss") is not None]
     name, words = ("objective/scores", "reward") if run.stage in RL_STAGES else ("loss", "loss")

@@ -34,6 +34,7 @@ COMMANDS = {
     "kto": "learn from single answers labelled good or bad",
     "ppo": "reinforcement learning against a reward model or function",
     "grpo": "the same without a value model: GRPO, Dr. GRPO, RLOO",
+    "constitution": "make training data from principles: revisions and labelled pairs",
     "evaluate": "measure any run on held-out rows, before and after, and the alignment tax",
     "score": "score answers with a trained reward model",
     "compare": "win rate of one model against another, by a judge",
@@ -59,7 +60,7 @@ class Parser(argparse.ArgumentParser):
 HELP = "\n".join(
     [
         "usage: qalign COMMAND …, or qalign RECIPE … for every stage of a recipe\n\ncommands:",
-        *(f"  {name:<10} {line}" for name, line in COMMANDS.items()),
+        *(f"  {name:<12} {line}" for name, line in COMMANDS.items()),
         "\nqalign COMMAND --help lists the options of a command.",
     ]
 )

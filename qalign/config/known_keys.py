@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from qalign.config.paths import Keys, Place, Problem, as_keys
 from qalign.config.recipe import Recipe
-from qalign.config.stages import RL_STAGES, STAGES
+from qalign.config.stages import RL_STAGES, SECTIONS, STAGES
 from qalign.errors import did_you_mean, short
 
 
@@ -113,9 +113,9 @@ def _as_written(name: str, place: Place, raw: Keys) -> str | None:
     if len(place) > 1:  # an item of `data` or `reward`
         return name if name in here else None
     section, _, inside = name.rpartition(".")
-    stages = sorted(STAGES, key=lambda stage: stage not in raw)  # the recipe's own stages first
+    stages = sorted(SECTIONS, key=lambda stage: stage not in raw)  # the recipe's own stages first
     if section == "trainer":
-        return f"{at if at in STAGES else stages[0]}.{name}"
+        return f"{at if at in STAGES else next(stage for stage in stages if stage in STAGES)}.{name}"
     if section:
         return inside if section == at or {section, at} <= {*RL_STAGES} else name
     if name in here or name in Recipe.model_fields:

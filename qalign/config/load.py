@@ -4,6 +4,7 @@ Nothing here imports torch, so a bad recipe is refused in well under a second.
 """
 
 import re
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -16,7 +17,7 @@ from qalign.config.known_keys import meant_by, section_at, unknown_trainer_keys
 from qalign.config.missing import missing
 from qalign.config.paths import Keys, Lookup, Place, Problem, as_keys, expanded, resolved
 from qalign.config.recipe import Recipe
-from qalign.config.stages import MAX_BATCH, MAX_LAYERS, STAGES
+from qalign.config.stages import CONSTITUTION, MAX_BATCH, MAX_LAYERS, OWN_DATA, SECTIONS
 from qalign.config.yaml_file import MAX_DEPTH, BadYaml, Lines, dump_yaml, parse, read_yaml
 from qalign.errors import UserError, did_you_mean, short
 
@@ -30,6 +31,7 @@ _SEVERAL_TYPES = {
     "targets": "'all-linear' or a list of modules' names such as [q_proj, v_proj], and no regular expression",
     "data": "a path, or a list of them",
     "eval_data": "a path, or a list of them",
+    "agree_with": "a path, or a list of them",
     "reward": "'reward', a folder, a model, module:function, or a list of them",
     "judge": "a folder, a model, module:function, or a list of them",
 }
@@ -43,7 +45,7 @@ _WORDS = {
 
 
 def load(
-    path: str, overrides: Sequence[str] = (), stage: str | None = None, files_of: Collection[str] = ("model", *STAGES)
+    path: str, overrides: Sequence[str] = (), stage: str | None = None, files_of: Collection[str] = ("model", *SECTIONS)
 ) -> Recipe:
     """Reads and checks a recipe.
 
@@ -75,7 +77,23 @@ def load(
         said = [f"{name}:{line or ''}".rstrip(":") + f": {text}" for name, line, text in located[:MOST]]
         more = [f"{path}: has more problems than the {MOST} above"] if len(located) > MOST else []
         raise UserError(*said, *more)
-    return Recipe.model_validate(resolved(raw, lookup))
+    recipe = Recipe.model_validate(resolved(raw, lookup))
+    if stage in OWN_DATA:
+        _check_own_data(recipe, stage, shlex.join([path, *overrides]))
+    return recipe
+
+
+def _check_own_data(recipe: Recipe, stage: str, command_line: str) -> None:
+    """Raises a `UserError` if a stage reads what the recipe's constitution run has not written."""
+    run = expanded(recipe.output) / CONSTITUTION
+    file = run / OWN_DATA[stage]
+    if file.is_file() or all(source.path != str(file) for source in getattr(recipe, stage).data):
+        return
+    if (summary := run / "summary.json").is_file():
+        why = "its labeller can't judge, or its section makes none"
+        raise UserError(f"{stage}.data: the constitution run wrote no {file.name}: {why}; see {summary}")
+    fix = f"run python -m qalign.{CONSTITUTION} {command_line} first"
+    raise UserError(f"{stage}.data: there is no finished constitution run in {run}; {fix}")
 
 
 def recipe_file(path: str) -> Path:

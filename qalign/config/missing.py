@@ -19,6 +19,7 @@ from qalign.config.paths import (
     Place,
     Problem,
     adapter_folder,
+    answering_adapter,
     data_set_name,
     expanded,
     function_file,
@@ -33,10 +34,11 @@ from qalign.config.paths import (
     reward_adapter,
     reward_place,
 )
-from qalign.config.stages import GOLD_PAIRS, REWARD_RUN, RL_STAGES, SFT_RUN
+from qalign.config.stages import CONSTITUTION, GOLD_PAIRS, REWARD_RUN, RL_STAGES, SFT_RUN
 from qalign.errors import UserError, did_you_mean, short
 
 LONGEST_PATH = 3_000  # of an output folder, in bytes: Linux takes 4,096, and a checkpoint's files lie below it
+FILE_KEYS = ("chat_template", "principles")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
@@ -44,10 +46,13 @@ def missing(raw: Keys, lookup: Lookup, sections: Collection[str]) -> Iterator[Pr
     """(place, message) of every path in these sections of an unchecked recipe that can't be used."""
     for place, key, path in named_paths(raw):
         if place[0] in sections:
-            find = (
-                _gold_problem if key == "gold" else _reward_problem if key in SCORING else partial(_path_problem, key)
-            )
-            if problem := find(path, lookup.folders(place)):
+            finders = {"gold": _gold_problem, "labeller": _labeller_problem}
+            find = finders.get(key, _reward_problem if key in SCORING else partial(_path_problem, key))
+            if is_own_run(key, path) and key == "data":
+                problem = _own_data_problem(str(place[0]), raw)
+            else:
+                problem = find(path, lookup.folders(place))
+            if problem:
                 yield place, f"{place[0]}.{key}: {problem}"
     for name in RL_STAGES:
         if name in sections:
@@ -89,9 +94,9 @@ def _path_problem(key: str, path: str, folders: Folders) -> str | None:
         where = _looked_in(path, folders)
         return f"{short(path)} is neither 'sft' nor a PEFT adapter folder (no adapter_config.json in it){where}"
     if found := locate(path, folders):
-        return _unusable(path, Path(data_set_name(found)[0]), is_file=key == "chat_template")
-    if looks_local(path) or key == "chat_template":
-        kind = "file" if key == "chat_template" or path.endswith((*DATA_SUFFIXES, ".gguf")) else "file or folder"
+        return _unusable(path, Path(data_set_name(found)[0]), is_file=key in FILE_KEYS)
+    if looks_local(path) or key in FILE_KEYS:
+        kind = "file" if key in FILE_KEYS or path.endswith((*DATA_SUFFIXES, ".gguf")) else "file or folder"
         return f"there is no {kind} {short(path)}" + _hint(path, folders)
     name = data_set_name(path)[0] if key != "base" else path
     if len(name) > 96 or not HUB_ID.fullmatch(name):
@@ -122,6 +127,25 @@ def _hint(path: str, folders: Folders) -> str:
     except (OSError, ValueError):  # no such path can be
         near = ""
     return _looked_in(path, folders) + near
+
+
+def _own_data_problem(section: str, raw: Keys) -> str | None:
+    if section == CONSTITUTION:
+        return f"'{CONSTITUTION}' is this very run; name a file of prompts"
+    if raw.get(CONSTITUTION):
+        return None
+    fix = f"add one, or write ./{CONSTITUTION} for a folder of that name"
+    return f"'{CONSTITUTION}' is this recipe's own run, and it has no '{CONSTITUTION}:' section; {fix}"
+
+
+def _labeller_problem(source: str, folders: Folders) -> str | None:
+    if is_own_run("labeller", source) or answering_adapter(source, folders):
+        return None
+    if function_of(source) or source.endswith(".py"):
+        return _reward_problem(source, folders)
+    where = _looked_in(source, folders)
+    expected = "neither 'base', 'sft', a run that answers, a PEFT adapter folder nor FILE.py:function"
+    return f"{short(source)} is {expected}{where}"
 
 
 def _reward_problem(source: str, folders: Folders) -> str | None:

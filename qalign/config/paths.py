@@ -11,14 +11,18 @@ from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple, cast
 
 from qalign.config.recipe import Recipe
-from qalign.config.stages import GOLD_PAIRS, REWARD_RUN, RL_STAGES, SFT_RUN
+from qalign.config.stages import CONSTITUTION, GOLD_PAIRS, OWN_DATA, REWARD_RUN, RL_STAGES, SFT_RUN
 from qalign.errors import UserError, did_you_mean
 
 _TEXT_SUFFIXES = (".jsonl", ".json", ".ndjson", ".csv", ".tsv")
 DATA_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in _TEXT_SUFFIXES))
-INSIDE = {"data": "path", "eval_data": "path", "reward": "source", "judge": "source"}  # one or a list of sections
-RUNS = {"start_from": SFT_RUN, "reward": REWARD_RUN, "judge": REWARD_RUN, "gold": GOLD_PAIRS}  # names of own runs
+# One or a list of sections, and their key for the path.
+INSIDE = {**dict.fromkeys(("data", "eval_data", "agree_with"), "path"), **dict.fromkeys(("reward", "judge"), "source")}
+# Names of the recipe's own runs; `base`, of a labeller, is the base itself.
+RUNS = {"start_from": (SFT_RUN,), "reward": (REWARD_RUN,), "judge": (REWARD_RUN,), "gold": (GOLD_PAIRS,)}
+RUNS |= {"data": (CONSTITUTION,), "labeller": ("base", SFT_RUN)}
 SCORING = ("reward", "judge", "gold")  # keys that name what gives scores
+FUNCTIONS = (*SCORING, "labeller")  # keys that may name a Python function
 
 MEMBER = re.compile(r"member_[1-9][0-9]{0,2}")  # of an ensemble: its folder in `adapter/`
 
@@ -105,14 +109,20 @@ def without_member(folder: Path) -> tuple[Path, str]:
 
 def is_own_run(key: str, path: str) -> bool:
     """Whether a value of this key names a run of the recipe itself, or one member of it (`reward/member_4`)."""
-    run = RUNS.get(key)
-    return path == run or (run == REWARD_RUN and own_member(path) is not None)
+    runs = RUNS.get(key, ())
+    return path in runs or (REWARD_RUN in runs and own_member(path) is not None)
 
 
 def own_member(source: str) -> str | None:
     """The folder of a member of the recipe's own reward run, from its name, `reward/member_4`."""
     run, _, member = source.partition("/")
     return member if run == REWARD_RUN and MEMBER.fullmatch(member) else None
+
+
+def answering_adapter(source: str, folders: Folders = HERE) -> Path | None:
+    """The adapter folder of a model that answers: itself, or its run's."""
+    places = (adapter_folder(str(Path(source) / inside), folders) for inside in ("", "adapter"))
+    return next(filter(None, places), None)
 
 
 def reward_place(source: str, folders: Folders) -> Path | None:
@@ -162,9 +172,7 @@ def named_paths(raw: Keys) -> Iterator[tuple[Place, str, str]]:
     """(place, key, text) of every setting in an unchecked recipe that may name a file, in any of its forms."""
     for name in raw:
         settings = as_keys(raw[name])
-        keys = ("base", "chat_template") if name == "model" else ("data", "eval_data", "start_from")
-        keys += SCORING[:2] if name in RL_STAGES else SCORING[2:] if name == "goodhart" else ()
-        for key in keys:
+        for key in _keys_of_paths(name):
             value: Any = settings.get(key)
             is_list = isinstance(value, (list, tuple)) and key in INSIDE
             items: list[Any] = [*value] if is_list else [value]
@@ -174,6 +182,15 @@ def named_paths(raw: Keys) -> Iterator[tuple[Place, str, str]]:
                     place, item = (*place, INSIDE[key]), as_keys(item).get(INSIDE[key])
                 if isinstance(item, str):
                     yield place, key, item
+
+
+def _keys_of_paths(section: str) -> tuple[str, ...]:
+    if section == "model":
+        return "base", "chat_template"
+    keys = ("data", "eval_data", "start_from")
+    if section == CONSTITUTION:
+        return "data", "start_from", "principles", "labeller", "agree_with"
+    return keys + (SCORING[:2] if section in RL_STAGES else SCORING[2:] if section == "goodhart" else ())
 
 
 class Lookup(NamedTuple):
@@ -222,23 +239,32 @@ def resolved(raw: Keys, lookup: Lookup) -> Keys:
 
     def reached(place: Place, key: str, path: str) -> str:
         folders = lookup.folders(place)
-        is_reward = key in SCORING
-        find = adapter_folder if key == "start_from" else reward_place if is_reward else locate
-        found = find(path, folders)
-        if is_reward and (function := function_of(path)):
+        function = function_of(path) if key in FUNCTIONS else None
+        find = {"start_from": adapter_folder, "labeller": answering_adapter}.get(key, locate)
+        found = (reward_place if function or key in SCORING else find)(path, folders)
+        if function:
             module = _module_file(function[0])
             is_module = found is None or (module is not None and module.exists() and found.samefile(module))
             return path if is_module else f"{found}:{function[1]}"
         return f"./{found}" if is_own_run(key, str(found)) else str(found or path)  # "./": a folder with a run's name
 
-    return _replaced(raw, reached)
+    return _replaced(_with_own_data(raw), reached)
+
+
+def _with_own_data(raw: Keys) -> Keys:
+    """The recipe's keys with the file of its own constitution run in place of `data: constitution`."""
+    raw, output = copy.deepcopy(raw), expanded(str(raw.get("output")))
+    for place, key, path in list(named_paths(raw)):
+        if key == "data" and is_own_run(key, path) and place[0] in OWN_DATA:
+            _inside(raw, place)[place[-1]] = str(output / CONSTITUTION / OWN_DATA[str(place[0])])
+    return raw
 
 
 def absolute(recipe: Recipe) -> Recipe:
     """The recipe with every local path made absolute, so that it means the same in any directory."""
 
     def from_root(place: Place, key: str, path: str) -> str:
-        function = function_of(path) if key in SCORING else None
+        function = function_of(path) if key in FUNCTIONS else None
         if function is None:
             return absolute_path(path)
         where, name = function  # a module keeps its name, even beside a folder with that name
@@ -259,8 +285,13 @@ def _replaced(raw: Keys, replace: Callable[[Place, str, str], str]) -> Keys:
     raw = copy.deepcopy(raw)
     for place, key, path in list(named_paths(raw)):
         if not is_own_run(key, path):
-            inside: Any = raw
-            for part in place[:-1]:
-                inside = inside[part]
-            inside[place[-1]] = replace(place, key, path)
+            _inside(raw, place)[place[-1]] = replace(place, key, path)
     return raw
+
+
+def _inside(raw: Keys, place: Place) -> Any:
+    """The section or list that holds the value at a place."""
+    inside: Any = raw
+    for part in place[:-1]:
+        inside = inside[part]
+    return inside

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import BeforeValidator, Field, ValidationError
 
 from qalign.config.stages import (
+    CONSTITUTION,
     DPO,
     GRPO,
     KTO,
@@ -15,9 +16,11 @@ from qalign.config.stages import (
     OTHERS,
     PPO,
     RL_STAGES,
+    SECTIONS,
     SFT,
     SFT_RUN,
     STAGES,
+    Constitution,
     Goodhart,
     Reward,
     Section,
@@ -115,6 +118,8 @@ class Recipe(Section):
     max_refused_share: Share = 0.05
     """Maximum share of refused rows: a stage stops before training if more rows than this are too long, empty or
     broken. Raise it if you lower `model.max_length`."""
+    constitution: Constitution | None = None
+    """Constitutional AI: settings of `python -m qalign.constitution`, which makes data for the other stages."""
     sft: SFT | None = None
     """SFT stage: settings of `python -m qalign.sft`."""
     reward: Reward | None = None
@@ -157,11 +162,29 @@ class Recipe(Section):
                 )
         if self.sft and self.sft.start_from == SFT_RUN:
             yield "sft.start_from: an SFT run can't start from itself; name an adapter folder, or remove it"
+        yield from self._constitution_conflicts()
+
+    def _constitution_conflicts(self) -> Iterator[str]:
+        if not (settings := self.constitution):
+            return
+        if settings.max_new_tokens >= self.model.max_length:
+            yield (
+                f"constitution.max_new_tokens: {settings.max_new_tokens} leaves no room for a prompt in "
+                f"model.max_length {self.model.max_length}; lower it, or raise model.max_length"
+            )
+        if settings.uses_sft and self.sft and any(source.path == CONSTITUTION for source in self.sft.data):
+            yield (
+                f"constitution.{settings.uses_sft}: 'sft' is trained on this very run's revisions; use the base, or "
+                "the adapter of another run"
+            )
 
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that it has a section for, in the order in which they run."""
-        return tuple(name for name in STAGES if getattr(self, name))
+        has = [name for name in SECTIONS if getattr(self, name)]
+        if self.constitution and self.constitution.uses_sft and SFT_RUN in has:
+            has = [SFT_RUN, *(name for name in has if name != SFT_RUN)]
+        return tuple(has)
 
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:

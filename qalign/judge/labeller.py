@@ -10,10 +10,11 @@ of the two orders, and each principle is a short branch. A language model reads 
 the two orders can share no more than the dialogue.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,9 +25,10 @@ from qalign.data.formats import Message
 from qalign.data.readers import BadRow
 from qalign.data.rows import check_texts
 from qalign.data.tokenize import TokenAnswers
-from qalign.errors import UserError
+from qalign.errors import UserError, short
 from qalign.judge.principles import Principle
 from qalign.model.logps import backbone, state_logps
+from qalign.rl.user_code import Failed, import_function, is_number, listed, user_code
 
 if TYPE_CHECKING:
     from qalign.model.base import Base
@@ -148,3 +150,41 @@ class Labeller:
         states = hidden.flatten(0, 1)[batch.last_tokens]
         words = [state_logps(lm, states, batch.last_tokens.new_full((len(states),), word)) for word in self.targets]
         return (words[0].double() - words[1].double()).sigmoid().view(len(rows), -1).cpu().numpy()
+
+
+class FunctionLabeller:
+    """A Python function in a labeller's place: `function(prompts, firsts, seconds, principles) -> list[float]`, for
+    each judgement the probability that the first answer is better. It is asked in both orders too.
+
+    `prompts` are lists of turns, `firsts` and `seconds` texts, `principles` the names of the principles.
+    """
+
+    def __init__(self, key: str, source: str, principles: Sequence[Principle]):
+        module, _, name = source.rpartition(":")
+        self.key, self.source, self.function = key, source, import_function(key, module, name)
+        self.principles = tuple(principles)
+
+    def encode(self, comparison: Comparison) -> Comparison:
+        return comparison
+
+    def judge(self, encoded: Sequence[Any], limit: MicroBatchLimit, *, progress: bool = False) -> Judged:
+        """As `Labeller.judge`, of comparisons; a `UserError` if the function fails or gives anything else than
+        probabilities."""
+        asked = [
+            (list(one.turns), first, second, principle.name)
+            for one in encoded
+            for principle in self.principles
+            for first, second in ((one.a, one.b), (one.b, one.a))
+        ]
+        try:
+            with user_code():
+                given = listed(self.function(*map(list, zip(*copy.deepcopy(asked), strict=True))), len(asked))
+        except Failed as failed:
+            raise UserError(f"{self.key}: {self.source} raised {failed}") from None
+        expected = f"expected {len(asked)} probabilities from 0 to 1, one for each judgement"
+        if given is None or len(given) != len(asked):
+            raise UserError(f"{self.key}: {self.source} gave {short(given)}; {expected}")
+        if (bad := next((p for p in given if not (is_number(p) and 0 <= p <= 1)), None)) is not None:
+            raise UserError(f"{self.key}: {self.source} gave {short(bad)}; {expected}")
+        first = np.array(given, dtype=np.float64).reshape(len(encoded), len(self.principles), 2)
+        return Judged(np.stack([first[..., 0], 1 - first[..., 1]], axis=-1), 0, 0)

@@ -166,7 +166,7 @@ def encode_rows(
     notes = [*found.intake.notes(), *_worse(run, found), *_soft(found)]
     if template.left_out:
         notes.append(("", f"not used by the chat template: {', '.join(sorted(template.left_out))}"))
-    hashes = {key: _hash(rows) for key, (rows, _) in found.rows.items()}
+    hashes = {key: rows_hash(rows) for key, (rows, _) in found.rows.items()}
     return StageRows(encoded["data"], encoded["eval_data"], refused, counts, tuple(notes), hashes)
 
 
@@ -213,12 +213,12 @@ def check_same_rows(run: RunFolder, key: str, rows: list[Any]) -> None:
     file, was = run.path / ROWS_HASH, None
     with suppress(OSError, ValueError, AttributeError):  # an older run, or a damaged file
         was = json.loads(file.read_text(encoding="utf-8")).get(key)
-    if was and was != _hash(rows):
+    if was and was != rows_hash(rows):
         fix = "put those back, or train again with --overwrite"
         raise UserError(f"{run.stage}.{key}: its rows are no longer those that {run.path} began with; {fix}")
 
 
-def _hash(rows: list[Any]) -> str:
+def rows_hash(rows: list[Any]) -> str:
     """A hash of what rows hold, wherever they lie."""
 
     def plain(part: Any) -> Any:  # what JSON has no place for: a set of turns, or an image or a date in a column

@@ -16,12 +16,12 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from qalign.config import manifest
+from qalign.config import manifest, paths
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
 from qalign.config.load import dump
-from qalign.config.paths import absolute, expanded, function_of, looks_local, names_of_files, without_member
+from qalign.config.paths import absolute, expanded, looks_local, names_of_files, without_member
 from qalign.config.recipe import Recipe, differences
-from qalign.config.stages import PPO, SFT_RUN, STAGES, Stage
+from qalign.config.stages import SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
 from qalign.data.formats import Refused
 from qalign.errors import MAX_LINE, Stopped, StopRequest, UserError, did_you_mean, disk_problem, one_line
@@ -179,16 +179,13 @@ class RunFolder:
     def check_inputs(self, *, overwrite: bool) -> None:
         """Raises a `UserError` if something that the stage reads lies in this folder. (The run's own recipe may, unless
         it is to be overwritten.)"""
-        model = self.recipe.model
-        inputs = [("model.base", model.base), ("model.chat_template", model.chat_template)]
-        inputs += [(f"{self.stage}.start_from", self.parent)]
+        raw, inputs = self.recipe.model_dump(), [(f"{self.stage}.start_from", self.parent)]
+        for place, key, path in paths.named_paths({name: raw[name] for name in ("model", self.stage)}):
+            function = paths.function_of(path) if key in paths.FUNCTIONS else None
+            if not paths.is_own_run(key, path):
+                inputs.append((f"{place[0]}.{key}", function[0] if function else path))
         if overwrite:
             inputs += [("the recipe", os.path.abspath(word)) for word in shlex.split(self.command_line)[:1]]
-        if isinstance(self.settings, PPO):
-            rewards = ((f"{self.stage}.{key}", reward.source) for key, reward in self.settings.sources)
-            inputs += [(key, (function_of(source) or (source,))[0]) for key, source in rewards]
-        for key in ("data", "eval_data"):
-            inputs += [(f"{self.stage}.{key}", source.path) for source in getattr(self.settings, key) or ()]
         for key, used in inputs:
             if used and looks_local(used) and Path(os.path.realpath(used)).is_relative_to(self._home):
                 raise UserError(f"{key}: '{used}' lies in the folder that this run writes to; choose another `output`")

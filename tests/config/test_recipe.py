@@ -301,7 +301,7 @@ def test_the_schema_explains_every_key_beginning_with_its_term_and_allows_no_oth
     found = Recipe.model_json_schema()
 
     sections = {"Recipe": found, **found["$defs"]}
-    stages = {"SFT", "Reward", "DPO", "KTO", "PPO", "GRPO", "Goodhart"}
+    stages = {"SFT", "Reward", "DPO", "KTO", "PPO", "GRPO", "Goodhart", "Constitution"}
     assert set(sections) == {"Recipe", "Model", "Lora", *stages, "Source", "RewardSource"}
     for name, section in sections.items():
         assert section["additionalProperties"] is False, name
