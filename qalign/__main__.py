@@ -33,11 +33,11 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
         SystemExit: a stage ended with this exit code, after it printed why.
     """
     recipe = load(path, overrides)
-    if not recipe.stages:
+    if not recipe.runs:
         names = ", ".join(f"{stage}:" for stage in SECTIONS)
         raise UserError(f"{path}: has none of the sections {names}, so there is nothing to run")
     states = []
-    for stage in recipe.stages:
+    for stage in recipe.runs:
         run, state = _folder(recipe, stage, shlex.join([path, *overrides])), "trained"
         if run.complete and "--overwrite" not in flags:
             if changed := run.changes():

@@ -37,7 +37,7 @@ from qalign.train.dataset import StageRows, check_same_rows, rendered_at, rows_h
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:  # its import takes seconds
-    from qalign.judge.feedback import Asked, Feedback
+    from qalign.judge.ai_feedback.feedback import Asked, Feedback
     from qalign.model.base import Base
 
 REVISIONS, PAIRS, JUDGEMENTS, REPORT = OWN_DATA["sft"], OWN_DATA["dpo"], "judgements.jsonl", "report.png"
@@ -141,7 +141,7 @@ def _encoded(
 ) -> "tuple[list[Asked], list[Refused]]":
     """The prompts with their ids, and those that leave no room for an answer."""
     from qalign.data.tokenize import encode_questions
-    from qalign.judge.feedback import Asked
+    from qalign.judge.ai_feedback.feedback import Asked
 
     found, unfit = encode_questions(base.template, rows, base.max_length - run.constitution.max_new_tokens)
     run.check_refused(f"{CONSTITUTION}.data", refused + unfit, len(found))
@@ -150,7 +150,7 @@ def _encoded(
 
 def _feedback(run: ConstitutionRun, base: "Base", principles: tuple[Principle, ...]) -> "Feedback":
     from qalign.data.collate import MicroBatchLimit
-    from qalign.judge.feedback import Feedback
+    from qalign.judge.ai_feedback.feedback import Feedback
     from qalign.judge.labeller import FunctionLabeller, Labeller
     from qalign.model.base import Role
     from qalign.model.generation import Sampling, stop_ids_of
@@ -233,7 +233,7 @@ def _make(run: ConstitutionRun, agree: list[Part], revise: list[Part], label: li
 
 
 def _may_label(run: ConstitutionRun, figures: dict[str, Any] | None) -> bool:
-    from qalign.judge.agreement import can_judge
+    from qalign.judge.ai_feedback.agreement import can_judge
 
     return run.constitution.force or (figures is not None and can_judge(figures))
 
@@ -247,7 +247,7 @@ def _measured(run: ConstitutionRun) -> dict[str, Any] | None:
         return None
     import numpy as np
 
-    from qalign.judge import agreement
+    from qalign.judge.ai_feedback import agreement
 
     names = list(judged[0]["by_principle"])
     probabilities = np.array([[row["by_principle"][name] for name in names] for row in judged])
@@ -261,7 +261,7 @@ def _measured(run: ConstitutionRun) -> dict[str, Any] | None:
 
 def _finish(run: ConstitutionRun, figures: dict[str, Any] | None) -> None:
     """Writes the rows and the summary; a `UserError` if pairs were wanted and the labeller can't judge."""
-    from qalign.judge import agreement
+    from qalign.judge.ai_feedback import agreement
 
     parts, labelled = read_metrics(run.metrics), bool(run.constitution.candidates and _may_label(run, figures))
     names = ("revisions", "pairs", "judgements")
@@ -299,7 +299,7 @@ def _lines(run: ConstitutionRun, facts: dict[str, Any], labelled: bool) -> list[
         lines.append(("", f"packed, they took {share:.1%} of the tokens that single prompts would have taken"))
     if labelled and not facts["can_judge"]:
         lines.append(("warning", f"pairs were forced: {facts['verdict'][0]}"))
-    if len(run.recipe.stages) > 1 and (labelled or not run.constitution.candidates):
+    if run.recipe.stages and (labelled or not run.constitution.candidates):
         lines.append(("next", f"python -m qalign {run.command_line}"))
     return lines
 

@@ -39,7 +39,7 @@ def write_recipe(name: str, *, full: bool = False) -> None:
         raise UserError(f"{target}: is already here; remove it, or run this in another folder")
     text = with_every_key(source) if full else source.read_text(encoding="utf-8")
     named = [path for _, _, path in named_paths(parse(source)[0])]
-    named += ["rewards.py"] if "rewards.py" in text else []
+    named += [file.name for file in RECIPES.glob("*.py") if file.name in text]
     for path in dict.fromkeys(["recipe.schema.json", *named]):  # the schema is for editors
         if (RECIPES / path).is_file() and not Path(path).exists():
             Path(path).parent.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,6 @@ from qalign.config.stages import (
     OTHERS,
     PPO,
     RL_STAGES,
-    SECTIONS,
     SFT,
     SFT_RUN,
     STAGES,
@@ -181,10 +180,15 @@ class Recipe(Section):
     @property
     def stages(self) -> tuple[str, ...]:
         """The stages that it has a section for, in the order in which they run."""
-        has = [name for name in SECTIONS if getattr(self, name)]
-        if self.constitution and self.constitution.uses_sft and SFT_RUN in has:
-            has = [SFT_RUN, *(name for name in has if name != SFT_RUN)]
-        return tuple(has)
+        return tuple(name for name in STAGES if getattr(self, name))
+
+    @property
+    def runs(self) -> tuple[str, ...]:
+        """The stages, and the run that makes data for them: first, or after the SFT run that it takes a model from."""
+        if not self.constitution:
+            return self.stages
+        first = (SFT_RUN,) if self.sft and self.constitution.uses_sft else ()
+        return (*first, CONSTITUTION, *(name for name in self.stages if name not in first))
 
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:

@@ -140,7 +140,9 @@ def test_a_labeller_that_cannot_judge_writes_no_pairs_unless_forced(recipe_path,
         load(recipe_path, stage="dpo")
 
     for name in ("revise", "agree"):
-        monkeypatch.setattr(f"qalign.judge.feedback.Feedback.{name}", lambda *_: pytest.fail("it was made already"))
+        monkeypatch.setattr(
+            f"qalign.judge.ai_feedback.feedback.Feedback.{name}", lambda *_: pytest.fail("it was made already")
+        )
     _, after = made(recipe_path, only_first, "constitution.force=true", resume=True)
     assert after["revisions.jsonl"] == before["revisions.jsonl"]
     assert after["pairs.jsonl"] == [], "a judge of places alone calls each pair a tie"
@@ -209,9 +211,9 @@ def test_a_stage_says_which_command_makes_its_data(recipe_path):
 
 
 def test_it_runs_before_the_stages_that_it_makes_data_for(recipe_path):
-    assert load(recipe_path).stages == ("constitution", "sft", "reward", "dpo")
+    assert load(recipe_path).runs == ("constitution", "sft", "reward", "dpo")
     own_sft = [f"sft.data={TRAIN}", "constitution.labeller=sft"]
-    assert load(recipe_path, own_sft).stages == ("sft", "constitution", "reward", "dpo")
+    assert load(recipe_path, own_sft).runs == ("sft", "constitution", "reward", "dpo")
 
 
 def test_the_command_leaves_with_2_where_no_pairs_were_written(recipe_path, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """`qalign init`: a shipped recipe in the working folder, with what it needs, loadable without the repository."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 
 def without_paths(recipe: Recipe) -> str:
-    return recipe.model_dump_json().replace("recipes/data/", "data/").replace("recipes/rewards.py", "rewards.py")
+    return re.sub(r"recipes/(data/|\w+\.py)", r"\1", recipe.model_dump_json())
 
 
 @pytest.mark.parametrize("words", [(), ("--full",)])

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 NAMES = sorted(file.stem for file in (ROOT / "recipes").glob("*.y*ml"))
 DEMO = "smollm2_demo"
-DEMOS = (DEMO, "smollm2_goodhart", "smollm2_grpo", "smollm2_kto")  # without GPU, account or download
+DEMOS = (DEMO, "smollm2_goodhart", "smollm2_grpo", "smollm2_kto", "constitution_demo")  # without GPU or download
 SECTIONS = {"sft": SFT, "reward": Reward, "dpo": DPO, "kto": KTO, "ppo": PPO, "grpo": GRPO}
 PPO_AT = 4 + 2 * STAGES.index("ppo")  # the line of `ppo:` in `with_stages`
 GOOD = """\

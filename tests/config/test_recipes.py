@@ -42,7 +42,7 @@ def test_the_header_gives_a_command_that_works(name):
     ((path, without, ppo),) = re.findall(pattern, text_of(name), re.MULTILINE)
 
     every = load(path, [without.strip()] if without else [])
-    without_ppo = [("sft", "kto"), ("grpo",), ("reward", "ppo")]
+    without_ppo = [("sft", "kto"), ("grpo",), ("reward", "ppo"), ("sft", "dpo")]
     assert every.stages[-3:] == ("reward", "dpo", "ppo") if ppo else every.stages in without_ppo
     assert not ppo or load(path, [ppo]).stages[-1] == "dpo"
     for each in every.stages:  # no stage starts from one that the command leaves out
@@ -120,13 +120,13 @@ def test_hub_recipes_use_the_splits_made_for_each_stage(name, sections):
         assert held_out.limit
 
 
-def test_the_number_of_steps_in_a_comment_is_right(name, sections):
+def test_the_number_of_steps_in_a_comment_is_right(name, recipe, sections):
     for stage, settings in sections.items():
         (section,) = re.findall(rf"^{stage}:(.+?)(?:\n\n|\Z)", text_of(name), re.MULTILINE | re.DOTALL)
         rows = settings.batch_size // getattr(settings, "samples_per_prompt", 1)
         numbers = re.findall(r"(\d+) (?:optimiser steps|iterations)", section)
 
-        assert numbers or stage == "sft" or stage in RL_STAGES
+        assert numbers or stage == "sft" or stage in RL_STAGES or recipe.constitution  # it makes the rows
         for number in numbers:  # a pair gives KTO two answers
             assert int(number) == math.ceil(settings.limit * (1 + (stage == "kto")) / rows) * settings.epochs
 
@@ -153,7 +153,7 @@ def test_what_the_demo_counts_in_its_comments_is_so(name, recipe):
         assert f"{len(rows_of(settings.eval_data[0]))} held-out {kind}" in text_of(name)
 
 
-@pytest.mark.parametrize("name", DEMOS, indirect=True)
+@pytest.mark.parametrize("name", DEMOS[:-1], indirect=True)  # the last one makes its rows
 def test_no_question_of_the_demo_is_both_trained_on_and_measured(name, recipe):
     def questions(key: str) -> set[str]:
         return {

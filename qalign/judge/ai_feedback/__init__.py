@@ -1,0 +1,1 @@
+"""AI feedback by a constitution: critiques, revisions and labels, and whether the labeller can judge."""
