@@ -19,8 +19,14 @@ DATA_SUFFIXES = (*_TEXT_SUFFIXES, ".parquet", *(f"{suffix}.gz" for suffix in _TE
 # One or a list of sections, and their key for the path.
 INSIDE = {**dict.fromkeys(("data", "eval_data", "agree_with"), "path"), **dict.fromkeys(("reward", "judge"), "source")}
 # Names of the recipe's own runs; `base`, of a labeller, is the base itself.
-RUNS = {"start_from": (SFT_RUN,), "reward": (REWARD_RUN,), "judge": (REWARD_RUN,), "gold": (GOLD_PAIRS,)}
-RUNS |= {"data": (CONSTITUTION,), "labeller": ("base", SFT_RUN)}
+RUNS = {
+    "start_from": (SFT_RUN,),
+    "reward": (REWARD_RUN,),
+    "judge": (REWARD_RUN,),
+    "gold": (GOLD_PAIRS,),
+    "data": (CONSTITUTION,),
+    "labeller": ("base", SFT_RUN),
+}
 SCORING = ("reward", "judge", "gold")  # keys that name what gives scores
 FUNCTIONS = (*SCORING, "labeller")  # keys that may name a Python function
 
