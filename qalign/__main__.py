@@ -17,7 +17,7 @@ from typing import Any
 from qalign.cli import run_parsed, stage_parser
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
-from qalign.config.stages import CONSTITUTION, RL_STAGES, SECTIONS
+from qalign.config.stages import CONSTITUTION, RL_STAGES, STAGES
 from qalign.constitution import ConstitutionRun
 from qalign.errors import UserError
 from qalign.reports.ppo_report import file_name
@@ -34,7 +34,7 @@ def run_all(path: str, overrides: list[str], flags: list[str]) -> None:
     """
     recipe = load(path, overrides)
     if not recipe.runs:
-        names = ", ".join(f"{stage}:" for stage in SECTIONS)
+        names = ", ".join(f"{stage}:" for stage in STAGES)
         raise UserError(f"{path}: has none of the sections {names}, so there is nothing to run")
     states = []
     for stage in recipe.runs:
