@@ -66,7 +66,7 @@ def test_full_shows_every_key_of_every_section_with_its_meaning(run, tmp_path):
 
     text = (tmp_path / "mistral7b.yaml").read_text(encoding="utf-8")
     raw = yaml.safe_load(text)
-    assert set(raw) == set(Recipe.model_fields) - {"constitution", "kto", "grpo"}
+    assert set(raw) == set(Recipe.model_fields) - {"constitution", "goodhart", "kto", "grpo"}
     assert "\n# kto:\n" in text, "of a stage that the recipe doesn't have, the keys are comments"
     assert "\n#   desirable_weight: 1.0\n" in text
     assert all(
