@@ -100,7 +100,7 @@ def lines(forecast: "Forecast", memory: int) -> list[tuple[str, str]]:
 
 def not_counted(forecast: "Forecast") -> list[tuple[str, str]]:
     """What PPO and GRPO may hold beside the base and its adapters; its size is known only once it is loaded."""
-    from qalign.model.generation import VLLM_SHARE
+    from qalign.model.decoding.vllm_engine import VLLM_SHARE
 
     if forecast.stage not in RL_STAGES:
         return []

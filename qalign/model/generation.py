@@ -6,13 +6,11 @@ on the seed and the model, but not on which answers share a batch or when others
 
 import importlib.util
 import sys
-import tempfile
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from itertools import count, groupby
-from pathlib import Path
+from itertools import accumulate, count, groupby
 from random import shuffle
 from typing import cast
 
@@ -28,14 +26,15 @@ from qalign.errors import UserError
 from qalign.model.base import Base, Role
 from qalign.model.decoding.adapters import is_plain_lora, serves, spans_of
 from qalign.model.decoding.decoder import Decoder, decoder_of
+from qalign.model.decoding.mixture import Mixture, RowPlan
 from qalign.model.decoding.rows import last_logits, prompt_inputs
+from qalign.model.decoding.vllm_engine import VllmEngine
 from qalign.model.memory.first_step import free_unused, is_out_of_memory
 from qalign.model.memory.forecast import free_memory
 
 CACHE_SHARE = 0.5  # share of the free memory that the KV cache may take
 GREEDY_BELOW = 1e-3  # nucleus sampling below this temperature is greedy: dividing the logits by less could overflow
 TURN_TOKENS = 8  # steps of one batch before the next batch's turn: a change of role costs a third of a token on SmolLM2
-VLLM_SHARE = 0.4  # share of the GPU's memory for vLLM's copy of the base and its KV cache
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,12 @@ class Request:
     role: str  # a `Role`, or the name of an adapter on the base
     prompt_ids: list[int]  # generation prompt included
     draws: Tensor  # `uniform_draws`: float64 `(num_samples, max_new_tokens)` in [0, 1), one for every token
+    mixture: Mixture | None = None  # another role whose logits are mixed with those of `role`
+
+    @property
+    def roles(self) -> list[str]:
+        """The roles that read it."""
+        return [self.role] if self.mixture is None else [self.role, self.mixture.other]
 
 
 Choose = Callable[[Tensor, Tensor, Sampling], Tensor]  # (logits, draws, sampling) to tokens: `inverse_cdf`, `nucleus`
@@ -102,7 +107,7 @@ def stream(base: Base, requests: Sequence[Request], sampling: Sampling, choose: 
     While the iterator is suspended, the base stays in a role and gradients are off: exhaust it in one thread, or close
     it. `choose` samples the next tokens; it is `nucleus` if left out.
     """
-    decoder, roles = decoder_of(base), {request.role for request in requests}
+    decoder, roles = decoder_of(base), {role for request in requests for role in request.roles}
     held = {role for role in roles if serves(base, role)}
     with torch.no_grad(), decoder.session(base, held), ExitStack() as closing:
         turns = deque[tuple[str, Iterator[Step]]]()
@@ -127,8 +132,11 @@ def _batches(base: Base, decoder: Decoder, requests: Sequence[Request]) -> list[
     roles = sorted({request.role for request in requests})
     shuffle(roles)  # in a blind comparison, the order of answering must not tell which model is which
     by_role = [{number: request for number, request in enumerate(requests) if request.role == role} for role in roles]
-    if len(roles) > 1 and decoder.adapters.mixes(base, roles):
+    every = {role for request in requests for role in request.roles}
+    if len(every) > 1 and decoder.adapters.mixes(base, every):
         return [{number: request for group in by_role for number, request in group.items()}]
+    if any(request.mixture for request in requests):
+        raise UserError("logits are mixed of the bare base and plain LoRA adapters alone: no DoRA, no modules_to_save")
     return by_role
 
 
@@ -140,13 +148,14 @@ def _decode(
     running, stop_ids = set(answers), frozenset(sampling.stop_ids)
     requests = list(batch.values())
     draws = torch.cat([request.draws for request in requests]).to(base.lm.device)
-    prompts = [place for place, request in enumerate(requests) for _ in request.draws]
-    ids, pad_id = [request.prompt_ids for request in requests], base.tokenizer.pad_token_id
-    inputs = prompt_inputs(base.lm, ids, pad_id, base.row_cache.name)
-    with decoder.adapters.answering(spans_of([request.role for request in requests])):
-        logits = last_logits(base.lm, inputs)[prompts]
-    roles = [requests[place].role for place in prompts]
-    with decoder.rows(base, inputs, prompts, roles, sampling.max_new_tokens) as rows:
+    read = [(request.prompt_ids, role) for request in requests for role in request.roles]
+    starts = accumulate((len(request.roles) for request in requests), initial=0)
+    plan = RowPlan([(s, request.mixture) for s, request in zip(starts, requests, strict=False) for _ in request.draws])
+    inputs = prompt_inputs(base.lm, [ids for ids, _ in read], base.tokenizer.pad_token_id, base.row_cache.name)
+    with decoder.adapters.answering(spans_of([role for _, role in read])):
+        logits = plan.logits(last_logits(base.lm, inputs)[plan.prompts])
+    roles = [read[place][1] for place in plan.prompts]
+    with decoder.rows(base, inputs, plan.prompts, roles, sampling.max_new_tokens) as rows:
         for length in range(sampling.max_new_tokens):
             tokens = choose(logits, draws[:, length], sampling)
             step = [(*answer, token) for answer, token in zip(answers, _on_host(tokens, logits), strict=True)]
@@ -155,9 +164,11 @@ def _decode(
             if not running or length + 1 == sampling.max_new_tokens:
                 return
             kept = [place for place, answer in enumerate(answers) if answer in running]
-            if len(kept) < len(answers) and rows.keep(kept):
-                answers, draws, tokens = [answers[place] for place in kept], draws[kept], tokens[kept]
-            logits = rows.step(tokens)
+            if len(kept) < len(answers):
+                fewer, kept_rows = plan.keep(kept)
+                if rows.keep(kept_rows):
+                    answers, draws, tokens, plan = [answers[p] for p in kept], draws[kept], tokens[kept], fewer
+            logits = plan.logits(rows.step(plan.tokens(tokens)))
 
 
 def _on_host(tokens: Tensor, logits: Tensor) -> list[int]:
@@ -191,10 +202,11 @@ class TransformersEngine:
         *,
         num_samples: int,
         seed: int,
+        mixture: Mixture | None = None,
     ) -> list[list[list[int]]]:
         """`num_samples` answers to every prompt, as token ids with the stop id if an answer ended by itself. Prompts
-        are token ids with the generation prompt; `role` is that of all, or one for each. The same seed, roles and
-        prompts give the same answers."""
+        are token ids with the generation prompt; `role` is that of all, or one for each, and a `mixture` that
+        of all. The same seed, roles and prompts give the same answers."""
         roles = [role] * len(prompts) if isinstance(role, str) else role
         draws = uniform_draws(seed, len(prompts) * num_samples, sampling.max_new_tokens)
         answers: list[list[int]] = [[] for _ in draws]
@@ -203,12 +215,12 @@ class TransformersEngine:
         max_tokens = max(map(len, prompts)) + sampling.max_new_tokens
         decoder, start = decoder_of(base), 0
         with decoder.session(base, ()):
-            memory = CACHE_SHARE * free_memory(base.lm.device.type)
+            memory = CACHE_SHARE * free_memory(base.lm.device.type) / (2 if mixture else 1)
             size = max(1, decoder.rows_within(memory, base, max_tokens) // num_samples) * num_samples
             while start < len(order):
                 part = order[start : start + min(size, self._most_answers)]
                 requests = {
-                    number: Request(roles[number], prompts[number], draws[list(ids)])
+                    number: Request(roles[number], prompts[number], draws[list(ids)], mixture)
                     for number, ids in groupby(part, lambda answer: answer // num_samples)
                 }
                 try:
@@ -234,67 +246,6 @@ def _collected(base: Base, requests: list[Request], sampling: Sampling) -> list[
         for place, sample, token in step:
             answers[place][sample].append(token)
     return [answer for of_request in answers for answer in of_request]
-
-
-class VllmEngine:
-    """vLLM on the same GPU: faster sampling, but vLLM loads a second copy of the base in 4 bits. Each call saves the
-    role's adapter to a temporary folder, from which vLLM loads it.
-
-    Args:
-        max_tokens: the most tokens of a prompt and its answer together.
-        memory_share: share of the GPU's memory for vLLM's copy and its KV cache.
-    """
-
-    def __init__(self, base: Base, max_tokens: int, memory_share: float = VLLM_SHARE):
-        import vllm  # pyright: ignore[reportMissingImports]: optional, needs a GPU
-
-        self._calls = 0
-        ranks = [config.r for config in getattr(base.model, "peft_config", {}).values()]
-        self._llm = vllm.LLM(
-            model=base.origin.source,
-            revision=base.origin.hub_revision,
-            dtype=str(base.dtype).removeprefix("torch."),
-            quantization="bitsandbytes",
-            enable_lora=True,
-            max_lora_rank=max(8, 1 << (max(ranks, default=1) - 1).bit_length()),  # vLLM takes powers of 2
-            max_model_len=max_tokens,
-            gpu_memory_utilization=memory_share,
-            enforce_eager=True,  # CUDA graphs would take memory that the updates need
-            generation_config="vllm",  # not the model's own, which may end answers at other ids
-        )
-
-    def generate(
-        self, base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling, *, num_samples: int, seed: int
-    ) -> list[list[list[int]]]:
-        """As `TransformersEngine.generate`; the tokens differ from its."""
-        import vllm  # pyright: ignore[reportMissingImports]
-        from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
-
-        self._calls += 1
-        # Every answer has its own request: vLLM gives the answers of one request consecutive seeds.
-        generator = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**62, (len(prompts) * num_samples,), generator=generator).tolist()
-        params = [
-            vllm.SamplingParams(
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                top_k=-1,
-                stop_token_ids=list(sampling.stop_ids),
-                seed=answer_seed,
-                detokenize=False,
-            )
-            for answer_seed in seeds
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            adapter = None
-            if role in base.adapters:
-                base.save_adapter(role, Path(folder) / role)
-                adapter = LoRARequest(f"{role}-{self._calls}", self._calls, str(Path(folder) / role))
-            asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(num_samples)]
-            outputs = self._llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
 
 
 Engine = TransformersEngine | VllmEngine

@@ -223,7 +223,11 @@ def figures_text(reply: Reply, *, hidden: bool) -> str:
     """Length and speed of an answer; if not hidden, also what could identify its model."""
     facts = [f"{len(reply.ids)} tokens", f"{reply.tokens_per_second:.1f} tokens/s", STATES[reply.state]]
     if not hidden and reply.state != "growing":
-        facts += [f"seed {reply.seed}", reward_text(reply.reward) if reply.reward else ""]
+        facts += [
+            f"λ {reply.dial:g}" if reply.mixed_with else "",
+            f"seed {reply.seed}",
+            reward_text(reply.reward) if reply.reward else "",
+        ]
     return " · ".join(filter(None, facts))
 
 

@@ -21,27 +21,31 @@ from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.adapters.members import Ensemble, answer_scores, load_rewards
 from qalign.model.base import Role, load
+from qalign.model.decoding.mixture import Mixture
 from qalign.model.generation import Request, Sampling, stop_ids_of, stream, text_of, uniform_draws, with_end_of_turn
 from qalign.model.logps import completion_logps
 from qalign.page.models import BASE, ModelEntry, held_out_quantiles, safe_adapter
-from qalign.page.session import CUT, Reply, Reward
+from qalign.page.session import CUT, Reply, Reward, aligned_side
 from qalign.page.worker import Listeners, Worker
 
 MAX_CHARACTERS = 20_000  # of a prompt, and of the system prompt
 MAX_QUESTIONS = 50  # in a dialogue
 MAX_SEED = 2**31 - 2
+MAX_DIAL = 3.0  # three times as far as the adapter was trained to go
 Dialogues = Sequence[tuple[str, Sequence[Message]]]  # (name of the model, turns without a system turn) of each side
 
 
 @dataclass(frozen=True)
 class Controls:
-    """Settings of both sides, as a client sent them: `Chat.answer` checks them. Without a seed, one is drawn."""
+    """Settings of both sides, as a client sent them: `Chat.answer` checks them. Without a seed, one is drawn. `dial` is
+    λ: the aligned side's logits are λ · its own + (1 − λ) · the other side's."""
 
     temperature: float = 0.7
     top_p: float = 0.95
     max_new_tokens: int = 200
     seed: int | str | None = None
     system: str = ""
+    dial: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -148,6 +152,7 @@ class Chat:
             ("temperature", controls.temperature, 0, 2),
             ("top-p", controls.top_p, 0.01, 1),
             ("max tokens", controls.max_new_tokens, 1, self.max_new_tokens),
+            ("λ", controls.dial, 0, MAX_DIAL),
             ("seed", 0 if controls.seed is None else controls.seed, 0, MAX_SEED),
         ):
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
@@ -163,7 +168,20 @@ class Chat:
             prompt = (*([{"role": "system", "content": system}] if system else []), *turns)
             ids = encode_question(self.base.template, prompt, room)
             replies.append(Reply(name, self._hashes[name], prompt, ids, seed + number))
+        number = aligned_side([name for name, _ in dialogues])
+        if controls.dial != 1 and len({name for name, _ in dialogues}) == 2:
+            reply, other = replies[number], replies[1 - number]
+            weights = f"{reply.weights} at λ {controls.dial:g}"  # no vote for it is one for the model itself
+            replies[number] = replace(reply, weights=weights, dial=controls.dial, mixed_with=other.model)
         return replies
+
+    def _request(self, reply: Reply, draws: torch.Tensor) -> Request:
+        """What a reply asks for. At 0 and 1 a mixture is one of the two models, so it has only the rows of that one."""
+        role, ids = self._role(reply.model), [*reply.prompt_ids, *reply.ids]
+        if not reply.mixed_with or reply.dial == 1:
+            return Request(role, ids, draws)
+        other = self._role(reply.mixed_with)
+        return Request(role, ids, draws, Mixture(other, reply.dial)) if reply.dial else Request(other, ids, draws)
 
     def _grow(self, replies: list[Reply], controls: Controls) -> Generator[list[Reply]]:
         """Yields the replies after each step, a new list each time."""
@@ -175,7 +193,7 @@ class Chat:
         for number in growing:
             reply, done = replies[number], before[number]
             draws = uniform_draws(reply.seed, 1, done + more)[:, done:]  # a longer row begins with the shorter one
-            requests.append(Request(self._role(reply.model), [*reply.prompt_ids, *reply.ids], draws))
+            requests.append(self._request(reply, draws))
             replies[number] = replace(reply, first_token_seconds=0.0)
         start = time.monotonic()
         for step in stream(self.base, requests, sampling):

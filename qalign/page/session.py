@@ -1,6 +1,7 @@
 """The state of one visitor: two models, a dialogue with each, and which model is shown on which side. No model code."""
 
 import secrets
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class Reply:
     """An answer, finished or still growing."""
 
     model: str  # the page's name for its model
-    weights: str | None  # hash of the adapter weights, as in `lineage.json`; None for the bare base
+    weights: str | None  # hash of the adapter weights, as in `lineage.json`, and a dial's λ; None for the bare base
     prompt: tuple[Message, ...]  # the dialogue that it answers, with the system turn
     prompt_ids: list[int]  # the same as the model read it, generation prompt included
     seed: int
@@ -34,7 +35,14 @@ class Reply:
     state: str = "growing"  # or `ended` by itself, `cut` at the maximum length, `stopped` by the visitor
     first_token_seconds: float = 0.0
     tokens_per_second: float = 0.0  # after the first token
+    dial: float = 1.0  # λ: the share of its model's logits, where they are mixed with another's
+    mixed_with: str = ""  # the page's name of that other model; empty if nothing is mixed
     reward: Reward | None = None  # from the run's reward model, once the answer is finished
+
+
+def aligned_side(names: Sequence[str]) -> int:
+    """Which of two models is the aligned one: the second, unless it is the bare base."""
+    return 0 if names[-1] == BASE else len(names) - 1
 
 
 @dataclass
@@ -67,7 +75,7 @@ class Session:
     @property
     def aligned(self) -> int:
         """The number of the side that the tally and the colours are about: the second, unless it is the bare base."""
-        return 0 if self.names[1] == BASE else 1
+        return aligned_side(self.names)
 
     @property
     def can_vote(self) -> bool:

@@ -12,14 +12,14 @@ from gradio.themes import Soft
 
 from qalign.data.formats import Message
 from qalign.page.actions import MAX_COMMENT, Inputs, Page, View
-from qalign.page.chat import MAX_CHARACTERS, Controls
+from qalign.page.chat import MAX_CHARACTERS, MAX_DIAL, Controls
 from qalign.page.session import Session
 from qalign.page.votes import Choice
 
 EXAMPLES = 6
 MAX_AT_ONCE = 16  # actions that wait in `page.worker` for their turn, each in one of Gradio's 40 threads
 # Widgets that `handler` reads, and widgets that `updates` fills, in the order of these functions.
-ENTERED = (*("first", "second", "blind", "colours", "temperature", "top_p", "tokens", "seed", "system"),
+ENTERED = (*("first", "second", "blind", "colours", "temperature", "top_p", "tokens", "dial", "seed", "system"),
            *("prompt", "comment"))  # fmt: skip
 SHOWN = (*("left", "right", "left_figures", "right_figures", "status", "prompt", "comment", "tally", "differences"),
          *("ballot", "unfinished", "cut", "send", "stop"))  # fmt: skip
@@ -106,6 +106,10 @@ def more_widgets(max_new_tokens: int) -> dict[str, Any]:
             w["seed"] = gr.Textbox(  # an empty gr.Number shows 0, and sends it
                 label="Seed (empty: a new one each time)", max_lines=1, max_length=10, min_width=140, elem_id="seed"
             )
+        w["dial"] = gr.Slider(
+            0, MAX_DIAL, 1, step=0.05, elem_id="dial", label="λ: how far the aligned side is aligned",
+            info="Mixes the logits of the two sides: 0 is the other side, 1 the aligned model, more is over-alignment.",
+        )  # fmt: skip
         w["system"] = gr.Textbox(label="System prompt", max_lines=6, max_length=MAX_CHARACTERS, elem_id="system")
     with gr.Accordion("Why they differ", open=False, elem_id="why"):
         w["colours"] = gr.Checkbox(label="Colour the tokens of the aligned answer", elem_id="colours")
@@ -167,10 +171,10 @@ def handler(action: Callable[[Session, Inputs], View | Iterator[View]]) -> Calla
     def handle(session: Session, request: gr.Request, *values: Any) -> Iterator[list[Any]]:
         inputs = Inputs(key=request.session_hash or "")
         if values:
-            first, second, blind, colours, temperature, top_p, tokens, seed, system, prompt, comment = values
+            first, second, blind, colours, temperature, top_p, tokens, dial, seed, system, prompt, comment = values
             if isinstance(seed, str):
                 seed = int(seed) if seed.strip().isdecimal() else seed.strip() or None
-            controls = Controls(temperature, top_p, tokens, seed, system or "")
+            controls = Controls(temperature, top_p, tokens, seed, system or "", dial)
             inputs = Inputs(first, second, blind, colours, controls, prompt or "", comment or "", inputs.key)
         views = action(session, inputs)
         for view in [views] if isinstance(views, View) else views:

@@ -55,6 +55,7 @@ def row(choice: Choice, a: Reply, b: Reply, base: str, sampling: dict[str, Any],
 def _answer(reply: Reply, other: Reply) -> dict[str, Any]:
     """One answer of a row; with its dialogue only if the two differ."""
     prompt = {} if reply.prompt == other.prompt else {"prompt": reply.prompt}
+    prompt |= {"dial": reply.dial, "mixed_with": reply.mixed_with} if reply.mixed_with else {}
     facts = {"text": reply.text, "ended": reply.state == "ended", "seed": reply.seed}
     return {"model": reply.model, "weights": reply.weights, **prompt, **facts}
 

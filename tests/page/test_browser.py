@@ -99,6 +99,30 @@ def test_the_button_downloads_the_votes(browser, address, votes, tmp_path):
     assert (tmp_path / "votes.jsonl").read_text() == votes.read_text()
 
 
+def test_the_dial_mixes_the_sides_from_one_to_the_other_and_beyond(page):
+    page.click("#sampling button")
+    page.until(lambda: (page("#seed input, #seed textarea").send_keys("7"), True)[1])
+    page.until(
+        lambda: (
+            page("#temperature input[type=number]").send_keys(Keys.CONTROL + "a" + Keys.NULL, "0", Keys.TAB),
+            True,
+        )[1]
+    )
+    shown = {}
+    for dial in ("1", "0", "2"):
+        box = page("#dial input[type=number]")
+        box.send_keys(Keys.CONTROL + "a" + Keys.NULL, dial, Keys.TAB)
+        page.until(lambda dial=dial: page("#dial input[type=number]").get_attribute("value") == dial)
+        page.click("#clear")
+        page.ask("Why?")
+        shown[dial] = [page.text(f"#{side}").partition("Why?")[2].strip() for side in ("left", "right")]
+        assert ("λ" in page.text("#right-figures")) == (dial != "1")
+        assert "λ" not in page.text("#left-figures")
+    assert shown["0"][0] == shown["0"][1] == shown["1"][0]  # at temperature 0 the base's own answer
+    assert len({shown[dial][1] for dial in shown}) == 3
+    page.click("#clear")
+
+
 def test_a_reload_keeps_serving_even_in_the_middle_of_an_answer(browser, address):
     browser.open(address)
     browser.type("Why?\n")

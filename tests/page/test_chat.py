@@ -251,3 +251,42 @@ def test_failures_are_told_in_a_line(chat, capsys):
     with full, pytest.raises(torch.OutOfMemoryError):
         last(chat, [("base", QUESTION)])
     assert last(chat, [("base", QUESTION)])[0].text
+
+
+def test_the_dial_at_0_and_1_is_one_of_the_sides_to_the_bit_and_between_and_beyond_another_answer(chat):
+    free = Controls(temperature=1.0, top_p=0.9, max_new_tokens=24, seed=5)
+    plain, swapped = last(chat, PAIR, free), last(chat, [PAIR[1], PAIR[0]], free)
+    found = {dial: last(chat, PAIR, replace(free, dial=dial)) for dial in (0, 0.5, 1, 3)}
+
+    assert all(sides[0].ids == plain[0].ids for sides in found.values())
+    assert found[1][1] == replace(plain[1], **timing(found[1][1]))
+    assert found[0][1].ids == swapped[1].ids  # the base's own, with the seed of this side
+    assert len({found[dial][1].ids for dial in found}) == 4
+    assert found[0.5][1].weights == f"{plain[1].weights} at λ 0.5"
+
+
+def timing(reply: Reply) -> dict[str, float]:
+    return {name: getattr(reply, name) for name in ("first_token_seconds", "tokens_per_second")}
+
+
+def test_the_dial_turns_the_side_that_is_aligned_and_nothing_where_both_are_the_same(chat):
+    first = last(chat, [PAIR[1], PAIR[0]], replace(GREEDY, dial=0.5))
+    same = last(chat, [PAIR[1], PAIR[1]], replace(GREEDY, dial=0.5))
+
+    assert [(reply.mixed_with, reply.dial) for reply in first] == [("base", 0.5), ("", 1.0)]
+    assert [reply.mixed_with for reply in same] == ["", ""]
+
+
+def test_a_mixture_that_was_cut_goes_on_as_one(chat):
+    controls = Controls(1.0, 0.9, 24, seed=5, dial=0.5)
+    whole, grown = last(chat, PAIR, controls), last(chat, PAIR, replace(controls, max_new_tokens=5))
+
+    more = [*chat.go_on("me", grown, Controls(1.0, 0.9, 19))][-1]
+
+    assert [reply.ids for reply in more] == [reply.ids for reply in whole]
+
+
+@pytest.mark.parametrize("dial", [-0.1, 3.01, float("nan"), "1", None, True])
+def test_a_dial_out_of_bounds_is_refused(chat, dial):
+    with pytest.raises(UserError, match="λ: expected a number from 0 to 3"):
+        last(chat, PAIR, replace(GREEDY, dial=dial))

@@ -129,12 +129,14 @@ def samples(visitor):
         ("temperature", "Temperature", 0.7),
         ("top-p", "Top-p", 0.95),
         ("tokens", "Max tokens", 96),
+        ("dial", "λ: how far the aligned side is aligned", 1),
     ):
         visitor.until(lambda name=name, default=default: visitor.number(name) == default)
-        visitor.use(f"{name}: number input for {label}", Keys.CONTROL + "a" + Keys.NULL, "1", Keys.TAB)
-        visitor.until(lambda name=name: visitor.number(name) == 1)
+        typed = 2 if name == "dial" else 1
+        visitor.use(f"{name}: number input for {label}", Keys.CONTROL + "a" + Keys.NULL, str(typed), Keys.TAB)
+        visitor.until(lambda name=name, typed=typed: visitor.number(name) == typed)
         visitor.use(f"{name}: range slider for {label}", Keys.ARROW_LEFT)
-        visitor.until(lambda name=name: visitor.number(name) < 1 or name == "tokens")
+        visitor.until(lambda name=name, typed=typed: visitor.number(name) < typed or name == "tokens")
         visitor.use(f"{name}: Reset to default value")
         visitor.until(lambda name=name, default=default: visitor.number(name) == default)
     visitor.use("tokens: number input for Max tokens", Keys.CONTROL + "a" + Keys.NULL, "3", Keys.TAB)

@@ -1,6 +1,7 @@
 """Votes: an append-only file that can be trained on, and a tally worked out by hand."""
 
 import os
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,16 @@ def test_a_vote_for_one_answer_is_one_preference_row(choice, chosen, rejected, t
     assert kept["a"] == {"model": "base", "weights": None, "text": LINES, "ended": True, "seed": 7}
     assert kept["b"]["weights"] == "ab12"
     assert (kept["base"], kept["sampling"], kept["vote"]) == ("tiny", SAMPLING, choice)
+
+
+def test_a_vote_on_a_mixture_names_its_dial_and_is_none_on_the_model_itself():
+    mixture = replace(reply("It isn't.", "demo/dpo", weights="ab12 at λ 0.5"), dial=0.5, mixed_with="base")
+    kept = row(Choice.B, reply("It is."), mixture, "tiny", SAMPLING)
+
+    assert kept["b"].items() >= {"dial": 0.5, "mixed_with": "base", "model": "demo/dpo"}.items()
+    assert "dial" not in kept["a"]
+    assert tally([kept], ("demo/dpo", "ab12"), ("base", None)).votes == 0
+    assert tally([vote("b")], ("demo/dpo", "ab12"), ("base", None)).votes == 1
 
 
 @pytest.mark.parametrize(
