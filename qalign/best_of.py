@@ -49,6 +49,7 @@ class BestOfRun(RunFolder):
     several `rounds`, the folder that holds them."""
 
     number = 0  # of the round that this run is a part of; 0 for one that stands alone
+    zeros: "list[list[float] | None] | None" = None  # of ensembles, as `scorers_state` returns them; None: not set yet
 
     def __init__(self, recipe: Recipe, n: int, command_line: str = "RECIPE", rounds: int = 1, name: str = "best_of"):
         super().__init__(recipe, "ppo", command_line, name)
@@ -94,11 +95,12 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
     if session.checkpoint:
         began, *parts = read_metrics(run.metrics)
         check_unchanged(scorers, began["scorers"])
-        if parts and "zeros" in parts[-1]:
-            restore_scorers(scorers, parts[-1]["zeros"])
+        run.zeros = parts[-1].get("zeros", run.zeros) if parts else run.zeros
     else:
         of_rounds = {"rounds": run.rounds} if run.rounds > 1 else {}
         run.log({"step": 0, "n": run.n, **of_rounds, "scorers": [scorer.identity for scorer in scorers]})
+    if run.zeros:
+        restore_scorers(scorers, run.zeros)
 
     size = max(1, ANSWERS_PER_PART // run.n)  # prompts that are sampled together
     held_out = [] if run.number else setup.rows.held_out  # rounds are measured between them
@@ -134,8 +136,8 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPromp
                     run.mark_whole(number, 0)
                 raise
             found = {"proxy": scores, "judge": judged} if is_held_out else kept(rows, scores)
-            zeros = scorers_state(setup.scorers.all)
-            run.log({"step": number + 1, **found, **({"zeros": zeros} if any(zeros) else {})})
+            run.zeros = zeros if any(zeros := scorers_state(setup.scorers.all)) else None
+            run.log({"step": number + 1, **found, **({"zeros": zeros} if run.zeros else {})})
             bar.update()
             stopped, is_last = run.stop.number is not None, number + 1 == len(parts)
             if stopped or is_last or (number + 1) % every == 0:

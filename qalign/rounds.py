@@ -68,6 +68,7 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
     if not logged:
         run.log({"step": 0, "n": run.n, "rounds": run.rounds})
     done = {line["round"]: line for line in logged if "round" in line}
+    run.zeros = done.get(0, {}).get("zeros")
     adapter = first
     for number in range(run.rounds + 1):
         if number:
@@ -77,6 +78,7 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
             signal.signal(signal.SIGTERM, run.stop)
             point = _measure(run, number, adapter, first) if run.settings.has_held_out else None
             done[number] = {"step": number, "round": number, "point": point and asdict(point), "adapter": adapter}
+            done[number]["zeros"] = run.zeros
             if point:
                 print(f"round {number}: {in_words(point)}" if number else f"before: {in_words(point)}", flush=True)
             run.log(done[number])
@@ -89,8 +91,9 @@ def _train(run: BestOfRun, number: int, start: str | None) -> str:
     place = f"best_of/round_{number}"
     words = words_with(run, **{"ppo.start_from": start})
     sampling = BestOfRun(load(words[0], words[1:], "ppo"), run.n, run.command_line, run.rounds, f"{place}/sampling")
-    sampling.number = number
+    sampling.number, sampling.zeros = number, run.zeros
     work_on_part(sampling, best_of)
+    run.zeros = read_metrics(sampling.metrics)[-1].get("zeros")  # of the first answers that were scored in any round
     pairs = sampling.path / PAIRS
     if not pairs.stat().st_size:
         picks = json.loads(sampling.summary.read_text(encoding="utf-8"))["picks"]
@@ -134,21 +137,24 @@ def _measure(run: BestOfRun, number: int, adapter: str | None, first: str | None
 
     from qalign.data.collate import MicroBatchLimit
     from qalign.rl.ppo_setup import read_answers, set_up
-    from qalign.rl.rewards import combined
+    from qalign.rl.rewards import combined, restore_scorers, scorers_state, spread_of
 
     setup = set_up(now, read, trainable=False)
     if first:
         setup.base.load_reference(first)
     limit = MicroBatchLimit(tokens=2 * run.recipe.model.max_length)
     setup.scorers.attach(setup.base, limit)
+    if run.zeros:
+        restore_scorers(setup.scorers.all, run.zeros)
     rows = setup.sample(setup.rows.held_out, 1, SEED)
     proxy, judges = combined(setup.scorers.reward, rows)[0], setup.scorers.judge
     judge = combined(judges, rows)[0] if judges else None
+    run.zeros = zeros if any(zeros := scorers_state(setup.scorers.all)) else None
     rollout = read_answers(setup.base, rows, limit, setup.sampling.temperature)
     if not rollout.old_logps.isfinite().all():
         raise not_finite(f"round {number}", "log-probs of held-out answers are")
     write_samples(run.path, number, rollout.samples(proxy, judge), unit="round")
-    return rollout.point(number, proxy, judge)
+    return rollout.point(number, proxy, judge, spread=spread_of(setup.scorers.reward))
 
 
 def _finish(run: BestOfRun, lines: list[dict[str, Any]]) -> None:

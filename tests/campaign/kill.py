@@ -23,8 +23,7 @@ from qalign.model.base import Base
 from qalign.rl.ppo_loop import PPOLoop
 from qalign.train.callbacks import RunCallback
 from qalign.train.run_folder import RunFolder
-from tests.campaign.lab import SECTIONS, Lab, Outcome, Table, campaign, plain, start
-from tests.train.runs import STAGES
+from tests.campaign.lab import KINDS, Lab, Outcome, Table, campaign, plain, start
 
 RANDOM = 20
 FILES = ((os, ("replace", "rename")), (shutil, ("rmtree",)), (torch, ("save",)))  # named with the last path given
@@ -102,7 +101,7 @@ def resumed(lab: Lab, stage: str, path: str, killed: Outcome) -> list[str]:
     again = start(stage, [path, "--resume"])
     if again.code:
         return [f"--resume ended with {again.code}: {again.last_line}"]
-    return lab.differences(lab.run(path))
+    return lab.differences(stage, lab.run(path))
 
 
 def kill_random(lab: Lab, stage: str, draw: random.Random) -> list[str]:
@@ -112,11 +111,11 @@ def kill_random(lab: Lab, stage: str, draw: random.Random) -> list[str]:
     after = draw.random() * lab.seconds[stage]
     outcome = start(stage, [path], kill_after=after)
     if outcome.code == 0:  # this one was faster
-        return lab.differences(run)
+        return lab.differences(stage, run)
     if draw.random() < 0.5:
         outcome = start(stage, [path, "--resume"], kill_after=draw.random() * lab.seconds[stage])
         if outcome.code == 0:
-            return lab.differences(run)
+            return lab.differences(stage, run)
     return resumed(lab, stage, path, outcome)
 
 
@@ -141,14 +140,16 @@ def kill_overwrite(lab: Lab, stage: str, moment: Moment) -> list[str]:
         return [f"it was not killed: {killed.code}, {killed.last_line}"]
     again = start(stage, [path, "--resume"])
     if again.code == 0:
-        return lab.differences(run)
+        return lab.differences(stage, run)
     if again.code != 2 or "is complete, with another recipe" not in again.said:
         return [f"--resume ended with {again.code}: {again.last_line}"]
     contents = ({str(f.relative_to(p)): f.read_bytes() for f in p.rglob("*") if f.is_file()} for p in (old, run.path))
     if next(contents) != next(contents):
         return ["the old run is not as it was"]
     again = start(stage, [path, "--overwrite"])
-    return lab.differences(run) if again.code == 0 else [f"--overwrite ended with {again.code}: {again.last_line}"]
+    return (
+        lab.differences(stage, run) if again.code == 0 else [f"--overwrite ended with {again.code}: {again.last_line}"]
+    )
 
 
 def work(lab: Lab, args: Namespace, table: Table) -> None:
@@ -163,12 +164,12 @@ def work(lab: Lab, args: Namespace, table: Table) -> None:
         first = ["begin", "rewind", "mark_whole", "rmtree .{}.replaced", "rename .{}.replaced", "log"]
         for name in first[:: 3 if args.short else 1]:
             for when in ("before", "after"):
-                moment = (name.format(stage), 1, when)
+                moment = (name.format(KINDS[stage].command), 1, when)
                 table.add(stage, "--overwrite killed", kill_overwrite(lab, stage, moment), str(moment))
 
 
 def main(words: list[str] | None = None) -> int:
-    return campaign(__doc__ or "", work, words, (*STAGES, *SECTIONS))
+    return campaign(__doc__ or "", work, words, tuple(KINDS))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
@@ -25,14 +25,43 @@ from safetensors.torch import load_file
 from qalign.rl import ppo_setup
 from qalign.train.run_folder import RunFolder
 from tests.conftest import tiny_model
+from tests.helpers import TRAIN
 from tests.train.runs import CLOCK, HELD_OUT, STAGES, WEIGHTS, recipe_of
 
 Prepare = Callable[[], None]
 # Three steps, the last in the middle of an epoch; dropout, so that the random generators count; a report at the end.
 KEYS = {"limit": 20, "max_steps": 3, "save_every": 1, "eval_data": HELD_OUT, "eval_every": 2, "lora": {"dropout": 0.1}}
 SAMPLED = {"sample_prompts": 3, "sample_every": 2, "max_new_tokens": 8}  # while DPO trains
-SECTIONS = {"best_of": "ppo"}  # of the recipe, for a command that is no stage
+OWN = (*CLOCK, "adapter")  # in metrics: what the clock says, and a path
 TIMEOUT = 300  # seconds
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a campaign runs.
+
+    Attributes:
+        command: the command; its run folder has the same name.
+        section: its section of the recipe.
+        words: behind the recipe on the command line.
+        keys: more keys of the section.
+        adapters: folders of a finished run whose weights are compared.
+    """
+
+    command: str
+    section: str
+    words: tuple[str, ...] = ()
+    keys: dict = field(default_factory=dict)
+    adapters: tuple[str, ...] = ("adapter", "adapter_best")
+
+
+KINDS = {stage: Kind(stage, stage) for stage in STAGES}
+KINDS["dpo"] = Kind("dpo", "dpo", keys=SAMPLED)
+KINDS["ensemble"] = Kind("reward", "reward", (), {"members": 2}, ("adapter/member_1", "adapter/member_2"))
+KINDS["best_of"] = Kind("best_of", "ppo")
+KINDS["rounds"] = Kind(
+    "best_of", "ppo", ("rounds=2", "n=2", "dpo.data=" + TRAIN, "dpo.max_steps=2", "dpo.save_every=1")
+)
 
 
 @dataclass(frozen=True)
@@ -46,14 +75,16 @@ class Outcome:
         return (self.said.strip().splitlines() or ["(nothing)"])[-1]
 
 
-def start(stage: str, words: Sequence[str], prepare: Prepare | None = None, kill_after: float | None = None) -> Outcome:
-    """Runs a stage's command in a child.
+def start(name: str, words: Sequence[str], prepare: Prepare | None = None, kill_after: float | None = None) -> Outcome:
+    """Runs a command, or a kind of run by its name, in a child.
 
     Args:
         prepare: called in the child first.
         kill_after: seconds until the child gets SIGKILL.
     """
     log, began = Path(tempfile.mkstemp()[1]), time.monotonic()
+    kind = KINDS.get(name, Kind(name, name))
+    words = [words[0], *kind.words, *words[1:]]
     if (child := os.fork()) == 0:
         output = os.open(log, os.O_WRONLY | os.O_TRUNC)
         os.dup2(output, 1)
@@ -62,9 +93,11 @@ def start(stage: str, words: Sequence[str], prepare: Prepare | None = None, kill
         try:
             if prepare:
                 prepare()
-            if stage == "best_of":  # a tenth of the tiny model's tokens ends an answer: there are answers to keep
+            if (
+                kind.command == "best_of"
+            ):  # a tenth of the tiny model's tokens ends an answer: there are answers to keep
                 ppo_setup.stop_ids_of = lambda *_: tuple(range(0, 2006, 10))
-            importlib.import_module(f"qalign.{stage}").main(words)
+            importlib.import_module(f"qalign.{kind.command}").main(words)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         except BaseException:
@@ -95,17 +128,15 @@ class Lab:
 
     def recipe(self, stage: str, name: str, **keys) -> tuple[str, RunFolder]:
         """(a recipe of a stage with an output of its own, that run)."""
-        sampled = SAMPLED if stage == "dpo" else {}
-        keys = KEYS | sampled | keys
-        path = recipe_of(self.folder / f"{name}_{stage}", self.base, SECTIONS.get(stage, stage), **keys)
+        keys = KEYS | KINDS[stage].keys | keys
+        path = recipe_of(self.folder / f"{name}_{stage}", self.base, KINDS[stage].section, **keys)
         return (path := str(Path(path).rename(Path(path).with_stem(stage)))), self.run(path)
 
     def run(self, path: str) -> RunFolder:
         from qalign.config.load import load
 
-        stage = Path(path).stem
-        section = SECTIONS.get(stage, stage)
-        return RunFolder(load(path, stage=section), section, path, stage)
+        kind = KINDS[Path(path).stem]
+        return RunFolder(load(path, stage=kind.section), kind.section, path, kind.command)
 
     def whole(self, stage: str) -> RunFolder:
         """The run of a stage that nothing happened to; made once."""
@@ -117,10 +148,10 @@ class Lab:
             self.wholes[stage], self.seconds[stage] = run, outcome.seconds
         return self.wholes[stage]
 
-    def differences(self, run: RunFolder, adapters: Sequence[str] = ("adapter", "adapter_best")) -> list[str]:
+    def differences(self, stage: str, run: RunFolder, adapters: Sequence[str] | None = None) -> list[str]:
         """How a finished run differs from the one that nothing happened to, the clock apart, and what it left lying.
         Of its adapters, these are compared."""
-        whole, found = self.whole(run.name), []
+        whole, found = self.whole(stage), []
         if not run.complete:
             return ["it is not complete"]
         one, other = (_timeless(each.metrics) for each in (run, whole))
@@ -130,7 +161,7 @@ class Lab:
             wrong = next((a, b) for a, b in zip(one, other, strict=True) if a != b)
             names = [name for name in {**wrong[0], **wrong[1]} if wrong[0].get(name) != wrong[1].get(name)]
             found.append(f"step {wrong[0]['step']}: {', '.join(names)}")
-        for name in adapters:
+        for name in KINDS[stage].adapters if adapters is None else adapters:
             folders = run.path / name, whole.path / name
             if folders[0].is_dir() != folders[1].is_dir() or _files(folders[0]) != _files(folders[1]):
                 found.append(f"the files of {name}: {_files(folders[0])}")
@@ -146,7 +177,7 @@ class Lab:
         samples = run.path / "samples", whole.path / "samples"
         if _contents(samples[0]) != _contents(samples[1]):
             found.append(f"the samples: {_files(samples[0])}")
-        left = [*run.path.rglob(".*"), *run.path.parent.glob(f".{run.name}.replaced")]
+        left = [*run.path.rglob(".*[!k]"), *run.path.parent.glob(f".{run.name}.replaced")]
         if left or len(list(run.checkpoints.iterdir())) > 3:  # the third one waits for the next to be written
             found.append(f"left lying: {[path.name for path in left]}, {_files(run.checkpoints)}")
         return found
@@ -154,7 +185,7 @@ class Lab:
 
 def _timeless(metrics: Path) -> list[dict]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(CLOCK)} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(OWN)} for line in lines]
 
 
 def _lines(file: Path) -> list[str]:
@@ -184,7 +215,7 @@ class Table:
 
     def print(self) -> None:
         kinds = sorted({kind for _, kind, _ in self.counts})
-        stages = sorted({stage for stage, _, _ in self.counts}, key=[*STAGES, *SECTIONS].index)
+        stages = sorted({stage for stage, _, _ in self.counts}, key=[*KINDS].index)
         print(f"\n{'':<28}" + "".join(f"{stage:>12}" for stage in stages))
         for kind in kinds:
             right = {stage: self.counts[stage, kind, True] for stage in stages}

@@ -100,7 +100,7 @@ def full(lab: Lab, stage: str, size: int) -> list[str]:
             return limited(lab, stage, size // 4)
         outcome = start(stage, words)
         if outcome.code == 0:
-            return lab.differences(run)
+            return lab.differences(stage, run)
         if wrong := refused(outcome):
             return wrong
         _mount("-o", f"remount,{ROOM}", str(lab.folder / "disk"))
@@ -113,13 +113,13 @@ def limited(lab: Lab, stage: str, size: int) -> list[str]:
     shutil.rmtree(run.path, ignore_errors=True)
     outcome = start(stage, [path], lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
     if outcome.code == 0:
-        return lab.differences(run)
+        return lab.differences(stage, run)
     return refused(outcome) or goes_on(lab, stage, [path], run)
 
 
 def goes_on(lab: Lab, stage: str, words: list[str], run: RunFolder) -> list[str]:
     again = start(stage, [*words, "--resume"])
-    return lab.differences(run) if again.code == 0 else [f"--resume ended with {again.code}: {again.last_line}"]
+    return lab.differences(stage, run) if again.code == 0 else [f"--resume ended with {again.code}: {again.last_line}"]
 
 
 def read_only(lab: Lab, stage: str, stopped: Path | None) -> list[str] | None:
@@ -155,7 +155,7 @@ def damaged(lab: Lab, stage: str, stopped: Path, file: str, kind: str) -> list[s
     if outcome.code:
         return refused(outcome) or ([] if str(run.path) in outcome.said else ["the folder isn't named"])
     named = "adapter_best: was changed since" in outcome.said
-    return lab.differences(run, ["adapter"]) if named else lab.differences(run)
+    return lab.differences(stage, run, ["adapter"]) if named else lab.differences(stage, run)
 
 
 def both_damaged(lab: Lab, stage: str, stopped: Path) -> list[str]:

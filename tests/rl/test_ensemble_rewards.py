@@ -1,6 +1,7 @@
 """Ensembles as rewards and judges of PPO: their scores, which members judge, resuming, the figures of disagreement, and
 one line for what is wrong."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from qalign.train.run_folder import RunFolder
 from tests.helpers import leaving, metrics, summary
 from tests.reward_runs import run_stage, write_recipe
 from tests.rl.conftest import assert_alike, logged
+from tests.rounds_runs import recipe_path, rounds_run  # noqa: F401
 
 MEMBERS = ["member_1", "member_2", "member_3", "member_4"]
 LIMIT = MicroBatchLimit(pairs=2)
@@ -139,6 +141,15 @@ def test_best_of_goes_on_with_the_same_zeros(recipe_of, held_out, ensemble_run):
     zeros = [line["zeros"] for line in found if "zeros" in line]
     assert zeros
     assert all(one == zeros[0] for one in zeros)
+
+
+def test_rounds_measure_every_policy_by_the_same_zeros(recipe_path, ensemble_run):  # noqa: F811
+    run = rounds_run(recipe_path, 2, f"ppo.reward={ensemble_run.path}", "ppo.reward_combine=min", "ppo.judge=")
+    parts = [run.metrics, *(run.path / f"round_{number}" / "sampling" / "metrics.jsonl" for number in (1, 2))]
+    found = [line for part in parts for line in map(json.loads, part.read_text().splitlines()) if line.get("zeros")]
+    assert len(found) == 3 + 2 * 3
+    assert all(line["zeros"] == found[0]["zeros"] for line in found)
+    assert all(line["point"]["spread"] > 0 for line in found[:3])
 
 
 def test_the_adapter_of_a_member_has_no_other_role(ensemble_run, tiny_base):
