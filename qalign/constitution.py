@@ -266,7 +266,8 @@ def _finish(run: ConstitutionRun, figures: dict[str, Any] | None) -> None:
     parts, labelled = read_metrics(run.metrics), bool(run.constitution.candidates and _may_label(run, figures))
     names = ("revisions", "pairs", "judgements")
     rows = {name: [row for part in parts for row in part.get(name) or ()] for name in names}
-    files = {REVISIONS: "revisions", JUDGEMENTS: "judgements"} | ({PAIRS: "pairs"} if labelled else {})
+    files = {REVISIONS: "revisions"} if run.constitution.revisions else {}
+    files |= {JUDGEMENTS: "judgements", PAIRS: "pairs"} if labelled else {JUDGEMENTS: "judgements"}
     for file, name in files.items():
         write_whole(run.path / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
     facts: dict[str, Any] = {name: len(found) for name, found in rows.items()}
@@ -299,7 +300,9 @@ def _lines(run: ConstitutionRun, facts: dict[str, Any], labelled: bool) -> list[
         lines.append(("", f"packed, they took {share:.1%} of the tokens that single prompts would have taken"))
     if labelled and not facts["can_judge"]:
         lines.append(("warning", f"pairs were forced: {facts['verdict'][0]}"))
-    if run.recipe.stages and (labelled or not run.constitution.candidates):
+    if labelled and not facts["pairs"]:
+        lines.append(("next", "no pair to prefer: raise constitution.max_new_tokens if answers are cut, or candidates"))
+    elif run.recipe.stages and (labelled or not run.constitution.candidates):
         lines.append(("next", f"python -m qalign {run.command_line}"))
     return lines
 

@@ -48,6 +48,18 @@ TEXTS = {
         RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, advantage: rloo, value: trunk}\n",
         "grpo.value: adv",
     ),
+    "labels that nobody measured": (
+        RECIPE + "constitution: {data: pairs.jsonl}\n",
+        "constitution.agree_with: pairs are written once the labeller was measured",
+    ),
+    "an answer without another": (
+        RECIPE + "constitution: {data: pairs.jsonl, agree_with: pairs.jsonl, candidates: 3}\n",
+        "constitution.candidates: 3 answers",
+    ),
+    "data of no constitution": (
+        RECIPE.replace("data: pairs.jsonl", "data: constitution", 1),
+        "it has no 'constitution:' section; add one",
+    ),
     "hex": (RECIPE + "seed: 0x_\n", "is no whole number"),
     "binary digits": (RECIPE + "seed: 0b_\n", "is no whole number"),
     "date": (RECIPE + "seed: 2020-99-99\n", "expected a whole number"),
