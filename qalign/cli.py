@@ -36,6 +36,7 @@ COMMANDS = {
     "grpo": "the same without a value model: GRPO, Dr. GRPO, RLOO",
     "constitution": "make training data from principles: revisions and labelled pairs",
     "evaluate": "measure any run on held-out rows, before and after, and the alignment tax",
+    "h3": "how helpful, harmless and honest runs are, before and after",
     "score": "score answers with a trained reward model",
     "compare": "win rate of one model against another, by a judge",
     "best_of": "sample n answers to each prompt and keep the best, as training data",

@@ -45,7 +45,7 @@ from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_unde
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
-    from qalign.judge.held_out import Answered
+    from qalign.judge.measures.held_out import Answered
     from qalign.model.base import Base
 
 SIDE_BY_SIDE = 3
@@ -91,11 +91,11 @@ def report(
     figures, answered, unfit = measured(base, run, rows, scorers)
     figures = {"stage": stage, **figures}
     if others:
-        from qalign.judge.held_out import of_dialogues
+        from qalign.judge.measures.held_out import of_dialogues
 
         figures["tax"] = {"rows_of": others[0], **of_dialogues(base, _encoded(base, *others), Role.BASE)}
     if tasks:
-        from qalign.judge.harness import measure_tasks
+        from qalign.judge.measures.harness import measure_tasks
 
         figures["tasks"] = measure_tasks(base, {"base": Role.BASE, "aligned": Role.POLICY}, tasks, limit)
     count, left_out = figures[ROWS[run.stage]] if run.stage != "sft" else figures["rows"], len(refused) + len(unfit)
@@ -206,7 +206,7 @@ def _load_adapters(base: "Base", run: RunFolder) -> None:
 
 def _pairs(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Measured:
     from qalign.data.tokenize import encode_pairs
-    from qalign.judge.held_out import greedy_answers, of_pairs
+    from qalign.judge.measures.held_out import greedy_answers, of_pairs
 
     settings = cast(DPO | KTO, run.settings)
     pairs, unfit = encode_pairs(base.template, rows, base.max_length)
@@ -218,7 +218,7 @@ def _pairs(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Meas
 
 
 def _sft(base: "Base", run: RunFolder, rows: list[Dialogue | PlainText], _: Any) -> Measured:
-    from qalign.judge.held_out import greedy_answers, of_dialogues
+    from qalign.judge.measures.held_out import greedy_answers, of_dialogues
     from qalign.model.base import Role
 
     figures = of_dialogues(base, _encoded(base, f"{run.stage}.eval_data", rows), Role.REFERENCE)
@@ -237,7 +237,7 @@ def _encoded(base: "Base", source: str, rows: list[Dialogue | PlainText]) -> lis
 def _reward(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Measured:
     from qalign import reward
     from qalign.data.tokenize import encode_pairs
-    from qalign.judge.held_out import of_scores
+    from qalign.judge.measures.held_out import of_scores
     from qalign.model.adapters.members import load_rewards
     from qalign.model.base import Role
 
@@ -251,7 +251,7 @@ def _reward(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Mea
 def _policy(base: "Base", run: RunFolder, rows: list[Prompt], scorers: Any) -> Measured:
     from qalign.data.collate import MicroBatchLimit
     from qalign.data.tokenize import encode_questions
-    from qalign.judge.held_out import BATCH_TOKENS, of_policy
+    from qalign.judge.measures.held_out import BATCH_TOKENS, of_policy
     from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
     from qalign.rl.ppo_setup import Setup
     from qalign.train.dataset import StageRows

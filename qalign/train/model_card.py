@@ -68,6 +68,7 @@ quantization = BitsAndBytesConfig(
 )
 """
 PACKAGES = ("torch", "transformers", "peft", "trl", "bitsandbytes", "accelerate")
+CARD, H3 = "README.md", "## Helpful, harmless, honest"
 MODEL_CARD = """\
 ---
 base_model: {base}
@@ -179,6 +180,29 @@ def model_card(name: str, stage: str, model: str, base: str, code: str, facts: d
     made_with = ", ".join(f"{name} {version}" for name, version in facts["versions"].items())
     card = {"base": base, "stage": stage, "name": name, "model": model}
     return MODEL_CARD.format(**card, versions=made_with, table=table, code=code)
+
+
+def with_h3(card: str, figures: dict[str, Any]) -> str:
+    """A card with the table of `qalign.h3`, whose `h3.json` holds these figures, in place of an earlier one."""
+
+    def cell(side: dict[str, Any] | None) -> str:
+        if side is None:
+            return ""
+        low, high = side["interval"]
+        return f"{side['value']:.1%} ({low:.0%} to {high:.0%})"
+
+    rows = [
+        f"| {m['words']} | {cell(m['before'])} | {cell(m['after'])} | {m['verdict']} |" for m in figures["measures"]
+    ]
+    table = "\n".join(["| | base | this adapter | |", "|---|---|---|---|", *rows])
+    notes = (
+        f"95% intervals. A phrase-based rule says what is a refusal. Made by `python -m qalign.h3`{_judged(figures)}."
+    )
+    return f"{card.partition(H3)[0].rstrip()}\n\n{H3}\n\n{table}\n\n{notes}\n"
+
+
+def _judged(figures: dict[str, Any]) -> str:
+    return f", judged by {figures['judge']}" if figures.get("judge") else ""
 
 
 def versions() -> dict[str, str]:

@@ -28,7 +28,7 @@ from qalign.errors import MAX_LINE, Stopped, StopRequest, UserError, did_you_mea
 from qalign.model import lineage
 from qalign.train import checkpoints
 from qalign.train.lock import locked
-from qalign.train.model_card import model_card, versions
+from qalign.train.model_card import CARD, model_card, versions
 
 REFUSED = "rejected_rows.jsonl"
 LAST_TRY = "rejected_rows.last_try.jsonl"  # refused rows of a failed start, next to the finished run that it left alone
@@ -297,7 +297,7 @@ class RunFolder:
         facts |= {"wall_seconds": self.wall_seconds, "versions": versions()}
         for adapter, code in codes.items():
             card = model_card(self.path.parent.name, self.stage, self.recipe.model.base, base, code, facts)
-            write_whole(adapter / "README.md", card)
+            write_whole(adapter / CARD, card)
         write_whole(self.summary, json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         speed = f"{facts['tokens_per_second']:,.0f} tokens/s, {facts['peak_bytes'] / 2**30:.1f} GiB at most"
         print_table("done", [("adapter", self.adapter), ("speed", speed), ("next", next_command)])

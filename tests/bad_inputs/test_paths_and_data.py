@@ -74,7 +74,7 @@ def test_a_path_of_the_wrong_kind(refused, odd, word, words):
     [
         ["dpo", "PATH"], ["fit", "PATH"], ["PATH.yaml"], ["evaluate", "PATH"], ["best_of", "PATH"],
         ["score", "PATH", "pairs.jsonl"], ["merge", "PATH"], ["init", "PATH"],
-        ["compare", "PATH", "base"],
+        ["compare", "PATH", "base"], ["h3", "PATH"],
     ],
     ids=lambda words: words[0],
 )  # fmt: skip
@@ -91,6 +91,8 @@ def test_an_argument_that_leads_nowhere(refused, odd, words, name):
           for size in ("9" * 400, "1e300GB", "-12GB", "0", "nan", "12 GB free")),
         *((["compare", "pairs.jsonl", "base", f"--{name}={n}"], f"--{name}: ")
           for name in ("limit", "max-tokens", "temperature") for n in ("-5", "²", "9" * 5_000, "nan")),
+        *(([*words, f"--limit={n}"], "--limit: ") for n in ("0", "-5", "²", "9" * 5_000)
+          for words in (["h3", "runs/x/dpo"], ["evaluate", "recipe.yaml"])),
         *((["score", "runs/x", "pairs.jsonl", f"--limit={n}"], "--limit: ") for n in ("0", "-5", "²", "9" * 5_000)),
     ],
 )  # fmt: skip

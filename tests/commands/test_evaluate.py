@@ -15,7 +15,7 @@ from qalign.config.stages import DPO, Source
 from qalign.data.formats import labelled_answers
 from qalign.errors import UserError
 from qalign.evaluate import paired
-from qalign.judge import held_out
+from qalign.judge.measures import held_out
 from qalign.model.base import Role, load
 from tests.families import alone
 from tests.helpers import TEST, TRAIN, house_style, leaving, metrics, scramble, train
@@ -97,7 +97,7 @@ def test_a_tie_counts_a_half_and_gains_nothing(base):
 
 @pytest.mark.parametrize("loss", ["simpo", "ipo", "aot", {"sigmoid": 0.8, "bco_pair": 0.2, "sft": 1.0}])
 def test_the_figures_of_a_run_are_those_it_logged_last(recipe_file, loss, monkeypatch):
-    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 2)
     run = train(recipe_file(loss=loss, eval_data={"path": TEST, "limit": 8}, eval_every=3, max_steps=3))
     evaluate.report(run.recipe)
     kept, logged = json.loads((run.path / "evaluation.json").read_text()), metrics(run)[-1]
@@ -106,7 +106,7 @@ def test_the_figures_of_a_run_are_those_it_logged_last(recipe_file, loss, monkey
 
 
 def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
-    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 5)
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 5)
     run = train(recipe_file(eval_data=TEST, max_steps=3))
     capsys.readouterr()
     evaluate.report(run.recipe)
@@ -127,7 +127,7 @@ def test_the_report_of_a_run(recipe_file, capsys, monkeypatch):
 
 
 def test_a_run_from_sft_is_measured_against_it_and_answers_beside_the_base(recipe_file, capsys, monkeypatch):
-    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 3)
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 3)
     parent = train(recipe_file(output="parent", max_steps=1)).adapter
     run = train(recipe_file(start_from=str(parent), max_steps=1, eval_data={"path": TEST, "limit": 7}))
     capsys.readouterr()
@@ -163,7 +163,7 @@ def test_a_missing_adapter_or_missing_held_out_rows_are_named(recipe_file):
 
 
 def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_jsonl, capsys, monkeypatch):
-    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 1)
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 1)
     trained = Path(TRAIN).read_text().splitlines()[0]
     good = [json.loads(line) for line in (*Path(TEST).read_text().splitlines()[:2], trained)]
     held_out = write_jsonl("held_out.jsonl", [*good, "{broken", good[0] | {"chosen": "a<|eot_id|>b"}])
@@ -178,7 +178,7 @@ def test_held_out_rows_that_cannot_be_measured_are_named(recipe_file, write_json
 
 
 def test_the_same_base_by_another_path_is_accepted(recipe_file, tiny_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 1)
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 1)
     shutil.copytree(tiny_folder, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     keys = {"max_steps": 1, "model": {"base": "model"}, "eval_data": {"path": TEST, "limit": 2}}
@@ -205,7 +205,7 @@ def test_a_kto_run_is_measured_on_pairs_of_good_and_bad_answers(
     tiny_folder, tmp_path, write_jsonl, monkeypatch, capsys
 ):
     """The held-out pairs, and two answers to one prompt in rows of their own; a lone answer has nothing beside it."""
-    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 2)
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 2)
     pairs = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:4]]
     asked = {"prompt": "Why is that?", "label": True, "completion": "Because it is."}
     single = [asked, asked | {"label": False, "completion": "No."}, asked | {"prompt": "Alone?"}]

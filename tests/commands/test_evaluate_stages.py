@@ -12,7 +12,7 @@ from qalign.config.recipe import Lora, Model
 from qalign.config.stages import Source
 from qalign.data.formats import dialogues
 from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogues
-from qalign.judge import held_out
+from qalign.judge.measures import held_out
 from qalign.model.base import Role, load
 from qalign.reports.answers import change, verdict
 from tests.helpers import TEST, leaving, metrics, refusal, scramble, summary

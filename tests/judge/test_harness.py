@@ -15,7 +15,7 @@ lm_eval = pytest.importorskip("lm_eval", reason="optional: pip install 'qalign[t
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from qalign.judge.harness import HarnessModel, measure_tasks  # noqa: E402
+from qalign.judge.measures.harness import HarnessModel, measure_tasks  # noqa: E402
 
 PAIRS = [
     ("The capital of France is", " Paris"),

@@ -31,7 +31,7 @@ from torch import nn
 import qalign
 from qalign.config.recipe import Model
 from qalign.errors import UserError
-from qalign.judge import held_out
+from qalign.judge.measures import held_out
 from qalign.model.base import Base, load
 from tests.campaign.lab import Outcome, start
 from tests.conftest import ROOT

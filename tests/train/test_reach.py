@@ -117,7 +117,7 @@ def runs(tmp_path, short, write_jsonl):
 def test_rows_that_fit_are_used_and_commands_on_a_run_refuse_others(
     runs, tmp_path, short, write_jsonl, capsys, monkeypatch
 ):
-    monkeypatch.setattr("qalign.judge.held_out.MAX_NEW_TOKENS", 4)
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 4)
     held_out = write_jsonl("held_out.jsonl", [PAIR, PAIR | {"chosen": "word " * 100}])
     evaluate.report(load_recipe(write_recipe(tmp_path, short, "dpo", **runs, eval_data=held_out)))
     score.score(str(tmp_path / "reward"), held_out, None, None)

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import UserError, short
-from qalign.judge.held_out import batches_of
+from qalign.judge.measures.held_out import batches_of
 from qalign.model.base import Base
 from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
 from qalign.model.logps import answer_states, token_scores
