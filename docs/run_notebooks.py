@@ -12,7 +12,12 @@ from nbclient import NotebookClient
 from nbformat.v4 import new_output
 
 ROOT = Path(__file__).resolve().parent.parent
-ORDER = ("dpo_quickstart", "one_base_four_roles", "compare_chat")  # the last one opens the run of the first
+ORDER = (
+    "dpo_quickstart",
+    "one_base_four_roles",
+    "compare_chat",
+    "reward_hacking",
+)  # the third opens the first one's run
 
 
 # What libraries say on a CPU, or of this way to run a notebook.

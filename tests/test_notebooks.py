@@ -42,8 +42,9 @@ def test_what_the_cells_print_is_stored(notebook):
         assert not re.search(r"Traceback|\r|/(root|home|tmp|work|content)/", said)
 
 
-def test_the_three_notebooks_are_there_and_in_the_readme():
-    assert [path.stem for path in NOTEBOOKS] == ["compare_chat", "dpo_quickstart", "one_base_four_roles"]
+def test_the_notebooks_are_there_and_in_the_readme():
+    names = {"compare_chat", "dpo_quickstart", "one_base_four_roles", "reward_hacking"}
+    assert names <= {path.stem for path in NOTEBOOKS}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
         assert f"/blob/main/notebooks/{path.name})" in readme
@@ -59,7 +60,14 @@ def environment(tmp_path_factory):
         words.append(f"{stage}.eval_data={{path: {ROOT}/recipes/data/{held_out}.jsonl, limit: 4}}")
     recipe = load(str(ROOT / "recipes" / "smollm2_demo.yaml"), words)
     (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    words = ["goodhart.seeds=1", "goodhart.pairs=4", "goodhart.epochs=1", "goodhart.members=2", "goodhart.best_of=2"]
+    words += ["reward.limit=8", "reward.eval_data=null", "ppo.max_steps=1", "ppo.eval_every=1", "ppo.limit=2"]
+    words.append(f"ppo.eval_data={{path: {ROOT}/recipes/data/house_style_test.jsonl, limit: 2}}")
+    goodhart = load(str(ROOT / "recipes" / "smollm2_goodhart.yaml"), words)
+    (folder / "goodhart.yaml").write_text(dump(goodhart), encoding="utf-8")
     return {
+        "QALIGN_GOODHART": str(folder / "goodhart.yaml"),
+        "QALIGN_GOODHART_OUTPUT": str(folder / "goodhart"),
         "QALIGN_RECIPE": str(folder / "recipe.yaml"),
         "QALIGN_OUTPUT": str(folder / "quickstart"),
         "QALIGN_RUN": str(folder / "elsewhere" / "quickstart" / "dpo"),  # as on another machine
@@ -78,6 +86,7 @@ def environment(tmp_path_factory):
         ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart.tar.gz"]),
         ("one_base_four_roles", ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far"]),
         ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s"]),
+        ("reward_hacking", ["best_of, seed 1, 1 member(s)", "rl, seed 1, 2 member(s)", "ppo_4_ensemble step-1"]),
     ],
 )
 def test_a_notebook_runs_from_top_to_bottom(name, words, environment, monkeypatch):

@@ -60,6 +60,8 @@ TEXTS = {
         RECIPE.replace("data: pairs.jsonl", "data: constitution", 1),
         "it has no 'constitution:' section; add one",
     ),
+    "half of the labels wrong": (RECIPE + "goodhart: {flipped: 0.5}\n", "goodhart.flipped is 0.5"),
+    "no seeds": (RECIPE + "goodhart: {seeds: []}\n", "goodhart.seeds"),
     "hex": (RECIPE + "seed: 0x_\n", "is no whole number"),
     "binary digits": (RECIPE + "seed: 0b_\n", "is no whole number"),
     "date": (RECIPE + "seed: 2020-99-99\n", "expected a whole number"),
