@@ -7,13 +7,16 @@ held-out prompts, those of `--prompts`, or those of the other side's file. The j
 better, in both orders), a reward run that neither side was trained on, a function `FILE.py:NAME` that scores answers,
 the URL of an OpenAI-compatible server, or the page's `votes.jsonl`.
 
+With `--dial`, A's logits are mixed with B's at several λ instead, and each mixture is judged against B.
+
 Into the folder it writes `compare.json`, `compare.png`, `annotations.jsonl` (a line for each judgement, as it is given;
 the same command goes on from them), and the answers as AlpacaEval and Arena-Hard read them.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from qalign.cli import Parser, program, run_parsed
@@ -24,6 +27,7 @@ from qalign.config.stages import Source
 from qalign.data.formats import Prompt, prompts
 from qalign.errors import UserError, short
 from qalign.evaluate import check_usable
+from qalign.judge.comparison import dial
 from qalign.judge.comparison.answer_files import Compared, file_name, read_answers
 from qalign.judge.comparison.judges import (
     ANNOTATIONS,
@@ -45,10 +49,12 @@ from qalign.judge.comparison.sides import (
     check_judge,
     held_out,
     prompt_key,
+    role_of,
     same_base,
     sample,
     side_of,
 )
+from qalign.judge.win_rate import WinRate
 from qalign.model import lineage, origin
 from qalign.reports.plots import counted
 from qalign.train.lock import locked
@@ -71,6 +77,12 @@ def compare(args: argparse.Namespace) -> None:
     sides, judge = (side_of(args.a), side_of(args.b)), judge_of(args.judge)
     if sides[0].file == sides[1].file and sides[0].adapter == sides[1].adapter:
         raise UserError(f"{args.a} and {args.b}: are the same; name two sides that differ")
+    if args.dial:
+        dial.dials_of(args.dial)
+        if not (sides[0].adapter and sides[1].is_model) or judge.kind == "votes":
+            raise UserError(
+                "--dial: mixes a run with the base or another adapter on it; give RUN base, and another judge"
+            )
     folder = _folder(args, sides)
     with locked(folder):
         if judge.kind == "votes":
@@ -85,8 +97,16 @@ def compare(args: argparse.Namespace) -> None:
             for model in models.values():
                 origin.check(model)
             bases = Bases()
+            light = _light(args, judge)  # before anything is sampled
+
+            @cache
+            def opened() -> Judge:
+                return light or _on_base(judge, models, bases)
+
+            if args.dial:
+                return _dial(args, folder, sides, asked, judge.word, models, bases, opened)
             rows = _answered(args, sides, asked, given, models, bases)
-            found = judged(folder, _open(args, judge, models, bases), rows)
+            found = judged(folder, opened(), rows)
         finish(folder, (sides[0].name, sides[1].name), judge.word, rows, found)
 
 
@@ -117,7 +137,11 @@ def _folder(args: argparse.Namespace, sides: tuple[Side, Side]) -> Path:
     folder = expanded(args.to) if args.to else Path("runs") / "compare" / names
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: is a file; name a folder with --to")
-    if folder.is_dir() and any(folder.iterdir()) and not any((folder / n).is_file() for n in (ANNOTATIONS, FIGURES)):
+    if (
+        folder.is_dir()
+        and any(folder.iterdir())
+        and not any((folder / n).is_file() for n in (ANNOTATIONS, FIGURES, dial.FILE))
+    ):
         raise UserError(f"{folder}: holds other files; name a folder of its own with --to")
     return folder
 
@@ -199,16 +223,52 @@ def _answered(
     return [Compared(row, a[0], b[0], (a[1], b[1])) for row, a, b in fit]
 
 
-def _open(args: argparse.Namespace, judge: Named, models: dict[str, Model], bases: Bases) -> Judge:
-    """The judge, ready to judge; its name tells it from a judge that would judge otherwise."""
+def _dial(
+    args: argparse.Namespace, folder: Path, sides: tuple[Side, Side], asked: list[Prompt], judge: str,
+    models: dict[str, Model], bases: Bases, open_judge: Callable[[], Judge],
+) -> None:  # fmt: skip
+    """Side A at several λ against side B."""
+    from qalign.model.decoding.mixture import Mixture
+
+    if not all(same_base(models["a"], model) for model in models.values()):
+        raise UserError("--dial: sides and judge must be on one base; a function or a URL can judge too")
+    how = {"max_new_tokens": args.max_tokens, "temperature": args.temperature, "seed": args.seed}
+
+    def rows_of(key: str, side: Side, mixture: Mixture | None = None) -> list[Compared]:
+        found = sample(bases.get(models["a"], sides[0].run), {key: side}, asked, **how, mixture=mixture)[key]
+        keys = ((row, prompt_key(row)) for row in asked)
+        return [Compared(row, found[k][0], other[k][0], (found[k][1], other[k][1])) for row, k in keys if k in found]
+
+    base = bases.get(models["a"], sides[0].run)
+    other = sample(base, {"b": sides[1]}, asked, **how)["b"]
+    mixtures = {value: Mixture(role_of(base, "b", sides[1]), value) for value in dial.dials_of(args.dial)}
+    rows = {value: rows_of("a", sides[0], mixture) for value, mixture in mixtures.items()}
+    opened = open_judge()
+    figures = {}
+    for value, some in rows.items():
+        figures[value] = dial.measured(some, judged(folder / f"dial_{value:g}", opened, some))
+
+    def judge_scaled(side: Side) -> WinRate:
+        some = rows_of("scaled", side)
+        return dial.measured(some, judged(folder / "dial_adapter", open_judge(), some))
+
+    dial.finish(folder, sides, judge, figures, judge_scaled)
+
+
+def _light(args: argparse.Namespace, judge: Named) -> Judge | None:
+    """A judge that needs no base; its name tells it from one that would judge otherwise. A `UserError` if a function
+    can't be imported."""
     if judge.kind == "url":
         return UrlJudge(f"{args.judge_model} at {judge.word}", judge.word, args.judge_model)
-    if judge.kind == "function":
-        where, _ = function_of(judge.word) or ("", "")
-        file = expanded(where)
-        return FunctionJudge(
-            f"{judge.word} {lineage.digest(file.read_bytes()) if file.is_file() else ''}".strip(), judge.word
-        )
+    if judge.kind != "function":
+        return None
+    file = expanded((function_of(judge.word) or ("",))[0])
+    digest = lineage.digest(file.read_bytes()) if file.is_file() else ""
+    return FunctionJudge(f"{judge.word} {digest}".strip(), judge.word)
+
+
+def _on_base(judge: Named, models: dict[str, Model], bases: Bases) -> Judge:
+    """A judge on a base, named likewise."""
     base = bases.get(models["judge"], judge.run)
     if judge.run is None:
         return LabellerJudge(f"{models['judge'].base}, asked by principles", base)
@@ -242,6 +302,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-tokens", type=_count, default=MAX_NEW_TOKENS, metavar="N", help="longest answer")
     parser.add_argument("--temperature", type=_temperature, default=0.0, metavar="T", help="of sampling (default: 0)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of sampling")
+    how_far = f"judge A mixed with B at these λ instead, such as {dial.DIALS} (the default)"
+    parser.add_argument("--dial", nargs="?", const=dial.DIALS, metavar="λ,λ…", help=how_far)
     parser.add_argument("--recipe", metavar="RECIPE", help="recipe whose base to load, if no run says it")
     parser.add_argument("--to", metavar="FOLDER", help="where to write (default: runs/compare/A_vs_B)")
     run_parsed(parser, compare, words)

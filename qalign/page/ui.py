@@ -107,8 +107,8 @@ def more_widgets(max_new_tokens: int) -> dict[str, Any]:
                 label="Seed (empty: a new one each time)", max_lines=1, max_length=10, min_width=140, elem_id="seed"
             )
         w["dial"] = gr.Slider(
-            0, MAX_DIAL, 1, step=0.05, elem_id="dial", label="λ: how far the aligned side is aligned",
-            info="Mixes the logits of the two sides: 0 is the other side, 1 the aligned model, more is over-alignment.",
+            0, MAX_DIAL, 1, step=0.05, elem_id="dial", label="Dial λ",
+            info="Logits are λ · aligned + (1 − λ) · other: 0 is the other side, 1 the aligned one, more is too much.",
         )  # fmt: skip
         w["system"] = gr.Textbox(label="System prompt", max_lines=6, max_length=MAX_CHARACTERS, elem_id="system")
     with gr.Accordion("Why they differ", open=False, elem_id="why"):

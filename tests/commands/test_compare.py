@@ -9,7 +9,10 @@ import pytest
 from qalign.compare import main
 from qalign.data.formats import Prompt
 from qalign.judge.comparison.answer_files import Compared, read_answers, write_files
+from qalign.judge.comparison.dial import best_of, scaled
 from qalign.judge.comparison.sides import sample, side_of
+from qalign.judge.win_rate import win_rate
+from qalign.model import lineage
 from qalign.model.base import Base, Role
 from qalign.model.generation import complete
 from tests.chat_runs import finished_run
@@ -200,7 +203,58 @@ def test_files_for_other_tools_say_the_same(tmp_path):
     assert ([text for _, text in again], refused) == ([f"## a\n{n}" for n in range(4)], [])
 
 
+def test_the_dial_judges_mixtures_and_writes_the_best_scale_into_a_copy_of_the_adapter(run, here, capsys):
+    """A judge of length likes another λ than 1 best, so there is an adapter to write."""
+    words = ("--judge", "judge.py:length", "--limit", "6", "--max-tokens", "12")
+    assert leaving(main, str(run), "base", "--dial", "0,0.5,1,2", *words, "--to", "out") == 0
+
+    kept = json.loads(Path("out/dial.json").read_text())
+    rates = {float(name): found["rate"] for name, found in kept["dials"].items()}
+    assert [*rates] == [0, 0.5, 1, 2]
+    assert rates[0] == 0.5  # the base against itself, at temperature 0
+    assert all(row["a"] == row["b"] for row in rows_of("out/dial_0/annotations.jsonl"))
+    assert leaving(main, str(run), "base", *words, "--to", "plain") == 0
+    assert rates[1] == json.loads(Path("plain/compare.json").read_text())["win_rate"]
+    assert rates[kept["best"]] == max(rates.values())
+    assert Path("out/dial.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_dial_by_a_reward_run_judges_the_scaled_adapter_too(run, reward, here):
+    words = ("--judge", str(reward.path), "--limit", "4", "--max-tokens", "8", "--to", "out")
+    assert leaving(main, str(run), "base", "--dial", "0.3,2", *words) == 0
+
+    kept = json.loads(Path("out/dial.json").read_text())
+    assert json.loads(Path("out/adapter/adapter_config.json").read_text())["lora_alpha"] == 8 * kept["best"]
+    rows = rows_of("out/dial_adapter/annotations.jsonl")
+    assert kept["adapter"]["rate"] == pytest.approx(sum(row["preference"] for row in rows) / len(rows))
+
+
+def test_the_scale_of_an_adapter_is_written_and_loads(run, tiny_base, here):
+    place = scaled(run / "adapter", 1.5, here)
+
+    before, after = (json.loads((folder / "adapter_config.json").read_text()) for folder in (run / "adapter", place))
+    assert after["lora_alpha"] == 1.5 * before["lora_alpha"]
+    assert (lineage.read(place).parent, lineage.read(place).base) == (
+        str(run / "adapter"),
+        lineage.read(run / "adapter").base,
+    )
+    tiny_base.load_adapter("side_a", str(run / "adapter"), trainable=False)
+    tiny_base.load_adapter("side_b", str(place), trainable=False)
+    for one, other in zip(tiny_base.adapter_layers("side_a"), tiny_base.adapter_layers("side_b"), strict=True):
+        assert other.scaling["side_b"] == 1.5 * one.scaling["side_a"]
+
+
+def test_the_best_dial_is_the_nearest_to_1_of_equals():
+    figures = {dial: win_rate(p, [1] * 4, [1] * 4) for dial, p in ((0.5, [1, 1, 0, 0]), (1.5, [1, 1, 1, 0]))}
+    figures[2.0] = figures[1.5]
+
+    assert best_of(figures) == 1.5
+
+
 BAD = {
+    "a dial of words": (("base", "a.jsonl", "--dial", "much"), "--dial: much is no list"),
+    "a dial beyond bounds": (("base", "a.jsonl", "--dial", "0,9"), "--dial: 0,9 is no list"),
+    "a dial on files": (("a.jsonl", "b.jsonl", "--dial", "--judge", "judge.py:length"), "give RUN base"),
     "no such side": (("nowhere", "base"), "there is no finished"),
     "the same side twice": (("base", "base"), "are the same"),
     "no such file": (("a.jsonl", "gone.jsonl", "--judge", "judge.py:length"), "gone.jsonl"),

@@ -129,7 +129,7 @@ def samples(visitor):
         ("temperature", "Temperature", 0.7),
         ("top-p", "Top-p", 0.95),
         ("tokens", "Max tokens", 96),
-        ("dial", "λ: how far the aligned side is aligned", 1),
+        ("dial", "Dial λ", 1),
     ):
         visitor.until(lambda name=name, default=default: visitor.number(name) == default)
         typed = 2 if name == "dial" else 1

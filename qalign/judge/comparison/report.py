@@ -32,15 +32,21 @@ FULL_NAMES = {
 }
 
 
+def preferences_of(rows: Sequence[Compared], found: Sequence[float | None]) -> tuple[Floats, Floats, Floats]:
+    """(P(A is better), NaN for none; lengths of A's and of B's answers). A `UserError` if there is no judgement."""
+    p = np.array([np.nan if preference is None else preference for preference in found])
+    if np.isnan(p).all():
+        raise UserError(f"--judge: gave no judgement on any of {counted(len(rows), 'pair')}")
+    a, b = (np.array([float(len(text)) for text in texts]) for texts in zip(*((r.a, r.b) for r in rows), strict=True))
+    return p, a, b
+
+
 def finish(
     folder: Path, names: tuple[str, str], judge: str, rows: Sequence[Compared], found: Sequence[float | None]
 ) -> None:
     """Writes figures, picture and files, and says who won."""
     folder.mkdir(parents=True, exist_ok=True)
-    p = np.array([np.nan if preference is None else preference for preference in found])
-    a, b = (np.array([len(text) for text in texts]) for texts in ([row.a for row in rows], [row.b for row in rows]))
-    if np.isnan(p).all():
-        raise UserError(f"--judge: {judge} gave no judgement on any of {counted(len(rows), 'pair')}")
+    p, a, b = preferences_of(rows, found)
     result = win_rate(p, a, b, [as_text(row.turns) for row in rows])
     figures: dict[str, Any] = {"a": names[0], "b": names[1], "judge": judge, "pairs": len(rows)}
     figures |= asdict(result) | {"unjudged": int(np.isnan(p).sum()), "follows_length": result.follows_length}

@@ -29,6 +29,7 @@ from qalign.train.run_folder import RunFolder, open_run
 
 if TYPE_CHECKING:
     from qalign.model.base import Base
+    from qalign.model.decoding.mixture import Mixture
 
 BASE = "base"
 Answers = dict[str, tuple[str, bool]]  # by prompt: the text, and whether it ended by itself
@@ -182,20 +183,29 @@ class Bases:
         return self._base
 
 
-def sample(
-    base: "Base", sides: dict[str, Side], asked: list[Prompt], *, max_new_tokens: int, temperature: float, seed: int
-) -> dict[str, Answers]:
-    """The answers of models on one base by side and prompt: rows of one batch, each token with a draw of its own."""
-    from qalign.data.tokenize import encode_questions
+def role_of(base: "Base", key: str, side: Side) -> str:
+    """The role of a side on its base; puts its adapter there at the first call."""
     from qalign.model.base import Role
+
+    role = f"side_{key}"
+    if side.adapter is None:
+        return Role.BASE
+    if role not in base.adapters:
+        lineage.check(side.name, side.adapter, base.lineage("compare"))
+        base.load_adapter(role, str(side.adapter), trainable=False)
+    return role
+
+
+def sample(
+    base: "Base", sides: dict[str, Side], asked: list[Prompt], *, max_new_tokens: int, temperature: float, seed: int,
+    mixture: "Mixture | None" = None,
+) -> dict[str, Answers]:  # fmt: skip
+    """The answers of models on one base by side and prompt: rows of one batch, each token with a draw of its own. A
+    `mixture` is that of all of them."""
+    from qalign.data.tokenize import encode_questions
     from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of, text_of
 
-    roles = {}
-    for key, side in sides.items():
-        roles[key] = f"side_{key}" if side.adapter else Role.BASE
-        if side.adapter:
-            lineage.check(side.name, side.adapter, base.lineage("compare"))
-            base.load_adapter(roles[key], str(side.adapter), trainable=False)
+    roles = {key: role_of(base, key, side) for key, side in sides.items()}
     new = min(max_new_tokens, base.max_length // 2)
     sampling = Sampling(new, temperature, stop_ids_of(base.template))
     encoded, _ = encode_questions(base.template, asked, base.max_length - new)
@@ -203,7 +213,7 @@ def sample(
     found: dict[str, Answers] = {key: {} for key in sides}
     if rows:
         of_rows, ids = [roles[key] for *_, key in rows], [ids for _, ids, _ in rows]
-        sampled = TransformersEngine().generate(base, of_rows, ids, sampling, num_samples=1, seed=seed)
+        sampled = TransformersEngine().generate(base, of_rows, ids, sampling, num_samples=1, seed=seed, mixture=mixture)
         for (prompt, _, key), (tokens,) in zip(rows, sampled, strict=True):
             found[key][prompt_key(prompt)] = text_of(base.tokenizer, tokens), tokens[-1] in sampling.stop_ids
     return found
