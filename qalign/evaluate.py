@@ -137,8 +137,7 @@ def _held_out(run: RunFolder) -> tuple[list[Any], list[Refused]]:
     """The held-out rows, and the refused ones; rows that were trained on too are counted. KTO's answers as pairs."""
     intake, read, settings = Intake(), READ[run.stage], run.settings
     rows, refused = rows_under("eval_data", settings, run.recipe.seed, read, intake)
-    if not rows:
-        check_usable(f"{run.stage}.eval_data", 0, refused)
+    check_usable(f"{run.stage}.eval_data", len(rows), refused)
     if settings.holdout:
         check_same_rows(run, "eval_data", rows)
     else:

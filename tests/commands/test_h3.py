@@ -130,6 +130,8 @@ def test_what_the_user_gets_wrong_is_one_line(runs, tiny_folder, tmp_path, capsy
     copied = tmp_path / "unfinished" / "dpo"
     shutil.copytree(dpo.path, copied)
     (copied / "summary.json").unlink()
+    judge = write_recipe(tmp_path / "judge", tiny_folder, data=TEST, limit=4, batch_size=2, max_steps=1)
+    judge = str(run_stage(judge).path)
     (tmp_path / "none.jsonl").write_text('{"text": "no prompt"}\n')
     for words, problem in (
         ([str(tmp_path / "gone")], "there is no finished"),
@@ -140,6 +142,7 @@ def test_what_the_user_gets_wrong_is_one_line(runs, tiny_folder, tmp_path, capsy
         ([str(sft.path), "--harmful", str(tmp_path / "none.jsonl")], "--harmful: "),
         ([str(sft.path), "--judge", "http://localhost:9/v1"], "here a judge is base, a reward run, or FILE.py:NAME"),
         ([str(sft.path), "--judge", str(tmp_path / "gone")], "--judge: "),
+        ([str(dpo.path), "--judge", judge], "was trained on answers to 4 of the 4 prompts"),
         ([str(sft.path), "--judge", "base"], "no run has held-out prompts to judge answers to"),
     ):
         capsys.readouterr()
