@@ -17,6 +17,7 @@ ORDER = (
     "one_base_four_roles",
     "compare_chat",
     "reward_hacking",
+    "constitution",
 )  # the third opens the first one's run
 
 

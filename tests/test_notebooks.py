@@ -43,7 +43,7 @@ def test_what_the_cells_print_is_stored(notebook):
 
 
 def test_the_notebooks_are_there_and_in_the_readme():
-    names = {"compare_chat", "dpo_quickstart", "one_base_four_roles", "reward_hacking"}
+    names = {"compare_chat", "constitution", "dpo_quickstart", "one_base_four_roles", "reward_hacking"}
     assert names <= {path.stem for path in NOTEBOOKS}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
@@ -72,6 +72,8 @@ def environment(tmp_path_factory):
         "QALIGN_OUTPUT": str(folder / "quickstart"),
         "QALIGN_RUN": str(folder / "elsewhere" / "quickstart" / "dpo"),  # as on another machine
         "QALIGN_ARCHIVE": str(folder / "quickstart.tar.gz"),
+        "QALIGN_OVERRIDES_CONSTITUTION": "constitution.data.limit=2 constitution.max_new_tokens=32 "
+        "constitution.agree_with.limit=2 sft= dpo=",
         "QALIGN_NOTEBOOK_TEST": "1",
         "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
@@ -85,6 +87,7 @@ def environment(tmp_path_factory):
     [
         ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart.tar.gz"]),
         ("one_base_four_roles", ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far"]),
+        ("constitution", ["harm, crime", "this labeller", "no pairs were written", "revisions"]),
         ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s"]),
         ("reward_hacking", ["best_of, seed 1, 1 member(s)", "rl, seed 1, 2 member(s)", "ppo_4_ensemble step-1"]),
     ],
