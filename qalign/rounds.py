@@ -76,7 +76,7 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
         if number not in done:
             signal.signal(signal.SIGINT, run.stop)
             signal.signal(signal.SIGTERM, run.stop)
-            point = _measure(run, number, adapter, first) if run.settings.has_held_out else None
+            point = measure(run, number, adapter, first) if run.settings.has_held_out else None
             done[number] = {"step": number, "round": number, "point": point and asdict(point), "adapter": adapter}
             done[number]["zeros"] = run.zeros
             if point:
@@ -129,7 +129,7 @@ def words_with(run: RunFolder, **values: Any) -> list[str]:
     return kept + [f"{key}={json.dumps(value)}" for key, value in values.items()]
 
 
-def _measure(run: BestOfRun, number: int, adapter: str | None, first: str | None) -> alarms.EvalPoint:
+def measure(run: BestOfRun, number: int, adapter: str | None, first: str | None) -> alarms.EvalPoint:
     """Samples an answer to each held-out prompt and scores it; the KL is from the policy before the first round."""
     words = words_with(run, **{"ppo.start_from": adapter})
     now = RunFolder(load(words[0], words[1:], "ppo"), "ppo", run.command_line, "best_of")

@@ -11,7 +11,7 @@ from qalign.errors import UserError
 from qalign.judge.measures import safety
 from qalign.judge.measures.safety import harmful_prompts, is_refusal, look_alikes, of_file, rule_error
 
-# Of every 25th row of the harmless half of HH-RLHF, chosen and rejected in turn, those that refuse; read by a person.
+# Of every 25th row of the harmless half of HH-RLHF, chosen and rejected in turn, those that refuse; labelled once.
 HH_REFUSED = {6, 12, 28, 43, 67}
 
 
