@@ -131,7 +131,7 @@ def kill_overwrite(lab: Lab, stage: str, moment: Moment) -> list[str]:
     shutil.rmtree(run.path, ignore_errors=True)
     old = lab.folder / "old" / stage
     if not old.exists():
-        start(stage, [path, f"{run.stage}.learning_rate=0.5"])
+        start(stage, [path, f"{run.stage}.{KINDS[stage].changed}"])
         shutil.copytree(run.path, old)
     else:
         shutil.copytree(old, run.path)

@@ -20,8 +20,10 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
 
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from qalign.model import generation
 from qalign.rl import ppo_setup
 from qalign.train.run_folder import RunFolder
 from tests.conftest import tiny_model
@@ -46,6 +48,7 @@ class Kind:
         words: behind the recipe on the command line.
         keys: more keys of the section.
         adapters: folders of a finished run whose weights are compared.
+        changed: a key and a value that make it another run.
     """
 
     command: str
@@ -53,6 +56,7 @@ class Kind:
     words: tuple[str, ...] = ()
     keys: dict = field(default_factory=dict)
     adapters: tuple[str, ...] = ("adapter", "adapter_best")
+    changed: str = "learning_rate=0.5"
 
 
 KINDS = {stage: Kind(stage, stage) for stage in STAGES}
@@ -62,6 +66,9 @@ KINDS["best_of"] = Kind("best_of", "ppo")
 KINDS["rounds"] = Kind(
     "best_of", "ppo", ("rounds=2", "n=2", "dpo.data=" + TRAIN, "dpo.max_steps=2", "dpo.save_every=1")
 )
+LABELLED = {"data": TRAIN, "limit": 20, "max_new_tokens": 8, "agree_with": HELD_OUT, "force": True}
+KINDS["constitution"] = Kind("constitution", "constitution", (), LABELLED, (), "temperature=0.5")
+MADE = ("picks.jsonl", "pairs.jsonl", "revisions.jsonl", "judgements.jsonl")
 
 
 @dataclass(frozen=True)
@@ -93,10 +100,8 @@ def start(name: str, words: Sequence[str], prepare: Prepare | None = None, kill_
         try:
             if prepare:
                 prepare()
-            if (
-                kind.command == "best_of"
-            ):  # a tenth of the tiny model's tokens ends an answer: there are answers to keep
-                ppo_setup.stop_ids_of = lambda *_: tuple(range(0, 2006, 10))
+            if kind.command in ("best_of", "constitution"):  # a tenth of the tiny model's tokens ends an answer
+                ppo_setup.stop_ids_of = generation.stop_ids_of = lambda *_: tuple(range(0, 2006, 10))
             importlib.import_module(f"qalign.{kind.command}").main(words)
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
@@ -128,9 +133,15 @@ class Lab:
 
     def recipe(self, stage: str, name: str, **keys) -> tuple[str, RunFolder]:
         """(a recipe of a stage with an output of its own, that run)."""
-        keys = KEYS | KINDS[stage].keys | keys
-        path = recipe_of(self.folder / f"{name}_{stage}", self.base, KINDS[stage].section, **keys)
-        return (path := str(Path(path).rename(Path(path).with_stem(stage)))), self.run(path)
+        kind = KINDS[stage]
+        folder, section = self.folder / f"{name}_{stage}", kind.section
+        if section in STAGES:
+            path = Path(recipe_of(folder, self.base, section, **(KEYS | kind.keys | keys)))
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            recipe = {"model": {"base": self.base, "compute_dtype": "float32"}, "output": str(folder)}
+            (path := folder / f"{section}.yaml").write_text(yaml.safe_dump(recipe | {section: kind.keys | keys}))
+        return (path := str(path.rename(path.with_stem(stage)))), self.run(path)
 
     def run(self, path: str) -> RunFolder:
         from qalign.config.load import load
@@ -170,7 +181,7 @@ class Lab:
                 if any(not torch.equal(weights[0][key], weights[1][key]) for key in weights[1]):
                     found.append(f"the weights of {name}")
         facts = [json.loads(each.summary.read_text()) for each in (run, whole)]
-        for name in ("picks.jsonl", "pairs.jsonl"):  # of best_of
+        for name in MADE:
             found += [name] * (_lines(run.path / name) != _lines(whole.path / name))
         found += [f"{k} of the summary" for k in ("steps", "tokens", "rows", "trust", "held_out", "alarm_steps")
                   if facts[0].get(k) != facts[1].get(k)]  # fmt: skip

@@ -247,6 +247,8 @@ def test_every_stage_of_a_recipe_trains_for_one_step(name, recipe, tmp_path):
         words += [f"{stage}.{key}={rows}" for key in ("data", "eval_data")]
         words += [f"{stage}.max_steps=1", f"{stage}.trainer.optim=adamw_torch", f"{stage}.micro_batch_size=2"]
         words += [f"{stage}.batch_size=4", f"{stage}.eval_every=1"]
+    if recipe.constitution:
+        words.append("constitution.max_new_tokens=8")
     for stage in {*recipe.stages} & {*RL_STAGES}:
         words += [f"{stage}.max_new_tokens=8", f"{stage}.samples_per_prompt=2"]
 

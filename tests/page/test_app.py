@@ -17,7 +17,7 @@ from qalign.page.launch import main
 from tests.chat_runs import finished_run, serving
 from tests.conftest import ROOT
 
-SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, ""]  # in the order of `ui.ENTERED`, as the prompt and comment
+SETTINGS = ["base", "a/dpo", False, False, 0, 1, 6, 1, 1, ""]  # in the order of `ui.ENTERED`, as the prompt and comment
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,10 @@ def test_no_file_can_be_read_and_no_other_server_reached(client, path):
 
 
 NAMES = ("../../../etc", "/etc", "runs/a/dpo/adapter", ["a/dpo"], {"path": "/etc/passwd"}, None)
-VALUES = ((4, "x"), (5, -5), (6, 10**9), (7, "soon"), (7, "9" * 10), (8, "s" * 50000))
+VALUES = (
+    *((4, "x"), (5, -5), (6, 10**9), (7, -0.5), (7, "x"), (7, 10**9), (8, "soon"), (8, "9" * 10)),
+    (9, "s" * 50000),
+)
 
 
 class Counting(BaseHTTPRequestHandler):
@@ -189,7 +192,7 @@ def slow(runs):
 def test_who_hangs_up_stops_the_answer(slow):
     number = function(slow, "submit")
     for session in ("gone1", "gone2"):
-        assert join(slow, number, [None, *SETTINGS[:6], 190, 1, "", "Why?", ""], session).status_code == 200
+        assert join(slow, number, [None, *SETTINGS[:6], 190, 1, 1, "", "Why?", ""], session).status_code == 200
         next(event for event in events(slow, session) if event["msg"] == "process_generating")
     began = time.monotonic()
     assert ask(slow, "next")["success"]
@@ -199,7 +202,7 @@ def test_who_hangs_up_stops_the_answer(slow):
 def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(slow):
     number = function(slow, "submit")
     for index in range(20):  # each would take a minute
-        data = [None, *SETTINGS[:6], 190, 1, "", "Why?", ""]
+        data = [None, *SETTINGS[:6], 190, 1, 1, "", "Why?", ""]
         assert join(slow, number, data, f"unheard{index}").status_code == 200
     began = time.monotonic()
     assert ask(slow, "heard")["success"]

@@ -16,7 +16,11 @@ pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceW
 LEADS_HERE = (
     "--host-resolver-rules=MAP evil.example 127.0.0.1, MAP rebound.example 127.0.0.2, MAP a.localhost 127.0.0.1"
 )
-JOIN = {"data": [None, "base", "base", False, False, 0, 1, 6, 1, "", "Why?", ""], "session_hash": "evil", "fn_index": 0}
+JOIN = {
+    "data": [None, "base", "base", False, False, 0, 1, 6, 1, 1, "", "Why?", ""],
+    "session_hash": "evil",
+    "fn_index": 0,
+}
 # Writes each request that gets past the guard to a file.
 LOGGED = """
 import os
