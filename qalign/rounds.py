@@ -36,6 +36,7 @@ from qalign.data.formats import prompts
 from qalign.errors import UserError, not_finite
 from qalign.reports import alarms, rounds_report
 from qalign.reports.answers import SEED, write_samples
+from qalign.reports.plots import counted
 from qalign.train.checkpoints import read_metrics
 from qalign.train.dataset import read_rows
 from qalign.train.run_folder import RunFolder, print_table
@@ -57,7 +58,8 @@ class Part(RunFolder):
 
 
 def learn_online(recipe: Recipe, run: BestOfRun) -> None:
-    """Sample, score and train DPO from where the policy stands, again and again."""
+    """Sample, score and train DPO from where the policy stands, again and again. Ends early at a round whose answers
+    give no pair, such as one in which all have the highest reward."""
     if recipe.dpo is None:
         path = shlex.split(run.command_line)[0]
         raise UserError(f"dpo: rounds={run.rounds} trains DPO on every round's pairs; add a dpo section to {path}")
@@ -72,7 +74,10 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
     adapter = first
     for number in range(run.rounds + 1):
         if number:
-            adapter = _train(run, number, adapter)
+            left = _train(run, number, adapter)
+            if not left:
+                break
+            adapter = left
         if number not in done:
             signal.signal(signal.SIGINT, run.stop)
             signal.signal(signal.SIGTERM, run.stop)
@@ -83,11 +88,12 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
                 print(f"round {number}: {in_words(point)}" if number else f"before: {in_words(point)}", flush=True)
             run.log(done[number])
             run.mark_whole(number + 1, 0)
-    _finish(run, [done[number] for number in range(run.rounds + 1)])
+    _finish(run, [done[number] for number in sorted(done)])
 
 
-def _train(run: BestOfRun, number: int, start: str | None) -> str:
-    """One round from the adapter `start`; returns the adapter that it left. What was finished earlier is kept."""
+def _train(run: BestOfRun, number: int, start: str | None) -> str | None:
+    """One round from the adapter `start`; returns the adapter that it left, or None if there was no pair to train on
+    after the first round. What was finished earlier is kept."""
     place = f"best_of/round_{number}"
     words = words_with(run, **{"ppo.start_from": start})
     sampling = BestOfRun(load(words[0], words[1:], "ppo"), run.n, run.command_line, run.rounds, f"{place}/sampling")
@@ -97,7 +103,11 @@ def _train(run: BestOfRun, number: int, start: str | None) -> str:
     pairs = sampling.path / PAIRS
     if not pairs.stat().st_size:
         picks = json.loads(sampling.summary.read_text(encoding="utf-8"))["picks"]
-        raise UserError(f"round {number}: {nothing_to_train_on(picks)}")
+        said = f"round {number}: {nothing_to_train_on(picks)}"
+        if number == 1:
+            raise UserError(said)
+        print(f"{said}; ends after {counted(number - 1, 'round')}", flush=True)
+        return None
     unused = dict.fromkeys((f"dpo.{key}" for key in ("limit", "eval_data", "holdout", "eval_every")), None)
     data = {"dpo.data": os.path.abspath(pairs), "dpo.split": "train", "dpo.start_from": start}
     words = words_with(run, **unused, **data)
@@ -162,14 +172,15 @@ def _finish(run: BestOfRun, lines: list[dict[str, Any]]) -> None:
     with replacing_folder(run.adapter) as aside:
         shutil.copytree(lines[-1]["adapter"], aside, dirs_exist_ok=True)
     points = [alarms.EvalPoint(**line["point"]) for line in lines if line["point"]]
-    facts: dict[str, Any] = {"n": run.n, "rounds": run.rounds, "adapter": str(run.adapter), "evaluations": lines}
-    shown = [("adapter", f"{run.adapter}: of round {run.rounds}; the rounds' own are in {run.path}/round_*/dpo")]
+    rounds = lines[-1]["round"]
+    facts: dict[str, Any] = {"n": run.n, "rounds": rounds, "adapter": str(run.adapter), "evaluations": lines}
+    shown = [("adapter", f"{run.adapter}: of round {rounds}; the rounds' own are in {run.path}/round_*/dpo")]
     if points:
         best, raised = alarms.best_point(points), alarms_of(points)
         facts |= {"best_round": best.step, "alarms": raised, "reference": "the policy that each round starts from"}
         shown += [(f"round {point.step}" if point.step else "before", in_words(point)) for point in points]
         shown += [("alarm", text) for text in raised]
-        if best.step != run.rounds:
+        if best.step != rounds:
             shown.append(("best", f"round {best.step}: {Path(lines[best.step]['adapter'] or 'the first policy')}"))
         rounds_report.draw(points, run.path / REPORT)
         shown.append(("report", str(run.path / REPORT)))

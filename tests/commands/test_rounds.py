@@ -115,6 +115,24 @@ def test_a_run_that_stopped_anywhere_goes_on_to_the_same_numbers(recipe_path, pa
     assert all(torch.equal(weight, expected[2][name]) for name, weight in weights(run.adapter).items())
 
 
+def test_a_later_round_without_a_pair_ends_the_run_well(recipe_path, monkeypatch, capsys):  # noqa: F811
+    """As where all answers have the highest reward."""
+    kept, parts = best_of.kept, []
+
+    def without_pairs(rows, scores):
+        parts.append(kept(rows, scores))
+        return parts[-1] if len(parts) <= 3 else parts[-1] | {"pairs": []}
+
+    monkeypatch.setattr(best_of, "kept", without_pairs)
+    run = rounds_run(recipe_path, 3)
+    assert "round 2: no pair to train on: the reward tells no answers" in (said := capsys.readouterr().out)
+    assert "; ends after 1 round\n" in said
+    assert [point["step"] for point in points(run)] == [0, 1]
+    last = weights(run.path / "round_1" / "dpo" / "adapter")
+    assert all(torch.equal(weight, last[name]) for name, weight in weights(run.adapter).items())
+    assert run.complete
+
+
 def test_what_the_user_gets_wrong_is_one_line(recipe_path, tmp_path, capsys):  # noqa: F811
     same = f"ppo.reward={tmp_path / 'mine.py'}:same"
     with restored_signals():
