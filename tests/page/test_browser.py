@@ -113,14 +113,14 @@ def test_the_dial_mixes_the_sides_from_one_to_the_other_and_beyond(page):
         box = page("#dial input[type=number]")
         box.send_keys(Keys.CONTROL + "a" + Keys.NULL, dial, Keys.TAB)
         page.until(lambda dial=dial: page("#dial input[type=number]").get_attribute("value") == dial)
-        page.click("#clear")
         page.ask("Why?")
         shown[dial] = [page.text(f"#{side}").partition("Why?")[2].strip() for side in ("left", "right")]
         assert ("λ" in page.text("#right-figures")) == (dial != "1")
         assert "λ" not in page.text("#left-figures")
+        page.click("#clear")
+        page.until(lambda: not page.text("#left-figures"))
     assert shown["0"][0] == shown["0"][1] == shown["1"][0]  # at temperature 0 the base's own answer
     assert len({shown[dial][1] for dial in shown}) == 3
-    page.click("#clear")
 
 
 def test_a_reload_keeps_serving_even_in_the_middle_of_an_answer(browser, address):
@@ -138,7 +138,6 @@ def test_a_seed_is_drawn_for_each_question_unless_one_is_given(page):
         if given:
             page.click("#sampling button")
             page.until(lambda: (page("#seed input, #seed textarea").send_keys("7"), True)[1])
-        page.click("#clear")
         page.ask("Why?")
         seeds.append(page.text("#left-figures").split("seed ")[1].split()[0])
         page.click("#clear")
