@@ -6,6 +6,7 @@ Exits 1 if something became worse than docs/models.md says. With --short or name
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import json
@@ -234,7 +235,8 @@ def main() -> int:
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(qalign.__path__, "qalign."):
         if "__main__" not in module.name and ".page" not in module.name:
-            importlib.import_module(module.name)
+            with contextlib.suppress(ImportError):  # of an optional package
+                importlib.import_module(module.name)
     gc.collect()
     gc.freeze()  # so that no child looks through the libraries' objects at each collection
     folder = Path(tempfile.mkdtemp(prefix="matrix-"))
