@@ -17,12 +17,12 @@ import re
 import shlex
 from collections.abc import Sequence
 from itertools import count
-from math import ceil, comb
+from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qalign.cli import run_parsed, stage_parser, work_in
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import write_rows, write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT_RUN
@@ -121,8 +121,9 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPromp
     from tqdm.auto import tqdm
 
     from qalign.rl.rewards import RewardFailed, combined, scorers_state
+    from qalign.train.loop import end_part
 
-    reward, judge, every = setup.scorers.reward, setup.scorers.judge, ceil(len(parts) / CHECKPOINTS)
+    reward, judge = setup.scorers.reward, setup.scorers.judge
     run.stop.patient = True
     with tqdm(total=len(parts), initial=done, desc=f"best of {run.n}", unit="part") as bar:
         for number, (group, is_held_out) in enumerate(parts[done:], start=done):
@@ -136,14 +137,10 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPromp
                     run.mark_whole(number, 0)
                 raise
             found = {"proxy": scores, "judge": judged} if is_held_out else kept(rows, scores)
-            run.zeros = zeros if any(zeros := scorers_state(setup.scorers.all)) else None
-            run.log({"step": number + 1, **found, **({"zeros": zeros} if run.zeros else {})})
+            zeros = scorers_state(setup.scorers.all)
+            run.log({"step": number + 1, **found, **({"zeros": zeros} if any(zeros) else {})})
             bar.update()
-            stopped, is_last = run.stop.number is not None, number + 1 == len(parts)
-            if stopped or is_last or (number + 1) % every == 0:
-                run.mark_whole(number + 1, 0)
-            if stopped and not is_last:
-                run.end_early(number + 1)
+            end_part(run, number + 1, len(parts), CHECKPOINTS)
     run.stop.patient = False
 
 
@@ -198,7 +195,7 @@ def _finish(run: BestOfRun, counts: dict[str, int]) -> None:
         [row for part in parts for row in part.get(name) or ()] for name in ("picks", "pairs", "proxy", "judge")
     )
     for name, rows in ((PICKS, picks), (PAIRS, pairs)):
-        write_whole(run.path / name, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        write_rows(run.path / name, rows)
     without, points = sum(part.get("without", 0) for part in parts), curve(proxy, judge or None, run.n) if proxy else []
     facts = {"n": run.n, "prompts": counts, "picks": len(picks), "pairs": len(pairs), "held_out": points}
     facts |= {"prompts_without_an_ended_answer": without}

@@ -18,12 +18,11 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from qalign.cli import run_parsed, stage_parser, work_in
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import write_rows, write_whole
 from qalign.config.load import load
 from qalign.config.paths import function_of
 from qalign.config.recipe import Recipe
@@ -139,7 +138,7 @@ def _read(run: ConstitutionRun) -> tuple[list[Prompt], list[Preference], list[Re
 def _encoded(
     run: ConstitutionRun, base: "Base", rows: list[Prompt], refused: list[Refused]
 ) -> "tuple[list[Asked], list[Refused]]":
-    """The prompts with their ids, and those that leave no room for an answer."""
+    """The prompts with their ids, and the prompts that are too long for an answer to fit behind them."""
     from qalign.data.tokenize import encode_questions
     from qalign.judge.ai_feedback.feedback import Asked
 
@@ -209,8 +208,9 @@ def _make(run: ConstitutionRun, agree: list[Part], revise: list[Part], label: li
     """Makes the parts that are left, logs the rows of each, and writes the files. Pairs come last, if at all."""
     from tqdm.auto import tqdm
 
+    from qalign.train.loop import end_part
+
     done, parts = read_metrics(run.metrics)[-1]["step"], [*agree, *revise, *label]
-    every = ceil(len(parts) / CHECKPOINTS)
     figures: dict[str, Any] | None = None
     run.stop.patient = True
     with tqdm(total=len(parts), initial=done, desc="constitution", unit="part") as bar:
@@ -223,11 +223,7 @@ def _make(run: ConstitutionRun, agree: list[Part], revise: list[Part], label: li
                 continue
             run.log({"step": number + 1, "kind": kind, **make()})
             bar.update()
-            stopped, is_last = run.stop.number is not None, number + 1 == len(parts)
-            if stopped or is_last or (number + 1) % every == 0:
-                run.mark_whole(number + 1, 0)
-            if stopped and not is_last:
-                run.end_early(number + 1)
+            end_part(run, number + 1, len(parts), CHECKPOINTS)
     run.stop.patient = False
     _finish(run, figures)
 
@@ -269,7 +265,7 @@ def _finish(run: ConstitutionRun, figures: dict[str, Any] | None) -> None:
     files = {REVISIONS: "revisions"} if run.constitution.revisions else {}
     files |= {JUDGEMENTS: "judgements", PAIRS: "pairs"} if labelled else {JUDGEMENTS: "judgements"}
     for file, name in files.items():
-        write_whole(run.path / file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows[name]))
+        write_rows(run.path / file, rows[name])
     facts: dict[str, Any] = {name: len(found) for name, found in rows.items()}
     for name in ("without", "unpaired", "tokens", "tokens_single"):
         facts[name] = sum(part.get(name, 0) for part in parts)

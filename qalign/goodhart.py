@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, cast
 from qalign import ppo, reward
 from qalign.best_of import ANSWERS_PER_PART, curve
 from qalign.cli import run_parsed, stage_parser, work_in
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import write_rows, write_whole
 from qalign.config.load import load
 from qalign.config.paths import function_of
 from qalign.config.recipe import Recipe
@@ -168,12 +168,12 @@ def _label(run: GoodhartRun, rows: dict[str, list[Preference]]) -> None:
     for key, name in LABELLED.items():
         plain = [as_row(row) for row in rows[key]]
         file, scored = run.path / f"{name}.jsonl", run.path / f"{name}.scored.jsonl"
-        write_whole(file, _lines(plain))
+        write_rows(file, plain)
         scored.unlink(missing_ok=True)
         if not plain:
             write_whole(scored, "")
         elif function_of(run.asked.gold):
-            write_whole(scored, _lines(scored_by_function(run.asked.gold, rows[key], plain)))
+            write_rows(scored, scored_by_function(run.asked.gold, rows[key], plain))
         else:
             score(run.gold, str(file), str(scored), None)
             free_memory()
@@ -184,7 +184,7 @@ def _label(run: GoodhartRun, rows: dict[str, list[Preference]]) -> None:
             raise UserError(
                 f"goodhart.gold: scores only {len(labelled)} of {len(plain)} pairs of reward.{key} apart; {fix}"
             )
-        write_whole(file, _lines(labelled))
+        write_rows(file, labelled)
 
 
 def _train_proxy(run: GoodhartRun, seed: int, pairs: int) -> None:
@@ -193,7 +193,7 @@ def _train_proxy(run: GoodhartRun, seed: int, pairs: int) -> None:
     rows = [json.loads(line) for line in all_pairs.read_text(encoding="utf-8").splitlines()]
     file = run.path / f"seed_{seed}" / f"pairs_{pairs}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    write_whole(file, _lines(proxy_pairs(rows, pairs, run.asked.flipped, seed)))
+    write_rows(file, proxy_pairs(rows, pairs, run.asked.flipped, seed))
     values: dict[str, Any] = {"seed": seed, "reward.data": os.path.abspath(file), "reward.split": "train"}
     values |= dict.fromkeys(("reward.limit", "reward.holdout", "reward.start_from"), None)
     values["reward.eval_data"] = os.path.abspath(held_out) if held_out.stat().st_size else None
@@ -237,7 +237,7 @@ def _sample(run: GoodhartRun, seed: int) -> None:
          **{name: given[number] for name, given in scores.items()}}
         for number, row in enumerate(rows)
     ]  # fmt: skip
-    write_whole(run.path / f"seed_{seed}" / ANSWERS, _lines(found))
+    write_rows(run.path / f"seed_{seed}" / ANSWERS, found)
     del setup, scorers
     free_memory()
 
@@ -309,10 +309,6 @@ def in_words(some: Sequence[Track]) -> str:
 
 def proxy_name(pairs: int, members: int) -> str:
     return f"proxy of {pairs} pairs, {'single' if members == 1 else f'{members} members'}"
-
-
-def _lines(rows: Sequence[dict[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def main(words: Sequence[str] | None = None) -> None:

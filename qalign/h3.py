@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from qalign.cli import Parser, program, run_parsed
 from qalign.compare import judge_of
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import write_rows, write_whole
 from qalign.config.stages import ANSWERING_STAGES, Source
 from qalign.data.formats import Prompt, prompts
 from qalign.errors import UserError
@@ -277,7 +277,7 @@ def _write(
         for name, prompts in asked.sets.items()
         for prompt, was, now in zip(prompts, before[name], after[name], strict=True)
     ]
-    write_whole(run.path / "h3_answers.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(run.path / "h3_answers.jsonl", rows)
     draw(all_runs, run.path / "h3.png")
     write_whole(run.path / "h3.json", json.dumps(figures, indent=1) + "\n")
     card = run.adapter / CARD

@@ -3,13 +3,15 @@
 After a crash, a full disk or a power cut the old content is still there, never a part of the new one.
 """
 
+import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 # The temporary names that a killed process leaves: `.report.qalign-123.png` of a file, `.adapter.qalign-x1y2z3w4` of a
 # folder. The mark keeps them apart from hidden files of the user's.
@@ -36,6 +38,11 @@ def write_whole(file: Path, content: str | bytes) -> None:
     """Atomically replaces a file's content; text is written as UTF-8. Raises OSError as `replacing` does."""
     with replacing(file) as aside:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def write_rows(file: Path, rows: Iterable[Any]) -> None:
+    """Atomically replaces a file's content by rows, each as a line of JSON. Raises OSError as `replacing` does."""
+    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 @contextmanager

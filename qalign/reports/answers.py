@@ -3,13 +3,12 @@
 Imports no torch.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import write_rows
 from qalign.config.stages import needs_reference
 from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines
 from qalign.reports.plots import counted
@@ -105,7 +104,7 @@ def write_samples(run: Path, step: int, rows: Sequence[Figures], unit: str = "st
     """Keeps the answers of an evaluation in a run folder, as `samples/step-STEP.jsonl`."""
     file = run / "samples" / f"{unit}-{step}.jsonl"
     file.parent.mkdir(exist_ok=True)
-    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_rows(file, rows)
 
 
 def in_a_line(row: Figures) -> str:

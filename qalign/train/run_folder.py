@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from pydantic import ValidationError
 
 from qalign.config import manifest, paths
-from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_whole
+from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_rows, write_whole
 from qalign.config.load import dump
 from qalign.config.paths import absolute, expanded, looks_local, names_of_files, without_member
 from qalign.config.recipe import Recipe, differences
@@ -231,8 +231,7 @@ class RunFolder:
     def _list_refused(self, refused: list[Refused], name: str) -> None:
         if refused:
             self.path.mkdir(parents=True, exist_ok=True)
-            lines = (json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in refused)
-            write_whole(self.path / name, "".join(lines))
+            write_rows(self.path / name, map(asdict, refused))
 
     def begin(self, refused: list[Refused]) -> None:
         """Prepares the folder for training: only now does `--overwrite` set the old run aside."""

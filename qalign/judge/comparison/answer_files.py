@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import write_rows, write_whole
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Prompt, Refused, collect, scorable
 from qalign.data.readers import BadRow
@@ -59,14 +59,11 @@ def write_files(
     """Writes `alpaca_eval/` and `arena_hard/` into a folder; `found` is P(A is better) of each row."""
     alpaca, arena = folder / "alpaca_eval", folder / "arena_hard"
     for name, kept in _alpaca(names, judge, rows, found).items():
-        _write(alpaca / name, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
+        (file := alpaca / name).parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json.dumps(kept, ensure_ascii=False, indent=1) + "\n")
     for name, lines in _arena(names, judge, rows, found).items():
-        _write(arena / name, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-
-
-def _write(file: Path, text: str) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text)
+        (file := arena / name).parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, lines)
 
 
 def _alpaca(

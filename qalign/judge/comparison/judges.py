@@ -19,7 +19,7 @@ from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import write_rows
 from qalign.config.paths import adapters_in
 from qalign.errors import UserError, disk_problem, one_line, scores_not_finite, short
 from qalign.judge.comparison.answer_files import Compared, as_text
@@ -229,7 +229,7 @@ def judged(folder: Path, judge: Judge, rows: Sequence[Compared]) -> list[float |
     except OSError as error:
         raise UserError(disk_problem(error, file) or str(error)) from None
     lines = [_line(key, judge.name, row, known[key]) for key, row in zip(keys, rows, strict=True)]
-    write_whole(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    write_rows(file, lines)
     return [known[key] for key in keys]
 
 
