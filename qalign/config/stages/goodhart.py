@@ -37,7 +37,7 @@ class Goodhart(Section):
     """Label noise: the share of the proxies' pairs whose labels are turned round. People disagree on about a quarter of
     real pairs."""
     members: int = Field(default=4, ge=1, le=64)
-    """Ensemble members: each proxy is trained as an ensemble of so many (`reward.members`). Its first member alone is
+    """Ensemble members: each proxy is trained as an ensemble of this size (`reward.members`). Its first member alone is
     the single proxy, so that both have learned from the same pairs. 1 compares with no ensemble."""
     combine: Literal["mean", "min", "mean_minus_std"] = "min"
     """Ensemble reward: how the members' scores become one, as `ppo.reward_combine`."""
