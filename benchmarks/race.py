@@ -111,7 +111,7 @@ def _text(answer: Any) -> str:
 
 
 def train(method: str, recipe: Path, folder: Path, steps: int, seed: int) -> tuple[Path, dict[str, Any]]:
-    """(the adapter, the summary) of a run of so many optimiser steps, iterations or rounds."""
+    """(the adapter, the summary) of a run of `steps` optimiser steps, iterations or rounds."""
     command = METHODS[method]
     size = (f"rounds={steps}", "n=4", "dpo.epochs=4") if method == "rounds" else (f"{command}.max_steps={steps}",)
     place = folder / command
@@ -128,8 +128,9 @@ def steps_for(method: str, recipe: Path, out: Path, seconds: float) -> int:
 
 
 def measured(recipe: Path, adapter: Path, out: Path) -> dict[str, Any]:
-    """Answers of a policy to the held-out prompts: reward, judge, KL from the SFT model, length, share that ends."""
-    file = adapter.parent / "race.json"
+    """Answers of a policy to the held-out prompts, by a scene's reward: reward, judge, KL from the SFT model, length,
+    share that ends."""
+    file = adapter.parent / f"race_{recipe.stem}.json"
     if not file.is_file():
         from qalign.best_of import BestOfRun
         from qalign.rounds import measure
