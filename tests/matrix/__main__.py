@@ -6,7 +6,6 @@ Exits 1 if something became worse than docs/models.md says. With --short or name
 """
 
 import argparse
-import contextlib
 import gc
 import importlib
 import json
@@ -235,8 +234,11 @@ def main() -> int:
     torch.set_num_threads(1)
     for module in pkgutil.walk_packages(qalign.__path__, "qalign."):
         if "__main__" not in module.name and ".page" not in module.name:
-            with contextlib.suppress(ImportError):  # of an optional package
+            try:
                 importlib.import_module(module.name)
+            except ModuleNotFoundError as missing:
+                if missing.name != "lm_eval":  # which is optional
+                    raise
     gc.collect()
     gc.freeze()  # so that no child looks through the libraries' objects at each collection
     folder = Path(tempfile.mkdtemp(prefix="matrix-"))

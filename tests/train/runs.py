@@ -72,3 +72,17 @@ def assert_same_run(run: runs.RunFolder, expected: runs.RunFolder) -> None:
                 assert value == near, (line["step"], name)
     weights = (load_file(folder.adapter / WEIGHTS) for folder in (run, expected))
     torch.testing.assert_close(*weights, rtol=1e-6, atol=1e-6)
+
+
+WAITS = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__")
+
+
+def recorded_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the methods that read a tensor, in the order in which they are called from now on. Each waits until
+    all that was launched before it is done."""
+    reads: list[str] = []
+    for name in WAITS:
+        real = getattr(torch.Tensor, name)
+        note = lambda self, *args, _name=name, _real=real: reads.append(_name) or _real(self, *args)  # noqa: E731
+        monkeypatch.setattr(torch.Tensor, name, note)
+    return reads

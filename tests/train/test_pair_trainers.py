@@ -19,6 +19,7 @@ from qalign.train.trainers.policy import PreferenceTrainer
 from tests.families import alone
 from tests.helpers import SMOLLM2, house_style
 from tests.helpers import dpo_config as config
+from tests.train.runs import recorded_reads
 
 LORA = Lora(r=4, alpha=8)
 LN_2 = torch.tensor(2.0).log().item()  # in float32
@@ -250,10 +251,6 @@ def test_a_step_waits_for_the_gpu_once_however_many_micro_batches_it_has(base, t
     trainer = trainer_of(base, tmp_path, pairs, micro=MicroBatchLimit(pairs=micro), max_steps=1)
     trainer.create_optimizer()
     with base.packed_attention():
-        reads = []
-        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
-            real = getattr(torch.Tensor, name)
-            note = lambda self, *args, _name=name, _real=real: reads.append(_name) or _real(self, *args)  # noqa: E731
-            monkeypatch.setattr(torch.Tensor, name, note)
+        reads = recorded_reads(monkeypatch)
         trainer.training_step(trainer.model, pairs, len(pairs))
     assert reads == ["tolist"]

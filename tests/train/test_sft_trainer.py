@@ -12,6 +12,7 @@ from qalign.errors import UserError
 from qalign.model.base import Base
 from qalign.train.trainers.sft import SupervisedTrainer
 from tests.reward_runs import run_stage, write_recipe
+from tests.train.runs import recorded_reads
 from tests.train.talks import KINDS, config, logps_alone, mean_loss, rows, scrambled, write_talks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,11 +111,7 @@ def test_a_step_waits_for_the_gpu_once_however_many_micro_batches_it_has(spec, t
     made = [trainer.inputs_of(group) for group in groups]
     monkeypatch.setattr(trainer, "inputs_of", lambda _rows: made.pop())
     with trainer.packed_attention():
-        reads = []
-        for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__"):
-            real = getattr(torch.Tensor, name)
-            note = lambda self, *args, _name=name, _real=real: reads.append(_name) or _real(self, *args)  # noqa: E731
-            monkeypatch.setattr(torch.Tensor, name, note)
+        reads = recorded_reads(monkeypatch)
         trainer.training_step(trainer.model, batch, sum(row.supervised for row in batch))
     assert len(groups) == 9 // micro
     assert reads == ["tolist"]
