@@ -137,6 +137,7 @@ def measured(recipe: Path, adapter: Path, out: Path) -> dict[str, Any]:
 
         words = [f"output={out / 'measured'}"]
         there = BestOfRun(load(str(recipe), words, "ppo"), 2, f"{recipe} {words[0]}")
+        there.path.mkdir(parents=True, exist_ok=True)
         point = measure(there, 0, str(adapter), str(out / "start" / "sft" / "adapter"))
         file.write_text(json.dumps(asdict(point)))
     return json.loads(file.read_text())
