@@ -43,8 +43,9 @@ test: setup  ## the fast tests
 test-browser: setup  ## the page in headless Chromium (Debian's chromium and chromium-driver)
 	QALIGN_BROWSER=insist $(BIN)/python -m pytest -m browser
 
-check: setup  ## style, imports in one direction, types
+check: setup  ## style, imports in one direction, types, the Dockerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright --project pyproject.toml
+	$(BIN)/hadolint Dockerfile

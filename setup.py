@@ -1,10 +1,13 @@
-"""Puts the recipes into the wheel, as `qalign/recipes`; the rest is in pyproject.toml."""
+"""Puts the recipes into the wheel, as `qalign/recipes`, and the README into its metadata; see pyproject.toml too."""
 
+import re
 import shutil
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.build_py import build_py
+
+REPOSITORY = "https://github.com/qalign/qalign"
 
 
 class BuildWithRecipes(build_py):
@@ -17,4 +20,11 @@ class BuildWithRecipes(build_py):
             shutil.copytree("recipes", target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("__pycache__"))
 
 
-setup(cmdclass={"build_py": BuildWithRecipes})
+def readme() -> str:
+    """The README with links and pictures that also work on a package index, outside the repository."""
+    text = Path("README.md").read_text(encoding="utf-8")
+    text = re.sub(r"(!\[[^\]]*\])\((?!https?:)", rf"\1({REPOSITORY}/raw/main/", text)
+    return re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#)", rf"\1({REPOSITORY}/blob/main/", text)
+
+
+setup(cmdclass={"build_py": BuildWithRecipes}, long_description=readme(), long_description_content_type="text/markdown")

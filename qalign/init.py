@@ -47,7 +47,7 @@ def write_recipe(name: str, *, full: bool = False) -> None:
             print(f"wrote {path}")
     text = text.replace(f"recipes/{target}", str(target)).replace("docs/recipe.md", f"qalign init {name} --full")
     write_whole(target, text)
-    print(f"wrote {target}; change it, then train: python -m qalign {target}")
+    print(f"wrote {target}; change it, then train: {program()} {target}")
 
 
 def with_every_key(file: Path) -> str:

@@ -4,6 +4,8 @@ import atexit
 import gc
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -70,6 +72,19 @@ def tiny_model(folder: Path) -> str:
 def tiny_folder(tmp_path_factory) -> str:
     """The folder of `tiny_model`."""
     return tiny_model(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of this source tree, in a folder of its own."""
+    source, folder = tmp_path_factory.mktemp("source") / "qalign", tmp_path_factory.mktemp("wheel")
+    left_out = (".venv", ".git", "runs", "build", "site", "*.egg-info", "__pycache__", ".*_cache")
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(*left_out))
+    words = ("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(folder), str(source))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([sys.executable, "-m", "pip", *words], env=environment, check=True)
+    (made,) = folder.glob("qalign-*.whl")
+    return made
 
 
 @pytest.fixture
