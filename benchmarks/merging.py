@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from qalign.config.stages import Source
 from qalign.data.formats import dialogues
 from qalign.data.tokenize import IGNORED, encode_dialogues
-from qalign.merge import merge
+from qalign.export import export, options
 from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit
 from qalign.train.run_folder import open_run, versions
@@ -70,7 +70,7 @@ def in_bfloat16(folder: str, merged: str, rows: list, first: list) -> list[tuple
     found = [("unmerged: 4-bit base and adapter", measured(base.lm, rows, dtype), answered(base.lm, first, dtype))]
     del base
     for form, name in (
-        ("dequantized", "dequantised and merged: `qalign.merge`"),
+        ("dequantized", "dequantised and merged: `--to merged`"),
         ("original", "merged onto the original"),
     ):
         lm = AutoModelForCausalLM.from_pretrained(f"{merged}/{form}", dtype=dtype, trust_remote_code=False)
@@ -110,7 +110,8 @@ def main() -> None:
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as aside:
         for form in ("dequantized", "original"):
-            merge(args.run, form, f"{aside}/{form}")
+            words = [args.run, "--to", "merged", "--onto", form, "--output", f"{aside}/{form}", "--force"]
+            export(options().parse_args(words))
         again = AutoModelForCausalLM.from_pretrained(
             f"{aside}/dequantized", quantization_config=config, dtype=dtype, trust_remote_code=False
         )
@@ -120,7 +121,7 @@ def main() -> None:
             for form in ("dequantized", "original")
         )
         table.append(("dequantised, merged, quantised to 4 bits again", measured(again, rows, dtype)))
-        table.append(("dequantised and merged: `qalign.merge`", measured(dequantized, rows, dtype)))
+        table.append(("dequantised and merged: `--to merged`", measured(dequantized, rows, dtype)))
         table.append(("merged onto the original: `--onto original`", measured(original, rows, dtype)))
         narrow = in_bfloat16(args.run, aside, rows, first)
 

@@ -41,7 +41,7 @@ COMMANDS = {
     "compare": "win rate of one model against another, by a judge",
     "best_of": "sample n answers to each prompt and keep the best, as training data",
     "goodhart": "see where optimising a reward stops making answers better",
-    "merge": "merge an adapter into its base model",
+    "export": "take a finished run elsewhere: one merged model, GGUF, Ollama, MLX",
     "fit": "forecast the memory that each stage of a recipe needs",
     "init": "write a recipe into the current folder",
     "page": "open the comparison page in the browser",
@@ -184,13 +184,13 @@ def work_in(run: Run, args: argparse.Namespace, train: Callable[[Recipe, Run], N
             train(run.recipe, run)
 
 
-def new_target(to: str | None, default: Path) -> Path:
-    """Where a command writes: what `--to` says, or by default; a `UserError` if something is there already."""
+def new_target(to: str | None, default: Path, option: str = "--to") -> Path:
+    """Where a command writes: what its option says, or by default; a `UserError` if something is there already."""
     target = expanded(to) if to else default
     if "\0" in str(target) or (to and to.startswith("~") and target == Path(to)):
-        raise UserError(f"--to: {short(to)} is no path, or of a user who doesn't exist")
+        raise UserError(f"{option}: {short(to)} is no path, or of a user who doesn't exist")
     if os.path.lexists(target):
-        raise UserError(f"{target}: exists already; name another with --to, or remove it")
+        raise UserError(f"{target}: exists already; name another with {option}, or remove it")
     return target
 
 

@@ -53,7 +53,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         trainer.evaluate()
     following = [f"python -m qalign.{stage} {run.command_line}" for stage in recipe.stages if stage != "sft"]
     session.finish(
-        [*following, f"python -m qalign.merge {shlex.quote(str(run.path))}"][0], supervised_tokens=supervised, **facts
+        [*following, f"python -m qalign.export {shlex.quote(str(run.path))} --to merged"][0],
+        supervised_tokens=supervised,
+        **facts,
     )
 
 

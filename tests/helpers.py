@@ -18,6 +18,7 @@ from qalign.config.stages import Source
 from qalign.data.formats import preferences
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_pairs
+from qalign.export import export, options
 from qalign.model.base import Base, Role
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
@@ -105,6 +106,12 @@ def refusal(capsys, command: Callable[..., object], *args) -> str:
     assert exit_code(lambda: command(*args)) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def merge(folder: str, onto: str, output: str | None) -> None:
+    """Merges a run's adapter into its base, as `qalign.export --to merged` does, however far from the trained model."""
+    place = ["--output", output] if output else []
+    export(options().parse_args([folder, "--to", "merged", "--onto", onto, "--force", *place]))
 
 
 def plain_config(cls, folder, **values):

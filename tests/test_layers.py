@@ -10,7 +10,7 @@ import pytest
 import qalign
 
 PACKAGE = Path(qalign.__file__).parent
-LIGHT = ["cli", "sft", "reward", "dpo", "kto", "ppo", "grpo", "__main__", "evaluate", "fit", "score", "merge"]
+LIGHT = ["cli", "sft", "reward", "dpo", "kto", "ppo", "grpo", "__main__", "evaluate", "fit", "score", "export"]
 LIGHT += ["best_of", "compare", "constitution", "goodhart", "init", "data.formats", "model.lineage", "train.dataset"]
 LIGHT += ["h3", "judge.principles", "page.launch", "page.models", "page.session", "page.votes", "train.run_folder"]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}

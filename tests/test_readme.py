@@ -29,7 +29,7 @@ def test_each_qalign_command_names_a_module_and_a_recipe_that_loads(command):
     _, _, module, first, *words = shlex.split(command)
     assert importlib.util.find_spec(module), command
     if first.startswith("runs/"):  # a command on a finished run
-        assert module in ("qalign.score", "qalign.merge")
+        assert module in ("qalign.score", "qalign.export")
         return
     if module == "qalign.fit":
         at = words.index("--memory")

@@ -183,7 +183,7 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="Attempting to run cuBLAS", category=UserWarning)
     # PEFT still calls what transformers 5.23 renamed.
     warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
-    # An adapter on tied embeddings: `qalign.merge` unties them.
+    # An adapter on tied embeddings: `qalign.convert.merging` unties them.
     warnings.filterwarnings("ignore", message=".*a tied layer is part of the adapter", category=UserWarning)
 
 

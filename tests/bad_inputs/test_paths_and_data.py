@@ -73,7 +73,7 @@ def test_a_path_of_the_wrong_kind(refused, odd, word, words):
     "words",
     [
         ["dpo", "PATH"], ["fit", "PATH"], ["PATH.yaml"], ["evaluate", "PATH"], ["best_of", "PATH"],
-        ["score", "PATH", "pairs.jsonl"], ["merge", "PATH"], ["init", "PATH"],
+        ["score", "PATH", "pairs.jsonl"], ["export", "PATH", "--to", "merged"], ["init", "PATH"],
         ["compare", "PATH", "base"], ["h3", "PATH"],
     ],
     ids=lambda words: words[0],

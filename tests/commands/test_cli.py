@@ -171,7 +171,7 @@ def test_a_pipe_of_a_library_that_breaks_is_not_hidden():
         (["dpo"], "arguments are required: recipe;"),
         (["dpo", "a.yaml", "--resume", "--overwrite"], "not allowed with argument --resume"),
         (["score", "a", "b", "--limit", "9" * 5000], "--limit: invalid int value"),
-        (["merge", "a", "--onto", "\x1b[31m"], "invalid choice"),
+        (["export", "a", "--to", "\x1b[31m"], "invalid choice"),
         (["page", "--port", "many"], "--port: invalid int value"),
         (["init", "a", "\x1b", "--no-such"], "unrecognized arguments"),
         (["\x1b" * 500], "there is no command"),

@@ -70,7 +70,7 @@ def checked(command: str) -> list[str]:
     python, m, module, *words = shlex.split(command)
     assert (python, m) == ("python", "-m")
     name = module.removeprefix("qalign.")
-    if name in ("score", "merge"):
+    if name in ("score", "export"):
         assert open_run(words[0]).complete
         return words
     parser = stage_parser(name, "") if name in STAGES or name == "best_of" else recipe_parser(name, "")

@@ -49,10 +49,10 @@ COMMANDS = {
     "ppo, reward model": ("ppo", ("ppo.reward=reward", "--overwrite")),
     "best_of": ("best_of", ("n=2",)),
     "evaluate": ("evaluate", ()),
-    "merge": ("merge", ()),
+    "export": ("export", ("--to", "merged")),
     "fit": ("fit", ("model.compute_dtype=bfloat16", "--memory", "8GB")),
 }
-NEEDED = {"ppo, reward model": "reward", "evaluate": "dpo", "merge": "dpo"}  # what a command works on
+NEEDED = {"ppo, reward model": "reward", "evaluate": "dpo", "export": "dpo"}  # what a command works on
 RANKS = ("FAILS", "no", "yes")
 PAIRS, SHARE = "pairs", "4 bits"
 COLUMNS = ("family", "models", *COMMANDS, PAIRS, SHARE)
@@ -103,7 +103,7 @@ def try_family(name: str, folder: Path) -> Row:
         if row.cells.get(NEEDED.get(column, ""), "yes") != "yes":
             row.cells[column] = "no"
             continue
-        first = str(folder / "runs" / "dpo") if command == "merge" else recipe
+        first = str(folder / "runs" / "dpo") if command == "export" else recipe
         outcome = start(command, [first, *words], _limit_time)
         wrong = _first_loss_off(folder / "runs") if column == "dpo" and outcome.code == 0 else None
         row.cells[column] = "FAILS" if wrong else {0: "yes", 2: "no"}.get(outcome.code, "FAILS")

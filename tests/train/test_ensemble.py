@@ -13,7 +13,6 @@ from qalign.config.load import load as load_recipe
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped, UserError
 from qalign.losses.ensemble import member_seed, resample_counts
-from qalign.merge import merge
 from qalign.model.adapters.members import Ensemble
 from qalign.model.base import Base, Role, load
 from qalign.model.logps import backbone
@@ -21,7 +20,7 @@ from qalign.score import score
 from qalign.train.run_folder import RunFolder, open_run
 from qalign.train.trainers.adapter import CONFIGS
 from qalign.train.trainers.reward import RewardModelTrainer
-from tests.helpers import TEST, TRAIN, house_style, metrics, refusal, summary
+from tests.helpers import TEST, TRAIN, house_style, merge, metrics, refusal, summary
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
 
 WEIGHTS = "adapter_model.safetensors"

@@ -8,12 +8,11 @@ from safetensors.torch import load_file
 
 from qalign.config.load import load as read
 from qalign.config.recipe import Model
-from qalign.merge import merge
 from qalign.model.adapters.files import WEIGHTS
 from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit, load_config
 from qalign.model.memory.forecast import Forecast
-from tests.helpers import metrics
+from tests.helpers import merge, metrics
 from tests.reward_runs import quantised, run_stage, write_recipe
 from tests.train.test_reward_families import saved
 

@@ -9,8 +9,8 @@ import transformers as tf
 
 import qalign.model.experts.weights as experts
 from qalign.config.recipe import Lora, Model
-from qalign.merge import merge
 from qalign.model.base import Role, load
+from tests.helpers import merge
 from tests.moe_models import publish_in_mxfp4, save
 from tests.reward_runs import run_stage, write_recipe
 

@@ -98,7 +98,7 @@ def test_the_header_says_what_is_trained_on_what_and_against_what(finished, sft_
     assert (reference in said) == has_reference
     if has_reference:
         assert summary(run)["reference"] in reference
-    follows = {"sft": "merge", "reward": "score", "ppo": "best_of", "grpo": "page"}.get(run.stage, "evaluate")
+    follows = {"sft": "export", "reward": "score", "ppo": "best_of", "grpo": "page"}.get(run.stage, "evaluate")
     words = (f"qalign {run.stage} → {run.path}", "nf4, computing in float32 on cpu", f"starting from {sft_adapter}")
     for word in (*words, "12 used, 4 held out", "3, each of 4", "2 at a time", str(run.adapter),
                  f"python -m qalign.{follows}"):  # fmt: skip

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import end_of_turn_id
-from qalign.merge import merge
-from tests.commands.test_merge import STRONG, logits, stored, unmerged
+from tests.commands.test_export_merged import STRONG, logits, stored, unmerged
+from tests.helpers import merge
 from tests.reward_runs import run_stage, write_recipe
 
 

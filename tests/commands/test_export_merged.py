@@ -1,4 +1,4 @@
-"""`python -m qalign.merge`: merged weights against a float64 calculation, answers against those of base and adapter."""
+"""`--to merged`: merged weights against a float64 calculation, answers against those of base and adapter."""
 
 import json
 import math
@@ -18,16 +18,17 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+import qalign.convert.merging
 import qalign.model.loading
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import end_of_turn_id
 from qalign.errors import UserError
-from qalign.merge import main, merge
+from qalign.export import main
 from qalign.model.adapters.files import SCORE_HEAD
 from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load
-from tests.helpers import house_style, leaving, refusal
+from tests.helpers import house_style, leaving, merge, refusal
 from tests.reward_runs import run_stage, write_recipe
 
 BFLOAT16 = {"compute_dtype": "bfloat16"}
@@ -289,11 +290,11 @@ def test_what_cannot_be_merged_is_one_line(policy, copied, tmp_path, capsys):
     run, target = policy
     before = (target / "model.safetensors").stat().st_mtime_ns
     assert refusal(capsys, merge, str(run.path), "dequantized", None) == (
-        f"{target}: exists already; name another with --to, or remove it"
+        f"{target}: exists already; name another with --output, or remove it"
     )
     assert (target / "model.safetensors").stat().st_mtime_ns == before
     for to in ("a\0b", "~nosuchuser/x"):
-        assert refusal(capsys, merge, str(run.path), "original", to).startswith("--to: ")
+        assert refusal(capsys, merge, str(run.path), "original", to).startswith("--output: ")
     (tmp_path / "taken").symlink_to("nowhere")
     assert "exists already" in refusal(capsys, merge, str(run.path), "original", str(tmp_path / "taken"))
     (tmp_path / "taken").unlink()
@@ -320,7 +321,7 @@ def test_an_adapter_that_peft_cannot_merge_is_one_line(published, tmp_path, caps
 def test_a_merge_that_fails_leaves_no_half_a_folder(policy, tmp_path, monkeypatch):
     run, _ = policy
     failing = lambda *_: (_ for _ in ()).throw(UserError("disk full"))  # noqa: E731
-    monkeypatch.setattr(qalign.model.loading, "save_tokenizer", failing)
+    monkeypatch.setattr(qalign.convert.merging, "save_tokenizer", failing)
     with pytest.raises(UserError, match="disk full"):
         merge(str(run.path), "dequantized", str(tmp_path / "out"))
     assert not list(tmp_path.iterdir())
@@ -328,13 +329,13 @@ def test_a_merge_that_fails_leaves_no_half_a_folder(policy, tmp_path, monkeypatc
 
 def test_the_command_itself(policy, tmp_path, capsys):
     run, target = policy
-    assert leaving(main, str(run.path.parent), "--to", str(tmp_path / "merged")) == 0
+    assert leaving(main, str(run.path.parent), "--to", "merged", "--output", str(tmp_path / "merged"), "--force") == 0
     said = capsys.readouterr().out
     assert "the dequantised base" in said
     assert f'LlamaForCausalLM.from_pretrained("{tmp_path / "merged"}")' in said
     assert_same(stored(tmp_path / "merged"), stored(target))
-    assert leaving(main, "nowhere") == 2
+    assert leaving(main, "nowhere", "--to", "merged") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nowhere: there is no finished grpo or ppo or kto or dpo or sft or reward run")
-    assert leaving(main, str(run.path), "--onto", "4bit") == 2
+    assert leaving(main, str(run.path), "--to", "merged", "--onto", "4bit") == 2
     assert "choose from" in capsys.readouterr().err
