@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --no-deps
 
-.PHONY: setup lock docs demo test test-browser check
+.PHONY: setup lock docs site demo test test-browser check
 
 setup: .venv/ready  ## make .venv with the pinned requirements
 
@@ -26,6 +26,9 @@ lock: setup  ## write the lock files anew, after a change of requirements.txt or
 docs: setup  ## write the recipe's reference and its schema anew, after a change of a recipe key
 	$(BIN)/python docs/make_recipe.py
 
+site: setup  ## the documentation as a site, in site/; a link or an anchor that leads nowhere ends it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 demo: setup  ## align the small embedded model, then show what changed (about 3 minutes on 2 CPU cores)
 	@echo "== teaching SmolLM2-135M 200 dialogues into runs/demo/sft (an older demo run is replaced)"
 	$(BIN)/python -m qalign.sft recipes/smollm2_demo.yaml --overwrite
@@ -43,7 +46,7 @@ test: setup  ## the fast tests
 test-browser: setup  ## the page in headless Chromium (Debian's chromium and chromium-driver)
 	QALIGN_BROWSER=insist $(BIN)/python -m pytest -m browser
 
-check: setup  ## style, imports in one direction, types, the Dockerfile
+check: setup site  ## style, imports in one direction, types, the Dockerfile, links of all documents
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 DOCUMENTS = ["README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 DOCUMENTS += ["SECURITY.md", "AGENTS.md"]
-DOCUMENTS += [f"docs/{name}.md" for name in ("decisions", "merging", "models", "ppo", "recipe")]
+DOCUMENTS += [f"docs/{file.name}" for file in sorted((ROOT / "docs").glob("*.md"))]
 LINES = [
     (document, line.strip())
     for document in DOCUMENTS
