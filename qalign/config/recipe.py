@@ -62,9 +62,16 @@ class Model(Section):
 
 # PEFT takes a text as a regular expression, some of which never end; names say all that is needed.
 ModuleName = Annotated[str, Field(max_length=200, pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$")]
-_one_name = BeforeValidator(
-    lambda value: [value] if isinstance(value, str) else value, json_schema_input_type=ModuleName | list[ModuleName]
-)
+Tracker = Literal["tensorboard", "trackio", "wandb"]
+
+
+def _one_or_more(name: Any) -> BeforeValidator:
+    """Takes one name in the place of a list of names."""
+
+    def in_list(value: object) -> object:
+        return [value] if isinstance(value, str) else value
+
+    return BeforeValidator(in_list, json_schema_input_type=name | list[name])
 
 
 class Lora(Section):
@@ -77,7 +84,9 @@ class Lora(Section):
     dropout: ShareBelowOne = 0.0
     """LoRA dropout: the share of the adapter's inputs set to zero during training, never for the reference. Try 0.05 if
     the held-out loss rises while the training loss falls."""
-    targets: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1), _one_name] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[ModuleName], Field(min_length=1), _one_or_more(ModuleName)] = (
+        "all-linear"
+    )
     """LoRA target modules: `all-linear` (every linear layer of the language model but the output layer, and in mixtures
     of experts but routers and routed experts), or a list of module names such as `[q_proj, v_proj]`, which is smaller
     and learns less, or `layers.0.mlp.up_proj`, of layer 0."""
@@ -117,6 +126,10 @@ class Recipe(Section):
     max_refused_share: Share = 0.05
     """Maximum share of refused rows: a stage stops before training if more rows than this are too long, empty or
     broken. Raise it if you lower `model.max_length`."""
+    log_to: Annotated[list[Tracker], _one_or_more(Tracker)] = []
+    """Trackers: where each stage logs as well as to `metrics.jsonl`, under the same names, with pictures and sample
+    answers: `tensorboard` writes event files into the run folder, `trackio` and `wandb` a run of the project `qalign`.
+    Each needs its package. `python -m qalign.watch RUN` needs none."""
     constitution: Constitution | None = None
     """Constitutional AI: settings of `python -m qalign.constitution`, which makes data for the other stages."""
     sft: SFT | None = None
@@ -193,12 +206,13 @@ class Recipe(Section):
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:
     """The dotted keys that differ between the recipe that a run of `stage` began with and this one, each with (value
-    then, value now). `output`, where the run lies now, and the sections of other stages and commands don't count."""
+    then, value now). `output`, where the run lies now, `log_to` and the sections of other stages and commands don't
+    count."""
     was = str(kept.get("output", "")) or "."
     with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
         kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it
     given = recipe.model_dump(mode="json")
-    others = {*STAGES, *OTHERS, "output"} - {stage}
+    others = {*STAGES, *OTHERS, "output", "log_to"} - {stage}
     old, new = (dict(flat({key: r[key] for key in r if key not in others})) for r in (kept, given))
     return {
         key: (old.get(key, "not there"), new.get(key, "gone"))

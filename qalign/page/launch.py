@@ -153,7 +153,14 @@ def launch(
     )  # fmt: skip
     guard = Guard(app, served_at(args.host, public), Path(os.environ["GRADIO_TEMP_DIR"]), listeners)
     config = uvicorn.Config(
-        guard, log_level="warning", ws="none", proxy_headers=False, server_header=False, timeout_graceful_shutdown=1
+        guard,
+        http="h11",
+        loop="asyncio",  # and nothing else that happens to be installed: the tests are about these
+        log_level="warning",
+        ws="none",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=1,
     )
     shown = f"[{host}]" if ":" in host else host
     print(f"the page is open at http://{shown}:{port}" + (f" and {public}" if public else ""), flush=True)

@@ -29,6 +29,7 @@ from qalign.model import lineage
 from qalign.train import checkpoints
 from qalign.train.lock import locked
 from qalign.train.model_card import CARD, model_card, versions
+from qalign.train.trackers import Trackers, check
 
 REFUSED = "rejected_rows.jsonl"
 LAST_TRY = "rejected_rows.last_try.jsonl"  # refused rows of a failed start, next to the finished run that it left alone
@@ -49,7 +50,7 @@ class RunFolder:
         self.path = expanded(recipe.output) / self.name
         self.adapter, self.checkpoints = self.path / "adapter", self.path / "checkpoints"
         self.metrics, self.summary = self.path / checkpoints.METRICS, self.path / "summary.json"
-        self.stop, self.resume, self._began = StopRequest(), False, time.monotonic()
+        self.stop, self.resume, self._began, self._trackers = StopRequest(), False, time.monotonic(), Trackers()
         self._checkpoint: Path | None = None  # to continue from
 
     @property
@@ -121,6 +122,7 @@ class RunFolder:
                 try:
                     yield
                 finally:
+                    self._trackers.close()
                     back = self._put_back()
         except Exception as error:
             if isinstance(error, FileNotFoundError) and not self.path.is_dir():
@@ -156,6 +158,7 @@ class RunFolder:
         """Raises a `UserError` if the folder holds another run or other files, or the run can't be resumed with this
         recipe. Deletes nothing yet."""
         self.resume = resume
+        check(self.recipe.log_to)
         self._check_place()
         self.check_inputs(overwrite=overwrite)
         names = {file.name for file in self.path.iterdir()} if self.path.exists() else set[str]()
@@ -260,10 +263,10 @@ class RunFolder:
         kept = (checkpoint / checkpoints.METRICS).read_bytes() if checkpoint else b""
         if kept and not (self.metrics.is_file() and self.metrics.read_bytes().startswith(kept)):
             print(f"{self.metrics}: was damaged; it is again as it was at {checkpoint}", flush=True)
+        logged = checkpoints.read_metrics(self.metrics)
         write_whole(self.metrics, kept)
-        if checkpoint is None:
-            return None, 0
-        facts = manifest.read(checkpoint)
+        self._trackers.start(self.recipe, self.stage, self.path, logged, checkpoints.read_metrics(self.metrics))
+        facts = manifest.read(checkpoint) if checkpoint else {"wall_seconds": 0.0, "tokens_seen": 0}
         self._began -= facts["wall_seconds"]
         return checkpoint, facts["tokens_seen"]
 
@@ -286,9 +289,10 @@ class RunFolder:
         raise Stopped(self.stop.number or 0)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Appends a line to `metrics.jsonl`."""
+        """Appends a line to `metrics.jsonl`, and tells the trackers."""
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+        self._trackers.log(line)
 
     def finish(self, next_command: str, base: str, codes: dict[Path, str], **facts: Any) -> None:
         """Writes the model card of each adapter folder, with the code that loads it, and `summary.json` with `facts`

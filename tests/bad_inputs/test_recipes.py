@@ -137,6 +137,8 @@ OVERRIDES = [
     ("dpo.trainer.lr_scheduler_kwargs={num_cycles: .nan}", "expected finite numbers"),
     ("dpo.trainer.deepspeed=ds.json", "one GPU in one process"), ("dpo.trainer.fsdp=full_shard", "in one process"),
     ("dpo.trainer.push_to_hub=true", "hf upload"), ("dpo.trainer.hub_token=secret", "hf upload"),
+    ("dpo.trainer.report_to=wandb", "set it as log_to"), ("log_to=mlflow", "expected one of tensorboard, trackio"),
+    ("log_to=[wandb, {a: 1}]", "expected one of tensorboard, trackio"),
     ("dpo.trainer.output_dir=x", "set it as output"), ("dpo.trainer.bf16=true", "set it as model.compute_dtype"),
     ("dpo.trainer.lr=1", "did you mean 'learning_rate'?"), ("dpo.trainer={[a]: 1}", "not valid YAML"),
     ("lr=1", "did you mean 'sft.learning_rate'?"), ("dpo.bs=1", "did you mean 'batch_size'?"),

@@ -24,7 +24,7 @@ from tests.config.conftest import GOOD, with_stages
         ("dpo.output_dir", "output"), ("dpo.seed", "seed"), ("dpo.max_length", "model.max_length"),
         ("dpo.max_seq_length", "model.max_length"), ("dpo.lora_alpha", "lora.alpha"), ("dpo.r", "lora.r"),
         ("dpo.optim", "dpo.trainer.optim"), ("dpo.optimizer", "dpo.trainer.optim"), ("dpo.clip", "ppo.clip"),
-        ("dpo.weight_decay", "dpo.trainer.weight_decay"), ("dpo.report_to", "dpo.trainer.report_to"),
+        ("dpo.weight_decay", "dpo.trainer.weight_decay"), ("dpo.report_to", "log_to"),
         ("dpo.packing", "sft.packing"), ("ppo.beta", "kl_coefficient"),
         *((f"grpo.{theirs}", ours) for theirs, ours in {
             "num_generations": "samples_per_prompt", "beta": "kl_coefficient", "epsilon": "clip",

@@ -291,7 +291,7 @@ dpo:
   batch_size: 8
   micro_batch_size: 2
   learning_rate: 5e-6
-  trainer: {optim: adafactor, weight_decay: 1.0e-3, report_to: [none]}
+  trainer: {optim: adafactor, weight_decay: 1.0e-3}
   loss: simpo
   gamma: 0.25
 ppo:

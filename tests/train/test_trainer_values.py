@@ -21,10 +21,6 @@ def run_of(stage: str, trainer: dict) -> RunFolder:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("report_to", "wandb", "wandb"),
-        ("report_to", ["mlflow"], "mlflow"),
-        ("report_to", "nosuch", "nosuch is not supported"),
-        ("report_to", 5, "is 5; expected a string"),
         ("lr_scheduler_kwargs", {"nothing": 1}, "unexpected keyword argument 'nothing'"),
         ("lr_scheduler_kwargs", {"num_cycles": "x"}, "'x'"),
         ("lr_scheduler_kwargs", 5, "is 5; expected a dictionary"),
@@ -83,13 +79,9 @@ def test_a_value_that_only_the_trainer_refuses_is_one_line_and_the_finished_run_
     kept = {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()}
 
     # `Trainer` itself finds that there is nothing to measure.
-    for trainer, words in (
-        ({"eval_strategy": "epoch"}, "eval_strategy"),
-        ({"report_to": "wandb"}, "report_to: wandb is not installed"),
-    ):
-        with pytest.raises(UserError, match=rf"^dpo\.trainer: {words}") as raised:
-            train(recipe_file(max_steps=1, trainer=trainer), overwrite=True)
-        assert len(raised.value.lines) == 1
+    with pytest.raises(UserError, match=r"^dpo\.trainer: eval_strategy") as raised:
+        train(recipe_file(max_steps=1, trainer={"eval_strategy": "epoch"}), overwrite=True)
+    assert len(raised.value.lines) == 1
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == kept
 
 

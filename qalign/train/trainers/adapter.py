@@ -14,10 +14,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
-from transformers.integrations.integration_utils import (
-    get_available_reporting_integrations,
-    get_reporting_integration_callbacks,
-)
 from trl.trainer.dpo_config import DPOConfig
 from trl.trainer.kto_config import KTOConfig
 from trl.trainer.reward_config import RewardConfig
@@ -214,8 +210,8 @@ def naming_trainer(stage: str, trainer: dict[str, Any]) -> Generator[None]:
 
 
 def try_out(run: RunFolder) -> None:
-    """Builds what transformers builds from the values under `trainer:` (config, optimiser, schedule, reporting), and
-    steps once on one small weight, before a base is loaded and a run replaced. Raises a `UserError` that names the key.
+    """Builds what transformers builds from the values under `trainer:` (config, optimiser, schedule), and steps
+    once on one small weight, before a base is loaded and a run replaced. Raises a `UserError` that names the key.
     """
     stage, settings, on_gpu = run.stage, run.settings, torch.cuda.is_available()
     optimiser_only = {"output_dir": "unused", "report_to": "none", "use_cpu": not on_gpu}
@@ -235,10 +231,6 @@ def try_out(run: RunFolder) -> None:
         weight.grad = torch.zeros_like(weight)
         optimizer.step()
         schedule_from_one(settings.scheduler, optimizer, 0, 2, args)
-        get_reporting_integration_callbacks(args.report_to)
-        there = {*get_available_reporting_integrations(), "azure_ml", "flyte"}  # these two are not always listed
-        if missing := set(cast(list[str], args.report_to or [])) - there:
-            raise ImportError(f"{', '.join(sorted(missing))} is not installed; pip install it, or remove it here")
 
     hints = get_type_hints(CONFIGS[stage]) if settings.trainer else {}
     for key, value in settings.trainer.items():
