@@ -21,7 +21,7 @@ from math import comb
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qalign.cli import run_parsed, stage_parser, work_in
+from qalign.cli import program, run_parsed, stage_parser, work_in
 from qalign.config.atomic import write_rows, write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
@@ -58,7 +58,7 @@ class BestOfRun(RunFolder):
     @property
     def command(self) -> str:
         more = f" rounds={self.rounds}" if self.rounds > 1 else ""
-        return f"python -m qalign.best_of {self.command_line} n={self.n}{more}"
+        return f"{program('best_of')} {self.command_line} n={self.n}{more}"
 
     @property
     def further(self) -> str:
@@ -229,7 +229,7 @@ def _next(run: RunFolder, file: Path, picks: int, pairs: int) -> str:
         own.append(f"dpo.start_from={start}")
     replaced = {word.partition("=")[0] for word in own}
     kept = [word for word in words if word.partition("=")[0] not in replaced]
-    return f"python -m qalign.dpo {shlex.join([*kept, *own])}"
+    return f"{program('dpo')} {shlex.join([*kept, *own])}"
 
 
 def nothing_to_train_on(picks: int) -> str:

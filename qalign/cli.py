@@ -23,7 +23,7 @@ from typing import NoReturn, TextIO, TypeVar
 from qalign.config.load import load
 from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
-from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, short
+from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, program, short
 from qalign.model import cache, origin
 from qalign.train.run_folder import RunFolder
 
@@ -80,13 +80,6 @@ def main(words: Sequence[str] | None = None) -> None:
     else:
         hint = did_you_mean(first, COMMANDS) or "; `qalign --help` lists the commands, and a recipe ends with .yaml"
         sys.exit(_failed(one_line(f"qalign: there is no command '{first}'{hint}")))
-
-
-def program(name: str = "") -> str:
-    """How the user called this command, for its usage line: `qalign dpo` or `python -m qalign.dpo`."""
-    if Path(sys.argv[0]).stem == "qalign":
-        return f"qalign {name}".rstrip()
-    return f"python -m qalign.{name}".rstrip(".")
 
 
 def exit_code(work: Callable[[], None]) -> int:

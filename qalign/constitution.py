@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qalign.cli import run_parsed, stage_parser, work_in
+from qalign.cli import program, run_parsed, stage_parser, work_in
 from qalign.config.atomic import write_rows, write_whole
 from qalign.config.load import load
 from qalign.config.paths import function_of
@@ -299,7 +299,7 @@ def _lines(run: ConstitutionRun, facts: dict[str, Any], labelled: bool) -> list[
     if labelled and not facts["pairs"]:
         lines.append(("next", "no pair to prefer: raise constitution.max_new_tokens if answers are cut, or candidates"))
     elif run.recipe.stages and (labelled or not run.constitution.candidates):
-        lines.append(("next", f"python -m qalign {run.command_line}"))
+        lines.append(("next", f"{program()} {run.command_line}"))
     return lines
 
 

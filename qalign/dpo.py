@@ -11,7 +11,7 @@ import shlex
 from functools import partial
 from typing import cast
 
-from qalign.cli import stage_command
+from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO
 from qalign.data.formats import preferences
@@ -47,8 +47,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     facts = session.train(trainer, monitor, **said)
     facts |= monitor.report()
     references.save()
-    measure = f"python -m qalign.evaluate {run.command_line}" if settings.has_held_out else None
-    session.finish(measure or f"python -m qalign.page {shlex.quote(str(run.path))}", reference=reference, **facts)
+    measure = f"{program('evaluate')} {run.command_line}" if settings.has_held_out else None
+    session.finish(measure or f"{program('page')} {shlex.quote(str(run.path))}", reference=reference, **facts)
 
 
 main = partial(stage_command, "dpo", train)

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -33,6 +34,14 @@ DISK_FIXES = {
 }
 OTHERS = "EIO EMFILE ENFILE EISDIR EEXIST ENOTEMPTY ENXIO ENODEV EXDEV EBUSY ESTALE ENOTCONN"
 DISK_FIXES |= dict.fromkeys(OTHERS.split(), "check this path and its disk")
+
+
+def program(name: str = "") -> str:
+    """A command as the user can type it, for usage lines and hints: `qalign dpo` where the console script was called
+    (with uvx there is no other way), else `python -m qalign.dpo`."""
+    if Path(sys.argv[0]).stem == "qalign":
+        return f"qalign {name}".rstrip()
+    return f"python -m qalign.{name}".rstrip(".")
 
 
 def one_line(text: object, limit: int | None = MAX_LINE) -> str:

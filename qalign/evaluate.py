@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any, cast
 
-from qalign.cli import recipe_parser, run_parsed
+from qalign.cli import program, recipe_parser, run_parsed
 from qalign.config.atomic import write_whole
 from qalign.config.load import load
 from qalign.config.paths import adapters_in
@@ -117,7 +117,7 @@ def _check_run(run: RunFolder, *, taxed: bool) -> None:
     name, stage, settings = run.name, run.stage, run.settings
     is_sampled = name == BEST_OF and run.complete
     if not ((adapters_in(run.adapter) or is_sampled) and (run.path / "recipe.yaml").is_file()):
-        raise UserError(f"{run.adapter}: there is no adapter yet; train it with python -m qalign.{name}")
+        raise UserError(f"{run.adapter}: there is no adapter yet; train it with {program(name)}")
     if not settings.has_held_out:
         none = f"there are no held-out {ROWS[stage]} to measure on"
         raise UserError(f"{stage}.eval_data: {none}; add them to the recipe, or `holdout`")

@@ -127,9 +127,7 @@ def _judge(args: argparse.Namespace) -> Any:
         return None
     judge = judge_of(args.judge)
     if judge.kind in ("url", "votes"):
-        raise UserError(
-            "--judge: here a judge is base, a reward run, or FILE.py:NAME; python -m qalign.compare has more"
-        )
+        raise UserError(f"--judge: here a judge is base, a reward run, or FILE.py:NAME; {program('compare')} has more")
     return judge
 
 

@@ -10,7 +10,7 @@ import shlex
 from functools import partial
 from typing import cast
 
-from qalign.cli import stage_command
+from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import KTO
 from qalign.data.formats import labelled_answers
@@ -61,9 +61,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     figures = {name: value for line in measured[-1:] for name, value in line.items() if name.startswith("eval_")}
     pairs = any(len(row.desirable) == 2 for row in read.rows["eval_data"][0])
     flag = " --stage kto" if recipe.dpo else ""
-    measure = f"python -m qalign.evaluate {run.command_line}{flag}" if pairs else None
+    measure = f"{program('evaluate')} {run.command_line}{flag}" if pairs else None
     session.finish(
-        measure or f"python -m qalign.page {shlex.quote(str(run.path))}",
+        measure or f"{program('page')} {shlex.quote(str(run.path))}",
         reference=base.reference,
         desirable=good,
         undesirable=len(answers.train) - good,

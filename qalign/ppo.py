@@ -11,7 +11,7 @@ import shlex
 from functools import partial
 from typing import cast
 
-from qalign.cli import stage_command
+from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO
 from qalign.data.formats import prompts
@@ -45,8 +45,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     loop = PPOLoop(run, trainer, Monitor(run, trainer))
     session.print_header(**header(trainer, settings))
     facts = session.to_the_end(lambda: loop.run(session.checkpoint))
-    page = f"python -m qalign.page {shlex.quote(str(run.path))}"
-    following = f"python -m qalign.best_of {run.command_line} n=16" if run.stage == "ppo" else page
+    page = f"{program('page')} {shlex.quote(str(run.path))}"
+    following = f"{program('best_of')} {run.command_line} n=16" if run.stage == "ppo" else page
     session.finish(following, reference=base.reference, **facts | loop.report())
 
 

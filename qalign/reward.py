@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from qalign.cli import stage_command
+from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import Reward
 from qalign.data.formats import preferences, scored_preferences
@@ -60,7 +60,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
             raise scores_not_finite(base.precision)
         facts |= trust(pairs.held_out, scores.view(len(scores), 2, -1), run.path / "reward_report.png")
     session.finish(
-        f"python -m qalign.score {shlex.quote(str(run.path))} FILE.jsonl",
+        f"{program('score')} {shlex.quote(str(run.path))} FILE.jsonl",
         pooling=f"the last token that is not {pad_for_scores(base.template)}: the end of the answer's turn",
         **facts,
     )

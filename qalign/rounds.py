@@ -28,7 +28,7 @@ from typing import Any
 
 from qalign import dpo
 from qalign.best_of import PAIRS, BestOfRun, best_of, nothing_to_train_on
-from qalign.cli import Run, work_in
+from qalign.cli import Run, program, work_in
 from qalign.config.atomic import replacing_folder, write_whole
 from qalign.config.load import load
 from qalign.config.recipe import Recipe
@@ -188,7 +188,7 @@ def _finish(run: BestOfRun, lines: list[dict[str, Any]]) -> None:
         shown.append(("held out", "no prompts: add ppo.eval_data or ppo.holdout to see what each round gains"))
     write_whole(run.summary, json.dumps(facts | {"wall_seconds": run.wall_seconds}, indent=1) + "\n")
     last = Path(lines[-1]["adapter"]).parent
-    print_table("done", [*shown, ("next", f"python -m qalign.page {shlex.quote(os.path.relpath(last))}")])
+    print_table("done", [*shown, ("next", f"{program('page')} {shlex.quote(os.path.relpath(last))}")])
 
 
 def alarms_of(points: list[alarms.EvalPoint]) -> list[str]:

@@ -11,7 +11,7 @@ import shlex
 from functools import partial
 from typing import cast
 
-from qalign.cli import stage_command
+from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT
 from qalign.data.formats import dialogues
@@ -51,9 +51,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     facts = session.train(trainer, loss=loss, packing=packed)
     if rows.held_out and not settings.eval_every:  # otherwise they were measured after the last step
         trainer.evaluate()
-    following = [f"python -m qalign.{stage} {run.command_line}" for stage in recipe.stages if stage != "sft"]
+    following = [f"{program(stage)} {run.command_line}" for stage in recipe.stages if stage != "sft"]
     session.finish(
-        [*following, f"python -m qalign.export {shlex.quote(str(run.path))} --to merged"][0],
+        [*following, f"{program('export')} {shlex.quote(str(run.path))} --to merged"][0],
         supervised_tokens=supervised,
         **facts,
     )

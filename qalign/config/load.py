@@ -19,7 +19,7 @@ from qalign.config.paths import Keys, Lookup, Place, Problem, as_keys, expanded,
 from qalign.config.recipe import Recipe
 from qalign.config.stages import CONSTITUTION, MAX_BATCH, MAX_LAYERS, OWN_DATA, SECTIONS
 from qalign.config.yaml_file import MAX_DEPTH, BadYaml, Lines, dump_yaml, parse, read_yaml
-from qalign.errors import UserError, did_you_mean, short
+from qalign.errors import UserError, did_you_mean, program, short
 
 MOST = 30  # problems that are listed
 ROWS_HELD_OUT = {("eval_data",), ("holdout",)}
@@ -71,7 +71,7 @@ def load(
     problems = dict(reversed(found))  # the first message about a place counts
     misspelt = any("unknown key" in text for place, text in problems.items() if len(place) == 1)
     if stage and raw.get(stage) is None and not misspelt:
-        problems[(stage,)] = f"the recipe has no '{stage}:' section, which `python -m qalign.{stage}` needs"
+        problems[(stage,)] = f"the recipe has no '{stage}:' section, which `{program(stage)}` needs"
     if problems:
         located = sorted((*_where(place, path, lines, typed), message) for place, message in problems.items())
         said = [f"{name}:{line or ''}".rstrip(":") + f": {text}" for name, line, text in located[:MOST]]
@@ -92,7 +92,7 @@ def _check_own_data(recipe: Recipe, stage: str, command_line: str) -> None:
     if (summary := run / "summary.json").is_file():
         why = "its labeller can't judge, or its section makes none"
         raise UserError(f"{stage}.data: the constitution run wrote no {file.name}: {why}; see {summary}")
-    fix = f"run python -m qalign.{CONSTITUTION} {command_line} first"
+    fix = f"run {program(CONSTITUTION)} {command_line} first"
     raise UserError(f"{stage}.data: there is no finished constitution run in {run}; {fix}")
 
 

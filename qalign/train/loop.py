@@ -13,7 +13,7 @@ from qalign.config.atomic import replacing_folder
 from qalign.config.manifest import damage
 from qalign.config.stages import PPO, RL_STAGES, SFT, Reward, Stage
 from qalign.data.collate import MicroBatchLimit
-from qalign.errors import UserError, out_of_memory
+from qalign.errors import UserError, out_of_memory, program
 from qalign.losses.ensemble import member_seed
 from qalign.model import lineage
 from qalign.model.adapters.members import member_roles, places
@@ -103,7 +103,7 @@ class Session:
             if found is None:
                 total = forecast.total(longest, forecast.layers, offloaded=forecast.can_offload)
                 needed = f"{total / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
-                row, fit = f"the longest row ({longest:,} tokens)", f"python -m qalign.fit {run.command_line}"
+                row, fit = f"the longest row ({longest:,} tokens)", f"{program('fit')} {run.command_line}"
                 raise UserError(f"{run.stage}: {row} would take {needed} there are; {fit} says what would fit")
         self.planned, self.micro = found, micro_batch(settings, found, longest)
         if found.offloaded:

@@ -24,7 +24,7 @@ from qalign.config.recipe import Recipe, differences
 from qalign.config.stages import SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
 from qalign.data.formats import Refused
-from qalign.errors import MAX_LINE, Stopped, StopRequest, UserError, did_you_mean, disk_problem, one_line
+from qalign.errors import MAX_LINE, Stopped, StopRequest, UserError, did_you_mean, disk_problem, one_line, program
 from qalign.model import lineage
 from qalign.train import checkpoints
 from qalign.train.lock import locked
@@ -80,7 +80,7 @@ class RunFolder:
     @property
     def command(self) -> str:
         """What the user typed."""
-        return f"python -m qalign.{self.name} {self.command_line}"
+        return f"{program(self.name)} {self.command_line}"
 
     @property
     def further(self) -> str:
@@ -102,7 +102,7 @@ class RunFolder:
         """The adapter of another stage of this recipe, which `key` names; a `UserError` if that run isn't finished."""
         run = RunFolder(self.recipe, stage)
         if not run.complete:
-            fix = f"run python -m qalign.{stage} {self.command_line} first"
+            fix = f"run {program(stage)} {self.command_line} first"
             raise UserError(f"{key}: there is no finished {stage} run in {run.path}; {fix}")
         return run.adapter
 
@@ -318,7 +318,7 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
     place = next((place for place in places if (place / "summary.json").is_file()), None)
     if place is None:
         near = "" if given.is_dir() else did_you_mean(given.name, names_of_files(given.parent))
-        hint = near or f"; train one with python -m qalign.{stages[0]} RECIPE"
+        hint = near or f"; train one with {program(stages[0])} RECIPE"
         raise UserError(f"{folder}: there is no finished {' or '.join(stages)} run{hint}")
     recipe = _read_recipe(place / "recipe.yaml")
     if place.name not in stages:

@@ -101,6 +101,16 @@ def test_the_hint_of_every_stage_is_a_command(recipe_path, capsys):
         checked(command)
 
 
+def test_hints_are_what_the_user_called(recipe_path, capsys, monkeypatch):
+    """With uvx there is no `python -m qalign.dpo`."""
+    monkeypatch.setattr("sys.argv", ["/some/bin/qalign"])
+    assert leaving(dpo.main, recipe_path) == 2  # nothing has made its SFT adapter
+    assert f"run qalign sft {recipe_path} first" in " ".join(capsys.readouterr().err.split())
+
+    trained(recipe_path, "dpo", "dpo.start_from=null")
+    assert hint(capsys).startswith(f"qalign evaluate {recipe_path} ")
+
+
 def test_dpo_without_held_out_pairs_points_to_the_page(recipe_path, capsys):
     trained(recipe_path, "dpo", "dpo.start_from=null", "dpo.eval_data=null")
     *_, module, folder = shlex.split(hint(capsys))
