@@ -12,6 +12,9 @@ import pytest
 from docs import site_pages
 from tests.conftest import ROOT
 
+BADGES = {"https://colab.research.google.com/assets/colab-badge.svg"}
+BADGES |= {"https://kaggle.com/static/images/open-in-kaggle.svg"}
+
 
 class Known:
     """The pages of a site, as the hook asks for them."""
@@ -74,4 +77,4 @@ def test_the_site_fetches_nothing(tmp_path):
     for page in pages:
         loaded = re.findall(r'<(?:script|link|img)\b[^>]*?\b(?:src|href)="?([^" >]+)', page.read_text(encoding="utf-8"))
         others = {url for url in loaded if "://" in url and not url.startswith("https://qalign.github.io/")}
-        assert others <= {"https://colab.research.google.com/assets/colab-badge.svg"}, page
+        assert others <= BADGES, page
