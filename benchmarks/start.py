@@ -42,7 +42,8 @@ def watch(stage: str) -> None:
     """Imports what a stage imports, and times its parts."""
     import importlib
 
-    from qalign.model import base, cache, loading, reference
+    from qalign.config import cache
+    from qalign.model import base, loading, reference
     from qalign.train import loop
     from qalign.train.trainers import policy, reward, sft
 

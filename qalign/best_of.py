@@ -115,7 +115,7 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
     _finish(run, setup.rows.counts)
 
 
-def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[list[EncodedPrompt], bool]]", done: int) -> None:
+def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[Sequence[EncodedPrompt], bool]]", done: int) -> None:
     """Samples answers to the prompts of all parts that are left, and logs what is kept of each: of training prompts the
     picks and pairs, of held-out ones all scores. The number of a part seeds it, so that a resumed run repeats it."""
     from tqdm.auto import tqdm

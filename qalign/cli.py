@@ -20,11 +20,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
+from qalign.config import cache
 from qalign.config.load import load
 from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
 from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, program, short
-from qalign.model import cache, origin
+from qalign.model import origin
 from qalign.train.run_folder import RunFolder
 
 COMMANDS = {

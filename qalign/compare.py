@@ -158,9 +158,9 @@ def _asked(args: argparse.Namespace, sides: tuple[Side, Side]) -> tuple[list[Pro
             given[key] = {prompt_key(row): text for row, text in read}
             asked = asked or [*{prompt_key(row): row for row, _ in read}.values()]
     if args.prompts:
-        asked, refused = prompts((Source(path=args.prompts),), "train", None, 0)
-        check_usable(args.prompts, len(asked), refused)
-        asked = [*{prompt_key(row): row for row in asked}.values()]
+        rows, refused = prompts((Source(path=args.prompts),), "train", None, 0)
+        check_usable(args.prompts, len(rows), refused)
+        asked = [*{prompt_key(row): row for row in rows}.values()]
     if asked is None:
         asked = next(filter(None, (held_out(side, args.limit or LIMIT) for side in sides)), None)
         if asked is None:

@@ -28,11 +28,12 @@ from qalign.config.paths import function_of
 from qalign.config.recipe import Recipe
 from qalign.config.stages import CONSTITUTION, OWN_DATA, SFT_RUN, Constitution
 from qalign.data.formats import Preference, Prompt, Refused, preferences, prompts
+from qalign.data.rows import rows_hash
 from qalign.errors import UserError
 from qalign.judge.principles import OURS, Principle, read_principles
 from qalign.model import lineage
 from qalign.train.checkpoints import read_metrics
-from qalign.train.dataset import StageRows, check_same_rows, rendered_at, rows_hash
+from qalign.train.dataset import StageRows, check_same_rows, rendered_at
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -120,7 +121,7 @@ def constitute(recipe: Recipe, run: ConstitutionRun) -> None:
     _make(run, agree, revise, label)
 
 
-def _read(run: ConstitutionRun) -> tuple[list[Prompt], list[Preference], list[Refused]]:
+def _read(run: ConstitutionRun) -> tuple[Sequence[Prompt], Sequence[Preference], list[Refused]]:
     """(prompts, human pairs, refused rows); a `UserError` if too many are refused, or the rows are no longer those that
     a resumed run began with."""
     settings, seed = run.constitution, run.recipe.seed
@@ -136,7 +137,7 @@ def _read(run: ConstitutionRun) -> tuple[list[Prompt], list[Preference], list[Re
 
 
 def _encoded(
-    run: ConstitutionRun, base: "Base", rows: list[Prompt], refused: list[Refused]
+    run: ConstitutionRun, base: "Base", rows: Sequence[Prompt], refused: list[Refused]
 ) -> "tuple[list[Asked], list[Refused]]":
     """The prompts with their ids, and the prompts that are too long for an answer to fit behind them."""
     from qalign.data.tokenize import encode_questions
@@ -183,7 +184,7 @@ def _check_beginning(run: ConstitutionRun, now: dict[str, str | None]) -> None:
 
 
 def _parts(
-    run: ConstitutionRun, feedback: "Feedback", asked: "list[Asked]", human: list[Preference]
+    run: ConstitutionRun, feedback: "Feedback", asked: "list[Asked]", human: Sequence[Preference]
 ) -> tuple[list[Part], list[Part], list[Part]]:
     """What there is to do: to measure the labeller, to revise, to label. The place of a part seeds what it samples."""
     settings = run.constitution

@@ -24,6 +24,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     read = read_rows(run, preferences)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
+    from qalign.data.store.tokens import outlines
     from qalign.data.tokenize import encode_pairs
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
     from qalign.reports.preference_monitor import PreferenceMonitor
@@ -38,11 +39,11 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     references = CachedReferenceLogps(base, run.parent) if cached else ReferenceLogps()
     reference = base.reference if settings.needs_reference else "none: this loss needs no reference"
 
-    session.plan(max(map(base.tokens_taken, pairs.train)))
+    session.plan(max(map(base.tokens_taken, outlines(pairs.train))))
     trainer = session.trainer(
         lambda args, *data: PreferenceTrainer(base, settings, references, args, session.micro, *data)
     )
-    monitor = PreferenceMonitor(session, trainer, {row.where: row.prompt for row in read.rows["eval_data"][0]})
+    monitor = PreferenceMonitor(session, trainer, read.rows["eval_data"][0])
     said = {"reference": reference, "loss": settings.loss_in_words, "prompts": base.layout_in_words}
     facts = session.train(trainer, monitor, **said)
     facts |= monitor.report()

@@ -133,7 +133,7 @@ def _check_run(run: RunFolder, *, taxed: bool) -> None:
     run.check_parent()
 
 
-def _held_out(run: RunFolder) -> tuple[list[Any], list[Refused]]:
+def _held_out(run: RunFolder) -> tuple[Sequence[Any], list[Refused]]:
     """The held-out rows, and the refused ones; rows that were trained on too are counted. KTO's answers as pairs."""
     intake, read, settings = Intake(), READ[run.stage], run.settings
     rows, refused = rows_under("eval_data", settings, run.recipe.seed, read, intake)
@@ -151,7 +151,7 @@ def _held_out(run: RunFolder) -> tuple[list[Any], list[Refused]]:
     return rows, refused
 
 
-def _others(run: RunFolder, file: str | None) -> tuple[str, list[Dialogue | PlainText]] | None:
+def _others(run: RunFolder, file: str | None) -> tuple[str, Sequence[Dialogue | PlainText]] | None:
     """(Where they are from, dialogues that show what the training cost elsewhere): those of `--dialogues`, else for
     what followed SFT the held-out ones of the recipe's SFT section; None if there are none."""
     settings, read = run.recipe.sft, READ["sft"]
@@ -164,7 +164,7 @@ def _others(run: RunFolder, file: str | None) -> tuple[str, list[Dialogue | Plai
     return None
 
 
-def paired(rows: list[Labelled]) -> list[Preference]:
+def paired(rows: Sequence[Labelled]) -> list[Preference]:
     """Good and bad answers to the same prompt as pairs: the first good one with the first bad one, and so on."""
     answers: dict[str, dict[bool, list[tuple[Labelled, Message]]]] = {}
     for row in rows:
@@ -203,7 +203,7 @@ def _load_adapters(base: "Base", run: RunFolder) -> None:
 # --- the measures of the stages: figures, answers to show, and rows that don't fit ------------------------------------
 
 
-def _pairs(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Measured:
+def _pairs(base: "Base", run: RunFolder, rows: Sequence[Preference], _: Any) -> Measured:
     from qalign.data.tokenize import encode_pairs
     from qalign.judge.measures.held_out import greedy_answers, of_pairs
 
@@ -216,7 +216,7 @@ def _pairs(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Meas
     return _with_answers(figures, greedy_answers(base, asked), unfit)
 
 
-def _sft(base: "Base", run: RunFolder, rows: list[Dialogue | PlainText], _: Any) -> Measured:
+def _sft(base: "Base", run: RunFolder, rows: Sequence[Dialogue | PlainText], _: Any) -> Measured:
     from qalign.judge.measures.held_out import greedy_answers, of_dialogues
     from qalign.model.base import Role
 
@@ -225,7 +225,7 @@ def _sft(base: "Base", run: RunFolder, rows: list[Dialogue | PlainText], _: Any)
     return _with_answers(figures, greedy_answers(base, [row for row in asked if row.turns]), [])
 
 
-def _encoded(base: "Base", source: str, rows: list[Dialogue | PlainText]) -> list[Any]:
+def _encoded(base: "Base", source: str, rows: Sequence[Dialogue | PlainText]) -> Sequence[Any]:
     from qalign.data.tokenize import encode_dialogues
 
     found, unfit = encode_dialogues(base.template, rows, base.max_length)
@@ -233,7 +233,7 @@ def _encoded(base: "Base", source: str, rows: list[Dialogue | PlainText]) -> lis
     return found
 
 
-def _reward(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Measured:
+def _reward(base: "Base", run: RunFolder, rows: Sequence[Preference], _: Any) -> Measured:
     from qalign import reward
     from qalign.data.tokenize import encode_pairs
     from qalign.judge.measures.held_out import of_scores
@@ -247,7 +247,7 @@ def _reward(base: "Base", run: RunFolder, rows: list[Preference], _: Any) -> Mea
     return {**figures, **reward.trust(pairs, scores, run.path / "evaluation.png")}, None, unfit
 
 
-def _policy(base: "Base", run: RunFolder, rows: list[Prompt], scorers: Any) -> Measured:
+def _policy(base: "Base", run: RunFolder, rows: Sequence[Prompt], scorers: Any) -> Measured:
     from qalign.data.collate import MicroBatchLimit
     from qalign.data.tokenize import encode_questions
     from qalign.judge.measures.held_out import BATCH_TOKENS, of_policy

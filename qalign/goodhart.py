@@ -138,7 +138,7 @@ def _print_header(run: GoodhartRun, parts: int, done: int) -> None:
     print_table(f"{run.path}: over-optimisation of a reward", lines.items())
 
 
-def _parts(run: GoodhartRun, rows: dict[str, list[Preference]]) -> Iterator[tuple[str, Callable[[], None]]]:
+def _parts(run: GoodhartRun, rows: dict[str, Sequence[Preference]]) -> Iterator[tuple[str, Callable[[], None]]]:
     """(name, work) of all parts in their order."""
     if not function_of(run.asked.gold):
         yield (
@@ -163,7 +163,7 @@ def _ppo_name(seed: int, pairs: int, members: int) -> str:
     return f"seed_{seed}/ppo_{pairs}_{'single' if members == 1 else 'ensemble'}"
 
 
-def _label(run: GoodhartRun, rows: dict[str, list[Preference]]) -> None:
+def _label(run: GoodhartRun, rows: dict[str, Sequence[Preference]]) -> None:
     """Writes all pairs with gold's scores. Ties, which only a function gives, are left out."""
     for key, name in LABELLED.items():
         plain = [as_row(row) for row in rows[key]]

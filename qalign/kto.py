@@ -27,6 +27,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     _check_labels([good for row in read.rows["data"][0] for good in row.desirable])
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
+    from qalign.data.store.tokens import outlines
     from qalign.data.tokenize import encode_labelled
     from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
     from qalign.reports.preference_monitor import PreferenceMonitor
@@ -40,11 +41,11 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     cached = settings.reference == "cached"
     references = CachedReferenceLogps(base, run.parent, answers=1) if cached else ReferenceLogps()
 
-    session.plan(max(map(base.tokens_taken, answers.train)))
+    session.plan(max(map(base.tokens_taken, outlines(answers.train))))
     trainer = session.trainer(lambda args, *data: LabelTrainer(base, settings, references, args, session.micro, *data))
-    good = sum(row.desirable for row in answers.train)
+    good = sum(row.desirable for row in outlines(answers.train))
     padded = base.padding_reason and f"padded: {type(base.lm).__name__} {base.padding_reason}"
-    monitor = PreferenceMonitor(session, trainer, {row.where: row.prompt for row in read.rows["eval_data"][0]})
+    monitor = PreferenceMonitor(session, trainer, read.rows["eval_data"][0])
     facts = session.train(
         trainer,
         monitor,

@@ -7,9 +7,10 @@ answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whe
 """
 
 import shlex
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
@@ -29,6 +30,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     read = read_rows(run, scored_preferences if settings.margin else preferences)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
+    from qalign.data.store.tokens import outlines
     from qalign.data.tokenize import encode_pairs, pad_for_scores
     from qalign.model.adapters.members import answer_scores
     from qalign.model.base import Role
@@ -40,7 +42,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     pairs = encode_rows(run, base.template, read, encode_pairs)
     session = Session(run, base, pairs, Role.REWARD)
     session.add_adapter()
-    session.plan(max(map(base.tokens_taken, pairs.train)))
+    session.plan(max(map(base.tokens_taken, outlines(pairs.train))))
     kind = EnsembleTrainer if settings.members > 1 else RewardModelTrainer
     trainer = session.trainer(lambda args, *data: kind(base, settings, args, session.micro, *data))
 
@@ -71,7 +73,7 @@ def _members_in_words(settings: Reward, reason: str | None) -> str:
     return f"{settings.members}, each on a resample of the pairs and the last {settings.share:.0%} of the layers, {way}"
 
 
-def trust(pairs: list, scores: "Tensor", picture: Path) -> dict:
+def trust(pairs: Sequence[Any], scores: "Tensor", picture: Path) -> dict:
     """Measures, draws and prints how good the scores `(pairs, 2, members)` of held-out pairs are; returns figures for
     the summary, `trust` and `warning`."""
     from qalign.reports import reward_report

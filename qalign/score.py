@@ -108,7 +108,7 @@ def _parsed(raw: dict, where: str, column: str, is_ensemble: bool) -> Read:
     return raw, row, names
 
 
-def _encoded(base: "Base", read: list[Read]) -> tuple[list[Read], list["AnsweredPrompt"], list[Refused]]:
+def _encoded(base: "Base", read: Sequence[Read]) -> tuple[list[Read], list["AnsweredPrompt"], list[Refused]]:
     """(the rows that fit the model, their ids, the refused rows)."""
     from qalign.data.tokenize import TokenAnswers, encode_answer, encode_pair
 

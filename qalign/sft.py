@@ -25,7 +25,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     read = read_rows(run, dialogues)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
-    from qalign.data.tokenize import IGNORED, encode_dialogues
+    from qalign.data.store.tokens import outlines, supervised_tokens
+    from qalign.data.tokenize import encode_dialogues
     from qalign.train.loop import Session, load_base
     from qalign.train.trainers.sft import SupervisedTrainer
 
@@ -35,7 +36,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     rows = encode_rows(run, base.template, read, encode_dialogues)
     session = Session(run, base, rows)
     session.add_adapter()
-    session.plan(recipe.model.max_length if settings.packing else max(map(len, rows.train)))
+    session.plan(recipe.model.max_length if settings.packing else max(map(len, outlines(rows.train))))
     trainer = session.trainer(
         lambda args, *data: SupervisedTrainer(base, args, session.micro, *data),
         packing=settings.packing,
@@ -45,9 +46,9 @@ def train(recipe: Recipe, run: RunFolder) -> None:
         router_aux_loss_coef=0.0,  # TRL would add the router loss of the base's config to what is logged as the loss
     )
 
-    supervised = sum(label != IGNORED for row in rows.train for label in row.labels)
+    supervised, tokens = supervised_tokens(rows.train), sum(map(len, outlines(rows.train)))
     packed = f"{len(rows.train):,} sequences in {len(trainer.train_dataset):,} rows" if settings.packing else "none"
-    loss = f"on {supervised:,} of {sum(map(len, rows.train)):,} tokens: the assistant's turns"
+    loss = f"on {supervised:,} of {tokens:,} tokens: the assistant's turns"
     facts = session.train(trainer, loss=loss, packing=packed)
     if rows.held_out and not settings.eval_every:  # otherwise they were measured after the last step
         trainer.evaluate()

@@ -5,11 +5,13 @@ unknown or a part is missing, empty or out of order; `collect` lists such rows a
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
+
+from tqdm.auto import tqdm
 
 from qalign.config.stages import Source
 from qalign.data.messages import Message, Turns, as_dialogue, as_turns, is_empty, same
@@ -38,6 +40,7 @@ from qalign.data.shapes import (
     tools,
     with_system,
 )
+from qalign.data.store.rows import RowPool
 from qalign.data.texts import (
     DIALOGUES,
     LABELS,
@@ -52,7 +55,8 @@ from qalign.data.texts import (
 from qalign.errors import short
 
 Row = TypeVar("Row")
-Read = tuple[list[Row], list[Refused]]  # rows that can be used, and the others
+Read = tuple[Sequence[Row], list[Refused]]  # rows that can be used, and the others
+PATIENCE = 5  # seconds of reading after which there is a progress bar
 
 
 def collect(
@@ -63,7 +67,7 @@ def collect(
     convert: Callable[[Any, str], Row],
     saw: Callable[[Source, RawRow, Row], None] | None = None,
 ) -> Read[Row]:
-    """Reads the rows of every source into one form.
+    """Reads the rows of every source into one form: a list, or a `RowFile` where they would take much memory.
 
     Args:
         split, limit: the stage's, for sources that don't set their own.
@@ -74,26 +78,27 @@ def collect(
     Raises:
         UserError: a file or data set can't be read at all.
     """
-    rows: list[Row] = []
-    refused: list[Refused] = []
+    pool, order, refused = RowPool[Row](), list[int](), list[Refused]()
     for source in sources:
-        taken: list[Row] = []
-        wanted = source.limit or limit
+        first, wanted = len(pool), source.limit or limit
         end = source.skip + wanted if wanted else None
         is_json = source.path.removesuffix(".gz").endswith((".json", ".jsonl"))  # its nulls are the writer's own
-        for where, raw in islice(read(source, source.split or split), source.skip, end):
+        raws = islice(read(source, source.split or split), source.skip, end)
+        for where, raw in tqdm(raws, desc="reading", unit="row", delay=PATIENCE):
             try:
                 if isinstance(raw, BadRow):
                     raise raw
                 noted = RawRow(raw if is_json else without_nulls(raw)) if is_object(raw) else raw
-                taken.append(convert(noted, where))
+                row = convert(noted, where)
+                pool.append(row)
                 if saw:
-                    saw(source, noted, taken[-1])
+                    saw(source, noted, row)
             except BadRow as reason:
                 refused.append((LeftOut if isinstance(reason, NoPair) else Refused)(where, str(reason)))
         whole, part = divmod(source.weight, 1)
-        rows += taken * int(whole) + random.Random(seed).sample(taken, round(part * len(taken)))
-    return rows, refused
+        taken = range(first, len(pool))
+        order += [*taken] * int(whole) + random.Random(seed).sample(taken, round(part * len(taken)))
+    return pool.rows(order), refused
 
 
 def canonical(raw: Any, where: str) -> Preference:

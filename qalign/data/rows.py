@@ -4,9 +4,10 @@ A template leaves out what it has no place for without an error. Each part is lo
 of which one is missing is refused. Only white space at the ends of a part doesn't count, as templates trim it.
 """
 
+import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -90,6 +91,20 @@ class Refused:
 @dataclass(frozen=True)
 class LeftOut(Refused):
     """A valid row that holds no preference, such as a vote for a tie."""
+
+
+def rows_hash(rows: Iterable[Any], *, places: bool = False) -> str:
+    """A hash of what rows hold, wherever they lie; with `places`, of where they lie too."""
+
+    def plain(part: Any) -> Any:  # what JSON has no place for: a set of turns, or an image or a date in a column
+        return sorted(part) if isinstance(part, frozenset) else type(part).__name__  # pyright: ignore
+
+    digest = hashlib.blake2b(digest_size=8)
+    for row in rows:
+        fields: dict[str, Any] = row.__dict__
+        parts = [part for name, part in fields.items() if places or name != "where"]
+        digest.update(json.dumps(parts, default=plain, skipkeys=True).encode())
+    return digest.hexdigest()
 
 
 def check_order(turns: Turns, name: str, last: str) -> None:

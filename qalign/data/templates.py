@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from functools import cached_property, lru_cache
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from qalign.config.recipe import Model
@@ -47,6 +48,8 @@ class ChatTemplate:
     words: str = "the model's own"  # which template this is
     tools: Tools = ()  # of one row; see `with_tools`
     left_out: set[str] = field(default_factory=set[str])  # facts of turns that it doesn't show; for the header
+    # Of each thread, the last text that ended with a special token, and its ids.
+    read: dict[int, tuple[str, list[int]]] = field(default_factory=dict[int, tuple[str, list[int]]], repr=False)
 
     def __str__(self) -> str:
         return self.words + (f", with the date {self.now:%Y-%m-%d}" if self.is_dated else "")
@@ -136,8 +139,32 @@ class ChatTemplate:
         return False
 
     def ids(self, text: str) -> list[int]:
-        """The ids of a rendered text, special tokens included."""
+        """The ids of a rendered text, special tokens included.
+
+        A tokenizer of `tokenizers` cuts a text at its special tokens and encodes the parts apart. So of a text that
+        goes on after one that ended with a special token, only what is new is encoded, behind that special token: each
+        turn of a dialogue once, not once more for every later answer.
+        """
+        before, known = self.read.get(get_ident(), ("", []))
+        if known and text.startswith(before):
+            mark = self.tokenizer.convert_ids_to_tokens(known[-1])
+            ids = known[:-1] + self._all_ids(mark + text[len(before) :])
+        else:
+            ids = self._all_ids(text)
+        if ids and ids[-1] in self._cutting and text.endswith(self._cutting[ids[-1]]):
+            self.read[get_ident()] = text, ids
+        return ids
+
+    def _all_ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
+
+    @cached_property
+    def _cutting(self) -> dict[int, str]:
+        """The special tokens at which a text may be cut, by their ids."""
+        if not hasattr(self.tokenizer, "backend_tokenizer"):  # one of Python code
+            return {}
+        known: dict[int, Any] = self.tokenizer.added_tokens_decoder
+        return {number: token.content for number, token in known.items() if token.special and not token.normalized}
 
 
 @lru_cache(maxsize=8)

@@ -6,9 +6,8 @@ with one BOS; the supervised ids are exactly the answer and its end of turn. Eac
 """
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,129 +16,85 @@ from tqdm.auto import tqdm
 from qalign.data.formats import Dialogue, Labelled, Message, PlainText, Preference, Prompt, Read, Refused
 from qalign.data.readers import BadRow
 from qalign.data.rows import check_answer, check_prompt, check_texts
+from qalign.data.store.rows import OnDemand, RowFile
+from qalign.data.store.sequences import IGNORED, TokenDialogue, TokenLabelled, TokenPair, TokenQuestion
+from qalign.data.store.sequences import TokenAnswers as TokenAnswers
+from qalign.data.store.tokens import Encode, TokenFile, encoded_on_disk
 from qalign.data.templates import ANSWERED, ASKED, ChatTemplate, call_of, through_end_of_turn
 from qalign.errors import UserError
 
-Row = TypeVar("Row", bound=Preference | Labelled | Dialogue | PlainText | Prompt)
 Encoded = TypeVar("Encoded")
 
 TOOL: dict[str, Any] = {"type": "function", "function": {"name": "call", "description": "", "parameters": {}}}
-IGNORED = -100  # the label of tokens outside the loss, as PyTorch's cross entropy has it
 
 
-@dataclass(frozen=True)
-class TokenPair:
-    """A preference as token ids."""
-
-    prompt_ids: list[int]
-    chosen_ids: list[int]
-    rejected_ids: list[int]
-    where: str
-    dropped_turns: int = 0
-    margin: float | None = None
-    chosen_probability: float = 1.0  # that the chosen answer is the better one
-    counts: tuple[int, ...] = ()  # how often the pair is in the resample of each member of an ensemble
-
-    @property
-    def answers(self) -> tuple[list[int], list[int]]:
-        return self.chosen_ids, self.rejected_ids
-
-    def __len__(self) -> int:
-        """The length of the longer sequence, in tokens."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
-
-
-@dataclass(frozen=True)
-class TokenLabelled:
-    """A prompt with one answer that is good or bad, as token ids."""
-
-    prompt_ids: list[int]
-    answer_ids: list[int]
-    desirable: bool
-    where: str
-    dropped_turns: int = 0
-
-    @property
-    def answers(self) -> tuple[list[int]]:
-        return (self.answer_ids,)
-
-    def __len__(self) -> int:
-        return len(self.prompt_ids) + len(self.answer_ids)
-
-
-@dataclass(frozen=True)
-class TokenAnswers:
-    """A prompt and its sampled answers as token ids."""
-
-    prompt_ids: list[int]
-    answers: tuple[list[int], ...]
-
-    def __len__(self) -> int:
-        """The length of the longest sequence, in tokens."""
-        return len(self.prompt_ids) + max(map(len, self.answers))
-
-
-@dataclass(frozen=True)
-class TokenDialogue:
-    """A sequence for supervised fine-tuning; `labels` are its ids where they are supervised, `IGNORED` elsewhere."""
-
-    ids: list[int]
-    labels: list[int]
-    where: str
-    dropped_turns: int = 0
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def _encode_all(rows: list[Row], encode: Callable[[Row], Encoded]) -> Read[Encoded]:
-    encoded: list[Encoded] = []
-    refused: list[Refused] = []
-    for row in tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000):
+def _encode_all(
+    template: ChatTemplate, rows: Sequence[Any], encode: Encode[Encoded], kind: type[Encoded], max_length: int
+) -> tuple[Sequence[Encoded], list[int], list[Refused]]:
+    """(the token sequences of rows, objects of the dataclass `kind`; the number of the row that each is from; the
+    refused rows). Rows in a file are encoded by all cores into a file, others here into a list."""
+    if isinstance(rows, RowFile) and (found := encoded_on_disk(template, rows, encode, kind, max_length)):
+        return found[0], found[0].row_numbers, found[1]
+    encoded, numbers, refused = list[Encoded](), list[int](), list[Refused]()
+    for number, row in enumerate(tqdm(rows, desc="tokenizing", unit="row", disable=len(rows) < 2000)):
         try:
-            encoded.append(encode(row))
+            sequences = encode(template, row, max_length)
+            encoded += sequences
+            numbers += [number] * len(sequences)
         except BadRow as reason:
             refused.append(Refused(row.where, str(reason)))
+    return encoded, numbers, refused
+
+
+def encode_pairs(template: ChatTemplate, rows: Sequence[Preference], max_length: int) -> Read[TokenPair]:
+    encoded, _, refused = _encode_all(template, rows, _pair, TokenPair, max_length)
     return encoded, refused
 
 
-def encode_pairs(template: ChatTemplate, rows: list[Preference], max_length: int) -> Read[TokenPair]:
-    return _encode_all(rows, lambda row: encode_pair(template, row, max_length))
+def _pair(template: ChatTemplate, row: Preference, max_length: int) -> list[TokenPair]:
+    return [encode_pair(template, row, max_length)]
 
 
-def encode_labelled(template: ChatTemplate, rows: list[Labelled], max_length: int) -> Read[TokenLabelled]:
+def encode_labelled(template: ChatTemplate, rows: Sequence[Labelled], max_length: int) -> Read[TokenLabelled]:
     """Answers with their labels; a row with two answers gives two. The second ones come last, so that neighbours, from
     which the KL estimate takes its answers, have other prompts."""
-
-    def encode(row: Labelled) -> list[TokenLabelled]:
-        own = template.with_tools(row.tools)
-        check_texts(own, (*row.prompt, *row.answers), max_length)
-        found = _fitted(own, row.prompt, row.answers, max_length)
-        if len(row.answers) == 2 and found.answer_ids[0] == found.answer_ids[1] and len({*row.desirable}) == 2:
-            raise BadRow(f"the chat template ({template.words}) renders a good and a bad answer as the same")
-        labelled = zip(found.answer_ids, row.desirable, strict=True)
-        return [TokenLabelled(found.prompt_ids, ids, good, row.where, found.dropped_turns) for ids, good in labelled]
-
-    encoded, refused = _encode_all(rows, encode)
-    firsts, others = ([one for found in encoded for one in found[part]] for part in (slice(1), slice(1, None)))
-    return [*firsts, *others], refused
+    encoded, numbers, refused = _encode_all(template, rows, _labelled, TokenLabelled, max_length)
+    order = sorted(range(len(numbers)), key=lambda n: n > 0 and numbers[n - 1] == numbers[n])
+    return encoded.reordered(order) if isinstance(encoded, TokenFile) else [encoded[n] for n in order], refused
 
 
-def encode_dialogues(template: ChatTemplate, rows: list[Dialogue | PlainText], max_length: int) -> Read[TokenDialogue]:
+def _labelled(template: ChatTemplate, row: Labelled, max_length: int) -> list[TokenLabelled]:
+    template = template.with_tools(row.tools)
+    check_texts(template, (*row.prompt, *row.answers), max_length)
+    found = _fitted(template, row.prompt, row.answers, max_length)
+    if len(row.answers) == 2 and found.answer_ids[0] == found.answer_ids[1] and len({*row.desirable}) == 2:
+        raise BadRow(f"the chat template ({template.words}) renders a good and a bad answer as the same")
+    labelled = zip(found.answer_ids, row.desirable, strict=True)
+    return [TokenLabelled(found.prompt_ids, ids, good, row.where, found.dropped_turns) for ids, good in labelled]
+
+
+def encode_dialogues(
+    template: ChatTemplate, rows: Sequence[Dialogue | PlainText], max_length: int
+) -> Read[TokenDialogue]:
     """Token sequences and refused rows; a long row gives several sequences."""
-
-    def encode(row: Dialogue | PlainText) -> list[TokenDialogue]:
-        if isinstance(row, PlainText):
-            return encode_text(template, row, max_length)
-        return encode_dialogue(template, row, max_length)
-
-    encoded, refused = _encode_all(rows, encode)
-    return [sequence for sequences in encoded for sequence in sequences], refused
+    encoded, _, refused = _encode_all(template, rows, _dialogue, TokenDialogue, max_length)
+    return encoded, refused
 
 
-def encode_questions(template: ChatTemplate, rows: list[Prompt], room: int) -> Read[tuple[Prompt, list[int]]]:
+def _dialogue(template: ChatTemplate, row: Dialogue | PlainText, max_length: int) -> list[TokenDialogue]:
+    return (encode_text if isinstance(row, PlainText) else encode_dialogue)(template, row, max_length)  # type: ignore
+
+
+def encode_questions(template: ChatTemplate, rows: Sequence[Prompt], room: int) -> Read[tuple[Prompt, list[int]]]:
     """Each prompt with its ids, and the refused rows."""
-    return _encode_all(rows, lambda row: (row, encode_question(template.with_tools(row.tools), row.turns, room)))
+    encoded, numbers, refused = _encode_all(template, rows, _question, TokenQuestion, room)
+    if isinstance(encoded, TokenFile):
+        return OnDemand(len(encoded), lambda n: (rows[numbers[n]], encoded[n].ids)), refused
+    return [(rows[number], each.ids) for number, each in zip(numbers, encoded, strict=True)], refused
+
+
+def _question(template: ChatTemplate, row: Prompt, room: int) -> list[TokenQuestion]:
+    return [TokenQuestion(encode_question(template.with_tools(row.tools), row.turns, room))]
 
 
 def encode_pair(template: ChatTemplate, row: Preference, max_length: int) -> TokenPair:

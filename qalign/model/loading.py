@@ -22,11 +22,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils.quantization_config import Mxfp4Config
 
+from qalign.config import cache
 from qalign.config.paths import expanded
 from qalign.config.recipe import Model
 from qalign.data.hub import why
 from qalign.errors import UserError, one_line
-from qalign.model import cache, origin
+from qalign.model import origin
 from qalign.model.adapters.generation_config import mended
 from qalign.model.experts.quantizer import FourBitConfig, guard_4bit
 from qalign.model.experts.weights import held_parameters

@@ -14,9 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qalign.config.atomic import replacing
+from qalign.config.cache import alone, cache_folder
 from qalign.data.collate import AnswerBatch, AnsweredPrompt
 from qalign.model.base import Base, Role
-from qalign.model.cache import alone, cache_folder
 from qalign.model.logps import pair_logps
 
 

@@ -7,15 +7,17 @@ of tokens decide when to sample, not a clock.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
+from hashlib import sha256
 from typing import Any, NamedTuple, cast
 
 import torch
 from tqdm.auto import tqdm
 
 from qalign.config.stages import DPO, PolicyStage
-from qalign.data.formats import Message
+from qalign.data.formats import Labelled, Preference
+from qalign.data.store.tokens import outlines
 from qalign.data.tokenize import TokenAnswers
 from qalign.errors import not_finite
 from qalign.model.base import Role
@@ -79,21 +81,27 @@ class PreferenceMonitor(Monitor):
 
     Args:
         session: its run folder was begun, as `Session.trainer` does.
-        asked: the turns of each held-out prompt, by the `where` of its row.
+        rows: the held-out rows, with their prompts.
     """
 
-    def __init__(self, session: Session, trainer: Any, asked: Mapping[str, Sequence[Message]]):
-        self.run, self.base, self.trainer, self.asked = session.run, session.base, trainer, asked
+    def __init__(self, session: Session, trainer: Any, rows: Sequence[Preference | Labelled]):
+        self.run, self.base, self.trainer = session.run, session.base, trainer
         settings, train, held_out = cast(PolicyStage, self.run.settings), session.rows.train, session.rows.held_out
         self.settings, self.rows, self.seconds = settings, spread(held_out, ROWS), 0.0
         self.sampling = Sampling(settings.max_new_tokens, 1.0, stop_ids_of(self.base.template))
         self.picture, self.stage = self.run.path / file_name(self.run.stage), self.run.stage
         room = self.base.max_length - settings.max_new_tokens
-        distinct = {tuple(row.prompt_ids): row for row in reversed(held_out) if len(row.prompt_ids) <= room}
+        distinct = {
+            sha256(str(row.prompt_ids).encode()).digest(): len(held_out) - back
+            for back, row in enumerate(reversed(held_out), start=1)
+            if len(row.prompt_ids) <= room
+        }
         wanted = PROMPTS if settings.sample_prompts == "auto" else settings.sample_prompts
-        self.prompts = spread([*reversed(distinct.values())], wanted)
+        self.prompts = [held_out[number] for number in spread([*reversed(distinct.values())], wanted)]
+        places = {row.where for row in self.prompts}
+        self.asked = {row.where: row.prompt for row in rows if row.where in places}
         steps, taken = planned_steps(settings, len(train)), self.base.tokens_taken
-        run_cost = steps * settings.batch_size * sum(map(taken, train)) / len(train)
+        run_cost = steps * settings.batch_size * sum(map(taken, outlines(train))) / len(train)
         count, new = len(self.prompts), settings.max_new_tokens
         read = 2 * (sum(map(taken, self.rows)) + count * new)  # by policy and reference
         cost = new * (STEP_COST.get(self.base.lm.device.type, STEP_COST["cuda"]) + count) + FORWARD_COST * read

@@ -1,7 +1,7 @@
 """What PPO, GRPO and best-of-n begin with: one base with the policy and the scorers, the prompts, and sampling."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -47,7 +47,7 @@ class Setup:
     other_bytes: int = 0  # of scorers that are models of their own
 
     def sample(
-        self, prompts: list[EncodedPrompt], num_samples: int, seed: int, role: str = Role.POLICY
+        self, prompts: Sequence[EncodedPrompt], num_samples: int, seed: int, role: str = Role.POLICY
     ) -> list[SampledAnswers]:
         """`num_samples` answers of a role to each prompt; of the base where no adapter for the role is on it."""
         role = role if role in self.base.adapters else Role.BASE

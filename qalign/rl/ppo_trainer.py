@@ -122,14 +122,14 @@ class PPOTrainer:
         return self._first_step.run(learn, sizes, self.optimizer.zero_grad, self, ("moments", "value_units"))
 
     def collect(
-        self, prompts: list[EncodedPrompt], num_samples: int, seed: int, roles: Sequence[Role] = ROLES
+        self, prompts: Sequence[EncodedPrompt], num_samples: int, seed: int, roles: Sequence[Role] = ROLES
     ) -> RolloutBatch:
         """Samples answers, then runs every role over them."""
         rollout = self._sampled(prompts, num_samples, seed)
         self._read_all(rollout, roles)
         return rollout
 
-    def _sampled(self, prompts: list[EncodedPrompt], num_samples: int, seed: int) -> RolloutBatch:
+    def _sampled(self, prompts: Sequence[EncodedPrompt], num_samples: int, seed: int) -> RolloutBatch:
         with self._timed("rollout"):
             return RolloutBatch.empty(self.setup.sample(prompts, num_samples, seed))
 

@@ -5,7 +5,7 @@ Imports no torch, so a misspelt column is reported within seconds.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
 from itertools import combinations
@@ -15,16 +15,18 @@ from qalign.config.atomic import write_whole
 from qalign.config.stages import PPO, Reward, Source, Stage
 from qalign.data.formats import LeftOut, Message, Refused
 from qalign.data.messages import unread_keys
+from qalign.data.rows import rows_hash
 from qalign.data.shapes import RawRow
+from qalign.data.store.rows import selected
 from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
 from qalign.train.run_folder import RunFolder
 
 RENDERED_AT, ROWS_HASH = "rendered_at", "rows_hash.json"  # files of the run
 
-Rows = tuple[list[Any], list[Refused]]
+Rows = tuple[Sequence[Any], list[Refused]]
 Reader = Callable[..., Rows]  # `preferences`, `dialogues` and the like of `qalign.data.formats`
-Encoder = Callable[[ChatTemplate, list[Any], int], Rows]
+Encoder = Callable[[ChatTemplate, Sequence[Any], int], Rows]
 
 
 class Intake:
@@ -82,8 +84,8 @@ class ReadRows(NamedTuple):
 class StageRows(NamedTuple):
     """Rows as token ids."""
 
-    train: list[Any]
-    held_out: list[Any]
+    train: Sequence[Any]
+    held_out: Sequence[Any]
     refused: list[Refused]
     counts: dict[str, int]
     """Numbers of rows for the header and the summary: used, held_out, refused, shortened and left_out."""
@@ -96,9 +98,12 @@ class StageRows(NamedTuple):
 def read_rows(run: RunFolder, read: Reader) -> ReadRows:
     """The rows under `data` and `eval_data`, each with its refused rows; `read` is `preferences`, `dialogues` or
     `prompts`. Raises a `UserError` if too many rows were refused, or none is left."""
-    found, intake = dict[str, Rows](), Intake()
+    found, intake, settings, seed = dict[str, Rows](), Intake(), run.settings, run.recipe.seed
+    whole: Rows = [], []
     for key in ("data", "eval_data"):
-        rows, refused = found[key] = rows_under(key, run.settings, run.recipe.seed, read, intake)
+        if key == "data" or not settings.holdout:
+            whole = _read_under(key, settings, seed, read, intake)
+        rows, refused = found[key] = _side(key, whole, settings, seed)
         left_out = _left_out(refused)
         if left_out and len(left_out) == len(rows) + len(refused):
             reason = f"none of its {len(left_out)} rows is a pair; the first: {left_out[0].reason}"
@@ -119,20 +124,36 @@ def read_rows(run: RunFolder, read: Reader) -> ReadRows:
 def rows_under(key: str, settings: Stage, seed: int, read: Reader, intake: Intake | None = None) -> Rows:
     """(rows, refused rows) under `data` or `eval_data` of a stage, of which `intake` is told. With `holdout`, both come
     from `data`."""
+    return _side(key, _read_under(key, settings, seed, read, intake), settings, seed)
+
+
+def _read_under(key: str, settings: Stage, seed: int, read: Reader, intake: Intake | None) -> Rows:
+    """All rows of the files under a key; with `holdout`, those of `data`."""
     sources, limit = settings.data, settings.limit
     if key == "eval_data" and not settings.holdout:
         sources, limit = settings.eval_data or (), None
     told = intake if key == "data" or not settings.holdout else None  # the same rows count once
-    rows, refused = read(sources, settings.split, limit, seed, saw=told.reader(key, sources) if told else None)
+    return read(sources, settings.split, limit, seed, saw=told.reader(key, sources) if told else None)
+
+
+def _side(key: str, whole: Rows, settings: Stage, seed: int) -> Rows:
+    """Of rows that `holdout` splits, those under `data` or under `eval_data`."""
+    rows, refused = whole
     if not settings.holdout:
-        return rows, refused
+        return whole
+    places, held_out = set[str](), dict[str, int]()  # a row is held out once, whatever its weight
+    train: list[int] = []
+    for number, row in enumerate(rows):
+        places.add(row.where)
+        if _is_held_out(row, settings.holdout, seed):
+            held_out[row.where] = number
+        else:
+            train.append(number)
     if key == "data":
-        return [row for row in rows if not _is_held_out(row, settings.holdout, seed)], refused
-    # Each row once, whatever its weight.
-    held_out = {row.where: row for row in rows if _is_held_out(row, settings.holdout, seed)}
-    if rows and len(held_out) in (0, len({row.where for row in rows})):
+        return selected(rows, train), refused
+    if rows and len(held_out) in (0, len(places)):
         raise UserError(f"holdout: {settings.holdout:g} of {len(rows)} rows leaves none on one side; use `eval_data`")
-    return list(held_out.values()), []
+    return selected(rows, held_out.values()), []
 
 
 def _is_held_out(row: Any, share: float, seed: int) -> bool:
@@ -150,6 +171,8 @@ def encode_rows(
     """The rows of `read_rows` as token ids; `encode` is `encode_pairs`, `encode_dialogues` or `encode_questions`, and
     `max_tokens` the longest row, by default `model.max_length`. Raises a `UserError` if too many rows were refused, the
     unreadable ones included, or none is left."""
+    from qalign.data.store.tokens import outlines  # it imports numpy, for which a bad recipe must not wait
+
     model, encoded, used, refused, left_out, shortened = run.recipe.model, {}, {}, [], 0, 0
     for key, (rows, unread) in found.rows.items():
         encoded[key], unfit = encode(template, rows, max_tokens or model.max_length)
@@ -157,9 +180,11 @@ def encode_rows(
         _check(run, key, unread + unfit, used[key])
         left_out += len(_left_out(unread))
         refused += [row for row in unread + unfit if not isinstance(row, LeftOut)]
-        if key == "data":  # a long dialogue gives several sequences, and is one row
-            places = {sequence.where for sequence in encoded[key] if getattr(sequence, "dropped_turns", 0)}
-            shortened = sum(row.where in places for row in rows)
+        if key == "data" and not isinstance(
+            run.settings, PPO
+        ):  # a long dialogue gives several sequences, and is one row
+            places = {each.where for each in outlines(encoded[key]) if getattr(each, "dropped_turns", 0)}
+            shortened = sum(row.where in places for row in rows) if places else 0
     counts = {"used": used["data"], "held_out": used["eval_data"], "refused": len(refused)}
     counts |= {} if isinstance(run.settings, PPO) else {"shortened": shortened}
     counts |= {"left_out": left_out} if left_out else {}
@@ -207,7 +232,7 @@ def rendered_at(run: RunFolder) -> datetime | None:
         raise UserError(f"{file}: is damaged; write the date on which the run began into it, as YYYY-MM-DD") from None
 
 
-def check_same_rows(run: RunFolder, key: str, rows: list[Any]) -> None:
+def check_same_rows(run: RunFolder, key: str, rows: Sequence[Any]) -> None:
     """Compares the rows under a key of the recipe with those that the run began with: a `UserError` if they differ, as
     after a file was edited, because a resumed run would count steps of other rows."""
     file, was = run.path / ROWS_HASH, None
@@ -216,19 +241,6 @@ def check_same_rows(run: RunFolder, key: str, rows: list[Any]) -> None:
     if was and was != rows_hash(rows):
         fix = "put those back, or train again with --overwrite"
         raise UserError(f"{run.stage}.{key}: its rows are no longer those that {run.path} began with; {fix}")
-
-
-def rows_hash(rows: list[Any]) -> str:
-    """A hash of what rows hold, wherever they lie."""
-
-    def plain(part: Any) -> Any:  # what JSON has no place for: a set of turns, or an image or a date in a column
-        return sorted(part) if isinstance(part, frozenset) else type(part).__name__
-
-    digest = hashlib.blake2b(digest_size=8)
-    for row in rows:
-        parts = [part for name, part in vars(row).items() if name != "where"]
-        digest.update(json.dumps(parts, default=plain, skipkeys=True).encode())
-    return digest.hexdigest()
 
 
 def record(run: RunFolder, rows: StageRows, template: ChatTemplate) -> None:

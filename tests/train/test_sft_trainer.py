@@ -2,15 +2,17 @@
 
 import math
 
+import datasets
 import pytest
 import torch
+import trl
 
 from qalign.config.recipe import Model
 from qalign.data.collate import Layout, MicroBatchLimit
-from qalign.data.tokenize import IGNORED
+from qalign.data.tokenize import IGNORED, TokenDialogue
 from qalign.errors import UserError
 from qalign.model.base import Base
-from qalign.train.trainers.sft import SupervisedTrainer
+from qalign.train.trainers.sft import SupervisedTrainer, packed
 from tests.reward_runs import run_stage, write_recipe
 from tests.train.runs import recorded_reads
 from tests.train.talks import KINDS, config, logps_alone, mean_loss, rows, scrambled, write_talks
@@ -33,6 +35,20 @@ def losses(trainer) -> list[float]:
 def packer(base: Base, folder) -> SupervisedTrainer:
     values = {"packing": True, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     return SupervisedTrainer(base, config(folder, **values), MicroBatchLimit(pairs=2), rows(base.tokenizer), None)
+
+
+@pytest.mark.parametrize("strategy", ["bfd", "bfd_split", "wrapped"])
+def test_full_rows_are_those_that_trl_packs(strategy, tmp_path):
+    """TRL packs a thousand rows at a time; here are more, of which some are longer than a full row."""
+    lengths = [1 + number * 7919 % 23 for number in range(2100)]
+    ids = [[*range(number, number + length)] for number, length in enumerate(lengths)]
+    some = [TokenDialogue(each, [IGNORED, *each[1:]], f"row {n}") for n, each in enumerate(ids)]
+    columns = {"input_ids": ids, "labels": [row.labels for row in some]}
+    expected = trl.pack_dataset(datasets.Dataset.from_dict(columns), 20, strategy)
+
+    found = packed(some, config(tmp_path, max_length=20, packing_strategy=strategy))
+
+    assert [*found] == [*expected]
 
 
 @torch.no_grad()

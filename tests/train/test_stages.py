@@ -23,7 +23,7 @@ from qalign.model.base import Role, load
 from tests.conftest import ROOT
 from tests.helpers import base_digest, metrics, summary
 from tests.reward_runs import plain_policy, run_stage, write_recipe
-from tests.train.runs import HELD_OUT, STAGES, WEIGHTS, recipe_of
+from tests.train.runs import CLOCK, HELD_OUT, STAGES, WEIGHTS, recipe_of
 
 NAMES = {
     "sft": {"loss", "grad_norm", "learning_rate", "mean_token_accuracy", "epoch"},
@@ -89,6 +89,23 @@ def test_every_step_and_every_evaluation_is_logged(finished):
     assert evaluated == ([0, 2, 3] if run.stage in RL_STAGES else [2, 3])
     assert NAMES[run.stage] <= set(steps[0]), "dashboards for TRL go on working"
     assert steps[-1]["num_tokens"] == summary(run)["tokens"] > steps[0]["num_tokens"] > 0
+
+
+def test_rows_and_ids_in_files_train_the_same_numbers(finished, sft_adapter, tiny_folder, tmp_path, monkeypatch):
+    run, _, _ = finished
+    monkeypatch.setattr("qalign.data.store.rows.SMALL", 0)
+    monkeypatch.setattr("qalign.data.store.tokens.AT_ONCE", 5)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keys = {"start_from": str(sft_adapter), "eval_data": HELD_OUT, "eval_every": 2, "save_every": 1}
+
+    other = run_stage(recipe_of(tmp_path, tiny_folder, run.stage, **keys))
+
+    assert len([*tmp_path.glob("cache/qalign/tokens/*/ids/tokens.arrow")]) == 2, "data and eval_data"
+    lines = ([{k: v for k, v in line.items() if not k.startswith(CLOCK)} for line in metrics(r)] for r in (run, other))
+    assert next(lines) == next(lines)
+    assert summary(run)["rows"] == summary(other)["rows"]
+    weights, others = (load_file(r.adapter / WEIGHTS) for r in (run, other))
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
 
 
 def test_the_header_says_what_is_trained_on_what_and_against_what(finished, sft_adapter):

@@ -37,7 +37,8 @@ class Compared:
 
 def read_answers(file: str, limit: int | None) -> tuple[list[tuple[Prompt, str]], list[Refused]]:
     """Prompts with their answers, and the refused rows. A `UserError` if the file can't be read at all."""
-    return collect((Source(path=file),), "train", limit, 0, _answered)
+    rows, refused = collect((Source(path=file),), "train", limit, 0, _answered)
+    return [*rows], refused
 
 
 def _answered(raw: Any, where: str) -> tuple[Prompt, str]:

@@ -85,7 +85,7 @@ def held_out(side: Side, limit: int) -> list[Prompt] | None:
         return None
     recipe = side.run.recipe
     rows, _ = rows_under("eval_data", side.run.settings, recipe.seed, prompts)
-    return rows[:: max(1, len(rows) // limit)][:limit]
+    return [*rows[:: max(1, len(rows) // limit)][:limit]]
 
 
 def check_judge(word: str, judge: RunFolder, sides: tuple[Side, Side], asked: list[Prompt]) -> None:

@@ -47,6 +47,7 @@ def batches_of(base: Base, rows: Sequence[AnsweredPrompt]) -> list[list[Answered
 def answer_logps(base: Base, roles: Sequence[str], rows: Sequence[AnsweredPrompt]) -> dict[str, Tensor]:
     """Log-probs of the answers, summed over their tokens, under each role: float64 `(rows, answers each)` on the CPU,
     in the order given."""
+    rows = [*rows]
     numbers, shape = {id(row): number for number, row in enumerate(rows)}, (len(rows), len(rows[0].answers))
     found = {role: torch.zeros(shape, dtype=torch.float64) for role in roles}
     base.model.eval()
@@ -59,7 +60,7 @@ def answer_logps(base: Base, roles: Sequence[str], rows: Sequence[AnsweredPrompt
     return found
 
 
-def of_pairs(base: Base, pairs: list[TokenPair], settings: DPO | KTO) -> Figures:
+def of_pairs(base: Base, pairs: Sequence[TokenPair], settings: DPO | KTO) -> Figures:
     """Preference figures of reference and policy on held-out pairs, by the recipe's `settings`.
 
     Returns:
@@ -102,6 +103,7 @@ def of_dialogues(base: Base, rows: Sequence[TokenDialogue], before: str, after: 
         `rows`, `tokens`: how many. `loss`: mean negative log-likelihood in nats per token, as `change` has it, rows
         resampled. `perplexity` and `token_accuracy` (share of tokens that are the most likely one): `before`, `after`.
     """
+    rows = [*rows]
     asked = [TokenAnswers(row.ids[:1], (row.ids[1:],)) for row in rows]  # the first token is predicted from nothing
     numbers = {id(row): number for number, row in enumerate(asked)}
     sums = {role: torch.zeros(len(rows), 2, dtype=torch.float64) for role in (before, after)}  # nats, tokens right
@@ -130,7 +132,7 @@ def of_dialogues(base: Base, rows: Sequence[TokenDialogue], before: str, after: 
     }
 
 
-def of_scores(base: Base, model: str | Ensemble, pairs: list[TokenPair]) -> tuple[Figures, Tensor]:
+def of_scores(base: Base, model: str | Ensemble, pairs: Sequence[TokenPair]) -> tuple[Figures, Tensor]:
     """(What the bare base itself prefers, by mean log-prob per token, before there was a reward model:
     `accuracy_base` and its 95% interval; the reward model's scores of the pairs `(pairs, 2, members)`.)"""
     logps = answer_logps(base, [Role.BASE], pairs)[Role.BASE]
@@ -164,7 +166,7 @@ class Answered:
         return {**both, "unchanged": same, "max_new_tokens": self.max_new_tokens}
 
 
-def greedy_answers(base: Base, asked: list[Prompt]) -> Answered:
+def greedy_answers(base: Base, asked: Sequence[Prompt]) -> Answered:
     """Greedy answers of the reference and the policy to `ANSWERED` prompts, spread evenly over the rows; of a bare base
     beside them, what will be shown."""
     new = min(MAX_NEW_TOKENS, base.max_length // 2)

@@ -174,6 +174,7 @@ def answer_scores(
         limit: how much one forward pass takes; it changes memory and speed, and no score.
     """
     score: Callable[[Sequence[AnsweredPrompt]], Tensor]
+    rows = [*rows]
     shape, opened = [len(rows), len(rows[0].answers)], nullcontext()
     if isinstance(of, str):
         score = partial(base.pair_scores, of)

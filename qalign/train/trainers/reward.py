@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import TrainingArguments
 
 from qalign.config.stages import Reward
+from qalign.data.store.rows import OnDemand
 from qalign.losses.ensemble import member_seed, resample_counts
 from qalign.losses.preference import CHOSEN, REJECTED, bradley_terry, margin, shares
 from qalign.model.adapters.members import Ensemble, member_roles, places
@@ -45,13 +46,15 @@ class EnsembleTrainer(RewardModelTrainer):
     Metrics are means over the members.
     """
 
-    def __init__(self, base: Base, settings: Reward, args: TrainingArguments, micro: Any, pairs: list, *more: Any):
+    def __init__(
+        self, base: Base, settings: Reward, args: TrainingArguments, micro: Any, pairs: Sequence[Any], *more: Any
+    ):
         self.ensemble, self._only = Ensemble(base, member_roles(settings)), slice(None)
         seeds = (member_seed(args.seed, number) for number in range(1, settings.members + 1))
         counts = torch.stack([resample_counts(len(pairs), seed) for seed in seeds], dim=1).tolist()
-        pairs = [replace(pair, counts=tuple(own)) for pair, own in zip(pairs, counts, strict=True)]
+        counted = OnDemand(len(pairs), lambda number: replace(pairs[number], counts=tuple(counts[number])))
         clip, args.max_grad_norm = args.max_grad_norm, 0.0
-        super().__init__(base, settings, args, micro, pairs, *more)
+        super().__init__(base, settings, args, micro, counted, *more)
         self.add_callback(ClipEach([[*base.trained_weights(role).values()] for role in self.ensemble.roles], clip))
 
     def train(self, *args, **kwargs):

@@ -1,25 +1,31 @@
 """TRL's `SFTTrainer` on qalign's token ids."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, cast
 
 import datasets
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback
+from trl.data_utils import pack_dataset
 from trl.trainer.sft_config import SFTConfig
 from trl.trainer.sft_trainer import SFTTrainer
 
 from qalign.data.collate import Layout, MicroBatchLimit, micro_batches
+from qalign.data.store.rows import OnDemand
+from qalign.data.store.tokens import outlines
 from qalign.data.tokenize import IGNORED, TokenDialogue
 from qalign.model.base import Base, Role
 from qalign.model.logps import backbone, token_scores
 from qalign.train.trainers.adapter import AdapterTrainer
+
+PACKED_TOGETHER = 1000  # rows: the batch size of `datasets`, in which TRL packs
 
 
 class SupervisedTrainer(AdapterTrainer, SFTTrainer):
@@ -38,17 +44,21 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         base: Base,
         args: SFTConfig,
         micro: MicroBatchLimit,
-        train_rows: list[TokenDialogue],
-        eval_rows: list[TokenDialogue] | None,
+        train_rows: Sequence[TokenDialogue],
+        eval_rows: Sequence[TokenDialogue] | None,
         callbacks: tuple[TrainerCallback, ...] = (),
     ):
         self.base = base
         self.take(micro)
         self._unread: list[tuple[dict[str, Any], Tensor]] = []  # inputs; loss, entropies, correct tokens, tokens
-        self._places = {tuple(row.ids): row.where for row in (*train_rows, *(eval_rows or ()))}
+        self._rows = train_rows, eval_rows or ()
         with float32_kept(base.model):
-            data: dict[str, Any] = {"train_dataset": _columns(train_rows), "eval_dataset": _columns(eval_rows)}
+            # TRL's constructor gets the first rows alone: it would copy all, though nothing is left to prepare.
+            first = {"train_dataset": train_rows[:1], "eval_dataset": (eval_rows or ())[:1]}
+            data: dict[str, Any] = {name: _columns(rows) for name, rows in first.items()}
             super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
+        self.train_dataset: Any = packed(train_rows, args) if args.packing else _unpacked(train_rows)
+        self.eval_dataset: Any = _unpacked(eval_rows) if eval_rows else None
         # NEFTune's noise depends on the length of a row, so there a row stays one dialogue unless `packing` is set.
         self.without_padding = args.packing or not (base.padding_reason or args.neftune_noise_alpha)
         self._padding: Any = self.data_collator
@@ -114,7 +124,7 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         read = torch.stack(figures).tolist()
         for (loss, *_), given in zip(read, inputs, strict=True):
             if not math.isfinite(loss):
-                self.check_finite([loss], [self._places.get(ids, "a row") for ids in _sequences(given)])
+                self.check_finite([loss], self._places([*_sequences(given)]))
         total, *others = map(sum, zip(*read, strict=True))
         if others:
             entropy, correct, tokens = others
@@ -123,6 +133,11 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
             metrics["mean_token_accuracy"].append(correct / max(1, tokens))
             metrics["num_tokens"] = [self._total_train_tokens]
         return total
+
+    def _places(self, sequences: Sequence[tuple[int, ...]]) -> list[str]:
+        """Where sequences of ids come from; looked for once a run fails, as all ids take long to compare."""
+        places = {ids: row.where for rows in self._rows for row in rows if (ids := tuple(row.ids)) in sequences}
+        return [places.get(ids, "a row") for ids in sequences]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """The mean over all supervised tokens of the held-out rows. (`Trainer` takes the mean of its batches' means,
@@ -193,7 +208,53 @@ def packed_row(rows: Sequence[SupervisedRow]) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "position_ids": layout.positions(), "layout": layout}
 
 
-def _columns(rows: list[TokenDialogue] | None) -> datasets.Dataset | None:
+def _unpacked(rows: Sequence[TokenDialogue]) -> OnDemand[dict[str, list[int]]]:
+    """The columns of TRL's data set, row by row."""
+
+    def make(number: int) -> dict[str, list[int]]:
+        row = rows[number]
+        return {"input_ids": row.ids, "labels": row.labels}
+
+    return OnDemand(len(rows), make)
+
+
+def packed(rows: Sequence[TokenDialogue], args: SFTConfig) -> OnDemand[dict[str, list[int]]]:
+    """The same as full rows, packed by TRL, in whose data set the places of the tokens stand for the tokens: the ids
+    stay where they are, and a full row is put together when it is needed."""
+    found = list[tuple[list[tuple[int, int, int]], list[int] | None]]()  # (row, start, end) …; lengths of the dialogues
+    lengths, quiet = [*map(len, outlines(rows))], datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    for start in range(0, len(rows), PACKED_TOGETHER):
+        numbers = range(start, min(start + PACKED_TOGETHER, len(rows)))
+        places = {"row": [np.full(lengths[n], n) for n in numbers], "place": [np.arange(lengths[n]) for n in numbers]}
+        full = pack_dataset(datasets.Dataset.from_dict(places), args.max_length or 0, args.packing_strategy)
+        for one in cast(Iterable[dict[str, np.ndarray]], full.with_format("numpy")):
+            found.append(
+                (_runs(one["row"], one["place"]), one["seq_lengths"].tolist() if "seq_lengths" in one else None)
+            )
+    if not quiet:
+        datasets.enable_progress_bars()
+
+    def make(number: int) -> dict[str, list[int]]:
+        runs, of_dialogues = found[number]
+        parts = [(rows[row], start, end) for row, start, end in runs]
+        columns = {
+            "input_ids": [*chain(*(row.ids[start:end] for row, start, end in parts))],
+            "labels": [*chain(*(row.labels[start:end] for row, start, end in parts))],
+        }
+        return columns | ({"seq_lengths": of_dialogues} if of_dialogues else {})
+
+    return OnDemand(len(found), make)
+
+
+def _runs(rows: np.ndarray, places: np.ndarray) -> list[tuple[int, int, int]]:
+    """The runs of neighbouring tokens of one row: (number of the row, first place, place after the last)."""
+    breaks = np.flatnonzero((np.diff(rows) != 0) | (np.diff(places) != 1)) + 1
+    firsts, lasts = [0, *breaks], [*(breaks - 1), len(rows) - 1]
+    return [(int(rows[a]), int(places[a]), int(places[b]) + 1) for a, b in zip(firsts, lasts, strict=True)]
+
+
+def _columns(rows: Sequence[TokenDialogue]) -> datasets.Dataset | None:
     if not rows:
         return None
     return datasets.Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]})

@@ -1,5 +1,5 @@
-"""The cache of converted and quantised bases: folders with a manifest, verified each time they are used. Beside
-them stands what PyTorch compiles.
+"""The cache of converted and quantised bases, and of token ids: folders with a manifest, verified each time they are
+used. Beside them stands what PyTorch compiles.
 
 A cache that can't be written costs time, never the run. Imports no torch.
 """
@@ -19,10 +19,11 @@ from qalign.errors import UserError
 
 LOCK = ".lock"
 LOCK_WAIT = 60  # seconds to wait for another process that writes
+SOON = 2  # seconds of waiting after which it is said
 
 
 def cache_folder() -> Path:
-    """Where converted and quantised bases are cached: `$XDG_CACHE_HOME/qalign`."""
+    """Where they are cached: `$XDG_CACHE_HOME/qalign`."""
     cache = expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     if str(cache).startswith("~"):
         raise UserError("this user has no home folder; set XDG_CACHE_HOME to a folder for what is cached")
@@ -51,11 +52,11 @@ def is_whole(folder: Path, *, weights: bool = True) -> bool:
     return problem == ""
 
 
-def keep(folder: Path, write: Callable[[Path], object]) -> bool:
-    """Keeps a folder that `write` fills, with its hashes, in the place of a damaged one. False, and one line that says
-    why, if the cache can't be written."""
+def keep(folder: Path, write: Callable[[Path], object], wait: float | None = None) -> bool:
+    """Keeps a folder that `write` fills, with its hashes, in the place of a damaged one; `wait` as in `alone`. False,
+    and one line that says why, if the cache can't be written."""
     try:
-        with alone(folder.parent):
+        with alone(folder.parent, wait):
             if _damage(folder) == "":  # made by another process meanwhile
                 return True
             if folder.is_dir():
@@ -80,9 +81,15 @@ def alone(folder: Path, wait: float | None = None) -> Generator[None]:
         OSError: the folder can't be made.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK, timeout=LOCK_WAIT if wait is None else wait)
+    lock, wait = FileLock(folder / LOCK), LOCK_WAIT if wait is None else wait
     try:
-        lock.acquire()
+        try:
+            lock.acquire(timeout=min(wait, SOON))
+        except Timeout:
+            if wait <= SOON:
+                raise
+            print(f"note: waiting for another process that writes {folder}", flush=True)
+            lock.acquire(timeout=wait - SOON)
     except (Timeout, OSError, NotImplementedError):
         yield
         return

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from qalign.config import manifest
+from qalign.config import cache, manifest
+from qalign.config.cache import LOCK, is_whole, keep
 from qalign.config.manifest import MANIFEST
 from qalign.errors import UserError
-from qalign.model import cache
-from qalign.model.cache import LOCK, is_whole, keep
 
 
 @pytest.fixture
@@ -37,7 +36,7 @@ def flip(file: Path) -> None:
 
 
 def test_the_tests_and_what_they_start_leave_the_users_cache_alone():
-    words = "from qalign.model.cache import cache_folder; print(cache_folder())"
+    words = "from qalign.config.cache import cache_folder; print(cache_folder())"
     said = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True).stdout
     assert said.strip() == str(cache.cache_folder())
     assert cache.cache_folder().parent.parent == Path(tempfile.gettempdir())
@@ -137,7 +136,7 @@ def test_a_file_in_its_place(depth, folder, capsys):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from qalign.model.cache import keep
+from qalign.config.cache import keep
 def half(aside):
     (aside / "model.safetensors").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
