@@ -68,7 +68,7 @@ def measured_rows(run: RunFolder, file: str | None) -> tuple[list[Any], str]:
     if file:
         rows, refused = read((Source(path=file),), "train", ROWS, 0)
         check_usable(f"--prompts {file}", len(rows), refused)
-        return rows, f"{kind} of {file}"
+        return [*rows], f"{kind} of {file}"
     settings, key = run.settings, "eval_data" if run.settings.has_held_out else "data"
     if key == "data":  # 16 are enough, however many there are
         settings = settings.model_copy(update={"limit": min(settings.limit or ROWS, ROWS)})
