@@ -120,6 +120,7 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[Sequence[EncodedP
     picks and pairs, of held-out ones all scores. The number of a part seeds it, so that a resumed run repeats it."""
     from tqdm.auto import tqdm
 
+    from qalign.model.decoding.vllm_server import EngineFailed
     from qalign.rl.rewards import RewardFailed, combined, scorers_state
     from qalign.train.loop import end_part
 
@@ -128,11 +129,11 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[Sequence[EncodedP
     with tqdm(total=len(parts), initial=done, desc=f"best of {run.n}", unit="part") as bar:
         for number, (group, is_held_out) in enumerate(parts[done:], start=done):
             drawn = max(0, run.number - 1) * len(parts) + number
-            rows = setup.sample(group, run.n, run.recipe.seed * 1_000_003 + drawn)
             try:
+                rows = setup.sample(group, run.n, run.recipe.seed * 1_000_003 + drawn)
                 scores = combined(reward, rows)[0].tolist()
                 judged = combined(judge, rows)[0].tolist() if is_held_out and judge else None
-            except RewardFailed:  # keeps what was sampled before
+            except (RewardFailed, EngineFailed):  # keeps what was sampled before
                 if number:
                     run.mark_whole(number, 0)
                 raise

@@ -105,7 +105,8 @@ def not_counted(forecast: "Forecast") -> list[tuple[str, str]]:
     if forecast.stage not in RL_STAGES:
         return []
     found = [f"the model {s.source}" for _, s in forecast.settings.sources if is_own_model(s.source)]
-    found += [f"vLLM, {VLLM_SHARE:.0%} of the card"] if forecast.settings.engine == "vllm" else []
+    if (engine := forecast.settings.engine) != "transformers":
+        found += [f"vLLM, {VLLM_SHARE:.0%} of the card" if engine == "vllm" else f"the vLLM server {engine}"]
     return [("not counted", ", ".join(found))] if found else []
 
 

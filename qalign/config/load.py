@@ -29,6 +29,7 @@ _SEVERAL_TYPES = {
     "checkpointed_layers": f"'auto' or a whole number from 0 to {MAX_LAYERS}",
     "sample_prompts": "'auto' or a whole number from 0 to 1000",
     "targets": "'all-linear' or a list of modules' names such as [q_proj, v_proj], and no regular expression",
+    "engine": "'transformers', 'vllm', or the address of a vLLM server such as http://localhost:8000",
     "data": "a path, or a list of them",
     "eval_data": "a path, or a list of them",
     "agree_with": "a path, or a list of them",

@@ -237,6 +237,8 @@ def _same(old: object, new: object, outputs: tuple[str, str]) -> bool:
     was moved together with its runs, if they are the same relative to the recipe's output then and now."""
     if old == new or SFT_RUN in (old, new) or not (isinstance(old, str) and isinstance(new, str)):
         return old == new
+    if all(value.startswith(("http://", "https://")) for value in (old, new)):  # a server that was started elsewhere
+        return True
     if os.path.realpath(old) == os.path.realpath(new):
         return True
     try:

@@ -95,6 +95,14 @@ def log_ratios(policy: Tensor, old: Tensor, owners: Tensor, lengths: Tensor, kin
     return (sums / lengths if kind == "sequence" else sums)[owners]
 
 
+def truncated_ratio(policy: Tensor, sampler: Tensor, cap: float) -> Tensor:
+    """Truncated importance sampling: min(pi / mu, cap) for each token, where mu is the model as another engine ran it
+    when it sampled (Yao et al. 2025, "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training",
+    https://fengyao.notion.site/off-policy-rl). Times the policy loss, it makes an expectation over mu's tokens one over
+    pi's; the cap bounds the variance and costs a bias where it is reached."""
+    return torch.exp(policy - sampler).clamp(max=cap)
+
+
 def token_weights(mask: Tensor, average: str, longest: int) -> Tensor:
     """What the loss of each token is multiplied by before all are summed, 0 outside the `mask` of a mini-batch.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import accumulate, count, groupby
+from pathlib import Path
 from random import shuffle
 from typing import cast
 
@@ -23,12 +24,14 @@ from qalign.data.formats import Message
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_ids
 from qalign.errors import UserError
+from qalign.model.adapters.serving import MAX_RANKS
 from qalign.model.base import Base, Role
 from qalign.model.decoding.adapters import is_plain_lora, serves, spans_of
 from qalign.model.decoding.decoder import Decoder, decoder_of
 from qalign.model.decoding.mixture import Mixture, RowPlan
 from qalign.model.decoding.rows import last_logits, prompt_inputs
 from qalign.model.decoding.vllm_engine import VllmEngine
+from qalign.model.decoding.vllm_server import VllmServer
 from qalign.model.memory.first_step import free_unused, is_out_of_memory
 from qalign.model.memory.forecast import free_memory
 
@@ -248,18 +251,23 @@ def _collected(base: Base, requests: list[Request], sampling: Sampling) -> list[
     return [answer for of_request in answers for answer in of_request]
 
 
-Engine = TransformersEngine | VllmEngine
+Engine = TransformersEngine | VllmEngine | VllmServer
 
 
-def engine(name: str, base: Base, max_tokens: int, key: str = "ppo.engine") -> Engine:
-    """The engine that a recipe names: `transformers` or `vllm`. Raises `UserError` if vLLM or its GPU is missing, or if
-    vLLM would hold other weights than the base."""
+def engine(name: str, base: Base, max_tokens: int, key: str, folder: Path) -> Engine:
+    """The engine that a recipe names: `transformers`, `vllm` or the address of a vLLM server, which reads adapters in
+    `folder`. Raises `UserError` if vLLM, its GPU or the server is missing, if vLLM doesn't serve the policy's adapter,
+    or if it would hold other weights than the base."""
     if name == "transformers":
         return TransformersEngine()
+    if not is_plain_lora(config := getattr(base.model, "peft_config", {}).get(Role.POLICY)):
+        raise UserError(f"{key}: '{name}' takes plain LoRA alone, no DoRA and no modules_to_save; use 'transformers'")
+    if config and max([config.r, *config.rank_pattern.values()]) > MAX_RANKS[-1]:
+        raise UserError(f"{key}: '{name}' takes LoRA up to rank {MAX_RANKS[-1]}; lower lora.r, or use 'transformers'")
+    if name != "vllm":
+        return VllmServer(base, key, name, folder)
     if base.lm.device.type != "cuda" or importlib.util.find_spec("vllm") is None:
         raise UserError(f"{key}: 'vllm' needs a GPU and `pip install vllm`; use 'transformers'")
-    if not is_plain_lora(getattr(base.model, "peft_config", {}).get(Role.POLICY)):
-        raise UserError(f"{key}: 'vllm' takes plain LoRA alone, no DoRA and no modules_to_save; use 'transformers'")
     spec = base.spec  # of a base that is stored in 4 bits, vLLM loads the same weights
     if base.origin.stored is None and (spec.quantization != "nf4" or not spec.double_quant):
         held = f"is '{spec.quantization}'" if spec.quantization != "nf4" else "has double_quant: false"

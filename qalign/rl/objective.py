@@ -90,6 +90,7 @@ class Weights(NamedTuple):
 
     loss: Tensor  # as `loss_average` says
     mean: Tensor  # for the mean over all tokens of a mini-batch
+    policy: Tensor  # `loss` times the correction for the engine that sampled
 
 
 class Figures:
@@ -108,7 +109,7 @@ def weights_of(rollout: RolloutBatch, numbers: list[int], settings: PPO) -> Weig
     mask, where = torch.zeros_like(rollout.mask), rollout.token_indices(numbers)
     mask[where] = True
     of_loss = losses.token_weights(mask, settings.loss_average, settings.max_new_tokens)
-    return Weights(of_loss, losses.token_weights(mask, "token", 0))
+    return Weights(of_loss, losses.token_weights(mask, "token", 0), of_loss * rollout.correction)
 
 
 def policy_loss(
@@ -125,13 +126,13 @@ def policy_loss(
     loss, clipped = losses.clipped_policy_loss(
         log_ratios, advantages, settings.clip, settings.clip_high, settings.ratio_max
     )
-    figures.add(weights.loss, {"loss/policy_avg": loss})
+    figures.add(weights.policy, {"loss/policy_avg": loss})
     figures.add(weights.mean, {"policy/clipfrac_avg": clipped, "val/ratio": log_ratios.detach().exp()})
     if settings.kl == "in_loss":
-        figures.add(weights.loss, {"loss/kl_avg": kl})
+        figures.add(weights.policy, {"loss/kl_avg": kl})
         loss = loss + kl_coefficient * kl
-    figures.add(weights.loss, {"loss": loss})
-    return (loss * weights.loss).sum()
+    figures.add(weights.policy, {"loss": loss})
+    return (loss * weights.policy).sum()
 
 
 def value_loss(

@@ -18,7 +18,7 @@ from qalign.data.tokenize import TokenAnswers, encode_questions
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Base, Role, load
-from qalign.model.generation import Engine, Sampling, engine, stop_ids_of, text_of
+from qalign.model.generation import Engine, Sampling, TransformersEngine, engine, stop_ids_of, text_of
 from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
 from qalign.model.logps import answer_states, token_scores
@@ -31,6 +31,7 @@ from qalign.train.loop import Session
 from qalign.train.run_folder import RunFolder
 from qalign.train.trainers.adapter import built, schedule_from_one, try_out
 
+SERVED = "served"  # folder of a run: the adapters that a vLLM server reads while the run samples
 EncodedPrompt = tuple[Prompt, list[int]]  # a row with its token ids
 
 
@@ -52,15 +53,20 @@ class Setup:
         """`num_samples` answers of a role to each prompt; of the base where no adapter for the role is on it."""
         role = role if role in self.base.adapters else Role.BASE
         ids = [prompt_ids for _, prompt_ids in prompts]
-        sampled = self.engine.generate(self.base, role, ids, self.sampling, num_samples=num_samples, seed=seed)
+        wanted: Any = {"num_samples": num_samples, "seed": seed}
+        if isinstance(self.engine, TransformersEngine):
+            sampled, logps = self.engine.generate(self.base, role, ids, self.sampling, **wanted), [()] * len(ids)
+        else:
+            sampled, logps = self.engine.generate_scored(self.base, role, ids, self.sampling, **wanted)
         return [
             SampledAnswers(
                 prompt,
                 TokenAnswers(prompt_ids, tuple(answers)),
                 tuple(text_of(self.base.tokenizer, answer) for answer in answers),
                 tuple(answer[-1] in self.sampling.stop_ids for answer in answers),
+                tuple(scored),
             )
-            for (prompt, prompt_ids), answers in zip(prompts, sampled, strict=True)
+            for (prompt, prompt_ids), answers, scored in zip(prompts, sampled, logps, strict=True)
         ]
 
 
@@ -104,7 +110,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
         base.load_adapter(Role.POLICY, parent, trainable=False)
     stop_ids = stop_ids_of(base.template)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
-    source = engine(settings.engine, base, base.max_length, f"{run.stage}.engine")
+    source = engine(settings.engine, base, base.max_length, f"{run.stage}.engine", run.path / SERVED)
     return Setup(base, session.origin, scorers, source, sampling, session.rows, scorers.load_models(base))
 
 

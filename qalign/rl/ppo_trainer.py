@@ -93,6 +93,7 @@ class PPOTrainer:
         rollout = self._sampled(self._next_prompts(), self.settings.samples_per_prompt, seed=self._seed(1))
         metrics = self.score(rollout)
         self._read_all(rollout, ROLES)
+        metrics |= rollout.correct(self.settings.importance_cap)
         if not self.done:
             furthest = (rollout.old_logps - rollout.reference_logps).abs().max().item()
             problem = "the policy is {} from its reference before the first update, where KL must be 0"

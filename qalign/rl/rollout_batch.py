@@ -23,6 +23,8 @@ class SampledAnswers:
     tokens: TokenAnswers  # an answer includes the stop token that ended it
     texts: tuple[str, ...]  # the answers without special tokens
     ended: tuple[bool, ...]  # True: ended with a stop token; False: cut at `max_new_tokens`
+    # Log-probs of the answers' tokens by the engine that sampled them; none where that is the base in memory.
+    sampler_logps: tuple[list[float], ...] = ()
 
 
 @dataclass
@@ -37,6 +39,8 @@ class RolloutBatch:
     values: Tensor  # the value model's estimate before each token
     entropies: Tensor  # in nats, of the distribution that each token was sampled from
     used: list[int]  # the numbers of the prompts that the update uses
+    sampler_logps: Tensor | None  # of another engine that sampled
+    correction: Tensor  # weight of each token in the policy's loss, see `correct`
     scores: Tensor = field(init=False)  # `(answers,)`, the combined reward before any scaling
     advantages: Tensor = field(init=False)  # like the returns, computed by `PPOTrainer.advantages`
     returns: Tensor = field(init=False)  # with a value model
@@ -47,7 +51,27 @@ class RolloutBatch:
         lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
         zeros = {name: torch.zeros(mask.shape) for name in ("old_logps", "reference_logps", "values", "entropies")}
-        return cls(rows, mask, used=[*range(len(rows))], **zeros)
+        sampler = [logp for row in rows for logps in row.sampler_logps for logp in logps]
+        logps = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor(sampler)) if sampler else None
+        return cls(rows, mask, used=[*range(len(rows))], sampler_logps=logps, correction=mask.float(), **zeros)
+
+    def correct(self, cap: float | None) -> dict[str, float]:
+        """Sets `correction` to the truncated ratios of the policy to the engine that sampled, if that is another one,
+        with `cap`; they stay 1 if it is None. Returns how far apart the two are, in nats and by TRL's names."""
+        if self.sampler_logps is None:
+            return {}
+        apart = (self.old_logps - self.sampler_logps)[self.mask]
+        if cap is not None:
+            self.correction = losses.truncated_ratio(self.old_logps, self.sampler_logps, cap) * self.mask
+        ratios = self.correction[self.mask]
+        return {
+            "sampling/kl": losses.kl_k3(self.sampler_logps, self.old_logps)[self.mask].mean().item(),
+            "sampling/sampling_logp_difference/mean": apart.abs().mean().item(),
+            "sampling/sampling_logp_difference/max": apart.abs().max().item(),
+            "sampling/importance_sampling_ratio/min": ratios.min().item(),
+            "sampling/importance_sampling_ratio/mean": ratios.mean().item(),
+            "sampling/importance_sampling_ratio/max": ratios.max().item(),
+        }
 
     @property
     def kl(self) -> Tensor:

@@ -44,6 +44,18 @@ TEXTS = {
         RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, samples_per_prompt: 1}\n",
         "grpo.samples_per_prompt: adv",
     ),
+    "an engine of no such address": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, engine: localhost:8000}\n",
+        "the address of a vLLM server such as http://localhost:8000",
+    ),
+    "an address with a password": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, engine: 'http://me:secret@host:8000'}\n",
+        "the address of a vLLM server such as http://localhost:8000",
+    ),
+    "a correction of nothing": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, importance_cap: 3.0}\n",
+        "grpo.importance_cap: has no effect with engine 'transformers'",
+    ),
     "a critic for rloo": (
         RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, advantage: rloo, value: trunk}\n",
         "grpo.value: adv",

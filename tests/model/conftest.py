@@ -50,8 +50,8 @@ def gradient(base) -> torch.Tensor:
 
 def save_plain(spec, folder: Path, **settings) -> str:
     """An adapter made by plain PEFT on the base of a recipe, with weights that do something."""
-    options = {"target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | settings
-    config = peft.LoraConfig(r=4, task_type="CAUSAL_LM", **options)
+    options = {"r": 4, "target_modules": ["q_proj", "up_proj"], "init_lora_weights": False} | settings
+    config = peft.LoraConfig(task_type="CAUSAL_LM", **options)
     model = peft.get_peft_model(load(spec).lm, config)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in model.named_parameters():

@@ -282,7 +282,11 @@ def vllm(monkeypatch):
         def generate(self, prompts, params, *, lora_request, use_tqdm):
             told.update(prompts=prompts, params=params, adapter=lora_request)
             told["files"] = lora_request and {file.name for file in Path(lora_request[2]).iterdir()}
-            answers = (types.SimpleNamespace(token_ids=(7, number)) for number in range(len(params)))
+            logp = types.SimpleNamespace
+            answers = (
+                types.SimpleNamespace(token_ids=(7, n), logprobs=[{7: logp(logprob=-1.0)}, {n: logp(logprob=-0.5 * n)}])
+                for n in range(len(params))
+            )
             return [types.SimpleNamespace(outputs=[answer]) for answer in answers]
 
     module.LLM, module.SamplingParams, request.LoRARequest = LLM, lambda **options: options, lambda *args: args
@@ -293,9 +297,15 @@ def vllm(monkeypatch):
 
 def test_vllm_is_told_the_same(base, ids, vllm):
     used, how = generation.VllmEngine(base, max_tokens=64), Sampling(6, 0.7, (3, 5))
-    found = used.generate(base, Role.POLICY, ids, how, num_samples=2, seed=10)
+    found, logps = used.generate_scored(base, Role.POLICY, ids, how, num_samples=2, seed=10)
     assert found == [[[7, 0], [7, 1]], [[7, 2], [7, 3]], [[7, 4], [7, 5]], [[7, 6], [7, 7]]]
-    options = {"generation_config": "vllm", "quantization": "bitsandbytes", "max_model_len": 64}
+    assert logps[1] == [[-1.0, -1.0], [-1.0, -1.5]]
+    options = {
+        "logprobs_mode": "processed_logprobs",
+        "generation_config": "vllm",
+        "quantization": "bitsandbytes",
+        "max_model_len": 64,
+    }
     assert [prompt["prompt_token_ids"] for prompt in vllm["prompts"]] == [x for x in ids for _ in range(2)]
     expected = {"max_tokens": 6, "temperature": 0.7, "top_p": 1.0, "top_k": -1, "stop_token_ids": [3, 5]}
     assert all(params.items() >= expected.items() for params in vllm["params"])
@@ -304,10 +314,10 @@ def test_vllm_is_told_the_same(base, ids, vllm):
     assert len(seeds) == 8
     assert {"adapter_config.json", "adapter_model.safetensors"} <= vllm["files"]
     first = vllm["adapter"]
-    used.generate(base, Role.POLICY, ids, how, num_samples=2, seed=10)
+    used.generate_scored(base, Role.POLICY, ids, how, num_samples=2, seed=10)
     assert all(now != then for now, then in zip(vllm["adapter"], first, strict=True)), "or vLLM keeps the old adapter"
     assert seeds == {params["seed"] for params in vllm["params"]}
-    used.generate(base, Role.BASE, ids, how, num_samples=2, seed=11)
+    used.generate_scored(base, Role.BASE, ids, how, num_samples=2, seed=11)
     assert vllm["adapter"] is None
     assert not seeds & {params["seed"] for params in vllm["params"]}, "another seed, other answers"
 
@@ -324,7 +334,7 @@ def test_vllm_is_not_given_an_adapter_that_it_cannot_serve(tiny_base, vllm, monk
     tiny_base.add_adapter(Role.POLICY, Lora(dora=True))
     monkeypatch.setattr(tiny_base, "lm", types.SimpleNamespace(device=torch.device("cuda")))
     with pytest.raises(UserError, match=r"ppo\.engine: .*no DoRA.*use 'transformers'"):
-        generation.engine("vllm", tiny_base, 64)
+        generation.engine("vllm", tiny_base, 64, "ppo.engine", Path())
 
 
 @pytest.mark.parametrize(
@@ -340,4 +350,4 @@ def test_vllm_needs_a_gpu_and_a_base_in_nf4_with_double_quantisation(base, vllm,
     base.lm = types.SimpleNamespace(device=torch.device(device))
     base.spec = base.spec.model_copy(update=held)
     with pytest.raises(UserError, match=rf"ppo\.engine: .*{problem}.*use 'transformers'"):
-        generation.engine("vllm", base, 64)
+        generation.engine("vllm", base, 64, "ppo.engine", Path())

@@ -75,6 +75,11 @@ def test_clip_higher_and_two_sided_clipping_by_hand(ratio, advantage, bounds, lo
     assert was.item() is clipped
 
 
+def test_the_ratio_to_the_sampler_is_truncated_from_above_alone():
+    policy, sampler = tensor(0.5, 0.3, 0.1).log(), tensor(0.1, 0.3, 0.2).log()
+    assert losses.truncated_ratio(policy, sampler, 2.0).tolist() == pytest.approx([2.0, 1.0, 0.5])
+
+
 def test_the_gradient_of_the_kl_loss_is_that_of_kl():
     """Its mean under the policy that sampled, over all of three tokens: in logits, p (log p / q - KL)."""
     logits, q = tensor(0.3, -0.2, 0.5).requires_grad_(), tensor(0.3, 0.3, 0.4)
@@ -147,13 +152,14 @@ def rollout() -> dict[str, torch.Tensor]:
     return {"old": old - 2, "policy": old - 2 + 0.3 * change, "reference": old - 2 + 0.5 * apart}
 
 
-def ours(settings: PPO, rollout: dict[str, torch.Tensor], advantages: torch.Tensor):
+def ours(
+    settings: PPO, rollout: dict[str, torch.Tensor], advantages: torch.Tensor, correction: float | torch.Tensor = 1
+):
     """(The loss as `qalign.rl` computes it from log-probs, its gradient by them, figures.)"""
     policy = rollout["policy"].clone().requires_grad_()
     owners, lengths = MASK.nonzero()[:, 0], MASK.sum(dim=1)
-    weights = Weights(
-        *(losses.token_weights(MASK, kind, NEW_TOKENS)[MASK] for kind in (settings.loss_average, "token"))
-    )
+    loss, mean = (losses.token_weights(MASK, kind, NEW_TOKENS) for kind in (settings.loss_average, "token"))
+    weights = Weights(loss[MASK], mean[MASK], (loss * correction)[MASK])
     ratios = losses.log_ratios(policy[MASK], rollout["old"][MASK], owners, lengths, settings.ratio)
     kl, figures = losses.kl_loss(policy[MASK], rollout["reference"][MASK], ratios), Figures()
     loss = policy_loss(settings, settings.kl_coefficient, ratios, advantages[owners], kl, weights, figures)
@@ -161,7 +167,7 @@ def ours(settings: PPO, rollout: dict[str, torch.Tensor], advantages: torch.Tens
     return loss.item(), policy.grad, figures.sums
 
 
-def theirs(trainer: Given, rollout: dict[str, torch.Tensor], advantages: torch.Tensor):
+def theirs(trainer: Given, rollout: dict[str, torch.Tensor], advantages: torch.Tensor, **more: torch.Tensor):
     policy = rollout["policy"].clone().requires_grad_()
     trainer.given = policy
     mask, ids = MASK.long(), torch.full((8, 4), 9)
@@ -170,6 +176,7 @@ def theirs(trainer: Given, rollout: dict[str, torch.Tensor], advantages: torch.T
         "completion_mask": mask,
         "advantages": advantages, "old_per_token_logps": rollout["old"], "ref_per_token_logps": rollout["reference"],
         "old_logps": (rollout["old"] * mask).sum(dim=1), "num_items_in_batch": mask.sum(),
+        **more,
     })  # fmt: skip
     loss.backward()
     return loss.item(), policy.grad
@@ -207,6 +214,19 @@ def test_losses_gradients_and_advantages_equal_those_of_trls_grpo(advantage, key
     torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
     assert figures["policy/clipfrac_avg"].item() > 0
     assert (gradient == 0)[MASK].any() or keys.get("kl") != "none", "some tokens are clipped"
+
+
+def test_truncated_importance_sampling_equals_trls(made, rollout):
+    trainer, settings = made(GivenGRPO, loss_type="grpo", beta=0.0), settings_of("grpo", kl="none")
+    trainer.use_vllm, trainer.vllm_importance_sampling_correction = True, True  # which it takes from its own engine
+    sampler = rollout["old"] + 0.5 * torch.randn(8, 4, generator=torch.Generator().manual_seed(2))
+    ratio = losses.truncated_ratio(rollout["old"], sampler, 1.2)
+    advantages = losses.grpo(SCORES, 4)
+    loss, gradient, _ = ours(settings, rollout, advantages, ratio)
+    expected, expected_gradient = theirs(trainer, rollout, advantages, importance_sampling_ratio=ratio)
+    assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(gradient, ours(settings, rollout, advantages)[1], atol=1e-3)
 
 
 @pytest.mark.parametrize("keys", [{}, {"clip": 0.4, "clip_high": 0.6}])

@@ -31,6 +31,7 @@ OF_ADVANTAGE: dict[str, dict[str, str]] = {
         "dr_grpo": ("none", "in_loss", "token", "constant", "none"),
     }.items()
 }
+ServerUrl = Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/v1)?/?$", max_length=300)]
 OF_GAE = ("gamma", "gae_lambda", "value_coefficient", "value_clip")  # keys of the value model
 
 
@@ -145,9 +146,14 @@ class PPO(Stage):
     on_alarm: Literal["warn", "slow", "stop"] = "warn"
     """Alarm action: `warn` prints a warning, `slow` also doubles the KL coefficient (up to 16-fold), `stop` ends the
     run. The best adapter so far is kept in any case. Take `stop` for runs that nobody watches."""
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["transformers", "vllm"] | ServerUrl = "transformers"
     """Sampling engine: `transformers` uses the base in memory; `vllm` holds a second copy of it on the same GPU. Take
-    `vllm` if it is installed and the memory allows it."""
+    `vllm` if it is installed and the memory allows it. The address of a vLLM server, such as `http://localhost:8000`,
+    samples there; it must read this disk, as it is given the adapter before every iteration (docs/ppo.md)."""
+    importance_cap: Annotated[float, Field(ge=1, le=1_000)] | None = 2.0
+    """Truncated importance sampling cap C (Yao et al. 2025): answers from vLLM are weighted, token by token, by
+    min(π / π_vllm, C), as vLLM's numbers differ from the training model's. `sampling/kl` in metrics.jsonl says by how
+    much. null leaves them unweighted."""
     trainer: dict[str, Any] = {}
     """Optimiser arguments: under transformers' names, such as `{optim: paged_adamw_8bit, weight_decay: 0.01}`. Lower
     `max_grad_norm` to 0.3 if training is unstable."""
@@ -166,6 +172,10 @@ class PPO(Stage):
         yield from self._batch_conflicts()
         yield from self._advantage_conflicts()
         yield from self._held_out_conflicts()
+        if self.engine == "transformers":
+            yield from self._without_effect(
+                ("importance_cap",), "engine 'transformers', which is the model that learns"
+            )
         if self.judge and not self.has_held_out:
             yield "judge: has nothing to judge without eval_data or holdout; add held-out prompts or remove this"
         if self.judge and {r.source for r in self.judge} & {r.source for r in self.reward}:

@@ -8,18 +8,13 @@ labeller's is a probability. A model behind a URL is asked in both orders, and i
 import hashlib
 import json
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from itertools import count
-from os import environ
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qalign.config.atomic import write_rows
+from qalign.config.http import BUSY, RequestFailed, ask, at_once
 from qalign.config.paths import adapters_in
 from qalign.errors import UserError, disk_problem, one_line, scores_not_finite, short
 from qalign.judge.comparison.answer_files import Compared, as_text
@@ -33,7 +28,6 @@ AT_ONCE = 32  # rows in one call of a judge on the base
 REQUESTS = 8  # to a URL at the same time
 PAUSES = (1.0, 2.0, 4.0, 8.0)  # seconds before a request is sent again
 TIMEOUT_SECONDS = 120
-AGAIN = (408, 409, 429)  # and 5xx: what a server answers that may have time later
 QUESTION = """\
 Which of two answers to a user is better: more helpful, more correct, and without harm? Their length must not count.
 
@@ -158,13 +152,7 @@ class UrlJudge:
         self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
 
     def judge(self, rows: Sequence[Compared]) -> Preferences:
-        with ThreadPoolExecutor(REQUESTS) as pool:
-            waiting = [pool.submit(self._both_orders, row) for row in rows]
-            try:
-                for answer in waiting:
-                    yield answer.result()
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+        yield from at_once(self._both_orders, rows, REQUESTS)
 
     def _both_orders(self, row: Compared) -> float | None:
         first, second = (self._choice(row, answers) for answers in ((row.a, row.b), (row.b, row.a)))
@@ -179,25 +167,15 @@ class UrlJudge:
         return None if not said else float(said[-1] == "first")
 
     def _ask(self, body: dict[str, Any]) -> str:
-        headers = {"Content-Type": "application/json"}
-        if key := environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        request = urllib.request.Request(self._url, json.dumps(body).encode(), headers)
-        for tries in count(1):
-            try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS) as answer:
-                    return str(json.load(answer)["choices"][0]["message"]["content"])
-            except urllib.error.HTTPError as error:
-                problem, retry = f"answers {error.code} {error.reason}", error.code in AGAIN or error.code >= 500
-            except (OSError, TimeoutError) as error:
-                problem, retry = f"doesn't answer ({getattr(error, 'reason', error)})", True
-            except (ValueError, LookupError, TypeError) as error:
-                problem, retry = f"answers something else than a chat completion ({short(error)})", False
-            if tries > len(self._pauses) or not retry:
-                tried = f" after {tries} tries" if retry else ""
-                raise UserError(f"--judge: {self._url} {one_line(problem, 120)}{tried}")
-            time.sleep(self._pauses[tries - 1])
-        return ""
+        again = (*BUSY, *range(500, 600))
+        try:
+            said = ask(self._url, body, key="OPENAI_API_KEY", pauses=self._pauses, seconds=TIMEOUT_SECONDS, again=again)
+            return str(said["choices"][0]["message"]["content"])
+        except RequestFailed as error:
+            raise UserError(f"--judge: {self._url} {error}") from None
+        except (LookupError, TypeError) as error:
+            problem = one_line(f"answers something else than a chat completion ({short(error)})", 120)
+            raise UserError(f"--judge: {self._url} {problem}") from None
 
 
 def judged(folder: Path, judge: Judge, rows: Sequence[Compared]) -> list[float | None]:

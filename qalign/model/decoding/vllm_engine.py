@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qalign.model.adapters.serving import MAX_RANKS
 from qalign.model.base import Base
+from qalign.model.decoding.vllm_server import ScoredAnswers
 
 if TYPE_CHECKING:
     from qalign.model.generation import Sampling
@@ -35,17 +37,18 @@ class VllmEngine:
             dtype=str(base.dtype).removeprefix("torch."),
             quantization="bitsandbytes",
             enable_lora=True,
-            max_lora_rank=max(8, 1 << (max(ranks, default=1) - 1).bit_length()),  # vLLM takes powers of 2
+            max_lora_rank=next(most for most in MAX_RANKS[1:] if most >= max(ranks, default=1)),
             max_model_len=max_tokens,
             gpu_memory_utilization=memory_share,
             enforce_eager=True,  # CUDA graphs would take memory that the updates need
+            logprobs_mode="processed_logprobs",  # those that it samples with, at any temperature
             generation_config="vllm",  # not the model's own, which may end answers at other ids
         )
 
-    def generate(
+    def generate_scored(
         self, base: Base, role: str, prompts: Sequence[list[int]], sampling: "Sampling", *, num_samples: int, seed: int
-    ) -> list[list[list[int]]]:
-        """As `TransformersEngine.generate`; the tokens differ from its."""
+    ) -> ScoredAnswers:
+        """As `TransformersEngine.generate`, with the log-probs of the tokens by vLLM; the tokens differ from its."""
         import vllm  # pyright: ignore[reportMissingImports]
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
@@ -61,6 +64,7 @@ class VllmEngine:
                 top_k=-1,
                 stop_token_ids=list(sampling.stop_ids),
                 seed=answer_seed,
+                logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
             for answer_seed in seeds
@@ -72,5 +76,7 @@ class VllmEngine:
                 adapter = LoRARequest(f"{role}-{self._calls}", self._calls, str(Path(folder) / role))
             asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(num_samples)]
             outputs = self._llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
-        answers = [list(output.outputs[0].token_ids) for output in outputs]
-        return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+        found = [output.outputs[0] for output in outputs]
+        parts = [found[start : start + num_samples] for start in range(0, len(found), num_samples)]
+        logps = [[[at[id].logprob for id, at in zip(a.token_ids, a.logprobs, strict=True)] for a in p] for p in parts]
+        return [[list(answer.token_ids) for answer in part] for part in parts], logps
