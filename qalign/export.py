@@ -1,10 +1,11 @@
 """Takes a finished run anywhere: the trained model in the form that other programs read.
 
     python -m qalign.export RUN --to merged [--onto dequantized | original]
+    python -m qalign.export RUN --to hub --repo OWNER/NAME [--base ORG/NAME] [--private] [--dry-run]
 
 `merged` is a plain 16-bit model folder that needs neither qalign nor PEFT (docs/merging.md). Before anything is kept,
 the exported model is measured against the trained one on held-out prompts: the KL divergence in nats is printed, and
-above `--max-kl` nothing is written, unless with `--force`.
+above `--max-kl` nothing is written, unless with `--force`. `hub` pushes the adapter itself with its card (docs/hub.md).
 """
 
 import argparse
@@ -18,6 +19,7 @@ from qalign.cli import Parser, new_target, program, run_parsed
 from qalign.config.atomic import clear_leftovers, new_folder
 from qalign.config.paths import adapters_in
 from qalign.config.stages import Source
+from qalign.convert import hub
 from qalign.data.formats import preferences, prompts
 from qalign.errors import UserError
 from qalign.evaluate import check_usable
@@ -30,7 +32,10 @@ from qalign.train.run_folder import RunFolder, open_run, print_table
 if TYPE_CHECKING:
     from qalign.convert.fidelity import Fidelity
 
-TARGETS = {"merged": "a plain 16-bit model folder, for transformers and vLLM"}
+TARGETS = {
+    "merged": "a plain 16-bit model folder, for transformers and vLLM",
+    "hub": "a repository of the Hugging Face hub, with the adapter, its card, figures and recipe",
+}
 ROWS = 16  # prompts, or pairs, on which an exported model is measured
 MAX_KL = 0.05
 
@@ -43,6 +48,9 @@ def export(args: argparse.Namespace) -> None:
     if members := [place.name for place in adapters_in(run.adapter)][1:]:
         fix = f"name one of them, such as {run.path / members[0]}"
         raise UserError(f"{args.run}: is an ensemble of {len(members) + 1} members, and a model can hold one; {fix}")
+    if args.to == "hub":
+        hub.export(run, args)
+        return
     if args.onto == "original" and run.recipe.lora.init == "loftq":
         raise UserError(
             f"--onto original: {run.path} has `init: loftq`, so its adapter corrects the rounding to 4 bits, and the "
@@ -116,6 +124,10 @@ def options() -> Parser:
     parser.add_argument("--prompts", metavar="FILE", help="prompts to measure on (default: the run's held-out ones)")
     parser.add_argument("--max-kl", type=float, default=MAX_KL, metavar="NATS", help=f"bound (default: {MAX_KL})")
     parser.add_argument("--force", action="store_true", help="keep it even if it is farther away than that")
+    parser.add_argument("--repo", metavar="OWNER/NAME", help="with --to hub: the repository, made if there is none")
+    parser.add_argument("--base", metavar="ORG/NAME", help="with --to hub: the base's hub id, if the recipe has files")
+    parser.add_argument("--private", action="store_true", help="with --to hub: a new repository is private")
+    parser.add_argument("--dry-run", action="store_true", help="with --to hub: show what would be pushed")
     return parser
 
 

@@ -11,7 +11,17 @@ import qalign
 
 PACKAGE = Path(qalign.__file__).parent
 LIGHT = ["cli", "sft", "reward", "dpo", "kto", "ppo", "grpo", "__main__", "evaluate", "fit", "score", "export"]
-LIGHT += ["best_of", "compare", "constitution", "goodhart", "init", "data.formats", "model.lineage", "train.dataset"]
+LIGHT += [
+    "convert.hub",
+    "best_of",
+    "compare",
+    "constitution",
+    "goodhart",
+    "init",
+    "data.formats",
+    "model.lineage",
+    "train.dataset",
+]
 LIGHT += [
     "watch",
     "reports.curves",

@@ -12,7 +12,7 @@ from http.client import HTTPException
 from os import environ
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from qalign.errors import one_line, short
 
@@ -80,7 +80,8 @@ def _message(error: urllib.error.HTTPError) -> str:
     with suppress(OSError):
         said = _read(error.read())
         while isinstance(said, dict):
-            said = said.get("error", said.get("message", said.get("detail")))
+            keys = cast(dict[str, Any], said)
+            said = keys.get("error", keys.get("message", keys.get("detail")))
         return said if isinstance(said, str) else ""
     return ""
 

@@ -282,12 +282,10 @@ def vllm(monkeypatch):
         def generate(self, prompts, params, *, lora_request, use_tqdm):
             told.update(prompts=prompts, params=params, adapter=lora_request)
             told["files"] = lora_request and {file.name for file in Path(lora_request[2]).iterdir()}
-            logp = types.SimpleNamespace
-            answers = (
-                types.SimpleNamespace(token_ids=(7, n), logprobs=[{7: logp(logprob=-1.0)}, {n: logp(logprob=-0.5 * n)}])
-                for n in range(len(params))
-            )
-            return [types.SimpleNamespace(outputs=[answer]) for answer in answers]
+            say, numbers = types.SimpleNamespace, range(len(params))
+            logps = ([{7: say(logprob=-1.0)}, {number: say(logprob=-0.5 * number)}] for number in numbers)
+            answers = (say(token_ids=(7, number), logprobs=found) for number, found in enumerate(logps))
+            return [say(outputs=[answer]) for answer in answers]
 
     module.LLM, module.SamplingParams, request.LoRARequest = LLM, lambda **options: options, lambda *args: args
     for name, stub in (("vllm", module), ("vllm.lora", types.ModuleType("vllm.lora")), ("vllm.lora.request", request)):

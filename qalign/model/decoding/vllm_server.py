@@ -82,9 +82,7 @@ class VllmServer:
         try:
             return self._generate(base, role, prompts, sampling, **wanted)
         except RequestFailed as error:
-            if (
-                error.status == NOT_FOUND and self._served
-            ):  # it was started again, and doesn't know the adapter any more
+            if error.status == NOT_FOUND and self._served:  # it was started again without our adapters
                 self._served.clear()
                 with suppress(RequestFailed):
                     return self._generate(base, role, prompts, sampling, **wanted)
