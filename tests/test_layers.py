@@ -11,17 +11,8 @@ import qalign
 
 PACKAGE = Path(qalign.__file__).parent
 LIGHT = ["cli", "sft", "reward", "dpo", "kto", "ppo", "grpo", "__main__", "evaluate", "fit", "score", "export"]
-LIGHT += [
-    "convert.hub",
-    "best_of",
-    "compare",
-    "constitution",
-    "goodhart",
-    "init",
-    "data.formats",
-    "model.lineage",
-    "train.dataset",
-]
+LIGHT += ["best_of", "compare", "constitution", "goodhart", "init", "data.formats", "model.lineage", "train.dataset"]
+LIGHT += ["convert.hub"]
 LIGHT += [
     "watch",
     "reports.curves",

@@ -148,7 +148,7 @@ OVERRIDES = [
     ("dpo.trainer.max_grad_norm=.nan", "from 0 to"), ("dpo.trainer.nosuch=1", "unknown key 'nosuch'"),
     ("dpo.trainer.lr_scheduler_kwargs={num_cycles: .nan}", "expected finite numbers"),
     ("dpo.trainer.deepspeed=ds.json", "one GPU in one process"), ("dpo.trainer.fsdp=full_shard", "in one process"),
-    ("dpo.trainer.push_to_hub=true", "hf upload"), ("dpo.trainer.hub_token=secret", "hf upload"),
+    ("dpo.trainer.push_to_hub=true", "--to hub"), ("dpo.trainer.hub_token=secret", "--to hub"),
     ("dpo.trainer.report_to=wandb", "set it as log_to"), ("log_to=mlflow", "expected one of tensorboard, trackio"),
     ("log_to=[wandb, {a: 1}]", "expected one of tensorboard, trackio"),
     ("dpo.trainer.output_dir=x", "set it as output"), ("dpo.trainer.bf16=true", "set it as model.compute_dtype"),

@@ -39,7 +39,7 @@ WITH_TRL = ("sft", "reward", "dpo")  # PPO's loop is qalign's own
         ("reward", "center_rewards_coefficient", "set it as reward.centering"),
         ("reward", "disable_dropout", "set it as lora.dropout"),
         ("reward", "packing_strategy", "unknown key 'packing_strategy' in reward.trainer"),
-        ("dpo", "push_to_hub", "can't be used here; upload the adapter's folder"),
+        ("dpo", "push_to_hub", "can't be used here; push the finished run"),
         ("dpo", "deepspeed", "can't be used here; qalign trains on one GPU"),
         ("dpo", "fsdp", "can't be used here; qalign trains on one GPU"),
         ("ppo", "gamma", "set it as ppo.gamma"),
