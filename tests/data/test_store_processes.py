@@ -39,7 +39,7 @@ def start(path: str, cache, seed: str = "0") -> subprocess.Popen:
 def path(write_jsonl) -> str:
     turns = [{"role": "user", "content": "Why? " * 9}, assistant("Because.")]
     talk = [{"role": "user", "content": "x" * 400}, assistant("Too long")]
-    return str(write_jsonl("rows.jsonl", [{"messages": talk if n % 50 == 7 else turns} for n in range(1500)]))
+    return str(write_jsonl("rows.jsonl", [{"messages": talk if n % 50 == 7 else turns} for n in range(600)]))
 
 
 def test_two_processes_at_once_write_one_file(path, tmp_path):
@@ -71,4 +71,4 @@ def test_a_killed_process_leaves_nothing_that_counts(path, tmp_path):
     (folder,) = (tmp_path / "cache" / "qalign" / "tokens").iterdir()
     assert {file.name for file in folder.iterdir()} == {"ids", ".lock"}
     facts = json.loads((folder / "ids" / "facts.json").read_text())
-    assert len(facts["refused"]) == 30
+    assert len(facts["refused"]) == 12
