@@ -1,10 +1,12 @@
-"""Runs the notebooks from top to bottom and stores what they print.
+"""Runs the notebooks from top to bottom and stores what they print and draw.
 
-python docs/run_notebooks.py
+python docs/run_notebooks.py [NAME …]     # all of them by default; what they write is in runs/notebooks
 """
 
 import os
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import nbformat
@@ -37,15 +39,21 @@ def stored(text: str) -> str:
 
 def main() -> None:
     os.environ["QALIGN_NOTEBOOK_TEST"] = "1"  # the page would serve until it is stopped
-    for name in ORDER:
+    for name in sys.argv[1:] or ORDER:
+        for left in (ROOT / "runs" / "notebooks").glob("*"):  # so that `qalign init` writes and says what it does first
+            if left.is_file():
+                left.unlink()
+        shutil.rmtree(ROOT / "runs" / "notebooks" / "data", ignore_errors=True)
         file = ROOT / "notebooks" / f"{name}.ipynb"
         notebook = nbformat.read(file, as_version=4)
         NotebookClient(notebook, timeout=3600, resources={"metadata": {"path": str(file.parent)}}).execute()
         for cell in notebook.cells:
             cell.metadata.pop("execution", None)  # its times
             if cell.cell_type == "code":
-                said = stored("".join(output["text"] for output in cell.outputs))
+                drawn = [output["data"]["image/png"] for output in cell.outputs if "data" in output]
+                said = stored("".join(output.get("text", "") for output in cell.outputs))
                 cell.outputs = [new_output("stream", name="stdout", text=said)] if said.strip() else []
+                cell.outputs += [new_output("display_data", data={"image/png": picture}) for picture in drawn]
                 if "NOTEBOOK_TEST" in cell.source:
                     cell.outputs = []
         nbformat.write(notebook, file)

