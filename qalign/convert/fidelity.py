@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 import transformers as tf
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 from tqdm.auto import tqdm
 
+from qalign.convert.merging import HEADROOM, fits_in_float32
 from qalign.data.formats import Preference, Prompt
 from qalign.data.tokenize import encode_pairs, encode_questions
 from qalign.errors import UserError
@@ -29,7 +29,6 @@ from qalign.train.dataset import rendered_at
 from qalign.train.run_folder import RunFolder
 
 MAX_NEW_TOKENS = 64
-HEADROOM = 1.2  # times its weights: the memory that a model needs to run a row of a few hundred tokens
 Row = tuple[list[int], list[int]]  # (ids of a prompt, ids of an answer)
 
 
@@ -120,10 +119,9 @@ def load_exported(folder: Path, *, is_reward: bool = False) -> Any:
 
 def placed(lm: Any) -> Any:
     """A model in float32, on the GPU if it fits there; in its own dtype where the memory is too small for that."""
-    needed = HEADROOM * 4 * lm.num_parameters()
-    if torch.cuda.is_available() and needed < torch.cuda.mem_get_info()[0]:
+    if torch.cuda.is_available() and HEADROOM * 4 * lm.num_parameters() < torch.cuda.mem_get_info()[0]:
         return lm.float().to("cuda").eval()
-    return (lm.float() if needed < psutil.virtual_memory().available else lm).eval()
+    return (lm.float() if fits_in_float32(lm) else lm).eval()
 
 
 def _tensor(lm: Any, ids: list[int]) -> Tensor:

@@ -7,8 +7,9 @@ docs/merging.md). The default is the dequantised base, on which the adapter was 
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import psutil
 import torch
 import transformers as tf
 
@@ -25,6 +26,7 @@ WORDS = {
     "dequantized": "the dequantised base, on which the adapter was trained",
     "original": "the original 16-bit base, which the adapter was not trained on",
 }
+HEADROOM = 1.2  # times its weights: the memory that a model needs to run a row of a few hundred tokens
 CARD = """\
 ---
 base_model: {source}
@@ -37,13 +39,13 @@ The adapter `{run.adapter}` merged onto {words} (`{run.recipe.model.base}`).
 """
 
 
-def merged(run: RunFolder, onto: Form) -> tuple[Base, Any]:
-    """The run's base, and its 16-bit weights with the adapter added."""
-    spec, is_reward = run.recipe.model, run.stage == "reward"
-    if trained := lineage.read(run.adapter):  # `auto` may be another dtype here than where the run was trained
-        spec = spec.model_copy(update={"compute_dtype": trained.compute_dtype})
-    base = load(spec, onto)
-    lineage.check(str(run.path), run.adapter, base.lineage(run.stage))
+def merged(run: RunFolder, onto: Form, *, bits: Literal[16, 32] = 16) -> tuple[Base, Any]:
+    """The run's base, and its weights with the adapter added: the sums rounded to 16 bits, or in float32 for who will
+    round them otherwise (as far as the memory allows)."""
+    base = loaded(run, onto)
+    if bits == 32 and fits_in_float32(base.lm):
+        base.lm.float()
+    is_reward = run.stage == "reward"
     role = Role.REWARD if is_reward else Role.POLICY
     base.load_adapter(role, str(run.adapter), trainable=False)
     model: Any = base.model  # PEFT finds its methods at run time, so they have no types
@@ -54,11 +56,26 @@ def merged(run: RunFolder, onto: Form) -> tuple[Base, Any]:
         raise UserError(f"{run.path}: its adapter can't be merged: {error}") from None
     fresh = _fresh(_classifier(base) if is_reward else type(plain), plain)
     published = tf.AutoConfig.from_pretrained(base.origin.folder, trust_remote_code=False)
-    if fresh.dtype == torch.float32:
+    if bits == 16 and fresh.dtype == torch.float32:
         fresh = fresh.to(published.dtype if published.dtype in (torch.float16, torch.bfloat16) else torch.bfloat16)
     if not is_reward:  # `generate` and vLLM must stop where the answers of the training data end
         fresh.generation_config = generation_config.trained(fresh, base.template)
     return base, fresh
+
+
+def loaded(run: RunFolder, onto: Form) -> Base:
+    """The run's base on the CPU, not quantised, without the adapter."""
+    spec = run.recipe.model
+    if trained := lineage.read(run.adapter):  # `auto` may be another dtype here than where the run was trained
+        spec = spec.model_copy(update={"compute_dtype": trained.compute_dtype})
+    base = load(spec, onto)
+    lineage.check(str(run.path), run.adapter, base.lineage(run.stage))
+    return base
+
+
+def fits_in_float32(lm: Any) -> bool:
+    """Whether the memory is enough for a second copy of a model, in float32."""
+    return HEADROOM * 4 * lm.num_parameters() < psutil.virtual_memory().available
 
 
 def write(run: RunFolder, onto: Form, folder: Path) -> dict[str, str]:

@@ -1,0 +1,97 @@
+"""Our GGUF files in llama.cpp itself: ids, chat template, log-probs, adapters, and where its answers end."""
+
+import pytest
+import torch
+
+from qalign.config.load import load as load_recipe
+from qalign.convert.adapters import updates, write_gguf
+from qalign.convert.fidelity import Trained
+from qalign.convert.gguf import write_model
+from qalign.convert.merging import loaded
+from qalign.export import export, measured_rows, options
+from tests.conftest import ROOT
+from tests.convert.llama_cpp import running
+from tests.convert.models import FAMILIES, logits, model, save
+from tests.helpers import TEST, train_recipe
+from tests.reward_runs import run_stage, write_recipe
+
+IDS = list(range(20, 60))
+TEXTS = ["Hello there, 2024 isn't  héllo wörld\n\n  def f(x):\n\treturn 12345\n 我们 – ok?", "a", "I'LL\r\n\n\n x  "]
+TURNS = [
+    {"role": "user", "content": "Hi there"},
+    {"role": "assistant", "content": "Yes, 1 + 1."},
+    {"role": "user", "content": "And\nthen?"},
+]
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    return (p.exp() * (p - q)).sum().item()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_llama_cpp_reads_the_model_and_its_tokenizer(name, tmp_path):
+    """Seen: 4e-6 nats apart; llama.cpp keeps keys and values in float16."""
+    lm, template = model(name)
+    write_model(lm, template, tmp_path / "model.gguf", "f32", name)
+    exact = logits(lm, IDS)[-1].log_softmax(-1)
+    with running(tmp_path / "model.gguf") as cpp:
+        assert abs(kl(exact, cpp.logps(IDS, len(exact)))) < 1e-4
+        chat = template.render(TURNS, add_generation_prompt=True)
+        assert cpp.tokens(chat, add_special=False) == template.ids(chat)
+        written = cpp.ask("/apply-template", messages=TURNS)["prompt"]  # without the BOS that it adds by itself
+        assert cpp.tokens(written, add_special=True) == template.ids(chat)
+        if FAMILIES[name][1] == "llama3":  # llama.cpp's own rules for SentencePiece differ where a text begins
+            for text in TEXTS:
+                assert (
+                    cpp.tokens(text, add_special=False) == template.tokenizer(text, add_special_tokens=False).input_ids
+                )
+
+
+@pytest.mark.slow
+def test_llama_cpp_adds_an_adapter_as_it_was_trained(tmp_path):
+    base = save("llama", tmp_path / "base")
+    held = {"quantization": "none", "compute_dtype": "float32"}
+    strong = {"learning_rate": 2e-2, "scheduler": "constant", "warmup_ratio": 0.0, "limit": 4, "batch_size": 2}
+    run = run_stage(write_recipe(tmp_path, base, "sft", model=held, lora={"rslora": True}, eval_data=TEST, **strong))
+    trained = Trained(run, measured_rows(run, None)[0][:1])
+    (prompt, answer), (expected,) = trained.rows[0], trained.outputs
+    under = loaded(run, "original")
+    write_model(under.lm, under.template, tmp_path / "base.gguf", "f32", "base")
+    write_gguf(updates(run, under), under.lm, tmp_path / "adapter.gguf", "adapter")
+    size = under.lm.config.vocab_size
+    with running(tmp_path / "base.gguf", tmp_path / "adapter.gguf") as cpp:
+        apart = [kl(expected[at].double(), cpp.logps(prompt + answer[:at], size)) for at in range(0, len(answer), 8)]
+    with running(tmp_path / "base.gguf") as cpp:
+        bare = kl(expected[0].double(), cpp.logps(prompt, size))
+    assert max(map(abs, apart)) < 1e-3 < 0.05 < bare
+
+
+@pytest.mark.true_model
+def test_the_demo_answers_in_llama_cpp_as_it_was_trained(tmp_path):
+    """SmolLM2-135M after a short SFT, in Q8_0: the KL divergence that the command prints is llama.cpp's own, and below
+    0.01 nats; greedy answers agree wherever the trained model isn't torn; an answer ends with the end of turn."""
+    path = str(ROOT / "recipes" / "smollm2_demo.yaml")
+    recipe = load_recipe(path, [f"output={tmp_path}", "sft.limit=64", "sft.learning_rate=1e-3"], stage="sft")
+    run = train_recipe(recipe, path, stage="sft")
+    rows, _ = measured_rows(run, None)
+    trained = Trained(run, rows[:6])
+    export(options().parse_args([str(run.path), "--to", "gguf", "--max-kl", "0.01"]))
+    size, ours, theirs = len(trained.outputs[0][0]), [], []
+    with running(run.path / "model-q8_0.gguf") as cpp:
+        for (prompt, answer), expected in zip(trained.rows, trained.outputs, strict=True):
+            for at in range(0, len(answer), 6):
+                theirs.append(kl(expected[at].double(), cpp.logps(prompt + answer[:at], size)))
+            found, why = cpp.greedy(prompt, len(answer) + 1)
+            first = next((at for at, (one, other) in enumerate(zip(answer, found, strict=False)) if one != other), None)
+            if first is None:
+                ours.append(answer)
+                assert why == "eos" or len(answer) == len(found) - 1
+            else:  # two tokens were nearly as likely
+                best, second = expected[first].topk(2).values.tolist()
+                assert best - second < 1.0
+        said = cpp.ask("/v1/chat/completions", messages=TURNS[:1], max_tokens=200, temperature=0)["choices"][0]
+    assert sum(theirs) / len(theirs) < 0.01
+    assert ours
+    assert said["finish_reason"] == "stop"
+    assert "<|im_end|>" not in said["message"]["content"]
