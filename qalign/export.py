@@ -151,7 +151,7 @@ def _write(run: RunFolder, args: argparse.Namespace, place: Path, rows: list[Any
         lines, load = WRITERS[args.to](run, args, aside)
         found = Trained(run, rows, bare=args.bare).compare(load())
         found.check(args.max_kl, force=args.force)
-    lines = {name: text.format(target=place) for name, text in lines.items()}
+    lines = {name: text.replace("{target}", str(place)) for name, text in lines.items()}
     print_exported(run, place, lines, found, source)
 
 
