@@ -184,8 +184,8 @@ def options() -> Parser:
     )
     parser.add_argument(
         "--base", metavar="BASE",
-        help="write the adapter alone, for this base: a .gguf file, or what Ollama or mlx-lm call it; with --to hub the "
-        "base's hub id, if the recipe has files",
+        help="write the adapter alone, for this base: a .gguf file, or what Ollama or mlx-lm call it; with --to hub "
+        "the base's hub id, if the recipe has files",
     )  # fmt: skip
     parser.add_argument("--prompts", metavar="FILE", help="prompts to measure on (default: the run's held-out ones)")
     parser.add_argument("--max-kl", type=float, default=MAX_KL, metavar="NATS", help=f"bound (default: {MAX_KL})")

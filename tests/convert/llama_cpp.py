@@ -28,11 +28,11 @@ class LlamaCpp:
     def greedy(self, prompt: list[int], most: int) -> tuple[list[int], str]:
         """(The tokens of its greedy answer, why it stopped.)"""
         said = self.ask("/completion", prompt=prompt, n_predict=most, temperature=0, return_tokens=True, n_probs=1)
-        return [one["id"] for one in said["completion_probabilities"]], said["stop_type"]
+        return [one["id"] for one in said.get("completion_probabilities", [])], said["stop_type"]
 
     def logps(self, prompt: list[int], size: int) -> torch.Tensor:
         """Log-probs of every token of the vocabulary after a prompt; `size` is that of the vocabulary."""
-        said = self.ask("/completion", prompt=prompt, n_predict=1, temperature=1.0, top_k=0, n_probs=size, seed=1)
+        said = self.ask("/completion", prompt=prompt, n_predict=1, temperature=0, n_probs=size, ignore_eos=True)
         (place,) = said["completion_probabilities"]
         found = torch.full((size,), -torch.inf, dtype=torch.float64)
         for one in place["top_logprobs"]:
