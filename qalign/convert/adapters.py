@@ -1,7 +1,7 @@
 """A run's adapter alone, for a base that another program holds: what it adds, and as a LoRA of llama.cpp."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import gguf
 from peft.tuners.lora import LoraLayer
@@ -28,7 +28,7 @@ def updates(run: RunFolder, base: Base) -> dict[str, Update]:
     role, found = str(Role.POLICY), dict[str, Update]()
     for name, module in base.lm.named_modules():
         if isinstance(module, LoraLayer) and role in module.lora_A and not module.use_dora.get(role):
-            a, b = (part[role].weight.detach().float().cpu() for part in (module.lora_A, module.lora_B))
+            a, b = (cast(Any, part[role]).weight.detach().float().cpu() for part in (module.lora_A, module.lora_B))
             found[name] = Update(a, b, module.scaling[role])
     if len(found) * 2 != len(base.trained_weights(role)):
         raise UserError(
