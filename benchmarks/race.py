@@ -6,7 +6,7 @@ All start from one SFT adapter of the demo model and train for about the same wa
 short runs of each say how many steps that is); DPO and KTO run a second time for a tenth of it. Then each answers the
 same held-out prompts. The reward is a function; the judge is a reward model that no run trains on. Three scenes:
 
-- near: the pairs are the SFT model's own answers, labelled by the reward;
+- near: the pairs are the SFT model's own answers, labelled by the reward (answers of at most two sentences);
 - uncovered: the pairs are about something else than the reward (house style, while the reward asks for short words);
 - stale: the pairs are other writers' answers, labelled by the same reward as in `near`.
 
@@ -36,20 +36,27 @@ from recipes.rewards import short  # noqa: E402
 
 DEMO, TRAIN, TEST = (ROOT / "recipes" / name for name in (
     "smollm2_demo.yaml", "data/house_style_train.jsonl", "data/house_style_test.jsonl"))  # fmt: skip
-SCENES = {"near": "short", "uncovered": "short_words", "stale": "short"}  # and the function that is the reward
+SCENES = {
+    "near": "short",
+    "uncovered": "short_words",
+    "stale": "short",
+}  # and its reward
+SOURCES = {"short": ROOT / "recipes" / "rewards.py", "short_words": Path(__file__)}
 METHODS = {"DPO": "dpo", "KTO": "kto", "rounds": "best_of", "GRPO": "grpo", "PPO": "ppo"}  # and the command
 QUICK = ("DPO", "KTO")  # which run for a tenth of the time too
 COLOURS = {"DPO": "#4C72B0", "KTO": "#55A868", "rounds": "#8172B3", "GRPO": "#DD8452", "PPO": "#C44E52"}
+MODEL = {"quantization": "none"}  # without a GPU it samples in half the time, as 4 bits do on one
 HEADER = "| scene | method | seconds | steps | reward | judge | KL, nats an answer | tokens | end |"
 
 
 def short_words(completions: list[str], ended: list[bool]) -> list[float]:
-    """The share of words of at most five letters, from -1 (none) to 1 (all); -1 for an answer that was cut or says
-    nothing."""
+    """The share of words of at most five letters, from -1 (none) to 1 (all); -1 for an answer that was cut or has
+    fewer than five words."""
     found = []
     for text, end in zip(completions, ended, strict=True):
         words = [word for word in (word.strip(".,;:!?\"'()*") for word in text.split()) if word]
-        found.append(2 * sum(len(word) <= 5 for word in words) / len(words) - 1 if end and words else -1.0)
+        share = sum(len(word) <= 5 for word in words) / max(1, len(words))
+        found.append(2 * share - 1 if end and len(words) >= 5 else -1.0)
     return found
 
 
@@ -57,16 +64,16 @@ def sections(scene: str, pairs: Path, out: Path) -> dict[str, Any]:
     """The recipe of a scene."""
     demo = yaml.safe_load(DEMO.read_text())
     sft = str(out / "start" / "sft" / "adapter")
-    learn = {"learning_rate": 3e-4, "scheduler": "constant_with_warmup", "start_from": sft}
-    preferences = learn | {"data": str(pairs), "batch_size": 8, "epochs": 1000}
-    source = ROOT / "recipes" / "rewards.py" if SCENES[scene] == "short" else Path(__file__)
-    sampled = learn | {
-        "data": {"path": str(TRAIN)}, "limit": 60, "eval_data": {"path": str(TEST), "limit": 48}, "batch_size": 16,
-        "samples_per_prompt": 4, "max_new_tokens": 48, "reward": f"{source}:{SCENES[scene]}", "temperature": 1.0,
+    preferences = {"data": str(pairs), "batch_size": 8, "epochs": 1000, "learning_rate": 2e-4, "start_from": sft}
+    sampled = {  # the learning rates are those of the demo recipes
+        "learning_rate": 3e-4, "scheduler": "constant_with_warmup", "start_from": sft,
+        "data": {"path": str(TRAIN)}, "limit": 60, "eval_data": {"path": str(TEST), "limit": 48},
+        "batch_size": 16, "samples_per_prompt": 4, "max_new_tokens": 48, "temperature": 1.0,
+        "reward": f"{SOURCES[SCENES[scene]]}:{SCENES[scene]}",
         "judge": str(out / "judge" / "reward"), "missing_eos_penalty": 1.0, "mini_batches": 2, "update_epochs": 2,
     }  # fmt: skip
     return {
-        "model": {**demo["model"], "base": demo["model"]["base"]},
+        "model": demo["model"] | MODEL,
         "dpo": preferences, "kto": preferences | {"batch_size": 16},
         "ppo": sampled | {"value": "trunk", "gae_lambda": 0.95, "kl_coefficient": 0.1},
         "grpo": sampled | {"kl": "none"},
@@ -113,7 +120,13 @@ def _text(answer: Any) -> str:
 def train(method: str, recipe: Path, folder: Path, steps: int, seed: int) -> tuple[Path, dict[str, Any]]:
     """(the adapter, the summary) of a run of `steps` optimiser steps, iterations or rounds."""
     command = METHODS[method]
-    size = (f"rounds={steps}", "n=4", "dpo.epochs=4") if method == "rounds" else (f"{command}.max_steps={steps}",)
+    size = (
+        [f"rounds={steps}", "n=4", "ppo.limit=40", "dpo.epochs=1"]
+        if method == "rounds"
+        else [f"{command}.max_steps={steps}"]
+    )
+    if method not in QUICK:
+        size.append(f"{'ppo' if method == 'rounds' else command}.eval_data.limit=8")  # the time is for training
     place = folder / command
     summary = once(place, command, recipe, f"output={folder}", f"seed={seed}", *size)
     return place / "adapter", summary
@@ -146,8 +159,9 @@ def measured(recipe: Path, adapter: Path, out: Path) -> dict[str, Any]:
 def race(out: Path, seconds: float, seeds: list[int], scenes: list[str]) -> list[dict[str, Any]]:
     """A line for each scene, method, time and seed, and one for the SFT model in each scene."""
     lines, sft = [], out / "start" / "sft"
-    once(sft, "sft", DEMO, f"output={out / 'start'}")
-    once(out / "judge" / "reward", "reward", DEMO, f"output={out / 'judge'}", "seed=7", "reward.data.skip=150")
+    model = [f"model.{key}={value}" for key, value in MODEL.items()]
+    once(sft, "sft", DEMO, f"output={out / 'start'}", *model)
+    once(out / "judge" / "reward", "reward", DEMO, f"output={out / 'judge'}", "seed=7", "reward.data.skip=150", *model)
     for scene in scenes:
         recipe = out / f"{scene}.yaml"
         recipe.write_text(yaml.safe_dump(sections(scene, out / f"{scene}.jsonl", out)))
