@@ -41,6 +41,10 @@ SCENES = {
     "uncovered": "short_words",
     "stale": "short",
 }  # and its reward
+TITLES = {
+    "near": "near: pairs of the model's own answers", "uncovered": "uncovered: no pair shows what is wanted",
+    "stale": "stale: pairs of other writers",
+}  # fmt: skip
 SOURCES = {"short": ROOT / "recipes" / "rewards.py", "short_words": Path(__file__)}
 METHODS = {"DPO": "dpo", "KTO": "kto", "rounds": "best_of", "GRPO": "grpo", "PPO": "ppo"}  # and the command
 QUICK = ("DPO", "KTO")  # which run for a tenth of the time too
@@ -169,10 +173,11 @@ def race(out: Path, seconds: float, seeds: list[int], scenes: list[str]) -> list
         lines.append({"scene": scene, "method": "SFT", "seconds": 0, "steps": 0, "seed": 0}
                      | measured(recipe, sft / "adapter", out))  # fmt: skip
         for method in METHODS:
+            place = out / (scene if method in QUICK else SCENES[scene])  # others know the reward alone, and no pairs
             for share in (0.1, 1.0) if method in QUICK else (1.0,):
-                steps = max(1, round(share * steps_for(method, recipe, out / scene, seconds)))
+                steps = max(1, round(share * steps_for(method, recipe, place, seconds)))
                 for seed in seeds:
-                    folder = out / scene / f"{method}_{steps}_{seed}"
+                    folder = place / f"{method}_{steps}_{seed}"
                     adapter, summary = train(method, recipe, folder, steps, seed)
                     line = {"scene": scene, "method": method, "share": share, "seed": seed, "steps": steps}
                     line |= {"seconds": summary["wall_seconds"]} | measured(recipe, adapter, out)
@@ -206,17 +211,17 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
     from matplotlib.figure import Figure
 
     scenes = list(dict.fromkeys(line["scene"] for line in lines))
-    figure = Figure(figsize=(5 * len(scenes), 4.4), dpi=100, layout="constrained")
-    for axes, scene in zip(figure.subplots(1, len(scenes), squeeze=False)[0], scenes, strict=True):
+    figure, labels = Figure(figsize=(5 * len(scenes), 4.6), dpi=100, layout="constrained"), dict[str, Any]()
+    for axes, scene in zip(figure.subplots(1, len(scenes), squeeze=False, sharey=True)[0], scenes, strict=True):
         for some in groups([line for line in lines if line["scene"] == scene]):
             method, share = some[0]["method"], some[0].get("share", 1.0)
-            axes.scatter([max(0.0, line["kl_nats"]) ** 0.5 for line in some], [line["proxy"] for line in some],
-                         s=90 if share == 1 else 30, color=COLOURS.get(method, "black"), alpha=0.8,
-                         label=method if share == 1 else f"{method}, a tenth of the time")  # fmt: skip
-        axes.set_title(scene, fontsize=13)
+            dots = axes.scatter([max(0.0, line["kl_nats"]) ** 0.5 for line in some], [line["proxy"] for line in some],
+                                s=90 if share == 1 else 30, color=COLOURS.get(method, "black"), alpha=0.8)  # fmt: skip
+            labels.setdefault(method if share == 1 else f"{method}, a tenth of the time", dots)
+        axes.set_title(TITLES[scene], fontsize=13)
         axes.set_xlabel("√KL from the SFT model (nats an answer)")
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
+    figure.legend(labels.values(), labels, loc="outside lower center", ncols=len(labels), frameon=False)
     figure.axes[0].set_ylabel("mean reward of held-out answers")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file)
