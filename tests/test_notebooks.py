@@ -133,7 +133,7 @@ def environment(wheel, tmp_path_factory):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart.tar.gz"]),
+        ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart.tar.gz", "q8_0.gguf"]),
         ("one_base_four_roles", ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far"]),
         ("constitution", ["harm, crime", "this labeller", "no pairs were written", "revisions"]),
         ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s"]),
