@@ -49,7 +49,7 @@ class Target:
 
 
 TARGETS = {
-    "merged": Target("a plain 16-bit model folder, for transformers and vLLM", "merged-{onto}", ("onto",)),
+    "merged": Target("a plain 16-bit model folder, for transformers and vLLM", "merged-{onto}{suffix}", ("onto",)),
     "gguf": Target(
         "one file for llama.cpp, LM Studio and others", "{whole}-{quantization}.gguf", ("onto", "quantization", "bare"),
         is_file=True,
