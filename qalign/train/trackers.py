@@ -12,6 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -109,7 +110,7 @@ class WeightsAndBiases:
     """A run of the wandb project `qalign`; WANDB_MODE=offline keeps it in the run folder."""
 
     def __init__(self, run: Tracked) -> None:
-        import wandb
+        wandb: Any = import_module("wandb")  # not installed with qalign, so it has no types
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT), id=run.id, name=run.name, config=run.recipe,
