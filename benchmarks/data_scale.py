@@ -56,7 +56,7 @@ def measured(file: str, tokenizer: str, max_length: int) -> None:
     from qalign.data.templates import prepare_template
     from qalign.data.tokenize import encode_dialogues
 
-    template = prepare_template(AutoTokenizer.from_pretrained(tokenizer))
+    template = prepare_template(AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False))
     part("reading")
     rows, refused = dialogues((Source(path=file),), "train", None, 0)
     part("tokenising")

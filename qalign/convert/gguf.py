@@ -91,7 +91,9 @@ def model_of(tensors: dict[str, Tensor], lm: Any) -> Any:
         named = gguf_name(names, name)
         source = tensors[named if named in tensors else EMBEDDINGS[0]]  # the output layer may be the embeddings
         own[name] = permuted(lm.config, name, source, back=True)
-    return type(lm).from_pretrained(None, config=lm.config, state_dict=own, dtype=torch.float32)
+    return type(lm).from_pretrained(
+        None, config=lm.config, state_dict=own, dtype=torch.float32, trust_remote_code=False
+    )
 
 
 def layout_of(config: Any) -> gguf.MODEL_ARCH:

@@ -243,10 +243,10 @@ def test_the_same_rows_are_encoded_once(encoded_rows, capsys):
     rows, places = pairs(), [row.where for row in pairs()]
     encode_pairs(TEMPLATE, in_file(rows), 60)
     encode_pairs(FAMILIES["llama3"].prepared(), in_file(rows), 60)
-    assert encoded_rows == places
+    assert sorted(encoded_rows) == sorted(places)  # threads take their turns as they like
     assert "token ids: from the cache, " in capsys.readouterr().out
     encode_pairs(TEMPLATE, in_file(rows), 61)
-    assert encoded_rows == [*places, *places]
+    assert sorted(encoded_rows) == sorted([*places, *places])
 
 
 def damaged(file, how: str) -> None:

@@ -137,5 +137,5 @@ def test_the_card_of_a_run_holds_the_code(tiny_folder, tmp_path, capsys):
 def test_the_readme_loads_an_adapter_as_the_card_does(tiny_base):
     readme = (ROOT / "README.md").read_text()
     code = loading(tiny_base, Path("runs/mistral7b/dpo/adapter")).replace("float32", "bfloat16")
-    (shown,) = re.findall(r"```python\n(   from peft.*?)   ```", readme, flags=re.DOTALL)
-    assert re.sub(r"(?m)^   ", "", shown).strip() == code.strip()
+    (shown,) = re.findall(r"```python\n(    from peft.*?)    ```", readme, flags=re.DOTALL)
+    assert re.sub(r"(?m)^    ", "", shown).strip() == code.strip()
