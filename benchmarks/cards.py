@@ -15,7 +15,7 @@ from benchmarks.random_models import as_base, config_of, fixture_tokenizer, rand
 from qalign.config.recipe import Lora, Model, Recipe
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import TokenAnswers, TokenDialogue, TokenLabelled, TokenPair
+from qalign.data.store.sequences import TokenAnswers, TokenDialogue, TokenLabelled, TokenPair
 from qalign.model.base import Role
 from qalign.model.generation import Sampling, TransformersEngine
 from qalign.model.kernels import fuse

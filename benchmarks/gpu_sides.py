@@ -17,8 +17,9 @@ from qalign.config.recipe import Lora, Model, Recipe
 from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
+from qalign.data.store.sequences import TokenPair
 from qalign.data.templates import prepare_template
-from qalign.data.tokenize import TokenPair, encode_pairs
+from qalign.data.tokenize import encode_pairs
 from qalign.model.base import Role
 from qalign.model.kernels import fuse
 from qalign.model.loading import compute_dtype, device

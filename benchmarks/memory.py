@@ -43,7 +43,7 @@ def arguments() -> argparse.Namespace:
 
 
 def rows_of(stage: str, tokens: int, count: int) -> list:
-    from qalign.data.tokenize import TokenDialogue, TokenLabelled, TokenPair
+    from qalign.data.store.sequences import TokenDialogue, TokenLabelled, TokenPair
 
     ids = lambda number: [random.randrange(100, 1000) for _ in range(number)]  # noqa: E731
     if stage == "sft":

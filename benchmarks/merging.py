@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qalign.config.stages import Source
 from qalign.data.formats import dialogues
-from qalign.data.tokenize import IGNORED, encode_dialogues
+from qalign.data.store.sequences import IGNORED
+from qalign.data.tokenize import encode_dialogues
 from qalign.export import export, options
 from qalign.model.base import Role, load
 from qalign.model.loading import guard_4bit

@@ -13,7 +13,8 @@ from qalign.config.load import load as load_recipe
 from qalign.config.stages import Source
 from qalign.data.collate import pack, pad
 from qalign.data.formats import preferences
-from qalign.data.tokenize import TokenPair, encode_pairs
+from qalign.data.store.sequences import TokenPair
+from qalign.data.tokenize import encode_pairs
 from qalign.model.base import load
 
 DEMO = "recipes/data/house_style_train.jsonl"

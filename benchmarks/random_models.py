@@ -18,8 +18,8 @@ from transformers.quantizers import AutoHfQuantizer
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from qalign.config.recipe import Model
+from qalign.data.store.sequences import TokenPair
 from qalign.data.templates import prepare_template
-from qalign.data.tokenize import TokenPair
 from qalign.model.base import Base
 from qalign.model.loading import compute_dtype, device, guard_4bit
 from qalign.model.origin import Origin

@@ -110,7 +110,8 @@ def _parsed(raw: dict, where: str, column: str, is_ensemble: bool) -> Read:
 
 def _encoded(base: "Base", read: Sequence[Read]) -> tuple[list[Read], list["AnsweredPrompt"], list[Refused]]:
     """(the rows that fit the model, their ids, the refused rows)."""
-    from qalign.data.tokenize import TokenAnswers, encode_answer, encode_pair
+    from qalign.data.store.sequences import TokenAnswers
+    from qalign.data.tokenize import encode_answer, encode_pair
 
     rows, tokens, refused = [], [], []
     for raw, row, names in read:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 import transformers as tf
 
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from qalign.model.packing.packing import Packing, packing_of
 
 VOCABULARY = 64

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import all_on_gpu, gpu, gpu_profile
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from tests.conftest import ROOT
 
 

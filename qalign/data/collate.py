@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from qalign.data.tokenize import TokenAnswers, TokenLabelled, TokenPair
+from qalign.data.store.sequences import TokenAnswers, TokenLabelled, TokenPair
 
 if TYPE_CHECKING:
     from torch import nn

@@ -18,7 +18,6 @@ from qalign.data.readers import BadRow
 from qalign.data.rows import check_answer, check_prompt, check_texts
 from qalign.data.store.rows import OnDemand, RowFile
 from qalign.data.store.sequences import IGNORED, TokenDialogue, TokenLabelled, TokenPair, TokenQuestion
-from qalign.data.store.sequences import TokenAnswers as TokenAnswers
 from qalign.data.store.tokens import Encode, TokenFile, encoded_on_disk
 from qalign.data.templates import ANSWERED, ASKED, ChatTemplate, call_of, through_end_of_turn
 from qalign.errors import UserError

@@ -24,7 +24,7 @@ from qalign.data.collate import AnsweredPrompt, MicroBatchLimit, in_groups
 from qalign.data.formats import Message
 from qalign.data.readers import BadRow
 from qalign.data.rows import check_texts
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.errors import UserError, short
 from qalign.judge.principles import Principle
 from qalign.model.logps import backbone, state_logps

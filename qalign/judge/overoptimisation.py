@@ -101,7 +101,7 @@ def as_row(row: Preference) -> Labelled:
 
 def scored_by_function(gold: str, rows: Sequence[Preference], plain: Sequence[Labelled]) -> list[Labelled]:
     """The rows with the scores that a function gives to both of their answers."""
-    from qalign.data.tokenize import TokenAnswers
+    from qalign.data.store.sequences import TokenAnswers
     from qalign.rl.rollout_batch import SampledAnswers
     from qalign.rl.scorers import FunctionScorer
 

@@ -16,7 +16,8 @@ from qalign.config.recipe import Model
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Message, check_text
 from qalign.data.readers import BadRow
-from qalign.data.tokenize import TokenAnswers, encode_question
+from qalign.data.store.sequences import TokenAnswers
+from qalign.data.tokenize import encode_question
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.adapters.members import Ensemble, answer_scores, load_rewards

@@ -17,8 +17,8 @@ from tqdm.auto import tqdm
 
 from qalign.config.stages import DPO, PolicyStage
 from qalign.data.formats import Labelled, Preference
+from qalign.data.store.sequences import TokenAnswers
 from qalign.data.store.tokens import outlines
-from qalign.data.tokenize import TokenAnswers
 from qalign.errors import not_finite
 from qalign.model.base import Role
 from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of

@@ -14,7 +14,8 @@ from transformers import Trainer, TrainingArguments
 from qalign.config.stages import PPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import TokenAnswers, encode_questions
+from qalign.data.store.sequences import TokenAnswers
+from qalign.data.tokenize import encode_questions
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Base, Role, load

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.losses import policy_gradient as losses
 from qalign.reports import alarms
 

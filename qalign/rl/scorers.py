@@ -21,8 +21,9 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
 from qalign.data.readers import BadRow
 from qalign.data.rows import check_prompt
+from qalign.data.store.sequences import TokenAnswers
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import TokenAnswers, pad_for_scores
+from qalign.data.tokenize import pad_for_scores
 from qalign.errors import UserError, short
 from qalign.losses.ensemble import Combine, aligned, combined_scores, spread
 from qalign.model import lineage

@@ -17,7 +17,7 @@ from qalign import dpo, sft
 from qalign.best_of import BestOfRun, best_of, curve
 from qalign.config.load import load
 from qalign.data.formats import Prompt, canonical, canonical_dialogue
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.errors import Stopped, UserError
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.checkpoints import mark_whole

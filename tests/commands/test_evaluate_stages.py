@@ -11,7 +11,8 @@ from qalign import evaluate
 from qalign.config.recipe import Lora, Model
 from qalign.config.stages import Source
 from qalign.data.formats import dialogues
-from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogues
+from qalign.data.store.sequences import IGNORED, TokenDialogue
+from qalign.data.tokenize import encode_dialogues
 from qalign.judge.measures import held_out
 from qalign.model.base import Role, load
 from qalign.reports.answers import change, verdict

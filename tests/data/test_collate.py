@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qalign.data.collate import Layout, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from tests.families import random_pairs
 
 FIRST = TokenPair(prompt_ids=[11, 12], chosen_ids=[21, 22, 2], rejected_ids=[31, 2], where="rows.jsonl:1")

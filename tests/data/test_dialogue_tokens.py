@@ -10,8 +10,9 @@ import pytest
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, dialogues
 from qalign.data.readers import BadRow
+from qalign.data.store.sequences import IGNORED, TokenDialogue
 from qalign.data.templates import ChatTemplate, prepare_template
-from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogue, encode_dialogues
+from qalign.data.tokenize import encode_dialogue, encode_dialogues
 from tests.data.chat_families import (
     CHATML_TEMPLATE,
     FAMILIES,

@@ -7,8 +7,9 @@ import tokenizers
 
 from qalign.data.formats import PlainText, Refused
 from qalign.data.readers import BadRow
+from qalign.data.store.sequences import IGNORED
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import IGNORED, encode_dialogues, encode_text
+from qalign.data.tokenize import encode_dialogues, encode_text
 from tests.data.chat_families import FAMILIES, fixture_tokenizer, plain
 
 PLAIN_ENDS = {"llama3": ([2000], 2005), "chatml": ([], 2007), "zephyr": ([1], 2), "mistral": ([1], 2)}

@@ -6,13 +6,8 @@ import pytest
 
 from qalign.data.formats import Dialogue, Preference, Prompt
 from qalign.data.readers import BadRow
-from qalign.data.tokenize import (
-    IGNORED,
-    encode_answer,
-    encode_dialogue,
-    encode_pair,
-    encode_questions,
-)
+from qalign.data.store.sequences import IGNORED
+from qalign.data.tokenize import encode_answer, encode_dialogue, encode_pair, encode_questions
 from tests.data.chat_families import messages, plain, templated
 
 READS_ALL = (

@@ -10,8 +10,8 @@ from torch.nn.attention.flex_attention import flex_attention
 from transformers import AutoTokenizer
 
 from qalign.data.collate import Layout, pack
+from qalign.data.store.sequences import TokenPair
 from qalign.data.templates import prepare_template
-from qalign.data.tokenize import TokenPair
 from qalign.losses.preference import PreferenceLoss
 from qalign.model import logps
 from qalign.model.packing import attention

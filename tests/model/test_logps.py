@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from qalign.data.collate import pack, pad
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from qalign.errors import UserError
 from qalign.model import logps
 from tests.families import alone, family, packed_attention, random_pairs

@@ -8,7 +8,7 @@ import qalign.model.reference
 from qalign.config.recipe import Lora, Model
 from qalign.config.stages import DPO
 from qalign.data.collate import MicroBatchLimit
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from qalign.model.base import Role, load
 from qalign.model.reference import CachedReferenceLogps, ReferenceLogps
 from qalign.train.trainers.policy import PreferenceTrainer

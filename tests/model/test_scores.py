@@ -9,8 +9,9 @@ from transformers import AutoTokenizer
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.collate import MicroBatchLimit
+from qalign.data.store.sequences import TokenPair
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import TokenPair, end_of_turn_id, pad_for_scores
+from qalign.data.tokenize import end_of_turn_id, pad_for_scores
 from qalign.model.adapters.files import SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load

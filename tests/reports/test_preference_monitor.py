@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from qalign.config.stages import DPO
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.errors import Stopped
 from qalign.model.base import Base, Role
 from qalign.model.generation import TransformersEngine

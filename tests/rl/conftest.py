@@ -11,8 +11,9 @@ from qalign.config.recipe import Lora, Model
 from qalign.config.stages import PPO
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import Prompt
+from qalign.data.store.sequences import TokenAnswers
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import TokenAnswers, encode_prompt
+from qalign.data.tokenize import encode_prompt
 from qalign.model.base import Role, load
 from qalign.model.generation import Sampling, TransformersEngine
 from qalign.rl.ppo_setup import Setup

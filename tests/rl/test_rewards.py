@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Llam
 
 from qalign.config.recipe import Lora, Recipe
 from qalign.data.collate import MicroBatchLimit
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.errors import Stopped, UserError
 from qalign.model.adapters.files import SCORE_HEAD
 from qalign.model.base import Role

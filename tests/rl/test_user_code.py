@@ -14,7 +14,7 @@ import torch
 
 from qalign import ppo
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.errors import Stopped, UserError
 from qalign.rl import user_code
 from qalign.rl.rewards import FunctionScorer, RewardFailed, combined

@@ -9,8 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.formats import Dialogue, PlainText
+from qalign.data.store.sequences import IGNORED, TokenDialogue
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import IGNORED, TokenDialogue, encode_dialogues
+from qalign.data.tokenize import encode_dialogues
 from qalign.model.base import Base, Role, load
 from tests.conftest import FIXTURES
 from tests.data.test_tokenize import plain

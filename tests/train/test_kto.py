@@ -11,7 +11,7 @@ from qalign.config.recipe import Lora, Model
 from qalign.config.stages import KTO, Source
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.formats import preferences
-from qalign.data.tokenize import TokenLabelled
+from qalign.data.store.sequences import TokenLabelled
 from qalign.errors import UserError
 from qalign.kto import balance_in_words
 from qalign.model.base import Role, load

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from qalign.config.recipe import Model
 from qalign.data.collate import MicroBatchLimit
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.model.adapters.files import CONFIG, SCORE_HEAD, WEIGHTS
 from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load

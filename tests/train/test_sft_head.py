@@ -7,7 +7,7 @@ import trl
 
 from qalign.config.recipe import Model
 from qalign.data.collate import MicroBatchLimit
-from qalign.data.tokenize import IGNORED
+from qalign.data.store.sequences import IGNORED
 from qalign.model import logps
 from qalign.model.adapters import lora
 from qalign.train.trainers.sft import SupervisedTrainer, _columns

@@ -9,7 +9,7 @@ import trl
 
 from qalign.config.recipe import Model
 from qalign.data.collate import Layout, MicroBatchLimit
-from qalign.data.tokenize import IGNORED, TokenDialogue
+from qalign.data.store.sequences import IGNORED, TokenDialogue
 from qalign.errors import UserError
 from qalign.model.base import Base
 from qalign.train.trainers.sft import SupervisedTrainer, packed

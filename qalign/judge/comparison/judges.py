@@ -132,7 +132,7 @@ class FunctionJudge:
         self.name, self._scorer = name, FunctionScorer("--judge", source, 1.0)
 
     def judge(self, rows: Sequence[Compared]) -> Preferences:
-        from qalign.data.tokenize import TokenAnswers
+        from qalign.data.store.sequences import TokenAnswers
         from qalign.rl.rollout_batch import SampledAnswers
 
         for start in range(0, len(rows), AT_ONCE):

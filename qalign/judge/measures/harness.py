@@ -16,7 +16,7 @@ from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 from tqdm.auto import tqdm
 
-from qalign.data.tokenize import TokenAnswers
+from qalign.data.store.sequences import TokenAnswers
 from qalign.errors import UserError, short
 from qalign.judge.measures.held_out import batches_of
 from qalign.model.base import Base

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from qalign.config.stages import DPO, KTO
 from qalign.data.collate import AnsweredPrompt, MicroBatchLimit, in_groups
 from qalign.data.formats import Prompt
-from qalign.data.tokenize import IGNORED, TokenAnswers, TokenDialogue, TokenPair, encode_questions
+from qalign.data.store.sequences import IGNORED, TokenAnswers, TokenDialogue, TokenPair
+from qalign.data.tokenize import encode_questions
 from qalign.errors import scores_not_finite
 from qalign.losses.preference import PreferenceLoss, margin, shares
 from qalign.model.adapters.members import Ensemble, answer_scores

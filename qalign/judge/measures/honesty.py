@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from qalign.data.formats import Message, Preference
-from qalign.data.tokenize import TokenPair, encode_pair
+from qalign.data.store.sequences import TokenPair
+from qalign.data.tokenize import encode_pair
 from qalign.judge.measures.held_out import answer_logps
 from qalign.judge.measures.safety import of_file
 from qalign.model.base import Base

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from qalign.config.stages import Reward, Stage
 from qalign.data import collate
 from qalign.data.collate import AnswerBatch, AnsweredPrompt, Layout, MicroBatchLimit
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from qalign.model import lineage
 from qalign.model.adapters.targets import decoder_layers
 from qalign.model.logps import backbone

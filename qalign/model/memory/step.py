@@ -22,7 +22,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from qalign.config.recipe import Recipe
 from qalign.data.collate import AnswerBatch, Layout, pack
-from qalign.data.tokenize import TokenLabelled, TokenPair
+from qalign.data.store.sequences import TokenLabelled, TokenPair
 from qalign.model.adapters.lora import AddedLora
 from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.targets import leave_out, new_config

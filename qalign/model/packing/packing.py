@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from qalign.data.collate import Layout, pack
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from qalign.model.logps import backbone
 from qalign.model.packing.attention import NAME, UnservedAttention
 from qalign.model.packing.mixers import PROBE_TOKENS, Mixers, find_mixers

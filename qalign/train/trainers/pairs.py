@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 
 from qalign.data.collate import AnsweredPrompt, MicroBatchLimit
-from qalign.data.tokenize import TokenPair
+from qalign.data.store.sequences import TokenPair
 from qalign.model.base import Base, Role
 from qalign.train.trainers.adapter import AdapterTrainer
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qalign.config.stages import DPO, KTO
-from qalign.data.tokenize import TokenAnswers, TokenLabelled
+from qalign.data.store.sequences import TokenAnswers, TokenLabelled
 from qalign.losses.kto import kl_estimate, label_loss
 from qalign.losses.preference import CHOSEN, REJECTED, PreferenceLoss, margin, shares
 from qalign.model.base import Base, Role

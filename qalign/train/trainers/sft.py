@@ -19,8 +19,8 @@ from trl.trainer.sft_trainer import SFTTrainer
 
 from qalign.data.collate import Layout, MicroBatchLimit, micro_batches
 from qalign.data.store.rows import OnDemand
+from qalign.data.store.sequences import IGNORED, TokenDialogue
 from qalign.data.store.tokens import outlines
-from qalign.data.tokenize import IGNORED, TokenDialogue
 from qalign.model.base import Base, Role
 from qalign.model.logps import backbone, token_scores
 from qalign.train.trainers.adapter import AdapterTrainer
