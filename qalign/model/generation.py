@@ -24,7 +24,7 @@ from qalign.data.formats import Message
 from qalign.data.templates import ChatTemplate
 from qalign.data.tokenize import encode_prompt, end_of_turn_ids
 from qalign.errors import UserError
-from qalign.model.adapters.serving import MAX_RANKS
+from qalign.model.adapters.serving import MAX_RANKS, highest_rank
 from qalign.model.base import Base, Role
 from qalign.model.decoding.adapters import is_plain_lora, serves, spans_of
 from qalign.model.decoding.decoder import Decoder, decoder_of
@@ -262,7 +262,7 @@ def engine(name: str, base: Base, max_tokens: int, key: str, folder: Path) -> En
         return TransformersEngine()
     if not is_plain_lora(config := getattr(base.model, "peft_config", {}).get(Role.POLICY)):
         raise UserError(f"{key}: '{name}' takes plain LoRA alone, no DoRA and no modules_to_save; use 'transformers'")
-    if config and max([config.r, *config.rank_pattern.values()]) > MAX_RANKS[-1]:
+    if config and highest_rank(config) > MAX_RANKS[-1]:
         raise UserError(f"{key}: '{name}' takes LoRA up to rank {MAX_RANKS[-1]}; lower lora.r, or use 'transformers'")
     if name != "vllm":
         return VllmServer(base, key, name, folder)

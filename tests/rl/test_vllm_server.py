@@ -165,6 +165,19 @@ def test_log_probs_without_the_temperature_are_refused(base, server, tmp_path):
         sampled(engine, base, temperature=0.7)
 
 
+def test_a_server_that_gives_no_most_likely_tokens_is_one_line(base, server, tmp_path, monkeypatch):
+    whole = server.completion
+
+    def without(body):
+        status, said = whole(body)
+        said["choices"][0]["logprobs"]["top_logprobs"] = None
+        return status, said
+
+    monkeypatch.setattr(server, "completion", without)
+    with pytest.raises(EngineFailed, match="no token ids with log-probs"):
+        sampled(VllmServer(base, "ppo.engine", server.url, tmp_path / "served"), base, temperature=0.7)
+
+
 def test_what_can_be_known_before_training_is(base, server, tmp_path):
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9 doesn't answer .*; start it with `vllm serve`"):
         VllmServer(base, "ppo.engine", "http://127.0.0.1:9", tmp_path)

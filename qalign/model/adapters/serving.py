@@ -5,6 +5,7 @@ The rules are those of vLLM 0.33: `PEFTHelper._validate_features` and `validate_
 """
 
 from pathlib import Path
+from typing import Any
 
 from qalign.model.adapters.files import HEAD, AdapterFiles, read_files
 
@@ -23,8 +24,8 @@ def vllm_problem(files: AdapterFiles) -> str | None:
         return f"vLLM serves no modules_to_save but a score head, and this adapter has {other[0]}"
     if settings.lora_bias:
         return "vLLM serves no LoRA with a bias"
-    if _rank(files) > MAX_RANKS[-1]:
-        return f"vLLM serves ranks up to {MAX_RANKS[-1]}, and this adapter has {_rank(files)}"
+    if (rank := highest_rank(settings)) > MAX_RANKS[-1]:
+        return f"vLLM serves ranks up to {MAX_RANKS[-1]}, and this adapter has {rank}"
     others = (name for name in files.shapes if not name.endswith(PARTS) and name.split(".")[-2:-1] not in ([HEAD],))
     if (name := next(others, None)) is not None:
         return f"vLLM serves LoRA alone, and this adapter has {name}"
@@ -34,11 +35,11 @@ def vllm_problem(files: AdapterFiles) -> str | None:
 def vllm_options(adapter: str | Path) -> str:
     """The options of `vllm serve BASE` for an adapter's rank: vLLM takes room for 16 unless it is told, and for some
     ranks alone."""
-    rank = _rank(read_files(adapter))
+    rank = highest_rank(read_files(adapter).settings)
     room = next((most for most in MAX_RANKS if most >= rank), rank)
     return "--enable-lora" + (f" --max-lora-rank {room}" if room > DEFAULT_RANK else "")
 
 
-def _rank(files: AdapterFiles) -> int:
-    """The highest rank, `rank_pattern` included."""
-    return max([files.settings.r or 8, *(files.settings.rank_pattern or {}).values()])
+def highest_rank(settings: Any) -> int:
+    """The highest rank that PEFT's settings of an adapter give to a layer, `rank_pattern` included."""
+    return max([settings.r or 8, *(settings.rank_pattern or {}).values()])

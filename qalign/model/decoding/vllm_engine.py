@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from qalign.model.adapters.serving import MAX_RANKS
+from qalign.model.adapters.serving import MAX_RANKS, highest_rank
 from qalign.model.base import Base
-from qalign.model.decoding.vllm_server import ScoredAnswers
+from qalign.model.decoding.vllm_server import ScoredAnswers, by_prompt, seeds_of
 
 if TYPE_CHECKING:
     from qalign.model.generation import Sampling
@@ -30,7 +28,7 @@ class VllmEngine:
         import vllm  # pyright: ignore[reportMissingImports]: optional, needs a GPU
 
         self._calls = 0
-        ranks = [config.r for config in getattr(base.model, "peft_config", {}).values()]
+        ranks = [highest_rank(config) for config in getattr(base.model, "peft_config", {}).values()]
         self._llm = vllm.LLM(
             model=base.origin.source,
             revision=base.origin.hub_revision,
@@ -41,7 +39,7 @@ class VllmEngine:
             max_model_len=max_tokens,
             gpu_memory_utilization=memory_share,
             enforce_eager=True,  # CUDA graphs would take memory that the updates need
-            logprobs_mode="processed_logprobs",  # those that it samples with, at any temperature
+            logprobs_mode="processed_logprobs",  # after the temperature, as it samples
             generation_config="vllm",  # not the model's own, which may end answers at other ids
         )
 
@@ -53,9 +51,6 @@ class VllmEngine:
         from vllm.lora.request import LoRARequest  # pyright: ignore[reportMissingImports]
 
         self._calls += 1
-        # Every answer has its own request: vLLM gives the answers of one request consecutive seeds.
-        generator = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**62, (len(prompts) * num_samples,), generator=generator).tolist()
         params = [
             vllm.SamplingParams(
                 max_tokens=sampling.max_new_tokens,
@@ -67,7 +62,7 @@ class VllmEngine:
                 logprobs=0,  # of the sampled token alone
                 detokenize=False,
             )
-            for answer_seed in seeds
+            for answer_seed in seeds_of(len(prompts) * num_samples, seed)
         ]
         with tempfile.TemporaryDirectory() as folder:
             adapter = None
@@ -77,6 +72,5 @@ class VllmEngine:
             asked = [{"prompt_token_ids": list(prompt)} for prompt in prompts for _ in range(num_samples)]
             outputs = self._llm.generate(asked, params, lora_request=adapter, use_tqdm=False)
         found = [output.outputs[0] for output in outputs]
-        parts = [found[start : start + num_samples] for start in range(0, len(found), num_samples)]
-        logps = [[[at[id].logprob for id, at in zip(a.token_ids, a.logprobs, strict=True)] for a in p] for p in parts]
-        return [[list(answer.token_ids) for answer in part] for part in parts], logps
+        logps = [[at[id].logprob for id, at in zip(a.token_ids, a.logprobs, strict=True)] for a in found]
+        return by_prompt([*zip([list(a.token_ids) for a in found], logps, strict=True)], num_samples)

@@ -8,10 +8,10 @@ of the old weights. Checked against vLLM 0.33 (`vllm/entrypoints/openai` and `vl
 import hashlib
 import shutil
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -28,18 +28,24 @@ if TYPE_CHECKING:
 
 KEY = "VLLM_API_KEY"  # environment variable that `vllm serve` reads its own key from
 REQUESTS = 128  # at the same time: vLLM makes batches of them
-PAUSES = (
-    1.0,
-    2.0,
-    4.0,
-    8.0,
-    15.0,
-    30.0,
-)  # seconds before a request is sent again: a minute, for a server that restarts
+PAUSES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)  # seconds before each further try: a minute, for a server that restarts
 TIMEOUT_SECONDS = 600
 TOKEN = "token_id:"  # how a token is written with `return_tokens_as_token_ids`
 NOT_FOUND = 404
+Found = TypeVar("Found")
 ScoredAnswers = tuple[list[list[list[int]]], list[list[list[float]]]]  # ids, and the log-prob of each when sampled
+
+
+def seeds_of(count: int, seed: int) -> list[int]:
+    """A seed for each of `count` answers. Every answer has its own request: vLLM gives the answers of one request
+    consecutive seeds."""
+    return torch.randint(2**62, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def by_prompt(answers: list[tuple[list[int], list[float]]], num_samples: int) -> ScoredAnswers:
+    """Answers, each as ids and log-probs, in groups of `num_samples` to a prompt."""
+    parts = [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+    return [[ids for ids, _ in part] for part in parts], [[logps for _, logps in part] for part in parts]
 
 
 class EngineFailed(UserError):
@@ -96,18 +102,13 @@ class VllmServer:
         model = self._pushed(base, role) if role in base.adapters else self._model
         if sampling.temperature != 1 and self._raw_logps is None:
             self._check_logps(model, prompts[0], sampling)
-        # Every answer has its own request: vLLM gives the answers of one request consecutive seeds.
-        generator = torch.Generator().manual_seed(seed)
-        seeds = torch.randint(2**62, (len(prompts) * num_samples,), generator=generator).tolist()
         asked = [
             self._request(model, prompts[number // num_samples], sampling, seed=answer_seed)
-            for number, answer_seed in enumerate(seeds)
+            for number, answer_seed in enumerate(seeds_of(len(prompts) * num_samples, seed))
         ]
         vocabulary = cast(nn.Embedding, base.lm.get_input_embeddings()).num_embeddings
         found = at_once(self._completion, asked, REQUESTS)
-        answers = [self._checked(ids, logps, sampling, vocabulary) for ids, logps in found]
-        parts = [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
-        return [[ids for ids, _ in part] for part in parts], [[logps for _, logps in part] for part in parts]
+        return by_prompt([self._checked(*answer, sampling, vocabulary) for answer in found], num_samples)
 
     def _request(self, model: str, prompt: list[int], sampling: "Sampling", **more: Any) -> dict[str, Any]:
         """The body of a request. Everything that the model's generation config could change on the server is written
@@ -131,12 +132,14 @@ class VllmServer:
         }
 
     def _completion(self, body: dict[str, Any]) -> tuple[list[int], list[float]]:
+        return self._read(body, _answer)
+
+    def _read(self, body: dict[str, Any], read: Callable[[Any], Found]) -> Found:
+        """What `read` finds in the log-probs of a completion."""
         said = self._post("/v1/completions", body)
         try:
             (choice,) = said["choices"]
-            tokens, logps = choice["logprobs"]["tokens"], choice["logprobs"]["token_logprobs"]
-            ids = [int(token.removeprefix(TOKEN)) for token in tokens]
-            return ids, [float(logp) for _, logp in zip(ids, logps, strict=True)]
+            return read(choice["logprobs"])
         except (LookupError, TypeError, ValueError, AttributeError):
             problem = (
                 f"{self._key}: {self._url} gives no token ids with log-probs: {short(said)}; is it vLLM 0.6 or newer?"
@@ -162,7 +165,7 @@ class VllmServer:
         found: list[dict[str, float]] = []
         for temperature in at:
             body = self._request(model, prompt, sampling) | {"temperature": temperature, "max_tokens": 1, "logprobs": 5}
-            found.append(self._post("/v1/completions", body)["choices"][0]["logprobs"]["top_logprobs"][0])
+            found.append(self._read(body, _most_likely))
         both = found[0].keys() & found[1].keys()
         self._raw_logps = all(abs(found[0][token] - found[1][token]) < 1e-6 for token in both)
         if self._raw_logps:
@@ -205,6 +208,17 @@ class VllmServer:
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         return ask(self._url + path, body, key=KEY, pauses=PAUSES, seconds=TIMEOUT_SECONDS)
+
+
+def _answer(scored: dict[str, Any]) -> tuple[list[int], list[float]]:
+    """The ids of a completion and their log-probs."""
+    ids = [int(token.removeprefix(TOKEN)) for token in scored["tokens"]]
+    return ids, [float(logp) for _, logp in zip(ids, scored["token_logprobs"], strict=True)]
+
+
+def _most_likely(scored: dict[str, Any]) -> dict[str, float]:
+    """The log-probs of the most likely first tokens, by token."""
+    return {str(token): float(logp) for token, logp in scored["top_logprobs"][0].items()}
 
 
 def _fix(error: RequestFailed, options: str) -> str:
