@@ -76,7 +76,28 @@ class TensorBoard:
         self._writer.close()
 
 
-class Trackio:
+class _Logged:
+    """What trackio and wandb have in common: `_run` takes figures, and objects of their own for tables and pictures."""
+
+    _run: Any
+    _table: Any
+    _image: Callable[[Path], Any]
+
+    def send(self, step: int, items: dict[str, Item]) -> None:
+        self._run.log({name: self._shown(item) for name, item in items.items()}, step=step)
+
+    def _shown(self, item: Item) -> Any:
+        if isinstance(item, Path):
+            return self._image(item)
+        if isinstance(item, list):
+            return self._table(columns=[*item[0]], data=[[*row.values()] for row in item])
+        return item
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class Trackio(_Logged):
     """A run of trackio's project `qalign`, on this computer or wherever trackio's own variables say."""
 
     def __init__(self, run: Tracked) -> None:
@@ -90,23 +111,10 @@ class Trackio:
         self.held: Held = (lambda step, key: (step, key) in there) if is_local else None
         resume = "allow" if run.resumed else "never"
         self._run = trackio.init(project, name, config=run.recipe, resume=resume, embed=False, auto_log_cpu=False)
-        self._table, self._image = trackio.Table, trackio.Image
-
-    def send(self, step: int, items: dict[str, Item]) -> None:
-        self._run.log({name: self._shown(item) for name, item in items.items()}, step=step)
-
-    def _shown(self, item: Item) -> Any:
-        if isinstance(item, Path):
-            return self._image(_pixels(item))
-        if isinstance(item, list):
-            return self._table(columns=[*item[0]], data=[[*row.values()] for row in item])
-        return item
-
-    def close(self) -> None:
-        self._run.finish()
+        self._table, self._image = trackio.Table, lambda file: trackio.Image(_pixels(file))
 
 
-class WeightsAndBiases:
+class WeightsAndBiases(_Logged):
     """A run of the wandb project `qalign`; WANDB_MODE=offline keeps it in the run folder."""
 
     def __init__(self, run: Tracked) -> None:
@@ -118,20 +126,7 @@ class WeightsAndBiases:
         )  # fmt: skip
         first = self._run.step  # it takes no earlier step any more; 0 if it is offline
         self.held: Held = (lambda step, name: step < first) if first else None
-        self._table, self._image = wandb.Table, wandb.Image
-
-    def send(self, step: int, items: dict[str, Item]) -> None:
-        self._run.log({name: self._shown(item) for name, item in items.items()}, step=step)
-
-    def _shown(self, item: Item) -> Any:
-        if isinstance(item, Path):
-            return self._image(str(item))
-        if isinstance(item, list):
-            return self._table(columns=[*item[0]], data=[[*row.values()] for row in item])
-        return item
-
-    def close(self) -> None:
-        self._run.finish()
+        self._table, self._image = wandb.Table, lambda file: wandb.Image(str(file))
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "trackio": Trackio, "wandb": WeightsAndBiases}
