@@ -100,6 +100,21 @@ def restored_signals() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def stopping_after(step: int) -> Iterator[None]:
+    """Runs are asked to stop, as by the system, once they have logged this step."""
+    log = RunFolder.log
+
+    def log_and_stop(run: RunFolder, line: dict) -> None:
+        log(run, line)
+        if line["step"] == step and "loss" in line:
+            run.stop(signal.SIGTERM, None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "log", log_and_stop)
+        yield
+
+
 def refusal(capsys, command: Callable[..., object], *args) -> str:
     """The one line that a command says when it can't do what was asked; it exits with 2."""
     capsys.readouterr()

@@ -2,7 +2,6 @@
 pass or in several, in any micro-batches, resumed or not; and its folder is a plain adapter."""
 
 import json
-import signal
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,7 @@ from qalign.score import score
 from qalign.train.run_folder import RunFolder, open_run
 from qalign.train.trainers.adapter import CONFIGS
 from qalign.train.trainers.reward import RewardModelTrainer
-from tests.helpers import TEST, TRAIN, house_style, merge, metrics, refusal, summary
+from tests.helpers import TEST, TRAIN, house_style, merge, metrics, refusal, stopping_after, summary
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
 
 WEIGHTS = "adapter_model.safetensors"
@@ -167,20 +166,12 @@ def test_merge_takes_a_member(finished, capsys):
         open_run(str(finished.path / "member_7"))
 
 
-def test_a_stopped_run_resumes_to_the_same_numbers(recipe, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_numbers(recipe):
     keys = {"lora": {"dropout": 0.1}, "limit": 16, "save_every": 1}
     whole = run_stage(recipe("whole", **keys))
-    path, log = recipe("stopped", **keys), RunFolder.log
-
-    def log_and_stop(run: RunFolder, line: dict) -> None:
-        log(run, line)
-        if line["step"] == 2:
-            run.stop(signal.SIGTERM, None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", log_and_stop)
-        with pytest.raises(Stopped):
-            run_stage(path)
+    path = recipe("stopped", **keys)
+    with stopping_after(2), pytest.raises(Stopped):
+        run_stage(path)
     checkpoint = RunFolder(load_recipe(path), "reward").last_checkpoint()
     assert {place.name for place in Path(checkpoint).iterdir() if place.is_dir()} == set(MEMBERS)
     resumed = run_stage(path, resume=True)

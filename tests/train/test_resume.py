@@ -16,29 +16,20 @@ from qalign.config.load import load as load_recipe
 from qalign.errors import Stopped, UserError
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
-from tests.helpers import leaving, metrics, restored_signals, summary
+from tests.helpers import leaving, metrics, restored_signals, stopping_after, summary
 from tests.reward_runs import run_stage
 from tests.train.runs import HELD_OUT, STAGES, assert_same_run, recipe_of
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path, capsys):
     """With dropout, so that the state of the random generators counts as well."""
     keys = {"limit": 20, "save_every": 10, "lora": {"dropout": 0.1}, "eval_data": HELD_OUT, "eval_every": 2}
     keys |= {"max_steps": 5} if stage in ("kto", "ppo") else {}
     whole = run_stage(recipe_of(tmp_path / "whole", tiny_folder, stage, **keys))
     path = recipe_of(tmp_path / "stopped", tiny_folder, stage, **keys)
-    log = RunFolder.log
-
-    def log_and_stop(run: RunFolder, line: dict) -> None:
-        log(run, line)
-        if line["step"] == 2 and "loss" in line:
-            run.stop(signal.SIGTERM, None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", log_and_stop)
-        with pytest.raises(Stopped):
-            run_stage(path)
+    with stopping_after(2), pytest.raises(Stopped):
+        run_stage(path)
     stopped = RunFolder(load_recipe(path), stage)
     assert not stopped.complete
     checkpoint = stopped.last_checkpoint()

@@ -1,7 +1,5 @@
 """Losses whose pairs are compared over a whole optimiser step (AOT), and BCO's shift, a mean over all steps before."""
 
-import signal
-
 import pytest
 import torch
 
@@ -9,9 +7,8 @@ from qalign.config.recipe import Lora
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import Stopped
 from qalign.model.base import Role
-from qalign.train.run_folder import RunFolder
 from qalign.train.trainers.policy import SHIFT
-from tests.helpers import TEST, house_style, metrics, scramble, train
+from tests.helpers import TEST, house_style, metrics, scramble, stopping_after, train
 from tests.train.runs import assert_same_run
 from tests.train.test_pair_trainers import pair_losses, trainer_of
 
@@ -102,20 +99,11 @@ def test_bcos_shift_is_the_mean_reward_of_the_steps_before(recipe_file):
 
 
 @pytest.mark.parametrize("loss", ["bco_pair", "aot"])
-def test_a_run_that_was_cut_short_resumes_to_the_same_numbers(recipe_file, monkeypatch, loss):
+def test_a_run_that_was_cut_short_resumes_to_the_same_numbers(recipe_file, loss):
     keys = {"loss": loss, "limit": 20, "save_every": 2, "learning_rate": 1e-2, "eval_data": TEST, "eval_every": 2}
     keys |= {"trainer": {"logging_steps": 3}, "max_steps": 5}
     whole = train(recipe_file("whole.yaml", "whole", **keys))
     path = recipe_file("cut.yaml", "cut", **keys)
-    log = RunFolder.log
-
-    def log_and_stop(run: RunFolder, line: dict) -> None:
-        log(run, line)
-        if line["step"] == 2 and "loss" in line:
-            run.stop(signal.SIGTERM, None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", log_and_stop)
-        with pytest.raises(Stopped):
-            train(path)
+    with stopping_after(2), pytest.raises(Stopped):
+        train(path)
     assert_same_run(train(path, resume=True), whole)

@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import shutil
-import signal
 import tempfile
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from qalign.reports.answers import write_samples
 from qalign.reports.plots import picture
 from qalign.train import trackers
 from qalign.train.run_folder import RunFolder
-from tests.helpers import metrics
+from tests.helpers import metrics, stopping_after
 from tests.reward_runs import run_stage
 from tests.train.runs import FRESH, HELD_OUT, RESUME, STAGES, recipe_of, write_checkpoint
 
@@ -203,17 +202,8 @@ def test_every_stage_sends_all_figures_once_though_it_was_stopped(stage, tiny_fo
     keys = {"limit": 20, "save_every": 2, "max_steps": 5, "eval_data": HELD_OUT, "eval_every": 2}
     path = Path(recipe_of(tmp_path, tiny_folder, stage, **keys))
     path.write_text(path.read_text() + f"log_to: [{', '.join(names)}]\n")
-    log = RunFolder.log
-
-    def log_and_stop(run: RunFolder, line: dict) -> None:
-        log(run, line)
-        if line["step"] == 2 and "loss" in line:
-            run.stop(signal.SIGTERM, None)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", log_and_stop)
-        with pytest.raises(Stopped):
-            run_stage(str(path))
+    with stopping_after(2), pytest.raises(Stopped):
+        run_stage(str(path))
     run_stage(str(path), resume=True)
     run = RunFolder(load_recipe(str(path)), stage)
 
