@@ -36,11 +36,7 @@ from recipes.rewards import short  # noqa: E402
 
 DEMO, TRAIN, TEST = (ROOT / "recipes" / name for name in (
     "smollm2_demo.yaml", "data/house_style_train.jsonl", "data/house_style_test.jsonl"))  # fmt: skip
-SCENES = {
-    "near": "short",
-    "uncovered": "short_words",
-    "stale": "short",
-}  # and its reward
+SCENES = {"near": "short", "uncovered": "short_words", "stale": "short"}  # and the reward of each
 TITLES = {
     "near": "near: pairs of the model's own answers", "uncovered": "uncovered: no pair shows what is wanted",
     "stale": "stale: pairs of other writers",
@@ -124,13 +120,11 @@ def _text(answer: Any) -> str:
 def train(method: str, recipe: Path, folder: Path, steps: int, seed: int) -> tuple[Path, dict[str, Any]]:
     """(the adapter, the summary) of a run of `steps` optimiser steps, iterations or rounds."""
     command = METHODS[method]
-    size = (
-        [f"rounds={steps}", "n=4", "ppo.limit=40", "dpo.epochs=1"]
-        if method == "rounds"
-        else [f"{command}.max_steps={steps}"]
-    )
-    if method not in QUICK:
-        size.append(f"{'ppo' if method == 'rounds' else command}.eval_data.limit=8")  # the time is for training
+    size = [f"{command}.max_steps={steps}"]
+    if method == "rounds":
+        size = [f"rounds={steps}", "n=4", "ppo.limit=40", "dpo.epochs=1"]
+    if method not in QUICK:  # whose few held-out answers leave the time to training
+        size.append(f"{'ppo' if method == 'rounds' else command}.eval_data.limit=8")
     place = folder / command
     summary = once(place, command, recipe, f"output={folder}", f"seed={seed}", *size)
     return place / "adapter", summary

@@ -123,7 +123,7 @@ def _check_options(args: argparse.Namespace) -> None:
 
 def measured_rows(run: RunFolder, file: str | None) -> tuple[list[Any], str]:
     """(The prompts, of a reward model pairs, on which an exported model is measured; where they are from, in words):
-    those of a file, else the run's held-out ones, else those that it was trained on."""
+    from a file, else the run's held-out ones, else its training rows."""
     read, kind = (preferences, "pairs") if run.stage == "reward" else (prompts, "prompts")
     if file:
         rows, refused = read((Source(path=file),), "train", ROWS, 0)

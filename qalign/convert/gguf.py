@@ -1,7 +1,7 @@
 """A language model of transformers as one `.gguf` file: weights, chat template, and where an answer ends.
 
-Names of tensors and the simple quantisers come from the `gguf` package. The layout of queries and keys, and the names
-of metadata, are those that llama.cpp reads (docs: github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+Names of tensors and the simple quantisers come from the `gguf` package. The layout of queries and keys and the names of
+metadata follow llama.cpp (docs: github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 """
 
 import shutil

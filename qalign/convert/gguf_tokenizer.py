@@ -13,8 +13,8 @@ from qalign.errors import UserError
 
 SPLITS = {GGUF_PRE_TOKENIZER_SPLITS[name]: name for name in ("llama-bpe", "tekken", "qwen2", "qwen35", "gpt-4o")}
 UNREADABLE = (
-    "--to: llama.cpp has no name for how this tokenizer splits text, so it would read other tokens than those that "
-    "were trained on; use --to merged"
+    "--to: llama.cpp has no name for how this tokenizer splits text, so it would read other tokens than the model was "
+    "trained on; use --to merged"
 )
 NEVER_MERGED = -1e6  # the score of a piece that no merge makes
 

@@ -58,7 +58,7 @@ def for_mlx(run: RunFolder, args: argparse.Namespace, aside: Path) -> Written:
     base = _published(run)
     mlx.write_adapter(adapters.updates(run, base), base.lm.config.num_hidden_layers, aside)
     lines = {"load it with": f"mlx_lm.chat --model {args.base} --adapter-path {{target}}", "on": _words(run)}
-    return lines, lambda: placed(mlx.with_adapter(merging.loaded(run, _form(run)).lm, aside))
+    return lines, lambda: placed(mlx.with_adapter(_published(run).lm, aside))
 
 
 WRITERS = {
@@ -90,7 +90,7 @@ def _adapter(run: RunFolder, args: argparse.Namespace, file: Path) -> tuple[dict
     under = args.base if args.base and Path(args.base).is_file() else None
 
     def load() -> Any:
-        lm = merging.loaded(run, _form(run)).lm
+        lm = _published(run).lm
         tensors = gguf.read_tensors(Path(under)) if under else dict(gguf.tensors_of(lm, gguf.layout_of(lm.config)))
         return placed(gguf.model_of(adapters.with_adapter(tensors, gguf.read_tensors(file)), lm))
 
@@ -104,6 +104,7 @@ def _form(run: RunFolder) -> Any:
 
 
 def _published(run: RunFolder) -> Base:
+    """That base, without the adapter, loaded anew each time: an adapter that is loaded changes its layers."""
     return merging.loaded(run, _form(run))
 
 

@@ -180,9 +180,8 @@ def encode_rows(
         _check(run, key, unread + unfit, used[key])
         left_out += len(_left_out(unread))
         refused += [row for row in unread + unfit if not isinstance(row, LeftOut)]
-        if key == "data" and not isinstance(
-            run.settings, PPO
-        ):  # a long dialogue gives several sequences, and is one row
+        if key == "data" and not isinstance(run.settings, PPO):
+            # A long dialogue gives several sequences, and is one row.
             places = {each.where for each in outlines(encoded[key]) if getattr(each, "dropped_turns", 0)}
             shortened = sum(row.where in places for row in rows) if places else 0
     counts = {"used": used["data"], "held_out": used["eval_data"], "refused": len(refused)}

@@ -35,7 +35,7 @@ class OnDemand(Sequence[Row]):
 
 
 class RowFile(OnDemand[Row]):
-    """Rows in a file, in the order of `places`: (start, end) of each in the file."""
+    """Rows in a file: `starts` says where each begins in it, and the last one ends; `order` which rows these are."""
 
     def __init__(self, file: IO[bytes], starts: Sequence[int], order: Sequence[int]):
         self._file, self._starts, self._order = file, starts, order

@@ -257,7 +257,7 @@ def _runs(rows: np.ndarray, places: np.ndarray) -> list[tuple[int, int, int]]:
 def _columns(rows: Sequence[TokenDialogue]) -> datasets.Dataset | None:
     if not rows:
         return None
-    return datasets.Dataset.from_dict({"input_ids": [r.ids for r in rows], "labels": [r.labels for r in rows]})
+    return datasets.Dataset.from_list([*_unpacked(rows)])
 
 
 def _sequences(inputs: dict[str, Any]) -> Iterator[tuple[int, ...]]:
