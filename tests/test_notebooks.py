@@ -1,6 +1,7 @@
 """The notebooks run from top to bottom on a CPU, from the wheel in an empty folder, and define nothing of their own."""
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -33,6 +34,17 @@ def test_a_notebook_is_thin_and_clean(notebook):
     assert "import" in python
     text = notebook.read_text(encoding="utf-8")
     assert f"/blob/main/notebooks/{notebook.name})" in text, "no badge"
+
+
+def test_the_notebooks_import_what_is_there():
+    """All of them in one short test, as they themselves run with the true-model tests only."""
+    python = [re.sub(r"^(\s*)[!%].*", r"\1pass", code(notebook), flags=re.MULTILINE) for notebook in NOTEBOOKS]
+    imports = [node for text in python for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    ours = {(node.module, name.name) for node in imports if node.module.startswith("qalign") for name in node.names}
+
+    missing = [found for found in sorted(ours) if not hasattr(importlib.import_module(found[0]), found[1])]
+    assert ours
+    assert not missing
 
 
 def installs(notebook: Path) -> list[str]:
