@@ -16,7 +16,7 @@ from typing import Any
 from qalign.cli import Parser, program, run_parsed
 from qalign.config.paths import expanded, names_of_files
 from qalign.errors import UserError, did_you_mean, one_line
-from qalign.reports.curves import Curve, RunView, run_in, view
+from qalign.reports.curves import Curve, RunView, run_in, view, word
 
 EVERY_SECONDS = 2.0
 PANEL_WIDTH, PANEL_HEIGHT, LOWEST = 40, 14, 8  # characters; a panel is as wide and high, or as low, as there is room
@@ -84,20 +84,13 @@ def plotted(panels: dict[str, list[Curve]], width: int, height: int, *, coloured
     for place, (title, curves) in enumerate(panels.items()):
         panel = figure.subplot(place // columns + 1, place % columns + 1) if len(panels) > 1 else figure
         panel.theme("default" if coloured else "colorless")
-        panel.title(f"{title}: {', '.join(f'{_word(curve, curves)}{curve.values[-1]:.4g}' for curve in curves)}")
+        last = (f"{word(curve, curves)} {curve.values[-1]:.4g}".strip() for curve in curves)
+        panel.title(f"{title}: {', '.join(last)}")
         for curve, marker in zip(curves, MARKERS, strict=False):
             panel.draw(panel.signal(curve.steps, curve.values, marker=marker).lines())
         panel.ruler("x").ticks(ticks := _ticks(curves), [f"{tick:,}" for tick in ticks])
     text = str(figure.build())
     return "\n".join(line.rstrip() for line in (text if coloured else plotext.uncolorize(text)).splitlines())
-
-
-def _word(curve: Curve, curves: Sequence[Curve]) -> str:
-    """What tells a curve from the others of its panel, before its last value."""
-    if curve.name.startswith("eval_"):
-        return "held out "
-    others = [other for other in curves if other is not curve and not other.name.startswith("eval_")]
-    return f"{curve.name.rpartition('/')[2]} " if others else ""
 
 
 def _ticks(curves: Sequence[Curve]) -> list[int]:

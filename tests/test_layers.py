@@ -21,6 +21,7 @@ LIGHT += [
     "page.launch",
     "page.models",
     "page.session",
+    "page.training.drawing",
     "page.votes",
     "train.run_folder",
 ]

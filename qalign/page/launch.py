@@ -67,6 +67,7 @@ def serve(args: argparse.Namespace) -> None:
         # Imported here: torch and Gradio take seconds, and a mistyped folder should be reported at once.
         from qalign.page.actions import Page
         from qalign.page.chat import Chat
+        from qalign.page.training.curves import RunList
         from qalign.page.ui import build
 
         page, pair, listeners = None, ("", ""), Listeners()
@@ -78,7 +79,7 @@ def serve(args: argparse.Namespace) -> None:
                 return (available_models(args.models, runs, recipe) or ([],))[0]
 
             page = Page(Chat(*found, pair, listeners), votes, search)
-        launch(build(page, pair, logout=auth is not None), listener, args, auth, listeners)
+        launch(build(page, pair, RunList(runs), logout=auth is not None), listener, args, auth, listeners)
 
 
 def listening(host: str, port: int | None) -> socket.socket:

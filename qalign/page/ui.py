@@ -14,6 +14,9 @@ from qalign.data.formats import Message
 from qalign.page.actions import MAX_COMMENT, Inputs, Page, View
 from qalign.page.chat import MAX_CHARACTERS, MAX_DIAL, Controls
 from qalign.page.session import Session
+from qalign.page.training import curves
+from qalign.page.training.curves import RunList, stop_others
+from qalign.page.training.html import paragraph
 from qalign.page.votes import Choice
 
 EXAMPLES = 6
@@ -30,13 +33,16 @@ THEME = Soft(  # uses the system's own fonts, so that nothing is downloaded
 NO_RUN = Path(__file__).with_name("no_run.md").read_text(encoding="utf-8")
 
 
-def build(page: Page | None, pair: tuple[str, str], *, logout: bool = False) -> gr.Blocks:
+def build(page: Page | None, pair: tuple[str, str], runs: RunList, *, logout: bool = False) -> gr.Blocks:
     """The page as Gradio blocks, with a pair of models to start with. Without a run (None) it says how to train one."""
     with gr.Blocks(title="qalign", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        if page is None:
-            gr.Markdown(NO_RUN)
-            return blocks
-        wire(blocks, page, main_widgets(page, pair) | more_widgets(page.chat.max_new_tokens), pair)
+        with gr.Tabs(elem_id="tabs"):
+            with gr.Tab("Compare", id="compare") as compare:
+                if page is None:
+                    gr.Markdown(NO_RUN)
+                else:
+                    wire(blocks, page, main_widgets(page, pair) | more_widgets(page.chat.max_new_tokens), pair)
+            stop_others([(compare, None), curves.tab(runs)])
         if logout:
             script = "() => fetch('logout?all_session=false').finally(() => location.reload())"
             gr.Button("Log out", size="sm", elem_id="logout").click(None, js=script, api_visibility="private")
@@ -199,8 +205,3 @@ def literal(turns: list[Message]) -> list[Any]:
     """Turns for the chatbot, shown letter by letter. It reads every text as HTML, and would move the indentation of a
     plain string as if it were a docstring."""
     return [{**turn, "content": [{"type": "text", "text": escape(turn["content"], quote=False)}]} for turn in turns]
-
-
-def paragraph(text: str) -> str:
-    """A message as HTML that a screen reader reads aloud when it changes."""
-    return f'<p role="status">{escape(text)}</p>' if text else ""

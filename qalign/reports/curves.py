@@ -2,7 +2,7 @@
 Imports neither torch nor a library that draws."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,6 +82,14 @@ class RunView:
         }
         drawn = {title: curves for title, curves in found.items() if curves}
         return drawn if chosen else dict([*drawn.items()][:AT_FIRST])
+
+
+def word(curve: Curve, curves: Sequence[Curve]) -> str:
+    """What tells a curve from the others of its panel; empty for a curve of training that is alone."""
+    if curve.name.startswith("eval_"):
+        return "held out"
+    others = [other for other in curves if other is not curve and not other.name.startswith("eval_")]
+    return curve.name.rpartition("/")[2] if others else ""
 
 
 def view(path: Path) -> RunView:

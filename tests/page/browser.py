@@ -36,13 +36,15 @@ class Browser:
         self.driver.quit()
         self.profile.cleanup()
 
-    def open(self, address: str, width: int = 1280, height: int = 1000, *, dark: bool = False) -> None:
+    def open(
+        self, address: str, width: int = 1280, height: int = 1000, *, dark: bool = False, sees: str = "#prompt textarea"
+    ) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
         self.driver.get(address)
-        self.until(lambda: self("#prompt textarea").is_displayed())
+        self.until(lambda: self(sees).is_displayed())
         time.sleep(1)  # the page greets with what the server knows by now
 
     def __call__(self, selector: str):
@@ -53,6 +55,16 @@ class Browser:
 
     def run(self, script: str):
         return self.driver.execute_script(script)
+
+    def tab(self, name: str) -> None:
+        """Opens the tab of this name."""
+        self.until(lambda: [tab.click() for tab in self.driver.find_elements("css selector", "[role=tab]")
+                            if tab.text == name])  # fmt: skip
+
+    def choose(self, option: str) -> None:
+        """Chooses from the list that is open."""
+        self.until(lambda: [found.click() for found in self.driver.find_elements("css selector", "[role=option]")
+                            if found.text.strip().endswith(option)])  # fmt: skip
 
     def click(self, selector: str) -> None:
         shown = f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})"

@@ -64,7 +64,7 @@ def visitor(tiny_folder, tmp_path_factory):
 
 def test_every_control_does_what_it_says(visitor, tmp_path):
     log_in(visitor)
-    for part in (asks, goes_on, samples, chooses_models, votes, colours_and_folds, stops):
+    for part in (turns_to_the_tabs, asks, goes_on, samples, chooses_models, votes, colours_and_folds, stops):
         part(visitor)
     downloads(visitor, tmp_path)
     visitor.use("logout: Log out")
@@ -84,6 +84,15 @@ def log_in(visitor):
     visitor.until(lambda: visitor("#prompt textarea").is_displayed())
     visitor.seen.clear()  # the form for the password is used, and gone
     visitor.until(lambda: len(visitor.look()) > 15)
+
+
+def turns_to_the_tabs(visitor):
+    """Only that they are there: `test_training_browser` uses what is in them."""
+    seen = {*visitor.seen}
+    for name in ("Curves", "Compare"):
+        visitor.use(f"tabs: {name}")
+    visitor.until(lambda: visitor("#prompt textarea").is_displayed())
+    visitor.seen = seen
 
 
 def asks(visitor):

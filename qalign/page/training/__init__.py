@@ -1,0 +1,1 @@
+"""The page's part about training: the curves of runs."""
