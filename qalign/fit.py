@@ -27,7 +27,6 @@ SHADES = "█▓▒░▚▞"
 WIDTH = 60
 ROWS = {"sft": "rows", "reward": "pairs", "dpo": "pairs", "kto": "answers", "ppo": "prompts with their answers"}
 ROWS["grpo"] = ROWS["ppo"]
-SHORTEST = 256  # a smaller max_length is of no use
 
 
 def report(recipe: Recipe, given: str | None) -> None:
@@ -52,7 +51,7 @@ def report(recipe: Recipe, given: str | None) -> None:
     forecasts = {}
     for stage in recipe.stages:
         with readable(spec.base, "model.base", "can't be trained"):  # as it may have no class of language models
-            forecasts[stage] = Forecast(recipe, stage, config, where, dtype)
+            forecasts[stage] = Forecast(recipe, stage, config, where, dtype).decided(memory)
             table_of_stage = lines(forecasts[stage], memory)
         print_table(stage, table_of_stage)
     if measured := forecasts.get("dpo") or forecasts.get("kto"):
@@ -83,7 +82,7 @@ def lines(forecast: "Forecast", memory: int) -> list[tuple[str, str]]:
     tokens = plan.tokens if plan and size == "auto" else needed
     offloaded = forecast.can_offload if plan is None else bool(plan.offloaded)
     parts = forecast.parts(tokens, checkpointed, offloaded=offloaded)
-    found = [*table(parts, memory), *not_counted(forecast)]
+    found = [*table(parts, memory), *streamed(forecast), *not_counted(forecast)]
     at_once = f"{tokens:,} tokens at once, {checkpointed or 'no'} of {layers} layers checkpointed"
     if plan is None:
         return [*found, ("fits", f"NO: {at_once}"), ("change", advice(forecast, memory, needed // longest))]
@@ -96,6 +95,15 @@ def lines(forecast: "Forecast", memory: int) -> list[tuple[str, str]]:
         *plan.lines.items(),
         ("limit", f"{limit:,} tokens with {means}: one row of max_length {reach:,}"),
     ]
+
+
+def streamed(forecast: "Forecast") -> list[tuple[str, str]]:
+    """What `model.stream` keeps in the computer's memory, and copies."""
+    if not (size := forecast.streamed):
+        return []
+    copied = f"a forward and its backward copy {gib(2 * size)}, at 25 GB/s in {2 * size / 25e9:.1f} s"
+    where = f"{forecast.config.get_text_config().num_hidden_layers} layers from {gib(size)} of the computer's memory"
+    return [("streamed", f"yes: {where}; {copied}")]
 
 
 def not_counted(forecast: "Forecast") -> list[tuple[str, str]]:
@@ -118,7 +126,7 @@ def table(parts: dict[str, int], memory: int) -> list[tuple[str, str]]:
 
 def advice(forecast: "Forecast", memory: int, rows: int) -> str:
     """The one setting to change if the longest row doesn't fit."""
-    from qalign.model.memory.forecast import longest_row, max_length_of
+    from qalign.model.memory.forecast import SHORTEST, longest_row, max_length_of
 
     recipe, stage = forecast.recipe, forecast.stage
     limit = max_length_of(recipe, stage, forecast.furthest(memory))

@@ -47,6 +47,10 @@ class Model(Section):
     fused_kernels: bool = True
     """Fused kernels: on a GPU, runs norms, rotary embeddings and MLPs with liger-kernel where it is installed and gives
     the same numbers to the rounding of the compute dtype. The header says what it runs. It has no effect on a CPU."""
+    stream: Literal["auto", "always", "never"] = "auto"
+    """Layer streaming: the weights of the base's layers stay in the computer's memory and are copied to the GPU for
+    each pass, for a base that is larger than the GPU's memory. It changes no number and takes time. `auto` streams only
+    where the base doesn't fit."""
     max_length: int = Field(default=2048, ge=16, le=MAX_TOKENS)
     """Maximum sequence length, in tokens: prompt and answer together. The oldest turns are dropped to fit; an answer is
     never cut. Lower it when memory runs out."""
@@ -58,6 +62,10 @@ class Model(Section):
     """System turns: `keep` leaves them to the template, and refuses a row whose system turn it has no place for;
     `into_user` puts each before the next user turn, with a blank line between, for templates such as Gemma's and
     Mistral's; `refuse` refuses rows with a system turn."""
+
+    def conflicts(self) -> Iterator[str]:
+        if self.stream == "always" and self.quantization == "int8":
+            yield "stream: 'always' can't be used with quantization int8, which bitsandbytes moves by itself; use nf4"
 
 
 # PEFT takes a text as a regular expression, some of which never end; names say all that is needed.
@@ -160,6 +168,9 @@ class Recipe(Section):
                     f"{' and '.join(moved)}; set {' and '.join(f'{name}.start_from: sft' for name in moved)}, or use "
                     "'default'"
                 )
+        if self.model.stream == "always" and (self.lora.dora or self.lora.init == "loftq"):
+            key = "dora" if self.lora.dora else "init"
+            yield f"lora.{key}: starts from all weights of the base, which model.stream: always doesn't hold; remove it"
         if self.dpo and self.dpo.compares_pairs and self.lora.dropout:
             yield (
                 "lora.dropout: can't be used with this dpo.loss, which compares the pairs of a step in a pass without "

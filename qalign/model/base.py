@@ -29,6 +29,7 @@ from qalign.model.lineage import Lineage, describe
 from qalign.model.loading import Form, load_weights, parameter_count, parts_left_out, reach_of, tensor_bytes
 from qalign.model.logps import ScalarHead, backbone, check_head, new_head
 from qalign.model.memory.kv_cache import RowCache, measured_cache
+from qalign.model.memory.stream import stream_of
 from qalign.model.origin import Origin
 from qalign.model.packing.packing import Packing, packing_of
 
@@ -71,8 +72,7 @@ class Base:
     def __init__(
         self, lm: PreTrainedModel, template: ChatTemplate, origin: Origin, spec: Model, left_out: Sequence[str] = ()
     ):
-        lm.requires_grad_(False)
-        lm.eval()
+        lm.requires_grad_(False).eval()
         self._switch = AdapterSwitch(lm)
         self.lm, self.dtype, self.device, self._base_parameters = lm, lm.dtype, lm.device, parameter_count(lm)
         self.model: PreTrainedModel | peft.PeftModel = lm
@@ -94,8 +94,7 @@ class Base:
             with self._changing_adapters():
                 self._attach(role, config, with_head=_gives_scores(role))
                 if lora.init == "loftq":
-                    original, *_ = load_weights(self.spec, form="original")
-                    weights.start_with_loftq(self.model, original, role)
+                    weights.start_with_loftq(self.model, load_weights(self.spec, form="original")[0], role)
                 self._settle(role, trainable=True)
         except ValueError as error:
             raise UserError(f"lora: no adapter can be put on {self.spec.base}: {error}") from None
@@ -199,10 +198,11 @@ class Base:
 
     @property
     def held_bytes(self) -> int:
-        """Memory of the base's own weights and buffers, including the scales of 4-bit weights."""
+        """Device memory of the base's own weights and buffers, including the scales of 4-bit weights."""
         added = {id(p) for role in self.adapters for p in self.trained_weights(role).values()}
         added |= {id(p) for p in getattr(self.lm, HEAD, nn.Module()).parameters()}
-        return sum(tensor_bytes(t) for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in added)
+        own = (t for t in (*self.model.parameters(), *self.model.buffers()) if id(t) not in added)
+        return sum(map(tensor_bytes, own)) - (stream.saved_bytes if (stream := stream_of(self.lm)) else 0)
 
     def train(self) -> None:
         """Training mode, as `AdapterSwitch.train` means it."""

@@ -9,6 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal, cast
@@ -31,6 +32,7 @@ from qalign.model import origin
 from qalign.model.adapters.generation_config import mended
 from qalign.model.experts.quantizer import FourBitConfig, guard_4bit
 from qalign.model.experts.weights import held_parameters
+from qalign.model.memory.stream import placed, scales_of
 from qalign.model.origin import OTHER_CODE, Origin
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -57,9 +59,9 @@ def load_weights(spec: Model, *, form: Form = "held") -> tuple[Any, Any, Origin]
             find(spec, weights=True)
             lm = _loaded(found, dtype="auto")
         else:
-            dtype = DTYPES.get(spec.compute_dtype) if form == "dequantized" else None
-            where = device() if form == "held" else torch.device("cpu")
-            lm = _held(spec, found, dtype or compute_dtype(spec), where)
+            dtype = (DTYPES.get(spec.compute_dtype) if form == "dequantized" else None) or compute_dtype(spec)
+            on = partial(_held, spec, found, dtype)
+            lm = placed(on, device(), spec.stream) if form == "held" else on(torch.device("cpu"))
         if form == "dequantized" and spec.quantization != "none":
             lm = lm.dequantize(dtype=lm.dtype)
     _check_tokens(tokenizer, lm, spec.base, "model.base")
@@ -329,11 +331,7 @@ def parameter_count(lm: tf.PreTrainedModel) -> int:
 
 def tensor_bytes(tensor: Tensor) -> int:
     """The memory of a tensor; of a 4-bit one including its scales."""
-    state = getattr(tensor, "quant_state", None)
-    scales = [] if state is None else [state.absmax, state.code]
-    if state is not None and state.nested:
-        scales += [state.state2.absmax, state.state2.code]
-    return sum(t.numel() * t.element_size() for t in (tensor, *scales))
+    return sum(part.nbytes for part in (tensor, *scales_of(tensor)))
 
 
 def save_tokenizer(tokenizer: tf.PreTrainedTokenizerBase, folder: Path) -> None:

@@ -18,7 +18,7 @@ from qalign.data.store.sequences import TokenAnswers
 from qalign.data.tokenize import encode_questions
 from qalign.errors import UserError
 from qalign.model import lineage
-from qalign.model.base import Base, Role, load
+from qalign.model.base import Base, Role
 from qalign.model.generation import Engine, Sampling, TransformersEngine, engine, stop_ids_of, text_of
 from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
@@ -27,8 +27,8 @@ from qalign.rl.rewards import Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
 from qalign.rl.scorers import Scorer
 from qalign.train.callbacks import checkpoint_layers
-from qalign.train.dataset import ReadRows, StageRows, encode_rows, rendered_at
-from qalign.train.loop import Session
+from qalign.train.dataset import ReadRows, StageRows, encode_rows
+from qalign.train.loop import Session, placed_base
 from qalign.train.run_folder import RunFolder
 from qalign.train.trainers.adapter import built, schedule_from_one, try_out
 
@@ -100,7 +100,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
         )
     scorers = open_scorers(recipe, run)
     found.intake.by_rewards = set(filter(scorers.takes, found.intake.seen))
-    base = load(recipe.model, now=rendered_at(run) if run.resume else None)
+    base = placed_base(run)
     # One position is left for the end of turn that a cut answer gets before a reward adapter scores it.
     room = int(min(length, reach - 1)) - settings.max_new_tokens
     session = Session(run, base, encode_rows(run, base.template, found, encode_questions, room))

@@ -21,10 +21,11 @@ from qalign.model import lineage
 from qalign.model.adapters.members import member_roles, places
 from qalign.model.base import Base, Role, load
 from qalign.model.experts.weights import experts_in_words
-from qalign.model.loading import reach_of
+from qalign.model.loading import compute_dtype, device, load_config, reach_of, readable
 from qalign.model.memory.first_step import is_out_of_memory
 from qalign.model.memory.forecast import Forecast, Plan, tokens_of_most_steps, usable_by_offload, usable_memory
 from qalign.model.memory.offload import offload
+from qalign.model.memory.stream import stream_of
 from qalign.train.callbacks import Monitor, RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
 from qalign.train.model_card import loading
@@ -47,7 +48,18 @@ def end_part(run: RunFolder, done: int, parts: int, checkpoints: int) -> None:
 def load_base(run: RunFolder) -> Base:
     """The recipe's base model, loaded after the values under `trainer:` were tried out."""
     try_out(run)
-    return load(run.recipe.model, now=rendered_at(run) if run.resume else None)
+    return placed_base(run)
+
+
+def placed_base(run: RunFolder) -> Base:
+    """The recipe's base model, its layers streamed where the stage's forecast says that they don't fit."""
+    model = run.recipe.model
+    if device().type == "cuda" and model.stream == "auto":
+        config, memory = load_config(model), usable_memory("cuda")
+        with readable(model.base, "model.base", "can't be trained"):
+            forecast = Forecast(run.recipe, run.stage, config, "cuda", compute_dtype(model))
+            model = forecast.decided(memory).recipe.model
+    return load(model, now=rendered_at(run) if run.resume else None)
 
 
 class Session:
@@ -149,6 +161,7 @@ class Session:
             "rows": ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in self.rows.counts.items()),
             "steps": f"{steps}, {self.micro}{self.planned}",
             **self.planned.lines,
+            **({"streamed": str(stream)} if (stream := stream_of(base.lm)) else {}),
         }
         if run.resume:
             lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
@@ -200,7 +213,8 @@ class Session:
         """Runs a training loop, which returns steps done, steps planned and tokens seen of the whole run, and saves the
         adapter. Returns facts for the summary: `steps` and `tokens` of the whole run, the others of this session.
         Raises `Stopped` if the user or the system asked to stop; a checkpoint was written."""
-        run, began = self.run, time.monotonic()
+        run, began, stream = self.run, time.monotonic(), stream_of(self.base.lm)
+        copied = stream.copied_bytes if stream else 0
         try:
             done, planned, tokens = loop()
         except RuntimeError as error:
@@ -221,6 +235,7 @@ class Session:
             "tokens": tokens,
             "tokens_per_second": round((tokens - self.tokens_before) / max(1e-9, seconds), 1),
             "peak_bytes": peak_bytes(),
+            **({"streamed_bytes": stream.copied_bytes - copied} if stream else {}),
         }
 
     def finish(self, next_command: str, **facts: Any) -> None:

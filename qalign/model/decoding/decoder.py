@@ -17,6 +17,7 @@ from qalign.model.decoding.graphs import Steps, in_a_line
 from qalign.model.decoding.rows import GrowingRows, StaticRows, column_bucket, prompt_inputs, row_bucket
 from qalign.model.decoding.static import StaticCache, UnservedError
 from qalign.model.memory.forecast import free_memory
+from qalign.model.memory.stream import stream_of
 
 DEVICES = ("cuda",)  # where caches are static: without graphs they only cost masked columns
 KEPT_SHARE = 0.05  # of the free memory; what is more is freed when sampling ends, as training will want it
@@ -112,8 +113,9 @@ class Decoder:
             return None
 
     def is_static(self, base: Base) -> bool:
-        """Whether rows of this base have a static cache, found by running some once."""
-        if base.lm.device.type not in DEVICES:
+        """Whether rows of this base have a static cache, found by running some once. Layers that are streamed are
+        copied by the host, which a graph can't wait for."""
+        if base.lm.device.type not in DEVICES or stream_of(base.lm):
             return False
         if not self._tried:
             self._tried = True

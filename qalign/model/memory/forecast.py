@@ -20,10 +20,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qalign.config.paths import adapters_in, function_of, is_own_model, is_own_run, own_member, reward_adapter
 from qalign.config.recipe import Model, Recipe
 from qalign.config.stages import DPO, PPO, RL_STAGES, Reward
+from qalign.model.adapters.targets import decoder_layers
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import held_bytes
 from qalign.model.loading import reach_of
 from qalign.model.memory.step import Step, StepModel, is_expert, is_quantized, meta_model
+from qalign.model.memory.stream import SLOTS
 
 CUDA_CONTEXT = 700 * 2**20  # bytes of a card that CUDA itself takes, where there is none to measure it on
 # The usable share of a memory. On an H200, segments that grow reserved 22.95 GiB for 22.59 allocated, and others ran
@@ -31,6 +33,7 @@ CUDA_CONTEXT = 700 * 2**20  # bytes of a card that CUDA itself takes, where ther
 USABLE = {"cpu": 0.95, "cuda": 0.93, "cuda, segments of fixed size": 0.89}
 # Tokens per forward beyond which a step gets no faster per token: weights are unpacked once for all of them.
 BUSY_TOKENS = {"cuda": 8192, "cpu": 4096}
+SHORTEST = 256  # tokens: a recipe whose rows must be shorter is of no use
 _LONG = 2**17  # tokens: longer steps take long to count, and nobody's rows are longer
 _OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw_8bit": 2.07}  # per weight: two moments; 8-bit ones with a scale for 256
 
@@ -77,6 +80,7 @@ class Forecast:
         layers: the base's number of layers; for an ensemble, the number that keep something for the backward pass.
         members: of the ensemble that is trained; 1 without one.
         reach: the longest text that the base can read, in tokens.
+        streamed: bytes of the layers that `model.stream` keeps outside of the device, all but two of them; 0 if none.
         most_steps: the tokens that most optimiser steps have, for `plan`, where they are known.
     """
 
@@ -99,9 +103,23 @@ class Forecast:
         """The forecast for another recipe: same stage, base, device and dtype."""
         return Forecast(recipe, self.stage, self.config, self.device, self.dtype)
 
+    def decided(self, memory: int) -> "Forecast":
+        """The forecast with `model.stream` decided: `auto` streams the layers where with all of them in memory not even
+        a row of `SHORTEST` tokens would fit."""
+        model, lora = self.recipe.model, self.recipe.lora
+        if model.stream != "auto" or self.device != "cuda" or model.quantization == "int8":
+            return self
+        if lora.dora or lora.init == "loftq":  # which start from all weights
+            return self
+        if self.total(SHORTEST, self.layers, offloaded=self.can_offload) <= memory:
+            return self
+        return self.with_recipe(self.recipe.model_copy(update={"model": model.model_copy(update={"stream": "always"})}))
+
     def _fixed(self, lm: PreTrainedModel) -> dict[str, int]:
-        settings, width = self.settings, self.dtype.itemsize
-        weights = [(name, p) for name, p in lm.named_parameters() if not p.requires_grad]
+        settings, width, spec = self.settings, self.dtype.itemsize, self.recipe.model
+        held = {n: _held_bytes(p, n, lm, spec, width) for n, p in lm.named_parameters() if not p.requires_grad}
+        layers = _bytes_of_layers(lm, held) if spec.stream == "always" else []
+        self.streamed = sum(layers)
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, self.members * adapter
         has_reference = self.stage in ("kto", *RL_STAGES) or (isinstance(settings, DPO) and settings.needs_reference)
@@ -115,7 +133,7 @@ class Forecast:
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         autocast_copy = self.members * adapter * width if width == 2 else 0
         return {
-            "base": sum(_held_bytes(p, name, lm, self.recipe.model, width) for name, p in weights),
+            "base": sum(held.values()) - self.streamed + SLOTS * max(layers, default=0),
             "adapters": int((trained + frozen * adapter) * 4) + autocast_copy,
             "gradients": trained * 4,
             "optimiser": int(trained * _OPTIMIZER_BYTES[optimizer]),
@@ -192,6 +210,8 @@ class Forecast:
             host: bytes of the computer's memory for what is offloaded.
         """
         wanted = max(BUSY_TOKENS[self.device], longest) if self.settings.micro_batch_size == "auto" else longest
+        if self.streamed and wanted > longest:  # all layers are copied for each micro-batch: best one for a whole step
+            wanted = max(wanted, min(self.most_steps, self.settings.batch_size * longest))
         given = self.settings.checkpointed_layers
         most = self.layers if given == "auto" else min(given, self.layers)
         tokens = wanted if self.total(wanted, most) <= memory else min(wanted, self.largest(memory, most))
@@ -210,6 +230,13 @@ class Forecast:
             return None
         held = self.step(longest, checkpointing=True, offloaded=True).held
         return Plan(longest, self.layers, held) if held <= host else None
+
+
+def _bytes_of_layers(lm: PreTrainedModel, held: dict[str, int]) -> list[int]:
+    """The bytes of each layer's weights, from those of the weights by name; none if layers can't be streamed."""
+    layers = decoder_layers(lm)
+    parts = {p: n for n, p in lm.named_parameters()}
+    return [sum(held.get(parts[p], 0) for p in layer.parameters()) for layer in layers or ()]
 
 
 def _full_adapters(source: str, own: Reward | None) -> float:

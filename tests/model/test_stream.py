@@ -1,0 +1,181 @@
+"""Layers that are streamed: the same bits as with all of them in memory, with two of them on the device at a time."""
+
+import pytest
+import torch
+import transformers as tf
+
+from qalign.config.recipe import Lora, Model
+from qalign.model.base import Base, Role, load
+from qalign.model.logps import pair_logps
+from qalign.model.memory import stream as streaming
+from qalign.model.memory.forecast import SHORTEST, Forecast, usable_of_card
+from qalign.model.memory.stream import placed, scales_of, stream_of
+from tests.conftest import FIXTURES
+from tests.families import family, random_pairs
+from tests.helpers import metrics, refusal, scramble
+from tests.model.test_memory import GIB, HALF, forecast_of, shape
+from tests.reward_runs import run_stage, write_recipe
+
+LAYERS = 5
+TWICE = 2 * (LAYERS - 2)  # copies of a step: forward and backward each begin with two layers that are there already
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory) -> str:
+    """A random Llama of 5 layers, more than the device has slots for."""
+    folder = str(tmp_path_factory.mktemp("deep") / "model")
+    tokenizer = tf.AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = tf.LlamaConfig(vocab_size=len(tokenizer), num_hidden_layers=LAYERS, initializer_range=0.1, **sizes)
+    tf.LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def trained(folder: str, stream: str, *, checkpointing: bool = True, **model) -> Base:
+    """A base with a policy that does something, in training mode, with dropout."""
+    torch.manual_seed(0)
+    base = load(Model(base=folder, compute_dtype="float32", stream=stream, **model))
+    base.add_adapter(Role.POLICY, Lora(r=4, dropout=0.1))
+    scramble(base)
+    if checkpointing:
+        base.lm.activation_checkpointing_enable({"use_reentrant": False})
+    base.train()
+    return base
+
+
+def step(base: Base, passes: int = 1) -> list[torch.Tensor]:
+    """The log-probs of pairs, and the gradients of their sum over some passes, all run before the backward."""
+    torch.manual_seed(1)
+    batch, weights = base.batch(random_pairs()), list(base.trained_weights(Role.POLICY).values())
+    with base.packed_attention(), base.acting_as(Role.POLICY) as lm:
+        logps = torch.stack([pair_logps(lm, batch) for _ in range(passes)])
+        return [logps.detach(), *torch.autograd.grad(logps[..., 0].sum(), weights)]
+
+
+@pytest.mark.parametrize(("quantization", "checkpointing"), [("nf4", True), ("none", False)])
+def test_gradients_are_those_of_a_base_in_memory(quantization, checkpointing, deep_folder):
+    options = {"quantization": quantization, "checkpointing": checkpointing}
+    resident, streamed = (trained(deep_folder, when, **options) for when in ("never", "always"))
+    assert stream_of(resident.lm) is None
+    stream = stream_of(streamed.lm)
+    for passes in (1, 2):
+        assert all(map(torch.equal, step(streamed, passes), step(resident, passes)))
+    before = stream.copies
+    step(streamed)
+    assert stream.copies - before == TWICE
+
+
+def test_the_device_holds_two_layers(deep_folder):
+    resident, streamed = (load(Model(base=deep_folder, stream=when)) for when in ("never", "always"))
+    stream, layers = stream_of(streamed.lm), streamed.lm.base_model.layers
+    tensors = [part for t in (*layers.parameters(), *layers.buffers()) for part in (t, *scales_of(t))]
+    large = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.nbytes > 64}
+    assert sum(large.values()) == stream.slot_bytes == pytest.approx(stream.layer_bytes * 2 / LAYERS)
+    assert resident.held_bytes - streamed.held_bytes == pytest.approx(stream.saved_bytes, rel=0.02)
+    copied, one = stream.copied_bytes, stream.copied_bytes // stream.copies
+    ids = torch.arange(20, 60).view(2, 20)
+    with torch.no_grad():
+        for _ in range(2):
+            assert torch.equal(streamed.lm(input_ids=ids).logits, resident.lm(input_ids=ids).logits)
+    assert (stream.copied_bytes - copied) % one == 0
+    assert stream.copied_bytes - copied <= 2 * stream.layer_bytes
+
+
+def test_pinned_layers_are_held_in_pieces(deep_folder, monkeypatch):
+    """What a GPU's layers are copied from; here its memory isn't pinned."""
+    expected, real = step(trained(deep_folder, "never")), streaming._hold
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    monkeypatch.setattr(streaming, "_PIECE", 1000)
+    monkeypatch.setattr(streaming, "_hold", lambda *args, pinned: real(*args, pinned=True))
+    base = trained(deep_folder, "always")
+    assert len(stream_of(base.lm)._held[0]) > 5
+    assert all(map(torch.equal, step(base), expected))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gemma4", "gpt-oss", "qwen3_next"])
+def test_families_with_keys_experts_and_states_of_their_own(name, tmp_path):
+    """Layers that use the keys of others, experts in 4 bits, and layers without attention."""
+    tokenizer = tf.AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
+    family(name, len(tokenizer) + 10, dtype=torch.float32, spread=0.1).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    resident, streamed = (trained(str(tmp_path), when) for when in ("never", "always"))
+    assert all(map(torch.equal, step(streamed), step(resident)))
+
+
+def test_auto_streams_where_the_base_does_not_fit(deep_folder, monkeypatch):
+    """Without a forecast, as in commands that don't train."""
+    tried = []
+
+    def read(device: torch.device):
+        tried.append(device)
+        if len(tried) % 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return tf.AutoModelForCausalLM.from_pretrained(deep_folder)
+
+    assert stream_of(placed(read, torch.device("cpu"), "auto"))
+    with pytest.raises(torch.OutOfMemoryError):
+        placed(read, torch.device("cpu"), "never")
+    with pytest.raises(ValueError, match="broken"):
+        placed(lambda _: (_ for _ in ()).throw(ValueError("broken")), torch.device("cpu"), "auto")
+
+
+# --- stages and the planner ------------------------------------------------------------------------------------------
+
+
+def test_a_run_has_the_same_numbers(tmp_path, deep_folder, capsys):
+    keys = {"limit": 6, "batch_size": 3, "micro_batch_size": 3, "lora": {"dropout": 0.1}}
+    runs = {}
+    for when in ("never", "always"):
+        runs[when] = run_stage(write_recipe(tmp_path / when, deep_folder, "dpo", model={"stream": when}, **keys))
+    assert "  streamed       5 layers from memory, of which the device holds 2 at a time" in capsys.readouterr().out
+    resident, streamed = map(metrics, runs.values())
+    same = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
+    assert [[line[name] for name in same] for line in streamed] == [[line[name] for name in same] for line in resident]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line", "fix"),
+    [
+        ({"model": {"quantization": "int8"}}, "model.stream:", "use nf4"),
+        ({"lora": {"dora": True}}, "lora.dora:", "remove it"),
+    ],
+)
+def test_what_cannot_be_streamed_is_refused(changes, line, fix, tmp_path, deep_folder, capsys):
+    model = {"stream": "always", **changes.pop("model", {})}
+    said = refusal(capsys, lambda: run_stage(write_recipe(tmp_path, deep_folder, "dpo", model=model, **changes)))
+    assert line in said
+    assert fix in said
+
+
+def test_the_forecast_streams_what_does_not_fit():
+    """Mistral-7B on a card of 4 GiB: it holds the embeddings, the head and two of 32 layers."""
+    small, large = usable_of_card(4 * GIB), usable_of_card(12 * GIB)
+    whole = forecast_of(shape("Mistral-7B-v0.3"), "dpo", "cuda", HALF)
+    assert whole.decided(large) is whole
+    assert whole.streamed == 0
+    assert whole.total(SHORTEST, 32, offloaded=True) > small
+    found = whole.decided(small)
+    assert found.recipe.model.stream == "always"
+    linear = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    assert found.streamed == pytest.approx(32 * (linear * 4.127 / 8 + 2 * 4096 * 2), rel=0.001)
+    assert whole.fixed["base"] - found.fixed["base"] == pytest.approx(found.streamed * 30 / 32)
+    assert found.total(SHORTEST, 32) < small
+    never = whole.with_recipe(whole.recipe.model_copy(update={"model": Model(base="unused", stream="never")}))
+    assert never.decided(small) is never
+    on_cpu = forecast_of(shape("Mistral-7B-v0.3"), "dpo", "cpu", HALF)
+    assert on_cpu.decided(small) is on_cpu
+
+
+def test_a_streamed_micro_batch_is_a_whole_step():
+    """Each micro-batch copies all layers."""
+    recipe = {"model": {"stream": "always"}, "batch_size": 64}
+    config, memory_bytes = shape("Mistral-7B-v0.3"), usable_of_card(24 * GIB)
+    streamed = forecast_of(config, "dpo", "cuda", HALF, **recipe)
+    assert isinstance(streamed, Forecast)
+    streamed.most_steps = 20_000
+    assert streamed.plan(memory_bytes, 1000).tokens == 20_000
+    streamed.most_steps = 2**40
+    assert streamed.plan(memory_bytes, 200).tokens == 64 * 200
