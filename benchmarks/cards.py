@@ -19,11 +19,12 @@ from qalign.data.store.sequences import TokenAnswers, TokenDialogue, TokenLabell
 from qalign.model.base import Role
 from qalign.model.generation import Sampling, TransformersEngine
 from qalign.model.kernels import fuse
-from qalign.model.loading import compute_dtype
+from qalign.model.loading import compute_dtype, device
 from qalign.model.memory.first_step import is_out_of_memory
 from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, Plan, longest_row, usable_memory
 from qalign.model.memory.offload import Offload, offload
 from qalign.model.memory.step import LiveBytes
+from qalign.model.memory.stream import LayerStream
 from qalign.model.reference import ReferenceLogps
 from qalign.rl.ppo_setup import Setup
 from qalign.rl.ppo_trainer import ROLES, PPOTrainer
@@ -71,14 +72,17 @@ class Stage:
         longest: tokens of the longest row.
     """
 
-    def __init__(self, stage: str, shape: str, max_length: int, *, fused: bool = False):
+    def __init__(self, stage: str, shape: str, max_length: int, *, fused: bool = False, streamed: bool = False):
         self.stage, self.offload = stage, None
         torch.manual_seed(0)
         config = config_of(shape)
-        self.base = as_base(random_lm(config, compute_dtype(Model(base="random"))), fixture_tokenizer())
+        where = torch.device("cpu") if streamed else device()
+        lm = random_lm(config, compute_dtype(Model(base="random")), where=where)
+        self.stream = LayerStream(lm, device()) if streamed else None
+        self.base = as_base(lm, fixture_tokenizer())
         if fused:
             fuse(self.base.lm)
-        model = self.base.spec.model_dump() | {"max_length": max_length}
+        model = self.base.spec.model_dump() | {"max_length": max_length, "stream": "always" if streamed else "never"}
         optimiser = {"optim": "paged_adamw_8bit" if ON_CUDA else "adamw_torch"}
         own = PPO | {"max_new_tokens": max_length // 4, "batch_size": 4} if stage == "ppo" else {}
         section = {"data": "unused", "trainer": optimiser, **own}

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from accelerate import init_empty_weights
 from bitsandbytes.nn import Linear4bit, Params4bit
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, Qwen2Config
 from transformers.quantizers import AutoHfQuantizer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -29,7 +29,6 @@ SHAPES = {
     "mistral7b": "Mistral-7B-v0.3",
     "llama31_8b": "Llama-3.1-8B",
     "qwen3_4b": "Qwen3-4B-Instruct-2507",
-    "tiny": None,
 }
 TINY = LlamaConfig(
     vocab_size=2006,  # the fixture tokenizer's
@@ -39,19 +38,25 @@ TINY = LlamaConfig(
     num_attention_heads=4,
     num_key_value_heads=2,
 )
+_QWEN = {"vocab_size": 152_064, "hidden_size": 5120, "num_attention_heads": 40, "num_key_value_heads": 8}
+MADE = {  # shapes without a file: the second two are Qwen2.5's
+    "tiny": TINY,
+    "qwen14b": Qwen2Config(**_QWEN, intermediate_size=13_824, num_hidden_layers=48),
+    "qwen32b": Qwen2Config(**_QWEN, intermediate_size=27_648, num_hidden_layers=64),
+}
 
 
 def config_of(shape: str):
-    return (
-        AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[shape], trust_remote_code=False)
-        if SHAPES[shape]
-        else TINY
-    )
+    if shape in MADE:
+        return MADE[shape]
+    return AutoConfig.from_pretrained(FIXTURES / "configs" / SHAPES[shape], trust_remote_code=False)
 
 
-def random_lm(config, dtype: torch.dtype, std: float = 0.02):
+def random_lm(config, dtype: torch.dtype, std: float = 0.02, where: torch.device | None = None):
     """A model of that shape in NF4 with double quantisation, made as transformers' own loader makes one: a skeleton
-    without weights, its linear layers replaced, then one weight at a time, so that the 16-bit model never exists."""
+    without weights, its linear layers replaced, then one weight at a time, so that the 16-bit model never exists. It is
+    quantised on the GPU if there is one, and held there or `where` else."""
+    where = where or device()
     settings = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -69,12 +74,12 @@ def random_lm(config, dtype: torch.dtype, std: float = 0.02):
             values = values.normal_(std=std) if values.dim() > 1 else values.fill_(name == "weight")  # norms are 1
             if isinstance(module, Linear4bit) and name == "weight":
                 as_4bit = {key: getattr(parameter, key) for key in ("compress_statistics", "quant_type")}
-                weight = Params4bit(values, requires_grad=False, module=module, **as_4bit).to(device())
+                weight = Params4bit(values, requires_grad=False, module=module, **as_4bit).to(device()).to(where)
             else:
-                weight = torch.nn.Parameter(values, requires_grad=False)
+                weight = torch.nn.Parameter(values.to(where), requires_grad=False)
             setattr(module, name, weight)
         for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(device()))
+            setattr(module, name, buffer.to(where))
     lm.tie_weights()
     quantizer.postprocess_model(lm)
     lm.hf_quantizer = quantizer  # saving asks for it

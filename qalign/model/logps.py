@@ -52,7 +52,11 @@ def new_head(lm: PreTrainedModel) -> ScalarHead:
 def pair_logps(lm: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     """Log-probs of the answers, summed over their tokens: float32 `(rows, answers each)` in nats; of a pair the chosen
     one first."""
-    logps = completion_logps(lm, batch)
+    return summed(batch, completion_logps(lm, batch))
+
+
+def summed(batch: AnswerBatch, logps: Tensor) -> Tensor:
+    """Sums log-probs `(targets,)` of tokens over each answer: `(rows, answers each)`."""
     return logps.new_zeros(batch.lengths.numel()).index_add(0, batch.owners, logps).view_as(batch.lengths)
 
 

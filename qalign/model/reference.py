@@ -18,6 +18,8 @@ from qalign.config.cache import alone, cache_folder
 from qalign.data.collate import AnswerBatch, AnsweredPrompt
 from qalign.model.base import Base, Role
 from qalign.model.logps import pair_logps
+from qalign.model.memory.lockstep import Reading, pair_logps_together
+from qalign.model.memory.stream import stream_of
 
 
 class ReferenceLogps:
@@ -35,6 +37,25 @@ class ReferenceLogps:
         self.computed += len(rows)
         with torch.no_grad(), base.acting_as(Role.REFERENCE) as lm:
             return pair_logps(lm, batch)
+
+    def beside_policy(self, base: Base, rows: Sequence[AnsweredPrompt], batch: AnswerBatch) -> tuple[Tensor, Tensor]:
+        """(summed log-probs of the policy, with gradients where they are enabled; those of the reference). Layers that
+        are streamed are visited once for both."""
+        if stream_of(base.lm) is None or self._is_known(rows):
+            reference = self.logps(base, rows, batch)
+            with base.acting_as(Role.POLICY) as lm:
+                return pair_logps(lm, batch), reference
+        both = [Reading(Role.REFERENCE, batch), Reading(Role.POLICY, batch, torch.is_grad_enabled())]
+        reference, policy = pair_logps_together(base, both)
+        self._keep(rows, reference)
+        return policy, reference
+
+    def _is_known(self, rows: Sequence[AnsweredPrompt]) -> bool:
+        """Whether any of the rows' log-probs needn't be computed."""
+        return False
+
+    def _keep(self, rows: Sequence[AnsweredPrompt], logps: Tensor) -> None:
+        self.computed += len(rows)
 
     def save(self) -> None:
         """Writes new log-probs to the cache, if there is one."""
@@ -72,10 +93,20 @@ class CachedReferenceLogps(ReferenceLogps):
         missing = list({digest: i for i, digest in enumerate(digests) if digest not in self._cached}.values())
         if missing:
             some = [rows[i] for i in missing]
-            found = super().logps(base, some, batch if len(some) == len(rows) else base.batch(some)).cpu()
-            self._cached |= {digests[i]: values for i, values in zip(missing, found, strict=True)}
-            self._unsaved = True
+            found = super().logps(base, some, batch if len(some) == len(rows) else base.batch(some))
+            self._cache(some, found)
         return torch.stack([self._cached[digest] for digest in digests]).to(batch.input_ids.device)
+
+    def _is_known(self, rows: Sequence[AnsweredPrompt]) -> bool:
+        return any(_digest(row) in self._cached for row in rows)
+
+    def _keep(self, rows: Sequence[AnsweredPrompt], logps: Tensor) -> None:
+        super()._keep(rows, logps)
+        self._cache(rows, logps)
+
+    def _cache(self, rows: Sequence[AnsweredPrompt], logps: Tensor) -> None:
+        self._cached |= {_digest(row): values for row, values in zip(rows, logps.cpu(), strict=True)}
+        self._unsaved = True
 
     def _verify(self, base: Base, digests: list[bytes], found: Tensor) -> None:
         cached = torch.stack([self._cached.get(d, values) for d, values in zip(digests, found.cpu(), strict=True)])

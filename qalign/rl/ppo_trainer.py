@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from qalign.config.stages import PPO
 from qalign.data.collate import AnswerBatch, MicroBatchLimit, on_device
@@ -24,6 +23,7 @@ from qalign.losses import policy_gradient as losses
 from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_logps, token_scores
 from qalign.model.memory.first_step import FirstStep
+from qalign.model.memory.lockstep import Reading, read_together
 from qalign.rl.objective import (
     Figures,
     Weights,
@@ -141,23 +141,23 @@ class PPOTrainer:
             parts = [micro for mini in self._mini_batches(rollout, epoch=0) for micro in mini]
             if unused := sorted({*range(len(rollout.rows))} - {*rollout.used}):
                 parts += self._micro_batches(rollout, unused)
-            for role in roles:
-                if role is Role.VALUE and self.settings.value != "adapter":
-                    continue  # `trunk` is read from the policy's hidden states
-                with self.base.acting_as(role) as lm:
-                    found = [self._read(role, lm, batch) for _, batch in self._batches(rollout, parts)]
-                rollout.fill([number for part in parts for number in part], found)
+            roles = [role for role in roles if role is not Role.VALUE or self.settings.value == "adapter"]
+            found = [self._read(roles, batch) for _, batch in self._batches(rollout, parts)]
+            rollout.fill([number for part in parts for number in part], found)
 
-    def _read(self, role: Role, lm: PreTrainedModel, batch: AnswerBatch) -> dict[str, Tensor]:
-        """Tensors of a rollout from one forward pass of a role, on its device, in the order of the batch's targets."""
-        temperature, states, found = self.setup.sampling.temperature, answer_states(lm, batch), dict[str, Tensor]()
-        if role is Role.VALUE or (role is Role.POLICY and self.settings.value == "trunk"):
-            found["values"] = self._values(states)
-        if role is Role.POLICY:
-            scored = token_scores(lm, states, batch.targets, temperature)
-            found |= {"old_logps": scored.logps, "entropies": scored.entropies}
-        if role is Role.REFERENCE:
-            found["reference_logps"] = state_logps(lm, states, batch.targets, temperature)
+    def _read(self, roles: Sequence[Role], batch: AnswerBatch) -> dict[str, Tensor]:
+        """Tensors of a rollout from a forward pass of each role, on its device, in the order of the batch's targets."""
+        temperature, found = self.setup.sampling.temperature, dict[str, Tensor]()
+        readings = [Reading(role, batch) for role in roles]
+        for role, reading, states in zip(roles, readings, read_together(self.base, readings), strict=True):
+            with reading.on(self.base) as lm:
+                if role is Role.VALUE or (role is Role.POLICY and self.settings.value == "trunk"):
+                    found["values"] = self._values(states)
+                if role is Role.POLICY:
+                    scored = token_scores(lm, states, batch.targets, temperature)
+                    found |= {"old_logps": scored.logps, "entropies": scored.entropies}
+                if role is Role.REFERENCE:
+                    found["reference_logps"] = state_logps(lm, states, batch.targets, temperature)
         return found
 
     def score(self, rollout: RolloutBatch) -> dict[str, float]:

@@ -1,5 +1,7 @@
 """Layers that are streamed: the same bits as with all of them in memory, with two of them on the device at a time."""
 
+from threading import active_count
+
 import pytest
 import torch
 import transformers as tf
@@ -9,20 +11,23 @@ from qalign.model.base import Base, Role, load
 from qalign.model.logps import pair_logps
 from qalign.model.memory import stream as streaming
 from qalign.model.memory.forecast import SHORTEST, Forecast, usable_of_card
+from qalign.model.memory.lockstep import Reading, pair_logps_together
+from qalign.model.memory.offload import Offload
 from qalign.model.memory.stream import placed, scales_of, stream_of
+from qalign.model.reference import ReferenceLogps
 from tests.conftest import FIXTURES
 from tests.families import family, random_pairs
 from tests.helpers import metrics, refusal, scramble
 from tests.model.test_memory import GIB, HALF, forecast_of, shape
 from tests.reward_runs import run_stage, write_recipe
 
-LAYERS = 5
+LAYERS = 6
 TWICE = 2 * (LAYERS - 2)  # copies of a step: forward and backward each begin with two layers that are there already
 
 
 @pytest.fixture(scope="module")
 def deep_folder(tmp_path_factory) -> str:
-    """A random Llama of 5 layers, more than the device has slots for."""
+    """A random Llama of 6 layers, more than the device has slots for."""
     folder = str(tmp_path_factory.mktemp("deep") / "model")
     tokenizer = tf.AutoTokenizer.from_pretrained(FIXTURES / "tokenizers" / "llama3")
     torch.manual_seed(0)
@@ -94,6 +99,43 @@ def test_pinned_layers_are_held_in_pieces(deep_folder, monkeypatch):
     assert all(map(torch.equal, step(base), expected))
 
 
+@pytest.mark.parametrize("offloaded", [False, True])
+def test_all_roles_of_a_step_visit_a_layer_together(offloaded, deep_folder):
+    """Policy and reference of a step on pairs: a layer is copied once in the forward and once in the backward."""
+    found, pairs = [], random_pairs()
+    for when in ("never", "always"):
+        base = trained(deep_folder, when)
+        stream, weights = stream_of(base.lm), list(base.trained_weights(Role.POLICY).values())
+        held = Offload(base.lm, [], smallest=1) if offloaded else None
+        for _ in range(2):
+            torch.manual_seed(1)
+            before = stream.copies if stream else 0
+            with base.packed_attention():
+                policy, reference = ReferenceLogps().beside_policy(base, pairs, base.batch(pairs))
+                gradients = torch.autograd.grad(policy[:, 0].sum(), weights)
+        assert stream is None or stream.copies - before == TWICE
+        assert base.role == Role.POLICY
+        found.append([policy.detach(), reference, *gradients, torch.tensor(held.bytes if held else 0)])
+    assert all(map(torch.equal, *found))
+    assert (found[0][0] - found[0][1]).abs().max() > 0.1
+
+
+def test_a_pass_that_fails_ends_the_others(deep_folder, monkeypatch):
+    base, threads = trained(deep_folder, "always"), active_count()
+    layers, batch = list(base.lm.base_model.layers), base.batch(random_pairs())
+    readings = [Reading(role, batch) for role in (Role.REFERENCE, Role.POLICY)]
+    with base.packed_attention():
+        expected = pair_logps_together(base, readings)
+        for broken in (layers[3], base.lm.base_model.norm):  # in this thread, and in that of a pass
+            with monkeypatch.context() as patch:
+                patch.setattr(broken, "forward", None)
+                with pytest.raises(TypeError):
+                    pair_logps_together(base, readings)
+            assert active_count() == threads
+            assert list(base.lm.base_model.layers) == layers
+        assert all(map(torch.equal, pair_logps_together(base, readings), expected))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "gpt-oss", "qwen3_next"])
 def test_families_with_keys_experts_and_states_of_their_own(name, tmp_path):
@@ -103,6 +145,12 @@ def test_families_with_keys_experts_and_states_of_their_own(name, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     resident, streamed = (trained(str(tmp_path), when) for when in ("never", "always"))
     assert all(map(torch.equal, step(streamed), step(resident)))
+    pairs, found = random_pairs(), []
+    for base in (streamed, resident):
+        torch.manual_seed(1)
+        with base.packed_attention():
+            found.append(ReferenceLogps().beside_policy(base, pairs, base.batch(pairs)))
+    assert all(map(torch.equal, *found))
 
 
 def test_auto_streams_where_the_base_does_not_fit(deep_folder, monkeypatch):
@@ -130,7 +178,7 @@ def test_a_run_has_the_same_numbers(tmp_path, deep_folder, capsys):
     runs = {}
     for when in ("never", "always"):
         runs[when] = run_stage(write_recipe(tmp_path / when, deep_folder, "dpo", model={"stream": when}, **keys))
-    assert "  streamed       5 layers from memory, of which the device holds 2 at a time" in capsys.readouterr().out
+    assert "  streamed       6 layers from memory, of which the device holds 2 at a time" in capsys.readouterr().out
     resident, streamed = map(metrics, runs.values())
     same = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
     assert [[line[name] for name in same] for line in streamed] == [[line[name] for name in same] for line in resident]

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qalign.model.adapters.targets import decoder_layers
 from qalign.model.logps import backbone
 
 TILE = 2048  # tokens
@@ -53,10 +54,11 @@ class Offload:
     def __init__(self, lm: PreTrainedModel, wide: Iterable[nn.Module], *, tile: int = TILE, smallest: int = _SMALLEST):
         self.lm, self.wide, self.tile, self.smallest, self.bytes = lm, list(wide), tile, smallest, 0
         self._open: list[saved_tensors_hooks] = []
-        self._hooks = [
-            backbone(lm).register_forward_pre_hook(self._enter),
-            backbone(lm).register_forward_hook(self._leave, always_call=True),
-        ]
+        self._hooks = [backbone(lm).register_forward_pre_hook(self._begin)]
+        # Layers too: those that several roles visit together run in another thread than what is around them.
+        for module in (backbone(lm), *(decoder_layers(lm) or ())):
+            self._hooks.append(module.register_forward_pre_hook(self._enter))
+            self._hooks.append(module.register_forward_hook(self._leave, always_call=True))
         self._own = [vars(module).get("forward") for module in self.wide]  # of those with fused kernels
         for module in self.wide:
             module.forward = partial(self._in_tiles, module.forward)
@@ -77,7 +79,7 @@ class Offload:
             run = partial(checkpoint, forward, use_reentrant=False, preserve_rng_state=not states.is_meta)
         return torch.cat([run(piece) for piece in states.split(self.tile, dim=1)], dim=1)
 
-    def _enter(self, *_: Any) -> None:
+    def _begin(self, *_: Any) -> None:
         if not torch.is_grad_enabled():
             return
         self.bytes = 0
@@ -95,11 +97,16 @@ class Offload:
                 self.bytes += tensor.nbytes
             return views[view]
 
-        self._open.append(saved_tensors_hooks(pack, lambda kept: kept.tensor() if isinstance(kept, _Held) else kept))
-        self._open[-1].__enter__()
+        self._pack = pack
+
+    def _enter(self, *_: Any) -> None:
+        if torch.is_grad_enabled():
+            unpack: Callable[[Any], Tensor] = lambda kept: kept.tensor() if isinstance(kept, _Held) else kept  # noqa: E731
+            self._open.append(saved_tensors_hooks(self._pack, unpack))
+            self._open[-1].__enter__()
 
     def _leave(self, *_: Any) -> None:
-        if self._open:
+        if torch.is_grad_enabled() and self._open:
             self._open.pop().__exit__()
 
 

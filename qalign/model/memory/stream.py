@@ -88,9 +88,8 @@ class LayerStream:
         )
 
     def _enter(self, number: int, _layer: nn.Module, _inputs: Any) -> None:
-        # Behind the last layer comes its own backward, or else another forward.
-        last = number == self.count - 1
-        self._visit(number, number + 1 if not last else None if torch.is_grad_enabled() else 0)
+        # Nothing follows the last layer: its backward may, which needs the two that are there.
+        self._visit(number, number + 1 if number < self.count - 1 else None)
 
     def _leave(self, number: int, _layer: nn.Module, _inputs: Any, output: Any) -> None:
         """The gradient of what a layer gives is the first that its backward needs. Layers with gradient checkpointing

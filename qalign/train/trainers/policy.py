@@ -79,10 +79,11 @@ class PreferenceTrainer(PolicyTrainer):
     def _logps(self, pairs: Sequence[Any]) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """(log-probs of the policy and the reference, lengths of the answers, probabilities that chosen is better)."""
         batch = self.base.batch(pairs)
-        needed = self.settings.needs_reference
-        reference = self.references.logps(self.base, list(pairs), batch) if needed else None
-        with self.base.acting_as(Role.POLICY) as lm:
-            policy = pair_logps(lm, batch)
+        if self.settings.needs_reference:
+            policy, reference = self.references.beside_policy(self.base, list(pairs), batch)
+        else:
+            with self.base.acting_as(Role.POLICY) as lm:
+                policy, reference = pair_logps(lm, batch), None
         return policy, reference, batch.lengths, probabilities(pairs, policy)
 
     def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
@@ -118,16 +119,14 @@ class LabelTrainer(PolicyTrainer):
         policy, reference = [], []
         for some in self.base.micro_batches(mismatched(rows, self.base.max_length), self.micro):
             batch = self.base.batch(some)
-            reference.append(self.references.logps(self.base, some, batch)[:, 0])
-            with self.base.acting_as(Role.POLICY) as lm:
-                policy.append(pair_logps(lm, batch)[:, 0])
+            of_policy, of_reference = self.references.beside_policy(self.base, some, batch)
+            policy.append(of_policy[:, 0])
+            reference.append(of_reference[:, 0])
         self.kl = kl_estimate(torch.cat(policy), torch.cat(reference))
 
     def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:
         settings, batch = self.settings, self.base.batch(pairs)
-        reference = self.references.logps(self.base, pairs, batch)[:, 0]
-        with self.base.acting_as(Role.POLICY) as lm:
-            policy = pair_logps(lm, batch)[:, 0]
+        policy, reference = (logps[:, 0] for logps in self.references.beside_policy(self.base, pairs, batch))
         desirable = torch.tensor([row.desirable for row in pairs], device=policy.device)
         loss = label_loss(
             settings.loss,
