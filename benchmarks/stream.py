@@ -1,11 +1,11 @@
 """Layers that are streamed (`model.stream`): are the gradients those of a base in memory, how often is a layer visited,
 and what does the device hold?
 
-    python benchmarks/stream.py                          # on a CPU: a small base, one process with and one without streaming
-    python benchmarks/stream.py --minutes 8              # on a GPU: DPO at the shapes of a 14B and a 32B on 8 and 12 GiB
+    python benchmarks/stream.py                  # on a CPU: a small base, in a process with and one without streaming
+    python benchmarks/stream.py --minutes 8      # on a GPU: DPO at the shapes of a 14B and a 32B on 8 and 12 GiB
 
-On a GPU nothing is downloaded: weights are random, in NF4. A step with all layers on the real card stands beside the same
-step on a card that looks small, so the quotient says how much of the copying is hidden behind the computing.
+On a GPU nothing is downloaded: weights are random, in NF4. A step with all layers on the real card stands beside the
+same step on a card that looks small, so the quotient says how much of the copying is hidden behind the computing.
 """
 
 import argparse

@@ -104,7 +104,8 @@ class Session:
         if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
             found = Plan(size * longest, 0 if layers == "auto" else layers)
         else:
-            recipe = run.recipe.model_copy(update={"model": self.base.spec})
+            streams = "always" if stream_of(self.base.lm) else "never"
+            recipe = run.recipe.model_copy(update={"model": self.base.spec.model_copy(update={"stream": streams})})
             forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
             if run.stage in ("reward", "dpo", "kto"):
                 taken = [*map(self.base.tokens_taken, outlines(self.rows.train))]

@@ -7,6 +7,7 @@ import torch
 import transformers as tf
 
 from qalign.config.recipe import Lora, Model
+from qalign.fit import streamed
 from qalign.model.base import Base, Role, load
 from qalign.model.logps import pair_logps
 from qalign.model.memory import stream as streaming
@@ -173,15 +174,37 @@ def test_auto_streams_where_the_base_does_not_fit(deep_folder, monkeypatch):
 # --- stages and the planner ------------------------------------------------------------------------------------------
 
 
-def test_a_run_has_the_same_numbers(tmp_path, deep_folder, capsys):
+@pytest.mark.parametrize(
+    "stage", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward", "kto"))]
+)
+def test_a_run_has_the_same_numbers(stage, tmp_path, deep_folder, capsys):
     keys = {"limit": 6, "batch_size": 3, "micro_batch_size": 3, "lora": {"dropout": 0.1}}
     runs = {}
     for when in ("never", "always"):
-        runs[when] = run_stage(write_recipe(tmp_path / when, deep_folder, "dpo", model={"stream": when}, **keys))
+        runs[when] = run_stage(write_recipe(tmp_path / when, deep_folder, stage, model={"stream": when}, **keys))
     assert "  streamed       6 layers from memory, of which the device holds 2 at a time" in capsys.readouterr().out
-    resident, streamed = map(metrics, runs.values())
-    same = ("loss", "grad_norm", "rewards/margins", "logps/chosen")
-    assert [[line[name] for name in same] for line in streamed] == [[line[name] for name in same] for line in resident]
+    found = [
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in metrics(r)] for r in runs.values()
+    ]
+    assert len(found[0]) > 1
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["adapter", "trunk"])
+def test_ppo_has_the_same_numbers(value, tmp_path, deep_folder):
+    """Sampling too, which copies all layers for each token."""
+    code = "def score(completion_ids):\n    return [sum(ids) % 7.0 for ids in completion_ids]"
+    (tmp_path / "mine.py").write_text(code)
+    keys = {"reward": f"{tmp_path}/mine.py:score", "value": value, "max_new_tokens": 8, "samples_per_prompt": 2}
+    found = []
+    for when in ("never", "always"):
+        run = run_stage(write_recipe(tmp_path / when, deep_folder, "ppo", model={"stream": when}, limit=4, **keys))
+        found.append(
+            [{k: v for k, v in line.items() if not k.startswith(("share/", "tokens_"))} for line in metrics(run)]
+        )
+    assert len(found[0]) > 1
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(
@@ -211,6 +234,9 @@ def test_the_forecast_streams_what_does_not_fit():
     assert found.streamed == pytest.approx(32 * (linear * 4.127 / 8 + 2 * 4096 * 2), rel=0.001)
     assert whole.fixed["base"] - found.fixed["base"] == pytest.approx(found.streamed * 30 / 32)
     assert found.total(SHORTEST, 32) < small
+    (said,) = streamed(found)
+    assert said[1].startswith(f"yes: 32 layers from {found.streamed / GIB:.2f} GiB of the computer's memory; ")
+    assert streamed(whole) == []
     never = whole.with_recipe(whole.recipe.model_copy(update={"model": Model(base="unused", stream="never")}))
     assert never.decided(small) is never
     on_cpu = forecast_of(shape("Mistral-7B-v0.3"), "dpo", "cpu", HALF)
