@@ -26,6 +26,7 @@ from qalign.config.paths import expanded
 from qalign.config.recipe import Recipe
 from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, program, short
 from qalign.model import origin
+from qalign.train.dataset import ReadRows, print_rows
 from qalign.train.run_folder import RunFolder
 
 COMMANDS = {
@@ -156,14 +157,26 @@ def _reader_is_gone(stream: TextIO) -> bool:
     return False
 
 
-def stage_command(stage: str, train: Callable[[Recipe, RunFolder], None], words: Sequence[str] | None = None) -> None:
-    """`python -m qalign.STAGE RECIPE [key=value …] [--resume | --overwrite]`; does not return."""
+def stage_command(
+    stage: str,
+    train: Callable[[Recipe, RunFolder], None],
+    read: Callable[[RunFolder], ReadRows],
+    words: Sequence[str] | None = None,
+) -> None:
+    """`python -m qalign.STAGE RECIPE [key=value …] [--resume | --overwrite | --check]`; does not return. `read` reads
+    the rows, which is all that `--check` does."""
 
     def work(args: argparse.Namespace) -> None:
         recipe = load(args.recipe, args.overrides, stage)
-        work_in(RunFolder(recipe, stage, shlex.join([args.recipe, *args.overrides])), args, train)
+        run = RunFolder(recipe, stage, shlex.join([args.recipe, *args.overrides]))
+        if args.check:
+            print_rows(run, read(run))
+        else:
+            work_in(run, args, train)
 
-    run_parsed(stage_parser(stage, train.__doc__), work, words)
+    parser = stage_parser(stage, train.__doc__)
+    parser.add_argument("--check", action="store_true", help="only say which rows are used and which refused")
+    run_parsed(parser, work, words)
 
 
 def work_in(run: Run, args: argparse.Namespace, train: Callable[[Recipe, Run], None]) -> None:

@@ -1,6 +1,6 @@
 """Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290) and its family.
 
-    python -m qalign.dpo RECIPE [key=value …] [--resume | --overwrite]
+    python -m qalign.dpo RECIPE [key=value …] [--resume | --overwrite | --check]
 
 Departure from the paper: the policy is a LoRA adapter on a frozen 4-bit base. The reference is the same base with that
 adapter off, or with a frozen copy of the adapter that the policy started from (`start_from: sft`), so one copy of the
@@ -15,13 +15,18 @@ from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO
 from qalign.data.formats import preferences
-from qalign.train.dataset import encode_rows, read_rows
+from qalign.train.dataset import ReadRows, encode_rows, read_rows
 from qalign.train.run_folder import RunFolder
+
+
+def raw_rows(run: RunFolder) -> ReadRows:
+    """What the stage reads."""
+    return read_rows(run, preferences)
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Align a base model to preference pairs and save the adapter."""
-    read = read_rows(run, preferences)
+    read = raw_rows(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.store.tokens import outlines
@@ -52,7 +57,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session.finish(measure or f"{program('page')} {shlex.quote(str(run.path))}", reference=reference, **facts)
 
 
-main = partial(stage_command, "dpo", train)
+main = partial(stage_command, "dpo", train, raw_rows)
 
 if __name__ == "__main__":
     main()

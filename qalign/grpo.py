@@ -1,7 +1,7 @@
 """Group relative policy optimisation (Shao et al. 2024, arXiv:2402.03300), Dr. GRPO, RLOO and GSPO: PPO without a value
 model.
 
-    python -m qalign.grpo RECIPE [key=value …] [--resume | --overwrite]
+    python -m qalign.grpo RECIPE [key=value …] [--resume | --overwrite | --check]
 
 It is `qalign.ppo` with a section `grpo:` of its own in the recipe, whose defaults are GRPO's: the answers to a prompt
 are compared with each other. docs/ppo.md gives the source of each detail.
@@ -20,7 +20,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     ppo.train(recipe, run)
 
 
-main = partial(stage_command, "grpo", train)
+main = partial(stage_command, "grpo", train, ppo.raw_rows)
 
 if __name__ == "__main__":
     main()

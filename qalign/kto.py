@@ -1,6 +1,6 @@
 """Kahneman-Tversky optimisation (Ethayarajh et al. 2024, arXiv:2402.01306): learns from single answers, good or bad.
 
-    python -m qalign.kto RECIPE [key=value …] [--resume | --overwrite]
+    python -m qalign.kto RECIPE [key=value …] [--resume | --overwrite | --check]
 
 Thumbs up and down are enough: no answer needs another one to the same prompt. Policy and reference are as in
 `qalign.dpo`. The KL estimate is over the whole optimiser step, whatever its micro-batches.
@@ -15,15 +15,20 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import KTO
 from qalign.data.formats import labelled_answers
 from qalign.errors import UserError
-from qalign.train.dataset import encode_rows, read_rows
+from qalign.train.dataset import ReadRows, encode_rows, read_rows
 from qalign.train.run_folder import RunFolder
 
 BALANCED = (1.0, 4 / 3)  # λ_D n_D / (λ_U n_U), eq. 8 of the paper
 
 
+def raw_rows(run: RunFolder) -> ReadRows:
+    """What the stage reads."""
+    return read_rows(run, labelled_answers)
+
+
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Align a base model to answers that are labelled good or bad, and save the adapter."""
-    read = read_rows(run, labelled_answers)
+    read = raw_rows(run)
     _check_labels([good for row in read.rows["data"][0] for good in row.desirable])
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
@@ -95,7 +100,7 @@ def balance_in_words(settings: KTO, good: int, bad: int) -> str:
     return f"{words}: unbalanced; set kto.{key} between {least:.2f} and {most:.2f}"
 
 
-main = partial(stage_command, "kto", train)
+main = partial(stage_command, "kto", train, raw_rows)
 
 if __name__ == "__main__":
     main()

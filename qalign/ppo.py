@@ -1,6 +1,6 @@
 """Proximal policy optimisation (Schulman et al. 2017, arXiv:1707.06347; Ouyang et al. 2022, arXiv:2203.02155).
 
-    python -m qalign.ppo RECIPE [key=value …] [--resume | --overwrite]
+    python -m qalign.ppo RECIPE [key=value …] [--resume | --overwrite | --check]
 
 Policy, reference, reward model and value model are adapters and heads on one 4-bit base. `qalign.rl.ppo_trainer` holds
 one iteration: collect, score, advantages, update. A policy may learn to exploit the faults of its reward, so
@@ -15,13 +15,18 @@ from qalign.cli import program, stage_command
 from qalign.config.recipe import Recipe
 from qalign.config.stages import PPO
 from qalign.data.formats import prompts
-from qalign.train.dataset import read_rows
+from qalign.train.dataset import ReadRows, read_rows
 from qalign.train.run_folder import RunFolder
+
+
+def raw_rows(run: RunFolder) -> ReadRows:
+    """What the stage reads."""
+    return read_rows(run, prompts)
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Teach a policy to earn a reward, held to its reference by KL, and save the adapter."""
-    read = read_rows(run, prompts)
+    read = raw_rows(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.model.memory.forecast import longest_row
@@ -50,7 +55,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     session.finish(following, reference=base.reference, **facts | loop.report())
 
 
-main = partial(stage_command, "ppo", train)
+main = partial(stage_command, "ppo", train, raw_rows)
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """A reward model: learn to score answers from pairs (Bradley and Terry 1952; Ouyang et al. 2022, arXiv:2203.02155).
 
-    python -m qalign.reward RECIPE [key=value …] [--resume | --overwrite]
+    python -m qalign.reward RECIPE [key=value …] [--resume | --overwrite | --check]
 
 The model is a LoRA adapter on the 4-bit base and a linear head in float32; the score is read at the last token of the
 answer's turn. It ends with a report on held-out pairs, `reward_report.png`: whether to trust the model.
@@ -17,17 +17,22 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import Reward
 from qalign.data.formats import preferences, scored_preferences
 from qalign.errors import scores_not_finite
-from qalign.train.dataset import encode_rows, read_rows
+from qalign.train.dataset import ReadRows, encode_rows, read_rows
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
+def raw_rows(run: RunFolder) -> ReadRows:
+    """What the stage reads."""
+    return read_rows(run, scored_preferences if cast(Reward, run.settings).margin else preferences)
+
+
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Train a reward model on preference pairs, save it, and report whether to trust it."""
     settings = cast(Reward, run.settings)
-    read = read_rows(run, scored_preferences if settings.margin else preferences)
+    read = raw_rows(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.store.tokens import outlines
@@ -105,7 +110,7 @@ def trust(pairs: Sequence[Any], scores: "Tensor", picture: Path) -> dict:
     return {"trust": figures, "warning": warning}
 
 
-main = partial(stage_command, "reward", train)
+main = partial(stage_command, "reward", train, raw_rows)
 
 if __name__ == "__main__":
     main()

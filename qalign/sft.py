@@ -1,6 +1,6 @@
 """Supervised fine-tuning: learn to give the answers of example dialogues.
 
-    python -m qalign.sft RECIPE [key=value …] [--resume | --overwrite]
+    python -m qalign.sft RECIPE [key=value …] [--resume | --overwrite | --check]
 
 TRL's `SFTTrainer` runs it on token ids made by qalign: only the assistant's turns are supervised, each with its end of
 turn, whether or not the chat template marks them. Departures from TRL: adapters stay float32 on a 4-bit base, nothing
@@ -16,13 +16,18 @@ from qalign.config.recipe import Recipe
 from qalign.config.stages import SFT
 from qalign.data.formats import dialogues
 from qalign.errors import UserError
-from qalign.train.dataset import encode_rows, read_rows
+from qalign.train.dataset import ReadRows, encode_rows, read_rows
 from qalign.train.run_folder import RunFolder
+
+
+def raw_rows(run: RunFolder) -> ReadRows:
+    """What the stage reads."""
+    return read_rows(run, dialogues)
 
 
 def train(recipe: Recipe, run: RunFolder) -> None:
     """Teach a base model to answer as in example dialogues and save the adapter."""
-    read = read_rows(run, dialogues)
+    read = raw_rows(run)
 
     # Imported here, not above: torch takes seconds, and a bad recipe or bad data must not wait for it.
     from qalign.data.store.tokens import outlines, supervised_tokens
@@ -60,7 +65,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
 
 
-main = partial(stage_command, "sft", train)
+main = partial(stage_command, "sft", train, raw_rows)
 
 if __name__ == "__main__":
     main()

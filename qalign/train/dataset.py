@@ -20,8 +20,9 @@ from qalign.data.shapes import RawRow
 from qalign.data.store.rows import selected
 from qalign.data.templates import ChatTemplate
 from qalign.errors import UserError
-from qalign.train.run_folder import RunFolder
+from qalign.train.run_folder import RunFolder, print_table
 
+SHOWN = 20  # refused rows that are printed
 RENDERED_AT, ROWS_HASH = "rendered_at", "rows_hash.json"  # files of the run
 
 Rows = tuple[Sequence[Any], list[Refused]]
@@ -119,6 +120,22 @@ def read_rows(run: RunFolder, read: Reader) -> ReadRows:
     if not isinstance(run.settings, Reward):  # nothing else reads how much better an answer is
         intake.read = {name: None for name in intake.read if name not in ("score_chosen", "score_rejected")}
     return ReadRows(found, intake)
+
+
+def print_rows(run: RunFolder, found: ReadRows) -> None:
+    """Prints which rows a stage would use, and which were refused and why."""
+    facts = list[tuple[str, str]]()
+    for key, (rows, unread) in found.rows.items():
+        refused, left_out = [row for row in unread if not isinstance(row, LeftOut)], _left_out(unread)
+        more = f", {len(left_out):,} left out, as they are no pairs" if left_out else ""
+        if rows or unread:
+            facts.append((key, f"{len(rows):,} rows are used, {len(refused):,} refused{more}"))
+        facts += [("", f"{row.where}: {row.reason}") for row in refused[:SHOWN]]
+        if len(refused) > SHOWN:
+            facts.append(("", f"and {len(refused) - SHOWN:,} more"))
+    length = run.recipe.model.max_length
+    limit = ("max_length", f"rows longer than {length:,} tokens are found when the stage has loaded the tokenizer")
+    print_table(f"{run.path}: the rows of {run.stage}", [*facts, *found.intake.notes(), limit])
 
 
 def rows_under(key: str, settings: Stage, seed: int, read: Reader, intake: Intake | None = None) -> Rows:

@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import signal
 import subprocess
 import sys
@@ -186,6 +187,25 @@ def test_a_mistake_on_the_command_line_is_one_line(words, said, capsys):
     assert said in line
     assert len(line) <= 300
     assert line.isprintable()
+
+
+@pytest.mark.parametrize(
+    ("stage", "recipe"),
+    [
+        *((stage, "smollm2_demo") for stage in ("sft", "reward", "dpo", "ppo")),
+        ("kto", "smollm2_kto"),
+        ("grpo", "smollm2_grpo"),
+    ],
+)
+def test_check_says_which_rows_a_stage_uses_and_loads_no_model(stage, recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "qalign.train.loop", None)  # it can't be imported
+    with pytest.raises(SystemExit) as ended:
+        cli.main([stage, str(ROOT / "recipes" / f"{recipe}.yaml"), f"output={tmp_path / 'run'}", "--check"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\n  data +[1-9][0-9,]* rows are used, 0 refused\n", said)
+    assert "columns read: " in said
+    assert not (tmp_path / "run").exists()
 
 
 # --- the console script ----------------------------------------------------------------------------------------------
