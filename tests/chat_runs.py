@@ -37,8 +37,8 @@ def finished_run(output: Path, tiny: str, scale: float = 0.2) -> Path:
 
 
 @contextmanager
-def serving(*options: str, before: str = "", host: str = "127.0.0.1") -> Iterator[str]:
-    """The address of `python app.py` in its own process, which runs the Python in `before` first."""
+def serving(*options: str, before: str = "", host: str = "127.0.0.1", folder: Path = ROOT) -> Iterator[str]:
+    """The address of `python app.py` in its own process and this folder. It runs the Python in `before` first."""
     with socket.socket() as free:
         free.bind((host, 0))
         port = free.getsockname()[1]
@@ -46,7 +46,7 @@ def serving(*options: str, before: str = "", host: str = "127.0.0.1") -> Iterato
     words = [sys.executable, "-c", f"{before}\nimport app\napp.main()", *options, "--host", host, "--port", str(port)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(words, cwd=ROOT, env=environment, stdout=log, stderr=log)
+        process = subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log)
         try:
             while True:
                 with suppress(httpx.TransportError):

@@ -4,20 +4,23 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from qalign.config.paths import looks_local
+from qalign.config.recipe import Model
 from qalign.data.formats import Message, check_text, prompts
 from qalign.data.readers import BadRow
 from qalign.errors import UserError
 from qalign.page.chat import Chat, Controls, TokenSpan, error_text
-from qalign.page.models import ModelEntry
+from qalign.page.models import ModelEntry, default_pair
 from qalign.page.session import CUT, Reply, Reward, Session
 from qalign.page.votes import Choice, Tally, VoteFile, Votes, row, tally
 from qalign.reports.plots import counted
 from qalign.train.dataset import rows_under
 
 MAX_COMMENT = 2000  # characters
+Search = Callable[[list[str]], tuple[list[ModelEntry], Model] | None]
 STATES = {"ended": "", "growing": "", "cut": "cut at max tokens", "stopped": "stopped"}
 FULL_NATS = 2.0  # a difference with the strongest colour: the token is seven times as likely
 STRONGEST = 0.6  # opacity of the strongest colour; the text on it stays legible
@@ -57,17 +60,30 @@ class View:
 
 class Page:
     """The actions of the page, on one chat and one file of votes. They change the visitor's session. `search` finds the
-    models that are available now."""
+    models that are available now, and their base, with those first that it is given by name."""
 
-    def __init__(self, chat: Chat, votes: VoteFile, search: Callable[[], list[ModelEntry]] = list):
-        self.chat, self.votes, self._search = chat, votes, search
+    def __init__(self, chat: Chat, votes: VoteFile, search: Search = lambda words: None):
+        self.chat, self.votes, self._search, self._opened = chat, votes, search, list[str]()
 
     def names(self) -> list[str]:
         """Names of all models, with runs that finished since the page was started."""
         with suppress(UserError):  # a named run may just be trained again; the known ones stay
-            for entry in self._search():
+            found = self._search(self._opened)
+            for entry in found[0] if found and self.chat.entries else ():
                 self.chat.entries.setdefault(entry.name, entry)
         return list(self.chat.entries)
+
+    def pair(self) -> tuple[str, str]:
+        """The two models that a comparison begins with; empty names if there is no run yet."""
+        return default_pair([*self.chat.entries.values()], []) if self.chat.entries else ("", "")
+
+    def open(self, run: Path) -> None:
+        """Compares a finished run with its base from now on: its base is loaded if another one is in memory. A
+        `UserError` if it can't be used."""
+        words = [str(run)]
+        if found := self._search(words):
+            self.chat.hold(*found)
+            self._opened = words
 
     def examples(self, count: int) -> list[str]:
         """Held-out questions of the newest run whose evaluation data is on this disk."""

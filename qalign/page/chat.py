@@ -1,5 +1,6 @@
 """Two models that answer side by side on one base, streamed: `Chat.answer` yields replies as they grow. No browser."""
 
+import gc
 import secrets
 import sys
 import time
@@ -7,6 +8,7 @@ import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ from qalign.data.tokenize import encode_question
 from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.adapters.members import Ensemble, answer_scores, load_rewards
-from qalign.model.base import Role, load
+from qalign.model.base import Base, Role, load
 from qalign.model.decoding.mixture import Mixture
 from qalign.model.generation import Request, Sampling, stop_ids_of, stream, text_of, uniform_draws, with_end_of_turn
 from qalign.model.logps import completion_logps
@@ -32,6 +34,7 @@ from qalign.page.worker import Listeners, Worker
 MAX_CHARACTERS = 20_000  # of a prompt, and of the system prompt
 MAX_QUESTIONS = 50  # in a dialogue
 MAX_SEED = 2**31 - 2
+MAX_NEW_TOKENS = 400  # while no base has been loaded, which sets the limit
 MAX_DIAL = 3.0  # three times as far as the adapter was trained to go
 Dialogues = Sequence[tuple[str, Sequence[Message]]]  # (name of the model, turns without a system turn) of each side
 
@@ -60,20 +63,65 @@ class TokenSpan:
 
 class Chat:
     """One base in memory, and the models that answer on it. The adapters of `names` are loaded now, others at their
-    first answer; a `UserError` if one can't be loaded."""
+    first answer; a `UserError` if one can't be loaded. Without a `model`, while there is no run, nothing is loaded."""
 
     def __init__(
-        self, entries: Sequence[ModelEntry], model: Model, names: Sequence[str] = (), listeners: Listeners | None = None
+        self,
+        entries: Sequence[ModelEntry] = (),
+        model: Model | None = None,
+        names: Sequence[str] = (),
+        listeners: Listeners | None = None,
     ):
-        self.base, self.model = load(model), model
+        self._model, self._base, self._loading = model, None, Lock()
         self.entries = {entry.name: entry for entry in entries}
-        self.max_new_tokens = max(1, self.base.max_length * 3 // 4)  # the most that a visitor may ask for
-        self._stop_ids = stop_ids_of(self.base.template)
+        self.max_new_tokens = MAX_NEW_TOKENS  # the most that a visitor may ask for
         self._worker = Worker(listeners)
+        self._forget()
+        if model:
+            self._worker.run(lambda: [self.base, *(self._role(name) for name in names)])
+
+    @property
+    def model(self) -> Model:
+        """The base, as its recipe says; a `UserError` if there is no run yet."""
+        if self._model is None:
+            raise UserError("there is no finished run yet; train one first")
+        return self._model
+
+    @property
+    def base(self) -> Base:
+        """The base. It is loaded if it isn't in memory."""
+        with self._loading:
+            if self._base is None:
+                self._base = load(self.model)
+                self.max_new_tokens = max(1, self._base.max_length * 3 // 4)
+                self._stop_ids = stop_ids_of(self._base.template)
+            return self._base
+
+    def unload(self) -> None:
+        """Frees the memory of the base and its adapters, after the answers that grow now; the next question loads them
+        again."""
+        self._worker.run(self._forget)
+
+    def hold(self, entries: Sequence[ModelEntry], model: Model) -> None:
+        """Other models to choose from, perhaps on another base. The one in memory stays if it serves them too: if none
+        of its adapters was trained again since."""
+        known = {entry.name: entry for entry in entries}
+        stale = any(name in known and known[name].weights_hash != was for name, was in self._hashes.items())
+        if stale or model != self._model:
+            self.unload()
+        self.entries, self._model = known, model
+        self._worker.run(lambda: self.base)
+
+    def _forget(self) -> None:
+        """Drops the base, if there is one, and what was loaded onto it."""
         self._roles: dict[str, str] = {BASE: Role.BASE}  # of each loaded model, by its name
         self._hashes: dict[str, str | None] = {BASE: None}  # of each loaded model's weights, by its name
         self._reward_models: dict[Path, str | Ensemble | None] = {}  # by adapter folder; None: it could not be loaded
-        self._worker.run(lambda: [self._role(name) for name in names])
+        with self._loading:
+            self._base: Base | None = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def weights_hash(self, name: str) -> str | None:
         """Hash of a model's adapter weights as they were loaded; of the files if it isn't loaded yet. None without an

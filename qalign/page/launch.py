@@ -16,6 +16,7 @@ from typing import Any
 from qalign.cli import Parser, run_parsed
 from qalign.config.load import load as load_recipe
 from qalign.config.paths import expanded
+from qalign.config.recipe import Model
 from qalign.errors import UserError
 from qalign.model import origin
 from qalign.page.models import ModelEntry, available_models, default_pair
@@ -68,18 +69,20 @@ def serve(args: argparse.Namespace) -> None:
         from qalign.page.actions import Page
         from qalign.page.chat import Chat
         from qalign.page.training.curves import RunList
+        from qalign.page.training.process import Training
         from qalign.page.ui import build
 
-        page, pair, listeners = None, ("", ""), Listeners()
+        def search(words: list[str]) -> tuple[list[ModelEntry], Model] | None:
+            return available_models(words or args.models, runs, recipe)
+
+        listeners, pair, chat = Listeners(), ("", ""), None
         if found:
             pair = default_pair(found[0], args.models)
             print(f"loading {found[1].base} …", flush=True)
-
-            def search() -> list[ModelEntry]:
-                return (available_models(args.models, runs, recipe) or ([],))[0]
-
-            page = Page(Chat(*found, pair, listeners), votes, search)
-        launch(build(page, pair, RunList(runs), logout=auth is not None), listener, args, auth, listeners)
+            chat = Chat(*found, pair, listeners)
+        page = Page(chat or Chat(listeners=listeners), votes, search)
+        blocks = build(page, pair, RunList(runs), Training(runs), logout=auth is not None)
+        launch(blocks, listener, args, auth, listeners)
 
 
 def listening(host: str, port: int | None) -> socket.socket:

@@ -12,14 +12,19 @@ from gradio.themes import Soft
 
 from qalign.data.formats import Message
 from qalign.page.actions import MAX_COMMENT, Inputs, Page, View
-from qalign.page.chat import MAX_CHARACTERS, MAX_DIAL, Controls
+from qalign.page.chat import MAX_CHARACTERS, MAX_DIAL, Controls, error_text
 from qalign.page.session import Session
 from qalign.page.training import curves
-from qalign.page.training.curves import RunList, stop_others
+from qalign.page.training.actions import Actions
+from qalign.page.training.curves import AT_ONCE, RunList, stop_others
 from qalign.page.training.html import paragraph
+from qalign.page.training.process import Training
+from qalign.page.training.tab import tab
+from qalign.page.training.uploads import Uploads
 from qalign.page.votes import Choice
 
 EXAMPLES = 6
+UPLOADS = "uploads"  # folder of uploaded data
 MAX_AT_ONCE = 16  # actions that wait in `page.worker` for their turn, each in one of Gradio's 40 threads
 # Widgets that `handler` reads, and widgets that `updates` fills, in the order of these functions.
 ENTERED = (*("first", "second", "blind", "colours", "temperature", "top_p", "tokens", "dial", "seed", "system"),
@@ -33,16 +38,21 @@ THEME = Soft(  # uses the system's own fonts, so that nothing is downloaded
 NO_RUN = Path(__file__).with_name("no_run.md").read_text(encoding="utf-8")
 
 
-def build(page: Page | None, pair: tuple[str, str], runs: RunList, *, logout: bool = False) -> gr.Blocks:
-    """The page as Gradio blocks, with a pair of models to start with. Without a run (None) it says how to train one."""
+def build(page: Page, pair: tuple[str, str], runs: RunList, training: Training, *, logout: bool = False) -> gr.Blocks:
+    """The page as Gradio blocks, with a pair of models to start with. Without a run, where the pair has no names, it
+    says how to train one."""
     with gr.Blocks(title="qalign", analytics_enabled=False, delete_cache=(3600, 3600)) as blocks:
-        with gr.Tabs(elem_id="tabs"):
+        with gr.Tabs(elem_id="tabs") as tabs:
             with gr.Tab("Compare", id="compare") as compare:
-                if page is None:
+                with gr.Column(visible=not pair[0]) as no_run:
                     gr.Markdown(NO_RUN)
-                else:
-                    wire(blocks, page, main_widgets(page, pair) | more_widgets(page.chat.max_new_tokens), pair)
-            stop_others([(compare, None), curves.tab(runs)])
+                with gr.Column(visible=bool(pair[0])) as main:
+                    w = main_widgets(page, pair) | more_widgets(page.chat.max_new_tokens)
+            w |= {"tabs": tabs, "no_run": no_run, "main": main}
+            train, t = tab(Actions(training, Uploads(Path(UPLOADS)), page.chat.unload))
+            stop_others([(compare, None), curves.tab(runs), (train, t["timer"])])
+        wire(blocks, page, w, pair)
+        wire_open(page, w, t)
         if logout:
             script = "() => fetch('logout?all_session=false').finally(() => location.reload())"
             gr.Button("Log out", size="sm", elem_id="logout").click(None, js=script, api_visibility="private")
@@ -129,7 +139,7 @@ def more_widgets(max_new_tokens: int) -> dict[str, Any]:
 
 def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]) -> None:
     """Connects widgets and actions. Actions that need the model are queued; the others answer at once."""
-    session = gr.State(Session(pair))
+    session = w["session"] = gr.State(Session(pair))
     entered, shown = [session, *(w[name] for name in ENTERED)], [session, *(w[name] for name in SHOWN)]
     quiet = {"show_progress": "hidden", "api_visibility": "private"}
     queued = {**quiet, "concurrency_id": "model", "concurrency_limit": MAX_AT_ONCE, "trigger_mode": "once"}
@@ -137,10 +147,6 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
 
     def stop(request: gr.Request) -> None:
         page.chat.stop(request.session_hash or "")
-
-    def opened(session: Session, first: str, second: str) -> list[Any]:
-        names = page.names()
-        return [gr.Dropdown(names, value=first), gr.Dropdown(names, value=second), *updates(page.view(session))]
 
     def snapshot() -> str:
         """A copy of the votes in the page's own folder, the only folder that it serves files from."""
@@ -166,8 +172,37 @@ def wire(blocks: gr.Blocks, page: Page, w: dict[str, Any], pair: tuple[str, str]
     w["download"].click(snapshot, None, w["file"], **at_once).then(
         None, js="() => document.querySelector('#votes-file a, #votes-file').click()", **quiet
     )
-    blocks.load(opened, [session, w["first"], w["second"]], [w["first"], w["second"], *shown[1:]], **at_once)
+    opened = [session, w["no_run"], w["main"], w["first"], w["second"], w["tokens"], *shown[1:]]
+    blocks.load(partial(greet, page), [session, w["first"], w["second"]], opened, **at_once)
     blocks.unload(stop)
+
+
+def greet(page: Page, session: Session, first: str, second: str) -> list[Any]:
+    """What is new when the page is opened: runs that finished since it was started, or other models altogether."""
+    names = page.names()
+    if not {first, second} <= {*names}:
+        first, second = page.pair()
+    session.choose(first, second, blind=session.blind)
+    choices = [gr.Dropdown(names, value=name) for name in (first, second)]
+    columns, most = [gr.Column(visible=not names), gr.Column(visible=bool(names))], page.chat.max_new_tokens
+    return [session, *columns, *choices, gr.Slider(maximum=most), *updates(page.view(session))]
+
+
+def wire_open(page: Page, w: dict[str, Any], t: dict[str, Any]) -> None:
+    """Connects the button in the tab Train (`t`) that opens its run in the comparison (`w`)."""
+
+    def open_run(run: Path | None, session: Session) -> list[Any]:
+        try:
+            if run:
+                page.open(run)
+        except Exception as error:
+            return [gr.skip(), paragraph(error_text(error)), *[gr.skip()] * len(opened)]
+        return [gr.Tabs(selected="compare"), "", *greet(page, session, *page.pair())]
+
+    opened = [*(w[name] for name in ("session", "no_run", "main", "first", "second", "tokens")), *(w[n] for n in SHOWN)]
+    t["open"].click(
+        open_run, [t["run"], w["session"]], [w["tabs"], t["status"], *opened], **{**AT_ONCE, "show_progress": "full"}
+    )
 
 
 def handler(action: Callable[[Session, Inputs], View | Iterator[View]]) -> Callable[..., Iterator[list[Any]]]:

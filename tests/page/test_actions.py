@@ -211,11 +211,36 @@ def test_a_vote_that_cannot_be_saved_can_be_given_again(page, session):
 
 
 def test_a_run_that_finishes_while_the_page_is_open_can_be_chosen(chat, tiny_folder, tmp_path):
-    page = Page(chat, VoteFile(tmp_path / "votes.jsonl"), lambda: available_models([], tmp_path / "runs")[0])
+    page = Page(chat, VoteFile(tmp_path / "votes.jsonl"), lambda words: available_models(words, tmp_path / "runs"))
     finished_run(tmp_path / "runs" / "late", tiny_folder, scale=0.1)
     assert len(page.examples(4)) == 4  # held-out questions
     assert "late/dpo" in page.names()
     assert send(page, Session(("base", "late/dpo")), second="late/dpo")[-1].figures[1]
+
+
+def test_a_page_without_a_run_opens_the_first_one_and_a_run_that_was_trained_again(tiny_folder, tmp_path):
+    page = Page(Chat(), VoteFile(tmp_path / "votes.jsonl"), lambda words: available_models(words, tmp_path / "runs"))
+    assert (page.names(), page.pair()) == ([], ("", ""))
+    assert "there is no finished run yet" in send(page, Session(("", "")), first="", second="")[-1].status
+    with pytest.raises(UserError, match="there is no finished"):
+        page.open(tmp_path / "runs" / "late" / "dpo")
+    run = finished_run(tmp_path / "runs" / "late", tiny_folder, scale=0.1)
+    page.open(run)
+    assert (page.names(), page.pair()) == (["late/dpo", "base"], ("base", "late/dpo"))
+    session = Session(page.pair())
+    before = send(page, session, second="late/dpo")[-1]
+    lm = page.chat.base.lm
+    page.open(run)
+    assert page.chat.base.lm is lm  # nothing has changed
+    page.chat.unload()
+    assert page.chat._base is None
+    session.clear()
+    assert send(page, session, second="late/dpo")[-1].dialogues == before.dialogues  # it was loaded again
+    finished_run(tmp_path / "runs" / "late", tiny_folder, scale=0.9)
+    page.open(run)
+    assert page.chat.weights_hash("late/dpo") == page.chat.entries["late/dpo"].weights_hash
+    session.clear()
+    assert send(page, session, second="late/dpo")[-1].dialogues[1] != before.dialogues[1]
 
 
 def test_a_named_run_that_is_trained_again_meanwhile_hides_no_other(chat, tmp_path):

@@ -87,9 +87,9 @@ def log_in(visitor):
 
 
 def turns_to_the_tabs(visitor):
-    """Only that they are there: `test_training_browser` uses what is in them."""
+    """Only that they open: `test_training_browser` uses what is in them."""
     seen = {*visitor.seen}
-    for name in ("Curves", "Compare"):
+    for name in ("Train", "Curves", "Compare"):
         visitor.use(f"tabs: {name}")
     visitor.until(lambda: visitor("#prompt textarea").is_displayed())
     visitor.seen = seen

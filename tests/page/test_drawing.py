@@ -46,10 +46,10 @@ def test_a_long_curve_keeps_its_ends_and_few_points():
 def test_state_step_and_alarms_are_said_and_no_text_of_a_run_becomes_html(tmp_path):
     run = written(tmp_path / "a" / "dpo", [{"step": 2, "loss": 0.5, "alarms": ["<b>answers loop"]}])
     html = run_html(view(run))
-    assert "<b>stopped</b>, step 2" in html
+    assert f"{run}: <b>stopped</b>, step 2" in html
     assert "Alarm at step 2: &lt;b&gt;answers loop" in html
     with locked(tmp_path / "b" / "dpo"):
-        assert "<b>running</b> by process" in (html := run_html(view(tmp_path / "b" / "dpo")))
+        assert ": <b>running</b> by process" in (html := run_html(view(tmp_path / "b" / "dpo")))
         assert "the base is being loaded" in html
     assert run_html(None, "no run <yet>") == '<p role="status">no run &lt;yet&gt;</p>'
 

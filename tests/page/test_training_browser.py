@@ -1,6 +1,7 @@
 """The page's tabs about training in Chromium."""
 
 import json
+import os
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from qalign.train.lock import locked
 from tests.chat_runs import serving
 from tests.page.browser import Browser
+from tests.reward_runs import DATA, write_recipe
 
 pytestmark = [pytest.mark.browser, pytest.mark.filterwarnings("ignore::ResourceWarning")]  # Selenium's own sockets
 
@@ -65,3 +67,96 @@ def test_curves_of_a_run_at_work_move_without_a_base_and_only_while_they_are_see
         browser.tab("Curves")
         browser.until(lambda: browser("#curves svg").is_displayed())
         assert browser.run("return document.documentElement.scrollWidth") <= 390
+
+
+STEPS = 200  # enough to stop it in the midst
+SLOW = 600  # seconds that a command may take on a busy machine
+
+
+@pytest.fixture
+def home(tiny_folder, tmp_path) -> Path:
+    """A folder with one recipe, as a person has it who has not trained yet."""
+    write_recipe(tmp_path / "recipes", tiny_folder, "dpo", limit=None)
+    return tmp_path
+
+
+def rows_with_a_bad_one(file: Path) -> Path:
+    good = (DATA / "house_style_train.jsonl").read_text(encoding="utf-8").splitlines()[:40]
+    file.write_text("\n".join([*good[:3], '{"prompt": "Why?", "chosen": "So."}', *good[3:]]) + "\n", encoding="utf-8")
+    return file
+
+
+def value(browser: Browser, selector: str) -> str:
+    return browser(selector).get_attribute("value")
+
+
+def picture(browser: Browser, name: str) -> None:
+    """Saves what is seen, where a person asked for pictures."""
+    if folder := os.environ.get("QALIGN_PICTURES"):
+        browser.driver.save_screenshot(f"{folder}/{name}.png")
+
+
+def test_from_an_upload_to_the_comparison(browser, home):
+    with serving("--votes", str(home / "v.jsonl"), folder=home) as address:
+        browser.open(address, sees="[role=tab]")
+        assert "There is no run yet" in browser.text("#tabs")
+        browser.tab("Train")
+        browser.until(lambda: value(browser, "#train-recipe input") == "recipes/dpo.yaml")
+        uploads(browser, home)
+        says_what_was_read_and_what_fits(browser)
+        trains_stops_and_resumes(browser, home, address)
+        picture(browser, "finished390")
+        browser.click("#train-open")
+        browser.until(lambda: browser("#prompt textarea").is_displayed(), SLOW)
+        browser.until(lambda: "mine/dpo" in browser.text("#right"))
+        browser.type("Why?\n")
+        browser.answered(SLOW)
+        picture(browser, "opened390")
+        assert "tokens" in browser.text("#right-figures")
+
+
+def uploads(browser, home):
+    browser("#upload-file").send_keys(str(rows_with_a_bad_one(home / "my rows.jsonl")))
+    browser.until(lambda: "uploads/my_rows.jsonl is uploaded" in browser.text("#train-status"))
+    assert (home / "uploads" / "my_rows.jsonl").read_bytes() == (home / "my rows.jsonl").read_bytes()
+    browser.until(lambda: "dpo.data=uploads/my_rows.jsonl" in value(browser, "#train-commands textarea"))
+    browser("#train-settings textarea").send_keys(f"dpo.max_steps={STEPS}\noutput=runs/mine")
+    words = f"recipes/dpo.yaml dpo.data=uploads/my_rows.jsonl dpo.max_steps={STEPS} output=runs/mine"
+    expected = [f"dpo {words} --check", f"fit {words}", f"dpo {words}"]
+    browser.until(lambda: value(browser, "#train-commands textarea").split("\n") == [
+        f"python -m qalign.{command}" for command in expected])  # fmt: skip
+
+
+def says_what_was_read_and_what_fits(browser):
+    for name, words in (("check", "40 rows are used, 1 refused"), ("fit", "fits           yes")):
+        browser.click(f"#train-{name}")
+        browser.until(lambda words=words: words in value(browser, "#train-log textarea"), SLOW)
+        picture(browser, f"{name}1280")
+        if name == "check":
+            assert "my_rows.jsonl:4: " in value(browser, "#train-log textarea")
+
+
+def trains_stops_and_resumes(browser, home, address):
+    metrics = home / "runs" / "mine" / "dpo" / "metrics.jsonl"
+    browser.click("#train-train")
+    browser.until(lambda: browser.driver.find_elements("css selector", "#train-curves polyline"), SLOW)
+    assert not browser.driver.find_elements("id", "train-train")  # one run at a time
+    browser.until(lambda: len(browser("#train-curves polyline").get_attribute("points").split()) > 1, SLOW)
+    browser.click("#train-stop")
+    browser.until(lambda: "stopped, step" in browser.text("#train-curves"), SLOW)
+    assert "stopped by SIGINT" in value(browser, "#train-log textarea")
+    done = len(metrics.read_text().splitlines())
+    assert 0 < done < STEPS
+    browser.until(lambda: value(browser, "#train-commands textarea").endswith("output=runs/mine --resume"))
+    picture(browser, "stopped1280")
+    browser.click("#train-resume")
+    browser.until(lambda: "running by process" in browser.text("#train-curves"), SLOW)
+    picture(browser, "running1280")
+    browser.open(address, 390, 844, sees="[role=tab]")  # who comes back finds the run
+    browser.tab("Train")
+    browser.until(lambda: "runs/mine/dpo: " in browser.text("#train-curves"), SLOW)
+    assert browser.run("return document.documentElement.scrollWidth") <= 390
+    picture(browser, "running390")
+    browser.until(lambda: f"finished, step {STEPS}" in browser.text("#train-curves"), SLOW)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, STEPS + 1)]

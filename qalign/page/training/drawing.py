@@ -41,7 +41,7 @@ def about(run: RunView) -> str:
     state = f"<b>{run.state}</b>" + (f" by {escape(str(run.holder))}" if run.holder else "")
     begins = "the base is being loaded, or rows are read" if run.holder else "no figure was logged"
     alarms = "".join(f'<p class="alarm">Alarm at {escape(alarm)}</p>' for alarm in run.alarms[:MAX_ALARMS])
-    return f"<p>{state}, {f'step {run.step:,}' if run.lines else begins}</p>{alarms}"
+    return f"<p>{escape(str(run.path))}: {state}, {f'step {run.step:,}' if run.lines else begins}</p>{alarms}"
 
 
 def panel(title: str, curves: Sequence[Curve]) -> str:
