@@ -55,6 +55,7 @@ def parts(shape: str, out: Path, folder: Path, *, rivals: bool) -> list[Part]:
         Part("dpo", 400 if rivals else 120, (f"{gpu} {shape} --sides {sides} {few} {data} --out {out}",)),
         Part("memory", 110, (f"benchmarks/memory.py --cuda --shape {shape} {cards}",)),
         Part("longest", 80, (f"{gpu} {longest} --longest --memory 8 12 16 24 --minutes 1.2",)),
+        *([] if tiny else [Part("stream", 150, ("benchmarks/stream.py --minutes 2",))]),
         Part("start", 90, (f"benchmarks/random_models.py {shape} {base}", start, start)),
         Part("checks", 120, ("benchmarks/gpu.py --check",)),
         Part("bars", 60, ("-m pytest -q tests/train/test_bars.py",)),

@@ -26,7 +26,9 @@ from qalign.model.base import Role
 from qalign.model.experts import weights
 from qalign.model.loading import device
 from qalign.model.logps import pair_logps
+from qalign.model.memory.stream import LayerStream
 from qalign.model.packing import attention
+from qalign.model.reference import ReferenceLogps
 from qalign.train.run_folder import RunFolder
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +167,31 @@ def packings(dtype: torch.dtype):
     return same and apart <= TOLERANCES[dtype], f"{'' if same else 'not '}equal; in other packings {apart:.1e} apart"
 
 
+def streamed(dtype: torch.dtype):
+    """A step whose layers are streamed, policy and reference together, against one with all layers in memory."""
+    pairs = [random_pair(each, TINY.vocab_size, str(each)) for each in [(60, 33, 8), (200, 1, 90), (9, 140, 70)]]
+    results, copies = [], 0
+    for where in (device(), torch.device("cpu")):
+        lm = random_lm(LlamaConfig.from_dict(TINY.to_dict() | {"num_hidden_layers": 6}), dtype, std=0.2, where=where)
+        stream = LayerStream(lm, device()) if results else None
+        base = as_base(lm, fixture_tokenizer())
+        torch.manual_seed(1)
+        base.add_adapter(Role.POLICY, Lora(r=4, alpha=64))
+        base.lm.activation_checkpointing_enable({"use_reentrant": False})
+        base.train()
+        for _ in range(3):
+            before, weights = stream.copies if stream else 0, list(base.trained_weights(Role.POLICY).values())
+            with base.packed_attention():
+                policy, reference = ReferenceLogps().beside_policy(base, pairs, base.batch(pairs))
+                grads = torch.autograd.grad(policy[:, 0].sum(), weights)
+        copies = stream.copies - before if stream else 0
+        results.append((policy, reference, torch.cat([grad.flatten() for grad in grads])))
+    same = all(map(torch.equal, *results))
+    error = max(off(*both) for both in zip(*results, strict=True))
+    figures = f"{'' if same else 'not '}equal to the bit, {error:.1e} apart; {copies} layers copied a step"
+    return error <= TOLERANCES[dtype] and copies == 8, figures
+
+
 def experts(family: str, kind: str, dtype: torch.dtype):
     """Experts in 4 bits against transformers' own loop over the same weights, dequantised: output, gradient, bits."""
     made = {"qwen3_moe": (Qwen3MoeConfig, Qwen3MoeExperts), "gpt_oss": (GptOssConfig, GptOssExperts)}
@@ -272,6 +299,7 @@ def check() -> int:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         attempt(f"NF4 and autocast, {str(dtype).removeprefix('torch.')}", nf4, dtype)
         attempt(f"policy = reference, {str(dtype).removeprefix('torch.')}", packings, dtype)
+        attempt(f"layers streamed, {str(dtype).removeprefix('torch.')}", streamed, dtype)
         for family, kind in (("qwen3_moe", "nf4"), ("gpt_oss", "nf4"), ("gpt_oss", "mxfp4")):
             attempt(f"experts, {family} in {kind}, {str(dtype).removeprefix('torch.')}", experts, family, kind, dtype)
     with tempfile.TemporaryDirectory() as folder:

@@ -3,6 +3,7 @@ and what does the device hold?
 
     python benchmarks/stream.py                  # on a CPU: a small base, in a process with and one without streaming
     python benchmarks/stream.py --minutes 8      # on a GPU: DPO at the shapes of a 14B and a 32B on 8 and 12 GiB
+    python benchmarks/stream.py --shapes tiny --memory 0.02 --max-length 64     # the same on a CPU, to try the script
 
 On a GPU nothing is downloaded: weights are random, in NF4. A step with all layers on the real card stands beside the
 same step on a card that looks small, so the quotient says how much of the copying is hidden behind the computing.
@@ -93,7 +94,7 @@ def _shown(value) -> str:
     return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
 
 
-def on_gpu(args) -> int:
+def on_cards(args) -> int:
     """Prints a line for each shape and card until the time is up. Returns 1 if a planned step didn't fit."""
     deadline, failed = time.monotonic() + 60 * args.minutes, False
     print(
@@ -101,8 +102,7 @@ def on_gpu(args) -> int:
     )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for shape in args.shapes:
-        stage, resident = Stage("dpo", shape, args.max_length, streamed=True), None
-        plans = {}
+        stage, plans = Stage("dpo", shape, args.max_length, streamed=True), {}
         for gib in sorted(args.memory):
             with card(gib) as usable:
                 plans[gib] = stage.forecast.plan(usable, stage.longest)
@@ -110,7 +110,6 @@ def on_gpu(args) -> int:
                     print(f"| {shape} | {gib:g} | doesn't fit | | | | | |", flush=True)
                     continue
                 rows = [stage.row(stage.longest) for _ in range(max(1, plans[gib].tokens // stage.longest))]
-                before = stage.stream.copies, stage.stream.copied_bytes
                 peak = stage.peaks(plans[gib], rows, steps=1)
                 failed |= peak is None
                 before = stage.stream.copies, stage.stream.copied_bytes
@@ -137,10 +136,12 @@ def on_gpu(args) -> int:
 
 def _seconds(stage: Stage, rows: list) -> float:
     """Of one step."""
-    torch.cuda.synchronize()
+    if ON_CUDA:
+        torch.cuda.synchronize()
     began = time.perf_counter()
     stage.step(rows)
-    torch.cuda.synchronize()
+    if ON_CUDA:
+        torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
@@ -156,7 +157,7 @@ def main() -> None:
     if args.side:
         print(json.dumps(one_side(args.folder, args.side)))
         return
-    sys.exit(on_gpu(args) if ON_CUDA else on_cpu())
+    sys.exit(on_cards(args) if ON_CUDA or args.shapes == ["tiny"] else on_cpu())
 
 
 if __name__ == "__main__":
