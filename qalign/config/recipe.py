@@ -217,8 +217,8 @@ class Recipe(Section):
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:
     """The dotted keys that differ between the recipe that a run of `stage` began with and this one, each with (value
-    then, value now). `output`, where the run lies now, `log_to` and the sections of other stages and commands don't
-    count."""
+    then, value now). `output`, where the run lies now, `log_to`, `model.stream` and the sections of other stages and
+    commands don't count."""
     was = str(kept.get("output", "")) or "."
     with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
         kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it
@@ -228,7 +228,7 @@ def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -
     return {
         key: (old.get(key, "not there"), new.get(key, "gone"))
         for key in {**old, **new}
-        if not _same(old.get(key), new.get(key), (was, output))
+        if key != "model.stream" and not _same(old.get(key), new.get(key), (was, output))
     }
 
 

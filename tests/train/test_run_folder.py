@@ -60,6 +60,8 @@ def test_resume_needs_the_same_recipe_but_for_the_sections_of_other_stages(recip
     begun(recipe)
     folder(recipe).claim(**RESUME)
     folder(load(str(tmp_path / "recipe.yaml"), [f"sft.data={tmp_path / 'pairs.jsonl'}"])).claim(**RESUME)
+    streamed = load(str(tmp_path / "recipe.yaml"), ["model.stream=always"])  # the same bits, as on another card
+    folder(streamed).claim(**RESUME)
     with pytest.raises(UserError, match=r"--resume needs the recipe .*: dpo\.beta is 0\.7, was 0\.1"):
         folder(recipe, beta=0.7).claim(**RESUME)
 
