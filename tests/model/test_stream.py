@@ -100,7 +100,7 @@ def test_pinned_layers_are_held_in_pieces(deep_folder, monkeypatch):
     assert all(map(torch.equal, step(base), expected))
 
 
-@pytest.mark.parametrize("offloaded", [False, True])
+@pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_all_roles_of_a_step_visit_a_layer_together(offloaded, deep_folder):
     """Policy and reference of a step on pairs: a layer is copied once in the forward and once in the backward."""
     found, pairs = [], random_pairs()
