@@ -97,10 +97,12 @@ class Chat:
                 self._stop_ids = stop_ids_of(self._base.template)
             return self._base
 
-    def unload(self) -> None:
+    def unload(self) -> bool:
         """Frees the memory of the base and its adapters, after the answers that grow now; the next question loads them
-        again."""
+        again. Returns whether there was one."""
+        had_one = self._base is not None
         self._worker.run(self._forget)
+        return had_one
 
     def hold(self, entries: Sequence[ModelEntry], model: Model) -> None:
         """Other models to choose from, perhaps on another base. The one in memory stays if it serves them too: if none

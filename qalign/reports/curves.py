@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from qalign.config.stages import STAGES
 from qalign.train.checkpoints import METRICS, read_metrics
-from qalign.train.lock import Holder, at_work
+from qalign.train.lock import Holder, at_work, folder_of
 
 # Panels in the order in which they are shown, each with its figures by their names in metrics.jsonl.
 PANELS: dict[str, tuple[str, ...]] = {
@@ -98,16 +97,18 @@ def view(path: Path) -> RunView:
 
 
 def runs_under(folder: Path) -> list[Path]:
-    """The run folders under a folder such as `runs` or `runs/demo`: those at work first, then the newest."""
-    found = [file.parent for stars in ("*", "*/*", "*/*/*", "*/*/*/*") for file in folder.glob(f"{stars}/recipe.yaml")]
+    """The run folders under a folder such as `runs` or `runs/demo`: those at work first, also one whose recipe isn't
+    written yet, then the newest."""
+    found = {file.parent for stars in ("*", "*/*", "*/*/*", "*/*/*/*") for file in folder.glob(f"{stars}/recipe.yaml")}
+    locks = (file for stars in ("", "*/", "*/*/", "*/*/*/") for file in folder.glob(f"{stars}.*.lock"))
+    found |= {run for run in map(folder_of, locks) if at_work(run)}
     return sorted(found, key=lambda run: (at_work(run) is None, -_changed(run)))
 
 
 def run_in(folder: Path) -> Path | None:
     """The run that a path such as `runs/demo/dpo` or `runs/demo` means; None if there is none."""
     is_run = (folder / "recipe.yaml").is_file() or (folder / METRICS).is_file() or at_work(folder) is not None
-    beginning = [folder / stage for stage in STAGES if at_work(folder / stage)]  # its recipe isn't written yet
-    return folder if is_run else next(iter([*beginning, *runs_under(folder)]), None)
+    return folder if is_run else next(iter(runs_under(folder)), None)
 
 
 def _changed(run: Path) -> float:

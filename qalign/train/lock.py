@@ -27,6 +27,11 @@ def lock_file(folder: Path) -> Path:
     return home.with_name(f".{home.name}.lock")
 
 
+def folder_of(lock: Path) -> Path:
+    """The run folder of a lock file."""
+    return lock.with_name(lock.name.removeprefix(".").removesuffix(".lock"))
+
+
 @contextmanager
 def locked(folder: Path) -> Generator[None]:
     """Holds the lock of a run folder, which may not exist yet, until the block ends.

@@ -106,6 +106,7 @@ def test_one_run_at_a_time_is_started_watched_and_stopped_once(job, tmp_path):
 def test_a_run_that_somebody_else_started_counts_and_can_be_stopped(job, tmp_path):
     run = tmp_path / "runs" / "a" / "dpo"
     with locked(run), patch.object(process.os, "kill") as kill:
+        assert Training(tmp_path / "runs").at_work() == run  # its recipe isn't written yet
         with pytest.raises(UserError, match="one run at a time"):
             Training(tmp_path / "elsewhere").start(job)
         Training(tmp_path / "runs").stop(run)

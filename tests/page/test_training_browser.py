@@ -76,7 +76,8 @@ SLOW = 600  # seconds that a command may take on a busy machine
 @pytest.fixture
 def home(tiny_folder, tmp_path) -> Path:
     """A folder with one recipe, as a person has it who has not trained yet."""
-    write_recipe(tmp_path / "recipes", tiny_folder, "dpo", limit=None)
+    for stage in ("dpo", "sft"):
+        write_recipe(tmp_path / "recipes", tiny_folder, stage, limit=None)
     return tmp_path
 
 
@@ -102,6 +103,7 @@ def test_from_an_upload_to_the_comparison(browser, home):
         assert "There is no run yet" in browser.text("#tabs")
         browser.tab("Train")
         browser.until(lambda: value(browser, "#train-recipe input") == "recipes/dpo.yaml")
+        chooses_another_recipe_and_back(browser)
         uploads(browser, home)
         says_what_was_read_and_what_fits(browser)
         trains_stops_and_resumes(browser, home, address)
@@ -115,6 +117,14 @@ def test_from_an_upload_to_the_comparison(browser, home):
         assert "tokens" in browser.text("#right-figures")
 
 
+def chooses_another_recipe_and_back(browser):
+    for stage in ("sft", "dpo"):
+        browser.click("#train-recipe input")
+        browser.choose(f"recipes/{stage}.yaml")
+        browser.until(lambda s=stage: value(browser, "#train-commands textarea").endswith(f"{s} recipes/{s}.yaml"))
+        assert value(browser, "#train-stage input") == stage
+
+
 def uploads(browser, home):
     browser("#upload-file").send_keys(str(rows_with_a_bad_one(home / "my rows.jsonl")))
     browser.until(lambda: "uploads/my_rows.jsonl is uploaded" in browser.text("#train-status"))
@@ -122,7 +132,9 @@ def uploads(browser, home):
     browser.until(lambda: "dpo.data=uploads/my_rows.jsonl" in value(browser, "#train-commands textarea"))
     browser("#train-settings textarea").send_keys(f"dpo.max_steps={STEPS}\noutput=runs/mine")
     words = f"recipes/dpo.yaml dpo.data=uploads/my_rows.jsonl dpo.max_steps={STEPS} output=runs/mine"
-    expected = [f"dpo {words} --check", f"fit {words}", f"dpo {words}"]
+    browser("#train-card :is(input, textarea)").send_keys("12GB")
+    browser.click("#train-overwrite input")
+    expected = [f"dpo {words} --check", f"fit {words} --memory 12GB", f"dpo {words} --overwrite"]
     browser.until(lambda: value(browser, "#train-commands textarea").split("\n") == [
         f"python -m qalign.{command}" for command in expected])  # fmt: skip
 

@@ -17,14 +17,15 @@ from qalign.reports.curves import view
 OWN_ROWS = ("the recipe's own", "")
 CHOICE = ("recipe", "stage", "data", "settings", "card", "overwrite")  # widgets, in the order of `Job`'s fields
 RUN = ("curves", "log", "train", "resume", "stop", "open", "timer")  # widgets that show a run, as `run_updates` does
+FREED = "The page's own base has left the memory for this run. A question in Compare loads it again, beside the run."
 STOPPING = "It stops after this step, and writes a checkpoint."
 
 
 class Actions:
     """What the buttons do. The run that is shown is the one at work, else the one that was chosen last. `unload` frees
-    the memory of the page's own base."""
+    the memory of the page's own base, and says whether there was one."""
 
-    def __init__(self, training: Training, uploads: Uploads, unload: Callable[[], None]):
+    def __init__(self, training: Training, uploads: Uploads, unload: Callable[[], bool]):
         self.training, self.uploads, self._unload = training, uploads, unload
 
     def select(self, run: Path | None, recipe: str, *others: Any) -> list[Any]:
@@ -54,8 +55,7 @@ class Actions:
             run = self.training.start(job_of(*values), resume=resume)
         except (UserError, OSError) as error:
             return [run, paragraph(str(error)), *self.run_updates(run)]
-        self._unload()
-        return [run, "", *self.run_updates(run)]
+        return [run, paragraph(FREED if self._unload() else ""), *self.run_updates(run)]
 
     def resume(self, run: Path | None, *values: Any) -> list[Any]:
         return self.train(run, *values, resume=True)
