@@ -84,7 +84,8 @@ class LayerStream:
     def __str__(self) -> str:
         return (
             f"{self.count} layers from {self.source}, of which the device holds {SLOTS} at a time "
-            f"({self.slot_bytes / 2**30:.2f} of {self.layer_bytes / 2**30:.2f} GiB)"
+            f"({self.slot_bytes / 2**30:.2f} of {self.layer_bytes / 2**30:.2f} GiB); a forward and its backward copy "
+            f"{2 * self.saved_bytes / 2**30:.2f} GiB"
         )
 
     def _enter(self, number: int, _layer: nn.Module, _inputs: Any) -> None:
