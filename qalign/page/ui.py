@@ -64,8 +64,8 @@ def main_widgets(page: Page, pair: tuple[str, str]) -> dict[str, Any]:
     w, names = {}, page.names()
     gr.Markdown("# qalign: which answer is better?")
     with gr.Row():
-        w["first"] = gr.Dropdown(names, value=pair[0], label="First model", min_width=140, elem_id="first")
-        w["second"] = gr.Dropdown(names, value=pair[1], label="Second model", min_width=140, elem_id="second")
+        w["first"] = gr.Dropdown(names, value=pair[0] or None, label="First model", min_width=140, elem_id="first")
+        w["second"] = gr.Dropdown(names, value=pair[1] or None, label="Second model", min_width=140, elem_id="second")
     w["blind"] = gr.Checkbox(label="Blind test: shuffle the sides and hide the names until you vote", elem_id="blind")
     with gr.Row():
         for side, title in zip(("left", "right"), pair, strict=True):
@@ -183,7 +183,7 @@ def greet(page: Page, session: Session, first: str, second: str) -> list[Any]:
     if not {first, second} <= {*names}:
         first, second = page.pair()
     session.choose(first, second, blind=session.blind)
-    choices = [gr.Dropdown(names, value=name) for name in (first, second)]
+    choices = [gr.Dropdown(names, value=name or None) for name in (first, second)]
     columns, most = [gr.Column(visible=not names), gr.Column(visible=bool(names))], page.chat.max_new_tokens
     return [session, *columns, *choices, gr.Slider(maximum=most), *updates(page.view(session))]
 

@@ -90,7 +90,8 @@ def turns_to_the_tabs(visitor):
     """Only that they open: `test_training_browser` uses what is in them."""
     seen = {*visitor.seen}
     for name in ("Train", "Curves", "Compare"):
-        visitor.use(f"tabs: {name}")
+        visitor.tab(name)
+        visitor.used.add(f"tabs: {name}")
     visitor.until(lambda: visitor("#prompt textarea").is_displayed())
     visitor.seen = seen
 

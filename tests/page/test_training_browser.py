@@ -101,6 +101,7 @@ def test_from_an_upload_to_the_comparison(browser, home):
     with serving("--votes", str(home / "v.jsonl"), folder=home) as address:
         browser.open(address, sees="[role=tab]")
         assert "There is no run yet" in browser.text("#tabs")
+        assert not browser.driver.find_elements("css selector", ".toast-body")  # no error was shown
         browser.tab("Train")
         browser.until(lambda: value(browser, "#train-recipe input") == "recipes/dpo.yaml")
         chooses_another_recipe_and_back(browser)
