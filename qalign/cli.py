@@ -15,8 +15,9 @@ import select
 import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, nullcontext, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
@@ -27,6 +28,9 @@ from qalign.config.recipe import Recipe
 from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, program, short
 from qalign.model import origin
 from qalign.train.dataset import ReadRows, print_rows
+from qalign.train.processes.launch import launched
+from qalign.train.processes.watch import ProcessEnded
+from qalign.train.processes.world import World, current, entered, world_of
 from qalign.train.run_folder import RunFolder
 
 COMMANDS = {
@@ -49,6 +53,7 @@ COMMANDS = {
     "init": "write a recipe into the current folder",
     "page": "open the comparison page in the browser",
 }
+SHARED = ("sft", "reward", "dpo", "kto")  # stages that several processes can run together
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
 Run = TypeVar("Run", bound=RunFolder)
 PIPE_CLOSED = 128 + 13  # as a program that SIGPIPE ended
@@ -85,16 +90,19 @@ def main(words: Sequence[str] | None = None) -> None:
         sys.exit(_failed(one_line(f"qalign: there is no command '{first}'{hint}")))
 
 
-def exit_code(work: Callable[[], None]) -> int:
-    """Runs `work`. Returns 0, or 2 after one printed line for each error, or 128 + the signal that stopped it."""
-    _set_up_torch()
+def exit_code(work: Callable[[], None], *, shared: bool = False) -> int:
+    """Runs `work`. Returns 0, or 2 after one printed line for each error, or 128 + the signal that stopped it.
+
+    Args:
+        shared: whether several processes can share the work, as a launcher starts them; otherwise that is an error.
+    """
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")  # a console without arrows must not stop a run
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it suggests an optional package when imported
     try:
         try:
-            return _outcome(work)
+            return _outcome(work, shared)
         finally:
             sys.stdout.flush()
     except BrokenPipeError:
@@ -103,10 +111,12 @@ def exit_code(work: Callable[[], None]) -> int:
         return PIPE_CLOSED
 
 
-def _set_up_torch() -> None:
+def _set_up_torch(local_rank: int) -> None:
     """Sets what torch reads from the environment when it starts. Whatever the user has set stays."""
     # One process uses one GPU: with several visible, Trainer would split batches over them.
-    os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0]
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = [str(number) for number in range(local_rank + 1)] if given is None else given.split(",")
+    os.environ["CUDA_VISIBLE_DEVICES"] = "".join(visible[local_rank : local_rank + 1])
     for name, folder in cache.compile_caches().items():
         os.environ.setdefault(name, folder)
     # Segments that can't grow leave gaps: DPO at 7B reserved 23.3 GiB for 19.0. WSL's driver refuses them
@@ -116,27 +126,48 @@ def _set_up_torch() -> None:
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
-def _outcome(work: Callable[[], None]) -> int:
+def _outcome(work: Callable[[], None], shared: bool) -> int:
     try:
-        if os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1"):
-            raise UserError("qalign trains on one GPU in one process; start it with `python -m`, not with a launcher")
+        world = world_of(launched())
+    except UserError as error:
+        return _failed(*error.lines)
+    _set_up_torch(world.local_rank)
+    if world.size > 1 and not shared:
+        reason = "this command runs in one process; start it with `python -m`, not with a launcher"
+        return _failed(reason) if world.is_first else 2
+    with entered(world), ExitStack() as silent:
+        if not world.is_first:  # the first one prints for all
+            nothing = silent.enter_context(open(os.devnull, "w"))
+            silent.enter_context(redirect_stdout(nothing))
+            silent.enter_context(redirect_stderr(nothing))
+        return _said(work, world)
+
+
+def _said(work: Callable[[], None], world: World) -> int:
+    """The exit code of `work`; what ends it early is said by one process for all."""
+    try:
         try:
             os.getcwd()
         except FileNotFoundError:
             raise UserError("the current folder was deleted; change to one that is there") from None
         work()
+        world.leave()
     except UserError as error:
-        return _failed(*error.lines)
-    except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # torch's own, by name: torch may not even be imported
-            return _failed(*out_of_memory(error, "nf4, a smaller model or model.max_length").lines)
-        if problem := disk_problem(error):
-            return _failed(one_line(problem))
-        raise
+        return world.fail(error.lines, 2)
+    except ProcessEnded as end:
+        return world.fail(end.lines, end.code)
     except (Stopped, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
-        _failed(f"stopped by {signal.Signals(number).name}")
-        return 128 + number
+        return world.fail([f"stopped by {signal.Signals(number).name}"], 128 + number)
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's own, by name: torch may not even be imported
+            return world.fail(out_of_memory(error, "nf4, a smaller model or model.max_length").lines, 2)
+        if problem := disk_problem(error):
+            return world.fail([one_line(problem)], 2)
+        if world.size > 1:
+            traceback.print_exc(file=sys.__stderr__)
+            return world.fail([f"{world.me} failed: {one_line(repr(error))}"], 1)
+        raise
     return 0
 
 
@@ -176,15 +207,17 @@ def stage_command(
 
     parser = stage_parser(stage, train.__doc__)
     parser.add_argument("--check", action="store_true", help="only say which rows are used and which refused")
-    run_parsed(parser, work, words)
+    run_parsed(parser, work, words, shared=stage in SHARED)
 
 
 def work_in(run: Run, args: argparse.Namespace, train: Callable[[Recipe, Run], None]) -> None:
     """Does the work of a stage in a run folder that it holds, as `--resume` and `--overwrite` say."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, run.stop)
-    with run.held():
-        run.claim(resume=args.resume, overwrite=args.overwrite)
+    run.resume, is_first = args.resume, current().is_first
+    with run.held() if is_first else nullcontext():
+        if is_first:
+            run.claim(resume=args.resume, overwrite=args.overwrite)
         if args.resume and run.complete:
             print(f"{run.path}: this run is complete; {run.further}")
         else:
@@ -203,10 +236,14 @@ def new_target(to: str | None, default: Path, option: str = "--to") -> Path:
 
 
 def run_parsed(
-    parser: argparse.ArgumentParser, work: Callable[[argparse.Namespace], None], words: Sequence[str] | None
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    words: Sequence[str] | None,
+    *,
+    shared: bool = False,
 ) -> None:
-    """Parses the command line, runs `work` on it, and exits with its code."""
-    sys.exit(exit_code(lambda: work(parser.parse_intermixed_args(words))))
+    """Parses the command line, runs `work` on it, `shared` by several processes or not, and exits with its code."""
+    sys.exit(exit_code(lambda: work(parser.parse_intermixed_args(words)), shared=shared))
 
 
 def stage_parser(stage: str, doc: str | None) -> argparse.ArgumentParser:

@@ -52,7 +52,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     said = {"reference": reference, "loss": settings.loss_in_words, "prompts": base.layout_in_words}
     facts = session.train(trainer, monitor, **said)
     facts |= monitor.report()
-    references.save()
+    trainer.save_references()
     measure = f"{program('evaluate')} {run.command_line}" if settings.has_held_out else None
     session.finish(measure or f"{program('page')} {shlex.quote(str(run.path))}", reference=reference, **facts)
 

@@ -62,7 +62,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     if answers.held_out and not settings.eval_every:  # otherwise they were measured after the last step
         trainer.evaluate()
     facts |= monitor.report()
-    references.save()
+    trainer.save_references()
     measured = [line for line in trainer.state.log_history if "eval_loss" in line]
     figures = {name: value for line in measured[-1:] for name, value in line.items() if name.startswith("eval_")}
     pairs = any(len(row.desirable) == 2 for row in read.rows["eval_data"][0])

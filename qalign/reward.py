@@ -60,7 +60,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
     more |= {"head": head, "loss": loss, "prompts": base.layout_in_words}
     facts = session.train(trainer, None, **more)
-    if pairs.held_out:
+    if pairs.held_out and session.world.is_first:
         of = trainer.ensemble if settings.members > 1 else Role.REWARD
         scores = answer_scores(base, of, pairs.held_out, session.micro, progress=True)
         if not scores.isfinite().all():

@@ -57,6 +57,13 @@ class ReferenceLogps:
     def _keep(self, rows: Sequence[AnsweredPrompt], logps: Tensor) -> None:
         self.computed += len(rows)
 
+    def fresh(self) -> dict[bytes, Tensor]:
+        """The log-probs that were computed since the last call, if they are cached, for other processes."""
+        return {}
+
+    def add(self, found: dict[bytes, Tensor]) -> None:
+        """Takes over what `fresh` gave another process."""
+
     def save(self) -> None:
         """Writes new log-probs to the cache, if there is one."""
 
@@ -84,6 +91,7 @@ class CachedReferenceLogps(ReferenceLogps):
         key = json.dumps([made_with, made_on, scale], sort_keys=True)
         self.file = cache_folder() / "reference" / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.safetensors"
         self._cached: dict[bytes, Tensor] = self._read()
+        self._fresh: dict[bytes, Tensor] = {}
         self._unverified, self._unsaved, self._is_writable = bool(self._cached), False, True
 
     def logps(self, base: Base, rows: Sequence[AnsweredPrompt], batch: AnswerBatch) -> Tensor:
@@ -105,8 +113,17 @@ class CachedReferenceLogps(ReferenceLogps):
         self._cache(rows, logps)
 
     def _cache(self, rows: Sequence[AnsweredPrompt], logps: Tensor) -> None:
-        self._cached |= {_digest(row): values for row, values in zip(rows, logps.cpu(), strict=True)}
-        self._unsaved = True
+        found = {_digest(row): values for row, values in zip(rows, logps.cpu(), strict=True)}
+        self._fresh |= found
+        self.add(found)
+
+    def fresh(self) -> dict[bytes, Tensor]:
+        found, self._fresh = self._fresh, {}
+        return found
+
+    def add(self, found: dict[bytes, Tensor]) -> None:
+        self._unsaved = self._unsaved or bool(found.keys() - self._cached.keys())
+        self._cached |= found
 
     def _verify(self, base: Base, digests: list[bytes], found: Tensor) -> None:
         cached = torch.stack([self._cached.get(d, values) for d, values in zip(digests, found.cpu(), strict=True)])

@@ -139,7 +139,7 @@ class PreferenceMonitor(Monitor):
         kl_nats = self._kl(found) if self.settings.needs_reference else None
         if kl_nats is not None and not math.isfinite(kl_nats):
             raise not_finite(f"step {step}", "log-probs of held-out answers are")
-        measured = self.trainer.measure([self.rows])
+        measured = self.trainer.measure_alone([self.rows])
         figures, lengths = measure_answers(answers), sorted(len(answer.ids) for answer in answers)
         low, high = (float(lengths[round(share * (len(lengths) - 1))]) for share in (0.1, 0.9))
         chosen = [len(row.answers[0]) for row in self.rows if getattr(row, "desirable", True)]

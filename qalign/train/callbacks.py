@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qalign.errors import UserError, did_you_mean, gradients_not_finite
+from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder
 
 # What the bar shows of a step, by the names under which TRL's trainers log.
@@ -33,7 +34,7 @@ class RunCallback(TrainerCallback):
     `tokens_seen` counts those of the whole run; trainers count from zero when they resume."""
 
     def __init__(self, run: RunFolder, tokens_before: int = 0, checkpointed_layers: int = 0):
-        self.run, self.tokens_seen, self._before = run, tokens_before, tokens_before
+        self.run, self.world, self.tokens_seen, self._before = run, current(), tokens_before, tokens_before
         self._checkpointed_layers = checkpointed_layers
         self._bar = tqdm(disable=True)
         self._mark = (time.monotonic(), tokens_before)
@@ -48,8 +49,11 @@ class RunCallback(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
         if state.global_step >= state.max_steps or control.should_save:  # a checkpoint keeps no half-filled window
             control.should_log = True
+        # Whichever process was asked to stop, all stop after the same step.
+        self.run.stop.number = max(number or 0 for number in self.world.gathered(self.run.stop.number)) or None
         if self.run.stop.number is not None:
             control.should_log = control.should_save = control.should_training_stop = True
+        control.should_save = control.should_save and self.world.is_first
         return control
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
@@ -76,7 +80,8 @@ class RunCallback(TrainerCallback):
             line["eval_num_tokens"] = self._before + int(logs["eval_num_tokens"])
         if "loss" not in logs:  # what was measured took time that is no training
             self._mark = (time.monotonic(), self._mark[1])
-        self.run.log(line)
+        if self.world.is_first:
+            self.run.log(line)
 
     def on_evaluate(self, args, state, control, **kwargs):
         metrics, best = kwargs["metrics"], (args.metric_for_best_model or "").removeprefix("eval_")

@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sized
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,6 +13,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from qalign.config.atomic import replacing_folder
 from qalign.config.manifest import damage
+from qalign.config.recipe import flat
 from qalign.config.stages import PPO, RL_STAGES, SFT, Reward, Stage
 from qalign.data.collate import MicroBatchLimit
 from qalign.data.store.tokens import outlines
@@ -28,7 +30,8 @@ from qalign.model.memory.offload import offload
 from qalign.model.memory.stream import stream_of
 from qalign.train.callbacks import Monitor, RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
-from qalign.train.model_card import loading
+from qalign.train.model_card import loading, versions
+from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder, print_table
 from qalign.train.trainers.adapter import CONFIGS, built, config_values, naming_trainer, try_out
 
@@ -46,9 +49,12 @@ def end_part(run: RunFolder, done: int, parts: int, checkpoints: int) -> None:
 
 
 def load_base(run: RunFolder) -> Base:
-    """The recipe's base model, loaded after the values under `trainer:` were tried out."""
+    """The recipe's base model, loaded after the values under `trainer:` were tried out. Waits for the other processes
+    of the run."""
     try_out(run)
-    return placed_base(run)
+    world = current()
+    world.connect(facts_of(run), f"{run.command} --resume")
+    return world.in_turn(lambda: placed_base(run))
 
 
 def placed_base(run: RunFolder) -> Base:
@@ -62,6 +68,15 @@ def placed_base(run: RunFolder) -> Base:
     return load(model, now=rendered_at(run) if run.resume else None)
 
 
+def facts_of(run: RunFolder) -> dict[str, Any]:
+    """What must be the same in all processes of a run, by name."""
+    facts = {f"version of {name}": version for name, version in versions().items()}
+    recipe = run.recipe.model_dump(mode="json", include={"seed", "model", "lora", run.stage})
+    apart = tuple(f"{run.stage}.{key}" for key in ("data", "eval_data"))  # whose rows are compared instead
+    facts |= {key: value for key, value in flat(recipe) if not key.startswith(apart)}
+    return facts | {"device": device().type}
+
+
 class Session:
     """What one process does of a stage: its methods are called in this order."""
 
@@ -73,7 +88,9 @@ class Session:
         self.run, self.base, self.rows, self.roles = run, base, rows, member_roles(run.settings) or (role,)
         if run.stage not in RL_STAGES:  # whose rows are prompts; it checks `max_length` itself
             check_reach(base, rows)
-        self.origin = base.lineage(run.stage, run.parent)  # of the adapter that is trained
+        self.origin, self.world = base.lineage(run.stage, run.parent), current()  # of the adapter that is trained
+        self.world.same({f"rows of {run.stage}.{key}": value for key, value in rows.hashes.items()})
+        self.world.same(asdict(self.origin))
 
     def add_adapter(self, *, reference: bool = False) -> None:
         """Adds the adapter to train: new, or a copy of the one that `start_from` names, which must have been trained
@@ -98,32 +115,37 @@ class Session:
     def plan(self, longest: int, other_bytes: int = 0) -> None:
         """Resolves the `auto` settings of the stage for this base and this device, or raises a `UserError` if not even
         the longest row fits: of `longest` tokens, of a pair both answers with the prompt once. `other_bytes` is the
-        memory of models next to the base."""
+        memory of models next to the base. Several processes take the plan of the one that has room for the least."""
+        own = self.world.agreed(lambda: self._plan(longest, other_bytes))
+        self.planned = min(self.world.gathered(own), key=lambda plan: (plan.tokens, -plan.checkpointed_layers))
+        self.micro = micro_batch(self.run.settings, self.planned, longest)
+        if self.planned.offloaded:
+            with self.base.acting_as(self.base.role) as lm:
+                offload(lm)
+
+    def _plan(self, longest: int, other_bytes: int) -> Plan:
         run, settings, device = self.run, self.run.settings, self.base.lm.device.type
         size, layers = rows_at_once(settings), settings.checkpointed_layers
         if size != "auto" and (device == "cpu" or layers != "auto"):  # nothing to find out
-            found = Plan(size * longest, 0 if layers == "auto" else layers)
-        else:
-            streams = "always" if stream_of(self.base.lm) else "never"
-            recipe = run.recipe.model_copy(update={"model": self.base.spec.model_copy(update={"stream": streams})})
-            forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
-            if run.stage in ("reward", "dpo", "kto"):
-                taken = [*map(self.base.tokens_taken, outlines(self.rows.train))]
-                forecast.most_steps = tokens_of_most_steps(taken, settings.batch_size)
-            memory = usable_memory(device, self.base.held_bytes)
-            memory -= other_bytes if device == "cuda" else 0  # a CPU's leaves them out already
-            found = forecast.plan(memory, longest if size == "auto" else size * longest, usable_by_offload())
-            if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
-                found = Plan(size * longest, forecast.layers)
-            if found is None:
-                total = forecast.total(longest, forecast.layers, offloaded=forecast.can_offload)
-                needed = f"{total / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
-                row, fit = f"the longest row ({longest:,} tokens)", f"{program('fit')} {run.command_line}"
-                raise UserError(f"{run.stage}: {row} would take {needed} there are; {fit} says what would fit")
-        self.planned, self.micro = found, micro_batch(settings, found, longest)
-        if found.offloaded:
-            with self.base.acting_as(self.base.role) as lm:
-                offload(lm)
+            return Plan(size * longest, 0 if layers == "auto" else layers)
+        streams = "always" if stream_of(self.base.lm) else "never"
+        recipe = run.recipe.model_copy(update={"model": self.base.spec.model_copy(update={"stream": streams})})
+        forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
+        if run.stage in ("reward", "dpo", "kto"):
+            taken = [*map(self.base.tokens_taken, outlines(self.rows.train))]
+            forecast.most_steps = tokens_of_most_steps(taken, settings.batch_size)
+        memory = usable_memory(device, self.base.held_bytes)
+        # A CPU's leaves other models out already, but is shared by the processes.
+        memory = memory - other_bytes if device == "cuda" else memory // self.world.local_size
+        found = forecast.plan(memory, longest if size == "auto" else size * longest, usable_by_offload())
+        if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
+            found = Plan(size * longest, forecast.layers)
+        if found is None:
+            total = forecast.total(longest, forecast.layers, offloaded=forecast.can_offload)
+            needed = f"{total / 2**30:.1f} GiB of the {memory / 2**30:.1f} GiB"
+            row, fit = f"the longest row ({longest:,} tokens)", f"{program('fit')} {run.command_line}"
+            raise UserError(f"{run.stage}: {row} would take {needed} there are; {fit} says what would fit")
+        return found
 
     def trainer(self, build: Callable[..., Any], **special: Any) -> Any:
         """Begins the run and builds the stage's trainer: `build(args, rows, held_out_rows, callbacks)`, where `args` is
@@ -138,11 +160,21 @@ class Session:
 
     def begin(self) -> tuple[TrainerCallback, ...]:
         """Prepares the run folder and goes back to the last checkpoint. Returns the callbacks for `Trainer`."""
-        self.run.begin(self.rows.refused)
-        record(self.run, self.rows, self.base.template)
-        self.checkpoint, self.tokens_before = self.run.rewind()
+
+        def prepared() -> tuple[Path | None, int]:
+            self.run.begin(self.rows.refused)
+            record(self.run, self.rows, self.base.template)
+            return self.run.rewind()
+
+        self.checkpoint, self.tokens_before = self.world.first(prepared)
+        self.world.agreed(self._check_place)
         self.callback = RunCallback(self.run, self.tokens_before, self.planned.checkpointed_layers)
         return (self.callback,)
+
+    def _check_place(self) -> None:
+        if self.checkpoint and not self.checkpoint.is_dir():
+            fix = "put `output` into a folder that all hosts share"
+            raise UserError(f"{self.world.me}: {self.checkpoint} isn't there; {fix}")
 
     def print_header(self, steps: str, **more: str) -> None:
         """Prints what is about to be trained, on what, and against what. `steps` is their number and the size of each
@@ -152,6 +184,7 @@ class Session:
         experts = "" if model.quantization == "none" else experts_in_words(base.lm)
         lines = {
             "model": f"{model.base} ({size / 1e6:,.0f} M parameters)",
+            **({"processes": words} if (words := self.world.in_words) else {}),
             "held in": f"{model.quantization}{experts}, computing in {base.precision}",
             **({"fused kernels": base.kernels} if base.kernels else {}),
             **({"left out": f"{', '.join(base.left_out)}: no text reaches it"} if base.left_out else {}),
@@ -177,7 +210,9 @@ class Session:
                 trainer.train()
             else:
                 self._resume(trainer, self.checkpoint)
-            if monitor and trainer.state.global_step >= trainer.state.max_steps:
+            if trainer.args.load_best_model_at_end:  # the first process knows which checkpoint that was
+                self.world.copied([w for role in self.roles for w in self.base.trained_weights(role).values()])
+            if monitor and self.world.is_first and trainer.state.global_step >= trainer.state.max_steps:
                 monitor.look(trainer.state.global_step)
             return trainer.state.global_step, trainer.state.max_steps, self.callback.tokens_seen
 
@@ -186,7 +221,8 @@ class Session:
         if hint := few_steps(settings, steps):
             more["hint"] = hint
         if monitor:
-            trainer.add_callback(monitor)
+            if self.world.is_first:
+                trainer.add_callback(monitor)
             more |= monitor.header
         self.print_header(f"{steps:,}, each of {settings.batch_size} {unit}", **more)
         return self.to_the_end(loop)
@@ -223,24 +259,31 @@ class Session:
                 raise
             raise out_of_memory(error, _smaller(run), f" with {self.micro}{self.planned}") from None
         if run.stop.number is not None and done < planned:
+            self.world.gathered(None)  # the others go once the first process has written its checkpoint
             run.end_early(done)
-        seconds = time.monotonic() - began
-        with replacing_folder(run.adapter) as aside:
-            for role, folder in places(self.roles, aside).items():
-                self.base.save_adapter(role, folder)
-                lineage.write(folder, self.origin)
-        return {
+        seconds, peaks = time.monotonic() - began, self.world.gathered(peak_bytes())
+        self.world.first(self._save)
+        several = {"processes": len(peaks), "peak_bytes_each": peaks} if len(peaks) > 1 else {}
+        return several | {
             "steps": done,
             "resumed_from": str(self.checkpoint) if self.checkpoint else None,
             "train_seconds": round(seconds, 1),
             "tokens": tokens,
             "tokens_per_second": round((tokens - self.tokens_before) / max(1e-9, seconds), 1),
-            "peak_bytes": peak_bytes(),
+            "peak_bytes": max(peaks),
             **({"streamed_bytes": stream.copied_bytes - copied} if stream else {}),
         }
 
+    def _save(self) -> None:
+        with replacing_folder(self.run.adapter) as aside:
+            for role, folder in places(self.roles, aside).items():
+                self.base.save_adapter(role, folder)
+                lineage.write(folder, self.origin)
+
     def finish(self, next_command: str, **facts: Any) -> None:
         """Completes the run folder, as `RunFolder.finish` says."""
+        if not self.world.is_first:
+            return
         codes = {folder: loading(self.base, folder) for folder in places(self.roles, self.run.adapter).values()}
         self.run.finish(next_command, self.base.origin.source, codes, rows=self.rows.counts, **facts)
 

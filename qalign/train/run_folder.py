@@ -1,7 +1,5 @@
 """The run folder `<output>/<stage>/`: what a stage leaves there, and what it can be resumed from.
-
-Imports no torch, so a folder that is taken or a missing parent is reported at once.
-"""
+Imports no torch, so a folder that is taken or a missing parent is reported at once."""
 
 import json
 import os
@@ -29,6 +27,7 @@ from qalign.model import lineage
 from qalign.train import checkpoints
 from qalign.train.lock import locked
 from qalign.train.model_card import CARD, model_card, versions
+from qalign.train.processes.world import current
 from qalign.train.trackers import Trackers, check
 
 REFUSED = "rejected_rows.jsonl"
@@ -232,7 +231,7 @@ class RunFolder:
         )
 
     def _list_refused(self, refused: list[Refused], name: str) -> None:
-        if refused:
+        if refused and current().is_first:
             self.path.mkdir(parents=True, exist_ok=True)
             write_rows(self.path / name, map(asdict, refused))
 

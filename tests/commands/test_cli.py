@@ -55,11 +55,31 @@ def test_an_unexpected_error_is_not_hidden(error):
         cli.exit_code(raising(error))
 
 
-@pytest.mark.parametrize("size", ["2", "abc"])
-def test_several_processes_are_refused(monkeypatch, capsys, size):
-    monkeypatch.setenv("WORLD_SIZE", size)
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "WORLD_SIZE is '2', but RANK, MASTER_ADDR, MASTER_PORT is not set; "),
+        ({"WORLD_SIZE": "abc"}, "WORLD_SIZE: 'abc' is not a number"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "accelerate's config asks for FSDP"),
+        ({}, "this command runs in one process"),
+    ],
+)
+def test_a_launch_that_can_not_be_is_one_line(monkeypatch, capsys, more, said):
+    place = {} if "RANK" in said else {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in ({"WORLD_SIZE": "2"} | place | more).items():
+        monkeypatch.setenv(name, value)
     assert cli.exit_code(lambda: None) == 2
-    assert "one GPU in one process" in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(said)
+
+
+def test_each_process_of_a_host_sees_a_gpu_of_its_own(monkeypatch, capsys):
+    launch = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    for name, value in (launch | {"CUDA_VISIBLE_DEVICES": "6,7", "ACCELERATE_MIXED_PRECISION": "fp16"}).items():
+        monkeypatch.setenv(name, value)
+    assert cli.exit_code(lambda: None) == 2  # a command that isn't shared
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == "7"
+    assert not {*launch, "ACCELERATE_MIXED_PRECISION"} & os.environ.keys()
+    assert capsys.readouterr().err == "", "the first process says it"
 
 
 def test_a_current_folder_that_was_deleted_is_one_line(tmp_path, monkeypatch, capsys):

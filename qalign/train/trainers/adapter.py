@@ -1,9 +1,11 @@
 """What the trainers of all stages share: TRL's config, tried out before anything is loaded; a schedule that counts from
 1; the check for NaN; adapters as checkpoints."""
 
+import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -24,12 +26,14 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite, short
 from qalign.model.base import Base, Role
 from qalign.model.memory.first_step import FirstStep
+from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder
 
 CONFIGS: dict[str, Any] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "kto": KTOConfig}
 CONFIGS |= dict.fromkeys(RL_STAGES, TrainingArguments)
 
 Built = TypeVar("Built")
+Found = TypeVar("Found")
 
 
 class AdapterTrainer(Trainer):
@@ -38,6 +42,7 @@ class AdapterTrainer(Trainer):
 
     Attributes:
         micro: what one forward pass takes; changes no number.
+        world: the processes that share the micro-batches of a step.
         counters: names of the attributes that a micro-batch changes.
     """
 
@@ -50,11 +55,11 @@ class AdapterTrainer(Trainer):
 
     def take(self, micro: MicroBatchLimit) -> None:
         """Sets what one forward pass takes."""
-        self.micro, self._first_step = micro, FirstStep(micro)
+        self.micro, self._first_step, self.world = micro, FirstStep(micro), current()
 
     def micro_batches(self, rows: Sequence[Any]) -> list[Any]:
         """The rows of a step in groups, one for each forward pass."""
-        return self.base.micro_batches(rows, self.micro)
+        return self.base.micro_batches(rows, self.limit_for(rows))
 
     def look_ahead(self, rows: Sequence[Any], groups: Sequence[Any]) -> None:
         """Called with the rows of an optimiser step and its micro-batches before the first of these, for losses that
@@ -65,7 +70,14 @@ class AdapterTrainer(Trainer):
         return rows
 
     def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
-        """Forward and backward of one optimiser step, one micro-batch at a time."""
+        """One optimiser step's loss and gradients, over all processes."""
+        return self.world.summed(self.run_step(model, inputs, num_items_in_batch), self._learning)
+
+    def _learning(self) -> list[nn.Parameter]:
+        return [weight for group in cast(Optimizer, self.optimizer).param_groups for weight in group["params"]]
+
+    def run_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        """Forward and backward of the step's micro-batches that this process runs, one at a time."""
         one = super().training_step
 
         def step() -> Tensor:
@@ -73,12 +85,35 @@ class AdapterTrainer(Trainer):
             with self.compute_loss_context_manager():
                 self.look_ahead(inputs, groups)
             self.current_gradient_accumulation_steps = len(groups)
-            for rows in groups:
-                total = total + one(model, self.inputs_of(rows), num_items_in_batch)
-            return total
+
+            def own() -> Tensor:
+                nonlocal total
+                for number, rows in self.mine(groups):
+                    self.world.check()
+                    with own_draws(self.args.seed, self.state.global_step, number):
+                        total = total + one(model, self.inputs_of(rows), num_items_in_batch)
+                return total
+
+            return self.world.agreed(own)
 
         sizes = [self.base.tokens_taken(row) for row in inputs]
         return self._first_step.run(step, sizes, model.zero_grad, self, self.counters)
+
+    def mine(self, groups: Sequence[Any]) -> list[tuple[int, Any]]:
+        """Of the micro-batches of a step those that this process runs, with their numbers."""
+        return self.world.mine(groups, [sum(map(self.base.tokens_taken, rows)) for rows in groups])
+
+    def over_all(self, groups: Sequence[Any], work: Callable[[Any], Found]) -> list[Found]:
+        """What `work` gives for each micro-batch, in their order, whichever process runs it."""
+        own = self.world.agreed(lambda: [(number, work(rows)) for number, rows in self.mine(groups)])
+        return [found for _, found in sorted(chain(*self.world.gathered(own)), key=lambda pair: pair[0])]
+
+    def limit_for(self, rows: Sequence[Any]) -> MicroBatchLimit:
+        """What one forward pass takes of a step: where the recipe leaves that open, no more than a process' share."""
+        if self.world.size == 1 or self.micro.pairs:
+            return self.micro
+        share = math.ceil(sum(map(self.base.tokens_taken, rows)) / self.world.size)
+        return MicroBatchLimit(tokens=min(self.micro.tokens, share), longest=self.micro.longest)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The recipe's schedule, counted from 1."""
@@ -112,6 +147,16 @@ class AdapterTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Checkpoints hold the trained adapter alone, as a plain adapter folder: the base never changes."""
         self.base.save_adapter(self.trained, Path(output_dir or self.args.output_dir or ""))
+
+
+@contextmanager
+def own_draws(seed: int, step: int, number: int) -> Generator[None]:
+    """Random numbers of a micro-batch's own, such as its dropout's, whichever process runs it and whatever was drawn
+    before. Afterwards the generators are as they were."""
+    digest = hashlib.blake2b(f"{seed} {step} {number}".encode(), digest_size=8).digest()
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
+        torch.manual_seed(int.from_bytes(digest))
+        yield
 
 
 def schedule_from_one(kind: str, optimizer: Optimizer, warmup: int, steps: int, args: TrainingArguments) -> LRScheduler:

@@ -8,7 +8,7 @@ they are not TRL's `DPOTrainer` and `RewardTrainer`.
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,14 +17,23 @@ from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from qalign.data.collate import AnsweredPrompt, MicroBatchLimit
 from qalign.data.store.sequences import TokenPair
 from qalign.model.base import Base, Role
+from qalign.train.processes.world import ALONE
 from qalign.train.trainers.adapter import AdapterTrainer
+
+
+class Figures(NamedTuple):
+    """What the micro-batches of a process have given."""
+
+    rows: list[str]  # where they come from
+    losses: list[float]  # of each row
+    sums: dict[str, tuple[float, float]]  # by metric: its sum, and the number of rows that have it
 
 
 class PairTrainer(AdapterTrainer):
     """The loop of all that learn from rows of answers: pairs here, single answers in KTO. A subclass defines
     `pair_losses`."""
 
-    counters = ("tokens_seen", "_sums", "_counts", "_unread")
+    counters = ("_sums", "_counts", "_unread")
 
     def __init__(
         self,
@@ -61,6 +70,7 @@ class PairTrainer(AdapterTrainer):
 
     def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
         total = super().training_step(model, inputs, num_items_in_batch)
+        self.tokens_seen += sum(map(_tokens, inputs))
         self.after_step(self._read())
         return total
 
@@ -73,7 +83,6 @@ class PairTrainer(AdapterTrainer):
         self._unread.append(([pair.where for pair in inputs], loss.detach(), metrics))
         total = loss.sum() / (num_items_in_batch or len(loss))
         if total.requires_grad:
-            self.tokens_seen += sum(map(_tokens, inputs))
             switches = self.base.role_switches
 
             def check_role(grad: Tensor) -> None:
@@ -84,26 +93,38 @@ class PairTrainer(AdapterTrainer):
         return total
 
     def _read(self) -> dict[str, float]:
-        """Checks the losses of all micro-batches since the last call, and adds up their metrics, whose sums
-        it returns. Waits for the GPU once a step: a wait in each micro-batch would leave it idle until the next one."""
+        """Checks the losses of all micro-batches since the last call, in all processes, and adds up their metrics,
+        whose sums it returns. Waits for the GPU once a step: a wait in each micro-batch would leave it idle until the
+        next one."""
+        parts = self.world.gathered(self._own_figures())
+        losses = [loss for part in parts for loss in part.losses]
+        self.check_finite(losses, [row for part in parts for row in part.rows])
+        read: dict[str, float] = defaultdict(float)
+        for part in parts:
+            for name, (total, counted) in part.sums.items():
+                read[name] += total
+                self._counts[name] += counted
+        for name, total in read.items():
+            self._sums[name] += total
+        return {**read, "pairs": len(losses)} if losses else {}
+
+    def _own_figures(self) -> "Figures":
+        """Those of the micro-batches that this process has run since the last call."""
         if not self._unread:
-            return {}
+            return Figures([], [], {})
         rows, losses, metrics = zip(*self._unread, strict=True)
         self._unread = []
         values = torch.stack([torch.cat([each[name] for each in metrics]).double() for name in metrics[0]])
         sums, counts = values.nansum(dim=1), (~values.isnan()).sum(dim=1)
         found = torch.cat([*losses, sums, counts]).tolist()
         count, names = len(found) - 2 * len(sums), list(metrics[0])
-        self.check_finite(found[:count], [*chain(*rows)])
-        read: dict[str, float] = dict(zip(names, found[count : count + len(names)], strict=True))
-        for name, total, counted in zip(names, read.values(), found[count + len(names) :], strict=True):
-            self._sums[name] += total
-            self._counts[name] += counted
-        return read | {"pairs": count}
+        both = zip(found[count : count + len(names)], found[count + len(names) :], strict=True)
+        return Figures([*chain(*rows)], found[:count], dict(zip(names, both, strict=True)))
 
     def _means(self, prefix: str = "") -> dict[str, float]:
         """Means over the pairs counted since the last call."""
-        self._read()
+        if self._unread:
+            self._read()
         means = {prefix + name: total / self._counts[name] for name, total in self._sums.items() if self._counts[name]}
         self._sums.clear()
         self._counts.clear()
@@ -118,6 +139,14 @@ class PairTrainer(AdapterTrainer):
         """Means over all held-out pairs."""
         return self.evaluated(self.measure(self.get_eval_dataloader(eval_dataset), f"{metric_key_prefix}_"))
 
+    def measure_alone(self, batches: Iterable[Any]) -> dict[str, float]:
+        """`measure` in this process, while others do something else."""
+        together, self.world = self.world, ALONE
+        try:
+            return self.measure(batches)
+        finally:
+            self.world = together
+
     def measure(self, batches: Iterable[Any], prefix: str = "") -> dict[str, float]:
         """Means over the pairs of all batches, by TRL's names; each pair counts once, whatever its batch. Draws no
         random number, and leaves the means over training pairs as they were."""
@@ -127,7 +156,7 @@ class PairTrainer(AdapterTrainer):
             for inputs in batches:
                 groups = self.micro_batches(inputs)
                 self.look_ahead(inputs, groups)
-                for pairs in groups:
+                for _, pairs in self.mine(groups):
                     loss, metrics = self.pair_losses(pairs)
                     self._unread.append(([pair.where for pair in pairs], loss, {"loss": loss, **metrics}))
                 self._read()

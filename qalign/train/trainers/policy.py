@@ -26,9 +26,20 @@ class PolicyTrainer(PairTrainer):
         self.settings, self.references = settings, references
         super().__init__(base, Role.POLICY, *more, **named)
 
+    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        total = super().training_step(model, inputs, num_items_in_batch)
+        for others in self.world.gathered(self.references.fresh()):  # in the next epoch they may be this process' rows
+            self.references.add(others)
+        return total
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call)
-        self.references.save()
+        self.save_references()
+
+    def save_references(self) -> None:
+        """Keeps the reference's log-probs for later runs, if they are cached."""
+        if self.world.is_first:
+            self.references.save()
 
 
 class PreferenceTrainer(PolicyTrainer):
@@ -49,7 +60,7 @@ class PreferenceTrainer(PolicyTrainer):
         if not self.settings.compares_pairs or len(groups) == 1:
             return
         with torch.no_grad():
-            found = [self._logps(group) for group in groups]
+            found = self.over_all(groups, self._logps)
         policy, reference, lengths, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
         with torch.enable_grad():
             loss = self.loss(policy.requires_grad_(), reference, lengths, labels)
@@ -116,12 +127,14 @@ class LabelTrainer(PolicyTrainer):
         number. It takes one forward pass without gradients, of each prompt with another row's answer."""
         if self.settings.loss != "kto":
             return
-        policy, reference = [], []
-        for some in self.base.micro_batches(mismatched(rows, self.base.max_length), self.micro):
+
+        def logps(some: Sequence[TokenAnswers]) -> tuple[Tensor, Tensor]:
             batch = self.base.batch(some)
-            of_policy, of_reference = self.references.beside_policy(self.base, some, batch)
-            policy.append(of_policy[:, 0])
-            reference.append(of_reference[:, 0])
+            policy, reference = self.references.beside_policy(self.base, some, batch)
+            return policy[:, 0], reference[:, 0]
+
+        found = self.over_all(self.micro_batches(mismatched(rows, self.base.max_length)), logps)
+        policy, reference = zip(*found, strict=True)
         self.kl = kl_estimate(torch.cat(policy), torch.cat(reference))
 
     def pair_losses(self, pairs: Sequence[Any]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -69,15 +69,16 @@ class EnsembleTrainer(RewardModelTrainer):
         self.base.train_again()  # a checkpoint that was loaded has left only the active adapter trainable
         return super().create_optimizer(model)
 
-    def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
-        roles, before = self.ensemble.roles, self.tokens_seen
+    def run_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
+        roles = self.ensemble.roles
         if not self.ensemble.reason:
-            return super().training_step(model, inputs, num_items_in_batch) / len(roles)
+            return super().run_step(model, inputs, num_items_in_batch) / len(roles)
         total = torch.zeros((), device=self.args.device)
         for number, role in enumerate(roles):
-            self._only, self.tokens_seen = slice(number, number + 1), before
+            self._only = slice(number, number + 1)
             with self.base.acting_as(role):  # the backward pass inside: checkpointed layers run again in this role
-                total = total + super().training_step(model, inputs, num_items_in_batch) / len(roles)
+                total = total + super().run_step(model, inputs, num_items_in_batch) / len(roles)
+                self._read()
         self._only = slice(None)
         return total
 

@@ -21,6 +21,7 @@ from qalign.data.collate import Layout, MicroBatchLimit, micro_batches
 from qalign.data.store.rows import OnDemand
 from qalign.data.store.sequences import IGNORED, TokenDialogue
 from qalign.data.store.tokens import outlines
+from qalign.errors import UserError
 from qalign.model.base import Base, Role
 from qalign.model.logps import backbone, token_scores
 from qalign.train.trainers.adapter import AdapterTrainer
@@ -57,6 +58,8 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
             first = {"train_dataset": train_rows[:1], "eval_dataset": (eval_rows or ())[:1]}
             data: dict[str, Any] = {name: _columns(rows) for name, rows in first.items()}
             super().__init__(base.model, args, **data, processing_class=base.tokenizer, callbacks=list(callbacks))
+        if self.aux_loss_enabled and self.world.size > 1:
+            raise UserError("sft.trainer: router_aux_loss_coef: TRL adds up its figures in one process only")
         self.train_dataset: Any = packed(train_rows, args) if args.packing else _unpacked(train_rows)
         self.eval_dataset: Any = _unpacked(eval_rows) if eval_rows else None
         # NEFTune's noise depends on the length of a row, so there a row stays one dialogue unless `packing` is set.
@@ -79,7 +82,7 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         return batches, sum(row.supervised for batch in batches for row in batch)
 
     def micro_batches(self, rows: Sequence[Any]) -> list[Any]:
-        return micro_batches(rows, self.micro, layout="packed" if self.without_padding else "padded")
+        return micro_batches(rows, self.limit_for(rows), layout="packed" if self.without_padding else "padded")
 
     def inputs_of(self, rows: Sequence[Any]) -> dict[str, Any]:
         found = packed_row(rows) if self.without_padding else self._padding([row.columns for row in rows])
@@ -117,15 +120,12 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         return loss
 
     def _read(self) -> float:
-        """Checks the losses of all micro-batches since the last call, and keeps their metrics for `log`; returns the
-        sum of the losses. Waits for the GPU once."""
-        inputs, figures = zip(*self._unread, strict=True)
-        self._unread = []
-        read = torch.stack(figures).tolist()
-        for (loss, *_), given in zip(read, inputs, strict=True):
-            if not math.isfinite(loss):
-                self.check_finite([loss], self._places([*_sequences(given)]))
-        total, *others = map(sum, zip(*read, strict=True))
+        """Checks the losses of all micro-batches since the last call, in all processes, and keeps their metrics for
+        `log`; returns the sum of the losses. Waits for the GPU once."""
+        parts = self.world.gathered(self._own_figures())
+        for wrong in (wrong for wrong, _ in parts if wrong):
+            self.check_finite([math.nan], wrong)
+        total, *others = map(sum, zip(*(figures for _, figures in parts if figures), strict=True))
         if others:
             entropy, correct, tokens = others
             metrics = self._metrics["train" if self.base.model.training else "eval"]
@@ -133,6 +133,19 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
             metrics["mean_token_accuracy"].append(correct / max(1, tokens))
             metrics["num_tokens"] = [self._total_train_tokens]
         return total
+
+    def _own_figures(self) -> tuple[list[str], list[float]]:
+        """(The rows of the first micro-batch whose loss isn't finite, the sums of the figures) of what this process has
+        run since the last call."""
+        if not self._unread:
+            return [], []
+        inputs, figures = zip(*self._unread, strict=True)
+        self._unread = []
+        read = torch.stack(figures).tolist()
+        for (loss, *_), given in zip(read, inputs, strict=True):
+            if not math.isfinite(loss):
+                return self._places([*_sequences(given)]), []
+        return [], [*map(sum, zip(*read, strict=True))]
 
     def _places(self, sequences: Sequence[tuple[int, ...]]) -> list[str]:
         """Where sequences of ids come from; looked for once a run fails, as all ids take long to compare."""
@@ -147,7 +160,7 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast(), self.packed_attention():
             for batch in self.get_eval_dataloader(eval_dataset):
                 tokens += sum(row.supervised for row in batch)
-                for rows in self.micro_batches(batch):
+                for _, rows in self.mine(self.micro_batches(batch)):
                     inputs = send_to_device(self.inputs_of(rows), self.args.device)
                     self.compute_loss(self.base.model, inputs, num_items_in_batch=1)
                 total += self._read()

@@ -1,0 +1,167 @@
+"""Several processes that train one run: the same curve as one, and what happens when one of them ends."""
+
+import json
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qalign.config.load import load
+from qalign.train.processes.world import deal
+from qalign.train.run_folder import RunFolder
+from tests.helpers import metrics, summary
+from tests.reward_runs import run_stage
+from tests.train.processes import ended, launch, run_together
+from tests.train.runs import recipe_of
+
+WORDS = ["a", "river", "is", "long", "and", "slow", "in", "the", "summer", "but", "after", "rain", "it", "floods"]
+# Steps of 4, 4, 4 and 2 rows, and twice the epoch; with Adam a larger learning rate makes more of rounding.
+ODD = {"limit": None, "batch_size": 4, "micro_batch_size": 1, "eval_every": 3}
+ODD |= {"learning_rate": 1e-4, "epochs": 2, "max_steps": None, "save_every": 3}
+LONG = {"epochs": 60, "save_every": 5, "eval_every": 1000}
+
+
+def write(folder: Path, base: str, stage: str, **keys) -> str:
+    """A recipe of a stage on pairs of short answers: a sum of log-probs that is large is rounded to more than 1e-6."""
+    said = [" ".join(WORDS[n % 5 : n % 5 + 1 + n * 5 % 9]) for n in range(36)]
+    rows = [{"prompt": said[n], "chosen": said[n + 18], "rejected": said[35 - n]} for n in range(18)]
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, some in (("train", rows[:14]), ("test", rows[14:])):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    data = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl")}
+    return recipe_of(folder, base, stage, **(ODD | data | keys))
+
+
+def assert_same_curve(path: str, expected: RunFolder) -> None:
+    """Losses and weights to 1e-6. Rewards and log-probs are sums over tokens."""
+    run = opened(path)
+    for line, wanted in zip(metrics(run), metrics(expected), strict=True):
+        assert line.keys() == wanted.keys()
+        for name in line.keys() - {"tokens_per_second"}:
+            assert line[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-6 if "loss" in name else 1e-5), name
+    for weights in expected.path.glob("adapter/**/adapter_model.safetensors"):
+        mine = load_file(run.path / weights.relative_to(expected.path))
+        torch.testing.assert_close(mine, load_file(weights), rtol=0, atol=1e-6)
+
+
+def opened(path: str) -> RunFolder:
+    return RunFolder(load(path, stage=Path(path).stem), Path(path).stem)
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_folder, tmp_path_factory):
+    """What one process trains in a stage."""
+    found: dict[str, RunFolder] = {}
+
+    def trained(stage: str, **keys) -> RunFolder:
+        if (key := f"{stage} {keys}") not in found:
+            found[key] = run_stage(write(tmp_path_factory.mktemp("one"), tiny_folder, stage, **keys))
+        return found[key]
+
+    return trained
+
+
+def test_dealing_gives_the_largest_first_to_the_one_with_the_least():
+    assert deal([1, 5, 2, 4, 3], 2) == [[0, 1, 2], [3, 4]]
+    assert deal([7], 3) == [[0], [], []]
+
+
+def test_two_processes_train_the_same_adapter_as_one(alone, tiny_folder, tmp_path):
+    path = write(tmp_path, tiny_folder, "dpo", limit=6, epochs=1)
+    assert "processes      2 processes" in run_together("dpo", path, 2)
+    assert_same_curve(path, alone("dpo", limit=6, epochs=1))
+    facts = summary(opened(path))
+    assert facts["processes"] == len(facts["peak_bytes_each"]) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "count", "keys"),
+    [
+        ("dpo", 3, {}),
+        ("dpo", 2, {"micro_batch_size": "auto"}),
+        ("dpo", 3, {"lora": {"dropout": 0.1}}),
+        ("dpo", 2, {"loss": "aot", "micro_batch_size": 2}),
+        ("dpo", 2, {"loss": "bco_pair", "reference": "cached"}),
+        ("kto", 3, {}),
+        ("reward", 2, {}),
+        ("reward", 3, {"members": 2}),
+        ("sft", 3, {}),
+        ("sft", 2, {"neftune_alpha": 5}),
+    ],
+)
+def test_any_number_of_processes_trains_the_same_adapter(stage, count, keys, alone, tiny_folder, tmp_path):
+    path = write(tmp_path, tiny_folder, stage, **keys)
+    run_together(stage, path, count)
+    assert_same_curve(path, alone(stage, **keys))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 2)])
+def test_a_run_resumes_with_another_number_of_processes(before, after, alone, tiny_folder, tmp_path):
+    path = write(tmp_path, tiny_folder, "dpo")
+    run_together("dpo", path, before)
+    run = opened(path)
+    run.summary.unlink()  # as if it had been killed after its checkpoint of step 6
+    for late in run.checkpoints.glob("checkpoint-8"):
+        (late / "manifest.json").unlink()
+    said = run_together("dpo", path, after, "--resume")
+    assert "checkpoint-6" in said
+    assert_same_curve(path, alone("dpo"))
+
+
+def started(tiny_folder: str, folder: Path, count: int):
+    """(path of a recipe, its processes in their training)."""
+    path = write(folder, tiny_folder, "dpo", **LONG)
+    processes, until = launch("dpo", [path] * count), time.monotonic() + 240
+    while not (opened(path).metrics.is_file() and len(metrics(opened(path))) > 12):
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.1)
+    return path, processes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_killed_process_ends_the_others_with_a_line_that_names_it(killed, tiny_folder, tmp_path):
+    path, processes = started(tiny_folder, tmp_path, 3)
+    processes[killed].kill()
+    began = time.monotonic()
+    codes, _, errors = ended(processes)
+    assert time.monotonic() - began < 30
+    assert codes == [-signal.SIGKILL if number == killed else 2 for number in range(3)], errors
+    said = "".join(errors).strip()
+    assert re.fullmatch(rf"process {killed} \(host \S+, pid {processes[killed].pid}\) ended .*--resume", said), errors
+    assert opened(path).last_checkpoint().name in run_together("dpo", path, 2, "--resume")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_one_process_stops_all_after_the_same_step(number, code, tiny_folder, tmp_path):
+    path, processes = started(tiny_folder, tmp_path, 2)
+    processes[1].send_signal(number)
+    codes, outs, errors = ended(processes)
+    assert codes == [code, code], errors
+    reached = max(line["step"] for line in metrics(opened(path)))
+    assert f"checkpoint-{reached}" in outs[0]
+    assert sum(f"stopped by {number.name}" in said for said in errors) == 1
+
+
+@pytest.mark.slow
+def test_a_process_with_another_recipe_is_named(tiny_folder, tmp_path):
+    path, other = (write(tmp_path / f"{beta}", tiny_folder, "dpo", beta=beta) for beta in (0.1, 0.2))
+    codes, _, errors = ended(launch("dpo", [path, other]))
+    assert codes == [2, 2], errors
+    assert re.search(r"process 1 \(host \S+, pid \d+\): its dpo.beta is 0.2, that of process 0 is 0.1", "".join(errors))
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once(tiny_folder, tmp_path):
+    path = write(tmp_path, tiny_folder, "dpo")
+    codes, _, errors = ended(launch("dpo", [path, path], "dpo.betta=1"))
+    assert codes == [2, 2], errors
+    assert "".join(errors).count("betta") == 1, errors
