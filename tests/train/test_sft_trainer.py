@@ -176,7 +176,7 @@ def test_neftune_is_on_in_training_and_off_in_evaluation(spec, tmp_path):
         assert mean_loss(base, rows(base.tokenizer)) == pytest.approx(held_out[0], rel=1e-5)
     (quiet, expected), (noisy, held_out) = found.values()
     assert quiet[0] == pytest.approx(quiet[1], rel=1e-6)
-    assert abs(noisy[0] - quiet[0]) > 1e-3
-    assert abs(noisy[1] - noisy[0]) > 1e-3  # new noise each step
+    assert abs(noisy[0] - quiet[0]) > 1e-4
+    assert abs(noisy[1] - noisy[0]) > 1e-4  # new noise each step
     assert held_out == pytest.approx(expected, rel=1e-6)
     assert len(held_out) == 2
