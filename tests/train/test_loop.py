@@ -84,6 +84,7 @@ def test_out_of_memory_suggests_what_takes_less(stage, keys, fix):
     session = object.__new__(Session)
     session.run = SimpleNamespace(stage=name, recipe=recipe, settings=settings(stage, **batch, **keys))
     session.planned, session.micro = PLANNED, MicroBatchLimit(tokens=4096)
+    session.base = SimpleNamespace(lm=torch.nn.Identity())
     with pytest.raises(UserError) as raised:
         session.to_the_end(out_of_memory)
     (line,) = raised.value.lines
