@@ -155,7 +155,7 @@ def _said(work: Callable[[], None], world: World) -> int:
     except UserError as error:
         return world.fail(error.lines, 2)
     except ProcessEnded as end:
-        return world.fail(end.lines, end.code)
+        return world.fail(end.lines, end.code, end.dead)
     except (Stopped, KeyboardInterrupt) as stop:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         return world.fail([f"stopped by {signal.Signals(number).name}"], 128 + number)

@@ -52,6 +52,7 @@ def launched(environment: MutableMapping[str, str] = os.environ) -> Launch | Non
             raise UserError(f"{name}: {short(value)} is not a number")
         return int(value)
 
+    environment.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it warns in 30 lines of a store that ended
     listens = environment.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() == "true"
     return Launch(
         *(number(name, "RANK" if "RANK" in name else "WORLD_SIZE") for name in RANKS),

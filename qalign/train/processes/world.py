@@ -101,8 +101,9 @@ class World:
     def leave(self) -> None:
         """Waits for the others at the end of the work, and leaves them."""
 
-    def fail(self, lines: Iterable[str], code: int) -> int:
-        """Says `lines`, once over all processes, and ends the others. Returns the exit code."""
+    def fail(self, lines: Iterable[str], code: int, dead: int | None = None) -> int:
+        """Says `lines`, once over all processes, and ends the others. Returns the exit code. `dead` is the rank of the
+        process whose sudden end is the reason."""
         print(*lines, sep="\n", file=sys.stderr)
         return code
 
@@ -220,7 +221,7 @@ class Processes(World):
             self._meeting.leave()
             dist.destroy_process_group()
 
-    def fail(self, lines: Iterable[str], code: int) -> int:
+    def fail(self, lines: Iterable[str], code: int, dead: int | None = None) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):  # a launcher stops the others once one has ended
             signal.signal(number, signal.SIG_IGN)
         try:
@@ -228,7 +229,7 @@ class Processes(World):
                 self._meeting.check(2 * BEAT)
         except ProcessEnded as end:
             return self._meeting.end(end)
-        return self._meeting.end(ProcessEnded(code, lines))
+        return self._meeting.end(ProcessEnded(code, lines, dead))
 
 
 _current: World = ALONE
