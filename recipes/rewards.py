@@ -18,21 +18,6 @@ def sentences(text: str) -> int:
     return len(re.findall(r"[^.!?\n]+[.!?\n]*", text.strip()))
 
 
-MOST_COMMON = """
-a about after again all also an and any are as at back be because been before but by can come could day do does don't
-down even find first for from get give go good had has have he her here him his how i if in into is it it's its just
-know let like little long look make many may me more most much must my need never new no not now of off on one only or
-other our out over own people put right same say see she should so some still such take than that the their them then
-there these they thing think this those time to too two up us use very want was water way we well were what when where
-which while who why will with work would year yes you you're your
-"""  # the words that English is mostly made of
-COMMON = frozenset(MOST_COMMON.split())
-
-
-def plain(completions: list[str]) -> list[float]:
-    """The share of an answer's words that are common English words; an answer of fewer than 5 words counts as 5."""
-    scores = []
-    for text in completions:
-        words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower().replace("’", "'"))
-        scores.append(sum(word in COMMON for word in words) / max(5, len(words)))
-    return scores
+def concise(completions: list[str]) -> list[float]:
+    """1 for an answer of 15 words, 1/15 less for each word more or fewer, but at least -1."""
+    return [max(-1.0, 1 - abs(len(text.split()) - 15) / 15) for text in completions]

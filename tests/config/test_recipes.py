@@ -42,7 +42,7 @@ def test_the_header_gives_a_command_that_works(name):
     ((path, without, ppo),) = re.findall(pattern, text_of(name), re.MULTILINE)
 
     every = load(path, [without.strip()] if without else [])
-    without_ppo = [("sft", "kto"), ("grpo",), ("reward", "ppo"), ("sft", "dpo")]
+    without_ppo = [("sft", "kto"), ("grpo",), ("sft", "reward", "ppo"), ("sft", "dpo")]
     assert every.stages[-3:] == ("reward", "dpo", "ppo") if ppo else every.stages in without_ppo
     assert not ppo or load(path, [ppo]).stages[-1] == "dpo"
     for each in every.stages:  # no stage starts from one that the command leaves out
@@ -159,7 +159,7 @@ def test_no_question_of_the_demo_is_both_trained_on_and_measured(name, recipe):
         return {
             turn["content"]
             for stage in recipe.stages
-            for source in getattr(getattr(recipe, stage), key)
+            for source in getattr(getattr(recipe, stage), key) or ()
             for row in rows_of(source)
             for turn in row.get("messages") or [{"role": "user", "content": row["prompt"]}]
             if turn["role"] == "user"
