@@ -5,6 +5,7 @@ A pair has two answers, the chosen one first; a prompt for PPO has as many answe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from heapq import heapreplace
 from itertools import chain, takewhile
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -246,6 +247,16 @@ class MicroBatchLimit:
     def __str__(self) -> str:
         return f"{self.pairs:,} at a time" if self.pairs else f"up to {self.tokens:,} tokens at a time"
 
+    def among(self, hands: int, sizes: Sequence[int]) -> "MicroBatchLimit":
+        """The limit where so many processes share rows of these sizes, in tokens: where the recipe leaves it open, each
+        process gets as many micro-batches as any other. (With one more than that, all would wait for one process.)"""
+        if hands == 1 or self.pairs:
+            return self
+        rounds = ceil(sum(sizes) / (hands * self.tokens))
+        while (largest := _largest(sizes, hands * rounds)) > max(self.tokens, *sizes):
+            rounds += 1
+        return MicroBatchLimit(tokens=min(self.tokens, largest), longest=self.longest)
+
     def halve(self, sizes: Sequence[int]) -> bool:
         """Halves what a step with rows of these sizes takes at once, in tokens not below the longest row; False if it
         can't take less."""
@@ -293,6 +304,14 @@ def in_groups(rows: Sequence[Row]) -> Iterator[Sequence[Row]]:
 def packed_tokens(row: AnsweredPrompt) -> int:
     """The most tokens that a prompt and its answers take in a packed row (fewer if answers begin alike)."""
     return len(row.prompt_ids) + sum(map(len, row.answers))
+
+
+def _largest(sizes: Sequence[int], count: int) -> int:
+    """The largest of so many groups, split as `_balanced` does it."""
+    filled = [0] * count
+    for size in sorted(sizes, reverse=True):
+        heapreplace(filled, filled[0] + size)
+    return max(filled)
 
 
 def _balanced(rows: Sequence[Row], count: int, most: float = inf) -> list[list[Row]]:

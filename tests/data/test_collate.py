@@ -8,6 +8,7 @@ import torch
 
 from qalign.data.collate import Layout, MicroBatchLimit, micro_batches, pack, packed_tokens, pad
 from qalign.data.store.sequences import TokenPair
+from qalign.train.processes.world import deal
 from tests.families import random_pairs
 
 FIRST = TokenPair(prompt_ids=[11, 12], chosen_ids=[21, 22, 2], rejected_ids=[31, 2], where="rows.jsonl:1")
@@ -199,6 +200,21 @@ def test_a_token_limit_is_filled():
     assert max(sizes) <= 10
     assert len(sizes) == 7
     assert min(sizes) == 9
+
+
+@pytest.mark.parametrize("hands", [2, 3, 8])
+def test_each_process_gets_as_many_micro_batches(hands):
+    """So that none of them waits long for another: the longest share is near to the mean."""
+    draws = random.Random(0)
+    pairs = [TokenPair([1] * draws.randint(1, 400), [1] * 300, [1] * 300, f"row {n}") for n in range(64)]
+    sizes = [*map(packed_tokens, pairs)]
+    for tokens in (2000, 8192, 10**6):
+        groups = micro_batches(pairs, MicroBatchLimit(tokens=tokens).among(hands, sizes), layout="packed")
+        taken = [sum(map(packed_tokens, group)) for group in groups]
+        shares = [sum(taken[number] for number in numbers) for numbers in deal(taken, hands)]
+        assert max(shares) < 1.1 * sum(sizes) / hands
+        assert max(taken) <= tokens
+    assert MicroBatchLimit(pairs=3).among(hands, sizes) == MicroBatchLimit(pairs=3), "the recipe's own choice"
 
 
 def test_padded_micro_batches_are_of_like_length():

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from itertools import chain
 from typing import Any, TypeVar
 
 from qalign.errors import UserError
@@ -69,6 +70,10 @@ class World:
         """The values of all processes, in the order of their ranks."""
         return [value]
 
+    def merged(self, own: Iterable[tuple[int, T]]) -> list[T]:
+        """The values of all processes in the order of their numbers; `own` has (number, value) of this one's."""
+        return [value for _, value in sorted(chain(*self.gathered([*own])), key=lambda pair: pair[0])]
+
     def agreed(self, work: Callable[[], T]) -> T:
         """What `work` returns here. If it fails in any process because of the user's input, or for lack of memory, the
         same error is raised in all."""
@@ -87,7 +92,7 @@ class World:
         """Raises a `UserError` that names a process whose `facts` differ from those of the first one."""
 
     def mine(self, groups: Sequence[T], sizes: Sequence[int]) -> list[tuple[int, T]]:
-        """The micro-batches that this process runs, with their numbers; `sizes` are their tokens."""
+        """Of micro-batches (or prompts) those that this process runs, with their numbers; `sizes` are their tokens."""
         return [*enumerate(groups)]
 
     def summed(self, total: Any, learning: Callable[[], Sequence[Any]]) -> Any:

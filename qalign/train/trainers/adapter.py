@@ -5,7 +5,6 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -105,15 +104,11 @@ class AdapterTrainer(Trainer):
 
     def over_all(self, groups: Sequence[Any], work: Callable[[Any], Found]) -> list[Found]:
         """What `work` gives for each micro-batch, in their order, whichever process runs it."""
-        own = self.world.agreed(lambda: [(number, work(rows)) for number, rows in self.mine(groups)])
-        return [found for _, found in sorted(chain(*self.world.gathered(own)), key=lambda pair: pair[0])]
+        return self.world.merged(self.world.agreed(lambda: [(n, work(rows)) for n, rows in self.mine(groups)]))
 
     def limit_for(self, rows: Sequence[Any]) -> MicroBatchLimit:
-        """What one forward pass takes of a step: where the recipe leaves that open, no more than a process' share."""
-        if self.world.size == 1 or self.micro.pairs:
-            return self.micro
-        share = math.ceil(sum(map(self.base.tokens_taken, rows)) / self.world.size)
-        return MicroBatchLimit(tokens=min(self.micro.tokens, share), longest=self.micro.longest)
+        """What one forward pass takes of a step."""
+        return self.micro.among(self.world.size, [self.base.tokens_taken(row) for row in rows])
 
     def create_scheduler(self, num_training_steps: int, optimizer: Optimizer | None = None) -> LRScheduler:
         """The recipe's schedule, counted from 1."""
