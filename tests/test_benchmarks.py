@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import all_on_gpu, gpu, gpu_profile
+from benchmarks import all_on_gpu, gpu, gpu_profile, scaling
 from qalign.data.store.sequences import TokenPair
 from tests.conftest import ROOT
 
@@ -213,3 +213,11 @@ def test_ratios_are_medians_over_the_rounds():
     lines = gpu.table(runs, 8, "hh")
     assert "| qalign-cached | 200 | 2.50 | 2 pairs | 1.00 | 4.00 (2.00 to 5.00) |  |" in lines
     assert "| trl-best | out of memory | | | | | |" in lines
+
+
+def test_the_model_of_a_step_in_several_processes():
+    """By hand: 600 tokens of 10 FLOP at 1,000 FLOP/s, 2 × 2/3 of 300 bytes at 100 bytes/s, a second alone."""
+    cards = scaling.Cards("", 1000.0, 100.0, launch_seconds=2.0)
+    assert scaling.step_seconds([400, 600, 500], 10.0, 300.0, cards, 1.0) == pytest.approx(6 + 4 + 1)
+    assert scaling.step_seconds([1500], 10.0, 300.0, cards, 1.0) == pytest.approx(15 + 1), "one process sums nothing"
+    assert scaling.step_seconds([100], 10.0, 300.0, cards, 0.0) == pytest.approx(2), "kernels must be launched"
