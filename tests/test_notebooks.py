@@ -122,7 +122,7 @@ def environment(wheel, tmp_path_factory):
     (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     words = ["goodhart.seeds=1", "goodhart.pairs=4", "goodhart.epochs=1", "goodhart.members=2", "goodhart.best_of=2"]
     words += ["sft.max_steps=1", "sft.limit=8", "sft.batch_size=1"]
-    words += ["reward.limit=8", "reward.eval_data=null", "ppo.max_steps=1", "ppo.eval_every=1", "ppo.limit=2"]
+    words += ["reward.limit=32", "reward.eval_data=null", "ppo.max_steps=1", "ppo.eval_every=1", "ppo.limit=2"]
     words.append(f"ppo.eval_data={{path: {ROOT}/recipes/data/house_style_test.jsonl, limit: 2}}")
     goodhart = load(str(ROOT / "recipes" / "smollm2_goodhart.yaml"), words)
     (folder / "goodhart.yaml").write_text(dump(goodhart), encoding="utf-8")
