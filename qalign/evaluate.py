@@ -8,7 +8,7 @@ reference and aligned adapter answer some of the prompts: such figures don't sho
 
 `--dialogues` and `--tasks` show the alignment tax: whether the bare base predicts dialogues, and does tasks of lm-eval,
 better than the adapter on it (Askell et al. 2021, arXiv:2112.00861; Ouyang et al. 2022, arXiv:2203.02155). Nothing is
-trained. Everything runs on the one base in memory.
+trained. Everything runs on the one base in memory. Several processes share the held-out rows, and the first one prints.
 """
 
 import argparse
@@ -38,10 +38,12 @@ from qalign.data.formats import (
     preferences,
     prompts,
 )
+from qalign.data.rows import rows_hash
 from qalign.errors import UserError, one_line
 from qalign.model import origin
 from qalign.reports.answers import evaluation_lines, spread, verdict
 from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_under
+from qalign.train.processes.world import ALONE, current, entered
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
@@ -75,15 +77,18 @@ def report(
     if stage == BEST_OF and not adapters_in(run.adapter):
         return _print_sampling(run)
     rows, refused = _held_out(run)
-    others = _others(run, dialogues)
+    others, world = _others(run, dialogues), current()
     origin.check(recipe.model)
 
     # Imported here, not above: torch takes seconds, and a bad recipe must not wait for it.
     from qalign.model.base import Role, load
     from qalign.rl.rewards import open_scorers
+    from qalign.train.loop import facts_of
 
     scorers = open_scorers(recipe, run) if run.stage in RL_STAGES else None
-    base = load(recipe.model, now=rendered_at(run))
+    hashes = {"held-out rows": rows_hash(rows), "--dialogues": rows_hash(others[1] if others else [])}
+    world.connect(facts_of(run) | hashes, "")
+    base = world.in_turn(lambda: load(recipe.model, now=rendered_at(run)))
     if stage != "reward":
         _load_adapters(base, run)
     kind = run.stage if scorers is None else "ppo"
@@ -103,7 +108,8 @@ def report(
     said = [("verdict" if number == 0 else "", sentence) for number, sentence in enumerate(verdict(figures))]
     lines = evaluation_lines(figures, has_parent=bool(run.parent))
     print_table(f"{run.adapter} on {count} held-out {ROWS[run.stage]}{more}", [*lines.items(), *said])
-    write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
+    if world.is_first:
+        write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
     if answered:
         _print_answers(answered)
 
@@ -244,7 +250,8 @@ def _reward(base: "Base", run: RunFolder, rows: Sequence[Preference], _: Any) ->
     check_usable(f"{run.stage}.eval_data", len(pairs), unfit)
     model = load_rewards(base, "the run", Role.REWARD, adapters_in(run.adapter))
     figures, scores = of_scores(base, model, pairs)
-    return {**figures, **reward.trust(pairs, scores, run.path / "evaluation.png")}, None, unfit
+    trust = current().first(lambda: reward.trust(pairs, scores, run.path / "evaluation.png"))
+    return {**figures, **trust}, None, unfit
 
 
 def _policy(base: "Base", run: RunFolder, rows: Sequence[Prompt], scorers: Any) -> Measured:
@@ -264,8 +271,12 @@ def _policy(base: "Base", run: RunFolder, rows: Sequence[Prompt], scorers: Any) 
     setup = Setup(base, base.lineage(run.stage), scorers, TransformersEngine(), sampling, held_out)
     scorers.load_models(base)
     scorers.attach(base, limit)
-    figures, answered = of_policy(setup, limit)
-    return figures, answered, unfit
+
+    def alone() -> tuple[Figures, "Answered"]:
+        with entered(ALONE):
+            return of_policy(setup, limit)
+
+    return *current().first(alone), unfit
 
 
 def _with_answers(figures: Figures, answered: "Answered", unfit: list[Refused]) -> Measured:
@@ -280,7 +291,8 @@ def _print_sampling(run: RunFolder) -> None:
     points = json.loads(run.summary.read_text(encoding="utf-8"))["held_out"]
     if not points:
         raise UserError(f"{run.path}: measured no held-out prompts; run it again with {run.stage}.eval_data")
-    write_whole(run.path / "evaluation.json", json.dumps({"stage": BEST_OF, "held_out": points}, indent=1) + "\n")
+    if current().is_first:
+        write_whole(run.path / "evaluation.json", json.dumps({"stage": BEST_OF, "held_out": points}, indent=1) + "\n")
     first, last, judged = points[0], points[-1], ""
     if last["judge"] is not None:
         judged = f", judge {first['judge']:+.3f} → {last['judge']:+.3f}"
@@ -325,7 +337,7 @@ def main(words: Sequence[str] | None = None) -> None:
         recipe = load(args.recipe, args.overrides, "ppo" if stage == BEST_OF else stage)
         report(recipe, stage, args.dialogues, tasks, args.limit)
 
-    run_parsed(parser, work, words)
+    run_parsed(parser, work, words, shared=True)
 
 
 if __name__ == "__main__":

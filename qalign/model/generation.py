@@ -206,14 +206,16 @@ class TransformersEngine:
         num_samples: int,
         seed: int,
         mixture: Mixture | None = None,
+        only: Sequence[int] | None = None,
     ) -> list[list[list[int]]]:
         """`num_samples` answers to every prompt, as token ids with the stop id if an answer ended by itself. Prompts
         are token ids with the generation prompt; `role` is that of all, or one for each, and a `mixture` that
-        of all. The same seed, roles and prompts give the same answers."""
+        of all. The same seed, roles and prompts give the same answers, also to prompts with these numbers `only`."""
         roles = [role] * len(prompts) if isinstance(role, str) else role
         draws = uniform_draws(seed, len(prompts) * num_samples, sampling.max_new_tokens)
         answers: list[list[int]] = [[] for _ in draws]
-        shortest_first = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+        wanted = range(len(prompts)) if only is None else only
+        shortest_first = sorted(wanted, key=lambda number: len(prompts[number]))
         order = [number * num_samples + sample for number in shortest_first for sample in range(num_samples)]
         max_tokens = max(map(len, prompts)) + sampling.max_new_tokens
         decoder, start = decoder_of(base), 0
@@ -239,7 +241,7 @@ class TransformersEngine:
                 free_unused()  # out here the traceback is gone, whose frames hold the cache
                 fewer = f"it goes on with at most {self._most_answers} at once"
                 tqdm.write(f"out of memory while sampling answers: {fewer}, which changes no token")
-        return [answers[start : start + num_samples] for start in range(0, len(answers), num_samples)]
+        return [answers[number * num_samples : (number + 1) * num_samples] for number in wanted]
 
 
 def _collected(base: Base, requests: list[Request], sampling: Sampling) -> list[list[int]]:

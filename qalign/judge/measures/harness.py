@@ -14,13 +14,12 @@ import yaml
 from lm_eval import simple_evaluate, utils  # pyright: ignore[reportMissingImports]: optional
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-from tqdm.auto import tqdm
 
 from qalign.data.store.sequences import TokenAnswers
 from qalign.errors import UserError, short
-from qalign.judge.measures.held_out import batches_of
+from qalign.judge.measures.held_out import over_all, sampled
 from qalign.model.base import Base
-from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
+from qalign.model.generation import Sampling, stop_ids_of
 from qalign.model.logps import answer_states, token_scores
 
 MOST_NEW_TOKENS = 256  # where a task names no limit
@@ -61,8 +60,8 @@ class HarnessModel(LM):
             temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
             sampling = Sampling(new, temperature, stop_ids_of(self.base.template))
             prompts = [self._prompt(requests[number].args[0], self.base.max_length - new) for number in numbers]
-            found = TransformersEngine().generate(self.base, self.role, prompts, sampling, num_samples=1, seed=0)
-            for number, (ids,) in zip(numbers, found, strict=True):
+            found = sampled(self.base, self.role, prompts, sampling)
+            for number, ids in zip(numbers, found, strict=True):
                 text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
                 answers[number] = min((text.split(end)[0] for end in until if end), key=len, default=text)
         return answers
@@ -92,11 +91,14 @@ class HarnessModel(LM):
         asked = [row for row in rows if row.answers[0]]
         base = self.base
         with base.packed_attention(), base.acting_as(self.role) as lm:
-            for some in tqdm(batches_of(base, asked) if asked else (), desc="lm-eval", unit="batch"):
+
+            def read(some: Sequence[TokenAnswers]) -> tuple[list[float], set[int]]:
                 batch = base.batch(some)
                 scored = token_scores(lm, answer_states(lm, batch), batch.targets)
                 sums = scored.logps.new_zeros(len(some)).index_add(0, batch.owners, scored.logps).tolist()
-                missed = set(batch.owners[~scored.is_top].tolist())
+                return sums, set(batch.owners[~scored.is_top].tolist())
+
+            for some, (sums, missed) in over_all(base, asked, "lm-eval", read):
                 for place, (row, logp) in enumerate(zip(some, sums, strict=True)):
                     found[numbers[id(row)]] = (logp, place not in missed)
         return found

@@ -4,10 +4,10 @@
 `of_policy` for what learned from a reward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import exp, sqrt
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from qalign.reports.answers import SEED, Answer, answers_of, change, measure_ans
 from qalign.rl.ppo_setup import Setup, read_answers
 from qalign.rl.rewards import combined
 from qalign.rl.rollout_batch import SampledAnswers
+from qalign.train.processes.world import current
 
 SIDE_BY_SIDE = 3
 ANSWERED = 16  # held-out prompts that are answered before and after
@@ -36,12 +37,35 @@ MAX_NEW_TOKENS = 128
 BATCH_TOKENS = 2048
 
 Figures = dict[str, Any]
+Found = TypeVar("Found")
 
 
 def batches_of(base: Base, rows: Sequence[AnsweredPrompt]) -> list[list[AnsweredPrompt]]:
     """Rows in groups for one forward pass each."""
     limit = MicroBatchLimit(tokens=BATCH_TOKENS)
     return [some for group in in_groups(rows) for some in base.micro_batches(group, limit)]
+
+
+def over_all(base: Base, rows: Sequence[AnsweredPrompt], what: str, work: Callable[[Any], Found]) -> list[Any]:
+    """(Batch of rows, what `work` gives for it), batch by batch. Several processes share the batches that one process
+    would run. `what` is the word beside the progress bar."""
+    world, batches = current(), batches_of(base, rows) if rows else []
+    own = world.mine(batches, [sum(map(base.tokens_taken, some)) for some in batches])
+
+    def worked() -> list[tuple[int, Found]]:
+        return [(number, work(some)) for number, some in tqdm(own, desc=what, unit="batch")]
+
+    return [*zip(batches, world.merged(world.agreed(worked)), strict=True)]
+
+
+def sampled(base: Base, role: str, prompts: Sequence[list[int]], sampling: Sampling) -> list[list[int]]:
+    """An answer to each prompt, as token ids; several processes answer some of them each."""
+    world, engine = current(), TransformersEngine()
+    own = [number for number, _ in world.mine(prompts, [*map(len, prompts)])]
+    found = world.agreed(
+        lambda: engine.generate(base, role, prompts, sampling, num_samples=1, seed=0, only=own) if own else []
+    )
+    return [ids for (ids,) in world.merged(zip(own, found, strict=True))]
 
 
 @torch.no_grad()
@@ -51,13 +75,20 @@ def answer_logps(base: Base, roles: Sequence[str], rows: Sequence[AnsweredPrompt
     rows = [*rows]
     numbers, shape = {id(row): number for number, row in enumerate(rows)}, (len(rows), len(rows[0].answers))
     found = {role: torch.zeros(shape, dtype=torch.float64) for role in roles}
+
+    def read(some: Sequence[AnsweredPrompt]) -> list[Tensor]:
+        batch, logps = base.batch(some), list[Tensor]()
+        for role in roles:
+            with base.acting_as(role) as lm:
+                logps.append(pair_logps(lm, batch).double().cpu())
+        return logps
+
     base.model.eval()
     with base.packed_attention():
-        for some in tqdm(batches_of(base, rows), desc="measuring", unit="batch"):
-            batch, places = base.batch(some), [numbers[id(row)] for row in some]
-            for role in roles:
-                with base.acting_as(role) as lm:
-                    found[role][places] = pair_logps(lm, batch).double().cpu()
+        for some, logps in over_all(base, rows, "measuring", read):
+            places = [numbers[id(row)] for row in some]
+            for role, values in zip(roles, logps, strict=True):
+                found[role][places] = values
     return found
 
 
@@ -108,18 +139,23 @@ def of_dialogues(base: Base, rows: Sequence[TokenDialogue], before: str, after: 
     asked = [TokenAnswers(row.ids[:1], (row.ids[1:],)) for row in rows]  # the first token is predicted from nothing
     numbers = {id(row): number for number, row in enumerate(asked)}
     sums = {role: torch.zeros(len(rows), 2, dtype=torch.float64) for role in (before, after)}  # nats, tokens right
+
+    def read(some: Sequence[TokenAnswers]) -> list[Tensor]:
+        batch, found = base.batch(some), list[Tensor]()
+        counts = [label != IGNORED for row in some for label in rows[numbers[id(row)]].labels[1:]]
+        mask = torch.tensor(counts, device=base.device)
+        for role in sums:
+            with base.acting_as(role) as lm:
+                scored = token_scores(lm, answer_states(lm, batch)[mask], batch.targets[mask])
+            values = torch.stack([-scored.logps.double(), scored.is_top.double()], dim=1).cpu()
+            found.append(values.new_zeros(len(some), 2).index_add_(0, batch.owners[mask].cpu(), values))
+        return found
+
     base.model.eval()
     with base.packed_attention():
-        for some in tqdm(batches_of(base, asked), desc="reading", unit="batch"):
-            batch, places = base.batch(some), [numbers[id(row)] for row in some]
-            counts = [label != IGNORED for place in places for label in rows[place].labels[1:]]
-            mask = torch.tensor(counts, device=base.device)
-            owners = torch.tensor(places)[batch.owners[mask].cpu()]
-            for role in sums:
-                with base.acting_as(role) as lm:
-                    scored = token_scores(lm, answer_states(lm, batch)[mask], batch.targets[mask])
-                values = torch.stack([-scored.logps.double(), scored.is_top.double()], dim=1)
-                sums[role].index_add_(0, owners, values.cpu())
+        for some, found in over_all(base, asked, "reading", read):
+            for role, values in zip(sums, found, strict=True):
+                sums[role][[numbers[id(row)] for row in some]] = values
     tokens = torch.tensor([sum(label != IGNORED for label in row.labels[1:]) for row in rows])
     means = {role: (values / tokens[:, None]).T.tolist() for role, values in sums.items()}
     loss = change(means[before][0], means[after][0], tokens.tolist())
@@ -140,7 +176,9 @@ def of_scores(base: Base, model: str | Ensemble, pairs: Sequence[TokenPair]) -> 
     lengths = torch.tensor([[len(answer) for answer in pair.answers] for pair in pairs])
     labels = torch.tensor([pair.chosen_probability for pair in pairs], dtype=torch.float64)
     accuracy = shares(margin(logps / lengths), labels).mean().item()
-    scores = answer_scores(base, model, pairs, MicroBatchLimit(tokens=BATCH_TOKENS), progress=True)
+    world, limit = current(), MicroBatchLimit(tokens=BATCH_TOKENS)
+    own = world.agreed(lambda: answer_scores(base, model, pairs, limit, progress=True, mine=world.mine))
+    scores = torch.stack(world.gathered(own)).sum(dim=0)
     if not scores.isfinite().all():
         raise scores_not_finite(base.precision)
     interval = reward_report.wilson(accuracy, len(pairs))
@@ -177,8 +215,7 @@ def greedy_answers(base: Base, asked: Sequence[Prompt]) -> Answered:
     answers = {}
     for name, role in (roles | {"aligned": Role.POLICY}).items():
         ids = [ids for _, ids in (spread(prompts, SIDE_BY_SIDE) if role is Role.BASE else prompts)]
-        found = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0) if ids else []
-        answers[name] = answers_of(base.tokenizer, [tokens for (tokens,) in found], sampling.stop_ids)
+        answers[name] = answers_of(base.tokenizer, sampled(base, role, ids, sampling), sampling.stop_ids)
     return Answered([prompt for prompt, _ in prompts], answers, new)
 
 

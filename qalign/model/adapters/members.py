@@ -164,6 +164,7 @@ def answer_scores(
     limit: MicroBatchLimit,
     *,
     progress: bool = False,
+    mine: Callable[..., list[tuple[int, Any]]] = lambda groups, sizes: [*enumerate(groups)],
 ) -> Tensor:
     """Scores of many answers, by one reward model or an ensemble, computed in the packed layout that it was trained in:
     float32 `(rows, answers each)`, of an ensemble `(rows, answers each, members)`, on the CPU, in the order given.
@@ -172,6 +173,7 @@ def answer_scores(
         of: the reward model's role, or the ensemble.
         rows: prompts with the same number of answers each; the score is read at an answer's last token.
         limit: how much one forward pass takes; it changes memory and speed, and no score.
+        mine: which micro-batches are run, `World.mine`; by default all. The scores of others are 0.
     """
     score: Callable[[Sequence[AnsweredPrompt]], Tensor]
     rows = [*rows]
@@ -188,7 +190,8 @@ def answer_scores(
         opened,
         tqdm(total=len(rows), desc="scoring", unit="row", disable=not progress) as bar,
     ):
-        for some in (some for group in collate.in_groups(rows) for some in base.micro_batches(group, limit)):
+        parts = [some for group in collate.in_groups(rows) for some in base.micro_batches(group, limit)]
+        for _, some in mine(parts, [sum(map(base.tokens_taken, some)) for some in parts]):
             found[[numbers[id(row)] for row in some]] = score(some).cpu()
             bar.update(len(some))
     return found
