@@ -22,6 +22,7 @@ WORDS = ["a", "river", "is", "long", "and", "slow", "in", "the", "summer", "but"
 # Steps of 4, 4, 4 and 2 rows, and twice the epoch; with Adam a larger learning rate makes more of rounding.
 ODD = {"limit": None, "batch_size": 4, "micro_batch_size": 1, "eval_every": 3}
 ODD |= {"learning_rate": 1e-4, "epochs": 2, "max_steps": None, "save_every": 3}
+BEST = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}  # not the last
 LONG = {"epochs": 60, "save_every": 5, "eval_every": 1000}
 
 
@@ -87,6 +88,8 @@ def test_two_processes_train_the_same_adapter_as_one(alone, tiny_folder, tmp_pat
         ("dpo", 3, {"lora": {"dropout": 0.1}}),
         ("dpo", 2, {"loss": "aot", "micro_batch_size": 2}),
         ("dpo", 2, {"loss": "bco_pair", "reference": "cached"}),
+        ("dpo", 2, {"trainer": BEST, "limit": 8}),
+        ("dpo", 2, {"model": {"stream": "always"}, "limit": 6, "epochs": 1}),
         ("kto", 3, {}),
         ("reward", 2, {}),
         ("reward", 3, {"members": 2}),
@@ -157,6 +160,19 @@ def test_a_process_with_another_recipe_is_named(tiny_folder, tmp_path):
     codes, _, errors = ended(launch("dpo", [path, other]))
     assert codes == [2, 2], errors
     assert re.search(r"process 1 \(host \S+, pid \d+\): its dpo.beta is 0.2, that of process 0 is 0.1", "".join(errors))
+
+
+@pytest.mark.slow
+def test_a_process_with_other_data_is_named(tiny_folder, tmp_path):
+    path, other = (write(tmp_path / name, tiny_folder, "dpo") for name in ("one", "other"))
+    rows = tmp_path / "other" / "train.jsonl"
+    rows.write_text(rows.read_text().replace("river", "lake", 1))
+    codes, _, errors = ended(launch("dpo", [path, other]))
+    assert codes == [2, 2], errors
+    (said,) = "".join(errors).splitlines()
+    assert re.match(
+        r"process 1 \(host \S+, pid \d+\): its rows of dpo\.data is '\w+', that of process 0 is '\w+'", said
+    )
 
 
 @pytest.mark.slow
