@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import qalign.model.base
 import qalign.model.memory.forecast
-import qalign.rl.ppo_setup
+import qalign.train.loop
 from qalign.config.load import load as load_recipe
 from qalign.config.stages import RL_STAGES
 from qalign.errors import UserError
@@ -42,8 +42,7 @@ def bases_kept():
     """Gathers the bases that stages load meanwhile."""
     found = []
     with pytest.MonkeyPatch.context() as patch:
-        for module in (qalign.train.loop, qalign.rl.ppo_setup):
-            patch.setattr(module, "load", lambda spec, **more: found.append(load(spec, **more)) or found[-1])
+        patch.setattr(qalign.train.loop, "load", lambda spec, **more: found.append(load(spec, **more)) or found[-1])
         yield found
 
 
