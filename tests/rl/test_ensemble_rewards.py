@@ -110,6 +110,7 @@ def test_members_and_combinations_that_are_not_there_are_one_line(opened, ensemb
         opened(reward_run, "reward/member_1")
 
 
+@pytest.mark.slow
 def test_a_whole_run_on_the_worst_of_three_with_the_fourth_as_judge(recipe_of, held_out, ensemble_run, capsys):
     """It resumes to the same numbers, and a member that changed meanwhile is noticed."""
     keys = {
