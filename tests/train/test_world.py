@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from qalign.config.load import load
 from qalign.train.processes.world import deal
@@ -173,6 +175,22 @@ def test_a_process_with_other_data_is_named(tiny_folder, tmp_path):
     assert re.match(
         r"process 1 \(host \S+, pid \d+\): its rows of dpo\.data is '\w+', that of process 0 is '\w+'", said
     )
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_line(tiny_folder, tmp_path):
+    """One word is NaN to the base, and one pair of a step of two has it."""
+    path, folder = write(tmp_path, tiny_folder, "dpo", batch_size=2, limit=2), tmp_path / "model"
+    shutil.copytree(tiny_folder, folder)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.embed_tokens.weight"][AutoTokenizer.from_pretrained(folder).encode(" zebra")[-1]] = torch.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    rows = [{"prompt": "a river", "chosen": "it is long", "rejected": said} for said in ("it is slow", "a zebra")]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    codes, _, errors = ended(launch("dpo", [path, path], f"model.base={folder}"))
+    assert codes == [2, 2], errors
+    (said,) = "".join(errors).splitlines()
+    assert re.search(r"^step 1: the loss is not finite on \S+train\.jsonl:2;", said)
 
 
 @pytest.mark.slow
