@@ -53,7 +53,7 @@ COMMANDS = {
     "init": "write a recipe into the current folder",
     "page": "open the comparison page in the browser",
 }
-SHARED = ("sft", "reward", "dpo", "kto")  # stages that several processes can run together
+SHARED = ("sft", "reward", "dpo", "kto", "ppo", "grpo")  # stages that several processes can run together
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
 Run = TypeVar("Run", bound=RunFolder)
 PIPE_CLOSED = 128 + 13  # as a program that SIGPIPE ended

@@ -52,7 +52,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     facts = session.to_the_end(lambda: loop.run(session.checkpoint))
     page = f"{program('page')} {shlex.quote(str(run.path))}"
     following = f"{program('best_of')} {run.command_line} n=16" if run.stage == "ppo" else page
-    session.finish(following, reference=base.reference, **facts | loop.report())
+    session.finish(following, reference=base.reference, **facts | session.world.first(loop.report))
 
 
 main = partial(stage_command, "ppo", train, raw_rows)

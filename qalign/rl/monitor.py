@@ -58,19 +58,23 @@ class Monitor:
         self.points.append(point := rollout.point(self.trainer.done, proxy, judge, clipped=clipped, spread=apart))
         self.clip_fractions.clear()
         self._samples = rollout.samples(proxy, judge)
+        self.warnings = alarms.alarms(self.points, self.settings.patience)
+        if self.warnings:
+            self.alarm_steps.append(point.step)
+        self.trainer.world.first(self._write)
+        return {f"eval_{name}": value for name, value in asdict(point).items() if name != "step"}
+
+    def _write(self) -> None:
+        """Writes the answers and the report of the last evaluation, and the adapter if it is the best so far."""
         write_samples(self.run.path, self.trainer.done, self._samples)
-        if alarms.best_point(self.points) is point:
+        if alarms.best_point(self.points) is self.points[-1]:
             with replacing_folder(self.best) as aside:
                 self.trainer.base.save_adapter(Role.POLICY, aside)
                 lineage.write(aside, self.trainer.setup.origin)
             self._best_files = manifest.files(self.best)
-        self.warnings = alarms.alarms(self.points, self.settings.patience)
-        if self.warnings:
-            self.alarm_steps.append(point.step)
         best_of = ppo_report.read_best_of(self.run.path.parent)
         title = self.run.stage.upper()
         ppo_report.draw(self.points, self.picture, best_of=best_of, alarm_steps=self.alarm_steps, title=title)
-        return {f"eval_{name}": value for name, value in asdict(point).items() if name != "step"}
 
     @property
     def best_is_damaged(self) -> bool:

@@ -2,6 +2,8 @@
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +104,18 @@ class Figures:
     def add(self, weights: Tensor, figures: dict[str, Tensor]) -> None:
         for name, values in figures.items():
             self.sums[name] += (values.detach() * weights).sum(dtype=torch.float64)
+
+
+def on_host(scalars: dict[str, Tensor]) -> dict[str, float]:
+    """Scalars of a device in one copy."""
+    return dict(zip(scalars, torch.stack([scalar.double() for scalar in scalars.values()]).tolist(), strict=True))
+
+
+def over_all(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The figures of a mini-batch from those of each process: sums, and of `furthest` the largest."""
+    names = dict.fromkeys(chain(*parts))
+    sums = {name: sum(part.get(name, 0.0) for part in parts) for name in names}
+    return sums | {"furthest": max(part["furthest"] for part in parts)}
 
 
 def weights_of(rollout: RolloutBatch, numbers: list[int], settings: PPO) -> Weights:

@@ -23,6 +23,7 @@ from qalign.rl.rewards import (
     restore_scorers,
     scorers_state,
 )
+from qalign.train.callbacks import asked_to_stop
 from qalign.train.checkpoints import discard, step_of
 from qalign.train.run_folder import RunFolder, print_table
 
@@ -40,7 +41,7 @@ class PPOLoop:
     def __init__(self, run: RunFolder, trainer: PPOTrainer, monitor: Monitor):
         self.run_folder, self.trainer, self.monitor, self.settings = run, trainer, monitor, cast(PPO, run.settings)
         self.tokens_before, self.done_before = 0, 0
-        self.scorers, self.alarmed = trainer.setup.scorers.all, False
+        self.scorers, self.alarmed, self.world = trainer.setup.scorers.all, False, trainer.world
 
     def run(self, checkpoint: Path | None) -> tuple[int, int, int]:
         """Runs all iterations that are left, from a checkpoint if there is one. Returns those done, those planned (or
@@ -54,9 +55,7 @@ class PPOLoop:
         try:
             self._run(resumed=checkpoint is not None)
         except (RewardFailed, EngineFailed):  # keeps what was learned: the state is still that after the last iteration
-            last = run.last_checkpoint()
-            if last is None or step_of(last) != trainer.done:
-                self._save()
+            self.world.first(self._keep)
             raise
         run.stop.patient = False
         return trainer.done, trainer.done if self.alarmed else trainer.iterations, trainer.tokens_seen
@@ -68,16 +67,16 @@ class PPOLoop:
             if monitor.due:  # at the beginning, or where a judge failed
                 self._evaluate()
             if not resumed:
-                self._save()
+                self.world.first(self._save)
             while trainer.done < trainer.iterations and not self.alarmed:
                 line = self._iterate()
                 bar.update()
                 bar.set_postfix_str(f"reward {line['objective/scores']:+.3f}, KL {line['objective/kl']:.2f} nats")
                 if monitor.due:
                     self._evaluate()
-                last, stopped = trainer.done == trainer.iterations or self.alarmed, run.stop.number is not None
+                last, stopped = trainer.done == trainer.iterations or self.alarmed, asked_to_stop(run)
                 if last or stopped or trainer.done % every == 0:
-                    self._save()
+                    self.world.first(self._save)
                 if stopped:
                     break
 
@@ -91,7 +90,7 @@ class PPOLoop:
         line |= {f"tokens_per_second/{part}": rollout.tokens / max(1e-9, spent[part]) for part in PARTS}
         line |= {f"share/{part}": spent[part] / max(1e-9, spent["all"]) for part in PARTS}
         line |= {"num_tokens": trainer.tokens_seen}
-        self.run_folder.log(line)
+        self._log(line)
         if trainer.done - self.done_before == 1:
             for warning in [*self._alike(), *_mismatch(line, self.settings.engine)]:
                 tqdm.write(f"warning: iteration {trainer.done}: {warning}")
@@ -128,9 +127,19 @@ class PPOLoop:
             self.alarmed = self.settings.on_alarm == "stop"
             if self.alarmed:
                 tqdm.write(f"  stopped here (on_alarm: stop); the best adapter so far is {monitor.best}")
-        self.run_folder.log({"step": trainer.done, **figures, "alarms": monitor.warnings})
+        self._log({"step": trainer.done, **figures, "alarms": monitor.warnings})
+
+    def _log(self, line: dict[str, Any]) -> None:
+        if self.world.is_first:
+            self.run_folder.log(line)
 
     # --- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _keep(self) -> None:
+        """Writes a checkpoint of the last iteration if there is none yet."""
+        last = self.run_folder.last_checkpoint()
+        if last is None or step_of(last) != self.trainer.done:
+            self._save()
 
     def _save(self) -> None:
         """Writes a checkpoint."""

@@ -24,13 +24,14 @@ from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
 from qalign.model.logps import answer_states, token_scores
 from qalign.rl.rewards import Scorers, open_scorers, value_start
-from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers
+from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers, joined
 from qalign.rl.scorers import Scorer
 from qalign.train.callbacks import checkpoint_layers
 from qalign.train.dataset import ReadRows, StageRows, encode_rows
-from qalign.train.loop import Session, placed_base
+from qalign.train.loop import Session, load_base
+from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder
-from qalign.train.trainers.adapter import built, schedule_from_one, try_out
+from qalign.train.trainers.adapter import built, schedule_from_one
 
 SERVED = "served"  # folder of a run: the adapters that a vLLM server reads while the run samples
 EncodedPrompt = tuple[Prompt, list[int]]  # a row with its token ids
@@ -51,12 +52,13 @@ class Setup:
     def sample(
         self, prompts: Sequence[EncodedPrompt], num_samples: int, seed: int, role: str = Role.POLICY
     ) -> list[SampledAnswers]:
-        """`num_samples` answers of a role to each prompt; of the base where no adapter for the role is on it."""
+        """`num_samples` answers of a role to each prompt; of the base where no adapter for the role is on it. Several
+        processes sample some of them each, and all get all."""
         role = role if role in self.base.adapters else Role.BASE
         ids = [prompt_ids for _, prompt_ids in prompts]
         wanted: Any = {"num_samples": num_samples, "seed": seed}
         if isinstance(self.engine, TransformersEngine):
-            sampled, logps = self.engine.generate(self.base, role, ids, self.sampling, **wanted), [()] * len(ids)
+            sampled, logps = self._sampled_together(self.engine, role, ids, **wanted), [()] * len(ids)
         else:
             sampled, logps = self.engine.generate_scored(self.base, role, ids, self.sampling, **wanted)
         return [
@@ -70,6 +72,14 @@ class Setup:
             for (prompt, prompt_ids), answers, scored in zip(prompts, sampled, logps, strict=True)
         ]
 
+    def _sampled_together(
+        self, engine: TransformersEngine, role: str, ids: list[list[int]], **wanted: Any
+    ) -> list[list[list[int]]]:
+        world = current()
+        own = [number for number, _ in world.mine(ids, [*map(len, ids)])]
+        sampled = world.agreed(lambda: engine.generate(self.base, role, ids, self.sampling, only=own, **wanted))
+        return world.merged(zip(own, sampled, strict=True))
+
 
 def read_answers(base: Base, rows: list[SampledAnswers], limit: MicroBatchLimit, temperature: float) -> RolloutBatch:
     """The log-probs of policy and reference, and the policy's entropies, of every token of the answers."""
@@ -82,7 +92,8 @@ def read_answers(base: Base, rows: list[SampledAnswers], limit: MicroBatchLimit,
             with base.acting_as(role) as lm:
                 batches = map(base.batch, parts)
                 found = [token_scores(lm, answer_states(lm, each), each.targets, temperature) for each in batches]
-            rollout.fill(order, [dict(zip(names, (each.logps, each.entropies), strict=False)) for each in found])
+            parts_read = [dict(zip(names, (each.logps, each.entropies), strict=False)) for each in found]
+            rollout.fill(order, joined(parts_read))
     return rollout
 
 
@@ -90,8 +101,10 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     """Checks the scorers, loads the base, and puts the policy on it: `trainable` with a reference beside it, or one
     that only samples. Prompts that leave no room for an answer are refused. A `UserError` if a scorer, the base or the
     starting adapter can't be loaded or doesn't fit the others, or `model.max_length` is beyond the base's reach."""
-    recipe, settings, parent = run.recipe, cast(PPO, run.settings), run.parent
-    try_out(run)
+    recipe, settings, parent, world = run.recipe, cast(PPO, run.settings), run.parent, current()
+    if world.size > 1 and settings.engine != "transformers":
+        fix = "take 'transformers', or start one process"
+        raise UserError(f"{run.stage}.engine: '{settings.engine}' samples for one process, not for {world.size}; {fix}")
     reach, length = reach_of(load_config(recipe.model)) or math.inf, recipe.model.max_length
     if length > reach:  # answers may be as long as that, and memory is planned for it
         raise UserError(
@@ -100,7 +113,8 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
         )
     scorers = open_scorers(recipe, run)
     found.intake.by_rewards = set(filter(scorers.takes, found.intake.seen))
-    base = placed_base(run)
+    base = load_base(run)
+    world.same({f"{scorer.key} ({scorer.name})": scorer.identity for scorer in scorers.all})
     # One position is left for the end of turn that a cut answer gets before a reward adapter scores it.
     room = int(min(length, reach - 1)) - settings.max_new_tokens
     session = Session(run, base, encode_rows(run, base.template, found, encode_questions, room))
@@ -112,7 +126,8 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     stop_ids = stop_ids_of(base.template)
     sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids)
     source = engine(settings.engine, base, base.max_length, f"{run.stage}.engine", run.path / SERVED)
-    return Setup(base, session.origin, scorers, source, sampling, session.rows, scorers.load_models(base))
+    other_bytes = world.in_turn(lambda: scorers.load_models(base))
+    return Setup(base, session.origin, scorers, source, sampling, session.rows, other_bytes)
 
 
 def add_value_model(base: Base, run: RunFolder, scorers: list[Scorer]) -> None:

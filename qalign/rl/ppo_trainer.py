@@ -24,21 +24,12 @@ from qalign.model.base import Role
 from qalign.model.logps import answer_states, state_logps, token_scores
 from qalign.model.memory.first_step import FirstStep
 from qalign.model.memory.lockstep import Reading, read_together
-from qalign.rl.objective import (
-    Figures,
-    Weights,
-    informative,
-    policy_loss,
-    set_advantages,
-    shaped,
-    value_loss,
-    value_units,
-    weights_of,
-)
+from qalign.rl import objective
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
 from qalign.rl.rewards import combined, value_start
-from qalign.rl.rollout_batch import Indices, RolloutBatch
+from qalign.rl.rollout_batch import Indices, RolloutBatch, joined, shuffled
 from qalign.rl.user_code import random_state, set_stream_state, stream_state
+from qalign.train.processes.world import current
 
 ROLES = (Role.POLICY, Role.REFERENCE, Role.VALUE)
 # Nats by which a log-prob may differ when computed twice. (In 16 bits too it is equal where kernels are deterministic.)
@@ -65,7 +56,7 @@ class PPOTrainer:
     def __init__(
         self, setup: Setup, settings: PPO, limit: MicroBatchLimit, checkpointed_layers: int, iterations: int, seed: int
     ):
-        self.setup, self.base, self.scorers = setup, setup.base, setup.scorers.reward
+        self.setup, self.base, self.scorers, self.world = setup, setup.base, setup.scorers.reward, current()
         self.settings, self.limit, self.iterations, self.seed = settings, limit, iterations, seed
         self._first_step = FirstStep(limit)
         self.done, self.tokens_seen = 0, 0
@@ -81,6 +72,7 @@ class PPOTrainer:
             for name, weight in self.base.trained_weights(role).items()
         }
         trained = list(self.weights.values())
+        self.world.copied(trained)  # whatever random numbers each process has drawn so far
         optimizer, self._learning_rate, self._max_norm = make_optimizer(settings, trained, iterations)
         precision = "fp16" if self.base.dtype == torch.float16 else "no"
         self.accelerator = Accelerator(mixed_precision=precision, cpu=self.base.lm.device.type == "cpu")
@@ -142,8 +134,10 @@ class PPOTrainer:
             if unused := sorted({*range(len(rollout.rows))} - {*rollout.used}):
                 parts += self._micro_batches(rollout, unused)
             roles = [role for role in roles if role is not Role.VALUE or self.settings.value == "adapter"]
-            found = [self._read(roles, batch) for _, batch in self._batches(rollout, parts)]
-            rollout.fill([number for part in parts for number in part], found)
+            own = self._mine(rollout, parts)
+            read = self.world.agreed(lambda: joined([self._read(roles, b) for _, b in self._batches(rollout, own)]))
+            for numbers, found in self.world.gathered(([number for part in own for number in part], read)):
+                rollout.fill(numbers, found)
 
     def _read(self, roles: Sequence[Role], batch: AnswerBatch) -> dict[str, Tensor]:
         """Tensors of a rollout from a forward pass of each role, on its device, in the order of the batch's targets."""
@@ -166,7 +160,7 @@ class PPOTrainer:
             scores, means = combined(self.scorers, rollout.rows)
         rollout.scores = scores.flatten()
         if self.settings.dynamic_sampling:
-            rollout.used = informative(rollout, self.settings)
+            rollout.used = objective.informative(rollout, self.settings)
         return {
             "objective/scores": rollout.scores.mean().item(),
             "objective/scores_std": rollout.scores.std(correction=0).item(),
@@ -177,12 +171,12 @@ class PPOTrainer:
 
     def advantages(self, rollout: RolloutBatch) -> dict[str, float]:
         """From scores and KL to advantages, which are set on the rollout."""
-        scores, self.moments = shaped(rollout, self.settings, self.moments)
+        scores, self.moments = objective.shaped(rollout, self.settings, self.moments)
         copied = value_start(self.scorers) if self.settings.value == "adapter" else None
         if copied and not self.done:
-            self.value_units = shift, factor = value_units(rollout, scores, copied.weight)
+            self.value_units = shift, factor = objective.value_units(rollout, scores, copied.weight)
             rollout.values = (rollout.values - shift) * factor * rollout.mask
-        return set_advantages(rollout, scores, self.settings, self.kl_coefficient)
+        return objective.set_advantages(rollout, scores, self.settings, self.kl_coefficient)
 
     def update(self, rollout: RolloutBatch) -> dict[str, float]:
         """Several passes over the answers in shuffled mini-batches, one optimiser step each. It stops before the step
@@ -196,11 +190,14 @@ class PPOTrainer:
         with self._timed("update"), self.base.packed_attention():
             self.base.train()
             for mini in (mini for epoch in passes for mini in self._mini_batches(rollout, epoch)):
-                figures = self._gradients(rollout, mini)
+                figures = self.world.agreed(lambda mini=mini: self._gradients(rollout, mini))
+                self._first_step.done = True
+                self.world.summed(figures["loss"], lambda: list(self.weights.values()))
                 if not is_scaled:
                     figures["grad_norm"] = self._clipped_norm()
-                found = _on_host(figures)  # the host waits for the device here, once a step
+                found = objective.on_host(figures)  # the host waits for the device here, once a step
                 norm = found.pop("grad_norm", 0.0)
+                found = objective.over_all(self.world.gathered(found))
                 self._check(found)
                 for name, value in found.items():
                     totals[name] += value
@@ -211,7 +208,6 @@ class PPOTrainer:
                         self._clipped_norm()
                     elif not math.isfinite(norm):
                         raise gradients_not_finite(f"iteration {self.done + 1}")
-                    self._first_step.done = True
                     self.optimizer.step()
                     steps += 1
                 self.optimizer.zero_grad()  # sets gradients to None: they take no memory while answers are sampled
@@ -226,18 +222,20 @@ class PPOTrainer:
         return cast(Tensor, self.accelerator.clip_grad_norm_(list(self.weights.values()), self._max_norm))
 
     def _gradients(self, rollout: RolloutBatch, mini: list[list[int]]) -> dict[str, Tensor]:
-        """Forward and backward pass of one mini-batch. Each loss is a weighted sum over the tokens of the mini-batch,
-        so micro-batches change nothing. Returns figures by metric, and the largest change of a log-prob as `furthest`,
-        as scalars on the device."""
-        settings, figures, furthest = self.settings, Figures(), []
-        all_weights = weights_of(rollout, [number for micro in mini for number in micro], settings)
+        """Forward and backward pass of the micro-batches of one mini-batch that this process runs. Each loss is a
+        weighted sum over the tokens of the whole mini-batch, so micro-batches and processes change nothing. Returns
+        figures by metric, and the largest change of a log-prob as `furthest`, as scalars on the device."""
+        settings, figures, furthest = self.settings, objective.Figures(), []
+        all_weights = objective.weights_of(rollout, [number for micro in mini for number in micro], settings)
+        if not (own := self._mine(rollout, mini)):
+            return dict.fromkeys(["loss", "furthest"], torch.zeros((), device=self.base.device))
 
-        def loss_of_values(states: Tensor, where: Indices, weights: Weights) -> Tensor:
+        def loss_of_values(states: Tensor, where: Indices, weights: objective.Weights) -> Tensor:
             old_values, returns = self._tokens_of(where, rollout.values, rollout.returns)
-            return value_loss(settings, self._values(states), old_values, returns, weights, figures)
+            return objective.value_loss(settings, self._values(states), old_values, returns, weights, figures)
 
-        for where, batch in self._batches(rollout, mini):
-            weights = Weights(*self._tokens_of(where, *all_weights))
+        for where, batch in self._batches(rollout, own):
+            weights = objective.Weights(*self._tokens_of(where, *all_weights))
             old_logps, reference = self._tokens_of(where, rollout.old_logps, rollout.reference_logps)
             (advantages,) = self._tokens_of(where, rollout.advantages)
             with self.base.acting_as(Role.POLICY) as lm:
@@ -245,7 +243,7 @@ class PPOTrainer:
                 logps = state_logps(lm, states, batch.targets, self.setup.sampling.temperature)
                 ratios = losses.log_ratios(logps, old_logps, batch.owners, batch.lengths.flatten(), settings.ratio)
                 kl = losses.kl_loss(logps, reference, ratios)
-                loss = policy_loss(settings, self.kl_coefficient, ratios, advantages, kl, weights, figures)
+                loss = objective.policy_loss(settings, self.kl_coefficient, ratios, advantages, kl, weights, figures)
                 if settings.value == "trunk":
                     loss = loss + loss_of_values(states.detach(), where, weights)
                 self.accelerator.backward(loss)
@@ -253,8 +251,8 @@ class PPOTrainer:
             furthest.append((logps.detach() - old_logps).abs().max())
         if settings.value == "adapter":
             with self.base.acting_as(Role.VALUE) as lm:  # backward inside: checkpointed layers run again in this role
-                for where, batch in self._batches(rollout, mini):
-                    weights = Weights(*self._tokens_of(where, *all_weights))
+                for where, batch in self._batches(rollout, own):
+                    weights = objective.Weights(*self._tokens_of(where, *all_weights))
                     self.accelerator.backward(loss_of_values(answer_states(lm, batch), where, weights))
         return figures.sums | {"furthest": torch.stack(furthest).max()}
 
@@ -268,23 +266,27 @@ class PPOTrainer:
         """The prompts of this iteration. Every prompt comes once, in a shuffled order, before any comes again."""
         prompts, count = self.setup.rows.train, self.settings.batch_size // self.settings.samples_per_prompt
         places = range(self.done * count, (self.done + 1) * count)
-        return [prompts[_shuffled(len(prompts), self.seed + n // len(prompts))[n % len(prompts)]] for n in places]
+        return [prompts[shuffled(len(prompts), self.seed + n // len(prompts))[n % len(prompts)]] for n in places]
 
     def _seed(self, purpose: int) -> int:
         return (self.seed * 1_000_003 + self.done) * 16 + purpose
 
     def _mini_batches(self, rollout: RolloutBatch, epoch: int) -> list[list[list[int]]]:
         """The mini-batches of one pass over the prompts in use; each is a list of micro-batches of prompt numbers."""
-        used = {*rollout.used}
-        order = [n for n in _shuffled(len(rollout.rows), self._seed(2) + 4096 * epoch) if n in used]
-        size = max(1, math.ceil(len(order) / self.settings.mini_batches))
-        return [self._micro_batches(rollout, order[start : start + size]) for start in range(0, len(order), size)]
+        minis = rollout.mini_batches(self.settings.mini_batches, self._seed(2) + 4096 * epoch)
+        return [self._micro_batches(rollout, numbers) for numbers in minis]
 
     def _micro_batches(self, rollout: RolloutBatch, numbers: Sequence[int]) -> list[list[int]]:
         """Prompt numbers in groups, one for each forward pass."""
         rows = [rollout.rows[number].tokens for number in numbers]
         number_of = {id(row): number for number, row in zip(numbers, rows, strict=True)}
-        return [[number_of[id(row)] for row in micro] for micro in self.base.micro_batches(rows, self.limit)]
+        limit = self.limit.among(self.world.size, [self.base.tokens_taken(row) for row in rows])
+        return [[number_of[id(row)] for row in micro] for micro in self.base.micro_batches(rows, limit)]
+
+    def _mine(self, rollout: RolloutBatch, parts: list[list[int]]) -> list[list[int]]:
+        """The micro-batches that this process runs."""
+        sizes = [sum(self.base.tokens_taken(rollout.rows[number].tokens) for number in part) for part in parts]
+        return [part for _, part in self.world.mine(parts, sizes)]
 
     def _batches(self, rollout: RolloutBatch, parts: list[list[int]]) -> Iterator[tuple[Indices, AnswerBatch]]:
         """The batch of each micro-batch, and where its answer tokens stand in the tensors of the rollout."""
@@ -339,12 +341,3 @@ class PPOTrainer:
             setattr(self, name, state[name])
         self.moments = losses.Moments(*state["moments"])
         set_stream_state({name: value for name, value in state.items() if name.endswith("rng")})
-
-
-def _on_host(scalars: dict[str, Tensor]) -> dict[str, float]:
-    """Scalars of a device in one copy."""
-    return dict(zip(scalars, torch.stack([scalar.double() for scalar in scalars.values()]).tolist(), strict=True))
-
-
-def _shuffled(count: int, seed: int) -> list[int]:
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -1,5 +1,6 @@
 """Sampled answers, and the tensors that one iteration of PPO or GRPO computes for their tokens."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,13 +141,30 @@ class RolloutBatch:
 
     def token_indices(self, numbers: Sequence[int]) -> Indices:
         """The answer tokens of some prompts, in the order of `AnswerBatch.targets`."""
-        answers = torch.tensor([number * self.num_samples + k for number in numbers for k in range(self.num_samples)])
+        samples = range(self.num_samples)
+        answers = torch.tensor([n * self.num_samples + k for n in numbers for k in samples], dtype=torch.int64)
         row, column = self.mask[answers].nonzero(as_tuple=True)
         return answers[row], column
 
-    def fill(self, numbers: Sequence[int], parts: Sequence[dict[str, Tensor]]) -> None:
-        """Sets tensors by name for the answer tokens of some prompts; `parts` hold the values in their order, on any
-        device, from which each tensor is copied once."""
+    def fill(self, numbers: Sequence[int], found: dict[str, Tensor]) -> None:
+        """Sets tensors by name for the answer tokens of some prompts, in their order."""
         where = self.token_indices(numbers)
-        for name in parts[0]:
-            getattr(self, name)[where] = torch.cat([part[name] for part in parts]).cpu()
+        for name, values in found.items():
+            getattr(self, name)[where] = values
+
+    def mini_batches(self, count: int, seed: int) -> list[list[int]]:
+        """The numbers of the prompts in use, shuffled, in so many mini-batches."""
+        used = {*self.used}
+        order = [number for number in shuffled(len(self.rows), seed) if number in used]
+        size = max(1, math.ceil(len(order) / count))
+        return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def joined(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Tensors by name of several micro-batches as one, each copied from its device once."""
+    return {name: torch.cat([part[name] for part in parts]).cpu() for name in (parts[0] if parts else ())}
+
+
+def shuffled(count: int, seed: int) -> list[int]:
+    """The numbers from 0 to `count` - 1 in an order that depends on the seed."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()

@@ -4,7 +4,7 @@ import copy
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,16 @@ from qalign.model.generation import stop_ids_of, with_end_of_turn
 from qalign.model.loading import load_config, load_scorer
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.rl.user_code import Failed, import_function, is_number, listed, user_code
+from qalign.train.processes.world import World, current
 
 CLASSIFIER_BATCH_SIZE = 8
+
+
+def together(work: Callable[[World], Tensor]) -> Tensor:
+    """Scores of which each process computes some with `work`, which leaves the others 0."""
+    world = current()
+    first, *others = world.gathered(world.agreed(lambda: work(world)))
+    return sum(others, first)
 
 
 class Scorer(ABC):
@@ -65,7 +73,8 @@ class Scorer(ABC):
 
     @abstractmethod
     def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
-        """Scores float32 `(prompts, num_samples)` on the CPU; a `UserError` names the row that failed."""
+        """Scores float32 `(prompts, num_samples)` on the CPU, the same in all processes, which call it together; a
+        `UserError` names the row that failed."""
 
 
 class AdapterScorer(Scorer):
@@ -104,7 +113,8 @@ class AdapterScorer(Scorer):
             TokenAnswers(row.tokens.prompt_ids, tuple(with_end_of_turn(a, self.stop_ids) for a in row.tokens.answers))
             for row in rows
         ]
-        found = answer_scores(self.base, self.model, complete, self.limit)
+        limit = self.limit.among(current().size, [self.base.tokens_taken(row) for row in complete])
+        found = together(lambda world: answer_scores(self.base, self.model, complete, limit, mine=world.mine))
         if isinstance(self.model, str):
             return found
         if self.zeros is None:
@@ -148,16 +158,19 @@ class ModelScorer(Scorer):
 
     @torch.no_grad()
     def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
+        return together(lambda world: self._scores(rows, world)).view(len(rows), -1)
+
+    def _scores(self, rows: Sequence[SampledAnswers], world: World) -> Tensor:
         texts = [self._dialogue(row.prompt, text) for row in rows for text in row.texts]
         found = torch.zeros(len(texts))
         order = sorted(range(len(texts)), key=lambda number: len(texts[number]))  # similar lengths: less padding
-        for start in range(0, len(order), CLASSIFIER_BATCH_SIZE):
-            numbers = order[start : start + CLASSIFIER_BATCH_SIZE]
+        batches = [order[n : n + CLASSIFIER_BATCH_SIZE] for n in range(0, len(order), CLASSIFIER_BATCH_SIZE)]
+        for _, numbers in world.mine(batches, [sum(len(texts[n]) for n in numbers) for numbers in batches]):
             batch = self.tokenizer(
                 [texts[n] for n in numbers], add_special_tokens=False, padding=True, return_tensors="pt"
             ).to(self.model.device)
             found[numbers] = self.model(**batch).logits[:, 0].float().cpu()
-        return found.view(len(rows), -1)
+        return found
 
     def _dialogue(self, prompt: Prompt, answer: str) -> str:
         turns, template = [*prompt.turns, {"role": "assistant", "content": answer}], self.template
@@ -174,7 +187,7 @@ class FunctionScorer(Scorer):
 
     Its parameters choose what it is given: `prompts` (lists of `{"role", "content"}`), `completions` (texts),
     `completion_ids`, `ended` (False for an answer that was cut), and columns of the rows by name. Every argument is a
-    list with one entry per answer.
+    list with one entry per answer. Of several processes the first one calls it, with the answers of all.
     """
 
     def __init__(self, key: str, source: str, weight: float):
@@ -196,6 +209,9 @@ class FunctionScorer(Scorer):
         return str(name).isidentifier() and (takes_all or name in parameters)
 
     def scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
+        return current().first(lambda: self._scores(rows))
+
+    def _scores(self, rows: Sequence[SampledAnswers]) -> Tensor:
         given = self._call(rows)
         owners = [row for row in rows for _ in row.texts]
         if len(given) != len(owners):

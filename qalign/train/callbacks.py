@@ -49,9 +49,7 @@ class RunCallback(TrainerCallback):
         self._bar.update(state.global_step - self._bar.n)
         if state.global_step >= state.max_steps or control.should_save:  # a checkpoint keeps no half-filled window
             control.should_log = True
-        # Whichever process was asked to stop, all stop after the same step.
-        self.run.stop.number = max(number or 0 for number in self.world.gathered(self.run.stop.number)) or None
-        if self.run.stop.number is not None:
+        if asked_to_stop(self.run):
             control.should_log = control.should_save = control.should_training_stop = True
         control.should_save = control.should_save and self.world.is_first
         return control
@@ -99,6 +97,12 @@ class RunCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **_):
         self.run.stop.patient = False
         self._bar.close()
+
+
+def asked_to_stop(run: RunFolder) -> bool:
+    """Whether any process was asked to stop; all stop after the same step."""
+    run.stop.number = max(number or 0 for number in current().gathered(run.stop.number)) or None
+    return run.stop.number is not None
 
 
 class ClipEach(TrainerCallback):

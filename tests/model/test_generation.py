@@ -90,6 +90,14 @@ def test_what_is_sampled_is_the_inverse_cdf_at_the_draws_of_the_seed(base, ids):
     assert len(set(map(len, found))) > 2, "some end by themselves, before the limit"
 
 
+def test_answers_to_some_prompts_are_those_among_all(base, ids):
+    how, wanted = Sampling(6, 0.7, FIFTH), {"num_samples": 2, "seed": 5}
+    every = sample(base, ids, how, 2, seed=5)
+    some = TransformersEngine().generate(base, Role.POLICY, ids, how, only=[3, 1], **wanted)
+    assert some == [every[3], every[1]]
+    assert TransformersEngine().generate(base, Role.POLICY, ids, how, only=[], **wanted) == []
+
+
 @pytest.mark.parametrize("choose", [generation.inverse_cdf, generation.nucleus])
 @pytest.mark.parametrize(("temperature", "shares"), [(1.0, [2 / 16, 8 / 16, 4 / 16, 2 / 16]),
                                                      (0.5, [1 / 22, 16 / 22, 4 / 22, 1 / 22])])  # fmt: skip

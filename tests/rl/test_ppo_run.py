@@ -128,7 +128,7 @@ def refused(path: str, *overrides: str) -> str:
 def test_what_is_wrong_is_said_before_the_model_loads(recipe_of, write_jsonl, reward_run, tmp_path, monkeypatch):
     path = recipe_of()
     assert "ppo.max_new_tokens: 256" in refused(path, "ppo.max_new_tokens=256")
-    monkeypatch.setattr("qalign.rl.ppo_setup.placed_base", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("qalign.train.loop.placed_base", lambda *_: pytest.fail("the model was loaded"))
     assert "there is no finished reward run" in refused(path, "ppo.reward=reward")
     assert refused(path, "model.max_length=100000").startswith("model.max_length: 100000")
     other = shutil.copytree(reward_run.adapter, tmp_path / "other")

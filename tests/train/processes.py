@@ -1,4 +1,5 @@
-"""Commands that are started as a launcher starts them: several processes that find each other."""
+"""Commands that are started as a launcher starts them: several processes that find each other, and train what one
+does."""
 
 import os
 import socket
@@ -6,7 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qalign.config.load import load
+from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
+from tests.helpers import metrics
+from tests.train.runs import CLOCK
 
 
 def launch(stage: str, recipes: list[str], *words: str) -> list[subprocess.Popen]:
@@ -40,3 +49,22 @@ def run_together(stage: str, recipe: str | Path, count: int, *words: str) -> str
     assert codes == [0] * count, errors
     assert outs[1:] == [""] * (count - 1), "the first process prints for all"
     return outs[0]
+
+
+def opened(path: str) -> RunFolder:
+    return RunFolder(load(path, stage=Path(path).stem), Path(path).stem)
+
+
+def assert_same_curve(path: str, expected: RunFolder) -> None:
+    """Losses and weights to 1e-6. Rewards and log-probs are sums over tokens."""
+    run = opened(path)
+    for line, wanted in zip(metrics(run), metrics(expected), strict=True):
+        assert line.keys() == wanted.keys()
+        for name in (name for name in line if not name.startswith(CLOCK)):
+            near = wanted[name]
+            if isinstance(near, float):
+                near = pytest.approx(near, rel=1e-6, abs=1e-6 if "loss" in name else 1e-5)
+            assert line[name] == near, (line["step"], name)
+    for weights in expected.path.glob("adapter*/**/adapter_model.safetensors"):
+        mine = load_file(run.path / weights.relative_to(expected.path))
+        torch.testing.assert_close(mine, load_file(weights), rtol=0, atol=1e-6)

@@ -12,12 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from qalign.config.load import load
 from qalign.train.processes.world import deal
 from qalign.train.run_folder import RunFolder
 from tests.helpers import metrics, summary
 from tests.reward_runs import run_stage
-from tests.train.processes import ended, launch, run_together
+from tests.train.processes import assert_same_curve, ended, launch, opened, run_together
 from tests.train.runs import recipe_of
 
 WORDS = ["a", "river", "is", "long", "and", "slow", "in", "the", "summer", "but", "after", "rain", "it", "floods"]
@@ -37,22 +36,6 @@ def write(folder: Path, base: str, stage: str, **keys) -> str:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
     data = {"data": str(folder / "train.jsonl"), "eval_data": str(folder / "test.jsonl")}
     return recipe_of(folder, base, stage, **(ODD | data | keys))
-
-
-def assert_same_curve(path: str, expected: RunFolder) -> None:
-    """Losses and weights to 1e-6. Rewards and log-probs are sums over tokens."""
-    run = opened(path)
-    for line, wanted in zip(metrics(run), metrics(expected), strict=True):
-        assert line.keys() == wanted.keys()
-        for name in line.keys() - {"tokens_per_second"}:
-            assert line[name] == pytest.approx(wanted[name], rel=1e-6, abs=1e-6 if "loss" in name else 1e-5), name
-    for weights in expected.path.glob("adapter/**/adapter_model.safetensors"):
-        mine = load_file(run.path / weights.relative_to(expected.path))
-        torch.testing.assert_close(mine, load_file(weights), rtol=0, atol=1e-6)
-
-
-def opened(path: str) -> RunFolder:
-    return RunFolder(load(path, stage=Path(path).stem), Path(path).stem)
 
 
 @pytest.fixture(scope="module")
