@@ -107,7 +107,7 @@ def print_model(batch: int) -> None:
 
 
 def run(count: int, folder: Path, steps: int) -> tuple[float, list[float]]:
-    """(Seconds a step, losses) of the demo's DPO in so many processes."""
+    """(Seconds a step, losses) of the demo's DPO with this number of processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)] if count > 1 else []
     words = [str(RECIPE), f"output={folder}", f"dpo.max_steps={steps}", "dpo.start_from=", "dpo.eval_data="]
     done = subprocess.run(

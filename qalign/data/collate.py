@@ -5,7 +5,6 @@ A pair has two answers, the chosen one first; a prompt for PPO has as many answe
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from heapq import heapreplace
 from itertools import chain, takewhile
 from math import ceil, inf
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -247,13 +246,13 @@ class MicroBatchLimit:
     def __str__(self) -> str:
         return f"{self.pairs:,} at a time" if self.pairs else f"up to {self.tokens:,} tokens at a time"
 
-    def among(self, hands: int, sizes: Sequence[int]) -> "MicroBatchLimit":
-        """The limit where so many processes share rows of these sizes, in tokens: where the recipe leaves it open, each
-        process gets as many micro-batches as any other. (With one more than that, all would wait for one process.)"""
-        if hands == 1 or self.pairs:
+    def among(self, processes: int, sizes: Sequence[int]) -> "MicroBatchLimit":
+        """The limit for a number of processes that share rows of these sizes, in tokens. Where the recipe leaves it
+        open, each process gets as many micro-batches as any other. (With one more, all would wait for one process.)"""
+        if processes == 1 or self.pairs:
             return self
-        rounds = ceil(sum(sizes) / (hands * self.tokens))
-        while (largest := _largest(sizes, hands * rounds)) > max(self.tokens, *sizes):
+        rounds = ceil(sum(sizes) / (processes * self.tokens))
+        while (largest := _largest(sizes, processes * rounds)) > max(self.tokens, *sizes):
             rounds += 1
         return MicroBatchLimit(tokens=min(self.tokens, largest), longest=self.longest)
 
@@ -306,21 +305,25 @@ def packed_tokens(row: AnsweredPrompt) -> int:
     return len(row.prompt_ids) + sum(map(len, row.answers))
 
 
-def _largest(sizes: Sequence[int], count: int) -> int:
-    """The largest of so many groups, split as `_balanced` does it."""
+def split_evenly(sizes: Sequence[int], count: int, most: float = inf) -> list[list[int]]:
+    """The numbers of things of these sizes in `count` groups: the largest one left goes to the smallest group with
+    fewer than `most` things (Graham 1969: without `most`, the largest group is at most 4/3 of the best split's)."""
+    groups: list[list[int]] = [[] for _ in range(count)]
     filled = [0] * count
-    for size in sorted(sizes, reverse=True):
-        heapreplace(filled, filled[0] + size)
-    return max(filled)
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        smallest = min((index for index in range(count) if len(groups[index]) < most), key=filled.__getitem__)
+        groups[smallest].append(number)
+        filled[smallest] += sizes[number]
+    return groups
+
+
+def _largest(sizes: Sequence[int], count: int) -> int:
+    """The size of the largest of `count` groups."""
+    return max(sum(sizes[number] for number in numbers) for numbers in split_evenly(sizes, count))
 
 
 def _balanced(rows: Sequence[Row], count: int, most: float = inf) -> list[list[Row]]:
-    """Gives the longest row left to the shortest group with fewer than `most` rows (Graham 1969: without `most`, the
-    longest group is at most 4/3 of the best split's)."""
-    groups: list[list[Row]] = [[] for _ in range(count)]
-    filled = [0] * count
-    for row in sorted(rows, key=packed_tokens, reverse=True):
-        shortest = min((index for index in range(count) if len(groups[index]) < most), key=filled.__getitem__)
-        groups[shortest].append(row)
-        filled[shortest] += packed_tokens(row)
-    return [groups[index] for index in sorted(range(count), key=lambda index: -filled[index])]
+    """The rows in `count` groups of roughly equal token counts, at most `most` rows in each, the longest first."""
+    split = split_evenly([*map(packed_tokens, rows)], count, most)
+    groups = [[rows[number] for number in numbers] for numbers in split]
+    return sorted(groups, key=lambda group: -sum(map(packed_tokens, group)))

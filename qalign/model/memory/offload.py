@@ -55,7 +55,7 @@ class Offload:
         self.lm, self.wide, self.tile, self.smallest, self.bytes = lm, list(wide), tile, smallest, 0
         self._open: list[saved_tensors_hooks] = []
         self._hooks = [backbone(lm).register_forward_pre_hook(self._begin)]
-        # Layers too: those that several roles visit together run in another thread than what is around them.
+        # Also for each layer: where several roles visit a layer together, it runs in another thread than the model.
         for module in (backbone(lm), *(decoder_layers(lm) or ())):
             self._hooks.append(module.register_forward_pre_hook(self._enter))
             self._hooks.append(module.register_forward_hook(self._leave, always_call=True))

@@ -17,7 +17,7 @@ COLOURS = (BLUE, ORANGE)  # of the first and the second curve; what is held out 
 
 
 class Axis(NamedTuple):
-    """The values that an axis spans, and those that are written at it."""
+    """The range of values that an axis spans, and its tick labels."""
 
     low: float
     high: float

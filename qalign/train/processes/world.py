@@ -22,16 +22,11 @@ T = TypeVar("T")
 LONGEST_WAIT = timedelta(days=7)  # for a slow process; `Watch` notices one that is gone
 
 
-def deal(sizes: Sequence[int], hands: int) -> list[list[int]]:
-    """Deals out things of these sizes: the numbers of those that each hand gets, in ascending order. The largest one
-    left goes to the hand with the least (Graham 1969)."""
-    dealt: list[list[int]] = [[] for _ in range(hands)]
-    filled = [0] * hands
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        hand = min(range(hands), key=filled.__getitem__)
-        dealt[hand].append(number)
-        filled[hand] += sizes[number]
-    return [sorted(numbers) for numbers in dealt]
+def deal(sizes: Sequence[int], processes: int) -> list[list[int]]:
+    """Deals out things of these sizes evenly: the numbers of those for each process, in ascending order."""
+    from qalign.data.collate import split_evenly
+
+    return [sorted(numbers) for numbers in split_evenly(sizes, processes)]
 
 
 class World:
