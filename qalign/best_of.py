@@ -9,6 +9,8 @@ samples again from the policy that was trained, and so on, as `qalign/rounds.py`
 
 Only answers that ended with a stop token are picked: a cut one would teach a model to stop in mid-sentence. On the
 held-out prompts it measures the reward and the KL of every power of 2 up to n, and draws them into PPO's report.
+
+Several processes (`torchrun`) sample a part of the prompts each at a time, to the same answers as one.
 """
 
 import argparse
@@ -32,6 +34,7 @@ from qalign.reports import ppo_report
 from qalign.reports.alarms import best_of_n_kl
 from qalign.train.checkpoints import METRICS, read_metrics, step_of
 from qalign.train.dataset import read_rows
+from qalign.train.processes.world import current, dealt
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -90,13 +93,14 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
     session.planned = Plan(2 * recipe.model.max_length, 0)
     session.micro = MicroBatchLimit(tokens=session.planned.tokens)
     setup.scorers.attach(setup.base, session.micro)
+    session.world.same({"n": run.n, "rounds": run.rounds})
     session.begin()
     scorers = setup.scorers.all
     if session.checkpoint:
-        began, *parts = read_metrics(run.metrics)
-        check_unchanged(scorers, began["scorers"])
-        run.zeros = parts[-1].get("zeros", run.zeros) if parts else run.zeros
-    else:
+        logged = session.world.first(lambda: read_metrics(run.metrics))
+        check_unchanged(scorers, logged[0]["scorers"])
+        run.zeros = logged[-1].get("zeros", run.zeros)
+    elif session.world.is_first:
         of_rounds = {"rounds": run.rounds} if run.rounds > 1 else {}
         run.log({"step": 0, "n": run.n, **of_rounds, "scorers": [scorer.identity for scorer in scorers]})
     if run.zeros:
@@ -112,7 +116,7 @@ def best_of(recipe: Recipe, run: BestOfRun) -> None:
     steps = f"{len(parts):,}, each of {run.n} answers to {size} prompts"
     session.print_header(steps, trainable="nothing: the policy only samples")
     _sample(run, setup, parts, step_of(session.checkpoint) if session.checkpoint else 0)
-    _finish(run, setup.rows.counts)
+    session.world.first(lambda: _finish(run, setup.rows.counts))
 
 
 def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[Sequence[EncodedPrompt], bool]]", done: int) -> None:
@@ -122,26 +126,30 @@ def _sample(run: BestOfRun, setup: "Setup", parts: "list[tuple[Sequence[EncodedP
 
     from qalign.model.decoding.vllm_server import EngineFailed
     from qalign.rl.rewards import RewardFailed, combined, scorers_state
-    from qalign.train.loop import end_part
+    from qalign.train.callbacks import end_part
 
-    reward, judge = setup.scorers.reward, setup.scorers.judge
+    def answers(part: "tuple[int, tuple[Sequence[EncodedPrompt], bool]]") -> "list[SampledAnswers]":
+        number, (group, _) = part
+        drawn = max(0, run.number - 1) * len(parts) + number
+        return setup.sample(group, run.n, run.recipe.seed * 1_000_003 + drawn)
+
+    reward, judge, left = setup.scorers.reward, setup.scorers.judge, [*enumerate(parts)][done:]
     run.stop.patient = True
-    with tqdm(total=len(parts), initial=done, desc=f"best of {run.n}", unit="part") as bar:
-        for number, (group, is_held_out) in enumerate(parts[done:], start=done):
-            drawn = max(0, run.number - 1) * len(parts) + number
-            try:
-                rows = setup.sample(group, run.n, run.recipe.seed * 1_000_003 + drawn)
+    try:
+        with tqdm(total=len(parts), initial=done, desc=f"best of {run.n}", unit="part") as bar:
+            for (number, (_, is_held_out)), rows in zip(left, dealt(left, answers), strict=True):
                 scores = combined(reward, rows)[0].tolist()
                 judged = combined(judge, rows)[0].tolist() if is_held_out and judge else None
-            except (RewardFailed, EngineFailed):  # keeps what was sampled before
-                if number:
-                    run.mark_whole(number, 0)
-                raise
-            found = {"proxy": scores, "judge": judged} if is_held_out else kept(rows, scores)
-            zeros = scorers_state(setup.scorers.all)
-            run.log({"step": number + 1, **found, **({"zeros": zeros} if any(zeros) else {})})
-            bar.update()
-            end_part(run, number + 1, len(parts), CHECKPOINTS)
+                found = {"proxy": scores, "judge": judged} if is_held_out else kept(rows, scores)
+                zeros = scorers_state(setup.scorers.all)
+                bar.update()
+                done = number + 1
+                line = {"step": done, **found, **({"zeros": zeros} if any(zeros) else {})}
+                end_part(run, line, len(parts), CHECKPOINTS)
+    except (RewardFailed, EngineFailed):  # keeps what was sampled before
+        if done:
+            current().first(lambda: run.mark_whole(done, 0))
+        raise
     run.stop.patient = False
 
 
@@ -262,7 +270,7 @@ def main(words: Sequence[str] | None = None) -> None:
 
         work_in(run, args, learn_online)
 
-    run_parsed(stage_parser("best_of", best_of.__doc__), work, words)
+    run_parsed(stage_parser("best_of", best_of.__doc__), work, words, shared=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ It reads the recipe's `constitution` section. The model's answers are criticised
 principles in both orders (`pairs.jsonl`, rows for DPO, KTO and reward models: RL-CAI; Lee et al. 2023,
 arXiv:2309.00267). First the labeller is measured on pairs that people judged. If it agrees with them no better than a
 coin does, no pairs are written, unless `constitution.force` is set. `judgements.jsonl` has every judgement,
-`summary.json` the figures, `report.png` the picture of the measurement.
+`summary.json` the figures, `report.png` the picture of the measurement. Several processes (`torchrun`) make a part of
+the rows each at a time, to the same rows as one.
 
 A later stage names these files with `data: constitution`, and `python -m qalign RECIPE` runs all of them in order.
 """
@@ -18,8 +19,9 @@ import json
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from qalign.cli import program, run_parsed, stage_parser, work_in
 from qalign.config.atomic import write_rows, write_whole
@@ -34,6 +36,7 @@ from qalign.judge.principles import OURS, Principle, read_principles
 from qalign.model import lineage
 from qalign.train.checkpoints import read_metrics
 from qalign.train.dataset import StageRows, check_same_rows, rendered_at
+from qalign.train.processes.world import current, dealt
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:  # its import takes seconds
@@ -45,7 +48,15 @@ ANSWERS_PER_PART, PAIRS_PER_PART = 32, 16
 CHECKPOINTS = 20  # of a run
 LABELLER = "labeller"  # the role, where it is an adapter
 
-Part = tuple[str, Callable[[], dict[str, Any]]]  # what it is, and how it is made
+
+class Part(NamedTuple):
+    """Some rows that are made together. Any process can do both; but a labeller that is a function judges in the first
+    one."""
+
+    step: int
+    kind: str
+    answer: Callable[[], Any]  # what the model that answers does
+    judge: Callable[[Any], dict[str, Any]]  # what the labeller does with it; returns what is logged
 
 
 class ConstitutionRun(RunFolder):
@@ -94,9 +105,11 @@ def constitute(recipe: Recipe, run: ConstitutionRun) -> None:
     from qalign.model.base import Role
     from qalign.model.base import load as load_base
     from qalign.model.memory.forecast import Plan
-    from qalign.train.loop import Session
+    from qalign.train.loop import Session, facts_of
 
-    base = load_base(recipe.model, now=rendered_at(run) if run.resume else None)
+    world = current()
+    world.connect(facts_of(run), f"{run.command} --resume")
+    base = world.in_turn(lambda: load_base(recipe.model, now=rendered_at(run) if run.resume else None))
     asked, unfit = _encoded(run, base, rows, refused)
     hashes = {"data": rows_hash(rows), "agree_with": rows_hash(human)}
     counts = {"prompts": len(asked), "human_pairs": len(human), "refused": len(refused) + len(unfit)}
@@ -107,9 +120,10 @@ def constitute(recipe: Recipe, run: ConstitutionRun) -> None:
             base.load_adapter(role, folder, trainable=False)
     feedback = _feedback(run, base, principles)
     session.planned, session.micro = Plan(feedback.limit.tokens, 0), feedback.limit
-    session.begin()
     began = {"labeller": lineage.adapter_hash(labeller) if labeller else None, "principles": _digest(principles)}
-    _check_beginning(run, began)
+    world.same(began)
+    session.begin()
+    world.first(lambda: _check_beginning(run, began))
     agree, revise, label = _parts(run, feedback, asked, human)
     session.print_header(
         f"{len(agree) + len(revise) + len(label):,} parts: {len(agree)} to measure the labeller, {len(revise)} of "
@@ -192,14 +206,23 @@ def _parts(
     def split(rows: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
         yield from (rows[start : start + size] for start in range(0, len(rows), size))
 
-    agree: list[Part] = [("agree", partial(feedback.agree, some)) for some in split(human, PAIRS_PER_PART)]
-    revise: list[Part] = [
-        ("revise", partial(feedback.revise, some, settings.revisions, 2 * number))
+    steps = count(1)
+    agree = [
+        Part(next(steps), "agree", lambda: None, lambda _, some=some: feedback.agree(some))
+        for some in split(human, PAIRS_PER_PART)
+    ]
+    revise = [
+        Part(next(steps), "revise", partial(feedback.revise, some, settings.revisions, 2 * number), lambda made: made)
         for number, some in enumerate(split(asked if settings.revisions else [], ANSWERS_PER_PART))
     ]
     size = max(1, ANSWERS_PER_PART // max(1, settings.candidates))
-    label: list[Part] = [
-        ("label", partial(feedback.label, some, settings.candidates, 2 * number + 1))
+    label = [
+        Part(
+            next(steps),
+            "label",
+            partial(feedback.answered, some, settings.candidates, 2 * number + 1),
+            partial(feedback.label, some),
+        )
         for number, some in enumerate(split(asked if settings.candidates else [], size))
     ]
     return agree, revise, label
@@ -209,24 +232,30 @@ def _make(run: ConstitutionRun, agree: list[Part], revise: list[Part], label: li
     """Makes the parts that are left, logs the rows of each, and writes the files. Pairs come last, if at all."""
     from tqdm.auto import tqdm
 
-    from qalign.train.loop import end_part
+    from qalign.train.callbacks import end_part
 
-    done, parts = read_metrics(run.metrics)[-1]["step"], [*agree, *revise, *label]
-    figures: dict[str, Any] | None = None
-    run.stop.patient = True
-    with tqdm(total=len(parts), initial=done, desc="constitution", unit="part") as bar:
-        for number, (kind, make) in enumerate(parts):
-            if number == len(agree):
-                figures = _measured(run)
-            if kind == "label" and not _may_label(run, figures):
-                break
-            if number < done:
-                continue
-            run.log({"step": number + 1, "kind": kind, **make()})
+    world, by_function = current(), function_of(run.constitution.labeller) is not None
+    done, total = world.first(lambda: read_metrics(run.metrics)[-1]["step"]), len(agree) + len(revise) + len(label)
+
+    def work(part: Part) -> Any:
+        return part.answer() if by_function else part.judge(part.answer())
+
+    def make(parts: list[Part]) -> None:
+        left = [part for part in parts if part.step > done]
+        for part, found in zip(left, dealt(left, work), strict=True):
+            made = world.first(lambda part=part, found=found: part.judge(found)) if by_function else found
             bar.update()
-            end_part(run, number + 1, len(parts), CHECKPOINTS)
+            end_part(run, {"step": part.step, "kind": part.kind, **made}, total, CHECKPOINTS)
+
+    run.stop.patient = True
+    with tqdm(total=total, initial=done, desc="constitution", unit="part") as bar:
+        make(agree)
+        figures = world.first(lambda: _measured(run))
+        make(revise)
+        if _may_label(run, figures):
+            make(label)
     run.stop.patient = False
-    _finish(run, figures)
+    world.first(lambda: _finish(run, figures))
 
 
 def _may_label(run: ConstitutionRun, figures: dict[str, Any] | None) -> bool:
@@ -310,7 +339,7 @@ def main(words: Sequence[str] | None = None) -> None:
         recipe = load(args.recipe, args.overrides, CONSTITUTION)
         work_in(ConstitutionRun(recipe, shlex.join([args.recipe, *args.overrides])), args, constitute)
 
-    run_parsed(stage_parser("constitution", constitute.__doc__), work, words)
+    run_parsed(stage_parser("constitution", constitute.__doc__), work, words, shared=True)
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ from qalign.errors import UserError, one_line
 from qalign.model import origin
 from qalign.reports.answers import evaluation_lines, spread, verdict
 from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_under
-from qalign.train.processes.world import ALONE, current, entered
+from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder, print_table
 
 if TYPE_CHECKING:
@@ -271,12 +271,7 @@ def _policy(base: "Base", run: RunFolder, rows: Sequence[Prompt], scorers: Any) 
     setup = Setup(base, base.lineage(run.stage), scorers, TransformersEngine(), sampling, held_out)
     scorers.load_models(base)
     scorers.attach(base, limit)
-
-    def alone() -> tuple[Figures, "Answered"]:
-        with entered(ALONE):
-            return of_policy(setup, limit)
-
-    return *current().first(alone), unfit
+    return *of_policy(setup, limit), unfit
 
 
 def _with_answers(figures: Figures, answered: "Answered", unfit: list[Refused]) -> Measured:

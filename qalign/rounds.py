@@ -39,6 +39,7 @@ from qalign.reports.answers import SEED, write_samples
 from qalign.reports.plots import counted
 from qalign.train.checkpoints import read_metrics
 from qalign.train.dataset import read_rows
+from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder, print_table
 
 REPORT = "best_of_report.png"
@@ -63,13 +64,9 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
     if recipe.dpo is None:
         path = shlex.split(run.command_line)[0]
         raise UserError(f"dpo: rounds={run.rounds} trains DPO on every round's pairs; add a dpo section to {path}")
-    first = run.parent
-    run.begin([])
-    run.rewind()
-    logged = read_metrics(run.metrics)
-    if not logged:
-        run.log({"step": 0, "n": run.n, "rounds": run.rounds})
-    done = {line["round"]: line for line in logged if "round" in line}
+    first, world = run.parent, current()
+    world.connect({"n": run.n, "rounds": run.rounds}, f"{run.command} --resume")
+    done = {line["round"]: line for line in world.first(lambda: _begun(run)) if "round" in line}
     run.zeros = done.get(0, {}).get("zeros")
     adapter = first
     for number in range(run.rounds + 1):
@@ -86,9 +83,20 @@ def learn_online(recipe: Recipe, run: BestOfRun) -> None:
             done[number]["zeros"] = run.zeros
             if point:
                 print(f"round {number}: {in_words(point)}" if number else f"before: {in_words(point)}", flush=True)
-            run.log(done[number])
-            run.mark_whole(number + 1, 0)
-    _finish(run, [done[number] for number in sorted(done)])
+            if world.is_first:
+                run.log(done[number])
+                run.mark_whole(number + 1, 0)
+    world.first(lambda: _finish(run, [done[number] for number in sorted(done)]))
+
+
+def _begun(run: BestOfRun) -> list[dict[str, Any]]:
+    """Begins the run, or goes back to its last checkpoint; returns what was logged until then."""
+    run.begin([])
+    run.rewind()
+    if logged := read_metrics(run.metrics):
+        return logged
+    run.log({"step": 0, "n": run.n, "rounds": run.rounds})
+    return []
 
 
 def _train(run: BestOfRun, number: int, start: str | None) -> str | None:
@@ -99,17 +107,18 @@ def _train(run: BestOfRun, number: int, start: str | None) -> str | None:
     sampling = BestOfRun(load(words[0], words[1:], "ppo"), run.n, run.command_line, run.rounds, f"{place}/sampling")
     sampling.number, sampling.zeros = number, run.zeros
     work_on_part(sampling, best_of)
-    run.zeros = read_metrics(sampling.metrics)[-1].get("zeros")  # of the first answers that were scored in any round
-    pairs = sampling.path / PAIRS
-    if not pairs.stat().st_size:
-        picks = json.loads(sampling.summary.read_text(encoding="utf-8"))["picks"]
-        said = f"round {number}: {nothing_to_train_on(picks)}"
+    last, facts = current().first(
+        lambda: (read_metrics(sampling.metrics)[-1], json.loads(sampling.summary.read_text(encoding="utf-8")))
+    )
+    run.zeros = last.get("zeros")  # of the first answers that were scored in any round
+    if not facts["pairs"]:
+        said = f"round {number}: {nothing_to_train_on(facts['picks'])}"
         if number == 1:
             raise UserError(said)
         print(f"{said}; ends after {counted(number - 1, 'round')}", flush=True)
         return None
     unused = dict.fromkeys((f"dpo.{key}" for key in ("limit", "eval_data", "holdout", "eval_every")), None)
-    data = {"dpo.data": os.path.abspath(pairs), "dpo.split": "train", "dpo.start_from": start}
+    data = {"dpo.data": os.path.abspath(sampling.path / PAIRS), "dpo.split": "train", "dpo.start_from": start}
     words = words_with(run, **unused, **data)
     training = Part(load(words[0], words[1:], "dpo"), "dpo", shlex.join(words), f"{place}/dpo", run)
     work_on_part(training, dpo.train)
@@ -118,8 +127,8 @@ def _train(run: BestOfRun, number: int, start: str | None) -> str | None:
 
 def work_on_part(run: Run, work: Callable[[Recipe, Run], None]) -> None:
     """Does one part of a larger run, or goes on with it; one that is complete stays."""
-    if not run.complete:
-        begun = (run.path / "recipe.yaml").is_file()
+    complete, begun = current().first(lambda: (run.complete, (run.path / "recipe.yaml").is_file()))
+    if not complete:
         work_in(run, argparse.Namespace(resume=begun, overwrite=False), work)
         free_memory()
 
@@ -163,7 +172,7 @@ def measure(run: BestOfRun, number: int, adapter: str | None, first: str | None)
     rollout = read_answers(setup.base, rows, limit, setup.sampling.temperature)
     if not rollout.old_logps.isfinite().all():
         raise not_finite(f"round {number}", "log-probs of held-out answers are")
-    write_samples(run.path, number, rollout.samples(proxy, judge), unit="round")
+    current().first(lambda: write_samples(run.path, number, rollout.samples(proxy, judge), unit="round"))
     return rollout.point(number, proxy, judge, spread=spread_of(setup.scorers.reward))
 
 

@@ -6,7 +6,7 @@ A row with one answer (a prompt and its completion, answer or response, or any d
 turn) gets a `reward`; a preference row gets `reward_chosen`, `reward_rejected` and `reward_margin`. With an ensemble
 these are means over its members, and a row also gets `reward_spread`, the standard deviation of the members' scores (of
 their margins, for a preference): where it is large, the members disagree. The output keeps the rows' order and all
-their columns; an existing column is never replaced.
+their columns; an existing column is never replaced. Several processes (`torchrun`) share the rows.
 """
 
 import json
@@ -22,10 +22,12 @@ from qalign.config.paths import DATA_SUFFIXES, adapters_in
 from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Preference, Refused, collect, scorable
 from qalign.data.readers import BadRow
+from qalign.data.rows import rows_hash
 from qalign.errors import UserError, one_line, scores_not_finite
 from qalign.evaluate import check_usable
-from qalign.model import origin
+from qalign.model import lineage, origin
 from qalign.train.dataset import rendered_at
+from qalign.train.processes.world import current
 from qalign.train.run_folder import open_run, print_table
 
 if TYPE_CHECKING:
@@ -62,12 +64,21 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
     from qalign.model.adapters.members import load_rewards
     from qalign.model.base import Role, load
 
-    base = load(run.recipe.model, now=rendered_at(run))
+    world = current()
+    hashes = {str(folder): lineage.adapter_hash(folder) for folder in folders}
+    world.connect(hashes | {file: rows_hash([row for _, row, _ in read])}, "")
+    base = world.in_turn(lambda: load(run.recipe.model, now=rendered_at(run)))
     model = load_rewards(base, str(run.path), Role.REWARD, folders)
     rows, tokens, unfit = _encoded(base, read)
     refused += unfit
     check_usable(file, len(rows), refused, EXPECTED)
     scores = _scores(base, model, tokens)
+    world.first(lambda: _write(target, rows, scores))
+    print(f"{target}: {len(rows):,} rows scored, {len(refused):,} refused")
+    _print_scores(rows, scores)
+
+
+def _write(target: Path, rows: list[Read], scores: list[Scored]) -> None:
     with replacing(target) as aside, aside.open("w", encoding="utf-8") as opened:
         for (raw, _, names), (answers, spread) in zip(rows, scores, strict=True):
             found = [round(score, 6) for score in answers]
@@ -75,8 +86,6 @@ def score(folder: str, file: str, to: str | None, limit: int | None, column: str
                 found.append(round(found[0] - found[1], 6))
             found += [] if spread is None else [round(spread, 6)]
             opened.write(_line(raw | dict(zip(names, found, strict=True))))
-    print(f"{target}: {len(rows):,} rows scored, {len(refused):,} refused")
-    _print_scores(rows, scores)
 
 
 def _print_scores(rows: list[Read], scores: list[Scored]) -> None:
@@ -133,13 +142,16 @@ def _scores(base: "Base", model: "str | Ensemble", rows: Sequence["AnsweredPromp
     from qalign.data.collate import MicroBatchLimit
     from qalign.losses.ensemble import spread
     from qalign.model.adapters.members import answer_scores
+    from qalign.rl.scorers import together
 
     limit = MicroBatchLimit(tokens=2 * base.spec.max_length)
     found: dict[int, Scored] = {}
     for num_answers in (1, 2):
         if numbers := [number for number, row in enumerate(rows) if len(row.answers) == num_answers]:
             some = [rows[number] for number in numbers]
-            scores = answer_scores(base, model, some, limit, progress=True)
+            scores = together(
+                lambda world, some=some: answer_scores(base, model, some, limit, progress=True, mine=world.mine)
+            )
             if not scores.isfinite().all():
                 raise scores_not_finite(base.precision)
             apart: list[Any] = [None] * len(some)
@@ -175,7 +187,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--column", metavar="NAME", default="reward", help="name of the new column or columns (default: reward)"
     )
-    run_parsed(parser, lambda args: score(args.run, args.file, args.to, args.limit, args.column), words)
+    run_parsed(parser, lambda args: score(args.run, args.file, args.to, args.limit, args.column), words, shared=True)
 
 
 if __name__ == "__main__":

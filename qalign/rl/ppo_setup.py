@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
@@ -82,18 +82,27 @@ class Setup:
 
 
 def read_answers(base: Base, rows: list[SampledAnswers], limit: MicroBatchLimit, temperature: float) -> RolloutBatch:
-    """The log-probs of policy and reference, and the policy's entropies, of every token of the answers."""
+    """The log-probs of policy and reference, and the policy's entropies, of every token of the answers. Several
+    processes read some of the answers each, and all get all."""
     rollout, numbers = RolloutBatch.empty(rows), {id(row.tokens): number for number, row in enumerate(rows)}
-    parts = base.micro_batches([row.tokens for row in rows], limit)
-    order = [numbers[id(row)] for part in parts for row in part]
+    world, answers = current(), [row.tokens for row in rows]
+    parts = base.micro_batches(answers, limit.among(world.size, [*map(base.tokens_taken, answers)]))
+    own = [part for _, part in world.mine(parts, [sum(map(base.tokens_taken, part)) for part in parts])]
     policy = Role.POLICY if Role.POLICY in base.adapters else Role.BASE
-    with torch.no_grad(), base.packed_attention():
+
+    def read() -> dict[str, Tensor]:
+        found = dict[str, Tensor]()
         for role, names in ((policy, ("old_logps", "entropies")), (Role.REFERENCE, ("reference_logps",))):
             with base.acting_as(role) as lm:
-                batches = map(base.batch, parts)
-                found = [token_scores(lm, answer_states(lm, each), each.targets, temperature) for each in batches]
-            parts_read = [dict(zip(names, (each.logps, each.entropies), strict=False)) for each in found]
-            rollout.fill(order, joined(parts_read))
+                batches = map(base.batch, own)
+                scored = [token_scores(lm, answer_states(lm, each), each.targets, temperature) for each in batches]
+            found |= joined([dict(zip(names, (each.logps, each.entropies), strict=False)) for each in scored])
+        return found
+
+    with torch.no_grad(), base.packed_attention():
+        order = [numbers[id(row)] for part in own for row in part]
+        for places, found in world.gathered((order, world.agreed(read))):
+            rollout.fill(places, found)
     return rollout
 
 

@@ -105,6 +105,21 @@ def asked_to_stop(run: RunFolder) -> bool:
     return run.stop.number is not None
 
 
+def end_part(run: RunFolder, line: dict[str, Any], parts: int, checkpoints: int) -> None:
+    """Ends a part of a run that samples in parts: logs its `line`, whose `step` is the number of parts done. About
+    `checkpoints` times a run, after its last part, and where a stop was asked for, it writes a checkpoint; a stop then
+    ends the command."""
+    world, done = current(), line["step"]
+    if world.is_first:
+        run.log(line)
+    stopped = asked_to_stop(run)
+    if world.is_first and (stopped or done == parts or done % math.ceil(parts / checkpoints) == 0):
+        run.mark_whole(done, 0)
+    if stopped and done < parts:
+        world.gathered(None)  # the others go once the first process has written its checkpoint
+        run.end_early(done)
+
+
 class ClipEach(TrainerCallback):
     """Clips the gradients of groups of weights, each by its own norm, as `Trainer` does for all together. (It has
     undone float16's scale by now.)"""

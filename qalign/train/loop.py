@@ -38,16 +38,6 @@ from qalign.train.trainers.adapter import CONFIGS, built, config_values, naming_
 FEW_STEPS = 10  # of the optimiser: with Adam and a warm-up, fewer hardly move an adapter
 
 
-def end_part(run: RunFolder, done: int, parts: int, checkpoints: int) -> None:
-    """After each part of a run that samples in parts. About `checkpoints` times a run, after its last part, and where a
-    stop was asked for, it writes a checkpoint; a stop then ends the command."""
-    stopped = run.stop.number is not None
-    if stopped or done == parts or done % math.ceil(parts / checkpoints) == 0:
-        run.mark_whole(done, 0)
-    if stopped and done < parts:
-        run.end_early(done)
-
-
 def load_base(run: RunFolder) -> Base:
     """The recipe's base model, loaded after the values under `trainer:` were tried out. Waits for the other processes
     of the run."""
@@ -72,7 +62,7 @@ def facts_of(run: RunFolder) -> dict[str, Any]:
     """What must be the same in all processes of a run, by name."""
     facts = {f"version of {name}": version for name, version in versions().items()}
     recipe = run.recipe.model_dump(mode="json", include={"seed", "model", "lora", run.stage})
-    apart = tuple(f"{run.stage}.{key}" for key in ("data", "eval_data"))  # whose rows are compared instead
+    apart = tuple(f"{run.stage}.{key}" for key in ("data", "eval_data", "agree_with"))  # rows are compared
     facts |= {key: value for key, value in flat(recipe) if not key.startswith(apart)}
     return facts | {"device": device().type}
 

@@ -1,6 +1,7 @@
 """The `qalign` command, and how every command ends: which exit code, and what is said."""
 
 import errno
+import importlib
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ import torch
 from qalign import cli
 from qalign.errors import Stopped, UserError
 from tests.conftest import ROOT
+from tests.helpers import leaving
 
 
 def raising(error):
@@ -70,6 +72,16 @@ def test_a_launch_that_can_not_be_is_one_line(monkeypatch, capsys, more, said):
         monkeypatch.setenv(name, value)
     assert cli.exit_code(lambda: None) == 2
     assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("name", ["goodhart", "compare", "h3", "fit", "__main__"])
+def test_a_command_for_one_process_says_so(name, monkeypatch, capsys):
+    for key, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(key, value)
+    assert leaving(importlib.import_module(f"qalign.{name}").main, "a.yaml") == 2
+    assert (
+        capsys.readouterr().err == "this command runs in one process; start it with `python -m`, not with a launcher\n"
+    )
 
 
 def test_each_process_of_a_host_sees_a_gpu_of_its_own(monkeypatch, capsys):

@@ -21,6 +21,7 @@ from qalign.score import _scored_name, main, score
 from tests.conftest import ROOT
 from tests.helpers import TEST, leaving, refusal
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
+from tests.train.processes import run_together
 
 HELD_OUT = [json.loads(line) for line in Path(TEST).read_text().splitlines()[:12]]
 PROMPT, GOOD, BAD = (HELD_OUT[0][key] for key in ("prompt", "chosen", "rejected"))
@@ -343,3 +344,17 @@ def test_the_command_itself(run, write_jsonl, capsys):
     assert leaving(main, str(run.path), file) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "exists already" in line
+
+
+@pytest.mark.slow
+def test_processes_share_the_rows(tiny_folder, tmp_path):
+    """Single answers and pairs by an ensemble, whose spread is told over all rows."""
+    run = run_stage(write_recipe(tmp_path / "runs", tiny_folder, members=2))
+    mixed, files = tmp_path / "mixed.jsonl", [tmp_path / "one.jsonl", tmp_path / "several.jsonl"]
+    rows = [*HELD_OUT, *({"prompt": row["prompt"], "completion": row["rejected"]} for row in HELD_OUT)]
+    mixed.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for file, count in zip(files, (1, 3), strict=True):
+        assert "24 rows scored, 0 refused" in run_together("score", run.path, count, str(mixed), "--to", str(file))
+    one, several = map(lines, files)
+    for row, expected in zip(several, one, strict=True):
+        assert row == {key: pytest.approx(v, abs=2e-6) if isinstance(v, float) else v for key, v in expected.items()}

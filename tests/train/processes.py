@@ -1,11 +1,17 @@
 """Commands that are started as a launcher starts them: several processes that find each other, and train what one
 does."""
 
+import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -18,8 +24,8 @@ from tests.helpers import metrics
 from tests.train.runs import CLOCK
 
 
-def launch(stage: str, recipes: list[str], *words: str) -> list[subprocess.Popen]:
-    """Starts a process of a stage for each recipe."""
+def launch(stage: str, recipes: list[str], *words: str, ending: bool = False) -> list[subprocess.Popen]:
+    """Starts a process of a stage for each recipe, in which a tenth of all tokens ends an answer if `ending`."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -27,7 +33,7 @@ def launch(stage: str, recipes: list[str], *words: str) -> list[subprocess.Popen
     place |= {"MASTER_PORT": port, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "TQDM_DISABLE": 1}
     return [
         subprocess.Popen(
-            [sys.executable, "-m", f"qalign.{stage}", recipe, *words],
+            [sys.executable, "-m", *(["tests.train.ending", stage] if ending else [f"qalign.{stage}"]), recipe, *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -43,9 +49,9 @@ def ended(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list
     return [process.returncode for process in processes], [out for out, _ in said], [err for _, err in said]
 
 
-def run_together(stage: str, recipe: str | Path, count: int, *words: str) -> str:
+def run_together(stage: str, recipe: str | Path, count: int, *words: str, ending: bool = False) -> str:
     """Runs a stage in so many processes to its end; returns what they print."""
-    codes, outs, errors = ended(launch(stage, [str(recipe)] * count, *words))
+    codes, outs, errors = ended(launch(stage, [str(recipe)] * count, *words, ending=ending))
     assert codes == [0] * count, errors
     assert outs[1:] == [""] * (count - 1), "the first process prints for all"
     return outs[0]
@@ -68,3 +74,55 @@ def assert_same_curve(path: str, expected: RunFolder) -> None:
     for weights in expected.path.glob("adapter*/**/adapter_model.safetensors"):
         mine = load_file(run.path / weights.relative_to(expected.path))
         torch.testing.assert_close(mine, load_file(weights), rtol=0, atol=1e-6)
+
+
+def lines_of(file: Path) -> list[str]:
+    """The lines of a file, none if it isn't there yet."""
+    return file.read_text().splitlines() if file.is_file() else []
+
+
+def wait_until(is_there: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+    """Waits until something has come to pass while the processes run."""
+    until = time.monotonic() + 240
+    while not is_there():
+        assert time.monotonic() < until
+        assert all(process.poll() is None for process in processes), ended(processes)
+        time.sleep(0.05)
+
+
+def assert_killed(processes: list[subprocess.Popen], killed: int) -> None:
+    """Kills a process: the others end within 30 s with a line that names it."""
+    processes[killed].kill()
+    began = time.monotonic()
+    codes, _, errors = ended(processes)
+    assert time.monotonic() - began < 30
+    expected = [-signal.SIGKILL if number == killed else 2 for number in range(len(processes))]
+    assert codes == expected, errors
+    said = "".join(errors).strip()
+    assert re.fullmatch(rf"process {killed} \(host \S+, pid {processes[killed].pid}\) ended .*--resume", said), errors
+
+
+def assert_stopped(processes: list[subprocess.Popen], number: signal.Signals) -> str:
+    """Sends a signal to the second process: all stop, and say so once. Returns what the first one printed."""
+    processes[1].send_signal(number)
+    codes, outs, errors = ended(processes)
+    assert codes == [128 + number] * len(processes), errors
+    assert sum(f"stopped by {number.name}" in said for said in errors) == 1, errors
+    return outs[0]
+
+
+def rounded(values: object) -> object:
+    """Nested values for a comparison: numbers to 1e-6, and any number of seconds."""
+    if isinstance(values, dict):
+        return {key: ANY if "seconds" in key else rounded(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [rounded(value) for value in values]
+    return pytest.approx(values, rel=1e-6, abs=1e-6) if isinstance(values, float) else values
+
+
+def assert_same_files(folder: Path, expected: Path, *names: str) -> None:
+    """JSON and JSON lines by their names in both folders, numbers to 1e-6."""
+    for name in names:
+        mine, wanted = ((place / name).read_text() for place in (folder, expected))
+        split = str.splitlines if name.endswith(".jsonl") else lambda text: [text]
+        assert [*map(json.loads, split(mine))] == rounded([*map(json.loads, split(wanted))]), name

@@ -120,17 +120,20 @@ class Feedback:
         )
         return [answers_of(self.base.tokenizer, answers, self.sampling.stop_ids) for answers in found]
 
-    def label(self, asked: Sequence[Asked], candidates: int, draw: int) -> dict[str, Any]:
-        """`pairs`: rows to prefer; `judgements` of them; `unpaired`: the number of prompts without a pair, as too few
-        answers ended, they were the same, or don't fit the labeller's question together."""
-        answers = self._sample([one.ids for one in asked], candidates, draw, 0)
-        pairs: list[tuple[Prompt, Comparison]] = []
+    def answered(self, asked: Sequence[Asked], candidates: int, draw: int) -> list[tuple[str, Comparison]]:
+        """The prompts' answers in pairs to judge, each with the place of its prompt."""
+        answers, pairs = self._sample([one.ids for one in asked], candidates, draw, 0), list[tuple[str, Comparison]]()
         for one, given in zip(asked, answers, strict=True):
             texts = [answer.text for answer in given if answer.ended and answer.text]
             sides = zip(texts[::2], texts[1::2], strict=False)
-            pairs += [(one.prompt, Comparison(one.prompt.turns, a, b)) for a, b in sides if a != b]
-        rows, judged = self._judged([(prompt.where, comparison) for prompt, comparison in pairs])
-        tools = {prompt.where: prompt.tools for prompt, _ in pairs}
+            pairs += [(one.prompt.where, Comparison(one.prompt.turns, a, b)) for a, b in sides if a != b]
+        return pairs
+
+    def label(self, asked: Sequence[Asked], pairs: Sequence[tuple[str, Comparison]]) -> dict[str, Any]:
+        """`pairs`: rows to prefer; `judgements` of them; `unpaired`: the number of prompts without a pair, as too few
+        answers ended, they were the same, or don't fit the labeller's question together."""
+        rows, judged = self._judged(pairs)
+        tools = {one.prompt.where: one.prompt.tools for one in asked}
         found = [row for one in judged if (row := self._pair(one, tools[one["where"]]))]
         paired = {row["where"] for row in found}
         return {

@@ -6,7 +6,7 @@ from the same figures. Only the first one writes. Imports torch when processes c
 
 import signal
 import sys
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
@@ -18,6 +18,7 @@ from qalign.train.processes.meeting import Meeting
 from qalign.train.processes.watch import BEAT, SILENCE, Member, ProcessEnded
 
 T = TypeVar("T")
+Found = TypeVar("Found")
 
 LONGEST_WAIT = timedelta(days=7)  # for a slow process; `Watch` notices one that is gone
 
@@ -56,7 +57,7 @@ class World:
 
     def connect(self, facts: dict[str, Any], go_on: str) -> None:
         """Waits for the other processes, and compares what must be the same in all: `facts` by name. `go_on` is the
-        command that goes on after one was lost."""
+        command that goes on after one was lost. Processes that are connected already only compare."""
 
     def check(self) -> None:
         """Raises `ProcessEnded` if another process has ended."""
@@ -128,6 +129,8 @@ class Processes(World):
         import torch
         import torch.distributed as dist
 
+        if dist.is_initialized():
+            return self.same(facts)
         self._meeting.hint = go_on
         self._meeting.gather()
         self.same(facts)
@@ -254,3 +257,17 @@ def entered(world: World) -> Generator[None]:
 def current() -> World:
     """The processes that this one works with."""
     return _current
+
+
+def dealt(things: Sequence[T], work: Callable[[T], Found]) -> Iterator[Found]:
+    """What `work` returns for each of many things, in their order. Each process does one at a time, as a process alone
+    does it, and all get all."""
+    world = current()
+    for start in range(0, len(things), world.size):
+        round_of = things[start : start + world.size]
+
+        def own(round_of: Sequence[T] = round_of) -> list[tuple[int, Found]]:
+            with entered(ALONE):
+                return [(number, work(thing)) for number, thing in enumerate(round_of) if number == world.rank]
+
+        yield from world.merged(world.agreed(own))
