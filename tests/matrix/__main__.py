@@ -45,14 +45,17 @@ COMMANDS = {
     "sft packed": ("sft", ("sft.packing=true", "--overwrite")),
     "reward": ("reward", ()),
     "dpo": ("dpo", ()),
+    "kto": ("kto", ()),
     "ppo, function": ("ppo", ()),
     "ppo, reward model": ("ppo", ("ppo.reward=reward", "--overwrite")),
+    "grpo": ("grpo", ()),
     "best_of": ("best_of", ("n=2",)),
     "evaluate": ("evaluate", ()),
     "export": ("export", ("--to", "merged")),
     "fit": ("fit", ("model.compute_dtype=bfloat16", "--memory", "8GB")),
 }
 NEEDED = {"ppo, reward model": "reward", "evaluate": "dpo", "export": "dpo"}  # what a command works on
+FIRST_LOSSES = {"dpo": math.log(2), "kto": 0.5}
 RANKS = ("FAILS", "no", "yes")
 PAIRS, SHARE = "pairs", "4 bits"
 COLUMNS = ("family", "models", *COMMANDS, PAIRS, SHARE)
@@ -65,8 +68,9 @@ published model learns. `python -m tests.matrix` wrote this page, with
 {versions}.
 
 - **sft** to **fit** are commands. *sft packed* has `sft.packing: true`. *ppo, function* is rewarded by a Python
-  function, *ppo, reward model* by the recipe's own reward run.
-- **yes** the command ended well; DPO's first loss was ln 2 too, as it must be while policy and reference are equal.
+  function, as *grpo* is, *ppo, reward model* by the recipe's own reward run.
+- **yes** the command ended well; DPO's first loss was ln 2 too and KTO's a half, as they must be while policy and
+  reference are equal.
   **no** it refused with one line, which stands below, or what it works on is missing. **FAILS** a fault of qalign's.
 - **pairs**: *packed* runs the prompt of a pair once, both answers behind it, without padding. Modules named behind it
   mix tokens without attention, and inside them each answer has a row with the prompt of its own. *padded* runs the
@@ -105,7 +109,7 @@ def try_family(name: str, folder: Path) -> Row:
             continue
         first = str(folder / "runs" / "dpo") if command == "export" else recipe
         outcome = start(command, [first, *words], _limit_time)
-        wrong = _first_loss_off(folder / "runs") if column == "dpo" and outcome.code == 0 else None
+        wrong = _first_loss_off(folder / "runs", column) if outcome.code == 0 else None
         row.cells[column] = "FAILS" if wrong else {0: "yes", 2: "no"}.get(outcome.code, "FAILS")
         if row.cells[column] != "yes":
             row.notes[column] = wrong or _said(outcome, str(folder))
@@ -144,7 +148,9 @@ def write_recipe(folder: Path) -> str:
         "sft": {"data": "dialogues.jsonl", **steps},
         "reward": {"data": "pairs.jsonl", **steps},
         "dpo": {"data": "pairs.jsonl", "eval_data": "test.jsonl", **steps},
+        "kto": {"data": "pairs.jsonl", "eval_data": "test.jsonl", **steps},
         "ppo": {"data": "pairs.jsonl", **steps, **sampling, **once},
+        "grpo": {"data": "pairs.jsonl", **steps, **sampling, **once},
     }
     recipe["model"]["base"], recipe["output"] = str(folder / "base"), str(folder / "runs")
     path = folder / "recipe.yaml"
@@ -168,10 +174,13 @@ def _limit_time() -> None:
     held_out.MAX_NEW_TOKENS = 8
 
 
-def _first_loss_off(runs: Path) -> str | None:
-    lines = map(json.loads, (runs / "dpo" / "metrics.jsonl").read_text().splitlines())
-    loss = next(line["loss"] for line in lines if "loss" in line)
-    return None if abs(loss - math.log(2)) < 1e-4 else f"the first loss is {loss:.4f}, not ln 2"
+def _first_loss_off(runs: Path, stage: str) -> str | None:
+    """What is wrong with a stage's first loss, where policy and reference are equal."""
+    if stage not in FIRST_LOSSES:
+        return None
+    lines = map(json.loads, (runs / stage / "metrics.jsonl").read_text().splitlines())
+    loss, right = next(line["loss"] for line in lines if "loss" in line), FIRST_LOSSES[stage]
+    return None if abs(loss - right) < 1e-4 else f"the first loss is {loss:.4f}, not {right:.4f}"
 
 
 def _said(outcome: Outcome, folder: str) -> str:
