@@ -1,12 +1,14 @@
 """Our GGUF files in llama.cpp itself: ids, chat template, log-probs, adapters, and where its answers end."""
 
+import shutil
+
 import pytest
 import torch
 
 from qalign.config.load import load as load_recipe
 from qalign.convert.adapters import updates, write_gguf
 from qalign.convert.fidelity import Trained
-from qalign.convert.gguf import write_model
+from qalign.convert.gguf import QUANTIZE, write_model
 from qalign.convert.merging import loaded
 from qalign.export import export, measured_rows, options
 from tests.conftest import ROOT
@@ -46,6 +48,20 @@ def test_llama_cpp_reads_the_model_and_its_tokenizer(name, tmp_path):
                 assert (
                     cpp.tokens(text, add_special=False) == template.tokenizer(text, add_special_tokens=False).input_ids
                 )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which(QUANTIZE), reason=f"K-quants need llama.cpp's own {QUANTIZE} on the PATH")
+def test_llama_cpps_own_tool_quantises_our_file(tmp_path):
+    lm, template = model("llama")
+    exact, apart = logits(lm, IDS)[-1].log_softmax(-1), []
+    for kind in ("q6_k", "q4_k_m", "q2_k"):
+        write_model(lm, template, tmp_path / f"{kind}.gguf", kind, "tiny")
+        with running(tmp_path / f"{kind}.gguf") as cpp:
+            apart.append(kl(exact, cpp.logps(IDS, len(exact))))
+    assert 0 < apart[0] < 0.01
+    assert apart[0] < apart[1] < apart[2]
+    assert [file.suffix for file in tmp_path.iterdir()] == 3 * [".gguf"], "what was in float32 is gone"
 
 
 @pytest.mark.slow
