@@ -102,6 +102,7 @@ def test_all_of_it_is_one_command_that_says_what_it_runs(tmp_path):
     assert text.count("| step 2 |") == 2
 
 
+@pytest.mark.slow
 def test_a_part_that_takes_too_long_is_stopped_with_all_it_started(tmp_path):
     mark = tmp_path / "mark"
     child = f"import time, pathlib; time.sleep(5); pathlib.Path({str(mark)!r}).touch()"

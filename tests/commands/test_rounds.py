@@ -77,6 +77,7 @@ def test_every_round_is_measured_against_the_very_first_policy(recipe_path, monk
     assert (run.path / "best_of_report.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_a_policy_that_is_trained_already_is_where_the_kl_starts(recipe_path):  # noqa: F811
     start = rounds_run(recipe_path, 2, "output=" + recipe_path.replace("recipe.yaml", "other"))
     run = rounds_run(recipe_path, 2, f"ppo.start_from={start.adapter}")
@@ -84,10 +85,10 @@ def test_a_policy_that_is_trained_already_is_where_the_kl_starts(recipe_path):  
     assert points(run)[1]["kl_nats"] != 0.0
 
 
-SLOWER = (pytest.param(part, marks=pytest.mark.slow) for part in ("measuring", "finishing"))
+SLOWER = (pytest.param(part, marks=pytest.mark.slow) for part in ("training", "measuring", "finishing"))
 
 
-@pytest.mark.parametrize("part", ["sampling", "training", *SLOWER])
+@pytest.mark.parametrize("part", ["sampling", *SLOWER])
 def test_a_run_that_stopped_anywhere_goes_on_to_the_same_numbers(recipe_path, part, monkeypatch):  # noqa: F811
     whole = rounds_run(recipe_path)
     expected = [whole.adapter.parent, points(whole), weights(whole.adapter)]
@@ -150,6 +151,7 @@ def test_what_the_user_gets_wrong_is_one_line(recipe_path, tmp_path, capsys):  #
     assert said.startswith("dpo: rounds=2 trains DPO on every round's pairs; add a dpo section to ")
 
 
+@pytest.mark.slow
 def test_a_run_is_resumed_with_its_own_rounds_and_settings_alone(recipe_path, capsys):  # noqa: F811
     run = rounds_run(recipe_path)
     said = refusal(capsys, rounds_run, recipe_path)

@@ -331,6 +331,7 @@ def test_a_base_that_has_changed_since_is_noticed(run, tiny_folder, tmp_path, ca
     assert "was trained with the chat template" in one_line(copy, capsys)
 
 
+@pytest.mark.slow
 def test_the_command_itself(run, write_jsonl, capsys):
     """In a process of its own, in which no file may be left open."""
     file = write_jsonl("answers.jsonl", [{"prompt": PROMPT, "completion": GOOD}, {"prompt": PROMPT}])

@@ -238,6 +238,7 @@ def tiny_model(name: str, folder: Path) -> str:
     return str(folder)
 
 
+@pytest.mark.slow
 def test_every_stage_of_a_recipe_trains_for_one_step(name, recipe, tmp_path):
     words = [f"model.base={tiny_model(name, tmp_path / 'model')}", "model.revision=", "model.compute_dtype=float32"]
     words += ["model.max_length=256", f"output={tmp_path / 'runs'}", "max_refused_share=1.0"]

@@ -130,6 +130,7 @@ def test_what_is_held_and_what_is_left_of_it(llama):
     assert llama.step(8192, checkpointing=True) == kept
 
 
+@pytest.mark.slow
 def test_it_is_the_last_resort(llama):
     """Nothing is offloaded that fits otherwise, nor over what the computer's memory holds, nor where the recipe says
     how many layers are checkpointed, nor on a CPU."""

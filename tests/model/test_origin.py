@@ -97,6 +97,7 @@ def test_without_a_network_the_cache_is_used_and_what_is_not_in_it_is_one_line(h
         assert "HF_HUB_OFFLINE" in line
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         nobody = f"http://127.0.0.1:{silent.getsockname()[1]}"

@@ -157,6 +157,7 @@ def test_what_the_page_itself_does_not_send_is_turned_away(client):
     assert client.post("/gradio_api/run/send", json={"data": []}).status_code == 404
 
 
+@pytest.mark.slow
 def test_two_hundred_at_once_queue_or_are_refused_and_the_page_serves_on(client, address):
     number = function(client, "submit")
 
@@ -189,6 +190,7 @@ def slow(runs):
         yield client
 
 
+@pytest.mark.slow
 def test_who_hangs_up_stops_the_answer(slow):
     number = function(slow, "submit")
     for session in ("gone1", "gone2"):
@@ -199,6 +201,7 @@ def test_who_hangs_up_stops_the_answer(slow):
     assert time.monotonic() - began < 30  # each of the two would take a minute
 
 
+@pytest.mark.slow
 def test_twenty_answers_that_nobody_listens_to_hold_up_nobody(slow):
     number = function(slow, "submit")
     for index in range(20):  # each would take a minute
@@ -275,6 +278,7 @@ def test_with_a_password_nothing_is_served_without_it(behind_a_password):
 TUNNEL = "import gradio.networking\ngradio.networking.setup_tunnel = lambda *_: 'http://x.gradio.live'"
 
 
+@pytest.mark.slow
 def test_behind_the_share_tunnel_the_page_is_served_under_its_public_name(runs):
     with serving("--runs", str(runs), "--share", "--auth", "me:se:cret", before=TUNNEL) as address:
         public = {"x-forwarded-host": "x.gradio.live", "x-forwarded-proto": "https", "host": "10.0.0.1"}
@@ -339,6 +343,7 @@ def test_the_folder_of_the_page_is_removed_at_its_end_and_that_of_a_killed_one_a
     assert {*tmp_path.iterdir()} == {somebody, other}
 
 
+@pytest.mark.slow
 def test_without_a_run_the_page_says_which_command_makes_one(tmp_path):
     with serving("--runs", str(tmp_path)) as address:
         assert "python -m qalign.dpo recipes/smollm2_demo.yaml" in httpx.get(address).text

@@ -75,7 +75,9 @@ def test_what_was_decided_is_said():
     assert sampling_plan(settings(), "dpo", 9, 0, 1000.0, 1.0).words.startswith("none: no held-out prompt leaves 256")
 
 
-@pytest.mark.parametrize(("stage", "rows", "logging_steps"), [("dpo", 20, 3), ("kto", 10, 1)])
+@pytest.mark.parametrize(
+    ("stage", "rows", "logging_steps"), [("dpo", 20, 3), pytest.param("kto", 10, 1, marks=pytest.mark.slow)]
+)
 def test_sampling_changes_no_number_of_the_run(tiny_folder, tmp_path, monkeypatch, stage, rows, logging_steps):
     """With dropout, so that the state of the random generators counts."""
     states, look = [], PreferenceMonitor.look
@@ -226,10 +228,10 @@ def whole(tiny_folder, tmp_path_factory):
     return run_stage(write_recipe(tmp_path_factory.mktemp("whole"), tiny_folder, "dpo", **RESUMED))
 
 
-@pytest.mark.parametrize(
-    "cut",
-    ["in the first", "in one at a checkpoint", "in the last", "after one was logged", "after the last"],
-)
+MORE_CUTS = (pytest.param(cut, marks=pytest.mark.slow) for cut in ("in the first", "in the last", "after the last"))
+
+
+@pytest.mark.parametrize("cut", ["in one at a checkpoint", "after one was logged", *MORE_CUTS])
 def test_a_run_that_was_killed_repeats_the_same_evaluations(cut, whole, tiny_folder, tmp_path, monkeypatch):
     """A checkpoint is written before the evaluation of its step."""
     path = write_recipe(tmp_path, tiny_folder, "dpo", **RESUMED)

@@ -144,6 +144,7 @@ def test_best_of_goes_on_with_the_same_zeros(recipe_of, held_out, ensemble_run):
     assert all(one == zeros[0] for one in zeros)
 
 
+@pytest.mark.slow
 def test_rounds_measure_every_policy_by_the_same_zeros(recipe_path, ensemble_run):  # noqa: F811
     run = rounds_run(recipe_path, 2, f"ppo.reward={ensemble_run.path}", "ppo.reward_combine=min", "ppo.judge=")
     parts = [run.metrics, *(run.path / f"round_{number}" / "sampling" / "metrics.jsonl" for number in (1, 2))]

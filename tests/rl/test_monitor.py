@@ -32,6 +32,7 @@ def planted(monkeypatch, tiny_folder, recipe_of, held_out, rewards):
     return run
 
 
+@pytest.mark.slow
 def test_the_alarm_is_raised_when_longer_is_better_and_the_judge_disagrees(planted, capsys):
     run = planted("long", "shrinking")
     kept = summary(run)
@@ -60,6 +61,7 @@ def test_a_clean_reward_raises_no_alarm(planted):
     assert kept["held_out"]["last"]["judge"] > kept["held_out"]["first"]["judge"] + 0.1
 
 
+@pytest.mark.slow
 def test_alarms_double_the_kl_coefficient_up_to_16_fold(recipe_of, held_out, monkeypatch, capsys):
     monkeypatch.setattr("qalign.reports.alarms.alarms", lambda points, patience: ["again"] * bool(len(points) > 1))
     run = run_stage(recipe_of(eval_data=held_out, eval_every=1, max_steps=7, on_alarm="slow", kl_coefficient=0.01))

@@ -56,7 +56,8 @@ def test_iterations(keys, expected):
 # --- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", ["trunk", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("value", ["trunk", "adapter"])
 def test_a_resumed_run_goes_on_as_if_it_had_never_stopped(value, recipe_of, held_out, reward_run, rewards):
     keys = {
         "eval_data": held_out, "eval_every": 2, "max_steps": 4, "value": value, "kl_target": 0.5, "save_every": 1,
@@ -145,7 +146,8 @@ def test_prompts_that_leave_no_room_are_refused_by_name(recipe_of, write_jsonl):
     assert "248" in found, "256 less the 8 new tokens"
 
 
-@pytest.mark.parametrize("key", ["reward", pytest.param("judge", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("key", ["reward", "judge"])
 def test_a_scorer_that_fails_ends_the_run_and_costs_nothing_that_was_learned(key, recipe_of, held_out, rewards, capfd):
     """It fails at its fourth call: in the fourth iteration, or at the evaluation after the third."""
     more = {"eval_data": held_out, "eval_every": 1} if key == "judge" else {}

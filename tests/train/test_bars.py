@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.reward_runs import write_recipe
-from tests.train.runs import PPO_KEYS, STAGES, recipe_of
+from tests.train.runs import EACH_STAGE, PPO_KEYS, recipe_of
 
 REWARD = """
 import warnings
@@ -35,6 +35,7 @@ def is_bar(line: str, stage: str) -> bool:
     return re.match(rf"{stage}: +\d+%\|.*\| \d+/3 \[.*\] *$", line) is not None
 
 
+@pytest.mark.slow
 def test_a_warning_of_a_library_stands_above_the_bar_on_a_line_of_its_own(tiny_folder, tmp_path):
     """A reward function stands for the library."""
     (tmp_path / "mine.py").write_text(REWARD)
@@ -45,7 +46,7 @@ def test_a_warning_of_a_library_stands_above_the_bar_on_a_line_of_its_own(tiny_f
 
 
 @pytest.mark.skipif(shutil.which("nvidia-smi") is None, reason="needs a GPU")
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EACH_STAGE)
 def test_on_a_gpu_nothing_breaks_the_bar(stage, tiny_folder, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     recipe = recipe_of(tmp_path, tiny_folder, stage)

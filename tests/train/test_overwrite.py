@@ -13,11 +13,11 @@ from qalign.train import run_folder as runs
 from tests.helpers import train_recipe
 from tests.reward_runs import run_stage
 from tests.train.runs import (
+    EACH_STAGE,
     FACTS,
     FRESH,
     OVERWRITE,
     RESUME,
-    STAGES,
     begun,
     finished,
     folder,
@@ -175,7 +175,7 @@ def test_a_complete_run_says_how_to_go_on_from_it(recipe):
         assert "--resume" not in raised.value.lines[0]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EACH_STAGE)
 def test_a_mistake_found_after_the_start_costs_no_finished_run(stage, tiny_folder, tmp_path, monkeypatch):
     """In the real stage, after it prepared its folder: the header is the last thing before training."""
     import qalign.train.loop

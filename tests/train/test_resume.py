@@ -18,10 +18,10 @@ from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
 from tests.helpers import leaving, metrics, restored_signals, stopping_after, summary
 from tests.reward_runs import run_stage
-from tests.train.runs import HELD_OUT, STAGES, assert_same_run, recipe_of
+from tests.train.runs import EACH_STAGE, HELD_OUT, STAGES, assert_same_run, recipe_of
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EACH_STAGE)
 def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path, capsys):
     """With dropout, so that the state of the random generators counts as well."""
     keys = {"limit": 20, "save_every": 10, "lora": {"dropout": 0.1}, "eval_data": HELD_OUT, "eval_every": 2}
@@ -71,14 +71,15 @@ def never_stopped(tiny_folder, tmp_path_factory):
     return cache(lambda stage: run_stage(recipe_of(tmp_path_factory.mktemp(stage), tiny_folder, stage, **KILLED)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "number", "code"),
     [
-        pytest.param("sft", signal.SIGINT, 130, marks=pytest.mark.slow),
-        pytest.param("reward", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        ("sft", signal.SIGINT, 130),
+        ("reward", signal.SIGTERM, 143),
         ("dpo", signal.SIGINT, 130),
-        pytest.param("dpo", signal.SIGKILL, -signal.SIGKILL, marks=pytest.mark.slow),
-        pytest.param("ppo", signal.SIGTERM, 143, marks=pytest.mark.slow),
+        ("dpo", signal.SIGKILL, -signal.SIGKILL),
+        ("ppo", signal.SIGTERM, 143),
     ],
 )
 def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(
@@ -105,7 +106,7 @@ def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(
     assert "this run is complete" in capsys.readouterr().out
 
 
-@pytest.fixture(params=STAGES)
+@pytest.fixture(params=EACH_STAGE)
 def complete(request, tiny_folder, tmp_path):
     """A run with a checkpoint at each step, to be damaged, with its recipe and a copy: (path, run, copy)."""
     path = recipe_of(tmp_path / "cut", tiny_folder, request.param, save_every=1)
@@ -134,7 +135,11 @@ LAST = {  # three steps of 12 rows, and none of them is the end of an epoch
 }
 
 
-@pytest.mark.parametrize(("stage", "length"), [*((stage, "max_steps") for stage in STAGES), ("sft", "epochs")])
+AFTER_THE_LAST = [("sft", "epochs"), *((stage, "max_steps") for stage in STAGES[:-1])]
+AFTER_THE_LAST.append(pytest.param("grpo", "max_steps", marks=pytest.mark.slow))
+
+
+@pytest.mark.parametrize(("stage", "length"), AFTER_THE_LAST)
 def test_what_was_killed_after_the_last_step_resumes_without_another(stage, length, tiny_folder, tmp_path, monkeypatch):
     """The checkpoint of the last step is there, and no summary."""
     keys = {**LAST[length], "eval_data": HELD_OUT, "lora": {"dropout": 0.1}}

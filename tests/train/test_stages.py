@@ -23,7 +23,7 @@ from qalign.model.base import Role, load
 from tests.conftest import ROOT
 from tests.helpers import base_digest, metrics, summary
 from tests.reward_runs import plain_policy, run_stage, write_recipe
-from tests.train.runs import CLOCK, HELD_OUT, STAGES, WEIGHTS, recipe_of
+from tests.train.runs import CLOCK, EACH_STAGE, HELD_OUT, WEIGHTS, recipe_of
 
 NAMES = {
     "sft": {"loss", "grad_norm", "learning_rate", "mean_token_accuracy", "epoch"},
@@ -51,7 +51,7 @@ def sft_adapter(tiny_folder, tmp_path_factory) -> Path:
     return run_stage(write_recipe(tmp_path_factory.mktemp("parent"), tiny_folder, "sft")).adapter
 
 
-@pytest.fixture(scope="module", params=STAGES)
+@pytest.fixture(scope="module", params=EACH_STAGE)
 def finished(request, tiny_folder, sft_adapter, tmp_path_factory):
     """A run of each stage that started from an adapter: (run, what it printed, the base that it left in memory)."""
     keys = {"start_from": str(sft_adapter), "eval_data": HELD_OUT, "eval_every": 2, "save_every": 1}
@@ -172,7 +172,7 @@ def test_plain_peft_loads_the_adapter_and_gives_the_same_logits(finished):
                 assert torch.equal(lm(input_ids=ids).logits, plain) == (role is Role.POLICY)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EACH_STAGE)
 def test_a_misspelt_column_is_reported_before_torch_is_imported(stage, tiny_folder, tmp_path):
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"promt": "Why?", "chosne": "a", "rejectde": "b", "masseges": []}\n' * 3)
@@ -190,7 +190,7 @@ def test_a_misspelt_column_is_reported_before_torch_is_imported(stage, tiny_fold
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", EACH_STAGE)
 def test_refused_rows_are_listed_and_too_many_leave_the_old_run_alone(stage, tiny_folder, tmp_path):
     good = {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because."}]}
     good |= {"prompt": "Why?", "chosen": "Because.", "rejected": "No."} if stage != "sft" else {}

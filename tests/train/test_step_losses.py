@@ -98,7 +98,8 @@ def test_bcos_shift_is_the_mean_reward_of_the_steps_before(recipe_file):
     assert SHIFT not in metrics(train(recipe_file("dpo.yaml", "dpo", limit=8, max_steps=1)))[0]
 
 
-@pytest.mark.parametrize("loss", [pytest.param("bco_pair", marks=pytest.mark.slow), "aot"])
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", ["bco_pair", "aot"])
 def test_a_run_that_was_cut_short_resumes_to_the_same_numbers(recipe_file, loss):
     keys = {"loss": loss, "limit": 20, "save_every": 2, "learning_rate": 1e-2, "eval_data": TEST, "eval_every": 2}
     keys |= {"trainer": {"logging_steps": 3}, "max_steps": 5}
