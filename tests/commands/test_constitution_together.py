@@ -25,12 +25,17 @@ pytestmark = pytest.mark.slow
 together, started = partial(run_together, "constitution", ending=True), partial(launch, "constitution", ending=True)
 FILES = ("revisions.jsonl", "pairs.jsonl", "judgements.jsonl", "metrics.jsonl", "summary.json")
 COUNTED = """
+import time
 from pathlib import Path
 
 def counted(prompts, firsts, seconds, principles):
     with Path(__file__).with_name("calls").open("a") as file:
         file.write(f"{len(firsts)}\\n")
     return shorter(prompts, firsts, seconds, principles)
+
+def slowly(*asked):
+    time.sleep(0.3)
+    return shorter(*asked)
 
 def fails(prompts, firsts, seconds, principles, calls=[]):
     calls.append(1)
@@ -79,7 +84,8 @@ def test_any_number_of_processes_makes_the_same_rows(count, labeller, tiny_folde
 
 @pytest.mark.parametrize(("before", "killed", "after"), [(2, 1, 3), (3, 0, 2)])
 def test_a_run_that_lost_a_process_goes_on_to_the_same_rows(before, killed, after, tiny_folder, tmp_path):
-    path, output = str(write(tmp_path, tiny_folder)), f"output={tmp_path / 'several'}"
+    path = str(write(tmp_path, tiny_folder, labeller="mine.py:slowly"))
+    output = f"output={tmp_path / 'several'}"
     together(path, 1)
     processes, folder = started([path] * before, output), tmp_path / "several" / "constitution"
     wait_until(lambda: len(lines_of(folder / "metrics.jsonl")) > 3, processes)
@@ -91,7 +97,7 @@ def test_a_run_that_lost_a_process_goes_on_to_the_same_rows(before, killed, afte
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_and_keeps_what_was_made(number, tiny_folder, tmp_path):
-    path = write(tmp_path, tiny_folder, limit=150)
+    path = write(tmp_path, tiny_folder, limit=150, labeller="mine.py:slowly")
     processes, metrics = started([str(path)] * 2), tmp_path / "constitution" / "metrics.jsonl"
     wait_until(lambda: len(lines_of(metrics)) > 3, processes)
     said = assert_stopped(processes, number)

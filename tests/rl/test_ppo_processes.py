@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,17 @@ import torch
 from qalign.rl.ppo_loop import STATE
 from qalign.train.run_folder import RunFolder
 from tests.reward_runs import run_stage, write_recipe
-from tests.train.processes import assert_same_curve, ended, launch, opened, run_together
+from tests.train.processes import (
+    assert_killed,
+    assert_same_curve,
+    assert_stopped,
+    ended,
+    launch,
+    lines_of,
+    opened,
+    run_together,
+    wait_until,
+)
 from tests.train.runs import recipe_of
 
 pytestmark = pytest.mark.slow
@@ -127,6 +138,34 @@ def test_a_run_resumes_with_another_number_of_processes(before, after, alone, ti
     shutil.rmtree(run.checkpoints / "checkpoint-4")
     run_together("ppo", path, after, "--resume")
     assert_same_state(path, alone("ppo", named, **keys))
+
+
+# Nearly all of the time is spent in one part of an iteration.
+LONG = {"max_steps": 12, "save_every": 3, "eval_every": 3, "value": "trunk"}
+PARTS = {"sampling": {"max_new_tokens": 150}, "update": {"update_epochs": 40, "learning_rate": 1e-6}}
+
+
+def in_training(folder: Path, base: str, part: str, count: int):
+    """(Path of a recipe, its processes after four iterations.)"""
+    path = write(folder, base, "ppo", ["rewards.py:shorter"], judge=None, **LONG, **PARTS[part])
+    processes = launch("ppo", [path] * count)
+    wait_until(lambda: len(lines_of(opened(path).metrics)) > 5, processes)
+    return path, processes
+
+
+@pytest.mark.parametrize(("part", "killed"), [("sampling", 1), ("update", 1), ("update", 0)])
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(part, killed, alone, tiny_folder, tmp_path):
+    path, processes = in_training(tmp_path, tiny_folder, part, 2 + killed)
+    assert_killed(processes, killed)
+    assert opened(path).last_checkpoint().name in run_together("ppo", path, 2, "--resume")
+    assert_same_state(path, alone("ppo", ["rewards.py:shorter"], judge=None, **LONG, **PARTS[part]))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_one_process_stops_all_after_the_same_iteration(number, tiny_folder, tmp_path):
+    path, processes = in_training(tmp_path, tiny_folder, "sampling", 2)
+    said = assert_stopped(processes, number)
+    assert f"checkpoint-{json.loads(lines_of(opened(path).metrics)[-1])['step']}" in said
 
 
 def test_a_reward_that_fails_ends_all_with_one_line_and_keeps_what_was_learned(tiny_folder, tmp_path):
