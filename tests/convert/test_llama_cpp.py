@@ -19,6 +19,7 @@ from tests.reward_runs import run_stage, write_recipe
 
 IDS = list(range(20, 60))
 TEXTS = ["Hello there, 2024 isn't  héllo wörld\n\n  def f(x):\n\treturn 12345\n 我们 – ok?", "a", "I'LL\r\n\n\n x  "]
+TAUGHT = ["sft.limit=64", "sft.learning_rate=1e-3"]
 TURNS = [
     {"role": "user", "content": "Hi there"},
     {"role": "assistant", "content": "Yes, 1 + 1."},
@@ -85,14 +86,19 @@ def test_llama_cpp_adds_an_adapter_as_it_was_trained(tmp_path):
 
 @pytest.mark.true_model
 def test_the_demo_answers_in_llama_cpp_as_it_was_trained(tmp_path):
-    """SmolLM2-135M after a short SFT, in Q8_0: llama.cpp's log-probs are the trained model's but for rounding; greedy
-    answers agree wherever the trained model isn't torn; an answer ends with the end of turn, which isn't shown."""
+    """SmolLM2-135M after a short SFT. In F16 its greedy answers in llama.cpp are the trained model's, which computes in
+    float32 here. In Q8_0 log-probs are the same but for rounding, and greedy answers wherever the trained model isn't
+    torn. An answer ends with the end of turn, which isn't shown."""
     path = str(ROOT / "recipes" / "smollm2_demo.yaml")
-    recipe = load_recipe(path, [f"output={tmp_path}", "sft.limit=64", "sft.learning_rate=1e-3"], stage="sft")
+    recipe = load_recipe(path, [f"output={tmp_path}", "model.compute_dtype=float32", *TAUGHT], stage="sft")
     run = train_recipe(recipe, path, stage="sft")
     rows, _ = measured_rows(run, None)
     trained = Trained(run, rows[:6])
-    export(options().parse_args([str(run.path), "--to", "gguf", "--max-kl", "0.02"]))
+    for kind in ("f16", "q8_0"):
+        export(options().parse_args([str(run.path), "--to", "gguf", "--quantization", kind, "--max-kl", "0.02"]))
+    with running(run.path / "model-f16.gguf") as cpp:
+        for prompt, answer in trained.rows:
+            assert cpp.greedy(prompt, len(answer))[0] in (answer, answer[:-1])  # it keeps the end of turn to itself
     size, theirs, ended = len(trained.outputs[0][0]), [], []
     with running(run.path / "model-q8_0.gguf") as cpp:
         for (prompt, answer), expected in zip(trained.rows, trained.outputs, strict=True):
