@@ -24,12 +24,12 @@ from typing import NoReturn, TextIO, TypeVar
 from qalign.config import cache
 from qalign.config.load import load
 from qalign.config.paths import expanded
-from qalign.config.recipe import Recipe
+from qalign.config.recipe import NOT_SHARED, Recipe
 from qalign.errors import Stopped, UserError, did_you_mean, disk_problem, one_line, out_of_memory, program, short
 from qalign.model import origin
 from qalign.train.dataset import ReadRows, print_rows
 from qalign.train.processes.launch import launched
-from qalign.train.processes.watch import ProcessEnded
+from qalign.train.processes.watch import BEAT, SILENCE, ProcessEnded
 from qalign.train.processes.world import World, current, entered, world_of
 from qalign.train.run_folder import RunFolder
 
@@ -53,7 +53,8 @@ COMMANDS = {
     "init": "write a recipe into the current folder",
     "page": "open the comparison page in the browser",
 }
-SHARED = ("sft", "reward", "dpo", "kto", "ppo", "grpo")  # stages that several processes can run together
+SHARED_BASE = ("sft", "reward", "dpo", "kto")  # stages whose processes can share one base (`model.shard`)
+SHARED = (*SHARED_BASE, "ppo", "grpo")  # stages that several processes can run together
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
 Run = TypeVar("Run", bound=RunFolder)
 PIPE_CLOSED = 128 + 13  # as a program that SIGPIPE ended
@@ -165,10 +166,20 @@ def _said(work: Callable[[], None], world: World) -> int:
         if problem := disk_problem(error):
             return world.fail([one_line(problem)], 2)
         if world.size > 1:
-            traceback.print_exc(file=sys.__stderr__)
-            return world.fail([f"{world.me} failed: {one_line(repr(error))}"], 1)
+            return _broken(error, world)
         raise
     return 0
+
+
+def _broken(error: Exception, world: World) -> int:
+    """The exit code after an error that isn't the user's: of qalign, or of a library that waited for a process which is
+    gone."""
+    try:
+        world.check(wait=SILENCE + BEAT)
+    except ProcessEnded as end:
+        return world.fail(end.lines, end.code, end.dead)
+    traceback.print_exception(error, file=sys.__stderr__)
+    return world.fail([f"{world.me} failed: {one_line(repr(error))}"], 1)
 
 
 def _failed(*lines: str) -> int:
@@ -221,8 +232,19 @@ def work_in(run: Run, args: argparse.Namespace, train: Callable[[Recipe, Run], N
         if args.resume and run.complete:
             print(f"{run.path}: this run is complete; {run.further}")
         else:
+            check_shared(run)
             origin.check(run.recipe.model)
             train(run.recipe, run)
+
+
+def check_shared(run: RunFolder) -> None:
+    """A `UserError` if `model.shard` is set and these processes can't share a base."""
+    if run.recipe.model.shard and run.name not in SHARED_BASE:
+        raise UserError(f"model.shard: {NOT_SHARED}")
+    if run.recipe.model.shard and current().size == 1:
+        start = f"torchrun --nproc-per-node 2 -m qalign.{run.name} {run.command_line}"
+        streams = "model.shard=false: layers that don't fit are then streamed"
+        raise UserError(f"model.shard: needs a process for each card; start it with {start}, or set {streams}")
 
 
 def new_target(to: str | None, default: Path, option: str = "--to") -> Path:

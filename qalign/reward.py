@@ -39,6 +39,7 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     from qalign.data.tokenize import encode_pairs, pad_for_scores
     from qalign.model.adapters.members import answer_scores
     from qalign.model.base import Role
+    from qalign.model.memory.shard import shards_of
     from qalign.train.loop import Session, load_base
     from qalign.train.trainers.reward import EnsembleTrainer, RewardModelTrainer
 
@@ -60,12 +61,13 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     )
     more |= {"head": head, "loss": loss, "prompts": base.layout_in_words}
     facts = session.train(trainer, None, **more)
-    if pairs.held_out and session.world.is_first:
+    if pairs.held_out and (session.world.is_first or shards_of(base.lm)):
         of = trainer.ensemble if settings.members > 1 else Role.REWARD
         scores = answer_scores(base, of, pairs.held_out, session.micro, progress=True)
         if not scores.isfinite().all():
             raise scores_not_finite(base.precision)
-        facts |= trust(pairs.held_out, scores.view(len(scores), 2, -1), run.path / "reward_report.png")
+        if session.world.is_first:
+            facts |= trust(pairs.held_out, scores.view(len(scores), 2, -1), run.path / "reward_report.png")
     session.finish(
         f"{program('score')} {shlex.quote(str(run.path))} FILE.jsonl",
         pooling=f"the last token that is not {pad_for_scores(base.template)}: the end of the answer's turn",

@@ -222,3 +222,13 @@ def test_the_model_of_a_step_in_several_processes():
     assert scaling.step_seconds([400, 600, 500], 10.0, 300.0, cards, 1.0) == pytest.approx(6 + 4 + 1)
     assert scaling.step_seconds([1500], 10.0, 300.0, cards, 1.0) == pytest.approx(15 + 1), "one process sums nothing"
     assert scaling.step_seconds([100], 10.0, 300.0, cards, 0.0) == pytest.approx(2), "kernels must be launched"
+
+
+@pytest.mark.slow
+def test_sharding_is_measured_on_a_cpu_and_needs_cards_otherwise():
+    command = [sys.executable, "benchmarks/shard.py"]
+    done = subprocess.run([*command, "--shape", "tiny", "--tokens", "60"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| whole |") == done.stdout.count("| dealt |") == 2
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.startswith("this needs 2 GPUs, and there are 0")) == (2, True)

@@ -28,6 +28,11 @@ from qalign.config.stages import (
     Stage,
 )
 
+NOT_SHARED = (
+    "only sft, reward, dpo and kto share a base among processes, as each sampled token would need all layers from all "
+    "of them; set it to false: layers that don't fit are then streamed (model.stream)"
+)
+
 
 class Model(Section):
     """The base model: loaded once, quantised and frozen; every role is an adapter on it."""
@@ -51,6 +56,10 @@ class Model(Section):
     """Layer streaming: the weights of the base's layers stay in the computer's memory and are copied to the GPU for
     each pass, for a base that is larger than the GPU's memory. It changes no number and takes time. `auto` streams only
     where the base doesn't fit."""
+    shard: bool = False
+    """Base sharding: every process holds a part of each weight of the base, and layers are gathered for each pass
+    (FSDP2), for a base that is larger than each of several cards. It changes no number and takes time. For `sft`,
+    `reward`, `dpo` and `kto` in several processes (`torchrun`)."""
     max_length: int = Field(default=2048, ge=16, le=MAX_TOKENS)
     """Maximum sequence length, in tokens: prompt and answer together. The oldest turns are dropped to fit; an answer is
     never cut. Lower it when memory runs out."""
@@ -66,6 +75,10 @@ class Model(Section):
     def conflicts(self) -> Iterator[str]:
         if self.stream == "always" and self.quantization == "int8":
             yield "stream: 'always' can't be used with quantization int8, which bitsandbytes moves by itself; use nf4"
+        if self.shard and self.stream == "always":
+            yield "shard: can't be used with stream 'always': layers come from other cards or from memory; remove one"
+        if self.shard and self.quantization == "int8":
+            yield "shard: can't be used with quantization int8, which bitsandbytes moves by itself; use nf4"
 
 
 # PEFT takes a text as a regular expression, some of which never end; names say all that is needed.
@@ -168,9 +181,14 @@ class Recipe(Section):
                     f"{' and '.join(moved)}; set {' and '.join(f'{name}.start_from: sft' for name in moved)}, or use "
                     "'default'"
                 )
-        if self.model.stream == "always" and (self.lora.dora or self.lora.init == "loftq"):
-            key = "dora" if self.lora.dora else "init"
-            yield f"lora.{key}: starts from all weights of the base, which model.stream: always doesn't hold; remove it"
+        apart = {"stream: always": self.model.stream == "always", "shard": self.model.shard}
+        for key in (key for key, is_set in apart.items() if is_set and (self.lora.dora or self.lora.init == "loftq")):
+            which = "dora" if self.lora.dora else "init"
+            yield f"lora.{which}: starts from all weights of the base, which model.{key} doesn't hold; remove it"
+        for name in ("dpo", "kto") if self.model.shard else ():
+            learner: DPO | KTO | None = getattr(self, name)
+            if learner and learner.sample_prompts not in ("auto", 0):
+                yield f"{name}.sample_prompts: with model.shard no answers can be sampled; set it to 0"
         if self.dpo and self.dpo.compares_pairs and self.lora.dropout:
             yield (
                 "lora.dropout: can't be used with this dpo.loss, which compares the pairs of a step in a pass without "
@@ -217,8 +235,8 @@ class Recipe(Section):
 
 def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -> dict[str, tuple[object, object]]:
     """The dotted keys that differ between the recipe that a run of `stage` began with and this one, each with (value
-    then, value now). `output`, where the run lies now, `log_to`, `model.stream` and the sections of other stages and
-    commands don't count."""
+    then, value now). `output`, where the run lies now, `log_to`, where the base is held (`model.stream`, `model.shard`)
+    and the sections of other stages and commands don't count."""
     was = str(kept.get("output", "")) or "."
     with suppress(ValidationError):  # if it has a key that no longer exists, which is reported below
         kept = Recipe.model_validate(kept).model_dump(mode="json")  # with defaults for keys that are newer than it
@@ -228,7 +246,7 @@ def differences(kept: dict[str, Any], recipe: Recipe, stage: str, output: str) -
     return {
         key: (old.get(key, "not there"), new.get(key, "gone"))
         for key in {**old, **new}
-        if key != "model.stream" and not _same(old.get(key), new.get(key), (was, output))
+        if key not in ("model.stream", "model.shard") and not _same(old.get(key), new.get(key), (was, output))
     }
 
 

@@ -26,9 +26,10 @@ from qalign.model.adapters.switch import AdapterSwitch
 from qalign.model.adapters.weights import adapter_parameters
 from qalign.model.kernels import fuse
 from qalign.model.lineage import Lineage, describe
-from qalign.model.loading import Form, load_weights, parameter_count, parts_left_out, reach_of, tensor_bytes
+from qalign.model.loading import Form, load_weights, parts_left_out, reach_of
 from qalign.model.logps import ScalarHead, backbone, check_head, new_head
 from qalign.model.memory.kv_cache import RowCache, measured_cache
+from qalign.model.memory.shard import InTurn, parameter_count, tensor_bytes
 from qalign.model.memory.stream import stream_of
 from qalign.model.origin import Origin
 from qalign.model.packing.packing import Packing, packing_of
@@ -59,8 +60,7 @@ class Base:
         lm: the language model with the adapters in it, and once a role gives scores with a head `score`.
         model: `lm`, or the `PeftModel` around it once there is an adapter.
         tokenizer: with a chat template, one BOS and a pad token.
-        origin: where the weights come from.
-        template: where the chat template comes from, in words.
+        origin, template: where the weights come from, and the chat template (in words).
         max_length: `model.max_length`, or how far the base reaches if that is less; for commands on a finished run.
         dtype, device: of matrix products; adapters are float32 and autocast to it.
         left_out: the parts of the checkpoint that no text reaches, which are not held.
@@ -339,9 +339,9 @@ def _gives_scores(role: str) -> bool:
     return role.partition("_")[0] in SCORING
 
 
-def load(spec: Model, form: Form = "held", now: datetime | None = None) -> Base:
-    """The base of a recipe as a language model, ready for adapters; a `UserError` if it can't be found or read."""
-    lm, tokenizer, origin = load_weights(spec, form=form)
+def load(spec: Model, form: Form = "held", now: datetime | None = None, in_turn: InTurn | None = None) -> Base:
+    """A recipe's base, ready for adapters; a `UserError` if it can't be read. `in_turn`: see `load_weights`."""
+    lm, tokenizer, origin = load_weights(spec, form=form, in_turn=in_turn)
     template = prepare_template(tokenizer, spec, now)
     lm.config.pad_token_id = lm.generation_config.pad_token_id = tokenizer.pad_token_id
     left_out = targets.leave_out(lm, lambda: check_head(lm)) if form == "held" else []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qalign.model.logps import backbone
+from qalign.model.memory.shard import gathered
 
 TOKENS = 16  # of the trial
 ROTARY = "apply_rotary_pos_emb"  # transformers' name, as a global of the module that defines an attention layer
@@ -57,7 +58,8 @@ def fuse(lm: PreTrainedModel, kernels: Kernels | None = None) -> str | None:
     fused, reasons = Counter[str](), dict[str, str]()
     for module, call in given.items():
         kind = cast(str, _kind(module))
-        forward, reason = _tried(lm, module, call, _candidates(module, kind, kernels))
+        with gathered(module):
+            forward, reason = _tried(lm, module, call, _candidates(module, kind, kernels))
         if forward is None:
             reasons.setdefault(f"the {kind} of {type(module).__name__}", reason)
         else:

@@ -19,20 +19,19 @@ import datasets
 import torch
 import transformers as tf
 from bitsandbytes.nn.modules import Linear8bitLt
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils.quantization_config import Mxfp4Config
 
 from qalign.config import cache
 from qalign.config.paths import expanded
-from qalign.config.recipe import Model
+from qalign.config.recipe import NOT_SHARED, Model
 from qalign.data.hub import why
 from qalign.errors import UserError, one_line
 from qalign.model import origin
 from qalign.model.adapters.generation_config import mended
 from qalign.model.experts.quantizer import FourBitConfig, guard_4bit
-from qalign.model.experts.weights import held_parameters
-from qalign.model.memory.stream import placed, scales_of
+from qalign.model.memory.shard import InTurn, sharded
+from qalign.model.memory.stream import placed
 from qalign.model.origin import OTHER_CODE, Origin
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,15 +40,19 @@ Form = Literal["held", "dequantized", "original"]
 REPORTED: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}
 
 
-def load_weights(spec: Model, *, form: Form = "held") -> tuple[Any, Any, Origin]:
+def load_weights(spec: Model, *, form: Form = "held", in_turn: InTurn | None = None) -> tuple[Any, Any, Origin]:
     """A recipe's base: (model, its tokenizer unchanged, `Origin`); a `UserError` if it can't be found, fetched or read.
 
     Args:
         form: `held` as the recipe says, on the best device; `dequantized`, the weights that this computes with, and
             `original`, the published ones, both in 16 bits on the CPU.
+        in_turn: lets the processes that `model.shard` deals the weights out to read them one after the other.
     """
     _quiet()
-    found = find(spec)
+    shard = form == "held" and spec.shard
+    if shard and in_turn is None:
+        raise UserError(f"model.shard: {NOT_SHARED}")
+    found = in_turn(lambda: find(spec)) if in_turn else find(spec)
     spec = found.held(spec)
     if form == "original" and (stored := spec.quantization if found.stored else found.experts):
         raise UserError(f"model.base: '{spec.base}' is published in {stored}, so its unquantised weights aren't known")
@@ -61,7 +64,10 @@ def load_weights(spec: Model, *, form: Form = "held") -> tuple[Any, Any, Origin]
         else:
             dtype = (DTYPES.get(spec.compute_dtype) if form == "dequantized" else None) or compute_dtype(spec)
             on = partial(_held, spec, found, dtype)
-            lm = placed(on, device(), spec.stream) if form == "held" else on(torch.device("cpu"))
+            if shard and in_turn:
+                lm = sharded(on, device(), in_turn)
+            else:
+                lm = placed(on, device(), spec.stream) if form == "held" else on(torch.device("cpu"))
         if form == "dequantized" and spec.quantization != "none":
             lm = lm.dequantize(dtype=lm.dtype)
     _check_tokens(tokenizer, lm, spec.base, "model.base")
@@ -322,16 +328,6 @@ def _check_tokens(tokenizer: Any, lm: Any, base: str, key: str) -> None:
             f"({extra[0][:40]!r} has the id {beyond[extra[0]]}, the model has {rows} rows); remove them from the "
             "tokenizer, or resize the model's embeddings and train them"
         )
-
-
-def parameter_count(lm: tf.PreTrainedModel) -> int:
-    """The number of a model's weights; 4-bit ones are counted one by one."""
-    return lm.num_parameters() + held_parameters(lm)
-
-
-def tensor_bytes(tensor: Tensor) -> int:
-    """The memory of a tensor; of a 4-bit one including its scales."""
-    return sum(part.nbytes for part in (tensor, *scales_of(tensor)))
 
 
 def save_tokenizer(tokenizer: tf.PreTrainedTokenizerBase, folder: Path) -> None:

@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from qalign.data.collate import AnswerBatch
 from qalign.errors import UserError
+from qalign.model.memory.shard import gathered
 
 _CHUNK_ELEMENTS = 2**25  # of one chunk of logits: 128 MB in float32, for any vocabulary
 
@@ -110,26 +111,29 @@ class _HeadLogps(torch.autograd.Function):
         size = _chunk_size(lm)
         wants_grad = ctx.needs_input_grad[0]
         logps, entropies, is_top, directions = [], [], [], []
-        for states, ids in zip(hidden.split(size), targets.split(size), strict=True):
-            with torch.set_grad_enabled(wants_grad):
-                states = states.detach().requires_grad_(wants_grad)
-                logits = head_logits(lm, states)
-                # Divided in 32 bits, as in sampling: in 16 bits a token would be off by over 0.1 nats.
-                logits = logits if temperature == 1 else logits.float() / temperature
-            weights = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-            chosen = weights.gather(1, ids[:, None])
-            top = weights.amax(dim=1, keepdim=True)
-            is_top += [weights.argmax(dim=1) == ids] if all_scores else []
-            total = weights.sub_(top).exp_().sum(dim=1, keepdim=True)  # in place: each pass over the logits costs time
-            logps.append((chosen - top - total.log())[:, 0])
-            if all_scores:
-                products = logits.detach().to(weights.dtype, copy=True).mul_(weights)
-                mean = products.sum(dim=1, keepdim=True) / total
-                del products  # as large as all logits of a chunk
-                entropies.append((top + total.log() - mean)[:, 0])
-            if wants_grad:
-                slope = weights.div_(-total).scatter_add_(1, ids[:, None], torch.ones_like(chosen))
-                directions.append(torch.autograd.grad(logits, states, slope.to(logits.dtype))[0])
+        with gathered(_head(lm)):
+            for states, ids in zip(hidden.split(size), targets.split(size), strict=True):
+                with torch.set_grad_enabled(wants_grad):
+                    states = states.detach().requires_grad_(wants_grad)
+                    logits = head_logits(lm, states)
+                    # Divided in 32 bits, as in sampling: in 16 bits a token would be off by over 0.1 nats.
+                    logits = logits if temperature == 1 else logits.float() / temperature
+                weights = logits.detach().to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+                chosen = weights.gather(1, ids[:, None])
+                top = weights.amax(dim=1, keepdim=True)
+                is_top += [weights.argmax(dim=1) == ids] if all_scores else []
+                total = (
+                    weights.sub_(top).exp_().sum(dim=1, keepdim=True)
+                )  # in place: each pass over the logits costs time
+                logps.append((chosen - top - total.log())[:, 0])
+                if all_scores:
+                    products = logits.detach().to(weights.dtype, copy=True).mul_(weights)
+                    mean = products.sum(dim=1, keepdim=True) / total
+                    del products  # as large as all logits of a chunk
+                    entropies.append((top + total.log() - mean)[:, 0])
+                if wants_grad:
+                    slope = weights.div_(-total).scatter_add_(1, ids[:, None], torch.ones_like(chosen))
+                    directions.append(torch.autograd.grad(logits, states, slope.to(logits.dtype))[0])
         if wants_grad:
             ctx.save_for_backward(torch.cat(directions))
         if not all_scores:

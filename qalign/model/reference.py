@@ -19,6 +19,7 @@ from qalign.data.collate import AnswerBatch, AnsweredPrompt
 from qalign.model.base import Base, Role
 from qalign.model.logps import pair_logps
 from qalign.model.memory.lockstep import Reading, pair_logps_together
+from qalign.model.memory.shard import anywhere
 from qalign.model.memory.stream import stream_of
 
 
@@ -96,13 +97,17 @@ class CachedReferenceLogps(ReferenceLogps):
 
     def logps(self, base: Base, rows: Sequence[AnsweredPrompt], batch: AnswerBatch) -> Tensor:
         digests = [_digest(row) for row in rows]
-        if self._unverified and any(digest in self._cached for digest in digests):
-            self._verify(base, digests, super().logps(base, rows, batch))
+        verifies = self._unverified and any(digest in self._cached for digest in digests)
+        if anywhere(base.lm, verifies):
+            found = super().logps(base, rows, batch)
+            if verifies:
+                self._verify(base, digests, found)
         missing = list({digest: i for i, digest in enumerate(digests) if digest not in self._cached}.values())
-        if missing:
-            some = [rows[i] for i in missing]
+        if anywhere(base.lm, bool(missing)):
+            some = [rows[i] for i in missing] or rows[:1]
             found = super().logps(base, some, batch if len(some) == len(rows) else base.batch(some))
-            self._cache(some, found)
+            if missing:
+                self._cache(some, found)
         return torch.stack([self._cached[digest] for digest in digests]).to(batch.input_ids.device)
 
     def _is_known(self, rows: Sequence[AnsweredPrompt]) -> bool:

@@ -24,6 +24,7 @@ from qalign.model.base import Role
 from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
 from qalign.model.logps import pair_logps
 from qalign.model.memory.first_step import is_out_of_memory
+from qalign.model.memory.shard import shards_of
 from qalign.reports.answers import SEED, answers_of, in_a_line, measure_answers, spread, write_samples
 from qalign.reports.ppo_report import file_name
 from qalign.reports.preference_report import PREFIX, PreferencePoint, alarms, as_metrics, draw, point_of
@@ -106,6 +107,8 @@ class PreferenceMonitor(Monitor):
         read = 2 * (sum(map(taken, self.rows)) + count * new)  # by policy and reference
         cost = new * (STEP_COST.get(self.base.lm.device.type, STEP_COST["cuda"]) + count) + FORWARD_COST * read
         self.plan = sampling_plan(settings, self.stage, steps, count, run_cost, cost)
+        if shards_of(self.base.lm):
+            self.plan = SamplingPlan(0, frozenset(), "none: with model.shard no answers can be sampled")
         if self.rows and not any(getattr(row, "desirable", True) for row in self.rows):
             self.plan = SamplingPlan(0, frozenset(), "none: no held-out answer is good, whose log-probs could fall")
         self.header = {"sampling": self.plan.words} if self.plan.words else {}

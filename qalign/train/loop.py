@@ -27,6 +27,7 @@ from qalign.model.loading import compute_dtype, device, load_config, reach_of, r
 from qalign.model.memory.first_step import is_out_of_memory
 from qalign.model.memory.forecast import Forecast, Plan, tokens_of_most_steps, usable_by_offload, usable_memory
 from qalign.model.memory.offload import offload
+from qalign.model.memory.shard import shards_of
 from qalign.model.memory.stream import stream_of
 from qalign.train.callbacks import Monitor, RunCallback, peak_bytes
 from qalign.train.dataset import StageRows, record, rendered_at
@@ -42,8 +43,10 @@ def load_base(run: RunFolder) -> Base:
     """The recipe's base model, loaded after the values under `trainer:` were tried out. Waits for the other processes
     of the run."""
     try_out(run)
-    world = current()
+    world, model = current(), run.recipe.model
     world.connect(facts_of(run), f"{run.command} --resume")
+    if model.shard:
+        return load(model, now=rendered_at(run) if run.resume else None, in_turn=world.in_turn)
     return world.in_turn(lambda: placed_base(run))
 
 
@@ -120,7 +123,8 @@ class Session:
             return Plan(size * longest, 0 if layers == "auto" else layers)
         streams = "always" if stream_of(self.base.lm) else "never"
         recipe = run.recipe.model_copy(update={"model": self.base.spec.model_copy(update={"stream": streams})})
-        forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype)
+        cards = self.world.size if shards_of(self.base.lm) else 1
+        forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype, cards)
         if run.stage in ("reward", "dpo", "kto"):
             taken = [*map(self.base.tokens_taken, outlines(self.rows.train))]
             forecast.most_steps = tokens_of_most_steps(taken, settings.batch_size)
@@ -186,6 +190,7 @@ class Session:
             "steps": f"{steps}, {self.micro}{self.planned}",
             **self.planned.lines,
             **({"streamed": str(stream)} if (stream := stream_of(base.lm)) else {}),
+            **({"sharded": str(shards)} if (shards := shards_of(base.lm)) else {}),
         }
         if run.resume:
             lines["resuming"] = str(self.checkpoint or "from the beginning: no checkpoint was written")
@@ -254,6 +259,8 @@ class Session:
         seconds, peaks = time.monotonic() - began, self.world.gathered(peak_bytes())
         self.world.first(self._save)
         several = {"processes": len(peaks), "peak_bytes_each": peaks} if len(peaks) > 1 else {}
+        if shards_of(self.base.lm):
+            several["base_bytes_each"] = self.world.gathered(self.base.held_bytes)
         return several | {
             "steps": done,
             "resumed_from": str(self.checkpoint) if self.checkpoint else None,
@@ -272,10 +279,11 @@ class Session:
 
     def finish(self, next_command: str, **facts: Any) -> None:
         """Completes the run folder, as `RunFolder.finish` says."""
-        if not self.world.is_first:
+        if not (self.world.is_first or shards_of(self.base.lm)):
             return
         codes = {folder: loading(self.base, folder) for folder in places(self.roles, self.run.adapter).values()}
-        self.run.finish(next_command, self.base.origin.source, codes, rows=self.rows.counts, **facts)
+        if self.world.is_first:  # the others only run the layers with it, as `loading` looks which ones a text calls
+            self.run.finish(next_command, self.base.origin.source, codes, rows=self.rows.counts, **facts)
 
 
 def check_reach(base: Base, rows: StageRows) -> None:

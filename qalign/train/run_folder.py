@@ -322,7 +322,8 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
     recipe = _read_recipe(place / "recipe.yaml")
     if place.name not in stages:
         raise UserError(f"{folder}: is a run of {place.name}, expected one of {', '.join(stages)}")
-    run = RunFolder(recipe.model_copy(update={"output": str(place.parent)}), place.name)
+    model = recipe.model.model_copy(update={"shard": False})  # what is done with a finished run is done in one process
+    run = RunFolder(recipe.model_copy(update={"output": str(place.parent), "model": model}), place.name)
     if member and not (run.adapter / member).is_dir():
         raise UserError(f"{folder}: the ensemble has no {member}{did_you_mean(member, names_of_files(run.adapter))}")
     run.adapter /= member

@@ -77,7 +77,7 @@ def forecast_of(path: str, stage: str, overrides: list[str]):
 
 def test_words_in_any_order(recipe_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(fit, "report", lambda recipe, given: seen.append((recipe, given)))
+    monkeypatch.setattr(fit, "report", lambda recipe, given, _: seen.append((recipe, given)))
     words = [recipe_path, "model.max_length=300", "reward="]
     for order in (
         [*words, "--memory", "12GB"],
@@ -88,6 +88,17 @@ def test_words_in_any_order(recipe_path, monkeypatch):
         assert leaving(fit.main, *order) == 0
         recipe, given = seen.pop()
         assert (recipe.stages, recipe.model.max_length, given) == (("sft", "dpo", "kto", "ppo", "grpo"), 300, "12GB")
+
+
+def test_a_base_that_is_dealt_out_is_planned_for_each_card(recipe_path, capsys):
+    shared = ("dpo.batch_size=8", "model.shard=true", "--memory", "12GB")
+    assert leaving(fit.main, recipe_path, *shared, "--cards", "2") == 0
+    said = capsys.readouterr().out
+    assert "usable on cuda of each of 2 processes" in said
+    assert said.count("yes: each of 2 processes holds") == said.count("\n  gathered ") == 4, "sft, reward, dpo and kto"
+    assert said.count("NO: model.shard: only sft, reward, dpo and kto") == 2, "ppo and grpo"
+    assert leaving(fit.main, recipe_path, *shared) == 2
+    assert "--cards 2" in capsys.readouterr().err
 
 
 def test_every_stage_is_shown(recipe_path, capsys):
@@ -185,7 +196,7 @@ def test_the_parts_are_those_of_the_forecast_and_their_sum_the_total(stage, reci
     parts = forecast.parts(tokens, 0)
     assert sum(parts.values()) == forecast.total(tokens, 0)
     assert [name for name in table if name not in ("in all", "fits", "limit")] == list(parts)
-    assert len(parts) == len(fit.SHADES)  # a shade each
+    assert len(parts) == len(fit.SHADES) - 1  # a shade each, and one for what is gathered of a base in parts
     for name, size in parts.items():
         assert float(table[name].split()[0]) == pytest.approx(size / GIB, abs=0.0051)
     assert float(table["in all"].split()[0]) == pytest.approx(sum(parts.values()) / GIB, abs=0.0051)

@@ -17,8 +17,9 @@ from qalign.config.stages import SFT, Source
 from qalign.errors import UserError
 from qalign.model.base import load
 from qalign.model.experts.quantizer import is_linear
-from qalign.model.loading import load_config, load_weights, tensor_bytes
+from qalign.model.loading import load_config, load_weights
 from qalign.model.memory.forecast import Forecast
+from qalign.model.memory.shard import tensor_bytes
 from tests.conftest import FIXTURES
 from tests.families import family
 from tests.moe_models import FAMILIES, publish_in_mxfp4, save

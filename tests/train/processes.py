@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import ANY
 
@@ -24,8 +24,11 @@ from tests.helpers import metrics
 from tests.train.runs import CLOCK
 
 
-def launch(stage: str, recipes: list[str], *words: str, ending: bool = False) -> list[subprocess.Popen]:
-    """Starts a process of a stage for each recipe, in which a tenth of all tokens ends an answer if `ending`."""
+def launch(
+    stage: str, recipes: list[str], *words: str, ending: bool = False, own: Sequence[dict[str, str]] = ()
+) -> list[subprocess.Popen]:
+    """Starts a process of a stage for each recipe, in which a tenth of all tokens ends an answer if `ending`; `own` are
+    further variables in the environment of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -37,7 +40,9 @@ def launch(stage: str, recipes: list[str], *words: str, ending: bool = False) ->
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env=os.environ | {name: str(value) for name, value in (place | {"RANK": n, "LOCAL_RANK": n}).items()},
+            env=os.environ
+            | {name: str(value) for name, value in (place | {"RANK": n, "LOCAL_RANK": n}).items()}
+            | dict(*own[n : n + 1]),
         )
         for n, recipe in enumerate(recipes)
     ]

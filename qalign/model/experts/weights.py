@@ -55,7 +55,9 @@ def expert_tensors(lm: nn.Module) -> dict[str, int]:
     found = {}
     for name, module in lm.named_modules():
         shapes = (
-            {} if isinstance(module, nn.Conv1d) else {n: p.shape for n, p in module.named_parameters(recurse=False)}
+            {}
+            if isinstance(module, nn.Conv1d)
+            else {n: p.shape for n, p in module.named_parameters(recurse=False) if p.is_floating_point()}
         )
         shapes |= {part: held.shape for part, held in getattr(module, "four_bit", {}).items()}
         found |= {f"{name}.{part}": s[0] for part, s in shapes.items() if len(s) == 3 and s[0] > 1}

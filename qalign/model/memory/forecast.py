@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
+from typing import cast
 
 import psutil
 import torch
@@ -34,6 +35,8 @@ USABLE = {"cpu": 0.95, "cuda": 0.93, "cuda, segments of fixed size": 0.89}
 # Tokens per forward beyond which a step gets no faster per token: weights are unpacked once for all of them.
 BUSY_TOKENS = {"cuda": 8192, "cpu": 4096}
 SHORTEST = 256  # tokens: a recipe whose rows must be shorter is of no use
+# Layers that FSDP has whole at a time: one at work, what was gathered of the next, and the buffer of the one before.
+GATHERED = 3
 _LONG = 2**17  # tokens: longer steps take long to count, and nobody's rows are longer
 _OPTIMIZER_BYTES = {"adamw": 8, "paged_adamw_8bit": 2.07}  # per weight: two moments; 8-bit ones with a scale for 256
 
@@ -81,11 +84,15 @@ class Forecast:
         members: of the ensemble that is trained; 1 without one.
         reach: the longest text that the base can read, in tokens.
         streamed: bytes of the layers that `model.stream` keeps outside of the device, all but two of them; 0 if none.
+        cards, dealt: how many cards `model.shard` deals the base out to, and its bytes that are; 1 and 0 without it.
+        layers_dealt: of these bytes, those of the layers.
         most_steps: the tokens that most optimiser steps have, for `plan`, where they are known.
     """
 
-    def __init__(self, recipe: Recipe, stage: str, config: PretrainedConfig, device: str, dtype: torch.dtype):
-        self.recipe, self.stage, self.device, self.dtype = recipe, stage, device, dtype
+    def __init__(
+        self, recipe: Recipe, stage: str, config: PretrainedConfig, device: str, dtype: torch.dtype, cards: int = 1
+    ):
+        self.recipe, self.stage, self.device, self.dtype, self.cards = recipe, stage, device, dtype, cards
         self.settings = getattr(recipe, stage)
         self.config = copy.deepcopy(config)
         layers: int = self.config.get_text_config().num_hidden_layers
@@ -101,13 +108,13 @@ class Forecast:
 
     def with_recipe(self, recipe: Recipe) -> "Forecast":
         """The forecast for another recipe: same stage, base, device and dtype."""
-        return Forecast(recipe, self.stage, self.config, self.device, self.dtype)
+        return Forecast(recipe, self.stage, self.config, self.device, self.dtype, self.cards)
 
     def decided(self, memory: int) -> "Forecast":
         """The forecast with `model.stream` decided: `auto` streams the layers where with all of them in memory not even
         a row of `SHORTEST` tokens would fit."""
         model, lora = self.recipe.model, self.recipe.lora
-        if model.stream != "auto" or self.device != "cuda" or model.quantization == "int8":
+        if model.stream != "auto" or model.shard or self.device != "cuda" or model.quantization == "int8":
             return self
         if lora.dora or lora.init == "loftq":  # which start from all weights
             return self
@@ -119,7 +126,12 @@ class Forecast:
         settings, width, spec = self.settings, self.dtype.itemsize, self.recipe.model
         held = {n: _held_bytes(p, n, lm, spec, width) for n, p in lm.named_parameters() if not p.requires_grad}
         layers = _bytes_of_layers(lm, held) if spec.stream == "always" else []
-        self.streamed = sum(layers)
+        self.streamed, self.dealt, self.layers_dealt, gathered = sum(layers), 0, 0, {}
+        if self.cards > 1:
+            parts, vocabulary = self._dealt(lm, held)
+            self.layers_dealt, self.dealt = sum(parts), sum(parts) + sum(vocabulary)
+            gathered = {"gathered": max(GATHERED * max(parts), 2 * max(vocabulary, default=0))}
+        whole = sum(held.values()) - self.streamed - self.dealt
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
         frozen, trained = 0, self.members * adapter
         has_reference = self.stage in ("kto", *RL_STAGES) or (isinstance(settings, DPO) and settings.needs_reference)
@@ -133,11 +145,25 @@ class Forecast:
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         autocast_copy = self.members * adapter * width if width == 2 else 0
         return {
-            "base": sum(held.values()) - self.streamed + SLOTS * max(layers, default=0),
+            "base": whole + SLOTS * max(layers, default=0) + math.ceil(self.dealt / self.cards),
+            **gathered,
             "adapters": int((trained + frozen * adapter) * 4) + autocast_copy,
             "gradients": trained * 4,
             "optimiser": int(trained * _OPTIMIZER_BYTES[optimizer]),
         }
+
+    def _dealt(self, lm: PreTrainedModel, held: dict[str, int]) -> tuple[list[int], list[int]]:
+        """The bytes that are dealt out: of each layer, and of embeddings and output layer. Scales of linear layers in 4
+        bits aren't."""
+        four_bit = self.recipe.model.quantization in ("nf4", "fp4")
+        parts = {
+            n: p.numel() // 2 if four_bit and is_quantized(p, n, lm) else held.get(n, 0)
+            for n, p in lm.named_parameters()
+        }
+        names = {parameter: name for name, parameter in lm.named_parameters()}
+        ends = [module for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module is not None]
+        shared = {names[cast(nn.Parameter, module.weight)] for module in ends}  # they may have one weight
+        return _bytes_of_layers(lm, parts), [parts[name] for name in shared]
 
     def model(self) -> PreTrainedModel:
         """The base with the stage's adapter on the meta device."""
@@ -197,7 +223,7 @@ class Forecast:
 
     @property
     def can_offload(self) -> bool:
-        return self.device == "cuda" and self.settings.checkpointed_layers == "auto"
+        return self.device == "cuda" and self.settings.checkpointed_layers == "auto" and self.cards == 1
 
     def plan(self, memory: int, longest: int, host: float = math.inf) -> Plan | None:
         """A micro-batch that keeps the device busy, or at least holds the longest row, with as few checkpointed layers
@@ -210,7 +236,8 @@ class Forecast:
             host: bytes of the computer's memory for what is offloaded.
         """
         wanted = max(BUSY_TOKENS[self.device], longest) if self.settings.micro_batch_size == "auto" else longest
-        if self.streamed and wanted > longest:  # all layers are copied for each micro-batch: best one for a whole step
+        # All layers are copied or gathered for each micro-batch: best one for a whole step.
+        if (self.streamed or self.dealt) and wanted > longest:
             wanted = max(wanted, min(self.most_steps, self.settings.batch_size * longest))
         given = self.settings.checkpointed_layers
         most = self.layers if given == "auto" else min(given, self.layers)

@@ -52,7 +52,7 @@ class LayerStream:
         if (layers := decoder_layers(lm)) is None:
             raise UserError(f"model.stream: the layers of {type(lm).__name__} don't stand in one list; set it to never")
         # A tensor that several layers share, such as the values of 4-bit numbers, stays on the device.
-        owned = [_by_address(layer) for layer in layers]
+        owned = [by_address(layer) for layer in layers]
         owners = Counter(address for tensors in owned for address in tensors)
         streamed = [{a: t for a, t in tensors.items() if owners[a] == 1} for tensors in owned]
         sizes = [_size(tensors) for tensors in streamed]
@@ -64,7 +64,7 @@ class LayerStream:
         is_pinned = on_cuda and self.layer_bytes <= psutil.virtual_memory().available * 3 // 4
         self.source = "pinned memory" if is_pinned else "memory" if not on_cuda else "disk, as memory is short"
         moved = {address for tensors in streamed for address in tensors}
-        _put_on(device, (t for a, same in _by_address(lm).items() if a not in moved for t in same))
+        put_on(device, (t for a, same in by_address(lm).items() if a not in moved for t in same))
         cast(Any, lm).hf_device_map = {"": device}  # where Accelerate looks for the device of a quantised model
         self._held = [
             _hold(tensors, self._slots[number % SLOTS], pinned=is_pinned) for number, tensors in enumerate(streamed)
@@ -155,7 +155,7 @@ def stream_of(lm: nn.Module) -> LayerStream | None:
     return _STREAMS.get(lm)
 
 
-def _by_address(module: nn.Module) -> dict[int, list[Tensor]]:
+def by_address(module: nn.Module) -> dict[int, list[Tensor]]:
     """A module's weights, buffers and scales, by where they begin in memory. (Those read from one file share a
     storage.)"""
     found: dict[int, list[Tensor]] = {}
@@ -166,7 +166,7 @@ def _by_address(module: nn.Module) -> dict[int, list[Tensor]]:
     return found
 
 
-def _put_on(device: torch.device, tensors: Iterator[Tensor]) -> None:
+def put_on(device: torch.device, tensors: Iterator[Tensor]) -> None:
     known: dict[int, Tensor] = {}
     for tensor in tensors:
         address = tensor.data_ptr()

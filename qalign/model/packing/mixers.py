@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from qalign.data.collate import Layout
 from qalign.model.logps import backbone
+from qalign.model.memory.shard import gathered
 
 PROBE_TOKENS = 11  # a prime, so that no other dimension is taken for the tokens
 
@@ -127,7 +128,8 @@ def _mixes(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
     try:
         changed_args, changed_kwargs = _mapped(other, shape, (args, kwargs))
-        outputs = module(*args, **kwargs), module(*changed_args, **changed_kwargs)
+        with gathered(module):
+            outputs = module(*args, **kwargs), module(*changed_args, **changed_kwargs)
     except (AssertionError, TypeError, ValueError, RuntimeError):
         return False  # whether packed rows are exact is checked on the whole model
     before, after = (output[0] if isinstance(output, tuple) else output for output in outputs)

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from qalign.data.collate import Layout, pack
 from qalign.data.store.sequences import TokenPair
 from qalign.model.logps import backbone
+from qalign.model.memory.shard import restart
 from qalign.model.packing.attention import NAME, UnservedAttention
 from qalign.model.packing.mixers import PROBE_TOKENS, Mixers, find_mixers
 
@@ -39,6 +40,9 @@ class Packing:
             self._ways.append(way)
             try:
                 yield
+            except BaseException:
+                restart(lm)
+                raise
             finally:
                 self._ways.remove(way)
 

@@ -59,8 +59,8 @@ class World:
         """Waits for the other processes, and compares what must be the same in all: `facts` by name. `go_on` is the
         command that goes on after one was lost. Processes that are connected already only compare."""
 
-    def check(self) -> None:
-        """Raises `ProcessEnded` if another process has ended."""
+    def check(self, wait: float = 0.0) -> None:
+        """Raises `ProcessEnded` if another process has ended, or is found to have within `wait` seconds."""
 
     def gathered(self, value: T) -> list[T]:
         """The values of all processes, in the order of their ranks."""
@@ -90,6 +90,10 @@ class World:
     def mine(self, groups: Sequence[T], sizes: Sequence[int]) -> list[tuple[int, T]]:
         """Of micro-batches (or prompts) those that this process runs, with their numbers; `sizes` are their tokens."""
         return [*enumerate(groups)]
+
+    def idle(self, sizes: Sequence[int]) -> int:
+        """How many micro-batches of these sizes another process runs beyond those of this one (`mine`)."""
+        return 0
 
     def summed(self, total: Any, learning: Callable[[], Sequence[Any]]) -> Any:
         """The sum of the scalar tensor `total` over all processes. The gradients of the weights that are `learning`
@@ -144,8 +148,8 @@ class Processes(World):
     def same(self, facts: dict[str, Any]) -> None:
         self._meeting.compare(facts)
 
-    def check(self) -> None:
-        self._meeting.check()
+    def check(self, wait: float = 0.0) -> None:
+        self._meeting.check(wait)
 
     def _together(self, work: Callable[[], T]) -> T:
         """What `work` returns, in which processes wait for each other; `ProcessEnded` if one is gone."""
@@ -153,7 +157,7 @@ class Processes(World):
         try:
             return work()
         except RuntimeError:
-            self._meeting.check(SILENCE + BEAT)
+            self.check(SILENCE + BEAT)
             raise
 
     def gathered(self, value: T) -> list[T]:
@@ -194,6 +198,10 @@ class Processes(World):
 
     def mine(self, groups: Sequence[T], sizes: Sequence[int]) -> list[tuple[int, T]]:
         return [(number, groups[number]) for number in deal(sizes, self.size)[self.rank]]
+
+    def idle(self, sizes: Sequence[int]) -> int:
+        counts = [len(numbers) for numbers in deal(sizes, self.size)]
+        return max(counts) - counts[self.rank]
 
     def summed(self, total: Any, learning: Callable[[], Sequence[Any]]) -> Any:
         import torch

@@ -5,6 +5,7 @@ import hashlib
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
@@ -25,6 +26,7 @@ from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite, short
 from qalign.model.base import Base, Role
 from qalign.model.memory.first_step import FirstStep
+from qalign.model.memory.shard import shards_of
 from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder
 
@@ -48,6 +50,7 @@ class AdapterTrainer(Trainer):
     base: Base
     trained: Role = Role.POLICY
     counters: tuple[str, ...] = ()
+    _unread: list[Any]  # figures of micro-batches
     # Losses are divided by what the whole optimiser step has (`num_items_in_batch`), so 8 × 1 and 1 × 8 give the same
     # curve, also in the epoch's last, shorter step.
     loss_is_scaled_for_ga = True
@@ -55,6 +58,7 @@ class AdapterTrainer(Trainer):
     def take(self, micro: MicroBatchLimit) -> None:
         """Sets what one forward pass takes."""
         self.micro, self._first_step, self.world = micro, FirstStep(micro), current()
+        self._first_step.done = shards_of(self.base.lm) is not None  # the others wait in a layer, and can't repeat it
 
     def micro_batches(self, rows: Sequence[Any]) -> list[Any]:
         """The rows of a step in groups, one for each forward pass."""
@@ -77,7 +81,7 @@ class AdapterTrainer(Trainer):
 
     def run_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
         """Forward and backward of the step's micro-batches that this process runs, one at a time."""
-        one = super().training_step
+        one: Any = super().training_step
 
         def step() -> Tensor:
             total, groups = torch.zeros((), device=self.args.device), self.micro_batches(inputs)
@@ -91,20 +95,52 @@ class AdapterTrainer(Trainer):
                     self.world.check()
                     with own_draws(self.args.seed, self.state.global_step, number):
                         total = total + one(model, self.inputs_of(rows), num_items_in_batch)
+                for rows in self.idle(groups):
+                    with self.uncounted(), own_draws(self.args.seed, self.state.global_step, len(groups)):
+                        one(model, self.inputs_of(rows), math.inf)  # by which the loss is divided
                 return total
 
-            return self.world.agreed(own)
+            return self.agreed(own)
 
         sizes = [self.base.tokens_taken(row) for row in inputs]
         return self._first_step.run(step, sizes, model.zero_grad, self, self.counters)
 
     def mine(self, groups: Sequence[Any]) -> list[tuple[int, Any]]:
         """Of the micro-batches of a step those that this process runs, with their numbers."""
-        return self.world.mine(groups, [sum(map(self.base.tokens_taken, rows)) for rows in groups])
+        return self.world.mine(groups, self._sizes(groups))
+
+    def idle(self, groups: Sequence[Any]) -> list[list[Any]]:
+        """What this process runs once its micro-batches are done, where the base is dealt out and others have more: all
+        must enter the layers equally often. It is the smallest row of the step, and counts nothing."""
+        if shards_of(self.base.lm) is None:
+            return []
+        return [[min(chain(*groups), key=self.base.tokens_taken)]] * self.world.idle(self._sizes(groups))
+
+    def _sizes(self, groups: Sequence[Any]) -> list[int]:
+        return [sum(map(self.base.tokens_taken, rows)) for rows in groups]
+
+    @contextmanager
+    def uncounted(self) -> Generator[None]:
+        """Forgets the figures of what runs inside."""
+        before = len(self._unread)
+        yield
+        del self._unread[before:]
+
+    def agreed(self, work: Callable[[], Found]) -> Found:
+        """`World.agreed`. Where the base is dealt out, the others wait in a layer and can't be asked: an error ends all
+        processes."""
+        return work() if shards_of(self.base.lm) else self.world.agreed(work)
 
     def over_all(self, groups: Sequence[Any], work: Callable[[Any], Found]) -> list[Found]:
         """What `work` gives for each micro-batch, in their order, whichever process runs it."""
-        return self.world.merged(self.world.agreed(lambda: [(n, work(rows)) for n, rows in self.mine(groups)]))
+
+        def own() -> list[tuple[int, Found]]:
+            found = [(number, work(rows)) for number, rows in self.mine(groups)]
+            for rows in self.idle(groups):
+                work(rows)
+            return found
+
+        return self.world.merged(self.agreed(own))
 
     def limit_for(self, rows: Sequence[Any]) -> MicroBatchLimit:
         """What one forward pass takes of a step."""

@@ -159,6 +159,8 @@ class PairTrainer(AdapterTrainer):
                 for _, pairs in self.mine(groups):
                     loss, metrics = self.pair_losses(pairs)
                     self._unread.append(([pair.where for pair in pairs], loss, {"loss": loss, **metrics}))
+                for pairs in self.idle(groups):
+                    self.pair_losses(pairs)
                 self._read()
         means = self._means(prefix)
         self._sums, self._counts = kept

@@ -160,11 +160,18 @@ class SupervisedTrainer(AdapterTrainer, SFTTrainer):
         with torch.no_grad(), self.accelerator.autocast(), self.packed_attention():
             for batch in self.get_eval_dataloader(eval_dataset):
                 tokens += sum(row.supervised for row in batch)
-                for _, rows in self.mine(self.micro_batches(batch)):
-                    inputs = send_to_device(self.inputs_of(rows), self.args.device)
-                    self.compute_loss(self.base.model, inputs, num_items_in_batch=1)
+                groups = self.micro_batches(batch)
+                for _, rows in self.mine(groups):
+                    self._measure(rows)
+                with self.uncounted():
+                    for rows in self.idle(groups):
+                        self._measure(rows)
                 total += self._read()
         return self.evaluated({f"{metric_key_prefix}_loss": total / max(1, tokens)})
+
+    def _measure(self, rows: Sequence[Any]) -> None:
+        inputs = send_to_device(self.inputs_of(rows), self.args.device)
+        self.compute_loss(self.base.model, inputs, num_items_in_batch=1)
 
     def create_model_card(self, *args, **kwargs) -> None:
         """Writes none: the run folder has its own."""
