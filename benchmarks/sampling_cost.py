@@ -24,15 +24,17 @@ sys.path.insert(0, str(ROOT))
 from qalign.train.run_folder import versions  # noqa: E402
 
 RECIPE, OUT = "recipes/smollm2_demo.yaml", "runs/sampling_cost"
-RUN = f"qalign.dpo {RECIPE} output={OUT} dpo.start_from=null dpo.max_new_tokens=48 dpo.sample_every=12"
-SIDES = {"without": "dpo.sample_prompts=0", "with": "dpo.sample_prompts=24"}
+RUN = f"qalign.dpo {RECIPE} output={OUT} dpo.start_from=null dpo.max_new_tokens=48"
+SIDES = {"without": "dpo.sample_prompts=0", "with": "dpo.sample_prompts=24 dpo.sample_every=12"}
 
 
 def run(side: str) -> tuple[float, dict, str]:
     """(processor seconds, the summary, what the header says of sampling) of a run."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", *RUN.split(), SIDES[side], "--overwrite"]
-    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    command = [sys.executable, "-m", *RUN.split(), *SIDES[side].split(), "--overwrite"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     said = re.search(r"^ *sampling +(.*)$", done.stdout, re.MULTILINE)
@@ -52,9 +54,10 @@ def main() -> None:
         print(rows[-1], flush=True)
     text = f"""# What sampling held-out answers costs a DPO run
 
-By `python benchmarks/sampling_cost.py --rounds {rounds}`; both sides are
+By `python benchmarks/sampling_cost.py --rounds {rounds}`; the two sides are
 
-    python -m {RUN} dpo.sample_prompts=0|24
+    python -m {RUN} {SIDES["without"]}
+    python -m {RUN} {SIDES["with"]}
 
 Its forecast: "{said}". Processor seconds of the whole command on {platform.machine()}, loading included, in turns:
 
