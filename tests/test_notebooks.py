@@ -133,8 +133,8 @@ def environment(wheel, tmp_path_factory):
         "QALIGN_OUTPUT": str(folder / "quickstart"),
         "QALIGN_RUN": str(folder / "elsewhere" / "quickstart" / "dpo"),  # as on another machine
         "QALIGN_ARCHIVE": str(folder / "quickstart.tar.gz"),
-        "QALIGN_OVERRIDES_CONSTITUTION": "constitution.data.limit=2 constitution.max_new_tokens=32 "
-        "constitution.agree_with.limit=2 sft= dpo=",
+        "QALIGN_OVERRIDES_CONSTITUTION": "constitution.data.limit=4 constitution.max_new_tokens=128 "
+        "constitution.agree_with.limit=2 sft.max_steps=1 dpo.max_steps=1 dpo.eval_data=",
         "QALIGN_NOTEBOOK_TEST": "1",
         "PATH": os.pathsep.join([f"{folder}/installed/bin", f"{sys.prefix}/bin", os.environ["PATH"]]),
         "PYTHONPATH": f"{folder}/installed",
@@ -148,8 +148,8 @@ def environment(wheel, tmp_path_factory):
     [
         ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart.tar.gz", "q8_0.gguf"]),
         ("one_base_four_roles", ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far"]),
-        ("constitution", ["harm, crime", "this labeller", "no pairs were written", "revisions"]),
-        ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s"]),
+        ("constitution", ["harm, crime", "this labeller", "no pairs were written", "revisions", "q8_0.gguf"]),
+        ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s", "aligned.gguf"]),
         ("reward_hacking", ["best_of, seed 1, 1 member(s)", "rl, seed 1, 2 member(s)", "ppo_4_ensemble step-1"]),
     ],
 )
