@@ -6,13 +6,11 @@ Exits 1 if something became worse than docs/models.md says. With --short or name
 """
 
 import argparse
-import gc
 import importlib
 import json
 import math
 import multiprocessing
 import os
-import pkgutil
 import re
 import resource
 import shutil
@@ -28,7 +26,6 @@ import transformers
 import yaml
 from torch import nn
 
-import qalign
 from qalign.config.recipe import Model
 from qalign.errors import UserError
 from qalign.judge.measures import held_out
@@ -241,15 +238,7 @@ def main() -> int:
     names = args.names or (SHORT if args.short else sorted(FAMILIES))
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
-    for module in pkgutil.walk_packages(qalign.__path__, "qalign."):
-        if "__main__" not in module.name and ".page" not in module.name:
-            try:
-                importlib.import_module(module.name)
-            except ModuleNotFoundError as missing:
-                if missing.name != "lm_eval":  # which is optional
-                    raise
-    gc.collect()
-    gc.freeze()  # so that no child looks through the libraries' objects at each collection
+    importlib.import_module("tests.everything")
     folder = Path(tempfile.mkdtemp(prefix="matrix-"))
     try:
         with multiprocessing.get_context("fork").Pool(args.jobs, maxtasksperchild=1) as pool:

@@ -6,8 +6,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,36 +17,29 @@ from safetensors.torch import load_file
 
 from qalign.config.load import load
 from qalign.train.run_folder import RunFolder
-from tests.conftest import ROOT
 from tests.helpers import metrics
+from tests.train.preloaded import Command
 from tests.train.runs import CLOCK
 
 
 def launch(
     stage: str, recipes: list[str], *words: str, ending: bool = False, own: Sequence[dict[str, str]] = ()
-) -> list[subprocess.Popen]:
+) -> list[Command]:
     """Starts a process of a stage for each recipe, in which a tenth of all tokens ends an answer if `ending`; `own` are
     further variables in the environment of each."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     place = {"WORLD_SIZE": len(recipes), "LOCAL_WORLD_SIZE": len(recipes), "MASTER_ADDR": "localhost"}
-    place |= {"MASTER_PORT": port, "PYTHONPATH": ROOT, "OMP_NUM_THREADS": 1, "TQDM_DISABLE": 1}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", *(["tests.train.ending", stage] if ending else [f"qalign.{stage}"]), recipe, *words],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ
-            | {name: str(value) for name, value in (place | {"RANK": n, "LOCAL_RANK": n}).items()}
-            | dict(*own[n : n + 1]),
-        )
-        for n, recipe in enumerate(recipes)
-    ]
+    place |= {"MASTER_PORT": port, "OMP_NUM_THREADS": 1, "TQDM_DISABLE": 1}
+    found = []
+    for n, recipe in enumerate(recipes):
+        mine = {name: str(value) for name, value in (place | {"RANK": n, "LOCAL_RANK": n}).items()}
+        found.append(Command(stage, [recipe, *words], os.environ | mine | dict(*own[n : n + 1]), ending=ending))
+    return found
 
 
-def ended(processes: list[subprocess.Popen]) -> tuple[list[int], list[str], list[str]]:
+def ended(processes: list[Command]) -> tuple[list[int], list[str], list[str]]:
     """(exit codes, standard outputs, standard errors) of all processes."""
     said = [process.communicate(timeout=300) for process in processes]
     return [process.returncode for process in processes], [out for out, _ in said], [err for _, err in said]
@@ -86,7 +77,7 @@ def lines_of(file: Path) -> list[str]:
     return file.read_text().splitlines() if file.is_file() else []
 
 
-def wait_until(is_there: Callable[[], bool], processes: list[subprocess.Popen]) -> None:
+def wait_until(is_there: Callable[[], bool], processes: list[Command]) -> None:
     """Waits until something has come to pass while the processes run."""
     until = time.monotonic() + 240
     while not is_there():
@@ -95,7 +86,7 @@ def wait_until(is_there: Callable[[], bool], processes: list[subprocess.Popen]) 
         time.sleep(0.05)
 
 
-def assert_killed(processes: list[subprocess.Popen], killed: int) -> None:
+def assert_killed(processes: list[Command], killed: int) -> None:
     """Kills a process: the others end within 30 s with a line that names it."""
     processes[killed].kill()
     began = time.monotonic()
@@ -107,7 +98,7 @@ def assert_killed(processes: list[subprocess.Popen], killed: int) -> None:
     assert re.fullmatch(rf"process {killed} \(host \S+, pid {processes[killed].pid}\) ended .*--resume", said), errors
 
 
-def assert_stopped(processes: list[subprocess.Popen], number: signal.Signals) -> str:
+def assert_stopped(processes: list[Command], number: signal.Signals) -> str:
     """Sends a signal to the second process: all stop, and say so once. Returns what the first one printed."""
     processes[1].send_signal(number)
     codes, outs, errors = ended(processes)
