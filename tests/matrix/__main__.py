@@ -198,9 +198,10 @@ def _line(*cells: str) -> str:
 
 
 def recorded(text: str) -> dict[str, dict[str, str]]:
-    """The cells of each family in the text of docs/models.md."""
-    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| `")]
-    return {row[0].strip("`"): dict(zip(COLUMNS[2:], row[2:], strict=False)) for row in rows}
+    """The cells of each family in the text of docs/models.md, by the columns that it has."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith(("| family", "| `"))]
+    columns = rows[0][2:] if rows else []
+    return {row[0].strip("`"): dict(zip(columns, row[2:], strict=True)) for row in rows[1:]}
 
 
 def worse(row: Row, before: dict[str, str]) -> list[str]:
