@@ -20,7 +20,8 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.ppo_demo import COLOURS, KINDS, RECIPE, read_run, run  # noqa: E402
+from benchmarks.ppo_demo import COLOURS, KINDS, RECIPE, read_run  # noqa: E402
+from benchmarks.processor import run  # noqa: E402
 from qalign.train.run_folder import versions  # noqa: E402
 
 RUNS = "runs/grpo_demo"
@@ -48,7 +49,8 @@ def folder(kind: str, seed: int) -> Path:
 
 def learn(kind: str, seed: int, threads: int) -> None:
     """Makes a run, and keeps its processor seconds."""
-    seconds = run(f"{COMMANDS[kind]} output={output(kind, seed)} seed={seed} --overwrite", threads)
+    words = [*COMMANDS[kind].split(), f"output={output(kind, seed)}", f"seed={seed}", "--overwrite"]
+    seconds, _ = run(words, threads)
     (folder(kind, seed) / SECONDS).write_text(str(seconds))
 
 

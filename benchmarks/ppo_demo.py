@@ -12,7 +12,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processor import run  # noqa: E402
 from qalign.train.run_folder import versions  # noqa: E402
 
 RECIPE = "recipes/smollm2_demo.yaml"
@@ -40,18 +40,6 @@ KINDS = {
     "reward model": f"ppo.start_from={RUNS}/sft/adapter ppo.reward={RUNS}/reward ppo.judge={RUNS}/judge/reward",
 }
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
-
-
-def run(line: str, threads: int) -> float:
-    """Runs a command, and returns its processor seconds, which other work on the machine changes little."""
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", *line.split()]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{line}: exit code {process.returncode}")
-    return used.ru_utime + used.ru_stime
 
 
 def output(kind: str, seed: int) -> str:
@@ -140,13 +128,13 @@ def main() -> None:
     if not args.report:
         for line, folder in zip(FIRST, ("sft", "reward", "judge/reward"), strict=True):
             if not (ROOT / RUNS / folder / "summary.json").is_file():
-                run(f"{line} --overwrite", torch.get_num_threads())
+                run([*line.split(), "--overwrite"], torch.get_num_threads())
         jobs = [
             f"qalign.ppo {RECIPE} output={output(kind, seed)} seed={seed} {KINDS[kind]} --overwrite"
             for kind in KINDS if args.only in (None, kind) for seed in args.seeds
         ]  # fmt: skip
         with ThreadPoolExecutor(args.at_once) as pool:
-            list(pool.map(lambda line: run(line, threads), jobs))
+            list(pool.map(lambda line: run(line.split(), threads), jobs))
     draw(args.seeds, ROOT / "docs" / "ppo_demo.png")
     made_with = ", ".join(f"{name} {version}" for name, version in versions().items())
     commands = [f"    python -m {line}" for line in FIRST]

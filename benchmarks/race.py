@@ -18,11 +18,8 @@ Writes `benchmarks/results/race.md` and `docs/race.png`.
 
 import argparse
 import json
-import os
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +30,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processor import run  # noqa: E402
 from qalign.config.load import load  # noqa: E402
 from qalign.train.run_folder import versions  # noqa: E402
 from recipes.rewards import short  # noqa: E402
@@ -83,22 +81,11 @@ def sections(scene: str, pairs: Path, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def run(command: str, *words: object) -> float:
-    """Runs a command of qalign on one thread, and returns its processor seconds; its output is shown if it fails."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-m", f"qalign.{command}", *map(str, words)], cwd=ROOT, check=False,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{command} {' '.join(map(str, words))}\n{done.stdout}{done.stderr}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
 def once(folder: Path, command: str, *words: object) -> float:
     """Processor seconds of a run; it is made if there is none."""
     file = folder / "race_seconds.json"
     if not file.is_file():
-        seconds = run(command, *words, "--overwrite")
+        seconds, _ = run([f"qalign.{command}", *words, "--overwrite"])
         file.write_text(json.dumps(seconds))
     return json.loads(file.read_text())
 

@@ -12,8 +12,6 @@ import argparse
 import json
 import platform
 import re
-import resource
-import subprocess
 import sys
 from pathlib import Path
 from statistics import median
@@ -21,6 +19,7 @@ from statistics import median
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.processor import run  # noqa: E402
 from qalign.train.run_folder import versions  # noqa: E402
 
 RECIPE, OUT = "recipes/smollm2_demo.yaml", "runs/sampling_cost"
@@ -28,17 +27,11 @@ RUN = f"qalign.dpo {RECIPE} output={OUT} dpo.start_from=null dpo.max_new_tokens=
 SIDES = {"without": "dpo.sample_prompts=0", "with": "dpo.sample_prompts=24 dpo.sample_every=12"}
 
 
-def run(side: str) -> tuple[float, dict, str]:
+def side(name: str) -> tuple[float, dict, str]:
     """(processor seconds, the summary, what the header says of sampling) of a run."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "-m", *RUN.split(), *SIDES[side].split(), "--overwrite"]
-    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stderr}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    said = re.search(r"^ *sampling +(.*)$", done.stdout, re.MULTILINE)
-    return seconds, json.loads((ROOT / OUT / "dpo" / "summary.json").read_text()), said[1] if said else ""
+    seconds, said = run([*RUN.split(), *SIDES[name].split(), "--overwrite"])
+    header = re.search(r"^ *sampling +(.*)$", said, re.MULTILINE)
+    return seconds, json.loads((ROOT / OUT / "dpo" / "summary.json").read_text()), header[1] if header else ""
 
 
 def main() -> None:
@@ -46,8 +39,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     rounds, rows, ratios, said = parser.parse_args().rounds, list[str](), list[float](), ""
     for number in range(1, rounds + 1):
-        without, _, _ = run("without")
-        sampled, summary, said = run("with")
+        without, _, _ = side("without")
+        sampled, summary, said = side("with")
         ratios.append(sampled / without)
         share = summary["sampling_seconds"] / (summary["wall_seconds"] - summary["sampling_seconds"])
         rows.append(f"| {number} | {without:.0f} | {sampled:.0f} | {ratios[-1] - 1:.1%} | {share:.1%} |")

@@ -81,7 +81,7 @@ def as_stored(recipe: Recipe) -> Recipe:
 
 
 def lines(forecast: "Forecast", memory: int, cards: int = 1) -> list[tuple[str, str]]:
-    """A stage's table: the parts, their sum as a bar, and what fits on one of so many cards."""
+    """A stage's table: the parts, their sum as a bar, and what fits on each of `cards` cards."""
     from qalign.model.memory.forecast import longest_row, max_length_of
     from qalign.train.loop import rows_at_once
 

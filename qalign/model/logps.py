@@ -122,9 +122,8 @@ class _HeadLogps(torch.autograd.Function):
                 chosen = weights.gather(1, ids[:, None])
                 top = weights.amax(dim=1, keepdim=True)
                 is_top += [weights.argmax(dim=1) == ids] if all_scores else []
-                total = (
-                    weights.sub_(top).exp_().sum(dim=1, keepdim=True)
-                )  # in place: each pass over the logits costs time
+                # In place, as each pass over the logits costs time.
+                total = weights.sub_(top).exp_().sum(dim=1, keepdim=True)
                 logps.append((chosen - top - total.log())[:, 0])
                 if all_scores:
                     products = logits.detach().to(weights.dtype, copy=True).mul_(weights)

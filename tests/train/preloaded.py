@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from multiprocessing import forkserver
-from pathlib import Path
 from unittest.mock import patch
 
 import numpy
@@ -32,12 +31,12 @@ class Command:
     """
 
     def __init__(self, name: str, words: Sequence[str], environment: dict[str, str], *, ending: bool = False):
-        self._files = [Path(tempfile.mkstemp()[1]) for _ in ("standard output", "standard error")]
+        self._files = [tempfile.NamedTemporaryFile("r") for _ in ("standard output", "standard error")]  # noqa: SIM115
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.everything", __name__])
         with patch.dict(os.environ, SERVER):
             forkserver.ensure_running()
-        of_command = (name, [*words], {**environment}, os.getcwd(), self._files, ending)
+        of_command = (name, [*words], {**environment}, os.getcwd(), [file.name for file in self._files], ending)
         self._process = context.Process(target=_run, args=of_command)
         self._process.start()
         self.pid = self._process.pid
@@ -61,14 +60,17 @@ class Command:
         self._process.join(timeout)
         if self.poll() is None:
             self.kill()
-            raise TimeoutError(f"still running after {timeout:.0f} s: {[file.read_text() for file in self._files]}")
-        out, error = (file.read_text() for file in self._files)
+            raise TimeoutError(f"still running after {timeout:.0f} s: {self._said()}")
+        return self._said()
+
+    def _said(self) -> tuple[str, str]:
+        for file in self._files:
+            file.seek(0)
+        out, error = (file.read() for file in self._files)
         return out, error
 
 
-def _run(
-    name: str, words: list[str], environment: dict[str, str], folder: str, files: list[Path], ending: bool
-) -> None:
+def _run(name: str, words: list[str], environment: dict[str, str], folder: str, files: list[str], ending: bool) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -35,7 +35,7 @@ SHARD = {"model": {"shard": True}}
 
 
 def run_sharded(stage: str, folder: Path, base: str, count: int, *words: str, **keys) -> str:
-    """The path of a recipe that so many processes have run with the base dealt out."""
+    """Runs a stage in `count` processes with the base dealt out; returns the path of its recipe."""
     model = SHARD["model"] | keys.pop("model", {})
     path = write(folder, base, stage, model=model, **keys)
     assert f"over {count} processes" in run_together(stage, path, count, *words)
