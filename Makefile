@@ -44,7 +44,8 @@ test: setup  ## the fast tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not true_model and not browser and not slow"
 
 test-browser: setup  ## the page in headless Chromium (Debian's chromium and chromium-driver)
-	QALIGN_BROWSER=insist $(BIN)/python -m pytest -m browser
+	export QALIGN_BROWSER=insist; $(BIN)/python -m pytest -m browser || \
+		{ echo "== once more: those that failed" && $(BIN)/python -m pytest -m browser --last-failed; }
 
 check: setup site  ## style, imports in one direction, types, the Dockerfile, links of all documents
 	$(BIN)/ruff check .

@@ -9,10 +9,14 @@ from urllib.parse import urlsplit
 
 import pytest
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.support.ui import WebDriverWait
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+STANDS_STILL = """const [element, done] = arguments, place = () => JSON.stringify(element.getBoundingClientRect());
+element.scrollIntoView({block: 'center'});
+const before = place();
+requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(() => done(place() === before), 20)));"""
 FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
          "--disable-background-networking", "--disable-component-update")  # fmt: skip
 
@@ -67,8 +71,11 @@ class Browser:
                             if found.text.strip().endswith(option)])  # fmt: skip
 
     def click(self, selector: str) -> None:
-        shown = f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})"
-        self.until(lambda: (self.run(shown), self(selector).click(), True)[-1])
+        self.until(lambda: self.stands_still(self(selector)) and (self(selector).click(), True)[-1])
+
+    def stands_still(self, element) -> bool:
+        """Scrolls to an element. False while it moves, as when a text box above it grows: a click could miss it."""
+        return self.driver.execute_async_script(STANDS_STILL, element)
 
     def type(self, *keys: str) -> None:
         self("#prompt textarea").send_keys(*keys)
@@ -82,7 +89,11 @@ class Browser:
 
     def until(self, true, seconds: float = 30):
         """Waits for a result that is true; meanwhile elements may be missing, or be drawn anew."""
-        return WebDriverWait(self.driver, seconds, 0.05, [WebDriverException]).until(lambda _: true())
+        try:
+            return WebDriverWait(self.driver, seconds, 0.05, [WebDriverException]).until(lambda _: true())
+        except TimeoutException as error:
+            boxes = self.run("return [...document.querySelectorAll('input, textarea')].map(box => box.value)")
+            raise AssertionError(f"the page shows {self.text('body')!r}, its boxes hold {boxes}") from error
 
     def answered(self, seconds: float = 30) -> None:
         """Waits for both answers to be whole. (Gradio may show figures before it takes the button away.)"""

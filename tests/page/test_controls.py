@@ -31,7 +31,8 @@ class Visitor(Browser):
         def done() -> bool:
             self.look()
             control = self.driver.execute_script(CONTROLS, name)
-            self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", control)
+            if not self.stands_still(control):
+                return False
             control.send_keys(*keys) if keys else control.click()
             return True
 
@@ -83,7 +84,7 @@ def log_in(visitor):
     visitor.driver.find_elements("css selector", "button")[-1].click()
     visitor.until(lambda: visitor("#prompt textarea").is_displayed())
     visitor.seen.clear()  # the form for the password is used, and gone
-    visitor.until(lambda: len(visitor.look()) > 15)
+    visitor.until(lambda: len(visitor.look()) > 15 and visitor.text("#tally"))  # the page has greeted
 
 
 def turns_to_the_tabs(visitor):
