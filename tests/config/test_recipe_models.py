@@ -103,7 +103,10 @@ def test_known_adapter_sizes():
     assert 16 * SHAPES["qwen3_4b"].per_rank == 33_030_144
 
 
-@pytest.mark.parametrize("name", HUB, indirect=True)
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in HUB if name != "mistral7b"]
+
+
+@pytest.mark.parametrize("name", ["mistral7b", *SLOWER], indirect=True)
 def test_the_memory_in_the_header_is_the_current_forecast(name, recipe, config):
     """Of the micro-batch that `auto` takes on the recipe's GPU, which holds at least the longest pair."""
     dtype = torch.float16 if recipe.model.compute_dtype == "float16" else torch.bfloat16

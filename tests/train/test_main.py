@@ -41,6 +41,7 @@ def chain(tiny_folder, tmp_path_factory):
     return path, done.stdout
 
 
+@pytest.mark.slow
 def test_all_stages_run_in_order_end_with_one_table_and_are_skipped_when_complete(chain, capfd):
     path, said = chain
     places = [said.index(f"qalign {stage} →") for stage in ("sft", "reward", "dpo")]
@@ -55,6 +56,7 @@ def test_all_stages_run_in_order_end_with_one_table_and_are_skipped_when_complet
     assert said.count("skipped  3 steps") == 3
 
 
+@pytest.mark.slow
 def test_dpo_begins_at_ln_2_against_the_sft_adapter_to_the_bit(chain):
     """The reference is the base with the SFT adapter, bit for bit as it is when it is loaded alone."""
     path, said = chain
@@ -79,6 +81,7 @@ def test_dpo_begins_at_ln_2_against_the_sft_adapter_to_the_bit(chain):
     assert not torch.equal(logits["sft"], logits["base"])
 
 
+@pytest.mark.slow
 def test_a_recipe_that_changed_since_or_has_no_stages_is_refused(chain, tiny_folder, tmp_path):
     path, _ = chain
     with pytest.raises(UserError, match=r"runs/dpo: is complete, but .*changed since: dpo\.beta is 0\.3, was 0\.1"):
@@ -89,6 +92,7 @@ def test_a_recipe_that_changed_since_or_has_no_stages_is_refused(chain, tiny_fol
         run_all(str(empty), [], [])
 
 
+@pytest.mark.slow
 def test_a_held_out_loss_that_was_not_finite_is_left_out_of_the_table(chain, capfd):
     """`metrics.jsonl` has null for it."""
     path, _ = chain
@@ -102,6 +106,7 @@ def test_a_held_out_loss_that_was_not_finite_is_left_out_of_the_table(chain, cap
     assert "held-out loss" not in capfd.readouterr().out.splitlines()[-2]
 
 
+@pytest.mark.slow
 def test_damaged_figures_of_a_complete_run_are_named(chain, capfd):
     path, _ = chain
     files = [path.parent / "runs" / "dpo" / name for name in ("metrics.jsonl", "summary.json")]
@@ -121,6 +126,7 @@ def test_damaged_figures_of_a_complete_run_are_named(chain, capfd):
     assert all(f"{files[1]} is damaged" in line for line in others)
 
 
+@pytest.mark.slow
 def test_a_parent_that_was_trained_again_is_noticed(chain, tmp_path):
     path, _ = chain
     weights = path.parent / "runs" / "sft" / "adapter" / "adapter_model.safetensors"

@@ -18,7 +18,11 @@ from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
 from tests.helpers import leaving, metrics, restored_signals, stopping_after, summary
 from tests.reward_runs import run_stage
-from tests.train.runs import EACH_STAGE, HELD_OUT, STAGES, assert_same_run, recipe_of
+from tests.train.runs import HELD_OUT, STAGES, assert_same_run, recipe_of
+
+WHAT_SAMPLES = ("ppo", "grpo")
+OTHERS = [stage for stage in STAGES if stage not in WHAT_SAMPLES]
+EACH_STAGE = [*OTHERS, *(pytest.param(stage, marks=pytest.mark.slow) for stage in WHAT_SAMPLES)]
 
 
 @pytest.mark.parametrize("stage", EACH_STAGE)
@@ -135,8 +139,8 @@ LAST = {  # three steps of 12 rows, and none of them is the end of an epoch
 }
 
 
-AFTER_THE_LAST = [("sft", "epochs"), *((stage, "max_steps") for stage in STAGES[:-1])]
-AFTER_THE_LAST.append(pytest.param("grpo", "max_steps", marks=pytest.mark.slow))
+AFTER_THE_LAST = [("sft", "epochs"), *((stage, "max_steps") for stage in OTHERS)]
+AFTER_THE_LAST += [pytest.param(stage, "max_steps", marks=pytest.mark.slow) for stage in WHAT_SAMPLES]
 
 
 @pytest.mark.parametrize(("stage", "length"), AFTER_THE_LAST)
