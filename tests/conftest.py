@@ -23,16 +23,35 @@ import json
 import pytest
 import yaml
 
+from qalign.reports import plots
+
 ROOT = Path(__file__).parent.parent
 FIXTURES = Path(__file__).parent / "fixtures"
 SHARED_DATA = ROOT.parent / "shared" / "data"
+RENDER = plots.render
+RENDERED = ("pictures", "slow", "true_model", "browser")  # tests with these markers see the pictures that users see
+PNG = bytes.fromhex(  # of one pixel, in colour as those of Matplotlib
+    "89504e470d0a1a0a0000000d49484452000000010000000108060000001f15c4890000000b49444154789c63f80f040009fb03fdfb5e"
+    "6b2b0000000049454e44ae426082"
+)
 
 
+def unrendered(figure, file: Path) -> None:
+    """In place of `plots.render`: a report is drawn at every evaluation, and rendering took half of a tiny run."""
+    file.write_bytes(PNG)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
+    plots.render = RENDER if any(item.get_closest_marker(name) for name in RENDERED) else unrendered
+    freeze_imports(item)
+
+
+def freeze_imports(item) -> None:
     """Before each file: what has been imported leaves the garbage collector, which every training run calls and which
     would otherwise look through all modules of all libraries each time (half of the time of a tiny run)."""
-    if item.module is not getattr(pytest_runtest_setup, "module", None):
-        pytest_runtest_setup.module = item.module
+    if item.module is not getattr(freeze_imports, "module", None):
+        freeze_imports.module = item.module
         gc.collect()
         gc.freeze()
 

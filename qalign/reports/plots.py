@@ -25,6 +25,11 @@ def picture(file: Path, inches: tuple[float, float], pad: float) -> Iterator["Fi
 
     figure = Figure(figsize=inches, dpi=100, layout=ConstrainedLayoutEngine(w_pad=pad, h_pad=pad))
     yield figure
+    render(figure, file)
+
+
+def render(figure: "Figure", file: Path) -> None:
+    """Lays the figure out and writes it as a PNG, which takes most of a picture's time."""
     with replacing(file) as aside:
         figure.savefig(aside, format="png")
 

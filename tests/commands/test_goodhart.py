@@ -15,6 +15,7 @@ from qalign.judge.overoptimisation import by_gold, proxy_pairs
 from qalign.rounds import Part
 from tests.helpers import TRAIN
 
+pytestmark = pytest.mark.pictures
 GOLD = """
 def few(completions):
     return [-float(len(text)) for text in completions]

@@ -42,6 +42,7 @@ def by_name(run) -> dict:
     return {measure["name"]: measure for measure in kept(run)["measures"]}
 
 
+@pytest.mark.pictures
 def test_runs_are_measured_beside_their_base(runs, monkeypatch, capsys):
     sft, dpo, harmful = runs
     # A random model never refuses: here every answer with an even number of letters does.

@@ -55,6 +55,7 @@ def test_rounds_start_where_the_last_one_ended(recipe_path):  # noqa: F811
     assert any(not torch.equal(weight, last[name]) for name, weight in weights(first / "dpo" / "adapter").items())
 
 
+@pytest.mark.pictures
 def test_every_round_is_measured_against_the_very_first_policy(recipe_path, monkeypatch):  # noqa: F811
     run = rounds_run(recipe_path)
     before, one, two = points(run)

@@ -70,6 +70,7 @@ def test_a_bias_for_a_place_is_said():
     assert "prefers the second place" in verdict(measure(second, [(1, 1, 1.0)] * 40, ["harm"]))[2]
 
 
+@pytest.mark.pictures
 def test_the_picture_is_drawn_for_one_pair_and_many(tmp_path):
     for rows in (1, 4):
         draw(measure(PROBABILITIES[:rows], LENGTHS[:rows], NAMES), tmp_path / "report.png")

@@ -67,6 +67,7 @@ def test_tracks_have_their_peak_and_share_a_law():
     assert one.facts["gold_peak_kl_nats"] == one.peak.kl_nats
 
 
+@pytest.mark.pictures
 def test_the_picture_shows_every_size_method_and_alarm(tmp_path, monkeypatch):
     shown = {}
     real = draw.__globals__["_panel"]

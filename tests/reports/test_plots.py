@@ -14,6 +14,8 @@ from qalign.reports.plots import picture
 from tests.reports.test_ppo_report import SEARCH, START, THREE, unjudged
 from tests.reports.test_reward_report import FOUR, pair, simulated
 
+pytestmark = pytest.mark.pictures
+
 
 def long_run(scale: float = 1.0, offset: float = 0.0) -> list[EvalPoint]:
     random = np.random.default_rng(1)

@@ -107,6 +107,7 @@ def test_runs_whose_answers_come_to_loop_raise_one(answers, looping, at_least):
     assert count >= at_least * 200
 
 
+@pytest.mark.pictures
 @pytest.mark.parametrize(
     ("first", "count"), [(START, 6), (START, 1), (NO_PAIRS, 3), (replace(START, answers=1, rows=1), 2)]
 )
