@@ -72,6 +72,7 @@ def draw(seeds: list[int], file: Path) -> None:
         axes.axhline(1, color="#8C8C8C", linestyle="--", linewidth=1)
         axes.set_title(kind, fontsize=12)
         axes.set_xlabel("iterations")
+        axes.locator_params(axis="x", integer=True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(fontsize=9, frameon=False, loc="lower right")
     panels[0].set_ylabel("mean reward (dots: held-out prompts)")

@@ -71,6 +71,7 @@ def draw(seeds: list[int], file: Path) -> None:
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=12)
         axes.set_xlabel("PPO iterations")
+        axes.locator_params(axis="x", integer=True)
         axes.spines[["top", "right"]].set_visible(False)
     for seed, colour in zip(seeds, COLOURS, strict=False):
         for axes, kind in zip(panels, KINDS, strict=False):
