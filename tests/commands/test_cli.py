@@ -147,6 +147,7 @@ def test_a_cache_that_cannot_be_written_is_not_used_for_what_is_compiled(monkeyp
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.slow
 def test_torch_finds_these_settings(tmp_path):
     """It is imported after them, by a command's own work."""
     code = """if True:

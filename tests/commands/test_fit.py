@@ -5,7 +5,6 @@ import re
 import shutil
 import subprocess
 import sys
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -232,15 +231,13 @@ def mistral(monkeypatch) -> list[str]:
     return [f"model.base={CONFIGS / 'Mistral-7B-v0.3'}", "model.max_length=32000"]
 
 
-slower = partial(pytest.param, marks=pytest.mark.slow)
-
-
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "memory", "first", "most"),
     [
         (["dpo.micro_batch_size=auto", "model.quantization=none"], 8, "model.quantization=nf4", 2),
-        slower(["dpo.micro_batch_size=auto"], 8, "model.max_length=", 1),
-        slower(["model.max_length=4096", "dpo.micro_batch_size=16"], 12, "dpo.micro_batch_size=auto", 2),
+        (["dpo.micro_batch_size=auto"], 8, "model.max_length=", 1),
+        (["model.max_length=4096", "dpo.micro_batch_size=16"], 12, "dpo.micro_batch_size=auto", 2),
     ],
 )
 def test_advice_leads_to_a_yes(keys, memory, first, most, mistral):
@@ -259,6 +256,7 @@ def test_no_setting_helps_where_the_base_is_too_large(mistral):
     )
 
 
+@pytest.mark.slow
 def test_a_base_that_is_published_in_four_bits_is_forecast_as_it_is_stored(recipe_path, bare, capsys):
     """As a copy that bitsandbytes made, which left one kind of layer in 16 bits; other formats are named."""
 

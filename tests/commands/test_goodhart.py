@@ -15,7 +15,6 @@ from qalign.judge.overoptimisation import by_gold, proxy_pairs
 from qalign.rounds import Part
 from tests.helpers import TRAIN
 
-pytestmark = pytest.mark.pictures
 GOLD = """
 def few(completions):
     return [-float(len(text)) for text in completions]
@@ -88,6 +87,7 @@ def lines(file) -> list[dict]:
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(stopped_once):
     run, trained = stopped_once
     assert trained == ["goodhart/gold/reward", "goodhart/seed_3/proxy_4/reward"], "each once"
@@ -96,6 +96,7 @@ def test_a_stopped_run_goes_on_where_it_was(stopped_once):
     assert run.complete
 
 
+@pytest.mark.slow
 def test_proxies_learn_from_golds_labels_and_policies_from_proxies(stopped_once):
     run, _ = stopped_once
     places = ("gold/reward", "seed_3/proxy_4/reward", "seed_3/ppo_4_single/ppo", "seed_3/ppo_4_ensemble/ppo")
@@ -116,6 +117,7 @@ def test_proxies_learn_from_golds_labels_and_policies_from_proxies(stopped_once)
         assert labelled["chosen"] == row[better]
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_parts(stopped_once):
     run, _ = stopped_once
     answers = lines(run.path / "seed_3" / "answers.jsonl")
@@ -142,6 +144,7 @@ def test_figures_are_those_of_the_parts(stopped_once):
     assert len(facts["laws"]) == 4
 
 
+@pytest.mark.slow
 def test_a_run_with_other_settings_is_another_run(stopped_once, recipe_path):
     with pytest.raises(UserError, match=r"goodhart\.flipped"):
         run_of(recipe_path, "goodhart.flipped=0.1", resume=True)

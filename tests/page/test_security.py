@@ -174,6 +174,7 @@ print(json.dumps([path for mount in app.routes for path in mount.app.openapi()["
 """
 
 
+@pytest.mark.slow
 def test_every_other_route_of_the_installed_gradio_is_closed():
     """The list of Gradio's routes is read from Gradio: an upgrade that adds one opens nothing."""
     told = subprocess.run([sys.executable, "-c", ROUTES], capture_output=True, text=True, check=True)

@@ -231,13 +231,11 @@ def whole(tiny_folder, tmp_path_factory):
     return run_stage(write_recipe(tmp_path_factory.mktemp("whole"), tiny_folder, "dpo", **RESUMED))
 
 
-MORE_CUTS = (
-    pytest.param(cut, marks=pytest.mark.slow)
-    for cut in ("in the first", "after one was logged", "in the last", "after the last")
-)
+CUTS = ("in the first", "in one at a checkpoint", "after one was logged", "in the last", "after the last")
 
 
-@pytest.mark.parametrize("cut", ["in one at a checkpoint", *MORE_CUTS])
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", CUTS)
 def test_a_run_that_was_killed_repeats_the_same_evaluations(cut, whole, tiny_folder, tmp_path, monkeypatch):
     """A checkpoint is written before the evaluation of its step."""
     path = write_recipe(tmp_path, tiny_folder, "dpo", **RESUMED)

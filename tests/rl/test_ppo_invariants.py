@@ -125,7 +125,7 @@ def test_gradients_of_policy_and_value_model_are_those_of_the_formulas(trainer_o
         assert weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("value", ["trunk", "adapter"])
+@pytest.mark.parametrize("value", ["trunk", pytest.param("adapter", marks=pytest.mark.slow)])
 def test_micro_batches_padding_and_checkpointing_change_no_number(value, trainer_of):
     curves = []
     limits = (MicroBatchLimit(pairs=1), MicroBatchLimit(pairs=4), MicroBatchLimit(tokens=40), MicroBatchLimit(pairs=2))

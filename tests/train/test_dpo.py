@@ -22,6 +22,7 @@ def test_the_first_the_last_and_every_saved_step_are_logged(recipe_file, save_ev
     assert [line["step"] for line in metrics(run)] == logged
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_can_be_the_one_that_is_kept(recipe_file):
     """Trainer's own `load_best_model_at_end` finds the policy in a checkpoint (here the highest loss is "best")."""
     keys = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": True}

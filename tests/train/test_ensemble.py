@@ -166,6 +166,7 @@ def test_merge_takes_a_member(finished, capsys):
         open_run(str(finished.path / "member_7"))
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_to_the_same_numbers(recipe):
     keys = {"lora": {"dropout": 0.1}, "limit": 16, "save_every": 1}
     whole = run_stage(recipe("whole", **keys))

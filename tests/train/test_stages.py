@@ -220,8 +220,12 @@ def test_refused_rows_are_listed_and_too_many_leave_the_old_run_alone(stage, tin
 
 
 @pytest.mark.parametrize(
-    ("stage", "keys"), [("sft", {}), ("reward", {"centering": 0.05}), ("dpo", {}), ("kto", {"epochs": 1})]
-)
+    ("stage", "keys"),
+    [
+        ("dpo", {}), ("reward", {"centering": 0.05}), pytest.param("sft", {}, marks=pytest.mark.slow),
+        pytest.param("kto", {"epochs": 1}, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_path, monkeypatch, capsys):
     """Seven rows in steps of four: the last step of each epoch has three, in any number of parts. (Of KTO's fourteen
     answers, two.)"""
