@@ -45,7 +45,7 @@ test: setup  ## the fast tests
 
 test-browser: setup  ## the page in headless Chromium (Debian's chromium and chromium-driver)
 	export QALIGN_BROWSER=insist; $(BIN)/python -m pytest -m browser || \
-		{ echo "== once more: those that failed" && $(BIN)/python -m pytest -m browser --last-failed; }
+		{ [ $$? -eq 1 ] && echo "== once more: those that failed" && $(BIN)/python -m pytest -m browser --last-failed; }
 
 check: setup site  ## style, imports in one direction, types, the Dockerfile, links of all documents
 	$(BIN)/ruff check .

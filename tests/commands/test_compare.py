@@ -59,6 +59,7 @@ def line_of(capsys) -> str:
     return line
 
 
+@pytest.mark.pictures
 def test_a_run_against_its_base_on_its_held_out_prompts(run, here, capsys):
     assert leaving(main, str(run), "base", "--judge", "judge.py:length", "--limit", "6", *FEW, "--to", "out") == 0
 
@@ -203,6 +204,7 @@ def test_files_for_other_tools_say_the_same(tmp_path):
     assert ([text for _, text in again], refused) == ([f"## a\n{n}" for n in range(4)], [])
 
 
+@pytest.mark.pictures
 def test_the_dial_judges_mixtures_and_writes_the_best_scale_into_a_copy_of_the_adapter(run, here, capsys):
     """A judge of length likes another λ than 1 best, so there is an adapter to write."""
     words = ("--judge", "judge.py:length", "--limit", "6", "--max-tokens", "12")

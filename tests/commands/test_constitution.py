@@ -86,6 +86,7 @@ def summary(run) -> dict:
     return json.loads(run.summary.read_text())
 
 
+@pytest.mark.pictures
 def test_what_it_writes_is_what_the_stages_read(recipe_path, capsys):
     run, rows = made(recipe_path)
 

@@ -23,6 +23,7 @@ from tests.reward_runs import run_stage
 from tests.rl.conftest import assert_alike, change_json, logged
 
 
+@pytest.mark.pictures
 def test_a_run_leaves_more_than_other_stages(recipe_of, held_out, reward_run, sft_run, rewards, capsys):
     run = run_stage(
         recipe_of(

@@ -22,10 +22,10 @@ from tests.train.runs import HELD_OUT, STAGES, assert_same_run, recipe_of
 
 WHAT_SAMPLES = ("ppo", "grpo")
 OTHERS = [stage for stage in STAGES if stage not in WHAT_SAMPLES]
-EACH_STAGE = [*OTHERS, *(pytest.param(stage, marks=pytest.mark.slow) for stage in WHAT_SAMPLES)]
+STOPPED_STAGES = [*OTHERS, *(pytest.param(stage, marks=pytest.mark.slow) for stage in WHAT_SAMPLES)]
 
 
-@pytest.mark.parametrize("stage", EACH_STAGE)
+@pytest.mark.parametrize("stage", STOPPED_STAGES)
 def test_a_stopped_run_resumes_to_the_same_numbers(stage, tiny_folder, tmp_path, capsys):
     """With dropout, so that the state of the random generators counts as well."""
     keys = {"limit": 20, "save_every": 10, "lora": {"dropout": 0.1}, "eval_data": HELD_OUT, "eval_every": 2}
@@ -110,7 +110,7 @@ def test_a_process_that_was_stopped_or_killed_resumes_to_the_same_numbers(
     assert "this run is complete" in capsys.readouterr().out
 
 
-@pytest.fixture(params=EACH_STAGE)
+@pytest.fixture(params=STOPPED_STAGES)
 def complete(request, tiny_folder, tmp_path):
     """A run with a checkpoint at each step, to be damaged, with its recipe and a copy: (path, run, copy)."""
     path = recipe_of(tmp_path / "cut", tiny_folder, request.param, save_every=1)

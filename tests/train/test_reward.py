@@ -13,6 +13,7 @@ import torch
 import trl
 from datasets import Dataset
 from peft import get_peft_model_state_dict
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
@@ -28,6 +29,8 @@ from qalign.score import score
 from qalign.train.trainers.reward import RewardModelTrainer
 from tests.helpers import SMOLLM2, TEST, TRAIN, house_style, metrics, summary
 from tests.reward_runs import bradley_terry, plain_reward_model, plain_score, run_stage, write_recipe
+
+pytestmark = pytest.mark.pictures
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -68,7 +71,8 @@ def test_a_run_reports_on_held_out_pairs_and_says_so(finished, recipe, capsys):
     assert facts["pooling"] == "the last token that is not <|begin_of_text|>: the end of the answer's turn"
     assert facts["warning"] is None or "reward model" in facts["warning"]
     assert json.loads((finished.adapter / "adapter_config.json").read_text())["task_type"] == "SEQ_CLS"
-    assert (finished.path / "reward_report.png").exists()
+    with Image.open(finished.path / "reward_report.png") as picture:
+        assert picture.size == (1200, 900)
     assert {"loss", "accuracy", "margin", "mean_reward", "grad_norm", "num_tokens"} <= set(metrics(finished)[0])
     pairs = house_style(load(finished.recipe.model).tokenizer, 12, path=TRAIN)
     answers = sum(len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
