@@ -95,11 +95,29 @@ class Weights(NamedTuple):
     policy: Tensor  # `loss` times the correction for the engine that sampled
 
 
+class Part(NamedTuple):
+    """A micro-batch: values of its answers' tokens, `(tokens,)`."""
+
+    old_logps: Tensor
+    reference_logps: Tensor
+    advantages: Tensor
+    old_values: Tensor
+    returns: Tensor
+    weights: Weights
+    owners: Tensor  # int64, the number of the answer that each token belongs to
+    lengths: Tensor  # `(answers,)`, tokens of each answer
+
+
 class Figures:
-    """Sums over the tokens of a mini-batch, by metric and on the device: reading one would make the host wait."""
+    """Sums over the tokens of a mini-batch, by metric and on the device: reading one would make the host wait.
+
+    Attributes:
+        furthest: the largest change of a log-prob in each micro-batch.
+    """
 
     def __init__(self):
         self.sums: dict[str, Any] = defaultdict(float)
+        self.furthest: list[Tensor] = []
 
     def add(self, weights: Tensor, figures: dict[str, Tensor]) -> None:
         for name, values in figures.items():
@@ -126,36 +144,31 @@ def weights_of(rollout: RolloutBatch, numbers: list[int], settings: PPO) -> Weig
     return Weights(of_loss, losses.token_weights(mask, "token", 0), of_loss * rollout.correction)
 
 
-def policy_loss(
-    settings: PPO,
-    kl_coefficient: float,
-    log_ratios: Tensor,
-    advantages: Tensor,
-    kl: Tensor,
-    weights: Weights,
-    figures: Figures,
-) -> Tensor:
-    """The policy loss of a micro-batch, and with `kl: in_loss` its KL to the reference; adds their figures. Tensors
-    have a value for each token."""
+def policy_loss(settings: PPO, kl_coefficient: float, logps: Tensor, part: Part, figures: Figures) -> Tensor:
+    """The policy loss of a micro-batch, and with `kl: in_loss` its KL to the reference; adds their figures. `logps` are
+    the policy's, `(tokens,)`."""
+    weights = part.weights
+    ratios = losses.log_ratios(logps, part.old_logps, part.owners, part.lengths, settings.ratio)
     loss, clipped = losses.clipped_policy_loss(
-        log_ratios, advantages, settings.clip, settings.clip_high, settings.ratio_max
+        ratios, part.advantages, settings.clip, settings.clip_high, settings.ratio_max
     )
     figures.add(weights.policy, {"loss/policy_avg": loss})
-    figures.add(weights.mean, {"policy/clipfrac_avg": clipped, "val/ratio": log_ratios.detach().exp()})
+    figures.add(weights.mean, {"policy/clipfrac_avg": clipped, "val/ratio": ratios.detach().exp()})
+    figures.add(weights.mean, {"policy/approxkl_avg": losses.kl_k3(part.old_logps, logps.detach())})
+    figures.furthest.append((logps.detach() - part.old_logps).abs().max())
     if settings.kl == "in_loss":
+        kl = losses.kl_loss(logps, part.reference_logps, ratios)
         figures.add(weights.policy, {"loss/kl_avg": kl})
         loss = loss + kl_coefficient * kl
     figures.add(weights.policy, {"loss": loss})
     return (loss * weights.policy).sum()
 
 
-def value_loss(
-    settings: PPO, values: Tensor, old_values: Tensor, returns: Tensor, weights: Weights, figures: Figures
-) -> Tensor:
+def value_loss(settings: PPO, values: Tensor, part: Part, figures: Figures) -> Tensor:
     """The value loss of a micro-batch with its coefficient; adds its figures."""
-    loss, clipped = losses.clipped_value_loss(values, old_values, returns, settings.value_clip)
-    figures.add(weights.loss, {"loss/value_avg": loss})
-    figures.add(weights.mean, {"val/clipfrac_avg": clipped})
+    loss, clipped = losses.clipped_value_loss(values, part.old_values, part.returns, settings.value_clip)
+    figures.add(part.weights.loss, {"loss/value_avg": loss})
+    figures.add(part.weights.mean, {"val/clipfrac_avg": clipped})
     loss = settings.value_coefficient * loss
-    figures.add(weights.loss, {"loss": loss})
-    return (loss * weights.loss).sum()
+    figures.add(part.weights.loss, {"loss": loss})
+    return (loss * part.weights.loss).sum()

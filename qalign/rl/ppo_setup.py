@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from qalign.model.generation import Engine, Sampling, TransformersEngine, engine
 from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
 from qalign.model.logps import answer_states, token_scores
+from qalign.model.memory.lockstep import in_this_role
 from qalign.rl.rewards import Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers, joined
 from qalign.rl.scorers import Scorer
@@ -161,7 +163,7 @@ def make_deterministic(base: Base, checkpointed_layers: int) -> None:
     for module in base.model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    checkpoint_layers(base.lm, checkpointed_layers)
+    checkpoint_layers(base.lm, checkpointed_layers, partial(in_this_role, base))
 
 
 def make_optimizer(

@@ -10,20 +10,22 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple
+from functools import partial
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qalign.config.stages import PPO
 from qalign.data.collate import AnswerBatch, MicroBatchLimit, on_device
 from qalign.errors import UserError, gradients_not_finite, not_finite
 from qalign.losses import policy_gradient as losses
 from qalign.model.base import Role
-from qalign.model.logps import answer_states, state_logps, token_scores
+from qalign.model.logps import state_logps, token_scores
 from qalign.model.memory.first_step import FirstStep
-from qalign.model.memory.lockstep import Reading, read_together
+from qalign.model.memory.lockstep import Reading, learn_together, read_together
 from qalign.rl import objective
 from qalign.rl.ppo_setup import EncodedPrompt, Setup, make_deterministic, make_optimizer
 from qalign.rl.rewards import combined, value_start
@@ -225,36 +227,32 @@ class PPOTrainer:
         """Forward and backward pass of the micro-batches of one mini-batch that this process runs. Each loss is a
         weighted sum over the tokens of the whole mini-batch, so micro-batches and processes change nothing. Returns
         figures by metric, and the largest change of a log-prob as `furthest`, as scalars on the device."""
-        settings, figures, furthest = self.settings, objective.Figures(), []
-        all_weights = objective.weights_of(rollout, [number for micro in mini for number in micro], settings)
+        figures, roles = objective.Figures(), (Role.POLICY, *([Role.VALUE] if self.settings.value == "adapter" else []))
+        numbers = [number for micro in mini for number in micro]
+        all_weights = objective.weights_of(rollout, numbers, self.settings)
         if not (own := self._mine(rollout, mini)):
             return dict.fromkeys(["loss", "furthest"], torch.zeros((), device=self.base.device))
-
-        def loss_of_values(states: Tensor, where: Indices, weights: objective.Weights) -> Tensor:
-            old_values, returns = self._tokens_of(where, rollout.values, rollout.returns)
-            return objective.value_loss(settings, self._values(states), old_values, returns, weights, figures)
-
         for where, batch in self._batches(rollout, own):
             weights = objective.Weights(*self._tokens_of(where, *all_weights))
             old_logps, reference = self._tokens_of(where, rollout.old_logps, rollout.reference_logps)
-            (advantages,) = self._tokens_of(where, rollout.advantages)
-            with self.base.acting_as(Role.POLICY) as lm:
-                states = answer_states(lm, batch)
-                logps = state_logps(lm, states, batch.targets, self.setup.sampling.temperature)
-                ratios = losses.log_ratios(logps, old_logps, batch.owners, batch.lengths.flatten(), settings.ratio)
-                kl = losses.kl_loss(logps, reference, ratios)
-                loss = objective.policy_loss(settings, self.kl_coefficient, ratios, advantages, kl, weights, figures)
-                if settings.value == "trunk":
-                    loss = loss + loss_of_values(states.detach(), where, weights)
-                self.accelerator.backward(loss)
-            figures.add(weights.mean, {"policy/approxkl_avg": losses.kl_k3(old_logps, logps.detach())})
-            furthest.append((logps.detach() - old_logps).abs().max())
-        if settings.value == "adapter":
-            with self.base.acting_as(Role.VALUE) as lm:  # backward inside: checkpointed layers run again in this role
-                for where, batch in self._batches(rollout, own):
-                    weights = objective.Weights(*self._tokens_of(where, *all_weights))
-                    self.accelerator.backward(loss_of_values(answer_states(lm, batch), where, weights))
-        return figures.sums | {"furthest": torch.stack(furthest).max()}
+            advantages, values, returns = self._tokens_of(where, rollout.advantages, rollout.values, rollout.returns)
+            owners, lengths = batch.owners, batch.lengths.flatten()
+            part = objective.Part(old_logps, reference, advantages, values, returns, weights, owners, lengths)
+            readings = [Reading(role, batch, gradients=True) for role in roles]
+            learn_together(self.base, readings, partial(self._loss, part, figures), self.accelerator.backward)
+        return figures.sums | {"furthest": torch.stack(figures.furthest).max()}
+
+    def _loss(
+        self, part: objective.Part, figures: objective.Figures, reading: Reading, lm: PreTrainedModel, states: Tensor
+    ) -> Tensor:
+        """The loss of a role in a micro-batch, from its hidden states; adds its figures."""
+        if reading.role == Role.VALUE:
+            return objective.value_loss(self.settings, self._values(states), part, figures)
+        logps = state_logps(lm, states, reading.batch.targets, self.setup.sampling.temperature)
+        loss = objective.policy_loss(self.settings, self.kl_coefficient, logps, part, figures)
+        if self.settings.value == "trunk":
+            loss = loss + objective.value_loss(self.settings, self._values(states.detach()), part, figures)
+        return loss
 
     # --- helpers -----------------------------------------------------------------------------------------------------
 

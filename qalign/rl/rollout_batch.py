@@ -38,20 +38,21 @@ class RolloutBatch:
     old_logps: Tensor  # of the policy that sampled, from the training forward pass
     reference_logps: Tensor
     values: Tensor  # the value model's estimate before each token
+    returns: Tensor  # what it learns, computed by `PPOTrainer.advantages`
     entropies: Tensor  # in nats, of the distribution that each token was sampled from
     used: list[int]  # the numbers of the prompts that the update uses
     sampler_logps: Tensor | None  # of another engine that sampled
     correction: Tensor  # weight of each token in the policy's loss, see `correct`
     scores: Tensor = field(init=False)  # `(answers,)`, the combined reward before any scaling
-    advantages: Tensor = field(init=False)  # like the returns, computed by `PPOTrainer.advantages`
-    returns: Tensor = field(init=False)  # with a value model
+    advantages: Tensor = field(init=False)  # computed by `PPOTrainer.advantages`
 
     @classmethod
     def empty(cls, rows: list[SampledAnswers]) -> "RolloutBatch":
         """The mask of these answers, with every other tensor still 0."""
         lengths = torch.tensor([len(answer) for row in rows for answer in row.tokens.answers])
         mask = torch.arange(int(lengths.max()))[None] < lengths[:, None]
-        zeros = {name: torch.zeros(mask.shape) for name in ("old_logps", "reference_logps", "values", "entropies")}
+        names = ("old_logps", "reference_logps", "values", "returns", "entropies")
+        zeros = {name: torch.zeros(mask.shape) for name in names}
         sampler = [logp for row in rows for logps in row.sampler_logps for logp in logps]
         logps = torch.zeros(mask.shape).masked_scatter(mask, torch.tensor(sampler)) if sampler else None
         return cls(rows, mask, used=[*range(len(rows))], sampler_logps=logps, correction=mask.float(), **zeros)

@@ -3,8 +3,8 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -146,27 +146,31 @@ class Monitor(TrainerCallback):
         resumed there."""
 
 
-def checkpoint_layers(model: Any, planned: int) -> None:
+def checkpoint_layers(
+    model: Any, planned: int, again: Callable[[], AbstractContextManager[object]] = nullcontext
+) -> None:
     """Gradient checkpointing of `planned` layers, from the first one with trained weights: those below it keep nothing
     for the backward pass. `Trainer` switches it on for all. The layers ask for training mode, and are put into
-    evaluation mode while they run: in some families they have dropout."""
+    evaluation mode while they run: in some families they have dropout. `again` is called before a layer runs, and gives
+    the context in which it is computed again."""
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
     first = trained.index(True) if any(trained) else 0
     chosen = layers[first : first + planned]
 
     @contextmanager
-    def evaluating() -> Iterator[None]:
+    def evaluating(within: AbstractContextManager[object]) -> Iterator[None]:
         for layer in chosen:
             layer.training = False
         try:
-            yield
+            with within:
+                yield
         finally:
             for layer in chosen:
                 layer.training = True
 
     if planned:
-        contexts = {"context_fn": lambda: (evaluating(), evaluating())}  # of the forward pass, and of its repetition
+        contexts = {"context_fn": lambda: (evaluating(nullcontext()), evaluating(again()))}  # forward, and again
         model.activation_checkpointing_enable({"use_reentrant": False, **contexts})
     for layer in layers:
         layer.gradient_checkpointing = layer in chosen

@@ -1,5 +1,7 @@
 """Layers that are streamed: the same bits as with all of them in memory, with two of them on the device at a time."""
 
+from functools import partial
+from itertools import product
 from threading import active_count
 
 import pytest
@@ -9,13 +11,15 @@ import transformers as tf
 from qalign.config.recipe import Lora, Model
 from qalign.fit import streamed
 from qalign.model.base import Base, Role, load
-from qalign.model.logps import pair_logps
+from qalign.model.logps import pair_logps, state_logps
 from qalign.model.memory import stream as streaming
 from qalign.model.memory.forecast import SHORTEST, Forecast, usable_of_card
-from qalign.model.memory.lockstep import Reading, pair_logps_together
+from qalign.model.memory.lockstep import Reading, in_this_role, learn_together, pair_logps_together
 from qalign.model.memory.offload import Offload
 from qalign.model.memory.stream import placed, scales_of, stream_of
 from qalign.model.reference import ReferenceLogps
+from qalign.rl.ppo_trainer import PPOTrainer
+from qalign.train.callbacks import checkpoint_layers
 from tests.conftest import FIXTURES
 from tests.families import family, random_pairs
 from tests.helpers import metrics, refusal, scramble, summary
@@ -121,6 +125,37 @@ def test_all_roles_of_a_step_visit_a_layer_together(offloaded, deep_folder):
     assert (found[0][0] - found[0][1]).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("checkpointed", [LAYERS, 0])
+def test_two_trained_roles_visit_a_layer_together(checkpointed, deep_folder):
+    """Forward and backward of policy and value model, as in PPO's update: each layer is computed again in the role that
+    it was computed in."""
+    found, pairs = [], random_pairs()
+    for when in ("never", "always"):
+        base = trained(deep_folder, when, checkpointing=False)
+        base.add_adapter(Role.VALUE, Lora(r=4))
+        scramble(base, Role.VALUE)
+        checkpoint_layers(base.lm, checkpointed, partial(in_this_role, base))
+        base.train()
+        stream, batch = stream_of(base.lm), base.batch(pairs)
+        readings = [Reading(role, batch, gradients=True) for role in (Role.POLICY, Role.VALUE)]
+
+        def loss_of(reading, lm, states, base=base, batch=batch):
+            if reading.role == Role.VALUE:
+                return base.head_scores(Role.VALUE, states).square().mean()
+            return state_logps(lm, states, batch.targets).mean()
+
+        torch.manual_seed(1)
+        with base.packed_attention():
+            for _ in range(2):
+                before = stream.copies if stream else 0
+                learn_together(base, readings, loss_of, torch.Tensor.backward)
+        assert stream is None or stream.copies - before == TWICE
+        assert base.role == Role.POLICY
+        found.append([w.grad for role in (Role.POLICY, Role.VALUE) for w in base.trained_weights(role).values()])
+    assert all(map(torch.equal, *found))
+    assert all(gradient.abs().max() > 0 for gradient in found[0])
+
+
 def test_a_pass_that_fails_ends_the_others(deep_folder, monkeypatch):
     base, threads = trained(deep_folder, "always"), active_count()
     layers, batch = list(base.lm.base_model.layers), base.batch(random_pairs())
@@ -191,11 +226,22 @@ def test_a_run_has_the_same_numbers(stage, tmp_path, deep_folder, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("value", ["adapter", "trunk"])
-def test_ppo_has_the_same_numbers(value, tmp_path, deep_folder):
-    """Sampling too, which copies all layers for each token."""
+def test_ppo_has_the_same_numbers(value, tmp_path, deep_folder, monkeypatch):
+    """Sampling too, which copies all layers for each token. The update of a micro-batch visits each layer twice."""
+    copies, real = [], PPOTrainer._gradients
+
+    def counted(trainer, *args):
+        stream = stream_of(trainer.base.lm)
+        before = stream.copies if stream else 0
+        gradients = real(trainer, *args)
+        copies.append(stream.copies - before if stream else None)
+        return gradients
+
+    monkeypatch.setattr(PPOTrainer, "_gradients", counted)
     code = "def score(completion_ids):\n    return [sum(ids) % 7.0 for ids in completion_ids]"
     (tmp_path / "mine.py").write_text(code)
     keys = {"reward": f"{tmp_path}/mine.py:score", "value": value, "max_new_tokens": 8, "samples_per_prompt": 2}
+    keys |= {"micro_batch_size": 2}
     found = []
     for when in ("never", "always"):
         run = run_stage(write_recipe(tmp_path / when, deep_folder, "ppo", model={"stream": when}, limit=4, **keys))
@@ -204,6 +250,9 @@ def test_ppo_has_the_same_numbers(value, tmp_path, deep_folder):
         )
     assert len(found[0]) > 1
     assert found[0] == found[1]
+    streamed = [count for count in copies if count is not None]
+    assert len(streamed) == len(copies) / 2
+    assert {*streamed} <= {TWICE, TWICE + 2}  # two layers more where the slots have the last layers of a forward
 
 
 @pytest.mark.parametrize(
@@ -240,6 +289,15 @@ def test_the_forecast_streams_what_does_not_fit():
     assert never.decided(small) is never
     on_cpu = forecast_of(shape("Mistral-7B-v0.3"), "dpo", "cpu", HALF)
     assert on_cpu.decided(small) is on_cpu
+
+
+def test_the_forecast_counts_what_policy_and_value_model_keep_together():
+    config, kept = shape("Mistral-7B-v0.3"), {}
+    for stream, value in product(("always", "never"), ("adapter", "trunk")):
+        forecast = forecast_of(config, "ppo", "cuda", HALF, model={"stream": stream}, value=value)
+        kept[stream, value] = forecast.parts(2048, 32)["activations"]
+    assert kept["always", "adapter"] == 2 * kept["always", "trunk"]
+    assert kept["never", "adapter"] == kept["never", "trunk"] == kept["always", "trunk"]
 
 
 def test_a_streamed_micro_batch_is_a_whole_step():

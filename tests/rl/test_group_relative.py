@@ -10,7 +10,7 @@ from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from qalign.config.stages import GRPO, PPO
 from qalign.losses import policy_gradient as losses
-from qalign.rl.objective import GROUP_RELATIVE, Figures, Weights, policy_loss
+from qalign.rl.objective import GROUP_RELATIVE, Figures, Part, Weights, policy_loss
 
 LENGTHS = [3, 1, 4, 2, 4, 2, 1, 3]  # tokens of the answers to two prompts
 MASK = torch.arange(4)[None] < torch.tensor(LENGTHS)[:, None]
@@ -160,9 +160,10 @@ def ours(
     owners, lengths = MASK.nonzero()[:, 0], MASK.sum(dim=1)
     loss, mean = (losses.token_weights(MASK, kind, NEW_TOKENS) for kind in (settings.loss_average, "token"))
     weights = Weights(loss[MASK], mean[MASK], (loss * correction)[MASK])
-    ratios = losses.log_ratios(policy[MASK], rollout["old"][MASK], owners, lengths, settings.ratio)
-    kl, figures = losses.kl_loss(policy[MASK], rollout["reference"][MASK], ratios), Figures()
-    loss = policy_loss(settings, settings.kl_coefficient, ratios, advantages[owners], kl, weights, figures)
+    before, none = (rollout["old"][MASK], rollout["reference"][MASK], advantages[owners]), torch.zeros(len(owners))
+    figures = Figures()
+    part = Part(*before, none, none, weights, owners, lengths)
+    loss = policy_loss(settings, settings.kl_coefficient, policy[MASK], part, figures)
     loss.backward()
     return loss.item(), policy.grad, figures.sums
 

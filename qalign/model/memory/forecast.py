@@ -188,13 +188,19 @@ class Forecast:
         share = min(1, checkpointed / self.layers)
         ways = [(share, True), (1 - share, False)]
         steps = [(weight, self.step(tokens, checkpointing=way, offloaded=offloaded)) for weight, way in ways if weight]
-        activations = [int(weight * step.activations) for weight, step in steps]
+        activations = [int(self._at_once * weight * step.activations) for weight, step in steps]
         moments = [
             {"activations": sum(activations), "logits": max(step.logits for _, step in steps)},
             {"activations": sum(activations), "backward": steps[-1][1].backward},
             {"activations": activations[0], "backward": steps[0][1].backward},
         ]
         return self.fixed | max(moments, key=lambda moment: sum(moment.values()))
+
+    @property
+    def _at_once(self) -> int:
+        """The roles whose activations are kept at the same time: where layers are streamed, PPO's policy and value
+        model go through them together."""
+        return 2 if self.streamed and isinstance(self.settings, PPO) and self.settings.value == "adapter" else 1
 
     def largest(self, memory: int, checkpointed: int, *, offloaded: bool = False) -> int:
         """The largest number of tokens that fits; 0 if none does."""
@@ -255,7 +261,7 @@ class Forecast:
     def _offloaded(self, memory: int, longest: int, host: float) -> Plan | None:
         if not longest <= self.largest(memory, self.layers, offloaded=True):
             return None
-        held = self.step(longest, checkpointing=True, offloaded=True).held
+        held = self._at_once * self.step(longest, checkpointing=True, offloaded=True).held
         return Plan(longest, self.layers, held) if held <= host else None
 
 

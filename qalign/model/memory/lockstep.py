@@ -1,13 +1,13 @@
-"""Several forward passes that go through the layers together: each layer runs for every pass before the next one does.
-So layers that are streamed are copied once for all roles of a step, and not once for each.
+"""Several passes that go through the layers together: each layer runs for every pass before the next one does, forward
+and backward. So layers that are streamed are copied once for all roles of a step, and not once for each.
 
 A model's own forward can't be stopped between its layers, so each pass has a thread, which waits at every layer. Only
 one thread runs at a time, and the layers themselves run in the calling thread, one pass after another: with the same
 calls, in the same shapes as each pass alone, and so with the same bits.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread, current_thread
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 from qalign.data.collate import AnswerBatch
@@ -59,14 +60,53 @@ def read_together(base: "Base", readings: Sequence[Reading]) -> Iterator[Tensor]
             for each in passes:
                 with each.reading.on(base):
                     at[each] = each.go()
-            while waiting := [(each, given) for each, given in at.items() if given]:
-                for each, (layer, args, kwargs) in waiting:
+            while waiting := {each: given for each, given in at.items() if given}:
+                given = [(args, kwargs) for _, args, kwargs in waiting.values()]
+                if sum(each.reading.gradients for each in waiting) > 1:
+                    given = _entering_together(given)
+                for (each, (layer, *_)), (args, kwargs) in zip(waiting.items(), given, strict=True):
                     with each.reading.on(base):
                         at[each] = each.go(layer(*args, **kwargs))
         finally:
             for each in passes:
                 each.end()
     yield from (each.found for each in passes)
+
+
+def learn_together(
+    base: "Base",
+    readings: Sequence[Reading],
+    loss_of: Callable[[Reading, PreTrainedModel, Tensor], Tensor],
+    backward: Callable[[Tensor], object],
+) -> None:
+    """Forward and backward of readings with gradients, each with a loss of its own: `loss_of` is given the reading, the
+    model in its role, and its states as from `read_together`. Layers that are streamed are visited once forward and
+    once backward; otherwise what one reading keeps for its backward is freed before the next one begins. Checkpointed
+    layers need `in_this_role`."""
+    found, is_streamed = list[Tensor](), stream_of(base.lm) is not None
+    for reading, states in zip(readings, read_together(base, readings), strict=True):
+        with reading.on(base) as lm:
+            loss = loss_of(reading, lm, states)
+            if is_streamed:
+                found.append(loss)
+            else:
+                backward(loss)
+    if found:
+        backward(torch.stack(found).sum())
+
+
+def in_this_role(base: "Base") -> AbstractContextManager[None]:
+    """For checkpointed layers: the role of now, to be played again when they are computed again."""
+    return _playing(base, base.role)
+
+
+@contextmanager
+def _playing(base: "Base", role: str) -> Iterator[None]:
+    if base.role == role:  # `acting_as` would look at the flags of all modules, for each layer
+        yield
+    else:
+        with base.acting_as(role):
+            yield
 
 
 def pair_logps_together(base: "Base", readings: Sequence[Reading]) -> list[Tensor]:
@@ -76,6 +116,30 @@ def pair_logps_together(base: "Base", readings: Sequence[Reading]) -> list[Tenso
         with reading.on(base) as lm:
             found.append(summed(reading.batch, state_logps(lm, states, reading.batch.targets)))
     return found
+
+
+def _entering_together(given: list[Any]) -> list[Any]:
+    """What passes give to a layer, so that in the backward pass, too, all of them leave it before any enters the layer
+    below."""
+    leaves, structure = tree_flatten(given)
+    places = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if places:  # none where a layer below has no adapter
+        for place, tensor in zip(places, _Together.apply(*(leaves[place] for place in places)), strict=True):
+            leaves[place] = tensor
+    return tree_unflatten(leaves, structure)
+
+
+class _Together(torch.autograd.Function):
+    """Passes tensors on as they are, and their gradients once all of them are there."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor):
+        ctx.set_materialize_grads(False)
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None):
+        return grad_outputs
 
 
 class _Ended(BaseException):
