@@ -2,8 +2,9 @@
 
     python benchmarks/race.py --seconds 90 --seeds 1 2 3
 
-All start from one SFT adapter of the demo model and train for about the same time on one thread, loading included (two
-short runs of each say how many steps that is); DPO and KTO run a second time for a tenth of it. The time is the
+All start from one SFT adapter of the demo model and take about as many steps as one thread takes in the same time; DPO
+and KTO run a second time for a tenth of it. Two short runs of each say what a step takes. What a run takes besides,
+such as loading, isn't counted: of a small model's run it is a third, of a large one's little. The time is the
 processor's, which is a clock's where nothing else runs, so that other work on the machine disturbs little. Then each
 answers the same held-out prompts. The reward is a function; the judge is a reward model that no run trains on. Three
 scenes:
@@ -124,12 +125,12 @@ def train(method: str, recipe: Path, folder: Path, steps: int, seed: int) -> tup
     return place / "adapter", once(place, command, recipe, f"output={folder}", f"seed={seed}", *size)
 
 
-def steps_for(method: str, recipe: Path, out: Path, seconds: float) -> int:
-    """How many steps of a method take so long, from two short runs."""
+def step_time(method: str, recipe: Path, out: Path) -> tuple[float, float]:
+    """(processor seconds of a step, those of a run besides its steps) of a method, from two short runs."""
     few = (2, 3) if method == "rounds" else (2, 6)
     spent = [train(method, recipe, out / f"try_{method}_{n}", n, 0)[1] for n in few]
     each = max(1e-3, (spent[1] - spent[0]) / (few[1] - few[0]))
-    return max(2 if method == "rounds" else 1, round((seconds - spent[0]) / each) + few[0])
+    return each, spent[0] - few[0] * each
 
 
 def measured(recipe: Path, adapter: Path, out: Path) -> dict[str, Any]:
@@ -162,13 +163,14 @@ def race(out: Path, seconds: float, seeds: list[int], scenes: list[str]) -> list
                      | measured(recipe, sft / "adapter", out))  # fmt: skip
         for method in METHODS:
             place = out / (scene if method in QUICK else SCENES[scene])  # others know the reward alone, and no pairs
+            each, besides = step_time(method, recipe, place)
             for share in (0.1, 1.0) if method in QUICK else (1.0,):
-                steps = max(1, round(share * steps_for(method, recipe, place, seconds)))
+                steps = max(2 if method == "rounds" else 1, round(share * seconds / each))
                 for seed in seeds:
                     folder = place / f"{method}_{steps}_{seed}"
                     adapter, spent = train(method, recipe, folder, steps, seed)
                     line = {"scene": scene, "method": method, "share": share, "seed": seed, "steps": steps}
-                    line |= {"seconds": spent} | measured(recipe, adapter, out)
+                    line |= {"seconds": spent - besides} | measured(recipe, adapter, out)
                     lines.append(line)
                     print(row([line]), flush=True)
     return lines
@@ -217,7 +219,7 @@ def draw(lines: list[dict[str, Any]], file: Path) -> None:
 
 def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seconds", type=float, default=90.0, help="processor time of a run")
+    parser.add_argument("--seconds", type=float, default=90.0, help="processor time of a run's steps")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--scenes", nargs="+", choices=SCENES, default=list(SCENES))
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "race")
@@ -231,8 +233,8 @@ def main(words: list[str] | None = None) -> None:
     told = " ".join(sys.argv[1:] if words is None else words)
     text = [
         "# The same time for each: DPO, KTO, best of n in rounds, GRPO, PPO", "",
-        f"By `python benchmarks/race.py {told}`, one thread of {platform.machine()}; seconds are the processor's. "
-        f"{made_with}.", "",
+        f"By `python benchmarks/race.py {told}`, one thread of {platform.machine()}; seconds are the processor's, "
+        f"for the steps alone. {made_with}.", "",
         HEADER, "|---" * 9 + "|", *map(row, groups(lines)), "",
     ]  # fmt: skip
     (ROOT / "benchmarks" / "results" / "race.md").write_text("\n".join(text))
