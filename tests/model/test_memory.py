@@ -7,10 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 
 from benchmarks import memory as benchmark
 from qalign.config.recipe import Recipe
 from qalign.config.stages import RL_STAGES, STAGES
+from qalign.model.adapters.files import WEIGHTS
 from qalign.model.base import Role, load
 from qalign.model.memory import forecast as memory
 from qalign.model.memory.forecast import Forecast
@@ -241,19 +243,25 @@ def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
 def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
     """An adapter of the tiny model at rank 4 has 8,192 weights. Policy and value model are trained; the reference, each
     reward adapter and each judge are frozen; a function is nothing, and a model of its own is counted as it is
-    loaded."""
+    loaded. Rewards of other recipes have the weights of their files: b one adapter of 600, c an ensemble of two."""
     adapter = 8192
-    for name in "bc":
-        (tmp_path / name / "reward" / "adapter").mkdir(parents=True)
-        (tmp_path / name / "reward" / "adapter" / "adapter_config.json").write_text("{}")
+    for name, shapes in {"b": [(4, 150)], "c/member_1": [(4, 100), (4, 10)], "c/member_2": [(4, 90)]}.items():
+        run, _, member = name.partition("/")
+        folder = tmp_path / run / "reward" / "adapter" / member
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+        save_file({f"{number}": torch.zeros(shape) for number, shape in enumerate(shapes)}, folder / WEIGHTS)
     sources = ["reward", str(tmp_path / "b" / "reward"), "someone/a-model"]
     keys = {"reward": sources, "judge": str(tmp_path / "c"), "eval_data": "unused", "value": "adapter"}
     plain, full = forecast_of(tiny_folder, "ppo").fixed, forecast_of(tiny_folder, "ppo", start_from="sft", **keys).fixed
     assert (plain["adapters"], plain["gradients"], plain["optimiser"]) == (4 * adapter, 4 * adapter, 8 * adapter)
-    assert (full["adapters"], full["gradients"], full["optimiser"]) == (6 * 4 * adapter, 8 * adapter, 16 * adapter)
+    others = 4 * (600 + 440 + 360)
+    frozen = 4 * 4 * adapter + others
+    assert (full["adapters"], full["gradients"], full["optimiser"]) == (frozen, 8 * adapter, 16 * adapter)
     assert plain["base"] == full["base"]
     grpo = forecast_of(tiny_folder, "grpo", start_from="sft", reward=sources).fixed
-    assert (grpo["adapters"], grpo["gradients"], grpo["optimiser"]) == (4 * 4 * adapter, 4 * adapter, 8 * adapter)
+    frozen = 3 * 4 * adapter + 4 * 600
+    assert (grpo["adapters"], grpo["gradients"], grpo["optimiser"]) == (frozen, 4 * adapter, 8 * adapter)
 
 
 def test_what_more_adapters_take(tiny_folder):

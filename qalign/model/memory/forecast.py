@@ -21,6 +21,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qalign.config.paths import adapters_in, function_of, is_own_model, is_own_run, own_member, reward_adapter
 from qalign.config.recipe import Model, Recipe
 from qalign.config.stages import DPO, PPO, RL_STAGES, Reward
+from qalign.model.adapters.files import read_files
 from qalign.model.adapters.targets import decoder_layers
 from qalign.model.experts.quantizer import experts_kind
 from qalign.model.experts.weights import held_bytes
@@ -133,21 +134,21 @@ class Forecast:
             gathered = {"gathered": max(GATHERED * max(parts), 2 * max(vocabulary, default=0))}
         whole = sum(held.values()) - self.streamed - self.dealt
         adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
-        frozen, trained = 0, self.members * adapter
+        frozen, trained = 0, self.members * adapter  # weights of adapters
         has_reference = self.stage in ("kto", *RL_STAGES) or (isinstance(settings, DPO) and settings.needs_reference)
         if has_reference and settings.start_from is not None:
-            frozen += 1  # the reference's copy of the adapter
+            frozen += adapter  # the reference's copy
         if isinstance(settings, PPO):
             sources = [source.source for _, source in settings.sources]
             # Reward models that aren't adapters are loaded by the time that memory is planned.
-            frozen += sum(_full_adapters(source, self.recipe.reward) for source in sources)
+            frozen += sum(_reward_weights(source, self.recipe.reward, adapter) for source in sources)
             trained += adapter if settings.value == "adapter" else 0
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         autocast_copy = self.members * adapter * width if width == 2 else 0
         return {
             "base": whole + SLOTS * max(layers, default=0) + math.ceil(self.dealt / self.cards),
             **gathered,
-            "adapters": int((trained + frozen * adapter) * 4) + autocast_copy,
+            "adapters": (trained + frozen) * 4 + autocast_copy,
             "gradients": trained * 4,
             "optimiser": int(trained * _OPTIMIZER_BYTES[optimizer]),
         }
@@ -272,13 +273,15 @@ def _bytes_of_layers(lm: PreTrainedModel, held: dict[str, int]) -> list[int]:
     return [sum(held.get(parts[p], 0) for p in layer.parameters()) for layer in layers or ()]
 
 
-def _full_adapters(source: str, own: Reward | None) -> float:
-    """How many adapters on all layers a reward takes: one or the members of an ensemble, none if it is no adapter."""
+def _reward_weights(source: str, own: Reward | None, adapter: int) -> int:
+    """How many weights a reward's adapter has, or those of an ensemble's members; none if it is no adapter. The
+    recipe's own are counted from its settings, by an `adapter` on all layers; a `UserError` if others can't be read."""
     if function_of(source) or is_own_model(source):
         return 0
-    if not is_own_run("reward", source):
-        return len(adapters_in(reward_adapter(source) or Path()))
-    return own.share * (1 if own_member(source) else own.members) if own else 1
+    if is_own_run("reward", source):
+        return int(adapter * own.share * (1 if own_member(source) else own.members)) if own else adapter
+    shapes = [read_files(folder).shapes for folder in adapters_in(reward_adapter(source) or Path())]
+    return sum(math.prod(shape) for found in shapes for shape in found.values())
 
 
 def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: Model, width: int) -> int:
