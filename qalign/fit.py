@@ -60,7 +60,7 @@ def report(recipe: Recipe, given: str | None, cards: int = 1) -> None:
             print_table(stage, [("fits", f"NO: model.shard: {NOT_SHARED}")])
             continue
         with readable(spec.base, "model.base", "can't be trained"):  # as it may have no class of language models
-            forecasts[stage] = Forecast(recipe, stage, config, where, dtype, cards if spec.shard else 1).decided(memory)
+            forecasts[stage] = Forecast(recipe, stage, config, where, dtype, cards).decided(memory)
             table_of_stage = lines(forecasts[stage], memory, cards)
         print_table(stage, table_of_stage)
     if spec.shard:

@@ -123,15 +123,15 @@ class Session:
             return Plan(size * longest, 0 if layers == "auto" else layers)
         streams = "always" if stream_of(self.base.lm) else "never"
         recipe = run.recipe.model_copy(update={"model": self.base.spec.model_copy(update={"stream": streams})})
-        cards = self.world.size if shards_of(self.base.lm) else 1
-        forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype, cards)
+        forecast = Forecast(recipe, run.stage, self.base.lm.config, device, self.base.dtype, self.world.size)
         if run.stage in ("reward", "dpo", "kto"):
             taken = [*map(self.base.tokens_taken, outlines(self.rows.train))]
             forecast.most_steps = tokens_of_most_steps(taken, settings.batch_size)
         memory = usable_memory(device, self.base.held_bytes)
         # A CPU's leaves other models out already, but is shared by the processes.
         memory = memory - other_bytes if device == "cuda" else memory // self.world.local_size
-        found = forecast.plan(memory, longest if size == "auto" else size * longest, usable_by_offload())
+        host = usable_by_offload() // self.world.local_size
+        found = forecast.plan(memory, longest if size == "auto" else size * longest, host)
         if found is None and size != "auto":  # the user's choice: it may fit in spite of the forecast
             found = Plan(size * longest, forecast.layers)
         if found is None:

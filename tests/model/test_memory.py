@@ -253,6 +253,8 @@ def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
         save_file({f"{number}": torch.zeros(shape) for number, shape in enumerate(shapes)}, folder / WEIGHTS)
     sources = ["reward", str(tmp_path / "b" / "reward"), "someone/a-model"]
     keys = {"reward": sources, "judge": str(tmp_path / "c"), "eval_data": "unused", "value": "adapter"}
+    copied = forecast_of(tiny_folder, "ppo", reward=sources[1], value="adapter").fixed
+    assert (copied["adapters"], copied["gradients"]) == (4 * (adapter + 2 * 600), 4 * (adapter + 600))
     plain, full = forecast_of(tiny_folder, "ppo").fixed, forecast_of(tiny_folder, "ppo", start_from="sft", **keys).fixed
     assert (plain["adapters"], plain["gradients"], plain["optimiser"]) == (4 * adapter, 4 * adapter, 8 * adapter)
     others = 4 * (600 + 440 + 360)
@@ -341,3 +343,16 @@ def test_a_plan_always_takes_the_longest_row(mistral):
     assert mistral.plan(6 * GIB, small).tokens == small
     assert mistral.plan(4 * GIB, 1) is None
     assert mistral.plan(0, 1) is None
+
+
+def test_processes_that_share_a_step_compute_fewer_layers_twice():
+    """16 pairs of 1,000 tokens a step: what must fit is what a process has of it."""
+    found = {}
+    for processes in (1, 4, 16):
+        recipe = recipe_of(only="dpo", batch_size=16, lora={"r": 16, "alpha": 32})
+        forecast = Forecast(recipe, "dpo", shape("Mistral-7B-v0.3"), "cuda", HALF, processes)
+        assert (forecast.cards, forecast.dealt) == (1, 0)
+        forecast.most_steps = 16_000
+        found[processes] = forecast.plan(16 * GIB, 1000)
+    assert found[1].tokens > found[4].tokens == 4000 > found[16].tokens == 1000
+    assert found[1].checkpointed_layers > found[4].checkpointed_layers > found[16].checkpointed_layers

@@ -310,3 +310,5 @@ def test_a_streamed_micro_batch_is_a_whole_step():
     assert streamed.plan(memory_bytes, 1000).tokens == 20_000
     streamed.most_steps = 2**40
     assert streamed.plan(memory_bytes, 200).tokens == 64 * 200
+    streamed.processes = 3
+    assert streamed.plan(memory_bytes, 600).tokens == 22 * 600

@@ -166,7 +166,7 @@ def assert_refused(capsys, main, path: str, line: str, fix: str) -> None:
 def test_the_forecast_deals_the_base_out():
     """Mistral-7B on two cards: embeddings, head and layers in halves, three layers whole while they are at work."""
     config = shape("Mistral-7B-v0.3")
-    whole, dealt = (Forecast(recipe_of(), "dpo", config, "cuda", HALF, cards) for cards in (1, 2))
+    whole, dealt = (Forecast(recipe_of(model={"shard": True}), "dpo", config, "cuda", HALF, cards) for cards in (1, 2))
     linear, norms = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336), 2 * 4096 * 2
     layers, vocabulary = 32 * (linear // 2 + norms), 2 * 32768 * 4096 * 2
     assert dealt.layers_dealt == layers

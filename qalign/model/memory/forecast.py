@@ -9,7 +9,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from itertools import chain
 from statistics import fmean, pstdev
 from typing import cast
 
@@ -85,15 +85,17 @@ class Forecast:
         members: of the ensemble that is trained; 1 without one.
         reach: the longest text that the base can read, in tokens.
         streamed: bytes of the layers that `model.stream` keeps outside of the device, all but two of them; 0 if none.
-        cards, dealt: how many cards `model.shard` deals the base out to, and its bytes that are; 1 and 0 without it.
+        processes: that share the micro-batches of an optimiser step, each on a device of its own.
+        cards, dealt: how many of them `model.shard` deals the base out to, and its bytes that are; 1 and 0 without it.
         layers_dealt: of these bytes, those of the layers.
         most_steps: the tokens that most optimiser steps have, for `plan`, where they are known.
     """
 
     def __init__(
-        self, recipe: Recipe, stage: str, config: PretrainedConfig, device: str, dtype: torch.dtype, cards: int = 1
+        self, recipe: Recipe, stage: str, config: PretrainedConfig, device: str, dtype: torch.dtype, processes: int = 1
     ):
-        self.recipe, self.stage, self.device, self.dtype, self.cards = recipe, stage, device, dtype, cards
+        self.recipe, self.stage, self.device, self.dtype, self.processes = recipe, stage, device, dtype, processes
+        self.cards = processes if recipe.model.shard else 1
         self.settings = getattr(recipe, stage)
         self.config = copy.deepcopy(config)
         layers: int = self.config.get_text_config().num_hidden_layers
@@ -109,7 +111,7 @@ class Forecast:
 
     def with_recipe(self, recipe: Recipe) -> "Forecast":
         """The forecast for another recipe: same stage, base, device and dtype."""
-        return Forecast(recipe, self.stage, self.config, self.device, self.dtype, self.cards)
+        return Forecast(recipe, self.stage, self.config, self.device, self.dtype, self.processes)
 
     def decided(self, memory: int) -> "Forecast":
         """The forecast with `model.stream` decided: `auto` streams the layers where with all of them in memory not even
@@ -141,8 +143,10 @@ class Forecast:
         if isinstance(settings, PPO):
             sources = [source.source for _, source in settings.sources]
             # Reward models that aren't adapters are loaded by the time that memory is planned.
-            frozen += sum(_reward_weights(source, self.recipe.reward, adapter) for source in sources)
-            trained += adapter if settings.value == "adapter" else 0
+            frozen += sum(sum(_reward_weights(source, self.recipe.reward, adapter)) for source in sources)
+            if settings.value == "adapter":  # a copy of the first reward adapter
+                rewards = [_reward_weights(source.source, self.recipe.reward, adapter) for source in settings.reward]
+                trained += next(chain(*rewards), adapter)
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         autocast_copy = self.members * adapter * width if width == 2 else 0
         return {
@@ -243,9 +247,10 @@ class Forecast:
             host: bytes of the computer's memory for what is offloaded.
         """
         wanted = max(BUSY_TOKENS[self.device], longest) if self.settings.micro_batch_size == "auto" else longest
+        share = math.ceil(self.most_steps / self.processes)  # of a step, which a process runs
         # All layers are copied or gathered for each micro-batch: best one for a whole step.
         if (self.streamed or self.dealt) and wanted > longest:
-            wanted = max(wanted, min(self.most_steps, self.settings.batch_size * longest))
+            wanted = max(wanted, min(share, math.ceil(self.settings.batch_size / self.processes) * longest))
         given = self.settings.checkpointed_layers
         most = self.layers if given == "auto" else min(given, self.layers)
         tokens = wanted if self.total(wanted, most) <= memory else min(wanted, self.largest(memory, most))
@@ -255,7 +260,7 @@ class Forecast:
             return Plan(tokens, most)
         if self.settings.micro_batch_size == "auto" and self.total(tokens, 0) > memory:
             # Room for more than a step would only have more layers computed twice.
-            tokens = min(tokens, max(longest, self.most_steps))
+            tokens = min(tokens, max(longest, share))
         # More checkpointed layers take less memory: the first count that fits. All layers fit, as `largest` found.
         return Plan(tokens, bisect_left(range(most), -memory, key=lambda layers: -self.total(tokens, layers)))
 
@@ -273,15 +278,18 @@ def _bytes_of_layers(lm: PreTrainedModel, held: dict[str, int]) -> list[int]:
     return [sum(held.get(parts[p], 0) for p in layer.parameters()) for layer in layers or ()]
 
 
-def _reward_weights(source: str, own: Reward | None, adapter: int) -> int:
-    """How many weights a reward's adapter has, or those of an ensemble's members; none if it is no adapter. The
-    recipe's own are counted from its settings, by an `adapter` on all layers; a `UserError` if others can't be read."""
+def _reward_weights(source: str, own: Reward | None, adapter: int) -> list[int]:
+    """How many weights the adapters of a reward have, of an ensemble those of each member; empty if it is no adapter.
+    The recipe's own are counted from its settings, by an `adapter` on all layers; a `UserError` if others can't be
+    read."""
     if function_of(source) or is_own_model(source):
-        return 0
+        return []
     if is_own_run("reward", source):
-        return int(adapter * own.share * (1 if own_member(source) else own.members)) if own else adapter
-    shapes = [read_files(folder).shapes for folder in adapters_in(reward_adapter(source) or Path())]
-    return sum(math.prod(shape) for found in shapes for shape in found.values())
+        members = 1 if own is None or own_member(source) else own.members
+        return [int(adapter * own.share) if own else adapter] * members
+    folder = reward_adapter(source)
+    shapes = [read_files(each).shapes for each in adapters_in(folder)] if folder else []
+    return [sum(map(math.prod, found.values())) for found in shapes]
 
 
 def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: Model, width: int) -> int:
