@@ -194,7 +194,7 @@ class PPOTrainer:
             for mini in (mini for epoch in passes for mini in self._mini_batches(rollout, epoch)):
                 figures = self.world.agreed(lambda mini=mini: self._gradients(rollout, mini))
                 self._first_step.done = True
-                self.world.summed(figures["loss"], lambda: list(self.weights.values()))
+                self.world.summed(figures["loss"], lambda: list(self.weights.values()), self.accelerator.scaler)
                 if not is_scaled:
                     figures["grad_norm"] = self._clipped_norm()
                 found = objective.on_host(figures)  # the host waits for the device here, once a step

@@ -1,9 +1,11 @@
 """The numbers of one PPO iteration: order of prompts and passes, rewards, advantages, when updates stop, memory."""
 
 import gc
+import math
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch._subclasses.fake_tensor import FakeTensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -17,6 +19,7 @@ from qalign.rl.ppo_trainer import PPOTrainer
 from qalign.rl.rewards import AdapterScorer
 from tests.conftest import FIXTURES
 from tests.rl.conftest import collected
+from tests.train.processes import SCALE, Idle, scale_losses
 
 
 def test_each_pass_sees_every_answer_once_in_another_order(trainer_of):
@@ -217,3 +220,18 @@ def test_at_mistrals_shape_four_roles_take_little_more_than_one():
     sizes = [sum(weight.nbytes for weight in base.trained_weights(role).values()) for role in base.adapters]
     assert sizes[:2] == [4 * 41_943_040] * 2
     assert (held + sum(sizes)) / (held + sizes[0]) < 1.15
+
+
+@pytest.mark.parametrize(("gradient", "scale"), [(1.0, SCALE), (math.inf, SCALE / 2)])
+def test_a_process_without_a_micro_batch_steps_in_float16_as_the_others_do(gradient, scale, trainer_of, monkeypatch):
+    """Where a gradient isn't finite, no process takes the step, and all halve the scale."""
+    trainer = trainer_of(batch_size=2, mini_batches=1, update_epochs=1)
+    rollout = collected(trainer)
+    trainer.world, trainer.accelerator = Idle(), Accelerator(cpu=True)
+    scale_losses(trainer.accelerator, monkeypatch, gradient)
+    trainer.optimizer = trainer.accelerator.prepare(trainer.optimizer.optimizer)
+    before = {name: weight.clone() for name, weight in trainer.weights.items()}
+    trainer.update(rollout)
+    moved = {name: not torch.equal(before[name], weight) for name, weight in trainer.weights.items()}
+    assert moved == dict.fromkeys(before, scale == SCALE)
+    assert trainer.accelerator.scaler.get_scale() == scale

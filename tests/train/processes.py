@@ -13,13 +13,18 @@ from unittest.mock import ANY
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from qalign.config.load import load
+from qalign.train.processes.launch import Launch
+from qalign.train.processes.world import Processes
 from qalign.train.run_folder import RunFolder
 from tests.helpers import metrics
 from tests.train.preloaded import Command
 from tests.train.runs import CLOCK
+
+SCALE = 1024.0
 
 
 def launch(
@@ -122,3 +127,21 @@ def assert_same_files(folder: Path, expected: Path, *names: str) -> None:
         mine, wanted = ((place / name).read_text() for place in (folder, expected))
         split = str.splitlines if name.endswith(".jsonl") else lambda text: [text]
         assert [*map(json.loads, split(mine))] == rounded([*map(json.loads, split(wanted))]), name
+
+
+class Idle(Processes):
+    """The second of two processes, for which a step of one micro-batch leaves nothing; the first one has a gradient for
+    every weight."""
+
+    def __init__(self):
+        super().__init__(Launch(1, 2, 1, 2, "localhost", 1, False, "0"))
+
+    def gathered(self, value):
+        return [[True] * len(value), value] if isinstance(value, list) else [value, value]
+
+
+def scale_losses(accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch, gradient: float) -> None:
+    """Makes it scale losses, as on a GPU in float16; every sum of gradients is as if the first process had this one."""
+    monkeypatch.setattr(Accelerator, "mixed_precision", "fp16")
+    accelerator.native_amp, accelerator.scaler = True, torch.amp.GradScaler("cpu", init_scale=SCALE)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flat: flat.add_(gradient))

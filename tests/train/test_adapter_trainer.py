@@ -7,14 +7,18 @@ import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 
+from qalign.config.recipe import Lora
 from qalign.config.stages import PPO
 from qalign.errors import UserError
+from qalign.model.base import Role
 from qalign.rl.ppo_setup import make_optimizer
 from qalign.train.trainers.adapter import schedule_from_one
 from qalign.train.trainers.pairs import PairTrainer
 from qalign.train.trainers.sft import SupervisedTrainer
-from tests.helpers import metrics
+from tests.helpers import house_style, metrics
 from tests.reward_runs import DATA, run_stage, write_recipe
+from tests.train.processes import SCALE, Idle, scale_losses
+from tests.train.test_pair_trainers import trainer_of
 
 PEAK = 0.5
 KINDS = {
@@ -92,3 +96,20 @@ def test_a_held_out_loss_that_is_not_finite_names_its_row(stage, tmp_path, tiny_
     monkeypatch.setattr(kind, "evaluate", broken)
     with pytest.raises(UserError, match=rf"^step 1: the held-out loss is not finite on .*{held_out.name}:1"):
         run_stage(path)
+
+
+@pytest.mark.parametrize(("gradient", "scale"), [(1.0, SCALE), (math.inf, SCALE / 2)])
+def test_a_process_without_a_micro_batch_steps_in_float16_as_the_others_do(
+    gradient, scale, tiny_base, tmp_path, monkeypatch
+):
+    """Where a gradient isn't finite, no process takes the step, and all halve the scale."""
+    tiny_base.add_adapter(Role.POLICY, Lora(r=4))
+    pairs = house_style(tiny_base.tokenizer, 1)
+    trainer = trainer_of(tiny_base, tmp_path, pairs, max_steps=1, num_train_epochs=1)
+    trainer.world, trainer.after_step = Idle(), lambda sums: None  # the first process has figures, which are left out
+    scale_losses(trainer.accelerator, monkeypatch, gradient)
+    weights = [*tiny_base.trained_weights(Role.POLICY).values()]
+    before = [weight.clone() for weight in weights]
+    trainer.train()
+    assert [not torch.equal(*both) for both in zip(before, weights, strict=True)] == [scale == SCALE] * len(before)
+    assert trainer.accelerator.scaler.get_scale() == scale

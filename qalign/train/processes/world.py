@@ -95,9 +95,10 @@ class World:
         """How many micro-batches of these sizes another process runs beyond those of this one (`mine`)."""
         return 0
 
-    def summed(self, total: Any, learning: Callable[[], Sequence[Any]]) -> Any:
+    def summed(self, total: Any, learning: Callable[[], Sequence[Any]], scaler: Any = None) -> Any:
         """The sum of the scalar tensor `total` over all processes. The gradients of the weights that are `learning`
-        become their sums too; a weight that has none anywhere is left without one."""
+        become their sums too; a weight that has none anywhere is left without one. `scaler` is float16's `GradScaler`,
+        which a process that ran no micro-batch must have used too before it can clip."""
         return total
 
     def copied(self, weights: Sequence[Any]) -> None:
@@ -203,10 +204,12 @@ class Processes(World):
         counts = [len(numbers) for numbers in deal(sizes, self.size)]
         return max(counts) - counts[self.rank]
 
-    def summed(self, total: Any, learning: Callable[[], Sequence[Any]]) -> Any:
+    def summed(self, total: Any, learning: Callable[[], Sequence[Any]], scaler: Any = None) -> Any:
         import torch
         import torch.distributed as dist
 
+        if scaler is not None:
+            scaler.scale(total.detach())
         weights = learning()
         has = [any(column) for column in zip(*self.gathered([w.grad is not None for w in weights]), strict=True)]
         weights = [weight for weight, there in zip(weights, has, strict=True) if there]

@@ -74,7 +74,8 @@ class AdapterTrainer(Trainer):
 
     def training_step(self, model, inputs: Any, num_items_in_batch=None) -> Tensor:
         """One optimiser step's loss and gradients, over all processes."""
-        return self.world.summed(self.run_step(model, inputs, num_items_in_batch), self._learning)
+        total = self.run_step(model, inputs, num_items_in_batch)
+        return self.world.summed(total, self._learning, self.accelerator.scaler)
 
     def _learning(self) -> list[nn.Parameter]:
         return [weight for group in cast(Optimizer, self.optimizer).param_groups for weight in group["params"]]
