@@ -42,7 +42,8 @@ def write_whole(file: Path, content: str | bytes) -> None:
 
 def write_rows(file: Path, rows: Iterable[Any]) -> None:
     """Atomically replaces a file's content by rows, each as a line of JSON. Raises OSError as `replacing` does."""
-    write_whole(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(file, text.encode(errors="backslashreplace"))  # half a surrogate pair as JSON escapes it
 
 
 @contextmanager

@@ -4,11 +4,12 @@ vLLM server."""
 import json
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import suppress
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from os import environ
 from queue import SimpleQueue
 from threading import Thread
@@ -31,6 +32,18 @@ class RequestFailed(Exception):
         self.status = status
 
 
+def url_problem(url: str) -> str | None:
+    """Why no request can be sent to a URL, in words that follow it; None if one can. The host may be unknown."""
+    if not (url.isascii() and url.isprintable()) or " " in url:
+        return "holds characters that no URL has; write them percent-encoded, such as %C3%A9"
+    try:
+        parts = urllib.parse.urlsplit(url)
+        is_address = bool(parts.hostname) and parts.port != 0 and "@" not in parts.netloc
+    except ValueError:
+        is_address = False
+    return None if is_address else "names no host and port; expected a URL such as http://localhost:8000/v1"
+
+
 def ask(
     url: str,
     body: dict[str, Any] | None = None,
@@ -50,17 +63,22 @@ def ask(
     Raises `RequestFailed`.
     """
     headers = {"Content-Type": "application/json"}
-    if token := environ.get(key):
+    if token := environ.get(key, "").strip():
+        if not (token.isascii() and token.isprintable()):
+            raise RequestFailed(f"can't be asked: {key} holds characters that no key has")
         headers["Authorization"] = f"Bearer {token}"
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
+    content = None if body is None else json.dumps(body).encode()
     tries = 1
     while True:
         try:
+            request = urllib.request.Request(url, content, headers)
             with urllib.request.urlopen(request, timeout=seconds) as answer:
                 return _read(answer.read())
         except urllib.error.HTTPError as error:
             said = "" if error.code in again else _message(error)
             failed = RequestFailed(f"answers {error.code} {said or error.reason}", error.code, tries)
+        except (ValueError, InvalidURL) as error:  # no URL: this one, or that of a redirection
+            raise RequestFailed(f"can't be asked: {short(error)}") from None
         except (OSError, HTTPException) as error:  # nobody listens, no answer in time, half an answer
             failed = RequestFailed(f"doesn't answer ({getattr(error, 'reason', error) or short(error)})", 0, tries)
         if tries > len(pauses) or (failed.status and failed.status not in again):

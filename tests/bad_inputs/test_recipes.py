@@ -48,6 +48,14 @@ TEXTS = {
         RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, engine: localhost:8000}\n",
         "the address of a vLLM server such as http://localhost:8000",
     ),
+    "an address that can't be read": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, engine: 'http://[bad'}\n",
+        "the address of a vLLM server such as http://localhost:8000",
+    ),
+    "an address with a word for its port": (
+        RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, engine: 'http://host:port'}\n",
+        "the address of a vLLM server such as http://localhost:8000",
+    ),
     "an address with a password": (
         RECIPE + "grpo: {data: pairs.jsonl, reward: json:loads, engine: 'http://me:secret@host:8000'}\n",
         "the address of a vLLM server such as http://localhost:8000",

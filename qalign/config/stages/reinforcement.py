@@ -31,7 +31,8 @@ OF_ADVANTAGE: dict[str, dict[str, str]] = {
         "dr_grpo": ("none", "in_loss", "token", "constant", "none"),
     }.items()
 }
-ServerUrl = Annotated[str, Field(pattern=r"^https?://[^\s/@?#]+(/v1)?/?$", max_length=300)]
+HOST = r"([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])"  # a name or an address; IPv6 in brackets
+ServerUrl = Annotated[str, Field(pattern=rf"^https?://{HOST}(:\d{{1,5}})?(/v1)?/?$", max_length=300)]
 OF_GAE = ("gamma", "gae_lambda", "value_coefficient", "value_clip")  # keys of the value model
 
 

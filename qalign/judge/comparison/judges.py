@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from qalign.config.atomic import write_rows
-from qalign.config.http import BUSY, RequestFailed, ask, at_once
+from qalign.config.http import BUSY, RequestFailed, ask, at_once, url_problem
 from qalign.config.paths import adapters_in
 from qalign.errors import UserError, disk_problem, one_line, scores_not_finite, short
 from qalign.judge.comparison.answer_files import Compared, as_text
@@ -40,6 +40,9 @@ Second answer:
 {second}
 
 Reply with one word, first or second."""
+WORD = re.compile(r"\b(first|second)\b")
+LABEL = r"(?:(?:my|the|final|best|better|answer|choice|verdict)\b[\W_]*)"  # before a choice in a line of its own
+CHOICE = re.compile(rf"[\W_]*{LABEL}*(first|second)(?: (?:answer|one))?[\W_]*")
 
 Preferences = Iterator[float | None]  # P(A is better) of each row in turn; None where the judge says nothing usable
 
@@ -150,6 +153,8 @@ class UrlJudge:
     def __init__(self, name: str, url: str, model: str, pauses: Sequence[float] = PAUSES):
         self.name, self._pauses, self._model = name, pauses, model
         self._url = url.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+        if problem := url_problem(self._url):
+            raise UserError(f"--judge: {url} {problem}")
 
     def judge(self, rows: Sequence[Compared]) -> Preferences:
         yield from at_once(self._both_orders, rows, REQUESTS)
@@ -159,12 +164,12 @@ class UrlJudge:
         return None if first is None or second is None else (first + 1 - second) / 2
 
     def _choice(self, row: Compared, answers: tuple[str, str]) -> float | None:
-        """1 if the model prefers the first answer, 0 for the second; None if it names neither."""
+        """1 if the model prefers the first answer, 0 for the second; None if its reply doesn't say."""
         dialogue = as_text(row.turns)
         asked = QUESTION.format(dialogue=dialogue, first=answers[0], second=answers[1])
         reply = self._ask({"model": self._model, "messages": [{"role": "user", "content": asked}], "temperature": 0})
-        said = re.findall(r"\b(first|second)\b", reply.lower())
-        return None if not said else float(said[-1] == "first")
+        chosen = choice_of(reply)
+        return None if chosen is None else float(chosen == "first")
 
     def _ask(self, body: dict[str, Any]) -> str:
         again = (*BUSY, *range(500, 600))
@@ -178,14 +183,27 @@ class UrlJudge:
             raise UserError(f"--judge: {self._url} {problem}") from None
 
 
+def choice_of(reply: str) -> str | None:
+    """`first` or `second`: the one that the last line of a reply is, as in `second` or `Answer: **Second**.`, else the
+    only one that it names; None if it names neither, or both."""
+    *_, last = reply.lower().strip().splitlines() or [""]
+    if found := CHOICE.fullmatch(last):
+        return found[1]
+    named = {*WORD.findall(reply.lower())}
+    return named.pop() if len(named) == 1 else None
+
+
 def judged(folder: Path, judge: Judge, rows: Sequence[Compared]) -> list[float | None]:
     """P(A is better) of each row. Every judgement is a line of `annotations.jsonl` at once, and one that is there isn't
-    asked for again. Answers that are the same are a tie, which no judge is asked about."""
+    asked for again; those of other rows and judges stay. Answers that are the same are a tie, which no judge is asked
+    about."""
     from tqdm.auto import tqdm
 
     folder.mkdir(parents=True, exist_ok=True)
     file, keys = folder / ANNOTATIONS, [_digest(judge.name, row) for row in rows]
-    known = _read(file) | {key: 0.5 for key, row in zip(keys, rows, strict=True) if row.a.strip() == row.b.strip()}
+    before = _read(file)
+    known = {key: line["preference"] for key, line in before.items()}
+    known |= {key: 0.5 for key, row in zip(keys, rows, strict=True) if row.a.strip() == row.b.strip()}
     left = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
     if kept := len(rows) - len(left):
         print(f"{file}: {kept} of {counted(len(rows), 'pair')} are judged already, or the same on both sides")
@@ -206,8 +224,8 @@ def judged(folder: Path, judge: Judge, rows: Sequence[Compared]) -> list[float |
         raise UserError(*error.lines[:-1], f"{error.lines[-1]}; {again}") from None
     except OSError as error:
         raise UserError(disk_problem(error, file) or str(error)) from None
-    lines = [_line(key, judge.name, row, known[key]) for key, row in zip(keys, rows, strict=True)]
-    write_rows(file, lines)
+    lines = {key: _line(key, judge.name, row, known[key]) for key, row in zip(keys, rows, strict=True)}
+    write_rows(file, [*(line for key, line in before.items() if key not in lines), *lines.values()])
     return [known[key] for key in keys]
 
 
@@ -220,14 +238,15 @@ def _line(key: str, judge: str, row: Compared, preference: float | None) -> dict
     return {"key": key, "judge": judge, "prompt": row.turns, "a": row.a, "b": row.b, "preference": preference}
 
 
-def _read(file: Path) -> dict[str, float | None]:
-    """The judgements of a file by their keys; torn lines are left out."""
-    found: dict[str, float | None] = {}
+def _read(file: Path) -> dict[str, dict[str, Any]]:
+    """The lines of a file of judgements by their keys; torn ones are left out."""
+    found: dict[str, dict[str, Any]] = {}
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             kept = json.loads(line)
-            found[kept["key"]] = None if kept["preference"] is None else float(kept["preference"])
-        except (ValueError, LookupError, TypeError):
+            given = kept["preference"]
+            found[kept["key"]] = {**kept, "preference": None if given is None else float(given)}
+        except (ValueError, LookupError, TypeError, OverflowError, RecursionError):
             continue
     return found
 
@@ -252,7 +271,8 @@ def votes_between(file: Path, sides: Sequence[tuple[str, str | None]]) -> tuple[
             shown = {"a": 1.0, "b": 0.0, "tie": 0.5, "both_bad": 0.5}[vote["vote"]]
             texts, is_one = [str(answer["text"]) for answer in answers], not any("prompt" in each for each in answers)
             turns = tuple({"role": str(t["role"]), "content": str(t["content"])} for t in vote["prompt"])
-        except (ValueError, LookupError, TypeError, AttributeError):
+            json.dumps([turns, texts], ensure_ascii=False).encode()  # half a surrogate pair can't be written
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             others += 1
             continue
         if sorted(map(str, of)) != sorted(map(str, hashes)) or not is_one:
