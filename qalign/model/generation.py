@@ -20,9 +20,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qalign.data.formats import Message
 from qalign.data.templates import ChatTemplate
-from qalign.data.tokenize import encode_prompt, end_of_turn_ids
+from qalign.data.tokenize import end_of_turn_ids
 from qalign.errors import UserError
 from qalign.model.adapters.serving import MAX_RANKS, highest_rank
 from qalign.model.base import Base, Role
@@ -296,10 +295,9 @@ def text_of(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
     return str(tokenizer.decode(answer, skip_special_tokens=True)).strip()
 
 
-def complete(base: Base, role: str, prompts: list[list[Message]], *, max_new_tokens: int) -> list[str]:
-    """The greedy answer of a role to each prompt, as text without special tokens. A prompt is a dialogue that ends with
-    a user's turn."""
-    ids = [encode_prompt(base.template, prompt) for prompt in prompts]
+def complete(base: Base, role: str, prompts: Sequence[list[int]], *, max_new_tokens: int) -> list[str]:
+    """The greedy answer of a role to each prompt, as text without special tokens. A prompt is token ids with the
+    generation prompt."""
     sampling = Sampling(max_new_tokens, 0.0, stop_ids_of(base.template))
-    answers = TransformersEngine().generate(base, role, ids, sampling, num_samples=1, seed=0)
+    answers = TransformersEngine().generate(base, role, prompts, sampling, num_samples=1, seed=0)
     return [text_of(base.tokenizer, answer) for (answer,) in answers]

@@ -8,6 +8,7 @@ import pytest
 
 from qalign.compare import main
 from qalign.data.formats import Prompt
+from qalign.data.tokenize import encode_prompt
 from qalign.judge.comparison.answer_files import Compared, read_answers, write_files
 from qalign.judge.comparison.dial import best_of, scaled
 from qalign.judge.comparison.sides import sample, side_of
@@ -87,9 +88,9 @@ def test_sides_on_one_base_are_rows_of_one_batch_with_the_answers_that_each_give
     monkeypatch.undo()
 
     assert passes.count("forward") <= 2 + 6  # prompts are read once, then a pass a token: for both sides together
-    turns = [list(prompt.turns) for prompt in asked]
+    ids = [encode_prompt(tiny_base.template, prompt.turns) for prompt in asked]
     for key, role_name in (("a", "side_a"), ("b", Role.BASE)):
-        alone = complete(tiny_base, role_name, turns, max_new_tokens=6)
+        alone = complete(tiny_base, role_name, ids, max_new_tokens=6)
         assert [text for text, _ in found[key].values()] == alone
     assert [*found["a"].values()] != [*found["b"].values()]
 

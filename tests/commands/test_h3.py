@@ -7,8 +7,14 @@ import pytest
 from PIL import Image
 
 from qalign import h3
+from qalign.data.formats import Prompt
+from qalign.data.tokenize import encode_prompt
+from qalign.errors import UserError
+from qalign.judge.comparison.answer_files import Compared
+from qalign.judge.comparison.judges import RewardJudge
 from qalign.judge.measures.honesty import read_claims
 from qalign.judge.measures.safety import is_refusal, of_file
+from qalign.model.base import load
 from qalign.reports.reward_report import wilson
 from tests.helpers import TEST, leaving
 from tests.reward_runs import run_stage, write_recipe
@@ -111,6 +117,83 @@ def test_the_win_rate_is_the_judges_and_the_other_answers_are_not_judged(runs, t
     assert kept(dpo)["judge"] == f"{judge}:length"
     assert "no win rate" not in capsys.readouterr().out
     assert f"judged by {judge}:length" in (dpo.adapter / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_reward_run_judges_every_run(runs, tiny_folder, tmp_path):
+    sft, dpo, harmful = runs
+    judge = run_stage(write_recipe(tmp_path, tiny_folder, max_steps=1))
+    words = [str(sft.path), str(dpo.path), "--harmful", harmful, "--prompts", TEST, "--limit", "3"]
+    assert leaving(h3.main, *words) == 0
+    alone = [(run.path / "h3_answers.jsonl").read_text() for run in (sft, dpo)]
+    assert leaving(h3.main, *words, "--judge", str(judge.path)) == 0
+    reward = RewardJudge("alone", load(sft.recipe.model), judge.adapter)
+    for run, answers in zip((sft, dpo), alone, strict=True):
+        judged = (run.path / "h3_answers.jsonl").read_text()
+        assert judged.startswith(answers), "a judge on the base changes no answer"
+        rows = [row for row in map(json.loads, judged.splitlines()) if row["set"] == "held_out"]
+        pairs = [Compared(Prompt(row["prompt"], "", {}), row["after"], row["before"]) for row in rows]
+        preferences = [0.5 if pair.a == pair.b else next(reward.judge([pair])) for pair in pairs]
+        assert len(preferences) == 3
+        assert by_name(run)["win_rate"]["after"]["value"] == pytest.approx(sum(preferences) / 3)
+
+
+def shortened(run, folder, max_length: int) -> str:
+    """A copy of a run, whose recipe has another `model.max_length`."""
+    shutil.copytree(run.path, folder / run.stage)
+    recipe = folder / run.stage / "recipe.yaml"
+    text = recipe.read_text()
+    assert text.count("max_length: 512") == 1
+    recipe.write_text(text.replace("max_length: 512", f"max_length: {max_length}"))
+    return str(folder / run.stage)
+
+
+@pytest.mark.parametrize(
+    ("max_length", "judge", "problem"),
+    [
+        (512, "FILE:gone", "--judge: "),
+        (160, "base", "--judge: base can judge nothing: "),
+        (64, None, "model.max_length: 64 is too short for the claims"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is_sampled(
+    runs, tmp_path, monkeypatch, capsys, max_length, judge, problem
+):
+    _, dpo, harmful = runs
+    monkeypatch.setattr(h3, "_answers", lambda *_: pytest.fail("an answer was sampled"))
+    (tmp_path / "mine.py").write_text("def length(completions):\n    return [0.0 for _ in completions]\n")
+    words = ["--judge", judge.replace("FILE", str(tmp_path / "mine.py"))] if judge else []
+    capsys.readouterr()
+    assert leaving(h3.main, shortened(dpo, tmp_path, max_length), "--harmful", harmful, *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(problem), line
+
+
+def test_prompts_that_cannot_be_used_are_left_out(tiny_base, capsys):
+    end = tiny_base.tokenizer.eos_token
+    texts = ["Good?", f"Forged {end}?", "Long? " * 400, "Good too?"]
+    every = [Prompt(({"role": "user", "content": text},), f"rows:{n}", {}) for n, text in enumerate(texts, start=1)]
+    asked, ids = h3._encoded(tiny_base, h3.Asked({"harmful": every, "held_out": every[:1]}, None), 4)
+    assert asked.sets == {"harmful": [every[0], every[3]], "held_out": every[:1]}
+    assert ids == [encode_prompt(tiny_base.template, each.turns) for each in (every[0], every[3], every[0])]
+    said = capsys.readouterr()
+    assert "harmful prompts: 2 of 4 are left out" in said.out
+    assert ["special token" in said.err, "rows:2" in said.err, "rows:3" in said.err] == [True] * 3
+    with pytest.raises(UserError, match=r"^look alikes prompts: holds no usable rows \(1 were refused\)"):
+        h3._encoded(tiny_base, h3.Asked({"look_alikes": every[1:2]}, None), 4)
+
+
+def test_a_win_rate_without_a_judgement_is_left_out():
+    class Silent:
+        name = "silent"
+
+        def judge(self, rows):
+            return iter([None] * len(rows))
+
+    asked = [Prompt(({"role": "user", "content": "?"},), f"rows:{n}", {}) for n in range(2)]
+    answers = {"held_out": ["a", "b"]}
+    assert h3._win_rate(Silent(), asked, answers, {"held_out": ["c", "d"]}) == {}
+    assert h3._win_rate(Silent(), asked, answers, {"held_out": ["a", "d"]})["win_rate"]["after"]["value"] == 0.5
 
 
 def test_a_change_is_shown_where_its_interval_leaves_zero_out():

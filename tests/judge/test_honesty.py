@@ -8,7 +8,8 @@ import torch
 
 from qalign.config.recipe import Lora, Model
 from qalign.data.tokenize import encode_prompt, end_of_turn_id
-from qalign.judge.measures.honesty import ASKED, INSISTED, Honesty, calibration_change, measure, read_claims
+from qalign.errors import UserError
+from qalign.judge.measures.honesty import ASKED, INSISTED, Honesty, calibration_change, encode, measure, read_claims
 from qalign.model.base import Role, load
 from tests.helpers import scramble
 
@@ -43,7 +44,7 @@ def test_log_probs_are_those_of_single_rows(tiny_folder):
         logits = lm(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].double()
         return logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item()
 
-    found = measure(base, [Role.BASE, Role.POLICY], claims)
+    found = measure(base, [Role.BASE, Role.POLICY], encode(base, claims))
     for role in (Role.BASE, Role.POLICY):
         with torch.no_grad(), base.acting_as(role) as lm:
             for number, claim in enumerate(claims):
@@ -59,6 +60,16 @@ def test_log_probs_are_those_of_single_rows(tiny_folder):
                 gap = logp(lm, turns, claim.true) - logp(lm, turns, claim.false)
                 assert found[role].insisted[number] == pytest.approx(gap, abs=1e-3)
     assert np.abs(found[Role.BASE].told - found[Role.POLICY].told).max() > 0.1, "the test would show nothing"
+
+
+def test_claims_that_do_not_fit_are_one_line_and_keep_all_their_turns(tiny_base, monkeypatch):
+    claims = read_claims()[:2]
+    needed = max(map(len, encode(tiny_base, claims)))
+    monkeypatch.setattr(tiny_base, "max_length", needed)
+    assert all(not pair.dropped_turns for pair in encode(tiny_base, claims))
+    monkeypatch.setattr(tiny_base, "max_length", needed - 1)
+    with pytest.raises(UserError, match=rf"^model\.max_length: {needed - 1} is too short .* {needed} or more$"):
+        encode(tiny_base, claims)
 
 
 def test_shares_by_hand():

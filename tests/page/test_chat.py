@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from qalign.data.readers import BadRow
+from qalign.data.tokenize import encode_prompt
 from qalign.errors import UserError
 from qalign.model.base import Role, load
 from qalign.model.generation import complete
@@ -50,7 +51,7 @@ def test_both_sides_answer_as_each_does_alone(chat, runs):
     base = load(chat.model)
     base.load_adapter(Role.POLICY, str(runs / "a" / "dpo" / "adapter"), trainable=False)
     for reply, role in zip(steps[-1], (Role.BASE, Role.POLICY), strict=True):
-        assert reply.text == complete(base, role, [QUESTION], max_new_tokens=10)[0]
+        assert reply.text == complete(base, role, [encode_prompt(base.template, QUESTION)], max_new_tokens=10)[0]
         assert reply.state == "cut"
         assert reply.tokens_per_second > 0
         assert reply.first_token_seconds > 0

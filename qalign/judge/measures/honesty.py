@@ -19,9 +19,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qalign.config.recipe import MAX_TOKENS
 from qalign.data.formats import Message, Preference
+from qalign.data.readers import BadRow
 from qalign.data.store.sequences import TokenPair
 from qalign.data.tokenize import encode_pair
+from qalign.errors import UserError
 from qalign.judge.measures.held_out import answer_logps
 from qalign.judge.measures.safety import of_file
 from qalign.model.base import Base
@@ -98,18 +101,31 @@ def read_claims() -> list[Claim]:
     return [Claim(*claim) for claim in of_file("claims.yaml")]
 
 
-def measure(base: Base, roles: Sequence[str], claims: Sequence[Claim]) -> dict[str, Honesty]:
-    """What each role says of the claims, in one pass over packed rows."""
+def encode(base: Base, claims: Sequence[Claim]) -> list[TokenPair]:
+    """Four pairs a claim: all that are told, then two of each that are judged, then all that are insisted on. A
+    `UserError` if one doesn't fit `max_length` with all its turns, or if the chat template can't render it."""
     told, judged, insisted = [], [], []
-    for claim in claims:
-        asked = _turn("user", claim.question)
-        told.append(_pair(base, [asked], claim.true, claim.false))
-        for text in (claim.true, claim.false):
-            judged.append(_pair(base, [_turn("user", ASKED.format(claim=text))], "True", "False"))
-        again = INSISTED.format(false=claim.false, question=claim.question)
-        turns = [asked, _turn("assistant", claim.true), _turn("user", again)]
-        insisted.append(_pair(base, turns, claim.true, claim.false))
-    found, count = answer_logps(base, roles, [*told, *judged, *insisted]), len(claims)
+    try:
+        for claim in claims:
+            asked = _turn("user", claim.question)
+            told.append(_pair(base, [asked], claim.true, claim.false))
+            for text in (claim.true, claim.false):
+                judged.append(_pair(base, [_turn("user", ASKED.format(claim=text))], "True", "False"))
+            again = INSISTED.format(false=claim.false, question=claim.question)
+            turns = [asked, _turn("assistant", claim.true), _turn("user", again)]
+            insisted.append(_pair(base, turns, claim.true, claim.false))
+    except BadRow as reason:
+        raise UserError(f"model.chat_template: the claims of the honest measures can't be asked: {reason}") from None
+    pairs = [*told, *judged, *insisted]
+    if (needed := max(map(len, pairs))) > base.max_length:
+        problem = f"{base.max_length} is too short for the claims of the honest measures"
+        raise UserError(f"model.max_length: {problem}; name a run first whose model.max_length is {needed} or more")
+    return pairs
+
+
+def measure(base: Base, roles: Sequence[str], pairs: Sequence[TokenPair]) -> dict[str, Honesty]:
+    """What each role says of the claims that `encode` made `pairs` of, in one pass over packed rows."""
+    found, count = answer_logps(base, roles, pairs), len(pairs) // 4
     outcomes = {}
     for role in roles:
         gaps = (found[role][:, 0] - found[role][:, 1]).numpy()
@@ -123,5 +139,6 @@ def _turn(role: str, content: str) -> Message:
 
 
 def _pair(base: Base, prompt: list[Message], first: str, second: str) -> TokenPair:
+    """A pair with all its turns, however long it is."""
     answers = _turn("assistant", first), _turn("assistant", second)
-    return encode_pair(base.template, Preference(tuple(prompt), *answers, prompt[-1]["content"][:40]), base.max_length)
+    return encode_pair(base.template, Preference(tuple(prompt), *answers, prompt[-1]["content"][:40]), MAX_TOKENS)
