@@ -53,6 +53,7 @@ from qalign.judge.comparison.sides import (
     same_base,
     sample,
     side_of,
+    told_apart,
 )
 from qalign.judge.win_rate import WinRate
 from qalign.model import lineage, origin
@@ -77,6 +78,7 @@ def compare(args: argparse.Namespace) -> None:
     sides, judge = (side_of(args.a), side_of(args.b)), judge_of(args.judge)
     if sides[0].file == sides[1].file and sides[0].adapter == sides[1].adapter:
         raise UserError(f"{args.a} and {args.b}: are the same; name two sides that differ")
+    sides = told_apart(sides, (args.a, args.b))
     if args.dial:
         dial.dials_of(args.dial)
         if not (sides[0].adapter and sides[1].is_model) or judge.kind == "votes":
@@ -262,9 +264,7 @@ def _light(args: argparse.Namespace, judge: Named) -> Judge | None:
         return UrlJudge(f"{args.judge_model} at {judge.word}", judge.word, args.judge_model)
     if judge.kind != "function":
         return None
-    file = expanded((function_of(judge.word) or ("",))[0])
-    digest = lineage.digest(file.read_bytes()) if file.is_file() else ""
-    return FunctionJudge(f"{judge.word} {digest}".strip(), judge.word)
+    return FunctionJudge(f"{judge.word} {lineage.function_hash(judge.word) or ''}".strip(), judge.word)
 
 
 def _on_base(judge: Named, models: dict[str, Model], bases: Bases) -> Judge:

@@ -120,7 +120,8 @@ def constitute(recipe: Recipe, run: ConstitutionRun) -> None:
             base.load_adapter(role, folder, trainable=False)
     feedback = _feedback(run, base, principles)
     session.planned, session.micro = Plan(feedback.limit.tokens, 0), feedback.limit
-    began = {"labeller": lineage.adapter_hash(labeller) if labeller else None, "principles": _digest(principles)}
+    labels = lineage.adapter_hash(labeller) if labeller else lineage.function_hash(settings.labeller)
+    began = {"labeller": labels, "principles": _digest(principles)}
     world.same(began)
     session.begin()
     world.first(lambda: _check_beginning(run, began))

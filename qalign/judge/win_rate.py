@@ -1,5 +1,7 @@
 """Win rates from pairwise judgements: raw, length-controlled, with bootstrap intervals. NumPy alone.
 
+Where all prompts are judged alike, every resample is the same, and the interval is Wilson's.
+
 A preference p in [0, 1] is the judge's probability that side A's answer is better than side B's; 0.5 is a tie. Lengths
 are in characters, as in AlpacaEval.
 
@@ -19,6 +21,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qalign.judge.logistic import Floats, fit, sigmoid
+from qalign.reports.reward_report import wilson
 
 Interval = tuple[float, float]
 
@@ -79,16 +82,18 @@ def win_rate(
         len(numbers), np.full(len(numbers), 1 / len(numbers)), size=RESAMPLES
     )
     rates = [weights @ p / weights.sum() for weights in (row[prompt] for row in counts)]
+    low, high = wilson(float(p.mean()), len(numbers))
+    alike = (low, high) if p.min() == p.max() else None
     weight = constant = interval = None
     if len(numbers) > 1:
         strength, (first, *_) = best_strength(x, p, prompt), _seeds(1)
         weight, constant = map(float, fit(x, p, np.ones_like(p), strength, first))
         constants = np.array([fit(x, p, row[prompt].astype(float), strength, first)[1] for row in counts[:REFITS]])
-        interval = _interval(sigmoid(constants)) if constants.any() else None
+        interval = (alike or _interval(sigmoid(constants))) if constants.any() else None
     wins, losses = int((p > 0.5).sum()), int((p < 0.5).sum())
     return WinRate(
         rate=float(p.mean()),
-        interval=_interval(rates),
+        interval=alike or _interval(rates),
         controlled=None if constant is None else float(sigmoid(constant)),
         controlled_interval=interval,
         length_weight=weight,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qalign.config.atomic import write_whole
-from qalign.config.paths import absolute_path, looks_local
+from qalign.config.paths import absolute_path, expanded, function_of, looks_local
 from qalign.errors import UserError
 from qalign.model.adapters.files import WEIGHTS
 
@@ -48,6 +48,12 @@ def digest(content: bytes | str) -> str:
 def adapter_hash(folder: str | Path) -> str | None:
     """The hash of an adapter's weights; None if the folder has no safetensors file."""
     file = Path(folder) / WEIGHTS
+    return digest(file.read_bytes()) if file.is_file() else None
+
+
+def function_hash(source: str) -> str | None:
+    """The hash of the file that `FILE.py:NAME` names; None for a function of an installed module."""
+    file = expanded((function_of(source) or ("",))[0])
     return digest(file.read_bytes()) if file.is_file() else None
 
 

@@ -1,6 +1,7 @@
 """`python -m qalign.compare`: two sides answer the same prompts, and a judge says which is better."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -42,6 +43,13 @@ def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("judge.py").write_text(JUDGE)
     return tmp_path
+
+
+def ppo_recipe(base, reward) -> str:
+    """A recipe of PPO with this reward run as its reward."""
+    keys = {"reward": str(reward.adapter), "data": TEST, "eval_data": TEST, "max_new_tokens": 8}
+    recipe = Path(write_recipe(Path("x"), base, "ppo", model={"max_length": 256}, **keys)).read_text()
+    return recipe.replace("micro_batch_size: 2", "micro_batch_size: auto").replace("batch_size: 4", "batch_size: 8")
 
 
 def rows_of(file) -> list[dict]:
@@ -143,10 +151,7 @@ def test_a_judge_that_a_side_was_trained_with_is_refused(run, reward, tiny_folde
     """As its reward, or in the run that it started from."""
     trained = Path("rl") / "ppo"
     shutil.copytree(run, trained)
-    keys = {"reward": str(reward.adapter), "data": TEST, "eval_data": TEST, "max_new_tokens": 8}
-    recipe = Path(write_recipe(Path("x"), tiny_folder, "ppo", model={"max_length": 256}, **keys)).read_text()
-    recipe = recipe.replace("micro_batch_size: 2", "micro_batch_size: auto").replace("batch_size: 4", "batch_size: 8")
-    (trained / "recipe.yaml").write_text(recipe)
+    (trained / "recipe.yaml").write_text(ppo_recipe(tiny_folder, reward))
     after = Path("next") / "dpo"
     shutil.copytree(run, after)
     text = (after / "recipe.yaml").read_text().replace("start_from: null", f"start_from: {trained / 'adapter'}")
@@ -155,6 +160,41 @@ def test_a_judge_that_a_side_was_trained_with_is_refused(run, reward, tiny_folde
     for side in (trained, after):
         assert leaving(main, str(side), "base", "--judge", str(reward.path), "--to", "out") == 2
         assert "was trained on the scores of" in line_of(capsys)
+
+
+def test_the_rewards_behind_online_rounds_and_scaled_copies_are_known(run, reward, tiny_folder, here, capsys):
+    """A best_of run with rounds is named by its folder or its adapter, and is that of its last round."""
+    rounds, part = Path("rl") / "best_of", Path("rl") / "best_of" / "round_2"
+    (part / "sampling").mkdir(parents=True)
+    (part / "sampling" / "recipe.yaml").write_text(ppo_recipe(tiny_folder, reward))
+    pairs = part / "sampling" / "pairs.jsonl"
+    pairs.write_text(json.dumps({"prompt": "a?", "chosen": "b", "rejected": "c"}) + "\n")
+    shutil.copytree(run, part / "dpo")
+    text = (part / "dpo" / "recipe.yaml").read_text()
+    (part / "dpo" / "recipe.yaml").write_text(
+        re.sub(r"(  data:\n  - path: ).*", rf"\1{pairs.resolve()}", text, count=1)
+    )
+    shutil.copytree(part / "dpo" / "adapter", rounds / "adapter")
+    (rounds / "summary.json").write_text('{"rounds": 2}')
+    shutil.copytree(part / "dpo" / "adapter", "copied/adapter")
+    kept = json.loads(Path("copied/adapter/lineage.json").read_text())
+    kept["parent"] = str((part / "dpo" / "adapter").resolve())
+    Path("copied/adapter/lineage.json").write_text(json.dumps(kept))
+
+    assert [side_of(str(place)).name for place in (rounds, rounds / "adapter")] == ["rl/best_of"] * 2
+    for side in (rounds, rounds / "adapter", part / "dpo", Path("copied/adapter")):
+        given = ("--prompts", TEST, "--recipe", str(part / "dpo" / "recipe.yaml"))
+        assert leaving(main, str(side), "base", "--judge", str(reward.path), "--to", "out", *given) == 2
+        assert "was trained on the scores of" in line_of(capsys)
+
+
+def test_sides_of_one_name_are_told_apart(here):
+    for folder in "xy":
+        Path(folder).mkdir()
+    words = [answers(f"{folder}/a.jsonl", {"p": folder * 3, "q": folder}) for folder in "xy"]
+    assert leaving(main, *words, "--judge", "judge.py:length", "--to", "out") == 0
+    assert [json.loads(Path("out/compare.json").read_text())[side] for side in "ab"] == words
+    assert len([*Path("out/arena_hard/model_answer").iterdir()]) == 2
 
 
 def test_a_judge_that_saw_the_prompts_is_refused(run, reward, here, capsys):

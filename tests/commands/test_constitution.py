@@ -173,9 +173,15 @@ def test_it_goes_on_where_it_was_killed_to_the_same_rows(recipe_path, monkeypatc
         assert again.metrics.read_bytes() == log
 
 
-def test_other_principles_than_it_began_with_are_noticed(recipe_path, tmp_path):
+def test_another_labeller_or_other_principles_than_it_began_with_are_noticed(recipe_path, tmp_path):
     run, _ = made(recipe_path)
     cut_at(run, 6)
+    code = tmp_path / "mine.py"
+    text = code.read_text()
+    code.write_text(f"{text}\n# edited")
+    with pytest.raises(UserError, match=r"constitution\.labeller: was \w+ when this run began and is \w+ now"):
+        made(recipe_path, resume=True)
+    code.write_text(text)
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"principles": PRINCIPLES[:2]}))
     with pytest.raises(UserError, match=r"constitution\.principles: was \w+ when this run began and is \w+ now"):
         made(recipe_path, resume=True)

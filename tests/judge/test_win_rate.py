@@ -89,6 +89,16 @@ def test_the_interval_is_two_standard_errors_wide_on_each_side():
     assert high - low == pytest.approx(2 * 1.96 * (0.6 * 0.4 / 100) ** 0.5, rel=0.1)
 
 
+@pytest.mark.parametrize(("count", "low"), [(1, 0.207), (4, 0.510), (40, 0.912)])
+def test_judgements_that_are_all_alike_are_no_certainty(count, low):
+    """Every resample is the same; Wilson's interval of n of n is [n / (n + 1.96²), 1]."""
+    found = win_rate([1.0] * count, [5] * count, [9] * count)
+
+    assert found.rate == 1
+    assert found.interval == pytest.approx((low, 1), abs=1e-3)
+    assert count == 1 or found.controlled_interval == found.interval
+
+
 def test_judgements_of_one_prompt_are_resampled_together():
     p = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0] * 5
     alone, together = (win_rate(p, p, p, names) for names in (None, [place // 4 for place in range(40)]))

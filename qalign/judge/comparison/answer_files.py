@@ -88,6 +88,7 @@ def _arena(
 ) -> dict[str, list[dict[str, Any]]]:
     """A is the model and B the baseline; in the first of two games the baseline is its "A"."""
     model, baseline, judged_by = map(file_name, (*names, judge))
+    baseline += "_b" if baseline == model else ""  # names may differ in what no file name has
     questions, answers, judgements = [], ([], []), []
     for number, (row, preference) in enumerate(zip(rows, found, strict=True)):
         uid = f"qalign-{number}"

@@ -53,7 +53,6 @@ def scaled(adapter: Path, dial: float, folder: Path) -> Path:
     """Writes a copy of a LoRA adapter whose scale is λ times its own: `lora_alpha`, and `alpha_pattern` where modules
     have their own."""
     target = folder / ADAPTER
-    shutil.rmtree(target, ignore_errors=True)
     shutil.copytree(adapter, target)
     file = target / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
@@ -75,13 +74,15 @@ def finish(
     kept: dict[str, Any] = {"a": sides[0].name, "b": sides[1].name, "judge": judge, "best": best}
     kept["dials"] = {f"{dial:g}": asdict(found) for dial, found in figures.items()}
     of_adapter = None
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)  # of an earlier call
     if sides[0].adapter and sides[1].adapter is None and best not in (0, 1):
         place = scaled(sides[0].adapter, best, folder)
         of_adapter = judge_scaled(Side(f"{sides[0].name} × {best:g}", place))
         kept["adapter"] = asdict(of_adapter)
         lines.append(("adapter", f"{place}: lora_alpha × {best:g}, {_in_words(of_adapter)}"))
-    elif best == 1:
-        lines.append(("adapter", "none written: the judge likes the model best as it is"))
+    elif best in (0, 1):
+        likes = "the model best as it is" if best else f"{sides[1].name} best"
+        lines.append(("adapter", f"none written: the judge likes {likes}"))
     draw(folder / PICTURE, figures, best, of_adapter, sides)
     write_whole(folder / FILE, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
     lines.append(("best", f"λ {best:g} on these prompts; measure it on others before you believe it"))

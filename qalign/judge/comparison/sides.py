@@ -5,7 +5,7 @@ Imports no torch until a model answers.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qalign.model.base import Base
     from qalign.model.decoding.mixture import Mixture
 
-BASE = "base"
+BASE, ROUNDS = "base", "best_of"
 Answers = dict[str, tuple[str, bool]]  # by prompt: the text, and whether it ended by itself
 Trained = set[str | None]  # what rewards are known by: the hashes of their weights, or `FILE:function`
 
@@ -60,6 +60,8 @@ def side_of(word: str) -> Side:
     if word == BASE:
         return Side(BASE)
     folder = expanded(word)
+    if last := _last_round(folder):
+        return replace(side_of(str(last)), name=f"{last.parents[2].name}/{ROUNDS}")
     if folder.is_file() or word.endswith(DATA_SUFFIXES):
         suffix = next((suffix for suffix in sorted(DATA_SUFFIXES, key=len)[::-1] if word.endswith(suffix)), "")
         return Side(folder.name.removesuffix(suffix), file=word)
@@ -72,6 +74,23 @@ def side_of(word: str) -> Side:
         return Side(f"{run.path.parent.name}/{run.stage}{suffix}", folder, run)
     run = open_run(word, ANSWERING_STAGES)
     return Side(f"{run.path.parent.name}/{run.stage}", run.adapter, run)
+
+
+def _last_round(folder: Path) -> Path | None:
+    """The run of DPO that left the adapter of a `best_of` run with rounds, which is named by its folder or adapter."""
+    whole = folder.parent if folder.name == "adapter" else folder
+    if whole.name != ROUNDS or not (whole / "summary.json").is_file():
+        return None
+    number = json.loads((whole / "summary.json").read_text(encoding="utf-8")).get("rounds")
+    last = whole.resolve() / f"round_{number}" / "dpo"
+    return last if (last / "summary.json").is_file() else None
+
+
+def told_apart(sides: tuple[Side, Side], words: tuple[str, str]) -> tuple[Side, Side]:
+    """Both sides under names that differ: where two runs or files have one name, under the words that name them."""
+    if sides[0].name != sides[1].name:
+        return sides
+    return replace(sides[0], name=words[0]), replace(sides[1], name=words[1])
 
 
 def same_base(one: Model, other: Model) -> bool:
@@ -93,7 +112,7 @@ def check_judge(word: str, judge: RunFolder, sides: tuple[Side, Side], asked: li
     answers to the prompts that are asked now."""
     own: Trained = {lineage.adapter_hash(folder) for folder in adapters_in(judge.adapter)}
     for side in sides:
-        if side.run and own & set(rewards_behind(side.run)):
+        if own & set(_rewards_of(side)):
             raise UserError(f"--judge: {side.name} was trained on the scores of {word}; name another reward run")
     if all(looks_local(source.path) for source in judge.settings.data):
         known, _ = rows_under("data", judge.settings, judge.recipe.seed, prompts)
@@ -106,25 +125,34 @@ def check_judge(word: str, judge: RunFolder, sides: tuple[Side, Side], asked: li
 def check_function(word: str, sides: tuple[Side, Side]) -> None:
     """Raises a `UserError` if one of the sides was trained on the scores of this function."""
     for side in sides:
-        if side.run and _function(word) in set(rewards_behind(side.run)):
+        if _function(word) in set(_rewards_of(side)):
             raise UserError(f"--judge: {side.name} was trained on the scores of {word}; name another function")
+
+
+def _rewards_of(side: Side) -> Iterator[str | None]:
+    """Those of its run, or of the run whose adapter a bare one was made from."""
+    if side.run:
+        yield from rewards_behind(side.run)
+    elif side.adapter and (kept := lineage.read(side.adapter)):
+        yield from _of_start(kept.parent, side.adapter.parent, 20)
 
 
 def rewards_behind(run: RunFolder, depth: int = 20) -> Iterator[str | None]:
     """What the rewards are known by that an adapter was trained on: its run's, those of the runs that it started from,
-    and those that chose its data (`best_of`)."""
+    and those that chose its data (`best_of`, and each of its rounds)."""
     if not depth:
         return
     if run.stage in RL_STAGES:
         yield from _of_section(run, getattr(run.recipe, run.stage))
     for source in run.settings.data:
         place = Path(source.path).parent
-        if looks_local(source.path) and place.name == "best_of" and (place / "recipe.yaml").is_file():
+        output = {ROUNDS: place.parent, "sampling": place.parent.parent.parent}.get(place.name)
+        if looks_local(source.path) and output and (place / "recipe.yaml").is_file():
             chosen = _recipe_in(place)
             if chosen and (settings := chosen.ppo):
-                chosen = chosen.model_copy(update={"output": str(place.parent)})
-                yield from _of_section(RunFolder(chosen, "ppo", name="best_of"), settings)
-                yield from _of_start(settings.start_from, place.parent, depth)
+                chosen = chosen.model_copy(update={"output": str(output)})
+                yield from _of_section(RunFolder(chosen, "ppo", name=ROUNDS), settings)
+                yield from _of_start(settings.start_from, output, depth)
     yield from _of_start(run.settings.start_from, run.path.parent, depth)
 
 
