@@ -11,7 +11,7 @@ independent. The prompts are the same, so the true error is a little smaller: an
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import exp, inf, isfinite, log, sqrt
 from typing import ClassVar
@@ -28,6 +28,7 @@ LENGTH_TOKENS = 16.0  # growing from 5 tokens to 12 is harmless
 REPEATED_RISE = 0.2  # a fifth of all lines: a reader can't miss it
 DISTINCT_RATIO = 0.5  # of distinct-2 at the start; about half of the answers must loop to get there
 ENDED_RATIO = 0.5
+SFT_WEIGHT = 0.1  # of the SFT loss that is advised beside DPO's losses
 ENDED_BEFORE = 0.5  # if fewer answers ended before training, max_new_tokens is too small to tell
 
 _LIST_MARKER = re.compile(r"^(?:[-*+•–]|\d+[.)])\s+")  # "1. Rest." and "2. Rest." say the same
@@ -208,6 +209,14 @@ def _answers_repeat(first: EvalPoint, last: EvalPoint) -> str | None:
 def _answers_never_end(first: EvalPoint, last: EvalPoint) -> str | None:
     fix = "penalise answers that do not end, or raise kl_coefficient"
     return f"{found}; {fix}" if (found := never_end(first, last)) else None
+
+
+def with_sft(loss: str | Mapping[str, float]) -> str:
+    """The override, such as `dpo.loss='{sigmoid: 1.0, sft: 0.1}'`, that adds the SFT loss to DPO's `loss` or doubles its
+    weight."""
+    weights = {loss: 1.0} if isinstance(loss, str) else {**loss}
+    weights["sft"] = 2 * weights["sft"] if "sft" in weights else SFT_WEIGHT
+    return f"dpo.loss='{{{', '.join(f'{name}: {weight}' for name, weight in weights.items())}}}'"
 
 
 def grew_long(first: SampledPoint, last: SampledPoint) -> str | None:

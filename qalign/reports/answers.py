@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from qalign.config.atomic import write_rows
 from qalign.config.stages import needs_reference
-from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines
+from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines, with_sft
 from qalign.reports.plots import counted
 from qalign.reports.reward_report import BY_CHANCE, sign_test
 
@@ -19,6 +19,7 @@ LOOP_TOKENS = 12  # a shorter tail that repeats may be meant: "no, no, no"
 LOOP_TURNS = 3
 LOOP_LINES = 0.5  # share of an answer's lines and sentences that repeat earlier ones
 RESAMPLES = 2000
+HELD_BY = {"dpo": "beta", "kto": "beta", "ppo": "kl_coefficient", "grpo": "kl_coefficient"}  # to the reference
 FEW_BETTER = 0.95  # share of pairs that were right before, from which on hardly any can be gained
 
 if TYPE_CHECKING:
@@ -189,8 +190,7 @@ def verdict(figures: Figures) -> list[str]:
         before, after = answers["before"], answers["after"]
         if answers["unchanged"] == after["answers"]:
             found.append(f"all {counted(after['answers'], 'answer')} are word for word as before")
-        stage = _stage(figures)
-        found += [line for line in (_of_endings(before, after, stage), _of_length(before, after, stage)) if line]
+        found += [line for line in (_of_endings(before, after, figures), _of_length(before, after, figures)) if line]
     if tax := figures.get("tax"):
         found.append(_of_tax(tax))
     return found
@@ -236,7 +236,13 @@ def _of_tax(tax: Figures) -> str:
 
 
 def _stage(figures: Figures) -> str:
-    return figures.get("stage", "dpo")
+    """The section of the recipe that says how it was trained; that of best_of's rounds is DPO's."""
+    stage = figures.get("stage", "dpo")
+    return "dpo" if stage == "best_of" else stage
+
+
+def _held_more(stage: str) -> str:
+    return f"a larger {stage}.{HELD_BY[stage]}" if stage in HELD_BY else ""
 
 
 def _of_pairs(figures: Figures) -> str:
@@ -269,23 +275,27 @@ def _of_pairs(figures: Figures) -> str:
     )
 
 
-def _of_endings(before: Figures, after: Figures, stage: str) -> str | None:
-    count = after["answers"]
+def _of_endings(before: Figures, after: Figures, figures: Figures) -> str | None:
+    stage, count = _stage(figures), after["answers"]
     cut, was_cut = (round((1 - each["ended"]) * count) for each in (after, before))
     loops, looped = (round(each["looping"] * count) for each in (after, before))
     said = f"{cut} of {count} answers don't end, {loops} loop (before: {was_cut}, {looped})"
     if loops > looped or cut > was_cut + count // 10:
-        mixed = "a larger dpo.beta or dpo.loss='{sigmoid: 1, sft: 0.2}'"
-        last = mixed if stage == "dpo" else f"or a larger {stage}.beta"
-        return f"{said}; try fewer {stage}.epochs, half the {stage}.learning_rate, {last}"
+        fixes = [f"fewer {stage}.epochs", f"half the {stage}.learning_rate", _held_more(stage)]
+        fixes.append(with_sft(figures["loss"]) if stage == "dpo" and "loss" in figures else "")
+        return f"{said}; try {' or '.join(filter(None, fixes))}"
     if max(cut, loops) > count // 4:
-        return f"{said}: as before training; SFT on short whole answers first ({stage}.start_from=sft) teaches to end"
+        first = "short whole answers in sft.data teach"
+        if stage != "sft":
+            first = f"SFT on short whole answers first ({stage}.start_from=sft) teaches"
+        return f"{said}: as before training; {first} to end"
     return None
 
 
-def _of_length(before: Figures, after: Figures, stage: str) -> str | None:
+def _of_length(before: Figures, after: Figures, figures: Figures) -> str | None:
     if after["length"] <= LENGTH_RATIO * before["length"] or after["length"] - before["length"] < LENGTH_TOKENS:
         return None
     grew = f"answers grew long, {before['length']:.0f} → {after['length']:.0f} tokens"
-    other = "dpo.loss=sigmoid_norm or " if stage == "dpo" else ""
-    return f"{grew}; read some, and if they are not better, try {other}a larger {stage}.beta"
+    stage = _stage(figures)
+    fixes = ["dpo.loss=sigmoid_norm" if stage == "dpo" else "", _held_more(stage) or f"fewer {stage}.epochs"]
+    return f"{grew}; read some, and if they are not better, try {' or '.join(filter(None, fixes))}"

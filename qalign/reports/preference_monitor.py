@@ -182,7 +182,8 @@ class PreferenceMonitor(Monitor):
 
     def warnings(self, count: int | None = None) -> list[str]:
         """The alarms of the last of the first `count` points, or of all."""
-        return alarms(self.points[:count], self.stage, has_sft_term=isinstance(self.settings, DPO))
+        losses = self.settings.losses if isinstance(self.settings, DPO) else None
+        return alarms(self.points[:count], self.stage, losses)
 
     @property
     def alarm_steps(self) -> list[int]:

@@ -5,12 +5,21 @@ The loss of DPO or KTO looks at given answers alone. It can fall while the polic
 arXiv:2403.19159), or loses the end of its answers. So held-out answers are sampled, and measured beside held-out pairs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from qalign.reports.alarms import REPEATED_RISE, SURE_ERRORS, SampledPoint, change, grew_long, never_end, share_error
+from qalign.reports.alarms import (
+    REPEATED_RISE,
+    SURE_ERRORS,
+    SampledPoint,
+    change,
+    grew_long,
+    never_end,
+    share_error,
+    with_sft,
+)
 from qalign.reports.plots import (
     BLUE,
     GREEN,
@@ -73,15 +82,15 @@ def point_of(line: dict[str, Any]) -> PreferencePoint:
     return PreferencePoint(step=line["step"], **figures)
 
 
-def alarms(points: Sequence[PreferencePoint], stage: str, *, has_sft_term: bool) -> list[str]:
+def alarms(points: Sequence[PreferencePoint], stage: str, losses: Mapping[str, float] | None = None) -> list[str]:
     """Warnings about the last point, one sentence each, with what to set; empty if all is well. The first point is from
-    before training. `has_sft_term`: the stage can add a loss on the chosen answers."""
+    before training. `losses`: the weights of DPO's losses by name; None in other stages."""
     if len(points) < 2:
         return []
     first, last = points[0], points[-1]
     held = f"raise {stage}.beta, halve {stage}.learning_rate or train for fewer steps"
-    sft = f"set {stage}.sft_weight=0.1, " if has_sft_term else ""
-    shorter = "dpo.loss=sigmoid_norm or " if has_sft_term else ""
+    sft = f"set {with_sft(losses)}, " if losses else ""
+    shorter = "dpo.loss=sigmoid_norm or " if losses else ""
     found = (
         (_chosen_fell(first, last), f"{sft}{held}"),
         (

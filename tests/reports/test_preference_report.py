@@ -17,7 +17,7 @@ NO_PAIRS = replace(START, accuracy=None, margin=None, kl_nats=None, rejected_log
 
 
 def then(first: PreferencePoint = START, **changes) -> list[str]:
-    return alarms([first, replace(first, step=12, **changes)], "dpo", has_sft_term=True)
+    return alarms([first, replace(first, step=12, **changes)], "dpo", {"sigmoid": 1.0})
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def then(first: PreferencePoint = START, **changes) -> list[str]:
         (START, {"chosen_logps": -99.9, "rejected_logps": -300.0, "margin": 20.0}, None),
         (START, {"chosen_logps": -115.0, "rejected_logps": -170.0},
          ["fell by 35 nats, -80 → -115 (0.88 a token, steps 0 → 12, those of rejected answers by 70)", "dpo.beta",
-          "dpo.sft_weight=0.1"]),
+          "set dpo.loss='{sigmoid: 1.0, sft: 0.1}'"]),
         (START, {"chosen_logps": -20.0}, None),
         (NO_PAIRS, {"chosen_logps": -115.0}, ["0.88 a token, steps 0 → 12)"]),
         # With 24 answers, exp(3 sqrt(2/24)) is 2.38: the mean of 60 tokens may reach 142.7 by chance.
@@ -56,12 +56,12 @@ def test_when_an_alarm_is_raised_and_what_it_says(first, changes, parts):
 def test_a_stage_without_an_sft_term_is_not_told_to_set_one():
     worst = {"chosen_logps": -200.0, "length": 400.0, "looping": 0.9, "ended": 0.1}
     points = [NO_PAIRS, replace(NO_PAIRS, step=9, **worst)]
-    found = alarms(points, "kto", has_sft_term=False)
+    found = alarms(points, "kto")
     assert len(found) == 4
     assert not any("sft" in line or "dpo" in line or "sigmoid" in line for line in found)
     assert all("kto.beta" in line for line in found)
-    assert not alarms(points[:1], "kto", has_sft_term=False)
-    assert not alarms([*points, replace(NO_PAIRS, step=10)], "kto", has_sft_term=False), "all is well again"
+    assert not alarms(points[:1], "kto")
+    assert not alarms([*points, replace(NO_PAIRS, step=10)], "kto"), "all is well again"
 
 
 @pytest.mark.parametrize("point", [START, NO_PAIRS, replace(START, length=1 / 3, kl_nats=-0.1)])
@@ -93,7 +93,7 @@ def test_healthy_runs_hardly_ever_raise_an_alarm(answers, rows, at_most):
     random, count = np.random.default_rng(answers), 0
     for _ in range(400):
         points = healthy(random, answers, rows, growth=1.2)
-        count += any(alarms(points[: end + 1], "dpo", has_sft_term=True) for end in range(6))
+        count += any(alarms(points[: end + 1], "dpo", {"sigmoid": 1.0}) for end in range(6))
     assert count <= at_most * 400
 
 
@@ -103,7 +103,7 @@ def test_runs_whose_answers_come_to_loop_raise_one(answers, looping, at_least):
     for _ in range(200):
         shares = [random.binomial(answers, share) / answers for share in (0.02, looping)]
         first, last = (replace(START, answers=answers, looping=share) for share in shares)
-        count += bool(alarms([first, last], "dpo", has_sft_term=True))
+        count += bool(alarms([first, last], "dpo", {"sigmoid": 1.0}))
     assert count >= at_least * 200
 
 
