@@ -1,7 +1,5 @@
 """Win rates from pairwise judgements: raw, length-controlled, with bootstrap intervals. NumPy alone.
 
-Where all prompts are judged alike, every resample is the same, and the interval is Wilson's.
-
 A preference p in [0, 1] is the judge's probability that side A's answer is better than side B's; 0.5 is a tie. Lengths
 are in characters, as in AlpacaEval.
 
@@ -82,9 +80,7 @@ def win_rate(
         len(numbers), np.full(len(numbers), 1 / len(numbers)), size=RESAMPLES
     )
     rates = [weights @ p / weights.sum() for weights in (row[prompt] for row in counts)]
-    low, high = wilson(float(p.mean()), len(numbers))
-    alike = (low, high) if p.min() == p.max() else None
-    weight = constant = interval = None
+    alike, weight, constant, interval = _if_alike(p, len(numbers)), None, None, None
     if len(numbers) > 1:
         strength, (first, *_) = best_strength(x, p, prompt), _seeds(1)
         weight, constant = map(float, fit(x, p, np.ones_like(p), strength, first))
@@ -102,6 +98,12 @@ def win_rate(
         losses=losses,
         prompts=len(numbers),
     )
+
+
+def _if_alike(p: Floats, prompts: int) -> Interval | None:
+    """Wilson's interval where all preferences are the same, as all resamples are then; None where they differ."""
+    low, high = wilson(float(p.mean()), prompts)
+    return (low, high) if p.min() == p.max() else None
 
 
 def design(lengths_a: ArrayLike, lengths_b: ArrayLike) -> Floats:
