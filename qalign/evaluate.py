@@ -40,7 +40,7 @@ from qalign.data.formats import (
 )
 from qalign.data.rows import rows_hash
 from qalign.errors import UserError, one_line
-from qalign.model import origin
+from qalign.model import lineage, origin
 from qalign.reports.answers import evaluation_lines, spread, verdict
 from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_under
 from qalign.train.processes.world import current
@@ -87,7 +87,9 @@ def report(
 
     scorers = open_scorers(recipe, run) if run.stage in RL_STAGES else None
     hashes = {"held-out rows": rows_hash(rows), "--dialogues": rows_hash(others[1] if others else [])}
-    world.connect(facts_of(run) | hashes, "")
+    adapters = (*adapters_in(run.adapter), *filter(None, [run.parent]))
+    weights = {str(folder): lineage.adapter_hash(folder) for folder in adapters}
+    world.connect(facts_of(run) | hashes | weights | (scorers.identities if scorers else {}), "")
     base = world.in_turn(lambda: load(recipe.model, now=rendered_at(run)))
     if stage != "reward":
         _load_adapters(base, run)
@@ -195,7 +197,6 @@ def check_usable(source: str, used: int, refused: Sequence[Refused], expected: s
 
 def _load_adapters(base: "Base", run: RunFolder) -> None:
     """Puts the policy on the base, and beside it the adapter that it started from."""
-    from qalign.model import lineage
     from qalign.model.base import Role
 
     for key, folder in (("the run", str(run.adapter)), (f"{run.stage}.start_from", run.parent)):
@@ -269,7 +270,7 @@ def _policy(base: "Base", run: RunFolder, rows: Sequence[Prompt], scorers: Any) 
     sampling = Sampling(settings.max_new_tokens, settings.temperature, stop_ids_of(base.template))
     held_out, limit = StageRows([], asked, [], {}), MicroBatchLimit(tokens=BATCH_TOKENS)
     setup = Setup(base, base.lineage(run.stage), scorers, TransformersEngine(), sampling, held_out)
-    scorers.load_models(base)
+    current().in_turn(lambda: scorers.load_models(base))
     scorers.attach(base, limit)
     return *of_policy(setup, limit), unfit
 

@@ -125,7 +125,7 @@ def set_up(run: RunFolder, found: ReadRows, *, trainable: bool) -> Setup:
     scorers = open_scorers(recipe, run)
     found.intake.by_rewards = set(filter(scorers.takes, found.intake.seen))
     base = load_base(run)
-    world.same({f"{scorer.key} ({scorer.name})": scorer.identity for scorer in scorers.all})
+    world.same(scorers.identities)
     # One position is left for the end of turn that a cut answer gets before a reward adapter scores it.
     room = int(min(length, reach - 1)) - settings.max_new_tokens
     session = Session(run, base, encode_rows(run, base.template, found, encode_questions, room))

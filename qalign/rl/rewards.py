@@ -45,6 +45,11 @@ class Scorers:
     def all(self) -> list[Scorer]:
         return [*self.reward, *self.judge]
 
+    @property
+    def identities(self) -> dict[str, str | None]:
+        """What must be the same in all processes, by key and name."""
+        return {f"{scorer.key} ({scorer.name})": scorer.identity for scorer in self.all}
+
     def takes(self, name: str) -> bool:
         """Whether a Python function among the scorers is given a column of the rows."""
         return any(isinstance(scorer, FunctionScorer) and scorer.takes(name) for scorer in self.all)

@@ -89,28 +89,31 @@ class Session:
         """Adds the adapter to train: new, or a copy of the one that `start_from` names, which must have been trained
         with the same base, tokenizer and chat template. `reference` keeps a frozen copy of that one as the reference.
         (A new adapter needs none: its reference is the base with adapters off.) An ensemble has one for each member,
-        with the initial weights of the member's own seed."""
+        with the initial weights of the member's own seed. Several processes begin with the weights of the first one."""
         recipe, settings = self.run.recipe, self.run.settings
+        set_seed(recipe.seed)
         if isinstance(settings, Reward) and settings.members > 1:
             for number, role in enumerate(self.roles, start=1):
                 set_seed(member_seed(recipe.seed, number))
                 self.base.add_adapter(role, recipe.lora, settings.share)
-            return
-        set_seed(recipe.seed)
-        if parent := self.run.parent:
+        elif parent := self.run.parent:
             lineage.check(f"{self.run.stage}.start_from", parent, self.origin)
             self.base.load_adapter(self.roles[0], parent, trainable=True)
             if reference:
                 self.base.load_reference(parent)
         else:
             self.base.add_adapter(self.roles[0], recipe.lora)
+        self._copy_weights()
+
+    def _copy_weights(self) -> None:
+        self.world.copied([w for role in self.roles for w in self.base.trained_weights(role).values()])
 
     def plan(self, longest: int, other_bytes: int = 0) -> None:
         """Resolves the `auto` settings of the stage for this base and this device, or raises a `UserError` if not even
         the longest row fits: of `longest` tokens, of a pair both answers with the prompt once. `other_bytes` is the
         memory of models next to the base. Several processes take the plan of the one that has room for the least."""
-        own = self.world.agreed(lambda: self._plan(longest, other_bytes))
-        self.planned = min(self.world.gathered(own), key=lambda plan: (plan.tokens, -plan.checkpointed_layers))
+        plans = self.world.gathered(self.world.agreed(lambda: self._plan(longest, other_bytes)))
+        self.planned = min(plans, key=lambda plan: (plan.tokens, -plan.checkpointed_layers, -plan.offloaded))
         self.micro = micro_batch(self.run.settings, self.planned, longest)
         if self.planned.offloaded:
             with self.base.acting_as(self.base.role) as lm:
@@ -206,7 +209,7 @@ class Session:
             else:
                 self._resume(trainer, self.checkpoint)
             if trainer.args.load_best_model_at_end:  # the first process knows which checkpoint that was
-                self.world.copied([w for role in self.roles for w in self.base.trained_weights(role).values()])
+                self._copy_weights()
             if monitor and self.world.is_first and trainer.state.global_step >= trainer.state.max_steps:
                 monitor.look(trainer.state.global_step)
             return trainer.state.global_step, trainer.state.max_steps, self.callback.tokens_seen

@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from qalign import evaluate
+from qalign.config.load import load as load_recipe
 from qalign.config.recipe import Lora, Model
 from qalign.config.stages import Source
 from qalign.data.formats import dialogues
 from qalign.data.store.sequences import IGNORED, TokenDialogue
 from qalign.data.tokenize import encode_dialogues
+from qalign.errors import UserError
 from qalign.judge.measures import held_out
+from qalign.model import lineage
 from qalign.model.base import Role, load
 from qalign.reports.answers import change, verdict
+from qalign.train.processes.world import World, entered
 from tests.helpers import TEST, leaving, metrics, refusal, scramble, summary
 from tests.reward_runs import DATA, run_stage, write_recipe
 
@@ -139,6 +143,21 @@ def test_a_ppo_run_earns_what_its_monitor_saw(ppo_run, capsys):
     assert "on 5 held-out prompts" in said
     assert f"{found['reward']['before']:+.3f} → {found['reward']['after']:+.3f}" in said
     assert "alignment tax" in said
+
+
+def test_processes_compare_the_adapters_and_scorers_that_they_measure(ppo_run):
+    compared = {}
+
+    class Several(World):
+        def connect(self, facts, go_on):
+            compared.update(facts)
+            raise UserError("no more is needed")
+
+    path, run = ppo_run
+    with entered(Several()), pytest.raises(UserError, match="no more"):
+        evaluate.report(load_recipe(path, stage="ppo"), "ppo")
+    assert compared[str(run.adapter)] == lineage.adapter_hash(run.adapter)
+    assert compared["ppo.reward (words)"] is None, "the hash of an adapter; this one is a function"
 
 
 def test_best_of_without_rounds_is_what_sampling_gained(ppo_run, tmp_path, capsys):

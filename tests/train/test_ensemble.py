@@ -2,7 +2,9 @@
 pass or in several, in any micro-batches, resumed or not; and its folder is a plain adapter."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +18,13 @@ from qalign.model.adapters.members import Ensemble
 from qalign.model.base import Base, Role, load
 from qalign.model.logps import backbone
 from qalign.score import score
+from qalign.train.processes.world import ALONE
 from qalign.train.run_folder import RunFolder, open_run
 from qalign.train.trainers.adapter import CONFIGS
-from qalign.train.trainers.reward import RewardModelTrainer
+from qalign.train.trainers.reward import EnsembleTrainer, RewardModelTrainer
 from tests.helpers import TEST, TRAIN, house_style, merge, metrics, refusal, stopping_after, summary
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
+from tests.train.processes import Idle
 
 WEIGHTS = "adapter_model.safetensors"
 MEMBERS = ("member_1", "member_2", "member_3")
@@ -211,3 +215,16 @@ def test_the_best_checkpoint_of_all_members_is_taken(recipe):
         scores = ensemble.pair_scores(house_style(base.tokenizer, 4))
     loss = -torch.nn.functional.logsigmoid(scores[:, 0] - scores[:, 1]).mean().item()
     assert loss == pytest.approx(min(losses), abs=1e-4)
+
+
+@pytest.mark.parametrize(("world", "restored"), [(ALONE, [*MEMBERS]), (Idle(), [])])
+def test_only_the_first_process_looks_for_the_best_checkpoint(world, restored, monkeypatch):
+    """What another one knows is from the checkpoint that it resumed, which may have been deleted since."""
+    monkeypatch.setattr(RewardModelTrainer, "train", lambda self: None)
+    trainer, found = object.__new__(EnsembleTrainer), []
+    trainer.world, trainer.args = world, SimpleNamespace(load_best_model_at_end=True)
+    trainer.state = SimpleNamespace(best_model_checkpoint="checkpoint-1")
+    trainer.ensemble = SimpleNamespace(open=nullcontext, roles=MEMBERS)
+    trainer.base = SimpleNamespace(restore_adapter=lambda role, folder: found.append(role))
+    trainer.train()
+    assert found == restored

@@ -10,13 +10,18 @@ import torch
 from safetensors.torch import load_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+import qalign.train.loop
 import qalign.train.trainers.sft
-from qalign.config.stages import DPO, PPO, SFT
+from qalign.config.recipe import Recipe
+from qalign.config.stages import DPO, PPO, SFT, Reward
 from qalign.data.collate import MicroBatchLimit
 from qalign.errors import UserError, not_finite
+from qalign.model.adapters.members import member_roles
+from qalign.model.base import Role
 from qalign.model.memory.forecast import Plan
 from qalign.train.callbacks import RunCallback
 from qalign.train.loop import Session, few_steps, micro_batch, planned_steps
+from qalign.train.processes.world import World
 from tests.helpers import TRAIN, dpo_config, metrics
 from tests.reward_runs import run_stage, write_recipe
 
@@ -90,6 +95,46 @@ def test_out_of_memory_suggests_what_takes_less(stage, keys, fix):
     (line,) = raised.value.lines
     assert line.startswith("out of GPU memory with up to 4,096 tokens at a time, 2 layers checkpointed (CUDA out of ")
     assert line.endswith(f"). Try {fix}")
+
+
+@pytest.mark.parametrize(
+    ("plans", "taken"),
+    [
+        ([Plan(4096, 2), Plan(2048, 0)], Plan(2048, 0)),
+        ([Plan(2048, 0), Plan(2048, 2)], Plan(2048, 2)),
+        ([Plan(2048, 2), Plan(2048, 2, offloaded=7)], Plan(2048, 2, offloaded=7)),
+    ],
+)
+def test_processes_take_the_plan_of_the_one_with_the_least_room(plans, taken, monkeypatch):
+    class Several(World):
+        def gathered(self, value):
+            return plans
+
+    offloaded = []
+    monkeypatch.setattr(qalign.train.loop, "offload", offloaded.append)
+    session = object.__new__(Session)
+    session.world, session._plan, session.run = Several(), lambda *_: plans[0], SimpleNamespace(settings=settings())
+    session.base = SimpleNamespace(role="policy", acting_as=nullcontext)
+    session.plan(100)
+    assert (session.planned, len(offloaded)) == (taken, bool(taken.offloaded))
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_processes_begin_with_the_weights_of_the_first_one(members, tiny_base):
+    sent = []
+
+    class Several(World):
+        def copied(self, weights):
+            sent.extend(weights)
+
+    given = settings(Reward, members=members)
+    roles = member_roles(given) or (Role.REWARD,)
+    session = object.__new__(Session)
+    session.world, session.base, session.roles = Several(), tiny_base, roles
+    session.run = SimpleNamespace(recipe=Recipe(model=tiny_base.spec, output="unused"), settings=given, parent=None)
+    session.add_adapter()
+    assert sent
+    assert {*map(id, sent)} == {id(w) for role in roles for w in tiny_base.trained_weights(role).values()}
 
 
 def test_not_finite_names_each_row_once():

@@ -60,10 +60,14 @@ class EnsembleTrainer(RewardModelTrainer):
     def train(self, *args, **kwargs):
         with self.ensemble.open():
             found = super().train(*args, **kwargs)
-        if self.args.load_best_model_at_end and (best := self.state.best_model_checkpoint):
+        if self.args.load_best_model_at_end:
+            self.world.first(self._restore_best)  # which knows its checkpoint; `Session.train` sends its weights
+        return found
+
+    def _restore_best(self) -> None:
+        if best := self.state.best_model_checkpoint:
             for role, folder in places(self.ensemble.roles, Path(best)).items():  # `Trainer` looks for one adapter
                 self.base.restore_adapter(role, folder)
-        return found
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         self.base.train_again()  # a checkpoint that was loaded has left only the active adapter trainable
