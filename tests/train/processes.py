@@ -91,16 +91,18 @@ def wait_until(is_there: Callable[[], bool], processes: list[Command]) -> None:
         time.sleep(0.05)
 
 
-def assert_killed(processes: list[Command], killed: int) -> None:
-    """Kills a process: the others end within 30 s with a line that names it."""
-    processes[killed].kill()
+def assert_killed(processes: list[Command], *killed: int) -> None:
+    """Kills processes: the others end within 30 s with one line that names one of them."""
+    for number in killed:
+        processes[number].kill()
     began = time.monotonic()
     codes, _, errors = ended(processes)
     assert time.monotonic() - began < 30
-    expected = [-signal.SIGKILL if number == killed else 2 for number in range(len(processes))]
+    expected = [-signal.SIGKILL if number in killed else 2 for number in range(len(processes))]
     assert codes == expected, errors
     said = "".join(errors).strip()
-    assert re.fullmatch(rf"process {killed} \(host \S+, pid {processes[killed].pid}\) ended .*--resume", said), errors
+    named = "|".join(rf"process {number} \(host \S+, pid {processes[number].pid}\)" for number in killed)
+    assert re.fullmatch(rf"({named}) ended .*--resume", said), errors
 
 
 def assert_stopped(processes: list[Command], number: signal.Signals) -> str:

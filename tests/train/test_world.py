@@ -120,10 +120,10 @@ def started(tiny_folder: str, folder: Path, count: int):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_killed_process_ends_the_others_with_a_line_that_names_it(killed, tiny_folder, tmp_path):
-    path, processes = started(tiny_folder, tmp_path, 3)
-    assert_killed(processes, killed)
+@pytest.mark.parametrize(("count", "killed"), [(3, [0]), (3, [1]), (4, [0, 1])])
+def test_a_killed_process_ends_the_others_with_a_line_that_names_it(count, killed, tiny_folder, tmp_path):
+    path, processes = started(tiny_folder, tmp_path, count)
+    assert_killed(processes, *killed)
     assert opened(path).last_checkpoint().name in run_together("dpo", path, 2, "--resume")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from qalign.errors import UserError, short
 from qalign.train.processes.launch import Launch
-from qalign.train.processes.watch import SILENCE, Member, ProcessEnded, Watch, read_end, write_end
+from qalign.train.processes.watch import BEAT, SILENCE, Member, ProcessEnded, Watch, read_end, write_end
 
 MEET = 600.0  # seconds to wait for the others to start
 LATE, LINGER = 60.0, 12.0  # and, at the end, to reach them and for them to end
@@ -118,22 +118,25 @@ class Meeting:
         """Tells the others why this process ends, and says it unless another one does. Returns the exit code."""
         if self.watch:
             self.watch.stop()
-        says = self.launch.rank == (1 if end.dead == 0 else 0)
+        sayer = next(rank for rank in range(self.launch.size) if rank != end.dead and not self._is_gone(rank))
+        says, answers, heard = sayer == self.launch.rank, False, False
         if says:
             self._say(end)
         with suppress(Exception):  # the store ends with the process that keeps it
-            try:
+            if not (self.watch and self.watch.is_stuck):
                 store = self._connected(LATE)
-            except UserError:
-                if not says:
-                    self._say(end)
-                raise
-            store.set(f"end/{self.launch.rank}", write_end(end))
-            if says:
-                store.set("said", "")
-                self._linger(end.dead)
-            elif not self._within(LINGER, lambda: store.check(["said"])):
-                self._say(end)
+                store.set(f"end/{self.launch.rank}", write_end(end))
+                if says:
+                    store.set("said", "")
+                else:
+                    # One on a host that was lost says nothing; if only another process was, it has said it by now.
+                    seconds = 2 * BEAT if sayer in self._lost_with(end.dead) else LINGER
+                    heard = self._within(seconds, lambda: store.check(["said"]))
+                answers = True
+        if says:
+            self._linger(end.dead, answers=answers)
+        elif not (heard if answers else self._is_here(sayer)):
+            self._say(end)
         return end.code
 
     def exit_now(self, end: ProcessEnded) -> None:
@@ -147,20 +150,32 @@ class Meeting:
         hint = [f"go on with: {self.hint}"] if self.hint and end.dead is not None else []
         print("; ".join([*end.lines, *hint]) if hint else "\n".join(end.lines), file=self._stderr, flush=True)
 
-    def _linger(self, dead: int | None) -> None:
-        """Keeps the store until the others have ended too, but for one that is dead."""
-        ranks = [rank for rank in range(self.launch.size) if rank not in (self.launch.rank, dead)]
+    def _linger(self, dead: int | None, *, answers: bool = True) -> None:
+        """Stays, and keeps the store, until the others have ended too: as the store says if it still `answers`, and as
+        this host's system does. Doesn't wait for one that is dead, nor for those that may be lost with its host."""
+        ranks = {*range(self.launch.size)} - {self.launch.rank, dead} - self._lost_with(dead)
 
-        def all_ended() -> bool:
-            return all(
-                self.store.check([f"end/{rank}"]) or self.store.check([f"left/{rank}"]) or self._is_gone(rank)
-                for rank in ranks
-            )
+        def has_ended(rank: int) -> bool:
+            if self._is_gone(rank):
+                return True
+            if not answers:
+                return not self._is_here(rank)  # nobody knows
+            return self.store.check([f"end/{rank}"]) or self.store.check([f"left/{rank}"])
 
-        self._within(LINGER, all_ended)
+        with suppress(Exception):
+            self._within(LINGER, lambda: all(map(has_ended, ranks)))
+
+    def _lost_with(self, dead: int | None) -> set[int]:
+        """The processes on the host of a dead one, unless it is this host, whose system knows them."""
+        there = self.members[dead].host if dead in self.members else self.me.host
+        return {rank for rank, member in self.members.items() if member.host == there != self.me.host}
+
+    def _is_here(self, rank: int) -> bool:
+        """Whether a process is on this host, and alive."""
+        return rank in self.members and self.members[rank].host == self.me.host and not self._is_gone(rank)
 
     def _is_gone(self, rank: int) -> bool:
-        return rank in self.members and self.members[rank].is_gone
+        return rank != self.launch.rank and rank in self.members and self.members[rank].is_gone
 
     def _within(self, seconds: float, condition: Callable[[], bool]) -> bool:
         """Whether a condition comes true within so many seconds."""

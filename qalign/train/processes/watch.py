@@ -61,15 +61,22 @@ class ProcessEnded(BaseException):
 
 class Watch:
     """The thread. `store` is a connection of its own to where the processes meet; `end` is called with the reason where
-    the main thread doesn't end within `GRACE`, and must end the process."""
+    the main thread doesn't end within `GRACE`, and must end the process.
+
+    Attributes:
+        is_stuck: whether the store doesn't answer any more, as its host froze. Whoever asks it waits for ever.
+    """
+
+    is_stuck = False
 
     def __init__(self, store: Any, me: Member, others: Iterable[Member], end: Callable[[ProcessEnded], None]):
         self._store, self._me, self._end = store, me, end
         self._heard = {member: ("", time.monotonic()) for member in others}
         self._found: ProcessEnded | None = None
-        self._noticed, self._stopped = threading.Event(), threading.Event()
+        self._noticed, self._stopped, self._looked = threading.Event(), threading.Event(), time.monotonic()
         self._thread = threading.Thread(target=self._run, daemon=True, name="watch of the other processes")
         self._thread.start()
+        threading.Thread(target=self._time, daemon=True, name="watch of the store").start()
 
     def check(self, wait: float = 0.0) -> None:
         """Raises `ProcessEnded` if another process has ended, or is found to have within `wait` seconds."""
@@ -93,12 +100,25 @@ class Watch:
                 found = self._look()
             except Exception as error:  # the store is gone: with the process, or the launcher, that kept it
                 found = self._without_store(error)
+            self._looked = time.monotonic()
             if found:
-                self._found = found
-                self._noticed.set()
-                if not self._stopped.wait(GRACE):
-                    self._end(found)
+                return self._notice(found)
+
+    def _time(self) -> None:
+        """In a thread of its own: `TCPStore.check` has no timeout."""
+        while not self._stopped.wait(BEAT):
+            if self._found:
                 return
+            if time.monotonic() - self._looked > SILENCE:
+                self.is_stuck, keeper = True, next((member for member in self._heard if member.rank == 0), None)
+                broken = ProcessEnded(2, [f"the store where the processes meet didn't answer for {SILENCE:.0f} s"])
+                return self._notice(dead(keeper) if keeper else broken)
+
+    def _notice(self, found: ProcessEnded) -> None:
+        self._found = found
+        self._noticed.set()
+        if not self._stopped.wait(GRACE):
+            self._end(found)
 
     def _look(self) -> ProcessEnded | None:
         for member in [*self._heard]:
