@@ -263,7 +263,9 @@ def main(words: Sequence[str] | None = None) -> None:
     def work(args: argparse.Namespace) -> None:
         n, others = _split(args.overrides, "n", 16, 2, MOST)
         rounds, overrides = _split(others, "rounds", 1, 1, MOST_ROUNDS)
-        run = BestOfRun(load(args.recipe, overrides, "ppo"), n, shlex.join([args.recipe, *overrides]), rounds)
+        run = BestOfRun(
+            load(args.recipe, overrides, "ppo", command="best_of"), n, shlex.join([args.recipe, *overrides]), rounds
+        )
         if rounds == 1:
             return work_in(run, args, best_of)
         from qalign.rounds import learn_online  # it imports this module

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NoReturn, TextIO, TypeVar
 
 from qalign.config import cache
+from qalign.config.atomic import check_writable
 from qalign.config.load import load
 from qalign.config.paths import expanded
 from qalign.config.recipe import NOT_SHARED, Recipe
@@ -57,6 +58,7 @@ SHARED_BASE = ("sft", "reward", "dpo", "kto")  # stages whose processes can shar
 SHARED = (*SHARED_BASE, "ppo", "grpo")  # stages that several processes can run together
 MODULES = {"page": "qalign.page.launch"}  # of commands that are no module right under qalign
 Run = TypeVar("Run", bound=RunFolder)
+OTHER_NAMES = {"merge": "; to merge an adapter into its base: `qalign export RUN --to merged`"}
 PIPE_CLOSED = 128 + 13  # as a program that SIGPIPE ended
 
 
@@ -87,7 +89,8 @@ def main(words: Sequence[str] | None = None) -> None:
     elif first.startswith("-") or Path(first).suffix in (".yaml", ".yml") or os.path.isfile(first):
         importlib.import_module("qalign.__main__").main([first, *others])
     else:
-        hint = did_you_mean(first, COMMANDS) or "; `qalign --help` lists the commands, and a recipe ends with .yaml"
+        hint = OTHER_NAMES.get(first) or did_you_mean(first, COMMANDS)
+        hint = hint or "; `qalign --help` lists the commands, and a recipe ends with .yaml"
         sys.exit(_failed(one_line(f"qalign: there is no command '{first}'{hint}")))
 
 
@@ -248,12 +251,14 @@ def check_shared(run: RunFolder) -> None:
 
 
 def new_target(to: str | None, default: Path, option: str = "--to") -> Path:
-    """Where a command writes: what its option says, or by default; a `UserError` if something is there already."""
+    """Where a command writes: what its option says, or by default; a `UserError` if something is there already, or
+    nothing can be written there."""
     target = expanded(to) if to else default
     if "\0" in str(target) or (to and to.startswith("~") and target == Path(to)):
         raise UserError(f"{option}: {short(to)} is no path, or of a user who doesn't exist")
     if os.path.lexists(target):
         raise UserError(f"{target}: exists already; name another with {option}, or remove it")
+    check_writable(target)
     return target
 
 

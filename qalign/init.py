@@ -11,7 +11,7 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from qalign.cli import Parser, program, run_parsed
-from qalign.config.atomic import write_whole
+from qalign.config.atomic import check_writable, write_whole
 from qalign.config.known_keys import sections_in
 from qalign.config.paths import Keys, as_keys, named_paths
 from qalign.config.recipe import Recipe
@@ -37,6 +37,7 @@ def write_recipe(name: str, *, full: bool = False) -> None:
         raise UserError(f"there is no recipe '{name}'{did_you_mean(name, names)}; known: {', '.join(names)}")
     if target.exists():
         raise UserError(f"{target}: is already here; remove it, or run this in another folder")
+    check_writable(target)
     text = with_every_key(source) if full else source.read_text(encoding="utf-8")
     named = [path for _, _, path in named_paths(parse(source)[0])]
     named += [file.name for file in RECIPES.glob("*.py") if file.name in text]

@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from qalign.errors import UserError, disk_problem
+
 # The temporary names that a killed process leaves: `.report.qalign-123.png` of a file, `.adapter.qalign-x1y2z3w4` of a
 # folder. The mark keeps them apart from hidden files of the user's.
 MARK = ".qalign-"
@@ -44,6 +46,18 @@ def write_rows(file: Path, rows: Iterable[Any]) -> None:
     """Atomically replaces a file's content by rows, each as a line of JSON. Raises OSError as `replacing` does."""
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_whole(file, text.encode(errors="backslashreplace"))  # half a surrogate pair as JSON escapes it
+
+
+def check_writable(target: Path) -> None:
+    """A `UserError` if a file or folder can't be made at `target`, tried in the nearest of its folders that exists."""
+    try:
+        folder = next(each for each in Path(os.path.abspath(target)).parents if each.exists())
+        with tempfile.TemporaryDirectory(dir=folder, prefix=f".{target.name}{MARK}"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+        problem = disk_problem(OSError(error.errno, reason), target)
+        raise UserError(problem or f"{target}: can't be made there ({reason}); choose another place") from None
 
 
 @contextmanager

@@ -46,7 +46,11 @@ _WORDS = {
 
 
 def load(
-    path: str, overrides: Sequence[str] = (), stage: str | None = None, files_of: Collection[str] = ("model", *SECTIONS)
+    path: str,
+    overrides: Sequence[str] = (),
+    stage: str | None = None,
+    files_of: Collection[str] = ("model", *SECTIONS),
+    command: str | None = None,
 ) -> Recipe:
     """Reads and checks a recipe.
 
@@ -55,6 +59,7 @@ def load(
         overrides: `key=value` words, keys dotted (`dpo.max_steps=20`), values read as YAML.
         stage: a section that the recipe must have. Files that other stages need may then be missing.
         files_of: the sections whose files must be there, if no stage is given.
+        command: that needs the section; by default the stage's own.
 
     Raises a `UserError` with all problems at once, one line each, with `file:line`.
     """
@@ -72,7 +77,7 @@ def load(
     problems = dict(reversed(found))  # the first message about a place counts
     misspelt = any("unknown key" in text for place, text in problems.items() if len(place) == 1)
     if stage and raw.get(stage) is None and not misspelt:
-        problems[(stage,)] = f"the recipe has no '{stage}:' section, which `{program(stage)}` needs"
+        problems[(stage,)] = f"the recipe has no '{stage}:' section, which `{program(command or stage)}` needs"
     if problems:
         located = sorted((*_where(place, path, lines, typed), message) for place, message in problems.items())
         said = [f"{name}:{line or ''}".rstrip(":") + f": {text}" for name, line, text in located[:MOST]]

@@ -113,6 +113,12 @@ def without_member(folder: Path) -> tuple[Path, str]:
     return (folder.parent, folder.name) if is_member else (folder, "")
 
 
+def last_round(folder: Path) -> str:
+    """A hint at the last finished round of a best_of run, whose DPO run has the policy; empty without rounds."""
+    rounds = {int(file.parts[-3][6:]): file.parent for file in folder.glob("round_[0-9]*/dpo/summary.json")}
+    return f"; the policy of its last round is {rounds[max(rounds)]}" if rounds else ""
+
+
 def is_own_run(key: str, path: str) -> bool:
     """Whether a value of this key names a run of the recipe itself, or one member of it (`reward/member_4`)."""
     runs = RUNS.get(key, ())

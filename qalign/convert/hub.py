@@ -18,13 +18,25 @@ from qalign.data.hub import why
 from qalign.errors import UserError
 from qalign.model.adapters.files import CONFIG, read_files
 from qalign.model.adapters.serving import vllm_options, vllm_problem
+from qalign.train.checkpoints import read_metrics
 from qalign.train.model_card import CARD
 from qalign.train.run_folder import RunFolder, print_table
 
+# Of the adapter's folder: what PEFT, transformers and tokenizers save, and what qalign knows of its base.
+ADAPTER = (
+    CONFIG, "adapter_model.safetensors", "tokenizer*.json", "tokenizer.model", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "generation_config.json",
+    "lineage.json",
+)  # fmt: skip
 REPORTS = ("summary.json", "evaluation.json", "h3.json", "metrics.jsonl", "*_report.json", "*.png")  # of a run's folder
 LINEAGE, TOKENIZER = "lineage.json", "tokenizer_config.json"
 # A path of this machine in a text: not a part of an address, a word with a slash, or a closing tag.
 PATH = re.compile(r"""(?<![\w/.~<-])(?:~[\w.-]*|\.{1,2})?(?:/[^\s/"'`|,;:()<>\[\]{}]+){2,}/?|\b[A-Za-z]:\\[^\s"'`|]+""")
+# A home folder of this machine, whose name is often that of its owner.
+HOME = re.compile(
+    r"""(?<![\w/.~<-])(?:(?:/home|/Users)/[\w.@-]+(?:\([^)\s/]*\))?"""
+    r"""|[A-Za-z]:\\Users\\[\w.@-]+(?![\w.@\\-])|~[A-Za-z_][\w.-]*(?=/|$))"""
+)
 # Where figures stand in the files above: the type and the name that a metric has in the card.
 FIGURES = {
     "loss.after": ("loss", "loss on held-out rows, nats per token"),
@@ -65,24 +77,22 @@ def write(run: RunFolder, repo: str, base: str, about_base: dict[str, str], fold
         about_base: the licence of the base, as its card has it: `license` and perhaps `license_name`, `license_link`.
     """
     recipe = run.recipe.model_dump(mode="json")
-    source = json.loads((run.adapter / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    read_files(run.adapter)
+    source = _read(run.adapter / CONFIG)["base_model_name_or_path"]
     known = {str(run.adapter): repo, run.recipe.model.base: base, source: base}
-    for file in (file for file in run.adapter.iterdir() if file.is_file() and file.name != CARD):
+    for file in {file for pattern in ADAPTER for file in run.adapter.glob(pattern) if file.is_file()}:
         shutil.copyfile(file, folder / file.name)
     for name in (CONFIG, LINEAGE, TOKENIZER):
         if (folder / name).is_file():
-            settings = json.loads((folder / name).read_text(encoding="utf-8"))
-            _write_json(folder / name, _portable(settings, known))
+            _write_json(folder / name, _portable(_read(run.adapter / name), known))
     for file in (file for pattern in REPORTS for file in sorted(run.path.glob(pattern))):
         if file.suffix == ".png":
             shutil.copyfile(file, folder / file.name)
         elif file.suffix == ".jsonl":
-            rows = [
-                json.dumps(_portable(json.loads(line), known)) for line in file.read_text("utf-8").splitlines() if line
-            ]
+            rows = [json.dumps(_portable(line, known)) for line in read_metrics(file)]
             (folder / file.name).write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
         else:
-            _write_json(folder / file.name, _portable(json.loads(file.read_text(encoding="utf-8")), known))
+            _write_json(folder / file.name, _portable(_read(file), known))
     shown = _portable(recipe, known) | {"output": f"runs/{run.path.parent.name}"}
     shown["model"]["base"] = base
     (folder / "recipe.yaml").write_text(dump_yaml(shown), encoding="utf-8")
@@ -96,7 +106,9 @@ def _write_json(file: Path, value: Any) -> None:
 def _portable(value: Any, known: dict[str, str]) -> Any:
     """A value of JSON without paths of this machine: each becomes its file's name, a `known` one what it stands for."""
     if isinstance(value, dict):
-        return {key: _portable(inside, known) for key, inside in cast(dict[str, Any], value).items()}
+        return {
+            portable_text(key, known): _portable(inside, known) for key, inside in cast(dict[str, Any], value).items()
+        }
     if isinstance(value, list):
         return [_portable(inside, known) for inside in cast(list[Any], value)]
     return portable_text(value, known) if isinstance(value, str) else value
@@ -110,11 +122,12 @@ def portable_text(text: str, known: dict[str, str]) -> str:
         return text.rpartition("/")[2]
     for path in sorted(known, key=len, reverse=True):
         text = text.replace(path, known[path]) if looks_local(path) or path.startswith("package:") else text
-    if "\n" not in text and (text.startswith(("/", "~/")) or PureWindowsPath(text).drive):
-        return PureWindowsPath(text).name
     home = str(Path.home())  # it may have a space in it
     text = text.replace("file://", "")
-    text = text.replace(f"{home}/", "~/") if len(home) > 1 else text
+    text = re.sub(rf"(?<![\w/.~<-]){re.escape(home)}(?![\w.-])", "~", text) if len(home) > 1 else text
+    text = HOME.sub("~", text)
+    if "\n" not in text and (text.startswith(("/", "~/")) or PureWindowsPath(text).drive):
+        return PureWindowsPath(text).name
     return PATH.sub(lambda found: PureWindowsPath(found[0]).name, text)
 
 
@@ -170,7 +183,10 @@ def _results(run: RunFolder, folder: Path) -> Iterator[dict[str, Any]]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except (ValueError, RecursionError):
+        raise UserError(f"{file}: is damaged, no JSON; restore it, or move it out of the run") from None
 
 
 def _at(figures: Any, place: str) -> float | None:

@@ -145,7 +145,8 @@ def orpo(policy: Tensor, lengths: Tensor, lam: float) -> Tensor:
 
 def sft(policy: Tensor, lengths: Tensor, probability: Tensor | float = 1.0) -> Tensor:
     """Mean negative log-likelihood of the chosen answer (Pang et al. 2024, arXiv:2404.19733, eq. 1); with a probability
-    of the better one, in expectation."""
+    of the better one, in expectation. The mean is over the tokens of each answer, so that pairs count alike whatever
+    their length and micro-batches change nothing; TRL's (1.16) is over all chosen tokens of a batch."""
     mean = policy / lengths
     return -probability * mean[:, CHOSEN] - (1 - probability) * mean[:, REJECTED]
 

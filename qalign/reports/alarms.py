@@ -212,8 +212,8 @@ def _answers_never_end(first: EvalPoint, last: EvalPoint) -> str | None:
 
 
 def with_sft(loss: str | Mapping[str, float]) -> str:
-    """The override, such as `dpo.loss='{sigmoid: 1.0, sft: 0.1}'`, that adds the SFT loss to DPO's `loss` or doubles its
-    weight."""
+    """The override that adds the SFT loss to DPO's `loss`, or doubles its weight: `dpo.loss='{sigmoid: 1.0, sft: 0.1}'`
+    and the like."""
     weights = {loss: 1.0} if isinstance(loss, str) else {**loss}
     weights["sft"] = 2 * weights["sft"] if "sft" in weights else SFT_WEIGHT
     return f"dpo.loss='{{{', '.join(f'{name}: {weight}' for name, weight in weights.items())}}}'"

@@ -92,7 +92,7 @@ class PPOLoop:
         line |= {"num_tokens": trainer.tokens_seen}
         self._log(line)
         if trainer.done - self.done_before == 1:
-            for warning in [*self._alike(), *_mismatch(line, self.settings.engine)]:
+            for warning in [*self._alike(), *_mismatch(line, self.settings)]:
                 tqdm.write(f"warning: iteration {trainer.done}: {warning}")
         return line
 
@@ -199,12 +199,13 @@ class PPOLoop:
         return facts
 
 
-def _mismatch(line: dict[str, Any], engine: str) -> list[str]:
+def _mismatch(line: dict[str, Any], settings: PPO) -> list[str]:
     """A warning if vLLM's log-probs are further from the training model's than rounding explains."""
     if (nats := line.get("sampling/kl", 0.0)) < MISMATCH_NATS:
         return []
     same = "the same base, quantised alike (`vllm serve BASE --quantization bitsandbytes`)"
-    return [f"ppo.engine: {engine} samples {nats:.2g} nats a token from the model that learns; does it hold {same}?"]
+    samples = f"{settings.stage}.engine: {settings.engine} samples {nats:.2g} nats a token from the model that learns"
+    return [f"{samples}; does it hold {same}?"]
 
 
 def _memory_lines(roles: dict[str, dict[str, int]], others: dict[str, int]) -> list[tuple[str, str]]:

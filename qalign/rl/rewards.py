@@ -77,7 +77,7 @@ def open_scorers(recipe: Recipe, run: RunFolder) -> Scorers:
         names = [scorer.name for scorer in scorers]
         for number, scorer in enumerate(scorers, start=1):
             if names.count(scorer.name) > 1:
-                scorer.name = f"{number}: {sources[number - 1].source}"
+                scorer.name = f"{number}: {scorer.name}"
     scorers = Scorers(**found)
     settings = cast(PPO, run.settings)
     _set_apart(scorers, settings)

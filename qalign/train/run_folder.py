@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from qalign.config import manifest, paths
 from qalign.config.atomic import LEFTOVER, clear_leftovers, sync_folder, write_rows, write_whole
 from qalign.config.load import dump
-from qalign.config.paths import absolute, expanded, looks_local, names_of_files, without_member
+from qalign.config.paths import absolute, expanded, last_round, looks_local, names_of_files, without_member
 from qalign.config.recipe import Recipe, differences
 from qalign.config.stages import SFT_RUN, STAGES, Stage
 from qalign.config.yaml_file import parse
@@ -321,7 +321,7 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
         raise UserError(f"{folder}: there is no finished {' or '.join(stages)} run{hint}")
     recipe = _read_recipe(place / "recipe.yaml")
     if place.name not in stages:
-        raise UserError(f"{folder}: is a run of {place.name}, expected one of {', '.join(stages)}")
+        raise UserError(f"{folder}: is a run of {place.name}, expected one of {', '.join(stages)}{last_round(place)}")
     model = recipe.model.model_copy(update={"shard": False})  # what is done with a finished run is done in one process
     run = RunFolder(recipe.model_copy(update={"output": str(place.parent), "model": model}), place.name)
     if member and not (run.adapter / member).is_dir():

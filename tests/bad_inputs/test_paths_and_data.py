@@ -82,6 +82,47 @@ def test_an_argument_that_leads_nowhere(refused, odd, words, name):
     assert len(refused(*(word.replace("PATH", NOWHERE[name]) for word in words))) == 1
 
 
+def test_a_run_of_best_of_is_exported_by_its_last_round(refused, place):
+    for name in ("", "round_2/dpo", "round_10/dpo"):
+        folder = place / "runs" / "x" / "best_of" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "recipe.yaml").write_bytes((place / "recipe.yaml").read_bytes())
+        (folder / "summary.json").write_text("{}")
+    (line,) = refused("export", "runs/x/best_of", "--to", "merged")
+
+    assert "is a run of best_of" in line
+    assert line.endswith("best_of/round_10/dpo")
+
+
+def test_best_of_needs_the_section_and_says_so_in_its_own_name(refused, place):
+    text = (place / "recipe.yaml").read_text().partition("ppo:")
+    (place / "recipe.yaml").write_text(text[0] + text[1].replace("ppo", "grpo") + text[2])
+    (line,) = refused("best_of", "recipe.yaml")
+
+    assert line.endswith("the recipe has no 'ppo:' section, which `python -m qalign.best_of` needs")
+
+
+@pytest.mark.parametrize("target", ["/proc/x", "/proc/x/y", "/proc/self/fd/x", "file/x", "n" * 300])
+@pytest.mark.parametrize("words", [["score", "runs/x", "pairs.jsonl", "--to"], ["export", "runs/x", "--output"]])
+def test_an_output_that_cannot_be_made_is_refused_before_any_work(refused, place, words, target):
+    run = place / "runs" / "x" / "reward"
+    run.mkdir()
+    for name in ("recipe.yaml", "summary.json"):
+        (run / name).write_bytes((place / "recipe.yaml").read_bytes())
+    (place / "runs" / "x" / "dpo" / "summary.json").unlink()
+    (line,) = refused(*words, target, *(["--to", "merged"] if words[0] == "export" else []))
+
+    assert line.startswith(target[:10])
+    assert "choose a" in line
+
+
+def test_a_recipe_is_not_begun_in_a_folder_that_cannot_be_written_to(refused, monkeypatch):
+    monkeypatch.chdir("/proc")
+    (line,) = refused("init", "smollm2_demo")
+
+    assert line.startswith("smollm2_demo.yaml: ")
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

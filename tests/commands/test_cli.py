@@ -274,6 +274,7 @@ def test_the_first_word_says_which_command_runs(words, module, others, called):
         (["--help"], 0, "qalign RECIPE"),
         (["evalute", "a.yaml"], 2, "no command 'evalute'; did you mean 'evaluate'?"),
         (["xyz"], 2, "no command 'xyz'; `qalign --help`"),
+        (["merge", "runs/x"], 2, "`qalign export RUN --to merged`"),
     ],
 )
 def test_help_and_unknown_commands(words, code, said, called, capsys):

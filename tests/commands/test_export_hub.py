@@ -151,6 +151,11 @@ def test_nothing_of_this_machine_is_in_what_is_pushed(stage, runs, hub, tiny_fol
         ("file:///data/jane/rows", "rows"),
         ("https://host/a/b, org/name, tokens/s, </details>, and/or/not", None),
         ("/base/model is there", "org/base is there"),
+        *((home, "~") for home in (HOME, "/home/alice", "/Users/alice/", "~alice", r"C:\Users\alice")),
+        ("/home/alice(1)/x/y", "y"),
+        ("~alice/x and /home/alice", "x and ~"),
+        ("1: /home/alice/runs/demo/reward", "1: reward"),
+        ("~half of them", None),
     ],
 )
 def test_paths_become_names_and_nothing_else_changes(text, expected, monkeypatch):
@@ -194,3 +199,30 @@ def leave(capsys, runs, *words: str) -> str:
     assert leaving(export.main, str(runs["sft"]), "--to", "hub", *words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     return line
+
+
+def test_keys_of_metrics_are_cleaned_and_only_the_adapter_is_copied(runs, hub, monkeypatch, tmp_path):
+    run = tmp_path / "house" / "sft"
+    shutil.copytree(runs["sft"], run)
+    line = {"step": 1, f"scores/1: {HOME}/runs/a/reward": 0.5, "loss": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(line) + '\n{"step": 2, "lo', encoding="utf-8")
+    (run / "adapter" / "notes.txt").write_text("mine")
+    monkeypatch.setenv("HOME", HOME)
+    assert leaving(export.main, str(run), "--to", "hub", "--repo", REPO, "--base", BASE) == 0
+
+    pushed = hub.folder / REPO
+    (row,) = map(json.loads, (pushed / "metrics.jsonl").read_text("utf-8").splitlines())
+    assert row == {"step": 1, "scores/1: reward": 0.5, "loss": 1.0}
+    assert not (pushed / "notes.txt").exists()
+    own = {file.name for file in run.joinpath("adapter").iterdir()} - {"notes.txt"}
+    assert own <= {file.name for file in pushed.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_config.json", "evaluation.json"])
+def test_a_damaged_file_of_a_run_is_one_line(runs, hub, tmp_path, capsys, name):
+    run = tmp_path / "house" / "sft"
+    shutil.copytree(runs["sft"], run)
+    (run / name).write_text('{"st')
+    said = leave(capsys, {"sft": run}, "--repo", REPO, "--base", BASE)
+    assert "is damaged" in said
+    assert str(run) in said

@@ -267,6 +267,13 @@ def test_the_demos_own_reward(tiny_base):
     assert scorer.scores(rows).tolist() == [[1.0, 0.5], [-1.0, -1.0]]
 
 
+def test_rewards_of_one_name_are_told_apart_without_their_folders(opened, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text("def score(completions):\n    return [1.0] * len(completions)\n")
+    found = opened([{"source": f"{tmp_path / name}.py:score"} for name in ("a", "b")]).reward
+    assert [scorer.name for scorer in found] == ["1: score", "2: score"]
+
+
 # --- a model of its own ----------------------------------------------------------------------------------------------
 
 

@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from qalign.config.recipe import Lora
+from qalign.config.stages import GRPO, PPO
 from qalign.errors import UserError
 from qalign.model.base import Role
 from qalign.model.decoding import vllm_server
 from qalign.model.decoding.vllm_server import EngineFailed, VllmServer
 from qalign.model.generation import Sampling, uniform_draws
+from qalign.rl import ppo_loop
 from tests.reward_runs import run_stage
 from tests.rl.conftest import assert_alike, logged
 from tests.rl.vllm_stand_in import serving
@@ -209,3 +211,11 @@ def test_a_run_whose_server_goes_away_keeps_what_it_learned_and_goes_on_elsewher
     ours, theirs = ([line for line in logged(run) if "loss" in line] for run in (whole, resumed))
     assert [line["step"] for line in theirs] == [1, 2, 3]
     assert_alike(ours, theirs, tolerance=1e-4)
+
+
+def test_a_mismatch_is_told_by_the_section_of_the_run():
+    reward = [{"source": "json:loads"}]
+    for stage, section in (("ppo", PPO), ("grpo", GRPO)):
+        settings = section.model_validate({"data": "x.jsonl", "reward": reward, "engine": "vllm"})
+        (line,) = ppo_loop._mismatch({"sampling/kl": 1.0}, settings)
+        assert line.startswith(f"{stage}.engine: vllm samples 1 nats a token")

@@ -104,8 +104,9 @@ class DPO(PolicyStage):
     loss: DPO_LOSSES | Annotated[dict[DPO_LOSSES, Positive], Field(min_length=1)] = "sigmoid"
     """Preference loss: `sigmoid` is DPO; `qalign/losses/preference.py` has the paper of each. Try `ipo` or
     `sigmoid_norm` if answers only get longer, `robust` if some labels are wrong, `simpo` or `orpo` to train without a
-    reference. `{sigmoid: 1.0, sft: 0.2}` is a weighted sum. `sft` is the chosen answer's mean negative log-likelihood:
-    add 0.1 to 1.0 of it if `logps/chosen` in metrics.jsonl falls and answers fall apart."""
+    reference. `{sigmoid: 1.0, sft: 0.2}` is a weighted sum. `sft` is the chosen answer's negative log-likelihood, the
+    mean over its own tokens (TRL: over all chosen tokens of the batch): add 0.1 to 1.0 of it if `logps/chosen` in
+    metrics.jsonl falls and answers fall apart."""
     beta: Positive = 0.1
     """KL coefficient β: how strongly the policy is held to the reference (IPO's τ, SimPO's reward scale, ORPO's λ).
     Take 0.01 if answers hardly change, 0.3 if they get worse; about 2 for simpo, 5 for sigmoid_norm."""
