@@ -16,7 +16,6 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Sequence
-from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any, cast
 
 from qalign.cli import program, recipe_parser, run_parsed
@@ -41,7 +40,7 @@ from qalign.data.formats import (
 from qalign.data.rows import rows_hash
 from qalign.errors import UserError, one_line
 from qalign.model import lineage, origin
-from qalign.reports.answers import evaluation_lines, spread, verdict
+from qalign.reports.answers import evaluation_lines, print_answers, task_lines, verdict
 from qalign.train.dataset import Intake, check_same_rows, rendered_at, rows_under
 from qalign.train.processes.world import current
 from qalign.train.run_folder import RunFolder, print_table
@@ -50,8 +49,6 @@ if TYPE_CHECKING:
     from qalign.judge.measures.held_out import Answered
     from qalign.model.base import Base
 
-SIDE_BY_SIDE = 3
-SHOWN_LINES = 8  # of an answer
 SHOWN_REFUSALS = 5
 BEST_OF = "best_of"
 ORDER = ("dpo", "kto", "ppo", "grpo", "sft", "reward")  # which of a recipe's stages is measured if none is named
@@ -85,35 +82,34 @@ def report(
     from qalign.rl.rewards import open_scorers
     from qalign.train.loop import facts_of
 
+    named = None
+    if tasks:
+        from qalign.judge.measures.harness import Tasks
+
+        named = Tasks(tasks)
     scorers = open_scorers(recipe, run) if run.stage in RL_STAGES else None
     hashes = {"held-out rows": rows_hash(rows), "--dialogues": rows_hash(others[1] if others else [])}
-    adapters = (*adapters_in(run.adapter), *filter(None, [run.parent]))
-    weights = {str(folder): lineage.adapter_hash(folder) for folder in adapters}
-    world.connect(facts_of(run) | hashes | weights | (scorers.identities if scorers else {}), "")
+    hashes |= {str(f): lineage.adapter_hash(f) for f in (*adapters_in(run.adapter), *filter(None, [run.parent]))}
+    world.connect(facts_of(run) | hashes | (scorers.identities if scorers else {}), "")
     base = world.in_turn(lambda: load(recipe.model, now=rendered_at(run)))
     if stage != "reward":
         _load_adapters(base, run)
-    kind = run.stage if scorers is None else "ppo"
-    measured: Callable[..., Measured] = {"sft": _sft, "reward": _reward, "ppo": _policy}.get(kind, _pairs)
+    kind = "labelled" if isinstance(rows[0], Labelled) else run.stage if scorers is None else "ppo"
+    known = {"sft": _sft, "reward": _reward, "ppo": _policy, "labelled": _labelled}
+    measured: Callable[..., Measured] = known.get(kind, _pairs)
     figures, answered, unfit = measured(base, run, rows, scorers)
     figures = {"stage": stage, **figures}
     if others:
         from qalign.judge.measures.held_out import of_dialogues
 
         figures["tax"] = {"rows_of": others[0], **of_dialogues(base, _encoded(base, *others), Role.BASE)}
-    if tasks:
+    _tell(run, figures, len(refused) + len(unfit), answered)
+    if named:  # last, as a task may fail in many ways
         from qalign.judge.measures.harness import measure_tasks
 
-        figures["tasks"] = measure_tasks(base, {"base": Role.BASE, "aligned": Role.POLICY}, tasks, limit)
-    count, left_out = figures[ROWS[run.stage]] if run.stage != "sft" else figures["rows"], len(refused) + len(unfit)
-    more = f", {left_out} more were refused" if left_out else ""
-    said = [("verdict" if number == 0 else "", sentence) for number, sentence in enumerate(verdict(figures))]
-    lines = evaluation_lines(figures, has_parent=bool(run.parent))
-    print_table(f"{run.adapter} on {count} held-out {ROWS[run.stage]}{more}", [*lines.items(), *said])
-    if world.is_first:
-        write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
-    if answered:
-        _print_answers(answered)
+        measured_by = measure_tasks(base, {"base": Role.BASE, "aligned": Role.POLICY}, named, limit)
+        _keep(run, {**figures, "tasks": measured_by})
+        print_table(f"{run.adapter} on tasks of lm-eval", [*task_lines(measured_by).items()])
 
 
 # --- what is measured, and whether it can be --------------------------------------------------------------------------
@@ -142,7 +138,8 @@ def _check_run(run: RunFolder, *, taxed: bool) -> None:
 
 
 def _held_out(run: RunFolder) -> tuple[Sequence[Any], list[Refused]]:
-    """The held-out rows, and the refused ones; rows that were trained on too are counted. KTO's answers as pairs."""
+    """The held-out rows, and the refused ones; rows that were trained on too are counted. KTO's answers as pairs where
+    a prompt has a good and a bad one."""
     intake, read, settings = Intake(), READ[run.stage], run.settings
     rows, refused = rows_under("eval_data", settings, run.recipe.seed, read, intake)
     check_usable(f"{run.stage}.eval_data", len(rows), refused)
@@ -152,10 +149,7 @@ def _held_out(run: RunFolder) -> tuple[Sequence[Any], list[Refused]]:
         rows_under("data", settings, run.recipe.seed, read, intake)
         print("".join(one_line(f"{name}: {text}") + "\n" for name, text in intake.notes() if name == "overlap"), end="")
     if isinstance(settings, KTO):
-        rows = paired(rows)
-        if not rows:
-            why = "no prompt has a good and a bad answer to compare; summary.json has the held-out loss and rewards"
-            raise UserError(f"{run.stage}.eval_data: {why}")
+        rows = paired(rows) or rows
     return rows, refused
 
 
@@ -223,6 +217,17 @@ def _pairs(base: "Base", run: RunFolder, rows: Sequence[Preference], _: Any) -> 
     return _with_answers(figures, greedy_answers(base, asked), unfit)
 
 
+def _labelled(base: "Base", run: RunFolder, rows: Sequence[Labelled], _: Any) -> Measured:
+    from qalign.data.tokenize import encode_labelled
+    from qalign.judge.measures.held_out import greedy_answers, of_labelled
+
+    settings = cast(KTO, run.settings)
+    answers, unfit = encode_labelled(base.template, rows, base.max_length)
+    check_usable(f"{run.stage}.eval_data", len(answers), unfit)
+    asked = [Prompt(row.prompt, row.where, {}, row.tools) for row in rows]
+    return _with_answers(of_labelled(base, answers, settings), greedy_answers(base, asked), unfit)
+
+
 def _sft(base: "Base", run: RunFolder, rows: Sequence[Dialogue | PlainText], _: Any) -> Measured:
     from qalign.judge.measures.held_out import greedy_answers, of_dialogues
     from qalign.model.base import Role
@@ -282,13 +287,28 @@ def _with_answers(figures: Figures, answered: "Answered", unfit: list[Refused]) 
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
+def _keep(run: RunFolder, figures: Figures) -> None:
+    if current().is_first:
+        write_whole(run.path / "evaluation.json", json.dumps(figures, indent=1) + "\n")
+
+
+def _tell(run: RunFolder, figures: Figures, left_out: int, answered: "Answered | None") -> None:
+    _keep(run, figures)
+    rows = "answers" if "rewards" in figures else ROWS[run.stage]
+    count, more = figures.get("rows") or figures[rows], f", {left_out} more were refused" if left_out else ""
+    said = [("verdict" if number == 0 else "", sentence) for number, sentence in enumerate(verdict(figures))]
+    lines = evaluation_lines(figures, has_parent=bool(run.parent))
+    print_table(f"{run.adapter} on {count} held-out {rows}{more}", [*lines.items(), *said])
+    if answered:
+        print_answers(answered.prompts, answered.answers)
+
+
 def _print_sampling(run: RunFolder) -> None:
     """What sampling alone gained: the curve of a best_of run without rounds, which trained nothing."""
     points = json.loads(run.summary.read_text(encoding="utf-8"))["held_out"]
     if not points:
         raise UserError(f"{run.path}: measured no held-out prompts; run it again with {run.stage}.eval_data")
-    if current().is_first:
-        write_whole(run.path / "evaluation.json", json.dumps({"stage": BEST_OF, "held_out": points}, indent=1) + "\n")
+    _keep(run, {"stage": BEST_OF, "held_out": points})
     first, last, judged = points[0], points[-1], ""
     if last["judge"] is not None:
         judged = f", judge {first['judge']:+.3f} → {last['judge']:+.3f}"
@@ -296,18 +316,6 @@ def _print_sampling(run: RunFolder) -> None:
     lines = [("reward", said), ("KL", f"at most {last['kl_nats']:.2f} nats from the policy that sampled")]
     nothing = "it trained nothing; measure the run that trains on its pairs, or train here with rounds=3"
     print_table(f"{run.path} on held-out prompts", [*lines, ("verdict", nothing)])
-
-
-def _print_answers(answered: "Answered") -> None:
-    """A few prompts with the answers of each model."""
-    shown = {name: spread(answers, SIDE_BY_SIDE) for name, answers in answered.answers.items()}
-    for prompt, *answers in zip(spread(answered.prompts, SIDE_BY_SIDE), *shown.values(), strict=True):
-        print("─" * 100)
-        texts = (prompt.turns[-1]["content"], *(answer.text for answer in answers))
-        for name, text in zip(("prompt", *shown), texts, strict=True):
-            lines = [part for line in text.splitlines() or [""] for part in wrap(line, 88) or [""]]
-            lines = lines if len(lines) <= SHOWN_LINES else [*lines[:SHOWN_LINES], "…"]
-            print(f"{name:<9} " + indent("\n".join(lines), " " * 10).strip(), flush=True)
 
 
 def _default_stage(recipe: Recipe) -> str:

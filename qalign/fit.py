@@ -17,8 +17,8 @@ from qalign.config.paths import is_own_model
 from qalign.config.recipe import NOT_SHARED, Recipe
 from qalign.config.stages import RL_STAGES
 from qalign.errors import UserError, short
-from qalign.evaluate import SIDE_BY_SIDE
 from qalign.model import origin
+from qalign.reports.answers import SIDE_BY_SIDE
 from qalign.train.run_folder import print_table
 
 if TYPE_CHECKING:

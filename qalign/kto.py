@@ -65,9 +65,8 @@ def train(recipe: Recipe, run: RunFolder) -> None:
     trainer.save_references()
     measured = [line for line in trainer.state.log_history if "eval_loss" in line]
     figures = {name: value for line in measured[-1:] for name, value in line.items() if name.startswith("eval_")}
-    pairs = any(len(row.desirable) == 2 for row in read.rows["eval_data"][0])
     flag = " --stage kto" if recipe.dpo else ""
-    measure = f"{program('evaluate')} {run.command_line}{flag}" if pairs else None
+    measure = f"{program('evaluate')} {run.command_line}{flag}" if answers.held_out else None
     session.finish(
         measure or f"{program('page')} {shlex.quote(str(run.path))}",
         reference=base.reference,

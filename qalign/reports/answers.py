@@ -6,10 +6,12 @@ Imports no torch.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent, wrap
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from qalign.config.atomic import write_rows
 from qalign.config.stages import needs_reference
+from qalign.data.formats import Prompt
 from qalign.reports.alarms import LENGTH_RATIO, LENGTH_TOKENS, distinct_n, repeated_lines, with_sft
 from qalign.reports.plots import counted
 from qalign.reports.reward_report import BY_CHANCE, sign_test
@@ -20,6 +22,8 @@ LOOP_TURNS = 3
 LOOP_LINES = 0.5  # share of an answer's lines and sentences that repeat earlier ones
 RESAMPLES = 2000
 HELD_BY = {"dpo": "beta", "kto": "beta", "ppo": "kl_coefficient", "grpo": "kl_coefficient"}  # to the reference
+SIDE_BY_SIDE = 3  # prompts whose answers are printed
+SHOWN_LINES = 8  # of an answer
 FEW_BETTER = 0.95  # share of pairs that were right before, from which on hardly any can be gained
 
 if TYPE_CHECKING:
@@ -101,6 +105,18 @@ def spread(rows: Sequence[Item], count: int) -> list[Item]:
     return [*rows[:: max(1, len(rows) // max(1, count))][:count]]
 
 
+def print_answers(prompts: Sequence[Prompt], answers: dict[str, list[Answer]]) -> None:
+    """A few prompts with the answers of each model."""
+    shown = {name: spread(texts, SIDE_BY_SIDE) for name, texts in answers.items()}
+    for prompt, *found in zip(spread(prompts, SIDE_BY_SIDE), *shown.values(), strict=True):
+        print("─" * 100)
+        texts = (prompt.turns[-1]["content"], *(answer.text for answer in found))
+        for name, text in zip(("prompt", *shown), texts, strict=True):
+            lines = [part for line in text.splitlines() or [""] for part in wrap(line, 88) or [""]]
+            lines = lines if len(lines) <= SHOWN_LINES else [*lines[:SHOWN_LINES], "…"]
+            print(f"{name:<9} " + indent("\n".join(lines), " " * 10).strip(), flush=True)
+
+
 def write_samples(run: Path, step: int, rows: Sequence[Figures], unit: str = "step") -> None:
     """Keeps the answers of an evaluation in a run folder, as `samples/step-STEP.jsonl`."""
     file = run / "samples" / f"{unit}-{step}.jsonl"
@@ -137,6 +153,11 @@ def evaluation_lines(figures: Figures, *, has_parent: bool) -> dict[str, str]:
                 lines[key] = f"{_moved(figures[key], '+.3f'):<24} mean score, {start} → aligned; {_by(figures[key])}"
         kl = figures["kl_nats"]
         lines["KL"] = f"{kl['after']:<24.2f} nats from the reference, 95%: {_range(kl['interval'], '.2f')}"
+    elif "rewards" in figures:
+        lines["loss"] = f"{_moved(figures['loss_change'], '.3f'):<24} {figures['loss']}; {_by(figures['loss_change'])}"
+        for name, rewards in figures["rewards"].items():
+            shown = _moved(rewards, "+.3f")
+            lines[name] = f"{shown:<24} mean implicit reward of {counted(rewards['answers'], f'{name} answer')}"
     elif "accuracy_base" in figures:
         shown = f"{figures['accuracy_base']:.1%} → {figures['trust']['accuracy']:.1%}"
         lines["accuracy"] = f"{shown:<24} pairs right: the base's mean log-prob per token → the reward model"
@@ -152,7 +173,13 @@ def evaluation_lines(figures: Figures, *, has_parent: bool) -> dict[str, str]:
         }
     if tax := figures.get("tax"):
         lines |= _predicted(tax, f"on {counted(tax['rows'], 'row')} of {tax['rows_of']}: base → aligned", "tax")
-    for name, by_model in figures.get("tasks", {}).items():
+    return lines
+
+
+def task_lines(tasks: dict[str, Figures]) -> dict[str, str]:
+    """The figures of lm-eval's tasks in words, for a table."""
+    lines = {}
+    for name, by_model in tasks.items():
         base, aligned = (by_model[model]["value"] for model in ("base", "aligned"))
         apart = f"standard error {by_model['aligned']['error']:.3f}" if by_model["aligned"]["error"] else ""
         lines[name[:14]] = f"{f'{base:.3f} → {aligned:.3f}':<24} {by_model['base']['metric']}, base → aligned; {apart}"
@@ -182,9 +209,8 @@ def _range(interval: Sequence[float], form: str) -> str:
 
 def verdict(figures: Figures) -> list[str]:
     """What the figures of `qalign.evaluate` mean, one sentence each, with what to try as overrides of the recipe."""
-    of_stage = {"sft": _of_loss, "reward": _of_trust}.get(
-        _stage(figures), _of_policy if "kl_nats" in figures else _of_pairs
-    )
+    others = _of_policy if "kl_nats" in figures else _of_labelled if "rewards" in figures else _of_pairs
+    of_stage = {"sft": _of_loss, "reward": _of_trust}.get(_stage(figures), others)
     found = [of_stage(figures)]
     if answers := figures.get("answers"):
         before, after = answers["before"], answers["after"]
@@ -205,6 +231,16 @@ def _of_loss(figures: Figures) -> str:
             f"worse than before, {_moved(loss, '.3f')} nats a token; try fewer sft.epochs or half the sft.learning_rate"
         )
     return f"no effect shown on the held-out loss ({_moved(loss, '.3f')}); try sft.epochs=3 or more dialogues"
+
+
+def _of_labelled(figures: Figures) -> str:
+    loss, (low, high) = figures["loss_change"], figures["loss_change"]["interval"]
+    shown = f"held-out loss {_moved(loss, '.3f')}"
+    if high < 0:
+        return f"it helped: {shown}; pairs of a good and a bad answer to one prompt would show what is preferred"
+    if low > 0:
+        return f"worse than before: {shown}; try half the kto.learning_rate or fewer kto.epochs"
+    return f"no effect shown on the {shown}; try kto.epochs=3, twice the kto.learning_rate or more answers"
 
 
 def _of_trust(figures: Figures) -> str:

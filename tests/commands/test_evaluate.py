@@ -224,9 +224,28 @@ def test_a_kto_run_is_measured_on_pairs_of_good_and_bad_answers(
     assert found == [*wanted, ("Why is that?", "Because it is.", "No.")]
 
 
-def test_single_answers_to_different_prompts_can_not_be_compared(tiny_folder, tmp_path, write_jsonl):
-    rows = [{"prompt": f"{n}?", "completion": f"It is {n}.", "label": n % 2 == 0} for n in range(4)]
-    path = write_recipe(tmp_path / "run", tiny_folder, "kto", eval_data=write_jsonl("rows.jsonl", rows), max_steps=1)
-    run = run_stage(path)
-    with pytest.raises(UserError, match=r"kto\.eval_data: no prompt has a good and a bad answer to compare"):
-        evaluate.report(run.recipe, "kto")
+def test_single_answers_to_different_prompts_are_measured_as_kto_measures_them(
+    tiny_folder, tmp_path, write_jsonl, monkeypatch, capsys
+):
+    """What the trainer measured at the end of the run stands in its summary, in several groups of `batch_size` rows."""
+    monkeypatch.setattr("qalign.judge.measures.held_out.MAX_NEW_TOKENS", 2)
+    rows = [{"prompt": f"{n}?", "completion": f"It is {n}.", "label": n % 3 == 0} for n in range(7)]
+    keys = {"max_steps": 3, "learning_rate": 0.01, "batch_size": 4, "undesirable_weight": 0.5}
+    held_out = write_jsonl("rows.jsonl", rows)
+    run = run_stage(path := write_recipe(tmp_path / "run", tiny_folder, "kto", eval_data=held_out, **keys))
+    wanted = json.loads(run.summary.read_text())["measured"]
+    assert f"next           python -m qalign.evaluate {path}" in capsys.readouterr().out
+
+    assert leaving(evaluate.main, path) == 0
+
+    kept, said = json.loads((run.path / "evaluation.json").read_text()), capsys.readouterr().out
+    desirable, undesirable = kept["rewards"]["desirable"], kept["rewards"]["undesirable"]
+    assert (kept["rows"], desirable["answers"], undesirable["answers"], kept["loss"]) == (7, 3, 4, "kto")
+    assert kept["loss_change"]["before"] == pytest.approx((3 * 0.5 + 4 * 0.25) / 7)
+    assert kept["loss_change"]["after"] == pytest.approx(wanted["eval_loss"], rel=1e-3)
+    assert (desirable["before"], undesirable["before"]) == (0, 0)
+    assert desirable["after"] == pytest.approx(wanted["eval_rewards/chosen"], abs=1e-4)
+    assert undesirable["after"] == pytest.approx(wanted["eval_rewards/rejected"], abs=1e-4)
+    assert abs(desirable["after"]) > 1e-2, "the test shows nothing of a policy that hasn't moved"
+    assert f"{run.adapter} on 7 held-out answers" in said
+    assert "4 undesirable answers" in said

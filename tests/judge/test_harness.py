@@ -6,16 +6,20 @@ import pytest
 import torch
 import yaml
 
+from qalign import evaluate
 from qalign.config.recipe import Lora, Model
 from qalign.errors import UserError
 from qalign.model.base import Role, load
-from tests.helpers import scramble
+from tests.helpers import leaving, scramble
+from tests.reward_runs import run_stage, write_recipe
 
 lm_eval = pytest.importorskip("lm_eval", reason="optional: pip install 'qalign[tasks]'")
 
 from lm_eval.api.instance import Instance  # noqa: E402
 
-from qalign.judge.measures.harness import HarnessModel, measure_tasks  # noqa: E402
+from qalign.judge.measures.harness import HarnessModel, Tasks, measure_tasks  # noqa: E402
+
+pytestmark = pytest.mark.slow  # `.ci/run` installs lm-eval before these
 
 PAIRS = [
     ("The capital of France is", " Paris"),
@@ -95,7 +99,9 @@ def test_a_task_of_our_own_runs_on_base_and_adapter(base, tmp_path, monkeypatch)
         "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
     }  # fmt: skip
     (tmp_path / "colours.yaml").write_text(yaml.safe_dump(task))
-    found = measure_tasks(base, {"base": Role.BASE, "aligned": Role.POLICY}, [str(tmp_path / "colours.yaml")], None)
+    found = measure_tasks(
+        base, {"base": Role.BASE, "aligned": Role.POLICY}, Tasks([str(tmp_path / "colours.yaml")]), None
+    )
     for name, role in (("base", Role.BASE), ("aligned", Role.POLICY)):
         model = HarnessModel(base, role)
         right = 0
@@ -106,12 +112,38 @@ def test_a_task_of_our_own_runs_on_base_and_adapter(base, tmp_path, monkeypatch)
         assert found["colours"][name]["metric"] == "acc"
         assert found["colours"][name]["value"] == pytest.approx(right / 5)
         assert found["colours"][name]["error"] is not None
-    assert measure_tasks(base, {"base": Role.BASE}, [str(tmp_path / "colours.yaml")], 2)["colours"]["base"]
+    assert measure_tasks(base, {"base": Role.BASE}, Tasks([str(tmp_path / "colours.yaml")]), 2)["colours"]["base"]
 
 
-def test_a_task_that_is_not_there_is_a_line(base, tmp_path):
-    with pytest.raises(UserError, match="--tasks: no_such_task"):
-        measure_tasks(base, {"base": Role.BASE}, ["no_such_task"], None)
-    (tmp_path / "broken.yaml").write_text("- a list")
-    with pytest.raises(UserError, match="expected a task of lm-eval"):
-        measure_tasks(base, {"base": Role.BASE}, [str(tmp_path / "broken.yaml")], None)
+def test_a_task_that_is_not_there_is_a_line():
+    with pytest.raises(UserError, match="--tasks: lm-eval has no task 'arc_eazy'; did you mean 'arc_easy'"):
+        Tasks(["arc_eazy"])
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [(b"- a list", "expected a task of lm-eval"), (b"task: \xff", "can't be read"), (b"[" * 5000, "can't be read")],
+)
+def test_a_file_that_holds_no_task_is_a_line(text, problem, tmp_path):
+    (tmp_path / "broken.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=problem):
+        Tasks([str(tmp_path / "broken.yaml")])
+
+
+def test_a_package_that_a_task_needs_and_is_not_there_is_a_line(base, tmp_path, monkeypatch):
+    def evaluates(**_):
+        raise ImportError("No module named 'antlr4'")
+
+    monkeypatch.setattr("qalign.judge.measures.harness.simple_evaluate", evaluates)
+    (tmp_path / "own.yaml").write_text("{task: own, dataset_path: json, dataset_kwargs: null}")
+    with pytest.raises(UserError, match="lm-eval can't run them: \"No module named 'antlr4'"):
+        measure_tasks(base, {"base": Role.BASE}, Tasks([str(tmp_path / "own.yaml")]), None)
+
+
+def test_the_other_figures_are_kept_where_a_task_fails(tiny_folder, tmp_path, capsys):
+    path = write_recipe(tmp_path / "run", tiny_folder, "kto", holdout=0.2, max_steps=1)
+    run = run_stage(path)
+    (tmp_path / "own.yaml").write_text("{task: own, test_split: test, dataset_path: json, dataset_kwargs: null}")
+    assert leaving(evaluate.main, path, "--tasks", str(tmp_path / "own.yaml")) == 2
+    assert "lm-eval can't run them" in capsys.readouterr().err
+    assert json.loads((run.path / "evaluation.json").read_text())["stage"] == "kto"

@@ -11,12 +11,13 @@ from typing import Any, cast
 
 import torch
 import yaml
+from datasets.exceptions import DatasetsError
 from lm_eval import simple_evaluate, utils  # pyright: ignore[reportMissingImports]: optional
 from lm_eval.api.model import LM  # pyright: ignore[reportMissingImports]
 from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
 from qalign.data.store.sequences import TokenAnswers
-from qalign.errors import UserError, short
+from qalign.errors import UserError, did_you_mean, short
 from qalign.judge.measures.held_out import over_all, sampled
 from qalign.model.base import Base
 from qalign.model.generation import Sampling, stop_ids_of
@@ -110,22 +111,39 @@ def _shortened(before: list[int], after: list[int], most: int) -> tuple[list[int
     return before[-(most - len(after)) :], (after,)
 
 
+class Tasks:
+    """Tasks by lm-eval's names, or of `.yaml` files. A `UserError` if there is no such task or file."""
+
+    def __init__(self, words: Sequence[str]):
+        self.words = words
+        self.named = [_of_file(Path(word)) if word.endswith((".yaml", ".yml")) else word for word in words]
+        names = [task for task in self.named if isinstance(task, str)]
+        self.manager = TaskManager(include_defaults=bool(names))  # reading all takes seconds
+        for name in names:
+            if name not in (known := self.manager.all_tasks):
+                raise UserError(f"--tasks: lm-eval has no task {short(name)}{did_you_mean(name, known)}")
+
+
 def measure_tasks(
-    base: Base, roles: dict[str, str], tasks: Sequence[str], limit: int | None
+    base: Base, roles: dict[str, str], tasks: Tasks, limit: int | None
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Each task's main metric under each role: `{task: {name of the role: {"metric", "value", "error"}}}`, where the
-    error is lm-eval's standard error, None if it gives none. `tasks`: lm-eval's names, or `.yaml` files of tasks."""
+    error is lm-eval's standard error, None if it gives none."""
     model, found = HarnessModel(base, next(iter(roles.values()))), dict[str, dict[str, dict[str, Any]]]()
-    named = [_of_file(Path(task)) if task.endswith((".yaml", ".yml")) else task for task in tasks]
-    manager = TaskManager(include_defaults=any(isinstance(task, str) for task in named))  # reading all takes seconds
     base.model.eval()
     for name, role in roles.items():
         model.role = role
-        options: dict[str, Any] = {"tasks": named, "limit": limit, "log_samples": False, "task_manager": manager}
+        options: dict[str, Any] = {"tasks": tasks.named, "limit": limit, "log_samples": False}
         try:
-            results: Any = simple_evaluate(model=model, **options)
-        except (KeyError, ValueError, OSError) as error:  # an unknown task, or a data set that isn't there
-            raise UserError(f"--tasks: {','.join(tasks)}: lm-eval can't run them: {short(str(error))}") from None
+            results: Any = simple_evaluate(model=model, task_manager=tasks.manager, **options)
+        except (
+            ImportError,
+            LookupError,
+            ValueError,
+            OSError,
+            DatasetsError,
+        ) as error:  # a package or a data set isn't there
+            raise UserError(f"--tasks: {','.join(tasks.words)}: lm-eval can't run them: {short(str(error))}") from None
         for task, values in results["results"].items():
             if main := _main_metric(values):
                 found.setdefault(task, {})[name] = main
@@ -136,13 +154,13 @@ def _of_file(file: Path) -> dict[str, Any]:
     """A task's own configuration, whose data files are looked up beside it."""
     try:
         task = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(f"--tasks: {file}: can't be read: {short(str(error))}") from None
     if not isinstance(task, dict) or "task" not in task:
         raise UserError(f"--tasks: {file}: expected a task of lm-eval, with its name under `task`")
-    files = task.get("dataset_kwargs", {}).get("data_files")
-    if isinstance(files, dict):
-        task["dataset_kwargs"]["data_files"] = {key: str(file.parent / name) for key, name in files.items()}
+    options = task.get("dataset_kwargs")
+    if isinstance(options, dict) and isinstance(files := options.get("data_files"), dict):
+        options["data_files"] = {key: str(file.parent / str(name)) for key, name in files.items()}
     return task
 
 

@@ -1,7 +1,7 @@
 """What each stage's own held-out rows say before and after training, measured on the one base in memory.
 
-`of_pairs` is for DPO and KTO, `of_dialogues` for SFT and for the alignment tax, `of_scores` for reward models,
-`of_policy` for what learned from a reward.
+`of_pairs` is for DPO and KTO, `of_labelled` for KTO's single answers, `of_dialogues` for SFT and for the alignment tax,
+`of_scores` for reward models, `of_policy` for what learned from a reward.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,22 +16,23 @@ from tqdm.auto import tqdm
 from qalign.config.stages import DPO, KTO
 from qalign.data.collate import AnsweredPrompt, MicroBatchLimit, in_groups
 from qalign.data.formats import Prompt
-from qalign.data.store.sequences import IGNORED, TokenAnswers, TokenDialogue, TokenPair
+from qalign.data.store.sequences import IGNORED, TokenAnswers, TokenDialogue, TokenLabelled, TokenPair
 from qalign.data.tokenize import encode_questions
 from qalign.errors import scores_not_finite
+from qalign.losses.kto import kl_estimate, label_loss
 from qalign.losses.preference import PreferenceLoss, margin, shares
 from qalign.model.adapters.members import Ensemble, answer_scores
 from qalign.model.base import Base, Role
 from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
 from qalign.model.logps import answer_states, pair_logps, token_scores
 from qalign.reports import reward_report
-from qalign.reports.answers import SEED, Answer, answers_of, change, measure_answers, spread
+from qalign.reports.answers import SEED, SIDE_BY_SIDE, Answer, answers_of, change, measure_answers, spread
 from qalign.rl.ppo_setup import Setup, read_answers
 from qalign.rl.rewards import combined
 from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.processes.world import current
+from qalign.train.trainers.policy import mismatched
 
-SIDE_BY_SIDE = 3
 ANSWERED = 16  # held-out prompts that are answered before and after
 MAX_NEW_TOKENS = 128
 BATCH_TOKENS = 2048
@@ -125,6 +126,38 @@ def of_pairs(base: Base, pairs: Sequence[TokenPair], settings: DPO | KTO) -> Fig
         "reward_accuracy": accuracy["reward"],
         "reward_margin": found["reward"].mean().item(),
     }
+
+
+@torch.no_grad()
+def of_labelled(base: Base, rows: Sequence[TokenLabelled], settings: KTO) -> Figures:
+    """KTO's own figures on held-out answers that are labelled good or bad, before training (policy = reference) and
+    after it, by the recipe's `settings`.
+
+    Returns:
+        `rows`: their number. `loss`: its name. `loss_change`: its mean, as `change` has it, as the trainer measures it
+        (the KL estimate is over `batch_size` rows). `rewards`: of `desirable` and `undesirable` answers, if there are
+        any, the mean of beta (log pi - log pi_ref) as `change` has it, and the number of `answers`.
+    """
+    rows, roles, size = [*rows], [Role.REFERENCE, Role.POLICY], settings.batch_size
+    reference, policy = (logps[:, 0] for logps in map(answer_logps(base, roles, rows).__getitem__, roles))
+    kl = torch.zeros_like(policy)
+    if settings.loss == "kto":
+        groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+        others = answer_logps(base, roles, [row for some in groups for row in mismatched(some, base.max_length)])
+        both = zip(others[Role.POLICY].split(size), others[Role.REFERENCE].split(size), strict=True)
+        kl = torch.cat([kl_estimate(*some).expand(len(some[0])) for some in both])
+    desirable = torch.tensor([row.desirable for row in rows])
+    weights = {"desirable_weight": settings.desirable_weight, "undesirable_weight": settings.undesirable_weight}
+
+    def losses(logps: Tensor, kl: Tensor) -> list[float]:
+        return label_loss(settings.loss, logps, reference, desirable, kl, beta=settings.beta, **weights).tolist()
+
+    rewards, found = settings.beta * (policy - reference), dict[str, Figures]()
+    for name, of_side in (("desirable", desirable), ("undesirable", ~desirable)):
+        if values := rewards[of_side].tolist():
+            found[name] = {"answers": len(values), **change([0.0] * len(values), values)}
+    moved = change(losses(reference, torch.zeros_like(kl)), losses(policy, kl))
+    return {"rows": len(rows), "loss": settings.loss, "loss_change": moved, "rewards": found}
 
 
 @torch.no_grad()
