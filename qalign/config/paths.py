@@ -113,10 +113,10 @@ def without_member(folder: Path) -> tuple[Path, str]:
     return (folder.parent, folder.name) if is_member else (folder, "")
 
 
-def last_round(folder: Path) -> str:
-    """A hint at the last finished round of a best_of run, whose DPO run has the policy; empty without rounds."""
+def last_round(folder: Path) -> Path | None:
+    """The DPO run of the last finished round of a best_of run, which has its policy; None without rounds."""
     rounds = {int(file.parts[-3][6:]): file.parent for file in folder.glob("round_[0-9]*/dpo/summary.json")}
-    return f"; the policy of its last round is {rounds[max(rounds)]}" if rounds else ""
+    return rounds[max(rounds)] if rounds else None
 
 
 def is_own_run(key: str, path: str) -> bool:

@@ -310,8 +310,7 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
     `runs/demo/reward/member_2` for one member of an ensemble. In `runs/demo`, the first of the accepted `stages` that
     has a finished run is taken; a `UserError` if none has."""
     given = expanded(folder)
-    given = given if given.name else given.resolve()  # "." has no name, and a run is known by its folder's
-    given, member = without_member(given)
+    given, member = without_member(given if given.name else given.resolve())  # "." has no name, and a run needs one
     given = given.parent if given.name == "adapter" else given
     places = [*(given / stage for stage in stages), given]
     place = next((place for place in places if (place / "summary.json").is_file()), None)
@@ -321,7 +320,8 @@ def open_run(folder: str, stages: tuple[str, ...] = STAGES) -> RunFolder:
         raise UserError(f"{folder}: there is no finished {' or '.join(stages)} run{hint}")
     recipe = _read_recipe(place / "recipe.yaml")
     if place.name not in stages:
-        raise UserError(f"{folder}: is a run of {place.name}, expected one of {', '.join(stages)}{last_round(place)}")
+        hint = f"; the policy of its last round is {last}" if (last := last_round(place)) else ""
+        raise UserError(f"{folder}: is a run of {place.name}, expected one of {', '.join(stages)}{hint}")
     model = recipe.model.model_copy(update={"shard": False})  # what is done with a finished run is done in one process
     run = RunFolder(recipe.model_copy(update={"output": str(place.parent), "model": model}), place.name)
     if member and not (run.adapter / member).is_dir():

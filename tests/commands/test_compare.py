@@ -175,7 +175,6 @@ def test_the_rewards_behind_online_rounds_and_scaled_copies_are_known(run, rewar
         re.sub(r"(  data:\n  - path: ).*", rf"\1{pairs.resolve()}", text, count=1)
     )
     shutil.copytree(part / "dpo" / "adapter", rounds / "adapter")
-    (rounds / "summary.json").write_text('{"rounds": 2}')
     shutil.copytree(part / "dpo" / "adapter", "copied/adapter")
     kept = json.loads(Path("copied/adapter/lineage.json").read_text())
     kept["parent"] = str((part / "dpo" / "adapter").resolve())

@@ -15,6 +15,7 @@ from qalign.config.paths import (
     expanded,
     function_of,
     is_own_run,
+    last_round,
     looks_local,
     own_member,
     reward_adapter,
@@ -60,8 +61,9 @@ def side_of(word: str) -> Side:
     if word == BASE:
         return Side(BASE)
     folder = expanded(word)
-    if last := _last_round(folder):
-        return replace(side_of(str(last)), name=f"{last.parents[2].name}/{ROUNDS}")
+    whole = folder.parent if folder.name == "adapter" else folder
+    if whole.name == ROUNDS and (last := last_round(whole)):
+        return replace(side_of(str(last)), name=f"{whole.resolve().parent.name}/{ROUNDS}")
     if folder.is_file() or word.endswith(DATA_SUFFIXES):
         suffix = next((suffix for suffix in sorted(DATA_SUFFIXES, key=len)[::-1] if word.endswith(suffix)), "")
         return Side(folder.name.removesuffix(suffix), file=word)
@@ -74,16 +76,6 @@ def side_of(word: str) -> Side:
         return Side(f"{run.path.parent.name}/{run.stage}{suffix}", folder, run)
     run = open_run(word, ANSWERING_STAGES)
     return Side(f"{run.path.parent.name}/{run.stage}", run.adapter, run)
-
-
-def _last_round(folder: Path) -> Path | None:
-    """The run of DPO that left the adapter of a `best_of` run with rounds, which is named by its folder or adapter."""
-    whole = folder.parent if folder.name == "adapter" else folder
-    if whole.name != ROUNDS or not (whole / "summary.json").is_file():
-        return None
-    number = json.loads((whole / "summary.json").read_text(encoding="utf-8")).get("rounds")
-    last = whole.resolve() / f"round_{number}" / "dpo"
-    return last if (last / "summary.json").is_file() else None
 
 
 def told_apart(sides: tuple[Side, Side], words: tuple[str, str]) -> tuple[Side, Side]:
