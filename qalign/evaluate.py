@@ -3,9 +3,9 @@
     python -m qalign.evaluate RECIPE [key=value …] [--stage STAGE] [--dialogues FILE] [--tasks arc_easy,…]
 
 Of DPO and KTO it measures preference figures (of KTO's single answers loss and rewards), of SFT loss and perplexity
-of the answers, of a reward model whether to trust it, of PPO and GRPO reward and KL on held-out prompts; of best_of with
-rounds the policy that it trained. Then reference and aligned adapter answer some of the prompts: such figures don't show
-an answer that never ends.
+of the answers, of a reward model whether to trust it, of PPO and GRPO reward and KL on held-out prompts; of best_of
+with rounds the policy that it trained. Then reference and aligned adapter answer some of the prompts: such figures
+don't show an answer that never ends.
 
 `--dialogues` and `--tasks` show the alignment tax: whether the bare base predicts dialogues, and does tasks of lm-eval,
 better than the adapter on it (Askell et al. 2021, arXiv:2112.00861; Ouyang et al. 2022, arXiv:2203.02155). Nothing is
