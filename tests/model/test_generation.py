@@ -75,7 +75,7 @@ def sample(base, ids, sampling: Sampling, num_samples: int = 3, seed: int = 9, r
 def test_batched_completions_are_greedy_decoding_of_the_role(base, ids):
     how, found = Sampling(8, 0.0, (base.tokenizer.eos_token_id,)), {}
     for role in (Role.BASE, Role.POLICY, Role.REFERENCE):
-        found[role] = generation.complete(base, role, PROMPTS, max_new_tokens=8)
+        found[role] = generation.complete(base, role, ids, max_new_tokens=8)
         alone = [one_by_one(base, role, prompt, how, torch.zeros(8)) for prompt in ids]
         assert found[role] == [generation.text_of(base.tokenizer, answer) for answer in alone]
     assert found[Role.POLICY] != found[Role.REFERENCE]
