@@ -126,13 +126,14 @@ class Meeting:
             if not (self.watch and self.watch.is_stuck):
                 store = self._connected(LATE)
                 store.set(f"end/{self.launch.rank}", write_end(end))
+                # If the store goes from now on, the process that keeps it had waited for this one, and has said it.
+                answers = heard = True
                 if says:
                     store.set("said", "")
                 else:
                     # One on a host that was lost says nothing; if only another process was, it has said it by now.
                     seconds = 2 * BEAT if sayer in self._lost_with(end.dead) else LINGER
                     heard = self._within(seconds, lambda: store.check(["said"]))
-                answers = True
         if says:
             self._linger(end.dead, answers=answers)
         elif not (heard if answers else self._is_here(sayer)):
