@@ -131,7 +131,7 @@ def _rewards_of(side: Side) -> Iterator[str | None]:
 
 def rewards_behind(run: RunFolder, depth: int = 20) -> Iterator[str | None]:
     """What the rewards are known by that an adapter was trained on: its run's, those of the runs that it started from,
-    and those that chose its data (`best_of`, and each of its rounds)."""
+    and those of the `best_of` run, or of its round, that chose its data."""
     if not depth:
         return
     if run.stage in RL_STAGES:

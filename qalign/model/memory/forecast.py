@@ -141,12 +141,11 @@ class Forecast:
         if has_reference and settings.start_from is not None:
             frozen += adapter  # the reference's copy
         if isinstance(settings, PPO):
-            sources = [source.source for _, source in settings.sources]
             # Reward models that aren't adapters are loaded by the time that memory is planned.
-            frozen += sum(sum(_reward_weights(source, self.recipe.reward, adapter)) for source in sources)
+            counts = [(key, _reward_weights(s.source, self.recipe.reward, adapter)) for key, s in settings.sources]
+            frozen += sum(sum(weights) for _, weights in counts)
             if settings.value == "adapter":  # a copy of the first reward adapter
-                rewards = [_reward_weights(source.source, self.recipe.reward, adapter) for source in settings.reward]
-                trained += next(chain(*rewards), adapter)
+                trained += next(chain(*(weights for key, weights in counts if key == "reward")), adapter)
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         autocast_copy = self.members * adapter * width if width == 2 else 0
         return {

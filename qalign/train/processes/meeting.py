@@ -152,8 +152,9 @@ class Meeting:
         print("; ".join([*end.lines, *hint]) if hint else "\n".join(end.lines), file=self._stderr, flush=True)
 
     def _linger(self, dead: int | None, *, answers: bool = True) -> None:
-        """Stays, and keeps the store, until the others have ended too: as the store says if it still `answers`, and as
-        this host's system does. Doesn't wait for one that is dead, nor for those that may be lost with its host."""
+        """Stays, and keeps the store, until the others have ended too, by what the store says if it still `answers`,
+        and by the operating system of this host. A dead process, and others that may be lost with its host, are not
+        waited for."""
         ranks = {*range(self.launch.size)} - {self.launch.rank, dead} - self._lost_with(dead)
 
         def has_ended(rank: int) -> bool:
