@@ -26,6 +26,9 @@ from qalign.model.logps import answer_states, token_scores
 MOST_NEW_TOKENS = 256  # where a task names no limit
 METRICS = ("acc", "exact_match", "acc_norm", "f1", "word_perplexity", "byte_perplexity")  # shown first, in this order
 
+# What lm-eval raises where a task's package or data set isn't there.
+NOT_THERE = (ImportError, LookupError, ValueError, OSError, DatasetsError)
+
 
 class HarnessModel(LM):
     """A role of the base as lm-eval asks it. `role` may be changed between evaluations."""
@@ -136,13 +139,7 @@ def measure_tasks(
         options: dict[str, Any] = {"tasks": tasks.named, "limit": limit, "log_samples": False}
         try:
             results: Any = simple_evaluate(model=model, task_manager=tasks.manager, **options)
-        except (
-            ImportError,
-            LookupError,
-            ValueError,
-            OSError,
-            DatasetsError,
-        ) as error:  # a package or a data set isn't there
+        except NOT_THERE as error:
             raise UserError(f"--tasks: {','.join(tasks.words)}: lm-eval can't run them: {short(str(error))}") from None
         for task, values in results["results"].items():
             if main := _main_metric(values):
