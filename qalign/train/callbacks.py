@@ -101,8 +101,10 @@ class RunCallback(TrainerCallback):
 
 def asked_to_stop(run: RunFolder) -> bool:
     """Whether any process was asked to stop; all stop after the same step."""
-    run.stop.number = max(number or 0 for number in current().gathered(run.stop.number)) or None
-    return run.stop.number is not None
+    number = max(asked or 0 for asked in current().gathered(run.stop.number))
+    if number:  # else a signal may have come since this process said that it had none
+        run.stop.number = number
+    return number > 0
 
 
 def end_part(run: RunFolder, line: dict[str, Any], parts: int, checkpoints: int) -> None:

@@ -1,5 +1,6 @@
 """Commands of qalign in forked children of one server, which has imported everything: a start takes no seconds."""
 
+import atexit
 import importlib
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from multiprocessing import forkserver
+from pathlib import Path
 from unittest.mock import patch
 
 import numpy
@@ -31,12 +33,12 @@ class Command:
     """
 
     def __init__(self, name: str, words: Sequence[str], environment: dict[str, str], *, ending: bool = False):
-        self._files = [tempfile.NamedTemporaryFile("r") for _ in ("standard output", "standard error")]  # noqa: SIM115
+        self._files = [Path(_empty_file()) for _ in ("standard output", "standard error")]
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.everything", __name__])
         with patch.dict(os.environ, SERVER):
             forkserver.ensure_running()
-        of_command = (name, [*words], {**environment}, os.getcwd(), [file.name for file in self._files], ending)
+        of_command = (name, [*words], {**environment}, os.getcwd(), [*map(str, self._files)], ending)
         self._process = context.Process(target=_run, args=of_command)
         self._process.start()
         self.pid = self._process.pid
@@ -64,10 +66,15 @@ class Command:
         return self._said()
 
     def _said(self) -> tuple[str, str]:
-        for file in self._files:
-            file.seek(0)
-        out, error = (file.read() for file in self._files)
+        out, error = (file.read_text() for file in self._files)
         return out, error
+
+
+def _empty_file() -> str:
+    number, path = tempfile.mkstemp()
+    os.close(number)
+    atexit.register(os.unlink, path)
+    return path
 
 
 def _run(name: str, words: list[str], environment: dict[str, str], folder: str, files: list[str], ending: bool) -> None:

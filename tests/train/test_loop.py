@@ -2,6 +2,7 @@
 
 import json
 import math
+import signal
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -15,13 +16,13 @@ import qalign.train.trainers.sft
 from qalign.config.recipe import Recipe
 from qalign.config.stages import DPO, PPO, SFT, Reward
 from qalign.data.collate import MicroBatchLimit
-from qalign.errors import UserError, not_finite
+from qalign.errors import StopRequest, UserError, not_finite
 from qalign.model.adapters.members import member_roles
 from qalign.model.base import Role
 from qalign.model.memory.forecast import Plan
-from qalign.train.callbacks import RunCallback
+from qalign.train.callbacks import RunCallback, asked_to_stop
 from qalign.train.loop import Session, few_steps, micro_batch, planned_steps
-from qalign.train.processes.world import World
+from qalign.train.processes.world import World, entered
 from tests.helpers import TRAIN, dpo_config, metrics
 from tests.reward_runs import run_stage, write_recipe
 
@@ -148,6 +149,27 @@ def test_gradients_that_are_not_finite_stop_before_the_update(tmp_path):
     callback, state = RunCallback(None), SimpleNamespace(global_step=6)
     with pytest.raises(UserError, match="step 7: the gradients are not finite"):
         callback.on_pre_optimizer_step(dpo_config(tmp_path), state, None, model=layer)
+
+
+@pytest.mark.parametrize(
+    ("said", "late"), [([None, None], None), ([None, signal.SIGTERM], None), ([None] * 2, signal.SIGINT)]
+)
+def test_no_signal_is_lost_between_processes(said, late):
+    """One that comes while processes tell each other of theirs counts at the next step."""
+    run = SimpleNamespace(stop=StopRequest())
+    run.stop.patient = True
+
+    class Both(World):
+        def gathered(self, value):
+            if late and value is None:
+                run.stop(late, None)
+                return said
+            return [value, *said[1:]]
+
+    with entered(Both()):
+        assert asked_to_stop(run) == any(said)
+        assert asked_to_stop(run) == bool(late or any(said))
+    assert run.stop.number == (late or said[1])
 
 
 def test_a_resumed_run_counts_its_tokens_on():

@@ -16,13 +16,14 @@ HERE, FAR = gethostname(), "far"
 
 
 class Store:
-    """What is set is there, if it `answers`."""
+    """What is set is there, if it `answers`. If not, `accepts` says whether one can still set, as until the system
+    notices that nobody is there any more."""
 
-    def __init__(self, *keys: str, answers: bool = True):
-        self.keys, self.answers, self.asked = {*keys}, answers, []
+    def __init__(self, *keys: str, answers: bool = True, accepts: bool = False):
+        self.keys, self.answers, self.accepts, self.asked = {*keys}, answers, accepts or answers, []
 
     def set(self, key, value):
-        if not self.answers:
+        if not self.accepts:
             raise RuntimeError("Broken pipe")
         self.keys.add(key)
 
@@ -68,11 +69,25 @@ def test_somebody_says_that_the_process_with_the_store_was_lost(hosts, gone, spe
     assert {rank for rank in living if said(meeting_of(rank, hosts, gone, Store(answers=False)), 0)} == speakers
 
 
+@pytest.mark.parametrize("accepts", [False, True])
+def test_who_said_it_stays_for_the_others_without_a_store(accepts, meeting_of, monkeypatch):
+    """They say it themselves once it is gone."""
+    monkeypatch.setattr(meeting_module, "LINGER", 60.0)
+    gone = {0}
+    meeting = meeting_of(1, [HERE] * 4, gone, Store(answers=False, accepts=accepts))
+    seen = []
+    monkeypatch.setattr(meeting_module.time, "sleep", lambda _: (seen.append({*gone}), gone.add(len(gone) + 1)))
+    assert said(meeting, 0)
+    assert seen == [{0}, {0, 2}]
+    other = meeting_of(2, [HERE] * 4, {0}, Store(answers=False, accepts=accepts))
+    assert not said(other, 0)
+
+
 def test_the_first_process_does_not_wait_for_those_on_a_lost_host(meeting_of):
     store = Store("end/1")
     assert said(meeting_of(0, [HERE, HERE, FAR, FAR], set(), store), 3)
     assert "said" in store.keys
-    assert {*store.asked} == {"end/1"}
+    assert {*store.asked} == {"end/0", "end/1"}
 
 
 def test_a_store_that_does_not_answer_ends_the_process(meeting_of, monkeypatch):

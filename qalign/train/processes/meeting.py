@@ -126,8 +126,9 @@ class Meeting:
             if not (self.watch and self.watch.is_stuck):
                 store = self._connected(LATE)
                 store.set(f"end/{self.launch.rank}", write_end(end))
-                # If the store goes from now on, the process that keeps it had waited for this one, and has said it.
-                answers = heard = True
+                # `set` waits for no answer, so only `check` shows that the store is there. If it goes from now on, the
+                # process that keeps it had waited for this one, and has said it.
+                answers = heard = store.check([f"end/{self.launch.rank}"])
                 if says:
                     store.set("said", "")
                 else:
@@ -160,12 +161,12 @@ class Meeting:
         def has_ended(rank: int) -> bool:
             if self._is_gone(rank):
                 return True
-            if not answers:
-                return not self._is_here(rank)  # nobody knows
-            return self.store.check([f"end/{rank}"]) or self.store.check([f"left/{rank}"])
+            with suppress(Exception):  # the store may go at any time
+                if answers:
+                    return self.store.check([f"end/{rank}"]) or self.store.check([f"left/{rank}"])
+            return not self._is_here(rank)  # nobody knows of one on another host
 
-        with suppress(Exception):
-            self._within(LINGER, lambda: all(map(has_ended, ranks)))
+        self._within(LINGER, lambda: all(map(has_ended, ranks)))
 
     def _lost_with(self, dead: int | None) -> set[int]:
         """The processes on the host of a dead one, unless it is this host, whose system knows them."""
