@@ -19,6 +19,7 @@ from qalign.model.base import Base, Role
 from qalign.model.generation import complete
 from tests.chat_runs import finished_run
 from tests.helpers import TEST, leaving
+from tests.judge import alpaca_eval_package
 from tests.reward_runs import run_stage, write_recipe
 
 JUDGE = "def length(completions, **_):\n    return [len(text) for text in completions]\n"
@@ -242,6 +243,23 @@ def test_files_for_other_tools_say_the_same(tmp_path):
     assert answer["metadata"]["list_count"]["unordered"] == answer["metadata"]["bold_count"]["**"] == 1
     again, refused = read_answers(str(tmp_path / "arena_hard/model_answer/demo_dpo.jsonl"), None)
     assert ([text for _, text in again], refused) == ([f"## a\n{n}" for n in range(4)], [])
+
+
+@pytest.mark.slow
+def test_alpaca_eval_itself_reads_the_answers_and_judgements(here):
+    """Its own `evaluate` pairs our files of answers, finds each pair among our judgements, and says the same."""
+    lengths = {"one": (3, 1), "two": (2, 2), "three": (1, 4), "four": (5, 2), 'fünf\n\n"5"': (6, 5)}
+    for number, file in enumerate(("a.jsonl", "b.jsonl")):
+        answers(file, {prompt: "é " * sizes[number] + "." for prompt, sizes in lengths.items()})
+    assert leaving(main, "a.jsonl", "b.jsonl", "--judge", "judge.py:length", "--to", "out") == 0
+    figures = json.loads(Path("out/compare.json").read_text())
+
+    found = json.loads(alpaca_eval_package.run("evaluate", here / "out" / "alpaca_eval"))
+
+    assert (figures["wins"], figures["ties"], figures["losses"]) == (3, 1, 1)
+    assert (found["n_wins"], found["n_draws"], found["n_wins_base"]) == (3, 1, 1)
+    assert found["win_rate"] / 100 == pytest.approx(figures["win_rate"])
+    assert found["avg_length"] == int(figures["mean_length"][0])
 
 
 @pytest.mark.pictures

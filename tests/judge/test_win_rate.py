@@ -6,9 +6,9 @@ import pytest
 
 from qalign.judge.logistic import fit, sigmoid
 from qalign.judge.win_rate import design, win_rate
-from tests.judge.make_alpaca_eval_figures import FIGURES, cases, controlled_by_alpaca_eval
+from tests.judge import alpaca_eval_package
 
-RECORDED = json.loads(FIGURES.read_text())
+RECORDED = json.loads(alpaca_eval_package.FIGURES.read_text())
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -23,11 +23,15 @@ def test_figures_are_those_that_alpaca_eval_gave(name):
     assert (found.wins, found.ties, found.losses) == (expected["wins"], expected["ties"], expected["losses"])
 
 
-def test_figures_are_those_of_the_installed_alpaca_eval():
-    pytest.importorskip("alpaca_eval", reason="alpaca_eval is not installed: the recorded figures stand in for it")
-    for name, (preferences, a, b) in cases().items():
-        expected = controlled_by_alpaca_eval(preferences, a, b)["length_controlled_winrate"] / 100
-        assert win_rate(preferences, a, b).controlled == pytest.approx(expected, abs=1e-3), name
+@pytest.mark.slow
+def test_figures_are_those_of_the_installed_alpaca_eval(tmp_path):
+    alpaca_eval_package.run("figures", tmp_path / "figures.json")
+
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures.keys() == RECORDED.keys()
+    for name, kept in figures.items():
+        found = win_rate(kept["preferences"], kept["a"], kept["b"])
+        assert found.controlled == pytest.approx(kept["expected"]["controlled"], abs=1e-3), name
 
 
 def test_a_judge_that_sees_only_length_is_near_a_half_once_controlled(shared_data):
