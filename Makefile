@@ -23,8 +23,9 @@ setup: .venv/ready  ## make .venv with the pinned requirements
 lock: setup  ## write the lock files anew, after a change of requirements.txt or requirements-gpu.txt
 	$(BIN)/python .ci/lock.py
 
-docs: setup  ## write the recipe's reference and its schema anew, after a change of a recipe key
+docs: setup  ## write the recipe's reference and its schema anew, after a change of a recipe key, and the version's pins
 	$(BIN)/python docs/make_recipe.py
+	$(BIN)/python docs/pin_version.py
 
 site: setup  ## the documentation as a site, in site/; a link or an anchor that leads nowhere ends it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -21,10 +21,12 @@ class BuildWithRecipes(build_py):
 
 
 def readme() -> str:
-    """The README with links and pictures that also work on a package index, outside the repository."""
+    """The README with links and pictures that also work on a package index: they open the tag of this version."""
+    found = re.search(r'^__version__ = "(.*)"', Path("qalign/__init__.py").read_text(encoding="utf-8"), re.MULTILINE)
+    tag = f"v{found[1]}"
     text = Path("README.md").read_text(encoding="utf-8")
-    text = re.sub(r"(!\[[^\]]*\])\((?!https?:)", rf"\1({REPOSITORY}/raw/main/", text)
-    return re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#)", rf"\1({REPOSITORY}/blob/main/", text)
+    text = re.sub(r"(!\[[^\]]*\])\((?!https?:)", rf"\1({REPOSITORY}/raw/{tag}/", text)
+    return re.sub(r"(?<!!)(\[[^\]]*\])\((?!https?:|#)", rf"\1({REPOSITORY}/blob/{tag}/", text)
 
 
 setup(cmdclass={"build_py": BuildWithRecipes}, long_description=readme(), long_description_content_type="text/markdown")

@@ -1,8 +1,8 @@
 """MkDocs' hook: pages that lie outside docs/, and links as they are in the repository.
 
 Every document links to others by its place in the repository, so that GitHub shows it right. In the site, a link to a
-page leads to that page, and any other to the file on GitHub. One that leads nowhere is a warning, which ends
-`mkdocs build --strict`; MkDocs itself checks anchors and links between pages.
+page leads to that page, and any other to the file on GitHub, at the tag of this version. One that leads nowhere is a
+warning, which ends `mkdocs build --strict`; MkDocs itself checks anchors and links between pages.
 """
 
 import logging
@@ -16,6 +16,8 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parent.parent
 GITHUB = "https://github.com/qalign/qalign"
+# Read, not imported: the site is made where qalign isn't installed.
+TAG = "v" + re.findall(r'^__version__ = "(.*)"', (ROOT / "qalign/__init__.py").read_text(), re.MULTILINE)[0]
 OUTSIDE = {  # of docs/: the page in the site of a file in the repository
     "README.md": "guide.md",
     "CHANGELOG.md": "changelog.md",
@@ -52,8 +54,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def in_site(link: str, file: PurePosixPath, at: str, files: Files) -> str:
     """Where a link of a file in the repository leads in the site, as its page `at` says it."""
     name, mark, anchor = link.partition("#")
-    if link.startswith(f"{GITHUB}/blob/main/"):
-        target = name.removeprefix(f"{GITHUB}/blob/main/")
+    if link.startswith(f"{GITHUB}/blob/{TAG}/"):
+        target = name.removeprefix(f"{GITHUB}/blob/{TAG}/")
     elif not name or "://" in name or name.startswith("mailto:"):
         return link
     else:
@@ -64,4 +66,4 @@ def in_site(link: str, file: PurePosixPath, at: str, files: Files) -> str:
     page = OUTSIDE.get(target, target.removeprefix("docs/") if target.startswith("docs/") else None)
     if page and files.get_file_from_path(page):
         return os.path.relpath(page, os.path.dirname(at) or ".") + mark + anchor
-    return f"{GITHUB}/{'tree' if (ROOT / target).is_dir() else 'blob'}/main/{target}{mark}{anchor}"
+    return f"{GITHUB}/{'tree' if (ROOT / target).is_dir() else 'blob'}/{TAG}/{target}{mark}{anchor}"

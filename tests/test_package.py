@@ -64,8 +64,8 @@ def test_the_readme_of_the_wheel_has_no_link_that_only_works_in_the_repository(w
     assert len(links) > 40
     assert not [link for link in links if not link.startswith(("https://", "http://", "#"))]
     repository = PROJECT["urls"]["Repository"]
-    assert f"{repository}/blob/main/docs/recipe.md" in links
-    assert f"{repository}/raw/main/docs/one-base.svg" in links
+    assert f"{repository}/blob/v{qalign.__version__}/docs/recipe.md" in links
+    assert f"{repository}/raw/v{qalign.__version__}/docs/one-base.svg" in links
 
 
 @pytest.mark.slow

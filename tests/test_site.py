@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+import qalign
 from docs import site_pages
 from tests.conftest import ROOT
 
@@ -29,9 +30,9 @@ class Known:
         ("README.md", "guide.md", "docs/recipe.md", "recipe.md"),
         ("README.md", "guide.md", "docs/ppo.md#goodharts-law", "ppo.md#goodharts-law"),
         ("README.md", "guide.md", "docs/one-base.svg", "one-base.svg"),
-        ("README.md", "guide.md", "qalign/losses", f"{site_pages.GITHUB}/tree/main/qalign/losses"),
+        ("README.md", "guide.md", "qalign/losses", f"{site_pages.GITHUB}/tree/v{qalign.__version__}/qalign/losses"),
         ("docs/ppo.md", "ppo.md", "../benchmarks/results/ppo_demo.md", "measured/ppo_demo.md"),
-        ("docs/ppo.md", "ppo.md", "../qalign/cli.py", f"{site_pages.GITHUB}/blob/main/qalign/cli.py"),
+        ("docs/ppo.md", "ppo.md", "../qalign/cli.py", f"{site_pages.GITHUB}/blob/v{qalign.__version__}/qalign/cli.py"),
         ("benchmarks/results/ppo_demo.md", "measured/ppo_demo.md", "../../docs/ppo.md", "../ppo.md"),
         ("benchmarks/README.md", "measured/index.md", "results/ppo_demo.md", "ppo_demo.md"),
         ("docs/ppo.md", "ppo.md", "#rewards", "#rewards"),
