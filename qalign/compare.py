@@ -28,7 +28,7 @@ from qalign.data.formats import Prompt, prompts
 from qalign.errors import UserError, short
 from qalign.evaluate import check_usable
 from qalign.judge.comparison import dial
-from qalign.judge.comparison.answer_files import Compared, file_name, read_answers
+from qalign.judge.comparison.answer_files import Compared, by_prompt, file_name, read_answers
 from qalign.judge.comparison.judges import (
     ANNOTATIONS,
     FunctionJudge,
@@ -153,12 +153,14 @@ def _asked(args: argparse.Namespace, sides: tuple[Side, Side]) -> tuple[list[Pro
     others."""
     given: dict[str, dict[str, str]] = {}
     asked: list[Prompt] | None = None
-    for key, side in zip("ab", sides, strict=True):
-        if side.file:
-            read, refused = read_answers(side.file, None)
-            check_usable(side.file, len(read), refused, "; a row is a prompt and its answer")
-            given[key] = {prompt_key(row): text for row, text in read}
-            asked = asked or [*{prompt_key(row): row for row, _ in read}.values()]
+    files = {key: side.file for key, side in zip("ab", sides, strict=True) if side.file}
+    known: dict[str, Prompt] = {}
+    for key, file in files.items():
+        read, refused = read_answers(file, None)
+        check_usable(file, len(read), refused, "; a row is a prompt and its answer")
+        own, given[key] = by_prompt(file, read)
+        known |= {each: row for each, row in own.items() if each not in known}
+        asked = [*known.values()]
     if args.prompts:
         rows, refused = prompts((Source(path=args.prompts),), "train", None, 0)
         check_usable(args.prompts, len(rows), refused)
@@ -169,11 +171,12 @@ def _asked(args: argparse.Namespace, sides: tuple[Side, Side]) -> tuple[list[Pro
             raise UserError("neither side's run has held-out prompts; give some with --prompts FILE")
     answered = [row for row in asked if all(prompt_key(row) in texts for texts in given.values())]
     if not answered:
-        files = " and ".join(side.file for side in sides if side.file)
-        fix = "both sides must answer the same ones"
-        raise UserError(f"{files}: holds no answers to the {counted(len(asked), 'prompt')} that are asked; {fix}")
-    if left := len(asked) - len(answered):
-        print(f"{counted(left, 'prompt')} of {len(asked):,} left out: a file has no answer to them")
+        of = f"no answers to the {counted(len(asked), 'prompt')} of {args.prompts}"
+        words = of if args.prompts else "no prompt in common"
+        raise UserError(f"{' and '.join(files.values())}: {words}; both sides must answer the same ones")
+    for key, file in files.items():
+        if left := sum(prompt_key(row) not in given[key] for row in asked):
+            print(f"{counted(left, 'prompt')} of {len(asked):,} left out: {file} has no answer")
     limit = args.limit or (len(answered) if len(given) == 2 else LIMIT)
     return answered[:: max(1, len(answered) // limit)][:limit], given
 

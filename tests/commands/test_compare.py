@@ -120,6 +120,23 @@ def test_files_of_answers_in_any_shape(here):
     assert figures["mean_length"] == [12.5, 9.0]
 
 
+def test_prompts_that_only_one_file_answers_are_left_out_and_said_for_both(here, capsys):
+    answers("a.jsonl", {"p": "one", "q": "one", "r": "one", "only a": "one"})
+    answers("b.jsonl", {"only b": "two", "r": "two", "q": "two words", "only b too": "two"})
+    with Path("b.jsonl").open("a") as file:
+        file.write("\n" + json.dumps({"prompt": "q", "completion": "two words"}))
+
+    assert leaving(main, "a.jsonl", "b.jsonl", "--judge", "judge.py:length", "--to", "out") == 0
+
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "b.jsonl: 1 row left out: prompt and answer stand in an earlier one",
+        "2 prompts of 6 left out: a.jsonl has no answer",
+        "2 prompts of 6 left out: b.jsonl has no answer",
+    ]
+    assert [row["prompt"][0]["content"] for row in rows_of("out/annotations.jsonl")] == ["q", "r"]
+
+
 def test_a_file_against_a_model_asks_the_prompts_of_the_file(run, here):
     answers("mine.jsonl", {"What is a prime?": "A number.", "And two?": "It is one."})
 
@@ -318,7 +335,18 @@ BAD = {
     "no such side": (("nowhere", "base"), "there is no finished"),
     "the same side twice": (("base", "base"), "are the same"),
     "no such file": (("a.jsonl", "gone.jsonl", "--judge", "judge.py:length"), "gone.jsonl"),
-    "other prompts": (("a.jsonl", "other.jsonl", "--judge", "judge.py:length"), "holds no answers to the"),
+    "other prompts": (
+        ("a.jsonl", "other.jsonl", "--judge", "judge.py:length"),
+        "other.jsonl: no prompt in common",
+    ),
+    "other prompts than are asked": (
+        ("a.jsonl", "b.jsonl", "--judge", "judge.py:length", "--prompts", "other.jsonl"),
+        "a.jsonl and b.jsonl: no answers to the 1 prompt of other.jsonl",
+    ),
+    "two answers to a prompt": (
+        ("b.jsonl", "twice.jsonl", "--judge", "judge.py:length"),
+        "twice.jsonl:1 and twice.jsonl:3: are different answers to one prompt (and 1 row more); keep one",
+    ),
     "no answers in a file": (("a.jsonl", "empty.jsonl", "--judge", "judge.py:length"), "empty.jsonl"),
     "no base for the judge": (("a.jsonl", "b.jsonl"), "--recipe RECIPE"),
     "no such judge": (("a.jsonl", "b.jsonl", "--judge", "nobody"), "a judge is base, a finished reward run"),
@@ -338,6 +366,8 @@ def test_bad_input_is_one_line(here, capsys, name):
     answers("a.jsonl", {"q": "one"})
     answers("b.jsonl", {"q": "two words"})
     answers("other.jsonl", {"another question": "yes"})
+    twice = [("q", "one"), ("other", "one"), ("q ", "two"), ("other", "two"), ("q", "one")]
+    Path("twice.jsonl").write_text("\n".join(json.dumps({"prompt": q, "completion": a}) for q, a in twice))
     Path("empty.jsonl").write_text("")
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "q", "chosen": "x", "rejected": "y"}))
 

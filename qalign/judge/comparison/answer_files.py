@@ -17,6 +17,9 @@ from qalign.config.stages import Source
 from qalign.data.formats import Dialogue, Prompt, Refused, collect, scorable
 from qalign.data.readers import BadRow
 from qalign.data.shapes import RawRow
+from qalign.errors import UserError
+from qalign.judge.comparison.sides import prompt_key
+from qalign.reports.plots import counted
 
 CATEGORY = "hard_prompt"  # the one that Arena-Hard's `show_result.py` shows by default
 
@@ -39,6 +42,24 @@ def read_answers(file: str, limit: int | None) -> tuple[list[tuple[Prompt, str]]
     """Prompts with their answers, and the refused rows. A `UserError` if the file can't be read at all."""
     rows, refused = collect((Source(path=file),), "train", limit, 0, _answered)
     return [*rows], refused
+
+
+def by_prompt(file: str, read: Sequence[tuple[Prompt, str]]) -> tuple[dict[str, Prompt], dict[str, str]]:
+    """(The prompts, their answers) of `read_answers`, by `prompt_key`; rows that say the same again are counted on
+    stdout. A `UserError` if a prompt has two answers, of which none would be the right one to judge."""
+    asked: dict[str, Prompt] = {}
+    texts: dict[str, str] = {}
+    others: list[str] = []
+    for row, text in read:
+        first = asked.setdefault(key := prompt_key(row), row)
+        if texts.setdefault(key, text) != text:
+            others.append(f"{first.where} and {row.where}")
+    if others:
+        more = f" (and {counted(len(others) - 1, 'row')} more)" if others[1:] else ""
+        raise UserError(f"{others[0]}: are different answers to one prompt{more}; keep one answer to each prompt")
+    if repeated := len(read) - len(texts):
+        print(f"{file}: {counted(repeated, 'row')} left out: prompt and answer stand in an earlier one")
+    return asked, texts
 
 
 def _answered(raw: Any, where: str) -> tuple[Prompt, str]:
