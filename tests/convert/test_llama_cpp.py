@@ -12,7 +12,7 @@ from qalign.convert.gguf import QUANTIZE, write_model
 from qalign.convert.merging import loaded
 from qalign.export import export, measured_rows, options
 from tests.conftest import ROOT
-from tests.convert.llama_cpp import running
+from tests.convert.llama_cpp import LlamaCpp, running
 from tests.convert.models import FAMILIES, logits, model, save
 from tests.helpers import TEST, train_recipe
 from tests.reward_runs import run_stage, write_recipe
@@ -84,33 +84,63 @@ def test_llama_cpp_adds_an_adapter_as_it_was_trained(tmp_path):
     assert max(map(abs, apart)) < 1e-3 < 0.05 < bare
 
 
+def mean_kl(trained: Trained, cpp: LlamaCpp) -> float:
+    """What llama.cpp computes at every sixth token of the model's greedy answers, in nats from it."""
+    size = len(trained.outputs[0][0])
+    found = [
+        kl(expected[at].double(), cpp.logps(prompt + answer[:at], size))
+        for (prompt, answer), expected in zip(trained.rows, trained.outputs, strict=True)
+        for at in range(0, len(answer), 6)
+    ]
+    return sum(found) / len(found)
+
+
+def answers_alike(trained: Trained, cpp: LlamaCpp) -> list[bool]:
+    """Asserts that llama.cpp's greedy answers part from the model's only where two tokens are nearly as likely. Returns
+    which of them ended by themselves."""
+    ended = []
+    for (prompt, answer), expected in zip(trained.rows, trained.outputs, strict=True):
+        found, why = cpp.greedy(prompt, 200)
+        ended.append(why == "eos")
+        first = next((at for at, (one, other) in enumerate(zip(answer, found, strict=False)) if one != other), None)
+        if first is not None:
+            best, second = expected[first].topk(2).values.tolist()
+            assert best - second < 1.0
+    return ended
+
+
 @pytest.mark.true_model
 def test_the_demo_answers_in_llama_cpp_as_it_was_trained(tmp_path):
     """SmolLM2-135M after a short SFT. In F16 its greedy answers in llama.cpp are the trained model's, which computes in
-    float32 here. In Q8_0 log-probs are the same but for rounding, and greedy answers wherever the trained model isn't
-    torn. An answer ends with the end of turn, which isn't shown."""
+    float32 here. In Q8_0, and as an adapter on the base, log-probs are the same but for rounding. So are those of the
+    base before. An answer ends with the end of turn, which isn't shown."""
     path = str(ROOT / "recipes" / "smollm2_demo.yaml")
     recipe = load_recipe(path, [f"output={tmp_path}", "model.compute_dtype=float32", *TAUGHT], stage="sft")
     run = train_recipe(recipe, path, stage="sft")
-    rows, _ = measured_rows(run, None)
-    trained = Trained(run, rows[:6])
-    for kind in ("f16", "q8_0"):
-        export(options().parse_args([str(run.path), "--to", "gguf", "--quantization", kind, "--max-kl", "0.02"]))
-    with running(run.path / "model-f16.gguf") as cpp:
-        for prompt, answer in trained.rows:
+    rows = measured_rows(run, None)[0][:6]
+    before, after = Trained(run, rows, bare=True), Trained(run, rows)
+    base, adapter, f16, q8_0 = (tmp_path / f"{name}.gguf" for name in ("base", "adapter", "f16", "q8_0"))
+    for file, *words in (
+        (base, "gguf", "--bare", "--quantization", "f16"),
+        (f16, "gguf", "--quantization", "f16"),
+        (q8_0, "gguf", "--quantization", "q8_0"),
+    ):
+        told = [str(run.path), "--output", str(file), "--max-kl", "0.01", "--to", *words]
+        export(options().parse_args(told))
+    under = loaded(run, "dequantized")
+    write_gguf(updates(run, under), under.lm, adapter, "adapter")
+    with running(base) as cpp:
+        assert abs(mean_kl(before, cpp)) < 0.001
+        assert mean_kl(after, cpp) > 0.1
+        answers_alike(before, cpp)
+    with running(base, adapter) as cpp:
+        assert abs(mean_kl(after, cpp)) < 0.001
+        assert any(answers_alike(after, cpp))
+    with running(f16) as cpp:
+        for prompt, answer in after.rows:
             assert cpp.greedy(prompt, len(answer))[0] in (answer, answer[:-1])  # it keeps the end of turn to itself
-    size, theirs, ended = len(trained.outputs[0][0]), [], []
-    with running(run.path / "model-q8_0.gguf") as cpp:
-        for (prompt, answer), expected in zip(trained.rows, trained.outputs, strict=True):
-            for at in range(0, len(answer), 6):
-                theirs.append(kl(expected[at].double(), cpp.logps(prompt + answer[:at], size)))
-            found, why = cpp.greedy(prompt, 200)
-            ended.append(why == "eos")
-            first = next((at for at, (one, other) in enumerate(zip(answer, found, strict=False)) if one != other), None)
-            if first is not None:  # two tokens were nearly as likely
-                best, second = expected[first].topk(2).values.tolist()
-                assert best - second < 1.0
+    with running(q8_0) as cpp:
+        assert mean_kl(after, cpp) < 0.01  # the whole demo's figure: benchmarks/results/export.md
+        assert any(answers_alike(after, cpp))
         said = cpp.ask("/v1/chat/completions", messages=TURNS[:1], max_tokens=200, temperature=0)["choices"][0]
-    assert sum(theirs) / len(theirs) < 0.02  # the whole demo's figure: benchmarks/results/export.md
-    assert any(ended)
     assert "<|im_end|>" not in said["message"]["content"]

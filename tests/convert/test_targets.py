@@ -1,6 +1,7 @@
 """`python -m qalign.export --to gguf | gguf-adapter | ollama | mlx` on a finished run, from the command to the file."""
 
 import json
+import shutil
 
 import gguf
 import pytest
@@ -120,21 +121,30 @@ def test_mlx_finds_the_positions_where_it_looks_for_them(run, trained, tmp_path,
 
 @pytest.mark.slow
 def test_mlx_lm_itself_computes_the_same(run, trained, tmp_path):
-    """Merged, its weights are in bfloat16; the adapter is float32 on the bfloat16 base."""
+    """Merged, its weights are in bfloat16; the adapter alone stays in float32 on the published base."""
     mx = pytest.importorskip("mlx.core", reason="mlx-lm's own reading needs mlx and mlx-lm (mlx-cpu on Linux)")
     utils = pytest.importorskip("mlx_lm.utils", reason="mlx-lm's own reading needs mlx-lm")
+    from mlx_lm.tuner.utils import load_adapters
+
     command(run, "--to", "mlx", "--output", str(tmp_path / "mlx"))
     command(run, "--to", "mlx", "--base", "org/base", "--output", str(tmp_path / "adapter"))
-    base, _ = utils.load_model(tmp_path / "mlx")
 
     def said(model) -> torch.Tensor:
         return torch.tensor(model(mx.array([IDS]))[0].astype(mx.float32).tolist(), dtype=torch.float64)
 
-    apart = (said(base).softmax(-1) - trained.softmax(-1)).abs().max()
-    assert apart < 0.05
+    def apart_from_trained(model) -> float:
+        return (said(model).softmax(-1) - trained.softmax(-1)).abs().max().item()
+
+    merged, _ = utils.load_model(tmp_path / "mlx")
+    assert apart_from_trained(merged) < 0.005
+    shutil.copytree(run.recipe.model.base, tmp_path / "base")
+    mlx.fit_config(tmp_path / "base")
+    base, _ = utils.load_model(tmp_path / "base")
+    assert apart_from_trained(base) > 0.01
+    assert apart_from_trained(load_adapters(base, tmp_path / "adapter")) < 1e-5
     merge(str(run.path), "original", str(tmp_path / "plain"))
     wrong, _ = utils.load_model(tmp_path / "plain")  # the folder of --to merged: other positions
-    assert (said(wrong).softmax(-1) - trained.softmax(-1)).abs().max() > 2 * apart
+    assert apart_from_trained(wrong) > 0.01
 
 
 @pytest.mark.parametrize(

@@ -240,6 +240,24 @@ def test_adapters_gradients_and_optimiser_are_exact(stage, tiny_folder):
     assert forecast.fixed["optimiser"] == sum(moment.nbytes for moment in moments)
 
 
+def write_adapter(folder: Path, *shapes: tuple[int, ...]) -> None:
+    """The files of an adapter with tensors of these shapes."""
+    folder.mkdir(parents=True)
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
+    save_file({f"{number}": torch.zeros(shape) for number, shape in enumerate(shapes)}, folder / WEIGHTS)
+
+
+def test_an_adapter_to_start_from_has_the_weights_of_its_file(tiny_folder, tmp_path):
+    """Its rank need not be the recipe's, of which a value model and the recipe's own reward adapter are."""
+    write_adapter(tmp_path / "other", (4, 150))
+    found = forecast_of(
+        tiny_folder, "ppo", start_from=str(tmp_path / "other"), reward=["reward"], value="adapter"
+    ).fixed
+    assert (found["adapters"], found["gradients"]) == (4 * (2 * 600 + 2 * 8192), 4 * (600 + 8192))
+    reward = forecast_of(tiny_folder, "reward", start_from=str(tmp_path / "other")).fixed
+    assert reward["adapters"] == 4 * (600 + 64), "and its head"
+
+
 def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
     """An adapter of the tiny model at rank 4 has 8,192 weights. Policy and value model are trained; the reference, each
     reward adapter and each judge are frozen; a function is nothing, and a model of its own is counted as it is
@@ -247,10 +265,7 @@ def test_what_the_roles_of_ppo_take(tiny_folder, tmp_path):
     adapter = 8192
     for name, shapes in {"b": [(4, 150)], "c/member_1": [(4, 100), (4, 10)], "c/member_2": [(4, 90)]}.items():
         run, _, member = name.partition("/")
-        folder = tmp_path / run / "reward" / "adapter" / member
-        folder.mkdir(parents=True)
-        (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": ["q_proj"]}')
-        save_file({f"{number}": torch.zeros(shape) for number, shape in enumerate(shapes)}, folder / WEIGHTS)
+        write_adapter(tmp_path / run / "reward" / "adapter" / member, *shapes)
     sources = ["reward", str(tmp_path / "b" / "reward"), "someone/a-model"]
     keys = {"reward": sources, "judge": str(tmp_path / "c"), "eval_data": "unused", "value": "adapter"}
     copied = forecast_of(tiny_folder, "ppo", reward=sources[1], value="adapter").fixed

@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 from qalign.train.lock import locked
 from tests.chat_runs import serving
+from tests.conftest import ROOT
 from tests.page.browser import Browser
 from tests.reward_runs import DATA, write_recipe
 
@@ -69,15 +72,35 @@ def test_curves_of_a_run_at_work_move_without_a_base_and_only_while_they_are_see
         assert browser.run("return document.documentElement.scrollWidth") <= 390
 
 
-STEPS = 200  # enough to stop it in the midst
 SLOW = 600  # seconds that a command may take on a busy machine
+
+
+class Training(NamedTuple):
+    """What a person chooses: a recipe, so many steps that the run can be stopped in the midst, and other settings."""
+
+    recipe: str
+    steps: int
+    settings: tuple[str, ...] = ()
+
+
+TINY = Training("recipes/dpo.yaml", 200)
+DEMO = Training("recipes/smollm2_demo.yaml", 12, ("dpo.start_from=null", "dpo.batch_size=2", "dpo.micro_batch_size=2"))
 
 
 @pytest.fixture
 def home(tiny_folder, tmp_path) -> Path:
-    """A folder with one recipe, as a person has it who has not trained yet."""
+    """A folder with two recipes, as a person has it who has not trained yet."""
     for stage in ("dpo", "sft"):
         write_recipe(tmp_path / "recipes", tiny_folder, stage, limit=None)
+    return tmp_path
+
+
+@pytest.fixture
+def demo_home(tmp_path) -> Path:
+    """The same with the demo's recipe and data."""
+    (tmp_path / "recipes").mkdir()
+    shutil.copy(ROOT / DEMO.recipe, tmp_path / DEMO.recipe)
+    shutil.copytree(DATA, tmp_path / "data")
     return tmp_path
 
 
@@ -99,23 +122,39 @@ def picture(browser: Browser, name: str) -> None:
 
 def test_from_an_upload_to_the_comparison(browser, home):
     with serving("--votes", str(home / "v.jsonl"), folder=home) as address:
-        browser.open(address, sees="[role=tab]")
-        assert "There is no run yet" in browser.text("#tabs")
-        assert not browser.driver.find_elements("css selector", ".toast-body")  # no error was shown
-        browser.tab("Train")
-        browser.until(lambda: value(browser, "#train-recipe input") == "recipes/dpo.yaml")
+        opens(browser, address, TINY)
         chooses_another_recipe_and_back(browser)
-        uploads(browser, home)
-        says_what_was_read_and_what_fits(browser)
-        trains_stops_and_resumes(browser, home, address)
-        picture(browser, "finished390")
-        browser.click("#train-open")
-        browser.until(lambda: browser("#prompt textarea").is_displayed(), SLOW)
-        browser.until(lambda: "mine/dpo" in browser.text("#right"))
-        browser.type("Why?\n")
-        browser.answered(SLOW)
-        picture(browser, "opened390")
-        assert "tokens" in browser.text("#right-figures")
+        from_the_upload_on(browser, home, address, TINY)
+
+
+def test_from_an_upload_to_the_comparison_with_the_demo(browser, demo_home):
+    with serving("--votes", str(demo_home / "v.jsonl"), folder=demo_home) as address:
+        opens(browser, address, DEMO)
+        browser.click("#train-stage input")
+        browser.choose("dpo")
+        from_the_upload_on(browser, demo_home, address, DEMO)
+
+
+def opens(browser, address, training):
+    browser.open(address, sees="[role=tab]")
+    assert "There is no run yet" in browser.text("#tabs")
+    assert not browser.driver.find_elements("css selector", ".toast-body")  # no error was shown
+    browser.tab("Train")
+    browser.until(lambda: value(browser, "#train-recipe input") == training.recipe)
+
+
+def from_the_upload_on(browser, home, address, training):
+    uploads(browser, home, training)
+    says_what_was_read_and_what_fits(browser)
+    trains_stops_and_resumes(browser, home, address, training.steps)
+    picture(browser, "finished390")
+    browser.click("#train-open")
+    browser.until(lambda: browser("#prompt textarea").is_displayed(), SLOW)
+    browser.until(lambda: "mine/dpo" in browser.text("#right"))
+    browser.type("Why?\n")
+    browser.answered(SLOW)
+    picture(browser, "opened390")
+    assert "tokens" in browser.text("#right-figures")
 
 
 def chooses_another_recipe_and_back(browser):
@@ -126,13 +165,14 @@ def chooses_another_recipe_and_back(browser):
         assert value(browser, "#train-stage input") == stage
 
 
-def uploads(browser, home):
+def uploads(browser, home, training):
     browser("#upload-file").send_keys(str(rows_with_a_bad_one(home / "my rows.jsonl")))
     browser.until(lambda: "uploads/my_rows.jsonl is uploaded" in browser.text("#train-status"))
     assert (home / "uploads" / "my_rows.jsonl").read_bytes() == (home / "my rows.jsonl").read_bytes()
     browser.until(lambda: "dpo.data=uploads/my_rows.jsonl" in value(browser, "#train-commands textarea"))
-    browser("#train-settings textarea").send_keys(f"dpo.max_steps={STEPS}\noutput=runs/mine")
-    words = f"recipes/dpo.yaml dpo.data=uploads/my_rows.jsonl dpo.max_steps={STEPS} output=runs/mine"
+    settings = [*training.settings, f"dpo.max_steps={training.steps}", "output=runs/mine"]
+    browser("#train-settings textarea").send_keys("\n".join(settings))
+    words = " ".join([training.recipe, "dpo.data=uploads/my_rows.jsonl", *settings])
     browser("#train-card :is(input, textarea)").send_keys("12GB")
     browser.click("#train-overwrite input")
     expected = [f"dpo {words} --check", f"fit {words} --memory 12GB", f"dpo {words} --overwrite"]
@@ -149,7 +189,7 @@ def says_what_was_read_and_what_fits(browser):
             assert "my_rows.jsonl:4: " in value(browser, "#train-log textarea")
 
 
-def trains_stops_and_resumes(browser, home, address):
+def trains_stops_and_resumes(browser, home, address, steps):
     metrics = home / "runs" / "mine" / "dpo" / "metrics.jsonl"
     browser.click("#train-train")
     browser.until(lambda: browser.driver.find_elements("css selector", "#train-curves polyline"), SLOW)
@@ -159,7 +199,7 @@ def trains_stops_and_resumes(browser, home, address):
     browser.until(lambda: "stopped, step" in browser.text("#train-curves"), SLOW)
     assert "stopped by SIGINT" in value(browser, "#train-log textarea")
     done = len(metrics.read_text().splitlines())
-    assert 0 < done < STEPS
+    assert 0 < done < steps
     browser.until(lambda: value(browser, "#train-commands textarea").endswith("output=runs/mine --resume"))
     picture(browser, "stopped1280")
     browser.click("#train-resume")
@@ -170,6 +210,6 @@ def trains_stops_and_resumes(browser, home, address):
     browser.until(lambda: "runs/mine/dpo: " in browser.text("#train-curves"), SLOW)
     assert browser.run("return document.documentElement.scrollWidth") <= 390
     picture(browser, "running390")
-    browser.until(lambda: f"finished, step {STEPS}" in browser.text("#train-curves"), SLOW)
+    browser.until(lambda: f"finished, step {steps}" in browser.text("#train-curves"), SLOW)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [*range(1, STEPS + 1)]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, steps + 1)]

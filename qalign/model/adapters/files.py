@@ -5,6 +5,7 @@ that are missing. Here every setting is honoured or refused by name.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -65,6 +66,11 @@ class AdapterFiles(BaseModel):
 
     settings: LoraSettings
     shapes: dict[str, tuple[int, ...]]  # of the tensors, by their names in the file
+
+    @property
+    def weights(self) -> int:
+        """How many numbers the tensors have."""
+        return sum(map(math.prod, self.shapes.values()))
 
 
 def read_files(folder: str | Path) -> AdapterFiles:

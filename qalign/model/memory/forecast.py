@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from qalign.config.paths import adapters_in, function_of, is_own_model, is_own_run, own_member, reward_adapter
 from qalign.config.recipe import Model, Recipe
-from qalign.config.stages import DPO, PPO, RL_STAGES, Reward
+from qalign.config.stages import DPO, PPO, RL_STAGES, SFT_RUN, Reward
 from qalign.model.adapters.files import read_files
 from qalign.model.adapters.targets import decoder_layers
 from qalign.model.experts.quantizer import experts_kind
@@ -135,17 +135,19 @@ class Forecast:
             self.layers_dealt, self.dealt = sum(parts), sum(parts) + sum(vocabulary)
             gathered = {"gathered": max(GATHERED * max(parts), 2 * max(vocabulary, default=0))}
         whole = sum(held.values()) - self.streamed - self.dealt
-        adapter = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+        new, start = sum(p.numel() for p in lm.parameters() if p.requires_grad), settings.start_from
+        head = self.config.get_text_config().hidden_size if self.stage == "reward" else 0
+        adapter = new if start in (None, SFT_RUN) else read_files(start).weights + head  # it may be of another rank
         frozen, trained = 0, self.members * adapter  # weights of adapters
         has_reference = self.stage in ("kto", *RL_STAGES) or (isinstance(settings, DPO) and settings.needs_reference)
-        if has_reference and settings.start_from is not None:
+        if has_reference and start is not None:
             frozen += adapter  # the reference's copy
         if isinstance(settings, PPO):
             # Reward models that aren't adapters are loaded by the time that memory is planned.
-            counts = [(key, _reward_weights(s.source, self.recipe.reward, adapter)) for key, s in settings.sources]
+            counts = [(key, _reward_weights(s.source, self.recipe.reward, new)) for key, s in settings.sources]
             frozen += sum(sum(weights) for _, weights in counts)
             if settings.value == "adapter":  # a copy of the first reward adapter
-                trained += next(chain(*(weights for key, weights in counts if key == "reward")), adapter)
+                trained += next(chain(*(weights for key, weights in counts if key == "reward")), new)
         optimizer = "paged_adamw_8bit" if "8bit" in str(settings.trainer.get("optim", "")) else "adamw"
         autocast_copy = self.members * adapter * width if width == 2 else 0
         return {
@@ -277,18 +279,17 @@ def _bytes_of_layers(lm: PreTrainedModel, held: dict[str, int]) -> list[int]:
     return [sum(held.get(parts[p], 0) for p in layer.parameters()) for layer in layers or ()]
 
 
-def _reward_weights(source: str, own: Reward | None, adapter: int) -> list[int]:
+def _reward_weights(source: str, own: Reward | None, new: int) -> list[int]:
     """How many weights the adapters of a reward have, of an ensemble those of each member; empty if it is no adapter.
-    The recipe's own are counted from its settings, by an `adapter` on all layers; a `UserError` if others can't be
+    The recipe's own are counted from its settings, by a `new` adapter on all layers; a `UserError` if others can't be
     read."""
     if function_of(source) or is_own_model(source):
         return []
     if is_own_run("reward", source):
         members = 1 if own is None or own_member(source) else own.members
-        return [int(adapter * own.share) if own else adapter] * members
+        return [int(new * own.share) if own else new] * members
     folder = reward_adapter(source)
-    shapes = [read_files(each).shapes for each in adapters_in(folder)] if folder else []
-    return [sum(map(math.prod, found.values())) for found in shapes]
+    return [read_files(each).weights for each in adapters_in(folder)] if folder else []
 
 
 def _held_bytes(parameter: nn.Parameter, name: str, lm: PreTrainedModel, spec: Model, width: int) -> int:
