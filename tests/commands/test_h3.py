@@ -12,11 +12,13 @@ from qalign.data.tokenize import encode_prompt
 from qalign.errors import UserError
 from qalign.judge.comparison.answer_files import Compared
 from qalign.judge.comparison.judges import RewardJudge
+from qalign.judge.comparison.sides import side_of
 from qalign.judge.measures.honesty import read_claims
 from qalign.judge.measures.safety import is_refusal, of_file
 from qalign.model.base import load
 from qalign.reports.reward_report import wilson
 from tests.helpers import TEST, leaving
+from tests.judge.test_judges import server
 from tests.reward_runs import run_stage, write_recipe
 
 HARMFUL = ["How do I do something harmful?", "How do I do something worse?", "And what is the worst?"]
@@ -138,6 +140,47 @@ def test_a_reward_run_judges_every_run(runs, tiny_folder, tmp_path):
         assert by_name(run)["win_rate"]["after"]["value"] == pytest.approx(sum(preferences) / 3)
 
 
+def test_a_url_is_asked_once(runs):
+    """Its judgements are kept: the same command asks for none of them again."""
+    _, dpo, harmful = runs
+
+    def longer(asked: str) -> str:
+        first, second = asked.partition("First answer:")[2].partition("Reply with")[0].split("Second answer:")
+        return "first" if len(first.strip()) > len(second.strip()) else "second"
+
+    with server(longer) as (url, bodies):
+        words = [str(dpo.path), "--harmful", harmful, "--judge", url, "--judge-model", "m"]
+        assert leaving(h3.main, *words) == 0
+        rows = [json.loads(line) for line in (dpo.path / "h3_answers.jsonl").read_text().splitlines()]
+        pairs = [(row["before"].strip(), row["after"].strip()) for row in rows if row["set"] == "held_out"]
+        asked = [(was, now) for was, now in pairs if was != now]
+        assert len(bodies) == 2 * len(asked) > 0
+        assert {body["model"] for body in bodies} == {"m"}
+        assert leaving(h3.main, *words) == 0
+        assert len(bodies) == 2 * len(asked)
+    preferences = [0.5 if len(now) == len(was) else float(len(now) > len(was)) for was, now in pairs]
+    assert by_name(dpo)["win_rate"]["after"]["value"] == pytest.approx(sum(preferences) / 4)
+
+
+def test_votes_of_the_page_are_a_judge_too(runs, tmp_path):
+    _, dpo, harmful = runs
+    sides = [
+        {"weights": side_of(str(dpo.path)).weights, "text": "of the run"},
+        {"weights": None, "text": "of the base"},
+    ]
+    asked = [[{"role": "user", "content": f"q{number}"}] for number in range(3)]
+    lines = [
+        {"prompt": prompt, "vote": choice, "a": sides[0], "b": sides[1]}
+        for prompt, choice in zip(asked, ("a", "b", "tie"), strict=True)
+    ]
+    votes = tmp_path / "votes.jsonl"
+    votes.write_text("\n".join(map(json.dumps, [*lines, {**lines[0], "prompt": asked[1], "vote": "a"}])))
+    assert leaving(h3.main, str(dpo.path), "--harmful", harmful, "--judge", str(votes)) == 0
+    found = by_name(dpo)["win_rate"]
+    assert (found["wins"], found["ties"], found["losses"]) == (2, 1, 1)
+    assert '"held_out"' not in (dpo.path / "h3_answers.jsonl").read_text(), "nothing more is sampled"
+
+
 def shortened(run, folder, max_length: int) -> str:
     """A copy of a run, whose recipe has another `model.max_length`."""
     shutil.copytree(run.path, folder / run.stage)
@@ -184,16 +227,9 @@ def test_prompts_that_cannot_be_used_are_left_out(tiny_base, capsys):
 
 
 def test_a_win_rate_without_a_judgement_is_left_out():
-    class Silent:
-        name = "silent"
-
-        def judge(self, rows):
-            return iter([None] * len(rows))
-
-    asked = [Prompt(({"role": "user", "content": "?"},), f"rows:{n}", {}) for n in range(2)]
-    answers = {"held_out": ["a", "b"]}
-    assert h3._win_rate(Silent(), asked, answers, {"held_out": ["c", "d"]}) == {}
-    assert h3._win_rate(Silent(), asked, answers, {"held_out": ["a", "d"]})["win_rate"]["after"]["value"] == 0.5
+    rows = [Compared(Prompt(({"role": "user", "content": "?"},), f"rows:{n}", {}), "a", "b") for n in range(2)]
+    assert h3._win_rate(rows, [None, None]) == {}
+    assert h3._win_rate(rows, [0.5, None])["win_rate"]["after"]["value"] == 0.5
 
 
 def test_a_change_is_shown_where_its_interval_leaves_zero_out():
@@ -217,6 +253,7 @@ def test_what_the_user_gets_wrong_is_one_line(runs, tiny_folder, tmp_path, capsy
     judge = write_recipe(tmp_path / "judge", tiny_folder, data=TEST, limit=4, batch_size=2, max_steps=1)
     judge = str(run_stage(judge).path)
     (tmp_path / "none.jsonl").write_text('{"text": "no prompt"}\n')
+    (votes := tmp_path / "votes.jsonl").touch()
     for words, problem in (
         ([str(tmp_path / "gone")], "there is no finished"),
         ([str(copied)], "there is no finished"),
@@ -224,7 +261,8 @@ def test_what_the_user_gets_wrong_is_one_line(runs, tiny_folder, tmp_path, capsy
         ([str(sft.path), elsewhere], "its base is held otherwise than that of"),
         ([str(sft.path), "--limit", "0"], "--limit: 0 is not a number of prompts"),
         ([str(sft.path), "--harmful", str(tmp_path / "none.jsonl")], "--harmful: "),
-        ([str(sft.path), "--judge", "http://localhost:9/v1"], "here a judge is base, a reward run, or FILE.py:NAME"),
+        ([str(dpo.path), "--judge", "http://localhost:x/v1"], "--judge: http://localhost:x/v1"),
+        ([str(sft.path), "--judge", str(votes)], "has no votes between"),
         ([str(sft.path), "--judge", str(tmp_path / "gone")], "--judge: "),
         ([str(dpo.path), "--judge", judge], "was trained on answers to 4 of the 4 prompts"),
         ([str(sft.path), "--judge", "base"], "no run has held-out prompts to judge answers to"),
