@@ -22,8 +22,8 @@ from qalign.data.store.tokens import outlines
 from qalign.errors import not_finite
 from qalign.model.base import Role
 from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
-from qalign.model.logps import pair_logps
 from qalign.model.memory.first_step import is_out_of_memory
+from qalign.model.memory.lockstep import Reading, pair_logps_together
 from qalign.model.memory.shard import shards_of
 from qalign.reports.answers import SEED, answers_of, in_a_line, measure_answers, spread, write_samples
 from qalign.reports.ppo_report import file_name
@@ -173,9 +173,9 @@ class PreferenceMonitor(Monitor):
         with torch.no_grad(), self.base.packed_attention():
             for some in self.base.micro_batches(rows, self.trainer.micro):
                 batch = self.base.batch(some)
-                for role, sign in ((Role.REFERENCE, -1), (Role.POLICY, 1)):
-                    with self.base.acting_as(role) as lm:
-                        total += sign * pair_logps(lm, batch).double().sum().item()
+                readings = [Reading(Role.REFERENCE, batch), Reading(Role.POLICY, batch)]
+                reference, policy = (each.double().sum().item() for each in pair_logps_together(self.base, readings))
+                total += policy - reference
         return total / len(rows)
 
     # --- what it says ------------------------------------------------------------------------------------------------

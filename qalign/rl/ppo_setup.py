@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import Trainer, TrainingArguments
 
 from qalign.config.stages import PPO
-from qalign.data.collate import MicroBatchLimit
+from qalign.data.collate import AnswerBatch, MicroBatchLimit
 from qalign.data.formats import Prompt
 from qalign.data.store.sequences import TokenAnswers
 from qalign.data.tokenize import encode_questions
@@ -23,8 +23,8 @@ from qalign.model.base import Base, Role
 from qalign.model.generation import Engine, Sampling, TransformersEngine, engine, stop_ids_of, text_of
 from qalign.model.lineage import Lineage
 from qalign.model.loading import load_config, reach_of
-from qalign.model.logps import answer_states, token_scores
-from qalign.model.memory.lockstep import in_this_role
+from qalign.model.logps import TokenScores, token_scores
+from qalign.model.memory.lockstep import Reading, in_this_role, read_together
 from qalign.rl.rewards import Scorers, open_scorers, value_start
 from qalign.rl.rollout_batch import RolloutBatch, SampledAnswers, joined
 from qalign.rl.scorers import Scorer
@@ -90,20 +90,20 @@ def read_answers(base: Base, rows: list[SampledAnswers], limit: MicroBatchLimit,
     world, answers = current(), [row.tokens for row in rows]
     parts = base.micro_batches(answers, limit.among(world.size, [*map(base.tokens_taken, answers)]))
     own = [part for _, part in world.mine(parts, [sum(map(base.tokens_taken, part)) for part in parts])]
-    policy = Role.POLICY if Role.POLICY in base.adapters else Role.BASE
+    roles = Role.POLICY if Role.POLICY in base.adapters else Role.BASE, Role.REFERENCE
 
-    def read() -> dict[str, Tensor]:
-        found = dict[str, Tensor]()
-        for role, names in ((policy, ("old_logps", "entropies")), (Role.REFERENCE, ("reference_logps",))):
-            with base.acting_as(role) as lm:
-                batches = map(base.batch, own)
-                scored = [token_scores(lm, answer_states(lm, each), each.targets, temperature) for each in batches]
-            found |= joined([dict(zip(names, (each.logps, each.entropies), strict=False)) for each in scored])
-        return found
+    def read_part(batch: AnswerBatch) -> dict[str, Tensor]:
+        readings, scored = [Reading(role, batch) for role in roles], list[TokenScores]()
+        for reading, states in zip(readings, read_together(base, readings), strict=True):
+            with reading.on(base) as lm:
+                scored.append(token_scores(lm, states, batch.targets, temperature))
+        policy, reference = scored
+        return {"old_logps": policy.logps, "entropies": policy.entropies, "reference_logps": reference.logps}
 
     with torch.no_grad(), base.packed_attention():
         order = [numbers[id(row)] for part in own for row in part]
-        for places, found in world.gathered((order, world.agreed(read))):
+        read = world.agreed(lambda: joined([read_part(base.batch(part)) for part in own]))
+        for places, found in world.gathered((order, read)):
             rollout.fill(places, found)
     return rollout
 

@@ -9,7 +9,10 @@ import torch
 import transformers as tf
 
 from qalign.config.recipe import Lora, Model
+from qalign.data.collate import MicroBatchLimit
+from qalign.data.store.sequences import TokenDialogue, TokenPair
 from qalign.fit import streamed
+from qalign.judge.measures.held_out import answer_logps, of_dialogues
 from qalign.model.base import Base, Role, load
 from qalign.model.logps import pair_logps, state_logps
 from qalign.model.memory import stream as streaming
@@ -18,7 +21,9 @@ from qalign.model.memory.lockstep import Reading, in_this_role, learn_together, 
 from qalign.model.memory.offload import Offload
 from qalign.model.memory.stream import placed, scales_of, stream_of
 from qalign.model.reference import ReferenceLogps
+from qalign.rl.ppo_setup import read_answers
 from qalign.rl.ppo_trainer import PPOTrainer
+from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.callbacks import checkpoint_layers
 from tests.conftest import FIXTURES
 from tests.families import family, random_pairs
@@ -123,6 +128,41 @@ def test_all_roles_of_a_step_visit_a_layer_together(offloaded, deep_folder):
         found.append([policy.detach(), reference, *gradients, torch.tensor(held.bytes if held else 0)])
     assert all(map(torch.equal, *found))
     assert (found[0][0] - found[0][1]).abs().max() > 0.1
+
+
+def dialogues_of(base: Base, rows: list[TokenPair]) -> list[object]:
+    rows = [TokenDialogue(ids := row.prompt_ids + row.answers[0], ids, row.where) for row in rows]
+    return [*of_dialogues(base, rows, Role.BASE).values()]
+
+
+def sampled_answers_of(base: Base, rows: list[TokenPair]) -> list[torch.Tensor]:
+    answers = [SampledAnswers(None, row, ("", ""), (True, True)) for row in rows]
+    rollout = read_answers(base, answers, MicroBatchLimit(tokens=2048), 1.0)
+    return [rollout.old_logps, rollout.reference_logps]
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        lambda base, rows: [*answer_logps(base, [Role.BASE, Role.POLICY], rows).values()],
+        dialogues_of,
+        sampled_answers_of,
+    ],
+)
+def test_roles_that_are_measured_visit_a_layer_together(measured, deep_folder):
+    """A batch is read under both; with two of the layers there from the batch before, the others are copied once."""
+    found, rows = [], random_pairs()
+    for when in ("never", "always"):
+        base = trained(deep_folder, when, checkpointing=False)
+        stream = stream_of(base.lm)
+        for _ in range(2):
+            before = stream.copies if stream else 0
+            values = measured(base, rows)
+        assert stream is None or stream.copies - before <= LAYERS
+        found.append(values)
+    assert all(
+        torch.equal(*both) if torch.is_tensor(both[0]) else both[0] == both[1] for both in zip(*found, strict=True)
+    )
 
 
 @pytest.mark.parametrize("checkpointed", [LAYERS, 0])

@@ -24,7 +24,8 @@ from qalign.losses.preference import PreferenceLoss, margin, shares
 from qalign.model.adapters.members import Ensemble, answer_scores
 from qalign.model.base import Base, Role
 from qalign.model.generation import Sampling, TransformersEngine, stop_ids_of
-from qalign.model.logps import answer_states, pair_logps, token_scores
+from qalign.model.logps import token_scores
+from qalign.model.memory.lockstep import Reading, pair_logps_together, read_together
 from qalign.reports import reward_report
 from qalign.reports.answers import SEED, SIDE_BY_SIDE, Answer, answers_of, change, measure_answers, spread
 from qalign.rl.ppo_setup import Setup, read_answers
@@ -78,11 +79,9 @@ def answer_logps(base: Base, roles: Sequence[str], rows: Sequence[AnsweredPrompt
     found = {role: torch.zeros(shape, dtype=torch.float64) for role in roles}
 
     def read(some: Sequence[AnsweredPrompt]) -> list[Tensor]:
-        batch, logps = base.batch(some), list[Tensor]()
-        for role in roles:
-            with base.acting_as(role) as lm:
-                logps.append(pair_logps(lm, batch).double().cpu())
-        return logps
+        batch = base.batch(some)
+        together = pair_logps_together(base, [Reading(role, batch) for role in roles])
+        return [logps.double().cpu() for logps in together]
 
     base.model.eval()
     with base.packed_attention():
@@ -176,10 +175,10 @@ def of_dialogues(base: Base, rows: Sequence[TokenDialogue], before: str, after: 
     def read(some: Sequence[TokenAnswers]) -> list[Tensor]:
         batch, found = base.batch(some), list[Tensor]()
         counts = [label != IGNORED for row in some for label in rows[numbers[id(row)]].labels[1:]]
-        mask = torch.tensor(counts, device=base.device)
-        for role in sums:
-            with base.acting_as(role) as lm:
-                scored = token_scores(lm, answer_states(lm, batch)[mask], batch.targets[mask])
+        mask, readings = torch.tensor(counts, device=base.device), [Reading(role, batch) for role in sums]
+        for reading, states in zip(readings, read_together(base, readings), strict=True):
+            with reading.on(base) as lm:
+                scored = token_scores(lm, states[mask], batch.targets[mask])
             values = torch.stack([-scored.logps.double(), scored.is_top.double()], dim=1).cpu()
             found.append(values.new_zeros(len(some), 2).index_add_(0, batch.owners[mask].cpu(), values))
         return found
