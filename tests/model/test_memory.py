@@ -18,6 +18,7 @@ from qalign.model.memory import forecast as memory
 from qalign.model.memory.forecast import Forecast
 from qalign.train.callbacks import checkpoint_layers
 from tests.families import config as family_config
+from tests.helpers import slow
 
 CONFIGS = Path(__file__).parents[1] / "fixtures" / "configs"
 GIB = 2**30
@@ -90,7 +91,7 @@ def assert_near(forecast: Forecast, expected: int, found: int, over: float = 0.1
 
 
 @pytest.mark.parametrize(
-    ("dtype", "checkpointing"), [("float32", False), ("float32", True), ("bfloat16", False)], ids=str
+    ("dtype", "checkpointing"), [("float32", False), slow("float32", True), ("bfloat16", False)], ids=str
 )
 @pytest.mark.parametrize("stage", STEPS)
 def test_a_step_takes_what_is_forecast(stage, dtype, checkpointing, tiny_folder, variant):

@@ -12,7 +12,7 @@ from qalign.model.memory.forecast import Forecast, Plan
 from qalign.model.memory.offload import Offload, offload, wide_modules
 from qalign.train import loop
 from tests.families import family, random_pairs
-from tests.helpers import metrics, scramble
+from tests.helpers import metrics, scramble, slow
 from tests.model.test_memory import GIB, HALF, forecast_of, shape
 from tests.reward_runs import run_stage, write_recipe
 
@@ -156,7 +156,7 @@ def test_longest_rows_of_an_8b(card, unsloth, llama):
     assert llama.furthest(memory.usable_of_card(card * GIB)) > 1.3 * unsloth
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", [slow("sft"), "dpo"])
 def test_a_run_that_offloads_has_the_same_numbers(stage, tmp_path, tiny_folder, monkeypatch, capsys):
     keys = {"micro_batch_size": "auto", "lora": {"dropout": 0.0}}
     expected = metrics(run_stage(write_recipe(tmp_path / "plain", tiny_folder, stage, **keys)))

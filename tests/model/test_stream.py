@@ -27,7 +27,7 @@ from qalign.rl.rollout_batch import SampledAnswers
 from qalign.train.callbacks import checkpoint_layers
 from tests.conftest import FIXTURES
 from tests.families import family, random_pairs
-from tests.helpers import metrics, refusal, scramble, summary
+from tests.helpers import metrics, refusal, scramble, slow, summary
 from tests.model.test_memory import GIB, HALF, forecast_of, shape
 from tests.reward_runs import run_stage, write_recipe
 
@@ -109,7 +109,7 @@ def test_pinned_layers_are_held_in_pieces(deep_folder, monkeypatch):
     assert all(map(torch.equal, step(base), expected))
 
 
-@pytest.mark.parametrize("offloaded", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("offloaded", [False, slow(True)])
 def test_all_roles_of_a_step_visit_a_layer_together(offloaded, deep_folder):
     """Policy and reference of a step on pairs: a layer is copied once in the forward and once in the backward."""
     found, pairs = [], random_pairs()
@@ -249,9 +249,7 @@ def test_auto_streams_where_the_base_does_not_fit(deep_folder, monkeypatch):
 # --- stages and the planner ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "stage", ["dpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sft", "reward", "kto"))]
-)
+@pytest.mark.parametrize("stage", ["dpo", *(slow(name) for name in ("sft", "reward", "kto"))])
 def test_a_run_has_the_same_numbers(stage, tmp_path, deep_folder, capsys):
     keys = {"limit": 6, "batch_size": 3, "micro_batch_size": 3, "lora": {"dropout": 0.1}}
     runs = {}

@@ -19,7 +19,7 @@ from qalign.reports.preference_monitor import PreferenceMonitor, sampling_plan
 from qalign.train.run_folder import RunFolder
 from tests.conftest import FIXTURES
 from tests.families import family
-from tests.helpers import TEST, metrics, summary
+from tests.helpers import TEST, metrics, slow, summary
 from tests.reward_runs import run_stage, write_recipe
 from tests.train.runs import WEIGHTS
 from tests.train.talks import write_kind
@@ -75,9 +75,7 @@ def test_what_was_decided_is_said():
     assert sampling_plan(settings(), "dpo", 9, 0, 1000.0, 1.0).words.startswith("none: no held-out prompt leaves 256")
 
 
-@pytest.mark.parametrize(
-    ("stage", "rows", "logging_steps"), [("dpo", 20, 3), pytest.param("kto", 10, 1, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("stage", "rows", "logging_steps"), [("dpo", 20, 3), slow("kto", 10, 1)])
 def test_sampling_changes_no_number_of_the_run(tiny_folder, tmp_path, monkeypatch, stage, rows, logging_steps):
     """With dropout, so that the state of the random generators counts."""
     states, look = [], PreferenceMonitor.look
@@ -108,7 +106,7 @@ def test_sampling_changes_no_number_of_the_run(tiny_folder, tmp_path, monkeypatc
     assert not sampled_lines(plain)
 
 
-@pytest.mark.parametrize("kind", ["lfm2", "falcon"])
+@pytest.mark.parametrize("kind", ["lfm2", slow("falcon")])
 def test_families_with_other_layouts_are_sampled_with_their_own_attention(kind, tmp_path):
     """Layers without attention have hooks while packed rows run; a family that can't run packed rows has none."""
     base = str(tmp_path / "base")
@@ -191,7 +189,7 @@ def test_nothing_is_sampled_without_held_out_rows_or_where_it_costs_too_much(
 
 @pytest.mark.parametrize(
     ("loss", "beta"),
-    [("orpo", 0.1), *(pytest.param(*loss, marks=pytest.mark.slow) for loss in (("simpo", 2.0), ("ipo", 0.1)))],
+    [("orpo", 0.1), *(slow(*loss) for loss in (("simpo", 2.0), ("ipo", 0.1)))],
 )
 def test_every_loss_is_sampled_and_one_without_a_reference_has_no_kl(loss, beta, tiny_folder, tmp_path):
     run = run_stage(write_recipe(tmp_path, tiny_folder, "dpo", loss=loss, beta=beta, **KEYS, **SAMPLED))

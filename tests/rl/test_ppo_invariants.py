@@ -13,7 +13,7 @@ from qalign.model.base import Role, load
 from qalign.rl import ppo_trainer
 from qalign.rl.ppo_setup import make_deterministic
 from qalign.rl.ppo_trainer import PPOTrainer
-from tests.helpers import base_digest, scramble
+from tests.helpers import base_digest, scramble, slow
 from tests.rl.conftest import assert_alike, collected
 
 
@@ -125,7 +125,7 @@ def test_gradients_of_policy_and_value_model_are_those_of_the_formulas(trainer_o
         assert weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("value", ["trunk", pytest.param("adapter", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("value", ["trunk", slow("adapter")])
 def test_micro_batches_padding_and_checkpointing_change_no_number(value, trainer_of):
     curves = []
     limits = (MicroBatchLimit(pairs=1), MicroBatchLimit(pairs=4), MicroBatchLimit(tokens=40), MicroBatchLimit(pairs=2))

@@ -8,14 +8,14 @@ from safetensors.torch import load_file
 
 from qalign.config.stages import RL_STAGES
 from qalign.train import run_folder as runs
-from tests.helpers import TEST, metrics
+from tests.helpers import TEST, metrics, slow
 from tests.reward_runs import write_recipe
 
 FACTS = {"tokens_per_second": 1.0, "peak_bytes": 1, "reference": "none"}
 FRESH = {"resume": False, "overwrite": False}
 RESUME, OVERWRITE = FRESH | {"resume": True}, FRESH | {"overwrite": True}
 STAGES = ("sft", "reward", "dpo", "kto", "ppo", "grpo")
-EACH_STAGE = [*STAGES[:-1], pytest.param("grpo", marks=pytest.mark.slow)]  # which runs the code of ppo
+EACH_STAGE = [*STAGES[:-1], slow("grpo")]  # which runs the code of ppo
 PPO_KEYS = {"samples_per_prompt": 2, "max_new_tokens": 4, "max_steps": 3, "kl_stop": None}
 CLOCK = ("tokens_per_second", "share/")  # figures that differ from run to run
 WEIGHTS = "adapter_model.safetensors"

@@ -10,7 +10,7 @@ from qalign.errors import UserError
 from qalign.model.base import Base
 from tests.conftest import FIXTURES, ROOT
 from tests.families import family
-from tests.helpers import TEST, metrics, summary, train, train_recipe
+from tests.helpers import TEST, metrics, slow, summary, train, train_recipe
 
 LN_2 = 0.6931472
 
@@ -54,7 +54,7 @@ def test_the_first_loss_is_ln_2_from_a_new_adapter_and_from_a_trained_one(recipe
         assert summary(run)["reference"].endswith(words)
 
 
-@pytest.mark.parametrize("loss", ["ipo", "hinge", "robust", "sigmoid_norm", "apo_zero", "simpo", "orpo"])
+@pytest.mark.parametrize("loss", ["ipo", "orpo", *map(slow, ["hinge", "robust", "sigmoid_norm", "apo_zero", "simpo"])])
 def test_every_loss_trains(recipe_file, loss):
     extra = {"label_smoothing": 0.1} if loss == "robust" else {}
     run = train(recipe_file(loss=loss, limit=8, epochs=6, learning_rate=5e-3, **extra))
@@ -74,7 +74,7 @@ def test_a_family_that_cannot_share_prompts_says_so_and_trains(recipe_file, tmp_
     assert lines[-1]["rewards/margins"] > lines[0]["rewards/margins"] + 0.01
 
 
-@pytest.mark.parametrize("name", ["hh_harmless.jsonl.gz", "alpaca_eval_prefs.jsonl.gz", "dpo_en_demo.json"])
+@pytest.mark.parametrize("name", ["hh_harmless.jsonl.gz", slow("alpaca_eval_prefs.jsonl.gz"), slow("dpo_en_demo.json")])
 def test_real_data_trains(recipe_file, shared_data, name):
     run = train(recipe_file(data=str(shared_data / name), limit=12, max_steps=3, model={"max_length": 2048}))
     assert [line["step"] for line in metrics(run)] == [1, 2, 3]

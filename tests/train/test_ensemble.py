@@ -22,7 +22,7 @@ from qalign.train.processes.world import ALONE
 from qalign.train.run_folder import RunFolder, open_run
 from qalign.train.trainers.adapter import CONFIGS
 from qalign.train.trainers.reward import EnsembleTrainer, RewardModelTrainer
-from tests.helpers import TEST, TRAIN, house_style, merge, metrics, refusal, stopping_after, summary
+from tests.helpers import TEST, TRAIN, house_style, merge, metrics, refusal, slow, stopping_after, summary
 from tests.reward_runs import plain_reward_model, plain_score, run_stage, write_recipe
 from tests.train.processes import Idle
 
@@ -91,7 +91,9 @@ def test_each_member_is_what_it_would_be_alone_on_its_resample(recipe, tmp_path)
     assert all((moved["member_1" + n[8:]] - t).abs().max() > 1e-4 for n, t in moved.items() if n.startswith("member_2"))
 
 
-@pytest.mark.parametrize("way", ["micro-batches", "a pass each", "checkpointed", "a pass each, checkpointed"])
+@pytest.mark.parametrize(
+    "way", ["micro-batches", slow("a pass each"), slow("checkpointed"), "a pass each, checkpointed"]
+)
 def test_how_a_step_is_run_changes_no_number(way, recipe, monkeypatch):
     expected = run_stage(recipe("expected"))
     keys = {"micro_batch_size": 4} if way == "micro-batches" else {"checkpointed_layers": 9 * ("checkpointed" in way)}

@@ -23,7 +23,7 @@ from qalign.model.memory.forecast import Plan
 from qalign.train.callbacks import RunCallback, asked_to_stop
 from qalign.train.loop import Session, few_steps, micro_batch, planned_steps
 from qalign.train.processes.world import World, entered
-from tests.helpers import TRAIN, dpo_config, metrics
+from tests.helpers import TRAIN, dpo_config, metrics, slow
 from tests.reward_runs import run_stage, write_recipe
 
 PLANNED = Plan(4096, 2)
@@ -190,7 +190,7 @@ def test_the_header_has_the_hint(tmp_path, tiny_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("stage", "dtype"), [("sft", "float32"), ("reward", "float32"), ("dpo", "float32"), ("dpo", "bfloat16")]
+    ("stage", "dtype"), [("sft", "float32"), slow("reward", "float32"), slow("dpo", "float32"), ("dpo", "bfloat16")]
 )
 def test_checkpointing_one_layer_of_two_changes_no_number(stage, dtype, tmp_path, tiny_folder, monkeypatch, capsys):
     """In bfloat16 this is a GPU's default path: autocast, and recomputation after the role's context was left. There
@@ -224,7 +224,7 @@ def test_checkpointing_one_layer_of_two_changes_no_number(stage, dtype, tmp_path
 
 @pytest.mark.parametrize(
     ("stage", "kept"),
-    [("sft", True), ("reward", True), ("dpo", True), pytest.param("sft", False, id="with TRL's cast")],
+    [("sft", True), slow("reward", True), ("dpo", True), pytest.param("sft", False, id="with TRL's cast")],
 )
 def test_updates_too_small_for_bfloat16_survive_on_a_bfloat16_base(stage, kept, tmp_path, tiny_folder, monkeypatch):
     """TRL casts the adapters of a quantised base to bfloat16, where updates of 1e-5 round away. The last case shows

@@ -16,13 +16,13 @@ from qalign.config.load import load as load_recipe
 from qalign.errors import Stopped, UserError
 from qalign.train.run_folder import RunFolder
 from tests.conftest import ROOT
-from tests.helpers import leaving, metrics, restored_signals, stopping_after, summary
+from tests.helpers import leaving, metrics, restored_signals, slow, stopping_after, summary
 from tests.reward_runs import run_stage
 from tests.train.runs import HELD_OUT, STAGES, assert_same_run, recipe_of
 
-WHAT_SAMPLES = ("ppo", "grpo")
-OTHERS = [stage for stage in STAGES if stage not in WHAT_SAMPLES]
-STOPPED_STAGES = [*OTHERS, *(pytest.param(stage, marks=pytest.mark.slow) for stage in WHAT_SAMPLES)]
+QUICK = ("sft", "dpo")
+OTHERS = [stage for stage in STAGES if stage not in QUICK]
+STOPPED_STAGES = [*QUICK, *map(slow, OTHERS)]
 
 
 @pytest.mark.parametrize("stage", STOPPED_STAGES)
@@ -139,8 +139,8 @@ LAST = {  # three steps of 12 rows, and none of them is the end of an epoch
 }
 
 
-AFTER_THE_LAST = [("sft", "epochs"), *((stage, "max_steps") for stage in OTHERS)]
-AFTER_THE_LAST += [pytest.param(stage, "max_steps", marks=pytest.mark.slow) for stage in WHAT_SAMPLES]
+AFTER_THE_LAST = [("sft", "epochs"), *((stage, "max_steps") for stage in QUICK)]
+AFTER_THE_LAST += [slow(stage, "max_steps") for stage in OTHERS]
 
 
 @pytest.mark.parametrize(("stage", "length"), AFTER_THE_LAST)

@@ -14,7 +14,7 @@ from qalign.errors import UserError
 from qalign.model.base import Role, load
 from qalign.model.memory.forecast import Forecast
 from qalign.model.memory.shard import shards_of
-from tests.helpers import scramble, summary
+from tests.helpers import scramble, slow, summary
 from tests.model.test_memory import GIB, HALF, recipe_of, shape
 from tests.model.test_stream import step
 from tests.reward_runs import write_recipe
@@ -114,7 +114,7 @@ def one_process():
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("quantization", ["nf4", pytest.param("none", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("quantization", ["nf4", slow("none")])
 def test_layers_that_are_gathered_have_the_gradients_of_whole_ones(quantization, tiny_folder, one_process):
     found = []
     for shard in (False, True):

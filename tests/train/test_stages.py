@@ -21,7 +21,7 @@ from qalign.errors import UserError
 from qalign.model import lineage
 from qalign.model.base import Role, load
 from tests.conftest import ROOT
-from tests.helpers import base_digest, metrics, summary
+from tests.helpers import base_digest, metrics, slow, summary
 from tests.reward_runs import plain_policy, run_stage, write_recipe
 from tests.train.runs import CLOCK, EACH_STAGE, HELD_OUT, WEIGHTS, recipe_of
 
@@ -222,8 +222,8 @@ def test_refused_rows_are_listed_and_too_many_leave_the_old_run_alone(stage, tin
 @pytest.mark.parametrize(
     ("stage", "keys"),
     [
-        ("dpo", {}), ("reward", {"centering": 0.05}), pytest.param("sft", {}, marks=pytest.mark.slow),
-        pytest.param("kto", {"epochs": 1}, marks=pytest.mark.slow),
+        ("dpo", {}), slow("reward", {"centering": 0.05}), slow("sft", {}),
+        slow("kto", {"epochs": 1}),
     ],
 )  # fmt: skip
 def test_micro_batches_do_not_change_the_curve(stage, keys, tiny_folder, tmp_path, monkeypatch, capsys):
