@@ -83,11 +83,26 @@ def test_who_said_it_stays_for_the_others_without_a_store(accepts, meeting_of, m
     assert not said(other, 0)
 
 
+def test_who_keeps_the_store_may_leave_once_the_others_have_set_their_end(meeting_of, monkeypatch):
+    """From then on they don't need it to know that it was said."""
+    gone, store = set(), Store()
+    meeting, real = meeting_of(1, [HERE] * 4, gone, store), store.set
+
+    def leaves(key, value):
+        real(key, value)
+        store.answers = store.accepts = False
+        gone.add(0)
+
+    monkeypatch.setattr(store, "set", leaves)
+    assert not said(meeting, 3)
+    assert store.keys == {"end/1"}
+
+
 def test_the_first_process_does_not_wait_for_those_on_a_lost_host(meeting_of):
     store = Store("end/1")
     assert said(meeting_of(0, [HERE, HERE, FAR, FAR], set(), store), 3)
     assert "said" in store.keys
-    assert {*store.asked} == {"end/0", "end/1"}
+    assert {*store.asked} == {"said", "end/1"}
 
 
 def test_a_store_that_does_not_answer_ends_the_process(meeting_of, monkeypatch):
