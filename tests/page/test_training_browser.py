@@ -76,7 +76,7 @@ SLOW = 600  # seconds that a command may take on a busy machine
 
 
 class Training(NamedTuple):
-    """What a person chooses: a recipe, so many steps that the run can be stopped in the midst, and other settings."""
+    """A run that a person starts on the page, with enough steps to stop it before its end."""
 
     recipe: str
     steps: int
